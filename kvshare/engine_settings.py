@@ -1,0 +1,38 @@
+"""Everything one engine replica is started with. Made by the app builder from the config; plain data, picklable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`role`: "prefill" or "decode". Sizes: tokens, bytes, seconds."""
+
+    role: str
+    #: Name of the pool, for logs and metrics.
+    pool: str
+    model: str
+    #: Sharing mode's name (kvshare.modes).
+    mode: str
+    #: Digest of the KV contract this engine's KV is made or read under.
+    contract: str
+    dtype: str
+    max_model_len: int
+    block_size: int
+    kv_cache_bytes: int
+    #: Name -> folder of the LoRA adapters this engine serves.
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    max_lora_rank: int = 16
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int | None = None
+    lease_s: int = 60
+    #: CPU build only: cores this engine computes on ("0" or "0-3"); None lets vLLM choose.
+    cpu_cores: str | None = None
+    #: Port of the NIXL side channel; None takes a free one.
+    side_channel_port: int | None = None
+    #: Further vLLM engine arguments, as given in the config (`engine_args`).
+    engine_args: Mapping[str, Any] = field(default_factory=dict)

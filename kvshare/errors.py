@@ -1,0 +1,133 @@
+"""The one exception tree, and its one mapping to gRPC status codes and HTTP statuses.
+
+    PrefillShareError
+    |-- InvalidInput            the request is wrong; sending it again is no use
+    |   |-- ConfigError         a deployment file or a decoder's files are wrong, found before an engine starts
+    |   |-- ContractMismatch    base and decoder (or two engines) do not agree on what KV means (R4)
+    |-- NotFound                unknown decoder or session
+    |-- Conflict                the session is busy with another turn, or has changed
+    |-- Overloaded              a queue is full; carries a retry hint
+    |-- DeadlineExceeded        the deadline passed before the turn ended
+    |-- Unavailable             a replica is gone or not ready; trying again may help
+    |   |-- EngineStartError    an engine did not start; carries the end of its log
+    |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
+    |-- Internal                a broken invariant of ours
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class GrpcCode(StrEnum):
+    """The gRPC status names we use (grpc.StatusCode members)."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    NOT_FOUND = "NOT_FOUND"
+    ABORTED = "ABORTED"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNAVAILABLE = "UNAVAILABLE"
+    INTERNAL = "INTERNAL"
+
+
+class ResumeReason(StrEnum):
+    """Why a decode engine gave a request back before its end. Every value is safe to resume from."""
+
+    PREEMPTED = "preempted"
+    KV_LOAD_FAILED = "kv_load_failed"
+
+
+class PrefillShareError(Exception):
+    """Base of all errors we raise on purpose.
+
+    `field` names the offending field of a request, config or file, where there is one; `fix` says what to do.
+    """
+
+    grpc_code = GrpcCode.INTERNAL
+    http_status = 500
+
+    def __init__(self, message: str, *, field: str | None = None, fix: str | None = None):
+        super().__init__(message)
+        self.message, self.field, self.fix = message, field, fix
+
+    def __str__(self) -> str:
+        text = f"{self.field}: {self.message}" if self.field else self.message
+        return f"{text} (fix: {self.fix})" if self.fix else text
+
+    def __reduce__(self):
+        # Errors cross process borders by pickle; keyword fields must survive.
+        return _rebuild, (type(self), self.message, {k: v for k, v in self.__dict__.items() if k != "message"})
+
+
+def _rebuild(cls: type[PrefillShareError], message: str, state: dict) -> PrefillShareError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.message = message
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidInput(PrefillShareError):
+    grpc_code, http_status = GrpcCode.INVALID_ARGUMENT, 400
+
+
+class ConfigError(InvalidInput):
+    """A deployment file, a model folder or a decoder's files cannot be served as they are."""
+
+
+class ContractMismatch(InvalidInput):
+    """Two sides mean different things by the same KV bytes. Both values are named (R4)."""
+
+    grpc_code, http_status = GrpcCode.FAILED_PRECONDITION, 409
+
+
+class NotFound(PrefillShareError):
+    grpc_code, http_status = GrpcCode.NOT_FOUND, 404
+
+
+class Conflict(PrefillShareError):
+    grpc_code, http_status = GrpcCode.ABORTED, 409
+
+
+class Overloaded(PrefillShareError):
+    """A bounded queue is full. `retry_after_s`: a hint for the client."""
+
+    grpc_code, http_status = GrpcCode.RESOURCE_EXHAUSTED, 429
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, **kw):
+        super().__init__(message, **kw)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(PrefillShareError):
+    grpc_code, http_status = GrpcCode.DEADLINE_EXCEEDED, 504
+
+
+class Unavailable(PrefillShareError):
+    grpc_code, http_status = GrpcCode.UNAVAILABLE, 503
+
+
+class EngineStartError(Unavailable):
+    """An engine did not start. `log_tail` is the end of its log."""
+
+    def __init__(self, message: str, *, log_tail: str = "", **kw):
+        super().__init__(message, **kw)
+        self.log_tail = log_tail
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n--- end of the engine's log ---\n{self.log_tail}" if self.log_tail else text
+
+
+class PrefixLost(Unavailable):
+    """The decode engine gave the request back: its shared prefix must come from the prefill pool again (R1, R3)."""
+
+    def __init__(self, message: str, *, reason: ResumeReason, **kw):
+        super().__init__(message, **kw)
+        self.reason = reason
+
+
+class Internal(PrefillShareError):
+    pass

@@ -1,0 +1,75 @@
+"""The KV handoff: what a prefill replica tells a decode replica about blocks it holds for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A lease on prefilled KV blocks.
+
+    Ownership: the prefill engine keeps the blocks until a decode engine has read them, `release` is called on a
+    decode replica, or the lease ends, whichever is first. A read that may have outlived the lease is void (R6).
+    """
+
+    #: Tokens whose KV the blocks hold, from position 0.
+    tokens: int
+    #: Digest of the KV contract the blocks were made under (R4).
+    contract: str
+    #: Seconds the lease lasts from when the prefill engine finished.
+    lease_s: float
+    #: Connector's parameters (vLLM's kv_transfer_params): opaque above the plugin.
+    transfer: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """Answer of a prefill replica. `handoff` is None where there was nothing to hand over."""
+
+    handoff: Handoff | None
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_s: float
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Newly generated tokens of one request, in order.
+
+    logprobs: per token, a list of (token id, log-probability, rank), the sampled token first; None if not asked.
+    finish_reason: "stop" | "length" on the last chunk, else None. stop_reason: the stop token id, if one ended it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[list[tuple[int, float, int]]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    #: Set on the last chunk: bytes pulled over the transport and prompt tokens found in the decode engine's cache.
+    kv_bytes: int = 0
+    local_tokens: int = 0
+
+
+@dataclass
+class TurnUsage:
+    """What one turn cost. Times in seconds, measured at the router."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: Prompt tokens the prefill side found in its cache / had to compute; tokens prefilled = their sum.
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    kv_bytes: int = 0
+    #: Times the turn was resumed after preemption or a failed load.
+    resumes: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    prefill_replica: str = ""
+    decode_replica: str = ""

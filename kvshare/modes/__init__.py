@@ -1,0 +1,22 @@
+"""Sharing modes: one class per mode that declares its policy. Nothing outside this package compares mode names."""
+
+from kvshare.modes.base import SharingMode
+from kvshare.modes.none import PerModel
+from kvshare.modes.prefillshare import PrefillShare
+
+_MODES: dict[str, SharingMode] = {mode.name: mode for mode in (PrefillShare(), PerModel())}
+
+
+def get_mode(name: str) -> SharingMode:
+    """The mode called `name`; KeyError lists the known ones."""
+    try:
+        return _MODES[name]
+    except KeyError:
+        raise KeyError(f"unknown sharing mode {name!r}; known: {', '.join(mode_names())}") from None
+
+
+def mode_names() -> tuple[str, ...]:
+    return tuple(_MODES)
+
+
+__all__ = ["SharingMode", "get_mode", "mode_names"]

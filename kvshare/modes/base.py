@@ -1,0 +1,34 @@
+"""The questions a sharing mode answers. Orchestration and the vLLM plugin ask; they never look at the name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+
+class SharingMode(ABC):
+    """Policy of one sharing mode (DESIGN.md, "Sharing modes").
+
+    Token counts are over the whole sequence a decode engine sees; `prompt_tokens` is n, the number of tokens before
+    the first generated one.
+    """
+
+    name: str
+    #: One line for `--help` and the README.
+    summary: str
+
+    #: True: prompt KV comes from the shared base pool. False: the pool has a prefill engine of its own.
+    shares_prefill: bool
+    #: True: the decode engine runs our scheduler and connector, which uphold R1-R6. False: vLLM's own.
+    guards_prefix: bool
+    #: True: a block's cache key ignores the adapter, because its KV is base KV whatever adapter asks (R5).
+    adapters_share_blocks: bool
+    #: True: full-weight decoders may be served; every mode serves LoRA adapters.
+    full_weights: bool
+
+    @abstractmethod
+    def handoff_tokens(self, prompt_tokens: int) -> int:
+        """How many leading prompt tokens the prefill side computes and hands over (R1)."""
+
+    @abstractmethod
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+        """How many leading tokens the decode side may offer for reuse under the block's key (R2)."""

@@ -1,0 +1,20 @@
+"""No sharing: every model prefills for itself, as peers do today. The baseline everything is measured against."""
+
+from __future__ import annotations
+
+from kvshare.modes.base import SharingMode
+
+
+class PerModel(SharingMode):
+    name = "none"
+    summary = "per-model baseline: own prefill engine; adapters on both legs with caches apart"
+    shares_prefill = False
+    guards_prefix = False
+    adapters_share_blocks = False
+    full_weights = True
+
+    def handoff_tokens(self, prompt_tokens: int) -> int:
+        return prompt_tokens
+
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+        return computed_tokens

@@ -1,0 +1,13 @@
+"""The vLLM plugin: how shared KV is upheld on unforked vLLM. The only package that imports vLLM's internals.
+
+Pinned to vLLM 0.32. One seam per file:
+
+    plugin.py      entry point `vllm.general_plugins`: registers the connector
+    connector.py   NIXL pull connector: contract handshake (R4), loads up to the shared prefix (R1), late reads (R6)
+    scheduler.py   prefix cache limits (R2), preemption and resumption (R3)
+    worker.py      worker that restores a resumed request's state
+    block_keys.py  block keys that do not name the adapter (R5)
+    engine.py      AsyncLLM as a PrefillEngine / DecodeEngine
+    text.py        tokens -> text, stop strings, log-probabilities, by vLLM's own output processor
+    openai_app.py  vLLM's OpenAI server over the router
+"""

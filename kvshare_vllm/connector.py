@@ -1,0 +1,157 @@
+"""The KV connector: vLLM's NIXL pull connector, held to the rules of shared KV.
+
+Life of a load, on the decode side:
+ 1. `get_num_new_matched_tokens`: the shared prefix minus what the local cache holds is to be loaded (R1). While
+    another request loads the same blocks, wait for it instead of loading a second copy (R5).
+ 2. The worker shakes hands with the prefill engine once; both must have been started under one contract (R4).
+ 3. The worker reads; the prefill engine frees its blocks when told that the read ended, or when the lease ends.
+ 4. A read that ended after the lease is reported as failed (R6); the scheduler gives the request back (R1, R3).
+
+Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/{connector,pull_scheduler,pull_worker,base_worker}.py
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.logger import init_logger
+
+from kvshare.modes import SharingMode, get_mode
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = init_logger(__name__)
+
+#: Slack for the error of the clock offset that the handshake measured (half a round trip) and for the worker's poll.
+LEASE_MARGIN_S = 0.5
+
+
+def mode_of(vllm_config: VllmConfig) -> SharingMode:
+    return get_mode(vllm_config.kv_transfer_config.get_from_extra_config("sharing_mode", ""))
+
+
+class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
+    """Scheduler side. Prefill: stamps leases. Decode: loads exactly the shared prefix."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._mode = mode_of(vllm_config)
+        self._block_bytes = sum(t.size for t in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
+        # Block hash -> id of the request that is loading this block now. A request's entries live from
+        # update_state_after_alloc until its load ends or the request does.
+        self._loading: dict[Any, str] = {}
+        self._loads: dict[str, list[Any]] = {}
+        # Request id -> [blocks pulled, prompt tokens found locally], until the request ends.
+        self._pulled: dict[str, list[int]] = {}
+
+    def shared_tokens(self, request: Request) -> int:
+        """Length of the prefix that must be base KV, in tokens (R1)."""
+        return self._mode.handoff_tokens(request.num_prompt_tokens)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        params = request.kv_transfer_params or {}
+        if not params.get("do_remote_prefill"):
+            return super().get_num_new_matched_tokens(request, num_computed_tokens)
+        missing = self.shared_tokens(request) - num_computed_tokens
+        if missing <= 0:
+            return 0, False
+        first = num_computed_tokens // self.block_size
+        if missing >= self.block_size and self._loading.get(request.block_hashes[first]) not in (None, request.request_id):
+            return None, False
+        return missing, True
+
+    def update_state_after_alloc(self, request: Request, blocks, num_external_tokens: int) -> None:
+        loads_now = bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if not loads_now:
+            return
+        local = self.shared_tokens(request) - num_external_tokens
+        pulled = -(-num_external_tokens // self.block_size)
+        self._pulled[request.request_id] = [pulled, local]
+        first, end = local // self.block_size, self.shared_tokens(request) // self.block_size
+        if num_external_tokens and end > first:
+            self._loads[request.request_id] = request.block_hashes[first:end]
+            for block_hash in self._loads[request.request_id]:
+                self._loading[block_hash] = request.request_id
+
+    def _load_ended(self, request_id: str) -> None:
+        for block_hash in self._loads.pop(request_id, ()):
+            if self._loading.get(block_hash) == request_id:
+                del self._loading[block_hash]
+
+    def update_connector_output(self, connector_output) -> None:
+        super().update_connector_output(connector_output)
+        for request_id in connector_output.finished_recving or ():
+            self._load_ended(request_id)
+
+    def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
+        self._load_ended(request.request_id)
+        blocks, local = self._pulled.pop(request.request_id, (0, 0))
+        delay, params = super().request_finished(request, block_ids)
+        if request.request_id in self._reqs_need_send and params is not None:
+            # The decode worker rebases this deadline by the clock offset its handshake measured.
+            params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
+            params["lease_s"] = self._kv_lease_duration
+        if params is None:
+            params = {"pulled_bytes": blocks * self._block_bytes, "local_tokens": local}
+        return delay, params
+
+
+class SharedKVConnectorWorker(NixlPullConnectorWorker):
+    """Worker side: shakes hands only under our contract, and voids reads that may have outlived their lease."""
+
+    def register_kv_caches(self, kv_caches) -> None:
+        contract = self.kv_transfer_config.get_from_extra_config("kv_contract", None)
+        if not contract:
+            raise ValueError("kv_connector_extra_config.kv_contract: missing; engines must be started under a KV contract")
+        stock = base_worker.compute_nixl_compatibility_hash
+
+        def contract_hash(vllm_config, attn_backend_name, transfer_mode="pull"):
+            # The stock hash names the model and would refuse every decoder; the contract names its base instead,
+            # and covers what the stock hash covers besides (versions, dtype, shapes). The attention backend fixes
+            # the layout of a block and is only known here.
+            return f"prefillshare-contract {contract} backend {attn_backend_name} mode {transfer_mode}"
+
+        base_worker.compute_nixl_compatibility_hash = contract_hash
+        try:
+            super().register_kv_caches(kv_caches)
+        finally:
+            base_worker.compute_nixl_compatibility_hash = stock
+
+    def _pop_done_transfers(self, transfers):
+        done, failed = super()._pop_done_transfers(transfers)
+        now = time.perf_counter()
+        for request_id in done - failed:
+            if self._read_was_late(request_id, now):
+                logger.warning("Read for request %s ended after its lease; its KV is discarded (R6).", request_id)
+                self.xfer_stats.record_kv_expired_req()
+                failed.add(request_id)
+        return done, failed
+
+    def _read_was_late(self, request_id: str, now: float) -> bool:
+        meta = self._recving_metadata.get(request_id)
+        if meta is None or meta.remote is None or meta.remote.blocks_expiry_time is None:
+            return False
+        deadline = meta.remote.blocks_expiry_time - self._engine_clock_offset[meta.remote.engine_id]
+        return now + LEASE_MARGIN_S >= deadline
+
+
+class SharedKVConnector(NixlPullConnector):
+    """`kv_connector` of every engine in a sharing pool. Extra config: `sharing_mode`, `kv_contract`."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        self.connector_scheduler = self.connector_worker = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = SharedKVConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            self.connector_worker = SharedKVConnectorWorker(vllm_config, self.engine_id, kv_cache_config)

@@ -1,0 +1,282 @@
+"""AsyncLLM as the two engines of the system: one that makes KV and hands it over, one that takes it and generates.
+
+Seam: vllm/v1/engine/async_llm.py, vllm/engine/arg_utils.py, vllm/v1/metrics/loggers.py
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.network_utils import get_open_port
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from kvshare.engine_settings import EngineSettings
+from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
+from kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from kvshare.modes import get_mode
+from kvshare_vllm.log_tail import LogTail
+from kvshare_vllm.plugin import CONNECTOR
+
+_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+class _Gauges(StatLoggerBase):
+    """Keeps the scheduler's last figures at hand."""
+
+    def __init__(self, vllm_config, engine_index: int = 0):
+        self.running = self.waiting = 0
+        self.kv_usage = 0.0
+        self.preemptions = 0
+
+    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0, **_):
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs
+            self.kv_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self):
+        pass
+
+
+class Engine:
+    """One vLLM engine. Made by `start`; `close` ends its processes. Not thread-safe: one event loop."""
+
+    def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail):
+        self.settings = settings
+        self.mode = get_mode(settings.mode)
+        self._llm, self._gauges, self._log = llm, gauges, log
+        self._adapters = {
+            name: LoRARequest(name, number, path) for number, (name, path) in enumerate(settings.adapters.items(), 1)
+        }
+
+    @classmethod
+    async def start(cls, settings: EngineSettings, host: str = "127.0.0.1"):
+        """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
+        _set_environment(settings, host)
+        gauges: list[_Gauges] = []
+
+        def make_gauges(vllm_config, engine_index=0):
+            gauges.append(_Gauges(vllm_config, engine_index))
+            return gauges[-1]
+
+        log = LogTail()
+        llm = None
+        try:
+            with log:
+                args = AsyncEngineArgs(**_engine_args(settings))
+                llm = AsyncLLM.from_engine_args(args, stat_loggers=[make_gauges])
+            engine = cls(settings, llm, gauges[0], log)
+            for lora in engine._adapters.values():
+                await llm.add_lora(lora)
+            return engine
+        except Exception as error:
+            if llm is not None:
+                llm.shutdown()
+            log.close()
+            raise EngineStartError(
+                f"the {settings.role} engine of pool {settings.pool!r} ({settings.model}) did not start: "
+                f"{type(error).__name__}: {error}",
+                log_tail=log.text(),
+            ) from error
+
+    def close(self) -> None:
+        self._llm.shutdown()
+        self._log.close()
+
+    async def check_health(self) -> None:
+        """Raises Unavailable if the engine's processes have died."""
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise self._dead() from error
+
+    def stats(self) -> dict[str, float]:
+        """running, waiting (requests); kv_blocks_total, kv_blocks_used (held by requests or leases); preemptions."""
+        total = self._llm.vllm_config.cache_config.num_gpu_blocks or 0
+        return {
+            "running": self._gauges.running,
+            "waiting": self._gauges.waiting,
+            "preemptions": self._gauges.preemptions,
+            "kv_blocks_total": total,
+            # One block is vLLM's null block; usage counts the others.
+            "kv_blocks_used": round(self._gauges.kv_usage * (total - 1)),
+        }
+
+    def _adapter(self, name: str | None) -> LoRARequest | None:
+        if name is None:
+            return None
+        if name not in self._adapters:
+            raise Internal(f"pool {self.settings.pool!r} holds no adapter {name!r}; it holds {sorted(self._adapters)}")
+        return self._adapters[name]
+
+    async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0):
+        prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
+        if cache_salt:
+            prompt["cache_salt"] = cache_salt
+        try:
+            async for output in self._llm.generate(
+                prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority
+            ):
+                yield output
+        except EngineDeadError as error:
+            raise self._dead() from error
+        except ValueError as error:  # vLLM's own validation of a request
+            raise InvalidInput(str(error)) from error
+
+    def _dead(self) -> Unavailable:
+        return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
+
+
+class PrefillEngine(Engine):
+    async def prefill(
+        self, token_ids: list[int], request_id: str, *, adapter: str | None = None, cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> PrefillResult:
+        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends."""
+        ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
+        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={"kv_transfer_params": ask})
+        started = time.perf_counter()
+        output = None
+        async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+            pass
+        if output is None or output.outputs[0].finish_reason not in ("length", "stop"):
+            raise Unavailable(f"prefill of request {request_id} ended early")
+        params = output.kv_transfer_params
+        if not params:
+            raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
+        handoff = Handoff(
+            tokens=len(token_ids), contract=self.settings.contract, lease_s=self.settings.lease_s, transfer=dict(params)
+        )
+        return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, time.perf_counter() - started)
+
+
+class DecodeEngine(Engine):
+    def check(self, handoff: Handoff) -> None:
+        """The contract again, at handoff (R4): an engine may have been replaced since start-up."""
+        if handoff.contract != self.settings.contract:
+            raise ContractMismatch(
+                f"pool {self.settings.pool!r} reads KV of contract {self.settings.contract}, "
+                f"the handoff was made under {handoff.contract}",
+                fix="start prefill and decode pools from one deployment file",
+            )
+
+    async def decode(
+        self, token_ids: list[int], handoff: Handoff | None, sampling: SamplingParams, request_id: str, *,
+        adapter: str | None = None, replay: int = 0, cache_salt: str | None = None, priority: int = 0,
+    ) -> AsyncIterator[TokenChunk]:
+        """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere.
+
+        `sampling` is the turn's own, limits counted over the whole turn. Raises PrefixLost when the prefix must be
+        handed over again; the tokens yielded so far stand.
+        """
+        prompt_tokens = len(token_ids) - replay
+        transfer: dict[str, Any] = {}
+        if handoff is not None:
+            self.check(handoff)
+            expected = self.mode.handoff_tokens(prompt_tokens)
+            if handoff.tokens != expected:
+                raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
+            transfer = dict(handoff.transfer)
+        elif self.mode.handoff_tokens(prompt_tokens) > 0:
+            raise Internal("a prompt of several tokens came without a handoff (R1)")
+        transfer["replay_tokens"] = replay
+        sampling = sampling.clone()
+        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
+        sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
+        async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+            completion, params = output.outputs[0], output.kv_transfer_params or {}
+            if completion.finish_reason == "error":
+                if "resume_reason" not in params:
+                    raise Unavailable(f"request {request_id} was refused by the engine: {params.get('refused', 'no reason given')}")
+                reason = ResumeReason(params["resume_reason"])
+                raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
+            if completion.finish_reason == "abort":
+                raise Unavailable(f"request {request_id} was aborted by the engine")
+            yield TokenChunk(
+                token_ids=list(completion.token_ids),
+                logprobs=_logprobs(completion),
+                finish_reason=completion.finish_reason,
+                stop_reason=completion.stop_reason,
+                kv_bytes=params.get("pulled_bytes", 0),
+                local_tokens=params.get("local_tokens", 0),
+            )
+
+    async def release(self, handoff: Handoff, request_id: str) -> None:
+        """Tell the prefill engine that nobody will read this handoff, so that it frees the blocks now."""
+        await self._llm.notify_kv_transfer_request_rejected(request_id, dict(handoff.transfer))
+
+
+def _logprobs(completion) -> list[list[tuple[int, float, int]]] | None:
+    if completion.logprobs is None:
+        return None
+    rows = []
+    for token, row in zip(completion.token_ids, completion.logprobs, strict=True):
+        first = row[token]
+        rows.append([(token, first.logprob, first.rank or 0)] + [(t, p.logprob, p.rank or 0) for t, p in row.items() if t != token])
+    return rows
+
+
+def _engine_args(s: EngineSettings) -> dict[str, Any]:
+    mode = get_mode(s.mode)
+    connector: dict[str, Any] = {
+        "kv_connector": "NixlConnector",
+        "kv_role": _ROLES[s.role],
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
+    }
+    args: dict[str, Any] = {}
+    if mode.guards_prefix:
+        connector["kv_connector"] = CONNECTOR
+        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        if s.role == "decode":
+            args |= {
+                "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
+                "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
+            }
+    if current_platform.is_cpu():
+        connector["kv_buffer_device"] = "cpu"
+        args |= {"enforce_eager": True}
+    if s.tensor_parallel_size == 1:
+        args["distributed_executor_backend"] = "uni"  # one process and its memory less
+    if s.adapters:
+        args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
+    if s.max_num_batched_tokens:
+        args["max_num_batched_tokens"] = s.max_num_batched_tokens
+    return args | {
+        "model": s.model,
+        "dtype": s.dtype,
+        "max_model_len": s.max_model_len,
+        "block_size": s.block_size,
+        "kv_cache_memory_bytes": s.kv_cache_bytes,
+        "max_num_seqs": s.max_num_seqs,
+        "tensor_parallel_size": s.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        "kv_transfer_config": connector,
+        "disable_log_stats": False,
+        "generation_config": "vllm",
+    } | dict(s.engine_args)
+
+
+def _set_environment(s: EngineSettings, host: str) -> None:
+    """vLLM reads these at import or engine start; the replica's process belongs to this one engine."""
+    env = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(s.side_channel_port or get_open_port()),
+        # Block keys must agree between processes that exchange KV events.
+        "PYTHONHASHSEED": "0",
+    }
+    if s.cpu_cores is not None and current_platform.is_cpu():
+        env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
+    os.environ.update(env)

@@ -1,0 +1,59 @@
+"""The decode engine's worker: restores the state of a resumed request that this process has not run before.
+
+vLLM's V2 model runner takes a resumed request as new, tokens and all, and draws its noise from (seed, position):
+nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table: we put it there first.
+
+Seam: vllm/v1/worker/gpu_model_runner.py, `_update_states`; vllm/v1/sample/ops/topk_topp_sampler.py (draws per token).
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+class SharedKVWorker(PlatformWorker):
+    def execute_model(self, scheduler_output):
+        meta = scheduler_output.kv_connector_metadata
+        if not self.use_v2_model_runner:
+            for data in getattr(meta, "restored_requests", ()):
+                drawn = _drawn(scheduler_output, data.req_id)
+                self.model_runner.requests[data.req_id] = CachedRequestState(
+                    req_id=data.req_id,
+                    prompt_token_ids=data.prompt_token_ids,
+                    mm_features=data.mm_features,
+                    sampling_params=data.sampling_params,
+                    generator=self._generator_after(data.sampling_params, drawn),
+                    block_ids=data.block_ids,
+                    num_computed_tokens=data.num_computed_tokens,
+                    output_token_ids=list(scheduler_output.scheduled_cached_reqs.all_token_ids[data.req_id][-drawn:]),
+                    lora_request=data.lora_request,
+                )
+        return super().execute_model(scheduler_output)
+
+    def _generator_after(self, params, drawn: int) -> torch.Generator | None:
+        """The request's generator as it stands after `drawn` sampled tokens."""
+        if params.sampling_type != SamplingType.RANDOM_SEED:
+            return None
+        generator = torch.Generator(device=self.model_runner.device)
+        generator.manual_seed(params.seed)
+        if current_platform.is_cpu():  # one integer per token seeds the fused kernel
+            for _ in range(drawn):
+                torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+        else:  # one exponential per vocabulary entry and token
+            row = torch.empty(self.model_runner.input_batch.vocab_size, device=self.model_runner.device)
+            for _ in range(drawn):
+                row.exponential_(generator=generator)
+        return generator
+
+
+def _drawn(scheduler_output, request_id: str) -> int:
+    cached = scheduler_output.scheduled_cached_reqs
+    return cached.num_output_tokens[cached.req_ids.index(request_id)]

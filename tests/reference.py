@@ -1,0 +1,31 @@
+"""The oracle (DESIGN.md): what a response's log-probabilities must be, in plain transformers, one function per mode.
+
+Every function takes the prompt's and the response's token ids and returns one log-probability per response token,
+computed in float32 from the definition of the mode, with nothing cached, batched or handed over.
+"""
+
+import torch
+
+
+@torch.no_grad()
+def prefillshare(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+    """The base makes KV of all prompt tokens but the last; the decoder runs from there on its own KV (PAPERS.md 1)."""
+    past = base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values if len(prompt) > 1 else None
+    logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
+    return _chosen(logits, response)
+
+
+@torch.no_grad()
+def none(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+    """The decoder does everything itself; the base takes no part."""
+    logits = decoder(torch.tensor([prompt + response[:-1]])).logits[0, len(prompt) - 1 :]
+    return _chosen(logits, response)
+
+
+def _chosen(logits: torch.Tensor, response: list[int]) -> list[float]:
+    return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].tolist()
+
+
+def max_abs_diff(got: list[float], want: list[float]) -> float:
+    assert len(got) == len(want), f"{len(got)} log-probabilities against {len(want)}"
+    return max(abs(a - b) for a, b in zip(got, want, strict=True))

@@ -36,3 +36,12 @@ class EngineSettings:
     side_channel_port: int | None = None
     #: Further vLLM engine arguments, as given in the config (`engine_args`).
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Name of the prefill engines that all sharing pools draw on.
+SHARED_PREFILL = "prefill"
+
+
+def own_prefill(pool: str) -> str:
+    """Name of the prefill engines that belong to one decode pool alone."""
+    return f"prefill-{pool}"

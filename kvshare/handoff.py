@@ -50,7 +50,8 @@ class TokenChunk:
     logprobs: list[list[tuple[int, float, int]]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    #: Set on the last chunk: bytes pulled over the transport and prompt tokens found in the decode engine's cache.
+    #: What loading this request's prefix cost: bytes pulled over the transport, and prompt tokens found in the decode
+    #: engine's own cache. The same on every chunk of a request.
     kv_bytes: int = 0
     local_tokens: int = 0
 
@@ -73,3 +74,13 @@ class TurnUsage:
     total_s: float = 0.0
     prefill_replica: str = ""
     decode_replica: str = ""
+
+
+@dataclass
+class TurnContext:
+    """What travels with one turn through the router. `session`: the router's session, opaque to the layers below it."""
+
+    usage: TurnUsage = field(default_factory=TurnUsage)
+    session: Any = None
+    #: Seconds the client waits; None: the deployment's default.
+    deadline_s: float | None = None

@@ -50,8 +50,8 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         # update_state_after_alloc until its load ends or the request does.
         self._loading: dict[Any, str] = {}
         self._loads: dict[str, list[Any]] = {}
-        # Request id -> [blocks pulled, prompt tokens found locally], until the request ends.
-        self._pulled: dict[str, list[int]] = {}
+        # Request id -> what its load cost, reported with every output until the request ends.
+        self.load_cost: dict[str, dict[str, int]] = {}
 
     def shared_tokens(self, request: Request) -> int:
         """Length of the prefix that must be base KV, in tokens (R1)."""
@@ -76,7 +76,7 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
             return
         local = self.shared_tokens(request) - num_external_tokens
         pulled = -(-num_external_tokens // self.block_size)
-        self._pulled[request.request_id] = [pulled, local]
+        self.load_cost[request.request_id] = {"pulled_bytes": pulled * self._block_bytes, "local_tokens": local}
         first, end = local // self.block_size, self.shared_tokens(request) // self.block_size
         if num_external_tokens and end > first:
             self._loads[request.request_id] = request.block_hashes[first:end]
@@ -95,15 +95,13 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         self._load_ended(request.request_id)
-        blocks, local = self._pulled.pop(request.request_id, (0, 0))
+        load_cost = self.load_cost.pop(request.request_id, None)
         delay, params = super().request_finished(request, block_ids)
         if request.request_id in self._reqs_need_send and params is not None:
             # The decode worker rebases this deadline by the clock offset its handshake measured.
             params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
             params["lease_s"] = self._kv_lease_duration
-        if params is None:
-            params = {"pulled_bytes": blocks * self._block_bytes, "local_tokens": local}
-        return delay, params
+        return delay, load_cost if params is None else params
 
 
 class SharedKVConnectorWorker(NixlPullConnectorWorker):

@@ -26,6 +26,7 @@ from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.modes import get_mode
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.plugin import CONNECTOR
+from kvshare_vllm.sampling import logprob_rows
 
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
@@ -206,7 +207,7 @@ class DecodeEngine(Engine):
                 raise Unavailable(f"request {request_id} was aborted by the engine")
             yield TokenChunk(
                 token_ids=list(completion.token_ids),
-                logprobs=_logprobs(completion),
+                logprobs=logprob_rows(completion),
                 finish_reason=completion.finish_reason,
                 stop_reason=completion.stop_reason,
                 kv_bytes=params.get("pulled_bytes", 0),
@@ -216,16 +217,6 @@ class DecodeEngine(Engine):
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the prefill engine that nobody will read this handoff, so that it frees the blocks now."""
         await self._llm.notify_kv_transfer_request_rejected(request_id, dict(handoff.transfer))
-
-
-def _logprobs(completion) -> list[list[tuple[int, float, int]]] | None:
-    if completion.logprobs is None:
-        return None
-    rows = []
-    for token, row in zip(completion.token_ids, completion.logprobs, strict=True):
-        first = row[token]
-        rows.append([(token, first.logprob, first.rank or 0)] + [(t, p.logprob, p.rank or 0) for t, p in row.items() if t != token])
-    return rows
 
 
 def _engine_args(s: EngineSettings) -> dict[str, Any]:
@@ -248,8 +239,6 @@ def _engine_args(s: EngineSettings) -> dict[str, Any]:
     if current_platform.is_cpu():
         connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
-    if s.tensor_parallel_size == 1:
-        args["distributed_executor_backend"] = "uni"  # one process and its memory less
     if s.adapters:
         args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
     if s.max_num_batched_tokens:

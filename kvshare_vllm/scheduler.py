@@ -122,16 +122,22 @@ class SharedKVScheduler(AsyncScheduler):
         # vLLM admits no waiting request in a step that preempts, so none of these has started again.
         for request in self._preempted:
             self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-            self._given_back.append((request.client_index, _give_back(request.request_id, resume_reason=ResumeReason.PREEMPTED.value)))
+            output = _give_back(request.request_id, resume_reason=ResumeReason.PREEMPTED.value)
+            output.events = request.take_events()
+            self._given_back.append((request.client_index, output))
         self._preempted.clear()
         return output
 
     def update_from_output(self, scheduler_output, model_runner_output):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        load_cost = self.connector.connector_scheduler.load_cost
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
-                if output.finish_reason == FinishReason.ERROR and output.kv_transfer_params is None:
+                if output.finish_reason == FinishReason.ERROR:
                     output.kv_transfer_params = {"resume_reason": ResumeReason.KV_LOAD_FAILED.value}
+                elif not output.finished:
+                    # On every output: the front end merges outputs and keeps the last one's.
+                    output.kv_transfer_params = load_cost.get(output.request_id)
         for client_index, output in self._given_back:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         self._given_back.clear()

@@ -1,0 +1,1 @@
+"""Ray Serve deployment around a KV-producing engine."""

@@ -1,0 +1,1 @@
+"""The ingress: HTTP and gRPC surfaces, sessions, placement, and the orchestration of a turn."""

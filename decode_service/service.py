@@ -1,0 +1,52 @@
+"""One decode replica: a full-weight decoder, or the base with several LoRA decoders.
+
+A request's life here:
+ 1. `decode` checks the handoff's contract, and gives prompt, handoff and sampling to the engine.
+ 2. The engine pulls the blocks it lacks and generates; tokens stream out as they are made.
+ 3. If the engine loses the shared prefix (preemption, failed or late load), PrefixLost goes up; the router hands
+    over again and sends the turn back with the tokens it has (`replay`).
+ 4. Closing the stream aborts the request and frees its blocks.
+"""
+
+from __future__ import annotations
+
+import ray
+from ray import serve
+
+from kvshare.engine_settings import EngineSettings
+from kvshare.handoff import Handoff
+
+
+class DecodeService:
+    """Ray Serve deployment. One engine per replica."""
+
+    async def __init__(self, settings: EngineSettings):
+        from kvshare_vllm.engine import DecodeEngine
+
+        self._engine = await DecodeEngine.start(settings, host=ray.util.get_node_ip_address())
+
+    async def replica_id(self) -> str:
+        return serve.get_replica_context().replica_id.unique_id
+
+    async def decode(
+        self, token_ids: list[int], handoff: Handoff | None, sampling, request_id: str, adapter: str | None = None,
+        replay: int = 0, cache_salt: str | None = None,
+    ):
+        """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
+        async for chunk in self._engine.decode(
+            token_ids, handoff, sampling, request_id, adapter=adapter, replay=replay, cache_salt=cache_salt
+        ):
+            yield chunk
+
+    async def release(self, handoff: Handoff, request_id: str) -> None:
+        await self._engine.release(handoff, request_id)
+
+    async def stats(self) -> dict[str, float]:
+        return self._engine.stats()
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    def __del__(self):
+        if engine := getattr(self, "_engine", None):
+            engine.close()

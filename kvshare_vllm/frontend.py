@@ -1,0 +1,238 @@
+"""vLLM's EngineClient without an engine: requests go to a turn runner (the router), tokens come back as text.
+
+vLLM's own input and output processors run here, so that tokenisation, validation, stop strings, log-probabilities,
+`n` > 1 and the rest behave as in vLLM. Workers see token ids only. Both surfaces, HTTP and gRPC, stand on this class.
+
+Seam: vllm/engine/protocol.py, vllm/v1/engine/{input_processor,output_processor}.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from copy import copy
+from http import HTTPStatus
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.renderers.inputs.preprocess import extract_prompt_components
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import PrefillStats
+from vllm.v1.outputs import LogprobsLists
+
+from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError
+from kvshare.handoff import TokenChunk, TurnContext
+
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
+
+#: Runs one turn: (decoder, prompt ids, sampling, request id, context with the usage to fill) -> chunks of tokens.
+TurnRunner = Callable[[str, list[int], SamplingParams, str, TurnContext], AsyncIterator[TokenChunk]]
+
+
+def frontend_config(args: AsyncEngineArgs) -> VllmConfig:
+    """A config that describes the model and starts nothing (as vllm/entrypoints/launchers/render/entry.py does)."""
+    model_config = args.create_model_config()
+    model_config.quantization = None
+    return VllmConfig(model_config=model_config, structured_outputs_config=args.create_structured_outputs_config())
+
+
+class Frontend(EngineClient):
+    """`admit` raises before anything is queued; `run_turn` does the work. Neither knows about text."""
+
+    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Callable[[str], None]):
+        self.vllm_config, self.model_config = config, config.model_config
+        self.renderer = renderer_from_config(config)
+        self.input_processor = InputProcessor(config, self.renderer)
+        self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
+        self._base_name, self._run_turn, self._admit = base_name, run_turn, admit
+
+    # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
+    def generate(
+        self, prompt, sampling_params, request_id, *, prompt_text=None, lora_request=None, tokenization_kwargs=None,
+        trace_headers=None, priority=0, data_parallel_rank=None, session_id=None, kv_hints=None, reasoning_ended=None,
+        reasoning_parser_kwargs=None,
+    ) -> AsyncIterator[RequestOutput]:
+        """vLLM's surface. The decoder is the LoRA's name; none is the base."""
+        decoder = lora_request.lora_name if lora_request is not None else self._base_name
+        try:
+            request = self.prepare(
+                prompt, sampling_params, request_id, decoder, tokenization_kwargs=tokenization_kwargs,
+                reasoning_ended=reasoning_ended, reasoning_parser_kwargs=reasoning_parser_kwargs,
+            )
+        except PrefillShareError as error:
+            raise _to_vllm(error) from error
+        text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
+        return self._as_vllm(self.run(request, decoder, TurnContext(), prompt_text=text))
+
+    def prepare(
+        self, prompt, sampling_params: SamplingParams, request_id: str, decoder: str, *, tokenization_kwargs=None,
+        reasoning_ended=None, reasoning_parser_kwargs=None,
+    ) -> EngineCoreRequest:
+        """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
+        if sampling_params.prompt_logprobs is not None:
+            raise InvalidInput(
+                "log-probabilities of prompt tokens are not available: the prompt is prefilled elsewhere",
+                field="prompt_logprobs", fix="leave it out; `logprobs` of generated tokens work",
+            )
+        if sampling_params.extra_args:  # a client must not drive the KV connector
+            sampling_params = sampling_params.clone()
+            sampling_params.extra_args = None
+        self._admit(decoder)
+        try:
+            request = self.input_processor.process_inputs(
+                request_id, prompt, sampling_params, supported_tasks=("generate",), lora_request=None,
+                tokenization_kwargs=tokenization_kwargs,
+            )
+        except VLLMValidationError as error:
+            raise InvalidInput(str(error), field=getattr(error, "parameter", None)) from error
+        request.reasoning_ended, request.reasoning_parser_kwargs = reasoning_ended, reasoning_parser_kwargs
+        self.input_processor.assign_request_id(request)
+        return request
+
+    async def run(
+        self, request: EngineCoreRequest, decoder: str, context: TurnContext, *, prompt_text: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Run a prepared request. Closing the iterator, or cancelling its consumer, ends the turn everywhere."""
+        params = request.sampling_params
+        queue = RequestOutputCollector(params.output_kind, request.request_id)
+        children, parent = [request], None
+        if params.n > 1:
+            parent, children = ParentRequest(request), []
+            for index in range(params.n):
+                child = copy(request)
+                child.request_id, child.sampling_params = parent.get_child_info(index)
+                children.append(child)
+        pumps: list[asyncio.Task] = []
+        finished = False
+        try:
+            for index, child in enumerate(children):
+                self.output_processor.add_request(child, prompt_text, parent, index, queue)
+                own = context if parent is None else TurnContext(session=context.session, deadline_s=context.deadline_s)
+                pumps.append(asyncio.create_task(self._pump(child, decoder, own, queue)))
+            while not finished:
+                output = queue.get_nowait() or await queue.get()
+                finished = output.finished
+                yield output
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            if not finished:
+                self.output_processor.abort_requests([request.request_id], internal=True)
+            queue.close()
+
+    async def _pump(self, request: EngineCoreRequest, decoder: str, context: TurnContext, queue) -> None:
+        first = True
+        try:
+            turn = self._run_turn(decoder, list(request.prompt_token_ids), request.sampling_params, request.request_id, context)
+            async with aclosing(turn) as chunks:
+                async for chunk in chunks:
+                    output = _core_output(request.request_id, chunk, context.usage.cached_tokens if first else None)
+                    first = False
+                    done = self.output_processor.process_outputs([output])
+                    if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
+                        return
+            queue.put(Internal("the turn ended without a finish reason"))
+        except Exception as error:
+            queue.put(error)
+
+    async def _as_vllm(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+        except PrefillShareError as error:
+            raise _to_vllm(error) from error
+
+    # The rest of EngineClient: there is no engine to pause, profile or reset here.
+
+    async def get_supported_tasks(self):
+        return ("generate",)
+
+    async def add_lora(self, lora_request) -> bool:
+        return True  # decoders are registered under LoRA names; their weights live in the decode pools
+
+    async def abort(self, request_id) -> None:
+        self.output_processor.abort_requests([request_id] if isinstance(request_id, str) else list(request_id), internal=False)
+
+    async def encode(self, *args, **kwargs):
+        raise _to_vllm(InvalidInput("embeddings are not served"))
+        yield
+
+    is_running = property(lambda self: True)
+    is_stopped = property(lambda self: False)
+    errored = property(lambda self: False)
+    dead_error = property(lambda self: EngineDeadError())
+
+    async def check_health(self) -> None: ...
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    async def do_log_stats(self) -> None: ...
+
+    def shutdown(self, timeout=None) -> None:
+        self.renderer.shutdown()
+
+    async def notify_kv_transfer_request_rejected(self, request_id, kv_transfer_params, *, data_parallel_rank=None) -> None: ...
+
+    async def reset_mm_cache(self) -> None: ...
+
+    async def reset_encoder_cache(self) -> None: ...
+
+    async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False) -> bool:
+        raise _to_vllm(InvalidInput("resetting caches over HTTP is not served"))
+
+    async def is_sleeping(self) -> bool:
+        return False
+
+    async def is_paused(self) -> bool:
+        return False
+
+    async def _not_served(self, *args, **kwargs):
+        raise _to_vllm(InvalidInput("controlling engines over HTTP is not served"))
+
+    start_profile = stop_profile = sleep = wake_up = release_kv_cache_memory = _not_served
+    pause_generation = resume_generation = _not_served
+
+
+def _core_output(request_id: str, chunk: TokenChunk, cached_tokens: int | None) -> EngineCoreOutput:
+    logprobs = None
+    if chunk.logprobs is not None and chunk.token_ids:
+        # vLLM wants the sampled token first, then the k likeliest in order, every row equally long.
+        rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])] for row in chunk.logprobs]
+        width = max(len(row) for row in chunk.logprobs)
+        rows = [(row + [row[-1]] * width)[:width] for row in rows]
+        logprobs = LogprobsLists(
+            np.array([[e[0] for e in row] for row in rows], np.int32),
+            np.array([[e[1] for e in row] for row in rows], np.float32),
+            np.array([row[0][2] for row in rows], np.int32),
+        )
+    return EngineCoreOutput(
+        request_id=request_id,
+        new_token_ids=list(chunk.token_ids),
+        new_logprobs=logprobs,
+        finish_reason=_FINISH[chunk.finish_reason] if chunk.finish_reason else None,
+        stop_reason=chunk.stop_reason,
+        prefill_stats=None if cached_tokens is None else PrefillStats(num_cached_tokens=cached_tokens),
+    )
+
+
+def _to_vllm(error: PrefillShareError) -> Exception:
+    """Our errors as vLLM's HTTP layer knows them."""
+    if isinstance(error, NotFound):
+        return VLLMNotFoundError(str(error))
+    if isinstance(error, InvalidInput) and error.http_status == 400:
+        return VLLMValidationError(str(error), parameter=error.field)
+    return GracefulHTTPError(str(error), HTTPStatus(error.http_status))

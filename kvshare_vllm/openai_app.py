@@ -1,0 +1,62 @@
+"""vLLM's OpenAI server over the router: chat, completions, responses, models, tools, structured output, tokenize.
+
+Decoders are registered as LoRA modules of the base, so that each is a model of its own; nothing is loaded here.
+
+Seam: vllm/entrypoints/launchers/{app.py,cli_args.py,api_server/app_state.py}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+from kvshare.config import Base
+
+# Read by vLLM at import: this process has no KV cache and counts nobody's usage.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
+
+
+async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None]):
+    """Returns (FastAPI app, Frontend). `decoders`: served names without the base."""
+    args = _arguments(base)
+    args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
+    environment = dict(os.environ)
+    frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit)
+    _restore(environment)
+    tasks = await frontend.get_supported_tasks()
+    app = build_app(args, tasks, frontend.model_config)
+    await init_app_state(frontend, app.state, args, tasks)
+    app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
+    return app, frontend
+
+
+def _arguments(base: Base):
+    flags = [
+        "--model", base.model, "--served-model-name", base.name, "--max-model-len", str(base.max_model_len),
+        "--dtype", base.dtype, "--enable-prompt-tokens-details", "--generation-config", "vllm",
+    ]
+    if base.tool_call_parser:
+        flags += ["--enable-auto-tool-choice", "--tool-call-parser", base.tool_call_parser]
+    if base.reasoning_parser:
+        flags += ["--reasoning-parser", base.reasoning_parser]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _restore(environment: dict[str, str]) -> None:
+    """vLLM's CPU platform writes thread settings meant for an engine; this process and its children want none."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)

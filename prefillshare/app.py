@@ -1,0 +1,195 @@
+"""Config -> Serve application, and its life: check, start, wait until ready, stop.
+
+`running(deployment)` is what `serve`, the demo, tests and benchmarks all use.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvshare import decoders
+from kvshare.config import Deployment, Engines, load
+from kvshare.contract import KVContract
+from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
+from kvshare.errors import EngineStartError
+from kvshare.modes import get_mode
+from prefillshare.platform import engine_environment, on_cpu, vllm_build
+
+logger = logging.getLogger(__name__)
+
+APP = "prefillshare"
+ROUTER = "router"
+#: How long a stopping router lets running turns go on.
+GRACE_S = 30.0
+
+#: Called with (seconds since start, deployment name -> state) while waiting.
+Progress = Callable[[float, dict[str, str]], None]
+
+
+def kv_contract(deployment: Deployment) -> KVContract:
+    """Check every decoder's files and return the contract all engines of the deployment start under."""
+    base = decoders.check_files(deployment)
+    return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build())
+
+
+def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, Engines]]:
+    """Serve deployment name -> what its engines start with, and how many."""
+    contract = kv_contract(deployment).digest
+    base = deployment.base
+
+    def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
+        return EngineSettings(
+            role=role, pool=pool, model=model, mode=mode, contract=contract, dtype=base.dtype, max_model_len=base.max_model_len,
+            block_size=base.block_size, kv_cache_bytes=int(engines.kv_cache_gib * 2**30),
+            tensor_parallel_size=engines.tensor_parallel_size, max_num_seqs=engines.max_num_seqs,
+            max_num_batched_tokens=engines.max_num_batched_tokens, lease_s=deployment.cluster.kv_lease_s,
+            cpu_cores=engines.cpu_cores, engine_args=engines.engine_args, **more,
+        ), engines
+
+    result = {}
+    sharing = next((p.sharing for p in deployment.decode if get_mode(p.sharing).shares_prefill), None)
+    if sharing:
+        result[SHARED_PREFILL] = settings("prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model)
+    for pool in deployment.decode:
+        model = pool.model or base.model
+        lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank}
+        if not get_mode(pool.sharing).shares_prefill:
+            name = own_prefill(pool.pool)
+            result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
+        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora)
+    return result
+
+
+def build(deployment: Deployment):
+    """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts."""
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from decode_service.service import DecodeService
+    from prefill_service.service import PrefillService
+    from router.ingress import RouterIngress
+    from router.pinned import PinnedRouter
+
+    prefill, decode = {}, {}
+    env = engine_environment()
+    for name, (settings, engines) in engine_settings(deployment).items():
+        service, handles = (PrefillService, prefill) if settings.role == "prefill" else (DecodeService, decode)
+        handles[name] = serve.deployment(
+            service,
+            name=name,
+            num_replicas=engines.replicas,
+            max_ongoing_requests=4 * engines.max_num_seqs,
+            max_constructor_retry_count=1,
+            health_check_period_s=2,
+            health_check_timeout_s=30,
+            graceful_shutdown_timeout_s=GRACE_S,
+            graceful_shutdown_wait_loop_s=0.2,
+            request_router_config=RequestRouterConfig(request_router_class=PinnedRouter),
+            ray_actor_options={
+                "num_cpus": 0.01 if on_cpu() else 1,
+                "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size,
+                "runtime_env": {"env_vars": env},
+            },
+        ).bind(settings)
+    router = deployment.router
+    return serve.deployment(
+        RouterIngress,
+        name=ROUTER,
+        num_replicas=router.replicas,
+        # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
+        max_ongoing_requests=4 * router.max_queued,
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}}},
+    ).bind(deployment, prefill, decode)
+
+
+@contextmanager
+def running(deployment: Deployment, progress: Progress | None = None) -> Iterator[object]:
+    """Start a deployment; yields the router's handle when every pool has served a turn. Stops everything at the end.
+
+    Raises ConfigError, ContractMismatch or EngineStartError (with the end of the engine's log).
+    """
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from prefillshare.preflight import check_machine
+
+    engine_settings(deployment)  # files first: the cheapest refusals
+    check_machine(deployment)
+    cluster, owned = deployment.cluster, False
+    if not ray.is_initialized():
+        owned = cluster.address is None
+        ray.init(
+            address=cluster.address, num_cpus=cluster.num_cpus, include_dashboard=False if owned else None, log_to_driver=False,
+            logging_level=logging.WARNING, namespace=APP, configure_logging=False,
+            **({"_node_ip_address": deployment.router.host} if owned and deployment.router.host == "127.0.0.1" else {}),
+        )
+    try:
+        serve.start(http_options=HTTPOptions(host=deployment.router.host, port=deployment.router.http_port))
+        serve.run_many([serve.RunTarget(build(deployment), name=APP, route_prefix="/")], wait_for_applications_running=False)
+        _wait_until_running(deployment, progress)
+        handle = serve.get_app_handle(APP)
+        yield handle
+        _drain(handle)
+    finally:
+        serve.shutdown()
+        if owned:
+            ray.shutdown()
+
+
+def _drain(handle) -> None:
+    try:
+        handle.drain.remote(GRACE_S).result(timeout_s=GRACE_S + 5)
+    except Exception as error:  # the cluster is going down whatever happens here
+        logger.warning("The router did not drain: %s: %s", type(error).__name__, error)
+
+
+def _wait_until_running(deployment: Deployment, progress: Progress | None) -> None:
+    from ray import serve
+
+    started = time.monotonic()
+    while True:
+        status = serve.status().applications[APP]
+        elapsed = time.monotonic() - started
+        if progress:
+            progress(elapsed, {name: d.status.value for name, d in status.deployments.items()})
+        if status.status.value == "RUNNING":
+            return
+        unhealthy = {n: d.message for n, d in status.deployments.items() if d.status.value in ("UNHEALTHY", "DEPLOY_FAILED")}
+        if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY") or unhealthy:
+            text = "\n".join(f"{name}: {message}" for name, message in unhealthy.items() if message) or status.message
+            raise EngineStartError(f"the deployment did not start:\n{text}")
+        if elapsed > deployment.cluster.start_timeout_s:
+            waiting = ", ".join(f"{n} is {d.status.value}" for n, d in status.deployments.items() if d.status.value != "HEALTHY")
+            raise EngineStartError(f"not ready after {elapsed:.0f} s: {waiting}", fix="raise cluster.start_timeout_s")
+        time.sleep(0.2)
+
+
+def serve_command(file: Path) -> None:
+    """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop."""
+    import signal
+    import threading
+
+    from rich.console import Console
+
+    from prefillshare.progress import startup_progress
+
+    console = Console(stderr=True)
+    deployment = load(file)
+    stop = threading.Event()
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: stop.set())
+    with startup_progress(console) as progress, running(deployment, progress) as _:
+        progress.done()
+        r = deployment.router
+        console.print(f"[green]ready[/]  OpenAI: http://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
+        console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
+        stop.wait()
+        console.print("stopping: finishing running turns ...")

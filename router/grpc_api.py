@@ -1,0 +1,172 @@
+"""The gRPC surface (protos/prefillshare/v1). Translates; sessions, text and turns are elsewhere.
+
+A server of our own in the router replica, not Serve's gRPC proxy: the proxy hides the client's deadline, drops the
+trailing metadata of errors raised before the first message, and cannot be bound to one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from contextlib import aclosing
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
+from kvshare.handoff import TurnContext, TurnUsage
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from router.sampling import to_sampling_params
+from router.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+ERROR_METADATA = "prefillshare-error-bin"
+SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class GrpcServer:
+    """Owns the listening port. `start` raises ConfigError if it is taken."""
+
+    def __init__(self, servicer: Servicer, host: str, port: int):
+        self._address, self._port = f"{host}:{port}", port
+        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+                   ("grpc.so_reuseport", 0)]
+        self._server = grpc.aio.server(options=options)
+        self._health = health.aio.HealthServicer()
+        pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+
+    async def start(self) -> None:
+        try:
+            if self._server.add_insecure_port(self._address) != self._port:
+                raise RuntimeError("not bound")
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {self._address}: {error}", field="router.grpc_port", fix="choose a free port") from error
+        await self._server.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+class Servicer(pb_grpc.PrefillShareServicer):
+    def __init__(self, turns: Turns, readiness):
+        self._turns, self._readiness = turns, readiness
+
+    async def ListDecoders(self, request, context):
+        decoders = self._turns.decoders.values()
+        return pb.ListDecodersResponse(
+            decoders=[pb.Decoder(name=d.name, pool=d.pool, sharing=d.sharing, kind=d.kind) for d in decoders]
+        )
+
+    async def GetReadiness(self, request, context):
+        reason = await self._readiness()
+        return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
+
+    async def CreateSession(self, request, context):
+        return await self._answer(context, lambda: self._describe(self._turns.create(request.session_id, _input(request.input))))
+
+    async def GetSession(self, request, context):
+        return await self._answer(
+            context, lambda: self._describe(self._turns.sessions.get(request.session_id), request.include_token_ids)
+        )
+
+    async def ForkSession(self, request, context):
+        return await self._answer(
+            context, lambda: self._describe(self._turns.sessions.fork(request.session_id, request.new_session_id))
+        )
+
+    async def DeleteSession(self, request, context):
+        await self._answer(context, lambda: self._turns.sessions.delete(request.session_id))
+        return pb.DeleteSessionResponse()
+
+    async def Generate(self, request, context):
+        request_id = uuid.uuid4().hex
+        turn_context = TurnContext()
+        try:
+            turn_context.deadline_s = _deadline_s(context)
+            sampling = to_sampling_params(request.sampling)
+            turn = self._turns.take(
+                request.session_id, request.decoder, _input(request.input), _input(request.suffix), sampling, request_id,
+                turn_context,
+            )
+            async with aclosing(turn) as events:
+                async for event in events:
+                    response = pb.GenerateResponse(text=event.text, token_ids=event.token_ids)
+                    for row in event.logprobs or ():
+                        response.logprobs.add(entries=[pb.Logprob(token_id=t, logprob=p, rank=r) for t, p, r in row])
+                    if event.finish_reason:
+                        response.done.CopyFrom(
+                            pb.Done(finish_reason=event.finish_reason, usage=_usage(turn_context.usage), context_tokens=event.context_tokens)
+                        )
+                    yield response
+        except PrefillShareError as error:
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
+
+    def _describe(self, session, with_tokens: bool = False) -> pb.Session:
+        return pb.Session(
+            session_id=session.session_id, context_tokens=len(session.token_ids), turns=session.turns,
+            token_ids=session.token_ids if with_tokens else (), expires_in_s=self._turns.sessions.expires_in_s(session),
+        )
+
+    async def _answer(self, context, work):
+        try:
+            return work()
+        except PrefillShareError as error:
+            await _abort(context, error)
+
+
+async def _abort(context, error: PrefillShareError) -> None:
+    detail = pb.ErrorDetail(
+        kind=type(error).__name__, message=error.message, field=error.field or "", fix=error.fix or "",
+        retry_after_s=getattr(error, "retry_after_s", 0.0),
+    )
+    await context.abort(grpc.StatusCode[error.grpc_code], str(error), ((ERROR_METADATA, detail.SerializeToString()),))
+
+
+def _deadline_s(context) -> float | None:
+    """Seconds the client still waits. gRPC gives a very large number where it set no deadline."""
+    left = context.time_remaining()
+    if left is None or left > 10 * 365 * 86400:
+        return None
+    if left <= 0:
+        raise DeadlineExceeded("the deadline passed before the turn began")
+    return left
+
+
+def _input(message: pb.Input):
+    """-> None, ("messages", [dict]), ("text", str) or ("token_ids", [int])."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    if kind == "messages":
+        return kind, [{"role": m.role, "content": m.content} for m in message.messages.messages]
+    if kind == "token_ids":
+        return kind, list(message.token_ids.ids)
+    return kind, message.text
+
+
+def _usage(u: TurnUsage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens, cached_tokens=u.cached_tokens,
+        computed_tokens=u.computed_tokens, kv_bytes_transferred=u.kv_bytes, time_to_first_token_s=u.ttft_s, total_s=u.total_s,
+        prefill_s=u.prefill_s, resumes=u.resumes, prefill_replica=u.prefill_replica, decode_replica=u.decode_replica,
+    )
+
+
+__all__ = ["ERROR_METADATA", "SERVICE", "GrpcServer", "Servicer"]

@@ -1,0 +1,32 @@
+"""Sending a call to one chosen replica. Seam: ray/serve/_private/request_router/request_router.py
+
+Serve asks a RequestRouter for a replica per request; ours takes the one whose id the caller put into
+`handle.options(session_id=...)`, and fails at once if it is gone, where Serve's own would wait or take another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray.serve._private.request_router.request_router import RequestRouter
+
+from kvshare.errors import Unavailable
+
+
+class PinnedRouter(RequestRouter):
+    async def choose_replicas(self, candidate_replicas, pending_request=None):
+        pinned = pending_request.metadata.session_id if pending_request is not None else None
+        if not pinned:
+            return [candidate_replicas]
+        tries = pending_request._pin_tries = getattr(pending_request, "_pin_tries", -1) + 1
+        if tries:  # Serve asks again only while the replica's queue was full; let it drain
+            await asyncio.sleep(0.02)
+        if not pending_request.future.done():
+            replica = next((r for r in candidate_replicas if r.replica_id.unique_id == pinned), None)
+            if replica is not None:
+                pending_request.future.set_result(replica)
+            else:
+                pending_request.future.set_exception(Unavailable(f"replica {pinned} is gone", fix="try again"))
+            # Serve matches waiting requests to replicas on its own as well; this one is settled.
+            self._remove_pending_request_from_indices(pending_request)
+        return [candidate_replicas]

@@ -1,0 +1,131 @@
+"""Turns on sessions: inputs become token ids, a decoder answers, the context grows.
+
+ 1. Hold the session; a second turn meanwhile is refused.
+ 2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
+ 3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
+ 4. At a good end the context becomes context + input + response, without the suffix. Any other end changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvshare.config import Base
+from kvshare.decoders import Decoder
+from kvshare.errors import InvalidInput
+from kvshare.handoff import TurnContext
+from kvshare_vllm.frontend import Frontend
+from kvshare_vllm.sampling import logprob_rows, make_prompt
+from router.chat import ChatLayout
+from router.sessions import Session, SessionStore
+
+DEFAULT_MAX_TOKENS = 256
+ROLES = ("system", "user", "assistant", "tool")
+
+#: None, ("messages", [{"role", "content"}]), ("text", str) or ("token_ids", [int]).
+TurnInput = tuple[str, object] | None
+
+
+@dataclass(frozen=True)
+class TurnEvent:
+    """New text and tokens; the last one has `finish_reason` and the context's new length."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[list[tuple[int, float, int]]] | None = None
+    finish_reason: str | None = None
+    context_tokens: int = 0
+
+
+class Turns:
+    def __init__(self, base: Base, decoders: Mapping[str, Decoder], frontend: Frontend, sessions: SessionStore):
+        self.decoders, self.sessions = decoders, sessions
+        self._frontend, self._max_len = frontend, base.max_model_len
+        self._chat = ChatLayout(frontend.renderer.tokenizer)
+        self._vocab_size = frontend.model_config.get_vocab_size()
+
+    def create(self, session_id: str, given: TurnInput) -> Session:
+        ids = self._ids((), False, given, answer=False, field="input")
+        self._check_length(len(ids), 1)
+        return self.sessions.create(session_id, ids)
+
+    async def take(
+        self, session_id: str, decoder: str, given: TurnInput, suffix: TurnInput, sampling, request_id: str,
+        context: TurnContext,
+    ) -> AsyncIterator[TurnEvent]:
+        if not decoder:
+            raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
+        with self.sessions.turn(session_id) as session:
+            context.session = session
+            kept, seen = self._lay_out(session, given, suffix)
+            if not seen:
+                raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
+            sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
+            request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
+            response: list[int] = []
+            outputs = self._frontend.run(request, decoder, context)
+            async with aclosing(outputs) as stream:
+                async for output in stream:
+                    completion = output.outputs[0]
+                    response += completion.token_ids
+                    context_tokens = 0
+                    if completion.finish_reason:
+                        is_chat = (given or suffix or ("",))[0] == "messages"
+                        self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
+                        context_tokens = len(session.token_ids)
+                    yield TurnEvent(
+                        completion.text, list(completion.token_ids), logprob_rows(completion), completion.finish_reason, context_tokens
+                    )
+
+    def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
+        """(what the context will keep before the response, what the decoder sees before it)."""
+        context = list(session.token_ids)
+        kept = context + self._ids(context, session.open_response, given, answer=True, field="input")
+        if suffix is None:
+            return kept, kept
+        if suffix[0] != "messages":
+            return kept, kept + self._ids(kept, False, suffix, answer=True, field="suffix")
+        # The answer's opening stands once, after the suffix.
+        before = context + self._ids(context, session.open_response, given, answer=False, field="input")
+        still_open = session.open_response and given is None
+        return kept, before + self._ids(before, still_open, suffix, answer=True, field="suffix")
+
+    def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
+        if given is None:
+            return []
+        kind, value = given
+        if kind == "messages":
+            self._check_messages(value, field)
+            if not context:
+                return self._chat.opening(value, answer)
+            return self._chat.appended(context, open_response, value, answer)
+        if kind == "text":
+            return self._chat.ids(value)
+        for position, token in enumerate(value):
+            if not 0 <= token < self._vocab_size:
+                raise InvalidInput(f"token id {token} at position {position} is out of range", field=f"{field}.token_ids",
+                                   fix=f"use ids from 0 to {self._vocab_size - 1}")
+        return list(value)
+
+    def _check_messages(self, messages, field: str) -> None:
+        if not messages:
+            raise InvalidInput("no message is given", field=f"{field}.messages", fix="give at least one, or leave it out")
+        for number, message in enumerate(messages):
+            if message["role"] not in ROLES:
+                raise InvalidInput(f"unknown role {message['role']!r}", field=f"{field}.messages.{number}.role",
+                                   fix=f"use one of {', '.join(ROLES)}")
+
+    def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
+        self._check_length(prompt_tokens, asked or 1)
+        return asked or min(DEFAULT_MAX_TOKENS, self._max_len - prompt_tokens)
+
+    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
+        if prompt_tokens + max_tokens > self._max_len:
+            raise InvalidInput(
+                f"{prompt_tokens} prompt tokens and {max_tokens} to generate are more than the model's {self._max_len}",
+                field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
+                fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
+            )
+

@@ -6,28 +6,39 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kvshare.config_errors import as_config_error, shown
+from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.modes import get_mode, mode_names
 
 #: Names that appear in URLs, metrics labels and Ray deployment names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Folder = Annotated[str, Field(min_length=1)]
+
+
+#: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
+OUR_ENGINE_ARGS = frozenset({
+    "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
+    "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
+    "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
+    "disable_log_stats",
+})
 
 
 class _Node(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Base(_Node):
     """The frozen base model: it makes all shared KV."""
 
-    model: str
+    model: Folder
     """Folder of the base model in Hugging Face format. Relative paths are tried from the current folder, then from
     the deployment file's."""
     name: Name = "base"
@@ -50,7 +61,8 @@ class Engines(_Node):
     replicas: int = Field(1, ge=1, le=4096)
     """Number of engine replicas."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache per replica, GiB. Must hold at least one sequence of base.max_model_len."""
+    """KV cache per replica, GiB; on each of its GPUs, if it has several. Must hold at least one sequence of
+    base.max_model_len."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per replica. Leave at 1 on CPUs."""
     max_num_seqs: int = Field(64, ge=1)
@@ -58,17 +70,20 @@ class Engines(_Node):
     max_num_batched_tokens: int | None = Field(None, ge=16)
     """Most tokens one replica processes per step; unset: vLLM's default."""
     cpu_cores: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
-    """CPU build only: cores every replica of this pool computes on, like "0" or "0-3". Unset: vLLM chooses."""
+    """CPU build only: cores every replica of this pool computes on, like "0" or "0-3,6". Unset: vLLM chooses."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Those this system sets itself are refused."""
+
+    @field_validator("cpu_cores", mode="before")
+    @classmethod
+    def _one_core(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # YAML reads an unquoted 0 as a number
 
     @field_validator("engine_args")
     @classmethod
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ours = {"model", "dtype", "max_model_len", "block_size", "kv_transfer_config", "scheduler_cls", "worker_cls",
-                "enable_prefix_caching", "enable_lora", "kv_cache_memory_bytes", "tensor_parallel_size", "max_num_seqs"}
-        if taken := sorted(ours & value.keys()):
-            raise ValueError(f"{', '.join(taken)} is set by prefillshare; use the field of the deployment file instead")
+        if taken := sorted(OUR_ENGINE_ARGS & value.keys()):
+            raise ValueError(f"prefillshare sets {', '.join(taken)} itself; remove it here and use the deployment's own fields")
         return value
 
 
@@ -83,13 +98,13 @@ class DecodePool(Engines):
     """Name of the pool."""
     sharing: str = "prefillshare"
     """Sharing mode: where this pool's prompt KV comes from."""
-    adapters: dict[Name, str] = Field(default_factory=dict)
+    adapters: dict[Name, Folder] = Field(default_factory=dict)
     """Decoder name -> folder of its LoRA adapter in PEFT format."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
     """Highest LoRA rank this pool's engines make room for."""
     serve_base: bool = True
     """Adapter pools only: also serve the plain base under base.name. The first pool that does gets it."""
-    model: str | None = None
+    model: Folder | None = None
     """Folder of a decoder with full weights."""
     name: Name | None = None
     """Name the full-weight decoder is served under; default: the pool's name."""
@@ -108,9 +123,13 @@ class DecodePool(Engines):
         if bool(self.adapters) == bool(self.model):
             raise ValueError("give either `adapters` (LoRA on the base) or `model` (full weights), and not both")
         if self.name and not self.model:
-            raise ValueError("`name` goes with `model`; adapters are named by their keys")
+            raise ValueError(f"`name` ({self.name}) goes with `model`; adapters are named by their keys, so remove it")
+        if self.model and not get_mode(self.sharing).full_weights:
+            raise ValueError(f"sharing mode {self.sharing} serves adapters only; make `model` an adapter or change the mode")
         if self.prefill and get_mode(self.sharing).shares_prefill:
-            raise ValueError(f"`prefill` is for modes with prefill engines of their own; {self.sharing} uses the shared pool")
+            raise ValueError(
+                f"`prefill` is for modes with prefill engines of their own; {self.sharing} uses the shared pool, so remove it"
+            )
         return self
 
     def own_prefill(self) -> Engines:
@@ -144,8 +163,14 @@ class Router(_Node):
     @classmethod
     def _one_router(cls, value: int) -> int:
         if value != 1:
-            raise ValueError("this version keeps sessions in the router's memory; use 1")
+            raise ValueError(f"{value} routers would need a shared session store, which this version does not have; use 1")
         return value
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Router:
+        if self.http_port == self.grpc_port:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}; give each a port of its own")
+        return self
 
 
 class Cluster(_Node):
@@ -165,20 +190,29 @@ class Deployment(_Node):
     """One deployment: a base, its prefill pool, decode pools, the router."""
 
     base: Base
+    """The frozen base model."""
     prefill: Prefill = Field(default_factory=Prefill)
-    """Ignored if no pool shares prefill."""
+    """The shared prefill pool. Ignored if no decode pool shares prefill."""
     decode: tuple[DecodePool, ...] = Field(min_length=1)
+    """The decode pools, at least one."""
     router: Router = Field(default_factory=Router)
+    """The ingress."""
     cluster: Cluster = Field(default_factory=Cluster)
+    """The Ray cluster all of it runs on."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Deployment:
         pools = [p.pool for p in self.decode]
         if again := sorted({p for p in pools if pools.count(p) > 1}):
-            raise ValueError(f"decode: pool name used twice: {', '.join(again)}")
+            raise ValueError(f"decode: pool name used twice: {', '.join(again)}; give each pool a name of its own")
+        # Pools, the router and prefill engines are named in one space: logs, metrics and Ray Serve.
+        if taken := sorted({"router", SHARED_PREFILL, *map(own_prefill, pools)} & set(pools)):
+            raise ValueError(f"decode: pool name {', '.join(taken)} is taken by another part of the system; rename the pool")
         names = [n for p in self.decode for n in (p.adapters or [p.name or p.pool])]
-        if again := sorted({n for n in names if names.count(n) > 1 or n == self.base.name}):
-            raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; the base is called {self.base.name!r}")
+        if self.base.name in names:
+            raise ValueError(f"decode: decoder {self.base.name!r} is named like the base; rename it or set base.name")
+        if again := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; a name is served by one pool")
         return self
 
     @property
@@ -189,11 +223,14 @@ class Deployment(_Node):
 def parse(data: Any, folder: Path | None = None) -> Deployment:
     """Check a deployment given as plain data. Model paths become absolute. Raises ConfigError naming every bad field."""
     if not isinstance(data, dict):
-        raise ConfigError("a deployment file is a mapping with the keys base, prefill, decode, router, cluster")
+        raise ConfigError(
+            f"a deployment is a mapping with the keys {', '.join(Deployment.model_fields)}, got {shown(data)}",
+            fix="deploy/configs/ holds one example per scenario",
+        )
     try:
         deployment = Deployment.model_validate(data)
     except ValidationError as error:
-        raise _as_config_error(error) from None
+        raise as_config_error(error, Deployment) from None
     return _with_absolute_paths(deployment, folder or Path.cwd())
 
 
@@ -201,7 +238,7 @@ def load(path: str | Path) -> Deployment:
     """Read and check a deployment file."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"no such deployment file: {path}", fix="deploy/configs/ holds one example per scenario") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -211,42 +248,34 @@ def load(path: str | Path) -> Deployment:
     return parse(data, path.resolve().parent)
 
 
-def _as_config_error(error: ValidationError) -> ConfigError:
-    problems = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        message = re.sub(r"^Value error, ", "", item["msg"])
-        if item["type"] == "extra_forbidden":
-            message = f"unknown key{_did_you_mean(item['loc'])}"
-        elif item["type"] != "missing" and not isinstance(item["input"], dict):
-            message = f"{message}, got {item['input']!r}"
-        problems.append((field, message))
-    field, message = problems[0]
-    rest = "".join(f"\n  {f}: {m}" if f else f"\n  {m}" for f, m in problems[1:])
-    return ConfigError(message + rest, field=field or None)
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which plain YAML would silently keep the last."""
 
-
-def _did_you_mean(loc: tuple) -> str:
-    import difflib
-
-    nodes = {"base": Base, "prefill": Prefill, "decode": DecodePool, "router": Router, "cluster": Cluster}
-    node = Deployment if len(loc) == 1 else nodes.get(str(loc[0]), Deployment)
-    close = difflib.get_close_matches(str(loc[-1]), node.model_fields, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(node.model_fields)}"
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _with_absolute_paths(deployment: Deployment, folder: Path) -> Deployment:
-    def resolve(field: str, text: str) -> str:
-        for candidate in (Path(text).expanduser(), folder / text):
+    def resolve(field: str, text: str, kind: str = "a model in Hugging Face format") -> str:
+        candidates = (Path(text).expanduser(), folder / text)
+        for candidate in candidates:
             if candidate.is_dir():
                 return str(candidate.resolve())
-        raise ConfigError(f"no such folder: {text!r}", field=field, fix="give the folder of a model in Hugging Face format")
+        tried = " or ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
+        raise ConfigError(f"no such folder: {text!r} (looked for {tried})", field=field, fix=f"give the folder of {kind}")
 
     pools = []
     for number, pool in enumerate(deployment.decode):
-        update: dict[str, Any] = {
-            "adapters": {n: resolve(f"decode.{number}.adapters.{n}", p) for n, p in pool.adapters.items()}
+        adapters = {
+            name: resolve(f"decode.{number}.adapters.{name}", text, "a LoRA adapter in PEFT format")
+            for name, text in pool.adapters.items()
         }
+        update: dict[str, Any] = {"adapters": adapters}
         if pool.model:
             update["model"] = resolve(f"decode.{number}.model", pool.model)
         pools.append(pool.model_copy(update=update))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from kvshare import fingerprint
 from kvshare.errors import ConfigError, ContractMismatch
@@ -39,22 +38,16 @@ class KVShape:
                 layers=c["num_hidden_layers"],
                 kv_heads=c.get("num_key_value_heads") or heads,
                 head_size=c.get("head_dim") or c["hidden_size"] // heads,
-                rope=json.dumps(_rope(c), sort_keys=True),
+                rope=json.dumps(fingerprint.rope(c), sort_keys=True),
                 vocab_size=c["vocab_size"],
             )
         except KeyError as error:
             raise ConfigError(f"{folder}/config.json lacks {error}; only decoder-only transformers are served") from None
+        except (TypeError, ZeroDivisionError) as error:
+            raise ConfigError(f"{folder}/config.json is not a model's: {error}") from None
 
     def bytes_per_token(self, dtype: str) -> int:
         return 2 * self.layers * self.kv_heads * self.head_size * _DTYPE_BYTES[dtype]
-
-
-def _rope(c: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in one form: transformers 5 writes `rope_parameters`, earlier ones `rope_theta`, `rope_scaling`."""
-    p = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    p.setdefault("rope_theta", c.get("rope_theta", 10000.0))
-    p["rope_type"] = p.pop("type", None) or p.get("rope_type") or "default"
-    return {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in p.items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,10 @@ class BaseIdentity:
     @classmethod
     def of(cls, folder: str | Path) -> BaseIdentity:
         return cls(
-            fingerprint.weights(folder), fingerprint.config(folder), fingerprint.tokenizer(folder), fingerprint.chat_template(folder)
+            weights=fingerprint.weights(folder),
+            config=fingerprint.config(folder),
+            tokenizer=fingerprint.tokenizer(folder),
+            chat_template=fingerprint.chat_template(folder),
         )
 
 
@@ -96,13 +92,19 @@ class DecoderContract:
                 field=field,
                 fix=f"train it with prefillshare, or vouch for it: prefillshare contract write {decoder} --base BASE_FOLDER",
             )
-        data = fingerprint.read_json(decoder, FILE)
+        again = f"write it again: prefillshare contract write {decoder} --base BASE_FOLDER"
         try:
-            if data["version"] != VERSION:
-                raise ConfigError(f"{decoder}/{FILE} has version {data['version']!r}, this release reads {VERSION}", field=field)
+            data = fingerprint.read_json(decoder, FILE)
+        except ConfigError as error:
+            raise ConfigError(error.message, field=field, fix=again) from None
+        if data.get("version") != VERSION:
+            raise ConfigError(
+                f"{decoder}/{FILE} has version {data.get('version')!r}, this release reads {VERSION}", field=field, fix=again
+            )
+        try:
             return cls(BaseIdentity(**data["base"]), KVShape(**data["shape"]), data.get("trained_with", ""))
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{decoder}/{FILE} is not a KV contract: {error}", field=field) from None
+            raise ConfigError(f"{decoder}/{FILE} is not a KV contract: {error}", field=field, fix=again) from None
 
     def check(self, base: DecoderContract, decoder: str, field: str | None = None) -> None:
         """Raises ContractMismatch naming the first thing on which this decoder and the base served disagree."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from kvshare import fingerprint
 from kvshare.config import DecodePool, Deployment
 from kvshare.contract import DecoderContract, KVShape
-from kvshare.errors import ConfigError, ContractMismatch
+from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 from kvshare.modes import get_mode
 
 
@@ -47,23 +49,44 @@ def check_files(deployment: Deployment) -> DecoderContract:
 
     Raises ConfigError for files that cannot be served, ContractMismatch for a decoder of another base.
     """
-    base = DecoderContract.of_base(deployment.base.model)
-    _check_lengths(deployment, base.shape)
+    length = deployment.base.max_model_len
+    with _about("base.model"):
+        base = DecoderContract.of_base(deployment.base.model)
+        _check_positions(deployment.base.model, length)
+    _check_kv_cache(deployment, base.shape)
     for number, pool in enumerate(deployment.decode):
         if pool.model:
-            _check_full(pool, base, f"decode.{number}.model")
+            with _about(f"decode.{number}.model"):
+                _check_full(pool, pool.model, base)
+                _check_positions(pool.model, length)
         for name, folder in pool.adapters.items():
-            _check_adapter(pool, folder, base, f"decode.{number}.adapters.{name}")
+            with _about(f"decode.{number}.adapters.{name}"):
+                _check_adapter(pool, folder, base)
     return base
 
 
-def _check_lengths(deployment: Deployment, shape: KVShape) -> None:
-    limit = fingerprint.read_json(deployment.base.model, "config.json").get("max_position_embeddings")
-    if limit and deployment.base.max_model_len > limit:
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Errors about a folder's files name the field of the deployment that gave the folder."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.field = error.field or field
+        raise
+
+
+def _check_positions(folder: str, length: int) -> None:
+    config = fingerprint.read_json(folder, "config.json")
+    limit, rope = config.get("max_position_embeddings"), fingerprint.rope(config)
+    if limit and rope["rope_type"] in ("linear", "dynamic"):  # these stretch it; the others' figure counts the stretch
+        limit = int(limit * rope.get("factor", 1))
+    if limit and length > limit:
         raise ConfigError(
-            f"{deployment.base.max_model_len} is more than the {limit} positions of {deployment.base.model}",
-            field="base.max_model_len", fix=f"use at most {limit}",
+            f"{length} is more than the {limit} positions of {folder}", field="base.max_model_len", fix=f"use at most {limit}"
         )
+
+
+def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
     blocks = -(-deployment.base.max_model_len // deployment.base.block_size) + 1
     need_gib = blocks * deployment.base.block_size * shape.bytes_per_token(deployment.base.dtype) / 2**30
     fields = [(f"decode.{n}", pool) for n, pool in enumerate(deployment.decode)]
@@ -73,50 +96,50 @@ def _check_lengths(deployment: Deployment, shape: KVShape) -> None:
     for field, engines in fields:
         have_gib = engines.kv_cache_gib * engines.tensor_parallel_size
         if have_gib < need_gib:
+            least = math.ceil(need_gib / engines.tensor_parallel_size * 1e4) / 1e4
             raise ConfigError(
                 f"{engines.kv_cache_gib:g} GiB do not hold one sequence of {deployment.base.max_model_len} tokens",
                 field=f"{field}.kv_cache_gib",
-                fix=f"use at least {need_gib / engines.tensor_parallel_size:.4f}, or lower base.max_model_len",
+                fix=f"use at least {least:.4f}, or lower base.max_model_len",
             )
 
 
-def _check_full(pool: DecodePool, base: DecoderContract, field: str) -> None:
-    folder = pool.model
-    if get_mode(pool.sharing).shares_prefill:
-        DecoderContract.read(folder, field).check(base, folder, field)
+def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     shape = KVShape.of(folder)
-    if get_mode(pool.sharing).shares_prefill and shape != base.shape:
-        raise ContractMismatch(f"{folder} has KV of {shape}, the base has {base.shape}", field=field)
+    if get_mode(pool.sharing).shares_prefill:
+        DecoderContract.read(folder).check(base, folder)
+        if shape != base.shape:
+            raise ContractMismatch(
+                f"{folder} has KV of {shape}, the base has {base.shape}", fix="serve a fine-tune of the base's own architecture"
+            )
     # Sessions are token ids: whoever takes part must read them alike, whatever KV it uses.
     if (mine := fingerprint.tokenizer(folder)) != base.base.tokenizer:
         raise ContractMismatch(
-            f"{folder} has tokenizer {mine}, the base has {base.base.tokenizer}", field=field,
+            f"{folder} has tokenizer {mine}, the base has {base.base.tokenizer}",
             fix="serve a fine-tune that kept the base's tokenizer",
         )
     fingerprint.weights(folder)
 
 
-def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract, field: str) -> None:
+def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     try:
         config = fingerprint.read_json(folder, "adapter_config.json")
     except ConfigError as error:
-        raise ConfigError(error.message, field=field, fix="give a LoRA adapter saved by PEFT") from None
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ConfigError(f"{folder} is a {config['peft_type']} adapter; only LORA is served", field=field)
-    rank = config.get("r", 0)
-    if rank > pool.max_lora_rank:
+        raise ConfigError(error.message, fix="give a LoRA adapter saved by PEFT") from None
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ConfigError(f"{folder} is a {kind} adapter; only LORA is served", fix="train a LoRA adapter")
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise ConfigError(f"{folder}/adapter_config.json has rank r = {ranks[0]!r}", fix="give a LoRA adapter saved by PEFT")
+    if (rank := max(ranks)) > pool.max_lora_rank:
+        enough = [allowed for allowed in get_args(DecodePool.model_fields["max_lora_rank"].annotation) if allowed >= rank]
         raise ConfigError(
             f"{folder} has rank {rank}, pool {pool.pool!r} makes room for {pool.max_lora_rank}",
-            field=field, fix=f"set max_lora_rank of the pool to at least {rank}",
+            fix=f"set max_lora_rank of the pool to {enough[0]}" if enough else "train it with a lower rank",
         )
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ConfigError(f"{folder} has no adapter_model.safetensors", field=field, fix="save the adapter in safetensors format")
-    try:
-        with weights.open("rb") as source:
-            (length,) = struct.unpack("<Q", source.read(8))
-            json.loads(source.read(length))
-    except (ValueError, struct.error) as error:
-        raise ConfigError(f"{weights} is not a safetensors file: {error}", field=field) from None
+        raise ConfigError(f"{folder} has no adapter_model.safetensors", fix="save the adapter in safetensors format")
+    fingerprint.safetensors_header(weights)
     if get_mode(pool.sharing).shares_prefill:
-        DecoderContract.read(folder, field).check(base, folder, field)
+        DecoderContract.read(folder).check(base, folder)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ from kvshare.errors import ConfigError
 
 #: Keys of config.json that do not change what the model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
+#: Keys that `rope` brings into one form.
+_ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+_INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 22
+#: A file younger than this may change again without a new time of change (clocks tick in milliseconds).
+_SETTLED_S = 2.0
 
 
 def weights(folder: str | Path) -> str:
     """SHA-256 over (name, dtype, shape, bytes) of every tensor in the folder's safetensors files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no *.safetensors file", fix="save the model in safetensors format")
-    remembered = _remembered(files)
-    if remembered.get("digest"):
-        return remembered["digest"]
-    tensors = {}
+    files = _weight_files(Path(folder))
+    key = of_json([[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f in files for s in [f.stat()]])
+    if digest := _known().get(key):
+        return digest
+    tensors: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in files:
-        for name, entry in _header(file).items():
+        for name, entry in safetensors_header(file).items():
+            if name in tensors:
+                raise ConfigError(f"tensor {name} is in both {tensors[name][0]} and {file}", fix="remove the stale file")
             tensors[name] = (file, entry)
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -46,13 +52,44 @@ def weights(folder: str | Path) -> str:
                 total.update(chunk)
                 left -= len(chunk)
     digest = total.hexdigest()
-    _remember(remembered["key"], digest)
+    if all(time.time() - f.stat().st_mtime > _SETTLED_S for f in files):
+        _remember(key, digest)
     return digest
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The files the index names, where there is one (a folder may hold the weights in a second format too), else all."""
+    if not (folder / _INDEX).is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{folder} holds no *.safetensors file", fix="save the model in safetensors format")
+        return files
+    shards = read_json(folder, _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ConfigError(f"{folder / _INDEX} has no weight_map", fix="save the model again")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names", fix="copy the missing files")
+    return files
+
+
 def config(folder: str | Path) -> str:
-    data = {k: v for k, v in read_json(folder, "config.json").items() if k not in _VOLATILE}
-    return of_json(data)
+    """Hash of config.json as far as it decides what the model computes, whichever transformers version wrote it."""
+    data = read_json(folder, "config.json")
+    return of_json({k: v for k, v in data.items() if k not in _VOLATILE | _ROPE} | {"rope": rope(data)})
+
+
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings of a config.json in one form: transformers 5 writes `rope_parameters`, earlier ones several keys."""
+    p = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    p.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    p["rope_type"] = p.pop("type", None) or p.get("rope_type") or "default"
+    if p["rope_type"] in ("llama3", "yarn", "longrope"):
+        trained = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        p.setdefault("original_max_position_embeddings", trained)
+    if config.get("partial_rotary_factor") is not None:
+        p.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    return {k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in p.items()}
 
 
 def tokenizer(folder: str | Path) -> str:
@@ -85,22 +122,31 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
     return data
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> dtype, shape, start and length in bytes. Format: safetensors, 8 bytes of length, then JSON."""
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> dtype, shape, start and length in bytes. Format: safetensors, 8 bytes of length, then JSON.
+
+    Raises ConfigError for a file that is not whole.
+    """
+    entries = {}
     try:
         with file.open("rb") as source:
             (length,) = struct.unpack("<Q", source.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("header longer than the file")
-            header = json.loads(source.read(length))
-    except (OSError, ValueError, struct.error) as error:
+            size = file.stat().st_size
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            for name, item in json.loads(source.read(length)).items():
+                if name == "__metadata__":
+                    continue
+                begin, end = item["data_offsets"]
+                if not 0 <= begin <= end:
+                    raise ValueError(f"tensor {name} has offsets {begin} to {end}")
+                at = {"start": 8 + length + begin, "bytes": end - begin}
+                entries[name] = {"dtype": item["dtype"], "shape": item["shape"], **at}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ConfigError(f"{file} is not a safetensors file: {error}", fix="copy or save the file again") from None
-    entries = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = item["data_offsets"]
-        entries[name] = {"dtype": item["dtype"], "shape": item["shape"], "start": 8 + length + begin, "bytes": end - begin}
+    for name, entry in entries.items():
+        if entry["start"] + entry["bytes"] > size:
+            raise ConfigError(f"{file} is cut short: tensor {name} is incomplete", fix="copy the file again")
     return entries
 
 
@@ -108,25 +154,20 @@ def _cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefillshare" / "fingerprints.json"
 
 
-def _remembered(files: list[Path]) -> dict[str, str]:
-    key = of_json([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+def _known() -> dict[str, str]:
     try:
-        return {"key": key, "digest": json.loads(_cache_file().read_text()).get(key, "")}
-    except (OSError, ValueError, AttributeError):
-        return {"key": key, "digest": ""}
+        known = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _remember(key: str, digest: str) -> None:
     path = _cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            known = {}
-        known[key] = digest
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(known))
+        part.write_text(json.dumps(_known() | {key: digest}))
         part.replace(path)
     except OSError:
         pass  # a read-only home only costs time

@@ -9,7 +9,7 @@ class SharingMode(ABC):
     """Policy of one sharing mode (DESIGN.md, "Sharing modes").
 
     Token counts are over the whole sequence a decode engine sees; `prompt_tokens` is n, the number of tokens before
-    the first generated one.
+    the first generated one, and at least 1.
     """
 
     name: str

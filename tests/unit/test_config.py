@@ -1,0 +1,264 @@
+"""The deployment file: what it refuses, in which words, and what it fills in."""
+
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from kvshare import config, modes
+from kvshare.errors import ConfigError
+
+ONE_KIND = "give either `adapters` (LoRA on the base) or `model` (full weights), and not both"
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """The smallest deployment that is right; its folders exist."""
+    for name in ("base", "planner", "coder"):
+        (tmp_path / name).mkdir()
+    return {
+        "base": {"model": str(tmp_path / "base")},
+        "decode": [{"pool": "agents", "adapters": {"planner": str(tmp_path / "planner")}}],
+    }
+
+
+def put(data: dict, path: str, value) -> dict:
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
+    node = data
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+    node[last] = value
+    return data
+
+
+def refusal(data) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(data)
+    return caught.value
+
+
+def test_smallest_deployment_gets_the_documented_defaults(plain):
+    deployment = config.parse(plain)
+    assert deployment.base.name == "base"
+    assert (deployment.base.dtype, deployment.base.max_model_len, deployment.base.block_size) == ("bfloat16", 4096, 32)
+    assert (deployment.prefill.replicas, deployment.prefill.kv_cache_gib, deployment.prefill.cpu_cores) == (1, 1.0, None)
+    pool = deployment.decode[0]
+    assert (pool.sharing, pool.max_lora_rank, pool.serve_base, pool.engine_args) == ("prefillshare", 16, True, {})
+    router = deployment.router
+    assert (router.host, router.http_port, router.grpc_port) == ("127.0.0.1", 8000, 9000)
+    assert (router.max_queued, router.max_sessions, router.session_ttl_s, router.default_deadline_s) == (256, 10_000, 3600, 300)
+    assert deployment.cluster.address is None
+    assert deployment.cluster.kv_lease_s == 60
+    assert deployment.shares_prefill
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        # Unknown keys, at every depth.
+        ("routr", {}, "routr: unknown key; did you mean 'router'?"),
+        ("base/dtipe", "float32", "base.dtipe: unknown key; did you mean 'dtype'?"),
+        ("prefill/replica", 1, "prefill.replica: unknown key; did you mean 'replicas'?"),
+        ("decode/0/adapter", {}, "decode.0.adapter: unknown key; did you mean 'adapters'?"),
+        ("router/htp_port", 1, "router.htp_port: unknown key; did you mean 'http_port'?"),
+        ("cluster/adress", "auto", "cluster.adress: unknown key; did you mean 'address'?"),
+        (
+            "cluster/zzz",
+            1,
+            "cluster.zzz: unknown key; known keys: address, num_cpus, start_timeout_s, kv_lease_s",
+        ),
+        # Wrong types.
+        ("base", 3, "base: should be a mapping, got 3"),
+        ("prefill", None, "prefill: should be a mapping, got nothing"),
+        ("decode", {"pool": "a"}, "decode: should be a list, got a mapping"),
+        ("decode", [], "decode: should have at least one entry, got []"),
+        ("base/model", ["a"], "base.model: Input should be a valid string, got a list"),
+        ("base/model", "", "base.model: should not be empty, got ''"),
+        ("decode/0/adapters/planner", "", "decode.0.adapters.planner: should not be empty, got ''"),
+        ("base/dtype", "fp32", "base.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'fp32'"),
+        ("prefill/replicas", 1.5, "prefill.replicas: Input should be a valid integer, got a number with a fractional part"),
+        # Out of range.
+        ("base/max_model_len", 15, "base.max_model_len: Input should be greater than or equal to 16, got 15"),
+        ("base/block_size", 0, "base.block_size: Input should be greater than or equal to 1, got 0"),
+        ("prefill/replicas", 0, "prefill.replicas: Input should be greater than or equal to 1, got 0"),
+        ("prefill/kv_cache_gib", 0, "prefill.kv_cache_gib: Input should be greater than 0, got 0"),
+        ("prefill/kv_cache_gib", float("inf"), "prefill.kv_cache_gib: Input should be a finite number, got inf"),
+        ("prefill/cpu_cores", "0-", "got '0-'"),
+        ("decode/0/max_lora_rank", 20, "decode.0.max_lora_rank: Input should be 8, 16, 32, 64, 128 or 256, got 20"),
+        ("router/http_port", 0, "router.http_port: Input should be greater than or equal to 1, got 0"),
+        ("router/http_port", 65536, "router.http_port: Input should be less than or equal to 65535, got 65536"),
+        ("router/grpc_port", 70000, "router.grpc_port: Input should be less than or equal to 65535, got 70000"),
+        ("cluster/kv_lease_s", 5, "cluster.kv_lease_s: Input should be greater than or equal to 6, got 5"),
+        # Names.
+        ("base/name", "a b", "base.name: String should match pattern"),
+        ("decode/0/pool", "", "decode.0.pool: String should match pattern"),
+        ("decode/0/adapters/a b", "x", "decode.0.adapters.a b: String should match pattern"),
+        # Rules of our own.
+        ("decode/0/sharing", "share", "decode.0.sharing: unknown sharing mode 'share'; allowed: prefillshare, none"),
+        ("decode/0/model", "x", f"decode.0: {ONE_KIND}"),
+        ("decode/0/adapters", {}, f"decode.0: {ONE_KIND}"),
+        ("decode/0/name", "n", "decode.0: `name` (n) goes with `model`; adapters are named by their keys, so remove it"),
+        ("decode/0/prefill", {}, "engines of their own; prefillshare uses the shared pool, so remove it"),
+        ("router/grpc_port", 8000, "router: http_port and grpc_port are both 8000; give each a port of its own"),
+        (
+            "router/replicas",
+            2,
+            "router.replicas: 2 routers would need a shared session store, which this version does not have; use 1",
+        ),
+    ],
+)
+def test_refusal_names_the_field_the_value_and_what_is_allowed(plain, path, value, text):
+    assert text in str(refusal(put(plain, path, value)))
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode/0"])
+def test_engine_args_that_are_ours_are_refused(plain, where):
+    for name in config.OUR_ENGINE_ARGS:
+        error = refusal(put(plain, f"{where}/engine_args", {name: 1, "swap_space": 2}))
+        assert error.field == f"{where}.engine_args".replace("/", ".")
+        assert error.message == f"prefillshare sets {name} itself; remove it here and use the deployment's own fields"
+
+
+def test_other_engine_args_are_kept(plain):
+    assert config.parse(put(plain, "prefill/engine_args", {"swap_space": 2})).prefill.engine_args == {"swap_space": 2}
+
+
+def test_unknown_key_of_a_pools_own_prefill_gets_a_hint_of_that_level(plain):
+    put(plain, "decode/0/sharing", "none")
+    error = refusal(put(plain, "decode/0/prefill", {"kv_cache": 1}))
+    assert str(error) == "decode.0.prefill.kv_cache: unknown key; did you mean 'kv_cache_gib'?"
+
+
+def test_every_bad_field_is_reported_at_once(plain):
+    error = refusal({"base": {"model": "x", "block_size": 0}, "decode": [{"pool": "a b", "adapters": {"p": "x"}}], "x": 1})
+    lines = str(error).splitlines()
+    assert [line.strip().split(":")[0] for line in lines] == ["base.block_size", "decode.0.pool", "x"]
+    assert error.field == "base.block_size"
+
+
+@pytest.mark.parametrize("missing", ["base", "decode", "base/model", "decode/0/pool"])
+def test_missing_required_key_is_named(plain, missing):
+    *parents, last = [int(part) if part.isdigit() else part for part in missing.split("/")]
+    node = plain
+    for part in parents:
+        node = node[part]
+    del node[last]
+    assert str(refusal(plain)) == f"{missing.replace('/', '.')}: required, but not given"
+
+
+def test_pool_name_used_twice_is_refused(plain, tmp_path):
+    plain["decode"].append({"pool": "agents", "adapters": {"coder": str(tmp_path / "coder")}})
+    assert str(refusal(plain)) == "decode: pool name used twice: agents; give each pool a name of its own"
+
+
+@pytest.mark.parametrize("name", ["router", "prefill", "prefill-agents"])
+def test_pool_named_like_another_part_of_the_system_is_refused(plain, tmp_path, name):
+    plain["decode"].append({"pool": name, "adapters": {"coder": str(tmp_path / "coder")}})
+    assert str(refusal(plain)) == f"decode: pool name {name} is taken by another part of the system; rename the pool"
+
+
+def test_decoder_name_used_twice_is_refused_across_kinds_of_pool(plain, tmp_path):
+    plain["decode"].append({"pool": "planner", "model": str(tmp_path / "coder")})
+    assert str(refusal(plain)) == "decode: decoder name used twice: planner; a name is served by one pool"
+
+
+@pytest.mark.parametrize("serve_base", [True, False])
+def test_decoder_named_like_the_base_is_refused(plain, tmp_path, serve_base):
+    plain["decode"][0] |= {"adapters": {"base": str(tmp_path / "planner")}, "serve_base": serve_base}
+    assert str(refusal(plain)) == "decode: decoder 'base' is named like the base; rename it or set base.name"
+
+
+def test_mode_without_full_weights_refuses_a_model(plain, tmp_path, monkeypatch):
+    class AdaptersOnly(type(modes.get_mode("prefillshare"))):
+        name, full_weights = "adapters_only", False
+
+    monkeypatch.setitem(modes._MODES, "adapters_only", AdaptersOnly())
+    plain["decode"] = [{"pool": "coder", "model": str(tmp_path / "coder"), "sharing": "adapters_only"}]
+    assert str(refusal(plain)).startswith("decode.0: sharing mode adapters_only serves adapters only; ")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("base/model", "a model in Hugging Face format"),
+        ("decode/0/adapters/planner", "a LoRA adapter in PEFT format"),
+        ("decode/1/model", "a model in Hugging Face format"),
+    ],
+)
+def test_missing_folder_is_refused_with_the_places_looked_in(plain, tmp_path, path, kind):
+    plain["decode"].append({"pool": "coder", "model": str(tmp_path / "coder")})
+    with pytest.raises(ConfigError) as caught:
+        config.parse(put(plain, path, "nowhere"), tmp_path)
+    error = caught.value
+    assert error.field == path.replace("/", ".")
+    assert re.match(rf"no such folder: 'nowhere' \(looked for \S+ or {tmp_path}/nowhere\)$", error.message)
+    assert error.fix == f"give the folder of {kind}"
+
+
+def test_relative_folders_are_tried_from_the_current_folder_then_from_the_files(plain, tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here / "both", there / "both", there / "only"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    put(plain, "base/model", "both")
+    put(plain, "decode/0/adapters/planner", "only")
+    deployment = config.parse(plain, there)
+    assert deployment.base.model == str(here / "both")
+    assert deployment.decode[0].adapters == {"planner": str(there / "only")}
+
+
+def test_missing_file_is_refused_by_path(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "none.yaml")
+    assert str(caught.value) == (
+        f"no such deployment file: {tmp_path}/none.yaml (fix: deploy/configs/ holds one example per scenario)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"base: [", "is not YAML"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b"", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, got nothing"),
+        (b"- 1", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, got a list"),
+        (b"base: {model: a, model: b}", "key 'model' is given twice"),
+    ],
+)
+def test_file_that_is_no_deployment_is_refused(tmp_path, content, text):
+    file = tmp_path / "deployment.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config.load(file)
+
+
+def test_unreadable_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=f"cannot read {tmp_path}"):
+        config.load(tmp_path)
+
+
+def test_unquoted_core_number_is_a_core(tmp_path, plain):
+    assert config.parse(put(plain, "prefill/cpu_cores", 0)).prefill.cpu_cores == "0"
+    assert "valid string, got True" in str(refusal(put(plain, "prefill/cpu_cores", True)))
+
+
+def test_tree_is_frozen(plain):
+    deployment = config.parse(plain)
+    pool, router = deployment.decode[0], deployment.router
+    for node, name in ((deployment, "base"), (deployment.base, "dtype"), (pool, "pool"), (router, "host")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(node, name, None)
+
+
+def test_own_prefill_defaults_to_one_engine_of_the_pools_sizes(plain):
+    plain["decode"][0] |= {"sharing": "none", "replicas": 3, "kv_cache_gib": 2.5, "max_num_seqs": 7}
+    deployment = config.parse(plain)
+    own = deployment.decode[0].own_prefill()
+    assert (own.replicas, own.kv_cache_gib, own.max_num_seqs) == (1, 2.5, 7)
+    assert not deployment.shares_prefill
+
+
+def test_own_prefill_can_be_given(plain):
+    plain["decode"][0] |= {"sharing": "none", "prefill": {"replicas": 2, "kv_cache_gib": 4}}
+    own = config.parse(plain).decode[0].own_prefill()
+    assert (own.replicas, own.kv_cache_gib) == (2, 4)

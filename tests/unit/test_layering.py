@@ -1,0 +1,160 @@
+"""The folder rule of the design: imports point down only, one importer of vLLM, nobody but the modes compares mode names."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvshare.modes import mode_names
+
+ROOT = Path(__file__).parents[2]
+
+#: From top to bottom; folders of one row do not know each other.
+LAYERS = (
+    {"benchmarks", "finetuning"},
+    {"prefillshare"},
+    {"router"},
+    {"prefill_service", "decode_service"},
+    {"kvshare_vllm"},
+    {"kvshare"},
+)
+#: The generated stubs stand beside the layers: they import none of them.
+MAY_IMPORT_PROTOS = {"benchmarks", "finetuning", "prefillshare", "router"}
+MAY_IMPORT_VLLM = {"benchmarks", "finetuning", "kvshare_vllm"}
+HEAVY = {"ray", "torch", "transformers", "vllm"}
+FOLDERS = set().union(*LAYERS) | {"protos"}
+
+
+def allowed(folder: str) -> set[str]:
+    """Folders of ours that a file in `folder` may import."""
+    if folder == "protos":
+        return {"protos"}
+    depth = next(depth for depth, layer in enumerate(LAYERS) if folder in layer)
+    return {folder}.union(*LAYERS[depth + 1 :], {"protos"} if folder in MAY_IMPORT_PROTOS else ())
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and top-level name of every import, those inside functions and type-checking blocks too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.lineno, node.module.split(".")[0]
+
+
+def mode_name_comparisons(tree: ast.AST, names: tuple[str, ...]) -> Iterator[int]:
+    """Lines that compare something with a mode's name. The word "none" counts beside a name that speaks of modes."""
+
+    def is_name(node: ast.AST, beside: str) -> bool:
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
+            return any(is_name(item, beside) for item in node.elts)
+        if not isinstance(node, ast.Constant) or node.value not in names:
+            return False
+        return node.value != "none" or "mode" in beside.lower() or "sharing" in beside.lower()
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(is_name(side, ast.unparse(node)) for side in sides):
+                yield node.lineno
+        elif isinstance(node, ast.Match):
+            values = [part.value for case in node.cases for part in ast.walk(case.pattern) if isinstance(part, ast.MatchValue)]
+            if any(is_name(value, ast.unparse(node.subject)) for value in values):
+                yield node.lineno
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[Path, ast.AST]:
+    files = [path for folder in sorted(FOLDERS) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT): ast.parse(path.read_text()) for path in files}
+
+
+def test_every_layer_has_sources(sources):
+    # finetuning may come without: an empty folder is no layer broken.
+    assert FOLDERS - {path.parts[0] for path in sources} <= {"finetuning"}
+
+
+def test_imports_point_down_only(sources):
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path, tree in sources.items()
+        for line, name in imports(tree)
+        if name in FOLDERS and name not in allowed(path.parts[0])
+    ]
+    assert wrong == []
+
+
+def test_only_the_plugin_imports_vllm(sources):
+    wrong = [
+        f"{path}:{line}"
+        for path, tree in sources.items()
+        for line, name in imports(tree)
+        if name == "vllm" and path.parts[0] not in MAY_IMPORT_VLLM
+    ]
+    assert wrong == []
+
+
+def test_the_lowest_layer_names_no_heavy_library(sources):
+    wrong = [
+        f"{path}:{line} imports {name}"
+        for path, tree in sources.items()
+        for line, name in imports(tree)
+        if path.parts[0] == "kvshare" and name in HEAVY
+    ]
+    assert wrong == []
+
+
+def test_the_lowest_layer_loads_no_heavy_library(sources):
+    modules = [".".join(path.with_suffix("").parts) for path in sources if path.parts[0] == "kvshare"]
+    program = (
+        "import importlib, json, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(json.loads(done.stdout))
+    assert "kvshare" in loaded
+    assert loaded & (HEAVY | FOLDERS) == {"kvshare"}
+
+
+def test_only_the_modes_know_their_names(sources):
+    wrong = [
+        f"{path}:{line}"
+        for path, tree in sources.items()
+        for line in mode_name_comparisons(tree, mode_names())
+        if path.parts[:2] != ("kvshare", "modes")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("if mode == 'prefillshare': pass", True),
+        ("if pool.sharing != 'none': pass", True),
+        ("x = settings.mode in ('prefillshare', 'other')", True),
+        ("match pool.sharing:\n case 'none' | 'x': pass", True),
+        ("if 'prefillshare' == pool.sharing: pass", True),
+        ("if tool_choice == 'none': pass", False),
+        ("if mode.name == other.name: pass", False),
+        ("get_mode('none')", False),
+    ],
+)
+def test_comparison_with_a_modes_name_is_recognised(code, found):
+    assert bool(list(mode_name_comparisons(ast.parse(code), ("prefillshare", "none")))) is found
+
+
+def test_layers_above_and_beside_are_not_allowed():
+    assert allowed("kvshare") == {"kvshare"}
+    assert allowed("decode_service") == {"decode_service", "kvshare_vllm", "kvshare"}
+    assert allowed("router") == {"router", "prefill_service", "decode_service", "kvshare_vllm", "kvshare", "protos"}
+    assert "finetuning" not in allowed("benchmarks")
+
+
+def test_hidden_imports_are_seen():
+    code = "def f():\n from vllm.v1 import x\nif TYPE_CHECKING:\n import router.turns as t\nfrom . import here\n"
+    assert sorted(imports(ast.parse(code))) == [(2, "vllm"), (4, "router")]

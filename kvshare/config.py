@@ -65,6 +65,9 @@ class Engines(_Node):
     base.max_model_len."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per replica. Leave at 1 on CPUs."""
+    gpu_share: float = Field(1.0, gt=0, le=1)
+    """Part of a GPU one replica is placed on; below 1, engines stand together on one GPU, and engine_args must give
+    each of them a gpu_memory_utilization that leaves room for the others. Not with tensor_parallel_size above 1."""
     max_num_seqs: int = Field(64, ge=1)
     """Most sequences one replica runs at once."""
     max_num_batched_tokens: int | None = Field(None, ge=16)
@@ -73,6 +76,12 @@ class Engines(_Node):
     """CPU build only: cores every replica of this pool computes on, like "0" or "0-3,6". Unset: vLLM chooses."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Those this system sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _share_of_one_gpu(self):
+        if self.gpu_share < 1 and self.tensor_parallel_size > 1:
+            raise ValueError(f"gpu_share {self.gpu_share:g} needs tensor_parallel_size 1, got {self.tensor_parallel_size}")
+        return self
 
     @field_validator("cpu_cores", mode="before")
     @classmethod

@@ -91,7 +91,7 @@ def build(deployment: Deployment):
             request_router_config=RequestRouterConfig(request_router_class=PinnedRouter),
             ray_actor_options={
                 "num_cpus": 0.01 if on_cpu() else 1,
-                "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size,
+                "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "runtime_env": {"env_vars": env},
             },
         ).bind(settings)

@@ -99,6 +99,11 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ("decode/0/adapters", {}, f"decode.0: {ONE_KIND}"),
         ("decode/0/name", "n", "decode.0: `name` (n) goes with `model`; adapters are named by their keys, so remove it"),
         ("decode/0/prefill", {}, "engines of their own; prefillshare uses the shared pool, so remove it"),
+        (
+            "prefill",
+            {"gpu_share": 0.5, "tensor_parallel_size": 2},
+            "prefill: gpu_share 0.5 needs tensor_parallel_size 1, got 2",
+        ),
         ("router/grpc_port", 8000, "router: http_port and grpc_port are both 8000; give each a port of its own"),
         (
             "router/replicas",

@@ -1,0 +1,98 @@
+"""docs/configuration.md, made from the config tree: `python -m prefillshare.config_docs > docs/configuration.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from kvshare import config
+from kvshare.modes import get_mode, mode_names
+
+EXAMPLES = Path(__file__).parents[1] / "deploy" / "configs"
+_HEAD = """\
+# Configuration
+
+<!-- Made by `python -m prefillshare.config_docs > docs/configuration.md`; change kvshare/config.py instead. -->
+
+One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it and `prefillshare serve FILE`
+runs it. Unknown keys are refused. All sizes are per replica.
+"""
+#: Where each node of the tree stands in the file.
+_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("base", config.Base),
+    ("prefill", config.Prefill),
+    ("decode[]", config.DecodePool),
+    ("router", config.Router),
+    ("cluster", config.Cluster),
+)
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [_HEAD, "## Sharing modes\n\nValues of `decode[].sharing`.\n", _table(("mode", "meaning"), _modes())]
+    parts += ["## The file\n", _fields(config.Deployment)]
+    for path, node in _SECTIONS:
+        parts += [f"## `{path}`\n\n{node.__doc__}\n", _fields(node)]
+    refused = ", ".join(f"`{name}`" for name in sorted(config.OUR_ENGINE_ARGS))
+    parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. Refused, because fields above or "
+              f"the KV contract decide them:\n{refused}.\n"]
+    parts += ["## Examples\n\nIn `deploy/configs/`, one per scenario.\n", _table(("file", "scenario"), _examples())]
+    return "\n".join(parts)
+
+
+def _modes() -> Iterator[tuple[str, ...]]:
+    return ((f"`{name}`", get_mode(name).summary) for name in mode_names())
+
+
+def _examples() -> Iterator[tuple[str, ...]]:
+    for file in sorted(EXAMPLES.glob("*.yaml")):
+        yield f"[{file.name}](../deploy/configs/{file.name})", file.read_text().splitlines()[0].removeprefix("# ")
+
+
+def _fields(node: type[BaseModel]) -> str:
+    schema = node.model_json_schema()
+    required = schema.get("required", ())
+    rows = (
+        (f"`{name}`", _values(item), "**required**" if name in required else _default(item), item["description"])
+        for name, item in schema["properties"].items()
+    )
+    return _table(("key", "values", "default", "meaning"), rows)
+
+
+def _values(item: dict[str, Any]) -> str:
+    """Type and range, from a field's JSON schema."""
+    if "anyOf" in item:
+        return " or ".join(_values(choice) for choice in item["anyOf"] if choice.get("type") != "null")
+    if "enum" in item:
+        return ", ".join(f"`{value}`" for value in item["enum"])
+    if "$ref" in item:
+        return "mapping"
+    kinds = {"array": "list", "boolean": "`true`, `false`", "object": "mapping"}
+    kind = kinds.get(item["type"], item["type"])
+    bounds = [f"{sign} {item[key]:g}" for key, sign in _BOUNDS if key in item]
+    return ", ".join([kind, *bounds]) + (f", `{item['pattern']}`" if "pattern" in item else "")
+
+
+_BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="))
+
+
+def _default(item: dict[str, Any]) -> str:
+    value = item.get("default", {})  # a mapping, if no default is written down
+    if value is None:
+        return "unset"
+    shown = str(value).lower() if isinstance(value, bool) else f"{value:.15g}" if isinstance(value, float) else str(value)
+    return f"`{shown}`"
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...]) -> str:
+        return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return "\n".join([line(head), line(("---",) * len(head)), *map(line, rows)]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

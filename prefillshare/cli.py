@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -124,10 +123,8 @@ def model_fetch(
 @model_app.command("list")
 def model_list() -> None:
     """List the models that `prefillshare model fetch` knows."""
-    table = Table("name", "what it is", "carried by", box=None)
     for name, source in models.KNOWN.items():
-        table.add_row(name, source.about, f"{source.package}=={source.version}")
-    Console(soft_wrap=True).print(table)
+        typer.echo(f"{name}: {source.about}; carried by {source.package}=={source.version}")
 
 
 @contract_app.command("write")
@@ -162,13 +159,10 @@ def contract_show(
     if as_json:
         typer.echo(json.dumps({"version": contract.VERSION, **asdict(found)}, indent=2))
         return
-    table = Table("", "", box=None, show_header=False)
     for part in ("base", "shape"):
         for key, value in asdict(getattr(found, part)).items():
-            table.add_row(f"{part}.{key}", Text(str(value)))
-    if found.trained_with:
-        table.add_row("trained_with", Text(found.trained_with))
-    Console(soft_wrap=True).print(table)
+            typer.echo(f"{f'{part}.{key}':<19} {value}")
+    typer.echo(f"{'trained_with':<19} {found.trained_with or '-'}")
 
 
 @contract_app.command("check")

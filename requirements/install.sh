@@ -28,7 +28,7 @@ step() {
         stop_ticker
         printf ' failed\n\n'
         grep -v 'is ignored: it is neither a file\|^WARNING: Location\|^Looking in' "$LOG" | tail -n 25 >&2
-        fail "$text: failed; the whole log is in $PWD/$LOG"
+        fail "set-up stopped at: $text. The whole log is in $PWD/$LOG"
     fi
     stop_ticker
     [ -t 1 ] && printf '\r  %s ...' "$text"
@@ -45,7 +45,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or 3.12 is needed; python3 is $(python3 --version 2>&1 || true)." \
+    fail "Python 3.11 or 3.12 is needed; python3 is $(python3 --version 2>/dev/null || echo absent)." \
         "Install it (Debian 12: apt-get install python3 python3-venv) or name one: make setup PYTHON=/path/to/python3.11"
 }
 
@@ -69,7 +69,7 @@ apt() {
 }
 
 make_venv() {
-    if .venv/bin/python -m pip --version >>"$LOG" 2>&1; then
+    if [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >>"$LOG" 2>&1; then
         usable_python .venv/bin/python || fail ".venv has $(.venv/bin/python --version), 3.11 or 3.12 is needed: remove .venv"
         return
     fi
@@ -98,7 +98,7 @@ mkdir -p .venv
 : >"$LOG"
 make_venv
 step "PyTorch" install_torch
-step "$(grep -c '^[a-z]' requirements/cpu.lock) locked packages" pip --no-deps -r requirements/cpu.lock
+step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" pip --no-deps -r requirements/cpu.lock
 step "prefillshare" pip --no-deps --no-build-isolation -e .
 
 if ! has_tcmalloc && ! apt libtcmalloc-minimal4 libtcmalloc-minimal4t64; then

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm import SamplingParams
@@ -16,6 +17,7 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.network_utils import get_open_port
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -76,8 +78,9 @@ class Engine:
         llm = None
         try:
             with log:
-                args = AsyncEngineArgs(**_engine_args(settings))
-                llm = AsyncLLM.from_engine_args(args, stat_loggers=[make_gauges])
+                config = AsyncEngineArgs(**_engine_args(settings)).create_engine_config()
+                with _one_process(config, settings):
+                    llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
             engine = cls(settings, llm, gauges[0], log)
             for lora in engine._adapters.values():
                 await llm.add_lora(lora)
@@ -256,6 +259,21 @@ def _engine_args(s: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": False,
         "generation_config": "vllm",
     } | dict(s.engine_args)
+
+
+@contextmanager
+def _one_process(config, s: EngineSettings) -> Iterator[None]:
+    """CPU engines without tensor parallelism: scheduler and model in one process, threads bound as vLLM binds a worker's.
+
+    vLLM would start two that wait for each other by spinning; on few cores that takes the cores the model computes on.
+    Seam: vllm/platforms/cpu.py (backend), vllm/utils/ompmultiprocessing.py (binding).
+    """
+    if not current_platform.is_cpu() or s.tensor_parallel_size > 1:
+        yield
+        return
+    config.parallel_config.distributed_executor_backend = "uni"
+    with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        yield
 
 
 def _set_environment(s: EngineSettings, host: str) -> None:

@@ -7,6 +7,11 @@ CONNECTOR = "SharedKVConnector"
 
 def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.platforms import current_platform
 
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.connector", CONNECTOR)
+    if current_platform.is_cpu():
+        from kvshare_vllm.nixl_progress import wait_for_events
+
+        wait_for_events()

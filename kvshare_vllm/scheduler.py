@@ -122,9 +122,9 @@ class SharedKVScheduler(AsyncScheduler):
         # vLLM admits no waiting request in a step that preempts, so none of these has started again.
         for request in self._preempted:
             self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-            output = _give_back(request.request_id, resume_reason=ResumeReason.PREEMPTED.value)
-            output.events = request.take_events()
-            self._given_back.append((request.client_index, output))
+            notice = _give_back(request.request_id, resume_reason=ResumeReason.PREEMPTED.value)
+            notice.events = request.take_events()
+            self._given_back.append((request.client_index, notice))
         self._preempted.clear()
         return output
 

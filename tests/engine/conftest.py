@@ -1,0 +1,89 @@
+"""Systems and engines for the tests that need real ones. One per module, shared by its tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvshare.config import Deployment, parse
+from prefillshare.app import running
+from prefillshare.client import Client
+from prefillshare.models import fetch
+from prefillshare.platform import engine_environment
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    return fetch(MODEL, Path(__file__).resolve().parents[2] / "models" / MODEL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _engine_environment():
+    """Engines started in this process want what replicas get."""
+    os.environ.update({k: v for k, v in engine_environment().items() if k != "LD_PRELOAD"})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class System:
+    """A running deployment and a client of it."""
+
+    def __init__(self, deployment: Deployment, handle, client: Client):
+        self.deployment, self.handle, self.client = deployment, handle, client
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.deployment.router.http_port}/v1"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.deployment.router.grpc_port}"
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Pool -> figures summed over its replicas."""
+        pools = self.handle.replica_stats.remote().result(timeout_s=30)
+        return {
+            pool: {key: sum(r[key] for r in replicas.values()) for key in next(iter(replicas.values()))}
+            for pool, replicas in pools.items()
+        }
+
+    def held(self) -> dict[str, float]:
+        """What is still held anywhere: requests and KV blocks, by pool; empty when nothing is."""
+        left = {}
+        for pool, figures in self.stats().items():
+            for key in ("running", "waiting", "kv_blocks_used"):
+                if figures[key]:
+                    left[f"{pool}.{key}"] = figures[key]
+        return left
+
+
+@contextmanager
+def system(data: dict):
+    """Start a deployment given as plain data on free ports."""
+    data = {**data, "router": {**data.get("router", {}), "http_port": free_port(), "grpc_port": free_port()}}
+    deployment = parse(data)
+    with running(deployment) as handle, Client(f"127.0.0.1:{deployment.router.grpc_port}") as client:
+        yield System(deployment, handle, client)
+
+
+def wait_until(condition, timeout_s: float = 20.0, step_s: float = 0.1):
+    """Poll `condition` until it gives something true; returns that, or fails with its last value."""
+    import time
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"still {value!r} after {timeout_s} s"
+        time.sleep(step_s)

@@ -1,0 +1,71 @@
+"""The oracle over a running system: takes turns through the gRPC client and compares every log-probability."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import reference
+from kvshare import decoders
+from kvshare.config import Deployment
+from prefillshare.client import RemoteSession, TurnResult
+
+TOLERANCE = 1e-3
+
+
+class Oracle:
+    """Models of a deployment in plain transformers, loaded once."""
+
+    def __init__(self, deployment: Deployment):
+        self.deployment = deployment
+        self.served = decoders.served(deployment)
+        self._models: dict[str, object] = {}
+
+    @cached_property
+    def base(self):
+        return _load(self.deployment.base.model)
+
+    @cached_property
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.deployment.base.model)
+
+    def decoder(self, name: str):
+        if name not in self._models:
+            kind = self.served[name]
+            pool = next(p for p in self.deployment.decode if p.pool == kind.pool)
+            if kind.kind == "full":
+                self._models[name] = _load(pool.model)
+            elif kind.kind == "base":
+                self._models[name] = self.base
+            else:
+                from peft import PeftModel
+
+                self._models[name] = PeftModel.from_pretrained(_load(self.deployment.base.model), pool.adapters[name]).eval()
+        return self._models[name]
+
+    def diff(self, name: str, prompt: list[int], tokens: list[int], logprobs: list[float], mode: str | None = None) -> float:
+        """Largest difference to what `mode` (default: the decoder's own) says."""
+        function = getattr(reference, mode or self.served[name].sharing)
+        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens))
+
+    def turn(self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs) -> tuple[TurnResult, list[int]]:
+        """Take a turn and check it. Returns the result and the prompt the decoder saw."""
+        if suffix_ids:
+            kwargs["suffix_token_ids"] = suffix_ids
+        result = session.turn(name, logprobs=0, **kwargs)
+        kept = list(session.get(with_token_ids=True).token_ids)
+        prompt = kept[: len(kept) - len(result.token_ids)] + (suffix_ids or [])
+        assert kept[len(kept) - len(result.token_ids) :] == result.token_ids
+        assert result.usage.prompt_tokens == len(prompt)
+        assert self.diff(name, prompt, result.token_ids, result.logprobs) <= TOLERANCE
+        return result, prompt
+
+
+def _load(folder: str | Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

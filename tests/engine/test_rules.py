@@ -1,0 +1,221 @@
+"""The rules of shared KV, on real engines with a tiny model: each rule broken on purpose, or watched at work."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+
+from kvshare.engine_settings import EngineSettings
+from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason
+from tiny_models import make_base
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+BLOCK = 32
+MAX_LEN = 320
+LEASE_S = 6
+# 16 usable blocks: one longest sequence fits, two do not.
+KV_BYTES = 17 * BLOCK * 4 * 2 * 2 * 32 * 4
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engines(tmp_path_factory, smollm):
+    from kvshare_vllm.engine import DecodeEngine, PrefillEngine
+
+    folder = tmp_path_factory.mktemp("rules")
+    base = make_base("llama", folder / "base", smollm)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
+    settings = EngineSettings(
+        role="prefill", pool="prefill", model=str(base), mode="prefillshare", contract="one", dtype="float32", max_model_len=MAX_LEN,
+        block_size=BLOCK, kv_cache_bytes=KV_BYTES * 8, lease_s=LEASE_S, cpu_cores="0", max_num_seqs=16,
+    )
+    decode = replace(settings, role="decode", pool="decode", kv_cache_bytes=KV_BYTES, adapters={n: str(p) for n, p in adapters.items()},
+                     max_lora_rank=8, cpu_cores="1")
+    prefill = await PrefillEngine.start(settings)
+    decoder = await DecodeEngine.start(decode)
+    stranger = await DecodeEngine.start(replace(decode, pool="stranger", contract="two", adapters={}))
+    yield prefill, decoder, stranger
+    for engine in (stranger, decoder, prefill):
+        engine.close()
+
+
+def sampling(n: int, **kw):
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, **({"temperature": 0.0} | kw))
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
+
+
+async def turn(engines, prompt, n, adapter="a", **kw):
+    """One turn as the router takes it, resumed as often as it must be."""
+    prefill, decoder, _ = engines
+    tokens, logprobs, chunk, reasons = [], [], None, []
+    while True:
+        handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+        try:
+            async for chunk in decoder.decode(prompt + tokens, handoff, sampling(n, **kw), new_id(), adapter=adapter, replay=len(tokens)):
+                tokens += chunk.token_ids
+                logprobs += [row[0][1] for row in chunk.logprobs]
+            return tokens, logprobs, chunk, reasons
+        except PrefixLost as lost:
+            reasons.append(lost.reason)
+
+
+async def nothing_held(*engines, timeout_s=15.0):
+    async with asyncio.timeout(timeout_s):
+        while any(e.stats()["kv_blocks_used"] or e.stats()["running"] or e.stats()["waiting"] for e in engines):
+            await asyncio.sleep(0.05)
+
+
+async def test_a_prompt_without_a_handoff_is_refused_not_recomputed(engines):
+    _, decoder, _ = engines
+    with pytest.raises(Internal, match="R1"):
+        async for _ in decoder.decode(ids(40), None, sampling(4), new_id(), adapter="a"):
+            pass
+
+
+async def test_the_scheduler_itself_refuses_a_request_without_a_handoff(engines):
+    """Whoever reaches the engine past our adapter gets an error, not the decoder's own prefill."""
+    _, decoder, _ = engines
+    reasons = []
+    async for output in decoder._generate(ids(40), sampling(4), new_id(), "a", None):
+        reasons.append((output.outputs[0].finish_reason, output.kv_transfer_params))
+        assert not output.outputs[0].token_ids
+    assert reasons == [("error", {"refused": "it came without a KV handoff (R1)"})]
+
+
+async def test_blocks_a_decoder_made_are_never_offered(engines):
+    first = ids(70, salt=1)
+    tokens, *_ = await turn(engines, first, 60)
+    _, _, chunk, _ = await turn(engines, [*first, *tokens, 5], 2)
+    # 69 shared tokens fill two whole blocks; the 60 generated ones would have made it four.
+    assert chunk.local_tokens == 64
+
+
+async def test_second_adapter_reuses_the_first_ones_prompt_blocks(engines):
+    prompt = ids(2 * BLOCK + 9, salt=2)
+    _, _, first, _ = await turn(engines, prompt, 2, adapter="a")
+    _, _, second, _ = await turn(engines, prompt, 2, adapter="b")
+    block_bytes = KV_BYTES // 17
+    assert (first.local_tokens, first.kv_bytes) == (0, 3 * block_bytes)
+    assert (second.local_tokens, second.kv_bytes) == (2 * BLOCK, block_bytes)
+
+
+async def test_two_adapters_at_once_load_a_prompt_once(engines):
+    prompt = ids(3 * BLOCK + 1, salt=3)
+    results = await asyncio.gather(turn(engines, prompt, 8, adapter="a"), turn(engines, prompt, 8, adapter="b"))
+    assert sorted(chunk.local_tokens for _, _, chunk, _ in results) == [0, 3 * BLOCK]
+
+
+async def test_preempted_requests_resume_exactly_with_seed_and_penalties(engines):
+    prompts = [ids(100 + i, salt=10 + i) for i in range(4)]
+    options = [{}, {}, {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.7}, {"temperature": 0.8, "seed": 6, "top_p": 0.9}]
+    alone = [await turn(engines, p, 90, **o) for p, o in zip(prompts, options, strict=True)]
+    together = await asyncio.gather(*(turn(engines, p, 90, **o) for p, o in zip(prompts, options, strict=True)))
+    assert not any(reasons for *_, reasons in alone)
+    assert ResumeReason.PREEMPTED in [reason for *_, reasons in together for reason in reasons]
+    for (want, want_lp, *_), (got, got_lp, *_) in zip(alone, together, strict=True):
+        assert got == want
+        assert max(abs(a - b) for a, b in zip(got_lp, want_lp, strict=True)) < 1e-3
+
+
+async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines):
+    prefill, decoder, _ = engines
+    prompt, options = ids(80, salt=20), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
+    whole, *_ = await turn(engines, prompt, 40, **options)
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    rest = []
+    async for chunk in decoder.decode(prompt + whole[:15], handoff, sampling(40, **options), new_id(), adapter="a", replay=15):
+        rest += chunk.token_ids
+    assert whole[:15] + rest == whole
+
+
+async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines):
+    """The response of a turn stands in the cache as base KV once it is part of a later prompt; a resume must not use it."""
+    prefill, decoder, _ = engines
+    prompt = ids(40, salt=21)
+    whole, logprobs, *_ = await turn(engines, prompt, 80)
+    await turn(engines, prompt + whole, 2)  # now the response is base KV in the decode engine's cache
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    got, chunk = [], None
+    async for chunk in decoder.decode(prompt + whole[:70], handoff, sampling(80), new_id(), adapter="a", replay=70):
+        got += [row[0][1] for row in chunk.logprobs]
+    assert chunk.local_tokens == BLOCK
+    assert max(abs(a - b) for a, b in zip(got, logprobs[70:], strict=True)) < 1e-3
+
+
+async def test_a_handoff_of_another_contract_is_refused_with_both_named(engines):
+    prefill, _, stranger = engines
+    handoff = (await prefill.prefill(ids(39), new_id())).handoff
+    with pytest.raises(ContractMismatch, match=r"(?s)contract two.*under one"):
+        async for _ in stranger.decode(ids(40), handoff, sampling(2), new_id()):
+            pass
+    await stranger.release(handoff, new_id())
+
+
+async def test_engines_of_different_contracts_do_not_shake_hands(engines):
+    """The transport's own check, behind a forged handoff: not one byte moves."""
+    prefill, _, stranger = engines
+    handoff = (await prefill.prefill(ids(39, salt=30), new_id())).handoff
+    with pytest.raises(PrefixLost) as lost:
+        async for _ in stranger.decode(ids(40, salt=30), replace(handoff, contract="two"), sampling(2), new_id()):
+            pass
+    assert lost.value.reason == ResumeReason.KV_LOAD_FAILED
+
+
+async def test_a_read_after_the_lease_is_void(engines):
+    prefill, decoder, _ = engines
+    prompt = ids(70, salt=31)
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    await asyncio.sleep(LEASE_S + 1)  # nothing to wait for: the lease must pass
+    with pytest.raises(PrefixLost) as lost:
+        async for _ in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a"):
+            pass
+    assert lost.value.reason == ResumeReason.KV_LOAD_FAILED
+    await nothing_held(prefill, decoder)
+    tokens, *_ = await turn(engines, prompt, 3)  # and the void blocks were not offered to anybody
+    assert len(tokens) == 3
+
+
+async def test_a_released_handoff_frees_the_prefill_blocks_at_once(engines):
+    prefill, decoder, _ = engines
+    handoff = (await prefill.prefill(ids(90, salt=32), new_id())).handoff
+    async with asyncio.timeout(2):
+        while prefill.stats()["kv_blocks_used"] != 3:
+            await asyncio.sleep(0.02)
+    await decoder.release(handoff, new_id())
+    await nothing_held(prefill, timeout_s=LEASE_S / 2)
+
+
+async def test_a_reader_that_leaves_frees_both_sides(engines):
+    prefill, decoder, _ = engines
+    prompt = ids(90, salt=33)
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    stream = decoder.decode(prompt, handoff, sampling(200), new_id(), adapter="a")
+    await anext(stream)
+    assert decoder.stats()["running"] == 1
+    await stream.aclose()
+    await nothing_held(prefill, decoder, timeout_s=LEASE_S / 2)
+
+
+@pytest.mark.parametrize("n", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])
+async def test_prompts_around_block_edges_are_handed_over_whole(engines, n):
+    prefill, decoder, _ = engines
+    prompt = ids(n, salt=40 + n)
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff if n > 1 else None
+    chunk = None
+    async for chunk in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a"):
+        pass
+    assert chunk.kv_bytes == -(-(n - 1) // BLOCK) * (KV_BYTES // 17)

@@ -1,0 +1,45 @@
+"""Tiny random models for protocol and fault tests: real architectures, a real tokenizer, weights that matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from kvshare.contract import DecoderContract
+
+_SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "max_position_embeddings": 4096, "initializer_range": 0.12, "tie_word_embeddings": True,
+}
+_KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def make_base(kind: str, folder: Path, tokenizer_from: Path) -> Path:
+    """A random model of architecture `kind` with the tokenizer of another folder."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    config_class, model_class = _KINDS[kind]
+    config = config_class(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **_SIZES
+    )
+    torch.manual_seed(1)
+    model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_full_decoder(base: Path, folder: Path, seed: int, noise: float = 0.2) -> Path:
+    """The base with every matrix disturbed, vouched for as trained against it."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter += torch.randn_like(parameter) * parameter.std() * noise
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    DecoderContract.of_base(base, trained_with="noise").write(folder)
+    return folder

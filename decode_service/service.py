@@ -29,8 +29,14 @@ class DecodeService:
         return serve.get_replica_context().replica_id.unique_id
 
     async def decode(
-        self, token_ids: list[int], handoff: Handoff | None, sampling, request_id: str, adapter: str | None = None,
-        replay: int = 0, cache_salt: str | None = None,
+        self,
+        token_ids: list[int],
+        handoff: Handoff | None,
+        sampling,
+        request_id: str,
+        adapter: str | None = None,
+        replay: int = 0,
+        cache_salt: str | None = None,
     ):
         """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
         async for chunk in self._engine.decode(

@@ -24,24 +24,64 @@ class Metric:
 DEFINITIONS = {
     m.name: m
     for m in (
-        Metric("prefillshare_turns_total", Counter, "Turns ended, by outcome (ok, cancelled, or the error's name).",
-               ("decoder", "outcome"), "Errors rising: read the router's log for that error; Overloaded means add replicas."),
-        Metric("prefillshare_turns_in_progress", Gauge, "Turns accepted and not ended.", (),
-               "Near router.max_queued: turns are about to be refused; add decode replicas."),
-        Metric("prefillshare_prefill_tokens_total", Counter, "Prompt tokens at prefill, cached or computed.",
-               ("decoder", "source"), "Computed rising against cached: contexts are evicted or sessions lose their replica."),
-        Metric("prefillshare_completion_tokens_total", Counter, "Tokens generated.", ("decoder",),
-               "The throughput of a decoder."),
-        Metric("prefillshare_kv_transfer_bytes_total", Counter, "KV pulled from prefill to decode replicas.", ("decoder",),
-               "Rising faster than prefill tokens: decode caches are too small to keep shared prefixes."),
-        Metric("prefillshare_resumes_total", Counter, "Turns resumed, by reason (preempted, kv_load_failed).",
-               ("decoder", "reason"), "preempted: more KV memory on decode; kv_load_failed: look at the network or lease."),
-        Metric("prefillshare_time_to_first_token_seconds", Histogram, "From a turn's arrival to its first token.", ("decoder",),
-               "Compare with prefillshare_prefill_seconds to see which side waits."),
-        Metric("prefillshare_prefill_seconds", Histogram, "Prefill call, as the router sees it.", ("decoder",),
-               "Add prefill replicas, or look for lost cache hits."),
-        Metric("prefillshare_turn_seconds", Histogram, "From a turn's arrival to its end.", ("decoder",), "The latency users feel."),
-        Metric("prefillshare_sessions", Gauge, "Sessions held.", (), "Near router.max_sessions: lower the TTL or raise the limit."),
+        Metric(
+            "prefillshare_turns_total",
+            Counter,
+            "Turns ended, by outcome (ok, cancelled, or the error's name).",
+            ("decoder", "outcome"),
+            "Errors rising: read the router's log for that error; Overloaded means add replicas.",
+        ),
+        Metric(
+            "prefillshare_turns_in_progress",
+            Gauge,
+            "Turns accepted and not ended.",
+            (),
+            "Near router.max_queued: turns are about to be refused; add decode replicas.",
+        ),
+        Metric(
+            "prefillshare_prefill_tokens_total",
+            Counter,
+            "Prompt tokens at prefill, cached or computed.",
+            ("decoder", "source"),
+            "Computed rising against cached: contexts are evicted or sessions lose their replica.",
+        ),
+        Metric(
+            "prefillshare_completion_tokens_total", Counter, "Tokens generated.", ("decoder",), "The throughput of a decoder."
+        ),
+        Metric(
+            "prefillshare_kv_transfer_bytes_total",
+            Counter,
+            "KV pulled from prefill to decode replicas.",
+            ("decoder",),
+            "Rising faster than prefill tokens: decode caches are too small to keep shared prefixes.",
+        ),
+        Metric(
+            "prefillshare_resumes_total",
+            Counter,
+            "Turns resumed, by reason (preempted, kv_load_failed).",
+            ("decoder", "reason"),
+            "preempted: more KV memory on decode; kv_load_failed: look at the network or lease.",
+        ),
+        Metric(
+            "prefillshare_time_to_first_token_seconds",
+            Histogram,
+            "From a turn's arrival to its first token.",
+            ("decoder",),
+            "Compare with prefillshare_prefill_seconds to see which side waits.",
+        ),
+        Metric(
+            "prefillshare_prefill_seconds",
+            Histogram,
+            "Prefill call, as the router sees it.",
+            ("decoder",),
+            "Add prefill replicas, or look for lost cache hits.",
+        ),
+        Metric(
+            "prefillshare_turn_seconds", Histogram, "From a turn's arrival to its end.", ("decoder",), "The latency users feel."
+        ),
+        Metric(
+            "prefillshare_sessions", Gauge, "Sessions held.", (), "Near router.max_sessions: lower the TTL or raise the limit."
+        ),
     )
 }
 

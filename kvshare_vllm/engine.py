@@ -145,7 +145,12 @@ class Engine:
 
 class PrefillEngine(Engine):
     async def prefill(
-        self, token_ids: list[int], request_id: str, *, adapter: str | None = None, cache_salt: str | None = None,
+        self,
+        token_ids: list[int],
+        request_id: str,
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
         priority: int = 0,
     ) -> PrefillResult:
         """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends."""
@@ -153,8 +158,8 @@ class PrefillEngine(Engine):
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={"kv_transfer_params": ask})
         started = time.perf_counter()
         output = None
-        async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
-            pass
+        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+            output = latest
         if output is None or output.outputs[0].finish_reason not in ("length", "stop"):
             raise Unavailable(f"prefill of request {request_id} ended early")
         params = output.kv_transfer_params
@@ -177,8 +182,16 @@ class DecodeEngine(Engine):
             )
 
     async def decode(
-        self, token_ids: list[int], handoff: Handoff | None, sampling: SamplingParams, request_id: str, *,
-        adapter: str | None = None, replay: int = 0, cache_salt: str | None = None, priority: int = 0,
+        self,
+        token_ids: list[int],
+        handoff: Handoff | None,
+        sampling: SamplingParams,
+        request_id: str,
+        *,
+        adapter: str | None = None,
+        replay: int = 0,
+        cache_salt: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[TokenChunk]:
         """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere.
 
@@ -203,7 +216,9 @@ class DecodeEngine(Engine):
             completion, params = output.outputs[0], output.kv_transfer_params or {}
             if completion.finish_reason == "error":
                 if "resume_reason" not in params:
-                    raise Unavailable(f"request {request_id} was refused by the engine: {params.get('refused', 'no reason given')}")
+                    raise Unavailable(
+                        f"request {request_id} was refused by the engine: {params.get('refused', 'no reason given')}"
+                    )
                 reason = ResumeReason(params["resume_reason"])
                 raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
             if completion.finish_reason == "abort":
@@ -246,19 +261,23 @@ def _engine_args(s: EngineSettings) -> dict[str, Any]:
         args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
     if s.max_num_batched_tokens:
         args["max_num_batched_tokens"] = s.max_num_batched_tokens
-    return args | {
-        "model": s.model,
-        "dtype": s.dtype,
-        "max_model_len": s.max_model_len,
-        "block_size": s.block_size,
-        "kv_cache_memory_bytes": s.kv_cache_bytes,
-        "max_num_seqs": s.max_num_seqs,
-        "tensor_parallel_size": s.tensor_parallel_size,
-        "enable_prefix_caching": True,
-        "kv_transfer_config": connector,
-        "disable_log_stats": False,
-        "generation_config": "vllm",
-    } | dict(s.engine_args)
+    return (
+        args
+        | {
+            "model": s.model,
+            "dtype": s.dtype,
+            "max_model_len": s.max_model_len,
+            "block_size": s.block_size,
+            "kv_cache_memory_bytes": s.kv_cache_bytes,
+            "max_num_seqs": s.max_num_seqs,
+            "tensor_parallel_size": s.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            "kv_transfer_config": connector,
+            "disable_log_stats": False,
+            "generation_config": "vllm",
+        }
+        | dict(s.engine_args)
+    )
 
 
 @contextmanager

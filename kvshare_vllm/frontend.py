@@ -59,16 +59,33 @@ class Frontend(EngineClient):
 
     # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
     def generate(
-        self, prompt, sampling_params, request_id, *, prompt_text=None, lora_request=None, tokenization_kwargs=None,
-        trace_headers=None, priority=0, data_parallel_rank=None, session_id=None, kv_hints=None, reasoning_ended=None,
+        self,
+        prompt,
+        sampling_params,
+        request_id,
+        *,
+        prompt_text=None,
+        lora_request=None,
+        tokenization_kwargs=None,
+        trace_headers=None,
+        priority=0,
+        data_parallel_rank=None,
+        session_id=None,
+        kv_hints=None,
+        reasoning_ended=None,
         reasoning_parser_kwargs=None,
     ) -> AsyncIterator[RequestOutput]:
         """vLLM's surface. The decoder is the LoRA's name; none is the base."""
         decoder = lora_request.lora_name if lora_request is not None else self._base_name
         try:
             request = self.prepare(
-                prompt, sampling_params, request_id, decoder, tokenization_kwargs=tokenization_kwargs,
-                reasoning_ended=reasoning_ended, reasoning_parser_kwargs=reasoning_parser_kwargs,
+                prompt,
+                sampling_params,
+                request_id,
+                decoder,
+                tokenization_kwargs=tokenization_kwargs,
+                reasoning_ended=reasoning_ended,
+                reasoning_parser_kwargs=reasoning_parser_kwargs,
             )
         except PrefillShareError as error:
             raise _to_vllm(error) from error
@@ -76,14 +93,22 @@ class Frontend(EngineClient):
         return self._as_vllm(self.run(request, decoder, TurnContext(), prompt_text=text))
 
     def prepare(
-        self, prompt, sampling_params: SamplingParams, request_id: str, decoder: str, *, tokenization_kwargs=None,
-        reasoning_ended=None, reasoning_parser_kwargs=None,
+        self,
+        prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        decoder: str,
+        *,
+        tokenization_kwargs=None,
+        reasoning_ended=None,
+        reasoning_parser_kwargs=None,
     ) -> EngineCoreRequest:
         """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
         if sampling_params.prompt_logprobs is not None:
             raise InvalidInput(
                 "log-probabilities of prompt tokens are not available: the prompt is prefilled elsewhere",
-                field="prompt_logprobs", fix="leave it out; `logprobs` of generated tokens work",
+                field="prompt_logprobs",
+                fix="leave it out; `logprobs` of generated tokens work",
             )
         if sampling_params.extra_args:  # a client must not drive the KV connector
             sampling_params = sampling_params.clone()
@@ -91,7 +116,11 @@ class Frontend(EngineClient):
         self._admit(decoder)
         try:
             request = self.input_processor.process_inputs(
-                request_id, prompt, sampling_params, supported_tasks=("generate",), lora_request=None,
+                request_id,
+                prompt,
+                sampling_params,
+                supported_tasks=("generate",),
+                lora_request=None,
                 tokenization_kwargs=tokenization_kwargs,
             )
         except VLLMValidationError as error:

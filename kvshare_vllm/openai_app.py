@@ -43,8 +43,17 @@ async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRu
 
 def _arguments(base: Base):
     flags = [
-        "--model", base.model, "--served-model-name", base.name, "--max-model-len", str(base.max_model_len),
-        "--dtype", base.dtype, "--enable-prompt-tokens-details", "--generation-config", "vllm",
+        "--model",
+        base.model,
+        "--served-model-name",
+        base.name,
+        "--max-model-len",
+        str(base.max_model_len),
+        "--dtype",
+        base.dtype,
+        "--enable-prompt-tokens-details",
+        "--generation-config",
+        "vllm",
     ]
     if base.tool_call_parser:
         flags += ["--enable-auto-tool-choice", "--tool-call-parser", base.tool_call_parser]

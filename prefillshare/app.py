@@ -43,11 +43,22 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
 
     def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
         return EngineSettings(
-            role=role, pool=pool, model=model, mode=mode, contract=contract, dtype=base.dtype, max_model_len=base.max_model_len,
-            block_size=base.block_size, kv_cache_bytes=int(engines.kv_cache_gib * 2**30),
-            tensor_parallel_size=engines.tensor_parallel_size, max_num_seqs=engines.max_num_seqs,
-            max_num_batched_tokens=engines.max_num_batched_tokens, lease_s=deployment.cluster.kv_lease_s,
-            cpu_cores=engines.cpu_cores, engine_args=engines.engine_args, **more,
+            role=role,
+            pool=pool,
+            model=model,
+            mode=mode,
+            contract=contract,
+            dtype=base.dtype,
+            max_model_len=base.max_model_len,
+            block_size=base.block_size,
+            kv_cache_bytes=int(engines.kv_cache_gib * 2**30),
+            tensor_parallel_size=engines.tensor_parallel_size,
+            max_num_seqs=engines.max_num_seqs,
+            max_num_batched_tokens=engines.max_num_batched_tokens,
+            lease_s=deployment.cluster.kv_lease_s,
+            cpu_cores=engines.cpu_cores,
+            engine_args=engines.engine_args,
+            **more,
         ), engines
 
     result = {}
@@ -105,7 +116,10 @@ def build(deployment: Deployment):
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=GRACE_S,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0.01, "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}}},
+        ray_actor_options={
+            "num_cpus": 0.01,
+            "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
+        },
     ).bind(deployment, prefill, decode)
 
 
@@ -127,17 +141,26 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     if not ray.is_initialized():
         owned = cluster.address is None
         ray.init(
-            address=cluster.address, num_cpus=cluster.num_cpus, include_dashboard=False if owned else None, log_to_driver=False,
-            logging_level=logging.WARNING, namespace=APP, configure_logging=False,
+            address=cluster.address,
+            num_cpus=cluster.num_cpus,
+            include_dashboard=False if owned else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            namespace=APP,
+            configure_logging=False,
             **({"_node_ip_address": deployment.router.host} if owned and deployment.router.host == "127.0.0.1" else {}),
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=deployment.router.host, port=deployment.router.http_port))
         serve.run_many([serve.RunTarget(build(deployment), name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(deployment, progress)
         handle = serve.get_app_handle(APP)
-        yield handle
-        _drain(handle)
+        try:
+            yield handle
+            _drain(handle)
+        finally:
+            handle.shutdown()
     finally:
         serve.shutdown()
         if owned:
@@ -167,7 +190,9 @@ def _wait_until_running(deployment: Deployment, progress: Progress | None) -> No
             text = "\n".join(f"{name}: {message}" for name, message in unhealthy.items() if message) or status.message
             raise EngineStartError(f"the deployment did not start:\n{text}")
         if elapsed > deployment.cluster.start_timeout_s:
-            waiting = ", ".join(f"{n} is {d.status.value}" for n, d in status.deployments.items() if d.status.value != "HEALTHY")
+            waiting = ", ".join(
+                f"{n} is {d.status.value}" for n, d in status.deployments.items() if d.status.value != "HEALTHY"
+            )
             raise EngineStartError(f"not ready after {elapsed:.0f} s: {waiting}", fix="raise cluster.start_timeout_s")
         time.sleep(0.2)
 

@@ -1,11 +1,11 @@
 """A small typed client of the gRPC surface.
 
-    with Client("127.0.0.1:9000") as client:
-        session = client.create_session()
-        turn = session.turn("planner", messages=[{"role": "user", "content": "Plan a trip."}])
-        print(turn.text, turn.usage.cached_tokens)
-        for piece in session.stream("coder", text=" Now the code:"):
-            print(piece.text, end="")
+with Client("127.0.0.1:9000") as client:
+    session = client.create_session()
+    turn = session.turn("planner", messages=[{"role": "user", "content": "Plan a trip."}])
+    print(turn.text, turn.usage.cached_tokens)
+    for piece in session.stream("coder", text=" Now the code:"):
+        print(piece.text, end="")
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class Client:
     """One connection. `timeout_s`: deadline of calls that name none."""
 
     def __init__(self, address: str = "127.0.0.1:9000", timeout_s: float = 300.0):
-        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES)]
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ]
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = pb_grpc.PrefillShareStub(self._channel)
         self.timeout_s = timeout_s
@@ -64,7 +67,12 @@ class Client:
         return self._call(self._stub.GetReadiness, pb.GetReadinessRequest()).reason
 
     def create_session(
-        self, session_id: str = "", *, messages: Messages | None = None, text: str | None = None, token_ids: Sequence[int] | None = None
+        self,
+        session_id: str = "",
+        *,
+        messages: Messages | None = None,
+        text: str | None = None,
+        token_ids: Sequence[int] | None = None,
     ) -> RemoteSession:
         request = pb.CreateSessionRequest(session_id=session_id, input=_input(messages, text, token_ids))
         return RemoteSession(self, self._call(self._stub.CreateSession, request).session_id)
@@ -86,7 +94,9 @@ class RemoteSession:
 
     def get(self, with_token_ids: bool = False) -> pb.Session:
         stub = self._client._stub
-        return self._client._call(stub.GetSession, pb.GetSessionRequest(session_id=self.session_id, include_token_ids=with_token_ids))
+        return self._client._call(
+            stub.GetSession, pb.GetSessionRequest(session_id=self.session_id, include_token_ids=with_token_ids)
+        )
 
     def fork(self, new_session_id: str = "") -> RemoteSession:
         stub = self._client._stub
@@ -97,14 +107,25 @@ class RemoteSession:
         self._client._call(self._client._stub.DeleteSession, pb.DeleteSessionRequest(session_id=self.session_id))
 
     def stream(
-        self, decoder: str, *, messages: Messages | None = None, text: str | None = None, token_ids: Sequence[int] | None = None,
-        suffix_messages: Messages | None = None, suffix_text: str | None = None, suffix_token_ids: Sequence[int] | None = None,
-        timeout_s: float | None = None, **sampling,
+        self,
+        decoder: str,
+        *,
+        messages: Messages | None = None,
+        text: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        suffix_messages: Messages | None = None,
+        suffix_text: str | None = None,
+        suffix_token_ids: Sequence[int] | None = None,
+        timeout_s: float | None = None,
+        **sampling,
     ) -> Iterator[pb.GenerateResponse]:
         """One turn as it comes. `sampling`: fields of pb.SamplingParams. Closing the iterator cancels the turn."""
         request = pb.GenerateRequest(
-            session_id=self.session_id, decoder=decoder, input=_input(messages, text, token_ids),
-            suffix=_input(suffix_messages, suffix_text, suffix_token_ids), sampling=pb.SamplingParams(**sampling),
+            session_id=self.session_id,
+            decoder=decoder,
+            input=_input(messages, text, token_ids),
+            suffix=_input(suffix_messages, suffix_text, suffix_token_ids),
+            sampling=pb.SamplingParams(**sampling),
         )
         with _typed_errors():
             call = self._client._stub.Generate(request, timeout=timeout_s or self._client.timeout_s)
@@ -154,7 +175,8 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
             more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
     by_code = {
-        grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded, grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+        grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+        grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
         grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
     }
     return by_code.get(error.code(), errors.PrefillShareError)(f"{error.code().name}: {error.details()}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from kvshare import decoders
 from kvshare.config import Deployment, load
@@ -70,6 +71,8 @@ def run(config: Path = CONFIG, max_tokens: int = 32) -> None:
     with console.status("checking every generated token against the reference ..."):
         worst = _oracle(deployment, rows)
     without = prefilled_without_sharing(rows, deployment.base.block_size)
+    for number, row in enumerate(rows, 1):
+        console.print(f"[bold]{number} {row.decoder}:[/]", Text(" ".join(row.result.text.split())))
     console.print(_table(rows))
     totals = _totals(rows, without, worst)
     console.print(
@@ -105,7 +108,9 @@ def _session(client: Client, deployment: Deployment, turns, max_tokens: int, con
         kept = list(session.get(with_token_ids=True).token_ids)
         prompt = kept[: -len(result.token_ids)] + tokenizer.encode(SUFFIX, add_special_tokens=False)
         if len(prompt) != result.usage.prompt_tokens:
-            raise Internal(f"turn {number}: the server counts {result.usage.prompt_tokens} prompt tokens, the demo {len(prompt)}")
+            raise Internal(
+                f"turn {number}: the server counts {result.usage.prompt_tokens} prompt tokens, the demo {len(prompt)}"
+            )
         rows.append(Row(decoder, prompt, result))
     session.delete()
     return rows
@@ -131,7 +136,9 @@ def _oracle(deployment: Deployment, rows: list[Row]) -> float:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     reference = _load_reference()
     served = decoders.served(deployment)
     adapters = {name: path for pool in deployment.decode for name, path in pool.adapters.items()}
@@ -193,16 +200,20 @@ def _totals(rows: list[Row], without: int, worst: float) -> dict[str, float]:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="one context, several decoders", show_lines=True)
+    table = Table(title="one context, several decoders")
     for header in ("turn", "decoder", "prompt", "cached", "computed", "KV moved", "TTFT", "tokens/s"):
         table.add_column(header, justify="left" if header == "decoder" else "right", no_wrap=True)
-    table.add_column("text", overflow="fold")
     for number, row in enumerate(rows, 1):
         u = row.result.usage
         decode_s = max(u.total_s - u.time_to_first_token_s, 1e-9)
         table.add_row(
-            str(number), row.decoder, str(u.prompt_tokens), str(u.cached_tokens), str(u.computed_tokens),
-            f"{u.kv_bytes_transferred / 2**20:.1f} MiB", f"{u.time_to_first_token_s * 1000:.0f} ms",
-            f"{(u.completion_tokens - 1) / decode_s:.1f}", " ".join(row.result.text.split())[:160],
+            str(number),
+            row.decoder,
+            str(u.prompt_tokens),
+            str(u.cached_tokens),
+            str(u.computed_tokens),
+            f"{u.kv_bytes_transferred / 2**20:.1f} MiB",
+            f"{u.time_to_first_token_s * 1000:.0f} ms",
+            f"{(u.completion_tokens - 1) / decode_s:.1f}",
         )
     return table

@@ -35,8 +35,11 @@ def _check_ports(deployment: Deployment) -> None:
             try:
                 probe.bind((r.host, port))
             except OSError as error:
-                raise ConfigError(f"cannot listen on {r.host}:{port}: {error.strerror}", field=field,
-                                  fix="choose a free port, or end what uses this one") from None
+                raise ConfigError(
+                    f"cannot listen on {r.host}:{port}: {error.strerror}",
+                    field=field,
+                    fix="choose a free port, or end what uses this one",
+                ) from None
 
 
 def _check_cores(deployment: Deployment) -> None:
@@ -47,8 +50,11 @@ def _check_cores(deployment: Deployment) -> None:
             if part:
                 first, _, last = part.partition("-")
                 if missing := set(range(int(first), int(last or first) + 1)) - here:
-                    raise ConfigError(f"core {min(missing)} is not available here", field=f"{field}.cpu_cores",
-                                      fix=f"use cores among {sorted(here)}")
+                    raise ConfigError(
+                        f"core {min(missing)} is not available here",
+                        field=f"{field}.cpu_cores",
+                        fix=f"use cores among {sorted(here)}",
+                    )
 
 
 def _check_memory(deployment: Deployment) -> None:
@@ -72,7 +78,8 @@ def _check_memory(deployment: Deployment) -> None:
         if total > available:
             raise ConfigError(
                 f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, {available:.1f} are available",
-                field=f"{field}.kv_cache_gib", fix="lower kv_cache_gib or replicas, or use a machine with more memory",
+                field=f"{field}.kv_cache_gib",
+                fix="lower kv_cache_gib or replicas, or use a machine with more memory",
             )
 
 

@@ -28,13 +28,18 @@ class ChatLayout:
         """A conversation from its beginning. `answer`: add the opening of the assistant's answer."""
         return self.ids(self._render(messages, answer))
 
-    def appended(self, context: Sequence[int], open_response: bool, messages: Sequence[dict[str, str]], answer: bool = True) -> list[int]:
+    def appended(
+        self, context: Sequence[int], open_response: bool, messages: Sequence[dict[str, str]], answer: bool = True
+    ) -> list[int]:
         """What `messages` add to a non-empty context; see the module's text."""
         before = self._render(self._prior, False)
         after = self._render([*self._prior, *messages], answer)
         if not after.startswith(before):
-            raise InvalidInput("the base's chat template rewrites earlier messages when new ones come",
-                               field="input.messages", fix="append text or token ids instead")
+            raise InvalidInput(
+                "the base's chat template rewrites earlier messages when new ones come",
+                field="input.messages",
+                fix="append text or token ids instead",
+            )
         added = self.ids(after[len(before) :])
         return self.closing(context) + added if open_response else added
 
@@ -48,7 +53,8 @@ class ChatLayout:
         try:
             return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
         except ValueError as error:
-            raise InvalidInput(f"the base has no chat template: {error}", field="input.messages",
-                               fix="append text or token ids instead") from error
+            raise InvalidInput(
+                f"the base has no chat template: {error}", field="input.messages", fix="append text or token ids instead"
+            ) from error
         except Exception as error:  # jinja's errors: the template refuses these messages
             raise InvalidInput(f"the base's chat template refuses these messages: {error}", field="input.messages") from error

@@ -34,8 +34,11 @@ class GrpcServer:
 
     def __init__(self, servicer: Servicer, host: str, port: int):
         self._address, self._port = f"{host}:{port}", port
-        options = [("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-                   ("grpc.so_reuseport", 0)]
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ]
         self._server = grpc.aio.server(options=options)
         self._health = health.aio.HealthServicer()
         pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
@@ -47,7 +50,9 @@ class GrpcServer:
             if self._server.add_insecure_port(self._address) != self._port:
                 raise RuntimeError("not bound")
         except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._address}: {error}", field="router.grpc_port", fix="choose a free port") from error
+            raise ConfigError(
+                f"cannot listen on {self._address}: {error}", field="router.grpc_port", fix="choose a free port"
+            ) from error
         await self._server.start()
 
     async def set_ready(self, ready: bool) -> None:
@@ -74,7 +79,9 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
 
     async def CreateSession(self, request, context):
-        return await self._answer(context, lambda: self._describe(self._turns.create(request.session_id, _input(request.input))))
+        return await self._answer(
+            context, lambda: self._describe(self._turns.create(request.session_id, _input(request.input)))
+        )
 
     async def GetSession(self, request, context):
         return await self._answer(
@@ -97,7 +104,12 @@ class Servicer(pb_grpc.PrefillShareServicer):
             turn_context.deadline_s = _deadline_s(context)
             sampling = to_sampling_params(request.sampling)
             turn = self._turns.take(
-                request.session_id, request.decoder, _input(request.input), _input(request.suffix), sampling, request_id,
+                request.session_id,
+                request.decoder,
+                _input(request.input),
+                _input(request.suffix),
+                sampling,
+                request_id,
                 turn_context,
             )
             async with aclosing(turn) as events:
@@ -107,7 +119,11 @@ class Servicer(pb_grpc.PrefillShareServicer):
                         response.logprobs.add(entries=[pb.Logprob(token_id=t, logprob=p, rank=r) for t, p, r in row])
                     if event.finish_reason:
                         response.done.CopyFrom(
-                            pb.Done(finish_reason=event.finish_reason, usage=_usage(turn_context.usage), context_tokens=event.context_tokens)
+                            pb.Done(
+                                finish_reason=event.finish_reason,
+                                usage=_usage(turn_context.usage),
+                                context_tokens=event.context_tokens,
+                            )
                         )
                     yield response
         except PrefillShareError as error:
@@ -120,8 +136,11 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     def _describe(self, session, with_tokens: bool = False) -> pb.Session:
         return pb.Session(
-            session_id=session.session_id, context_tokens=len(session.token_ids), turns=session.turns,
-            token_ids=session.token_ids if with_tokens else (), expires_in_s=self._turns.sessions.expires_in_s(session),
+            session_id=session.session_id,
+            context_tokens=len(session.token_ids),
+            turns=session.turns,
+            token_ids=session.token_ids if with_tokens else (),
+            expires_in_s=self._turns.sessions.expires_in_s(session),
         )
 
     async def _answer(self, context, work):
@@ -133,7 +152,10 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
 async def _abort(context, error: PrefillShareError) -> None:
     detail = pb.ErrorDetail(
-        kind=type(error).__name__, message=error.message, field=error.field or "", fix=error.fix or "",
+        kind=type(error).__name__,
+        message=error.message,
+        field=error.field or "",
+        fix=error.fix or "",
         retry_after_s=getattr(error, "retry_after_s", 0.0),
     )
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), ((ERROR_METADATA, detail.SerializeToString()),))
@@ -163,9 +185,17 @@ def _input(message: pb.Input):
 
 def _usage(u: TurnUsage) -> pb.Usage:
     return pb.Usage(
-        prompt_tokens=u.prompt_tokens, completion_tokens=u.completion_tokens, cached_tokens=u.cached_tokens,
-        computed_tokens=u.computed_tokens, kv_bytes_transferred=u.kv_bytes, time_to_first_token_s=u.ttft_s, total_s=u.total_s,
-        prefill_s=u.prefill_s, resumes=u.resumes, prefill_replica=u.prefill_replica, decode_replica=u.decode_replica,
+        prompt_tokens=u.prompt_tokens,
+        completion_tokens=u.completion_tokens,
+        cached_tokens=u.cached_tokens,
+        computed_tokens=u.computed_tokens,
+        kv_bytes_transferred=u.kv_bytes,
+        time_to_first_token_s=u.ttft_s,
+        total_s=u.total_s,
+        prefill_s=u.prefill_s,
+        resumes=u.resumes,
+        prefill_replica=u.prefill_replica,
+        decode_replica=u.decode_replica,
     )
 
 

@@ -46,13 +46,17 @@ class RouterIngress:
         self._replica_sets = [*prefills.values(), *decodes.values()]
         await asyncio.gather(*(replicas.start(deployment.cluster.start_timeout_s) for replicas in self._replica_sets))
         pools = {
-            name: Pool(replicas, prefills.get(own_prefill(name), prefills.get(SHARED_PREFILL))) for name, replicas in decodes.items()
+            name: Pool(replicas, prefills.get(own_prefill(name), prefills.get(SHARED_PREFILL)))
+            for name, replicas in decodes.items()
         }
         metrics = Metrics()
         self._decoders = served_decoders.served(deployment)
         self._orchestrator = Orchestrator(config, self._decoders, pools, metrics)
         self._app, self._frontend = await build_openai_app(
-            deployment.base, [d for d in self._decoders if d != deployment.base.name], self._orchestrator.run, self._orchestrator.admit
+            deployment.base,
+            [d for d in self._decoders if d != deployment.base.name],
+            self._orchestrator.run,
+            self._orchestrator.admit,
         )
         self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
         metrics["sessions"].set_function(lambda: len(self._sessions))
@@ -80,7 +84,10 @@ class RouterIngress:
                     continue
                 try:
                     request = self._frontend.prepare(
-                        make_prompt([1, 2, 3]), make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}", name
+                        make_prompt([1, 2, 3]),
+                        make_sampling_params(max_tokens=1, temperature=0.0),
+                        f"probe-{uuid.uuid4().hex}",
+                        name,
                     )
                     async for _ in self._frontend.run(request, name, TurnContext(deadline_s=PROBE_DEADLINE_S)):
                         pass

@@ -1,11 +1,11 @@
 """A turn over token ids: prefill, handoff, decode, and again where a decode engine lost the prefix.
 
- 1. Admit: a bounded number of turns, a decoder that exists.
- 2. Ask the mode how many prompt tokens are handed over, and place the prefill: in the shared pool, or in the pool's own.
- 3. The prefill replica computes what it has not cached and answers with a lease on the blocks.
- 4. Place the decode and stream its tokens. From the first contact the decode engine owns the lease; before it, we do.
- 5. PrefixLost (preempted, or the load failed or came late): go to 3 with the tokens so far as `replay`.
- 6. Whatever ends the turn - its end, an error, the deadline, a client that left - closes both calls, which frees KV.
+1. Admit: a bounded number of turns, a decoder that exists.
+2. Ask the mode how many prompt tokens are handed over, and place the prefill: in the shared pool, or in the pool's own.
+3. The prefill replica computes what it has not cached and answers with a lease on the blocks.
+4. Place the decode and stream its tokens. From the first contact the decode engine owns the lease; before it, we do.
+5. PrefixLost (preempted, or the load failed or came late): go to 3 with the tokens so far as `replay`.
+6. Whatever ends the turn - its end, an error, the deadline, a client that left - closes both calls, which frees KV.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from ray.exceptions import RayError
 from kvshare.config import Router
 from kvshare.decoders import Decoder
 from kvshare.errors import (
-    DeadlineExceeded, Internal, NotFound, Overloaded, PrefillShareError, PrefixLost, Unavailable,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    Overloaded,
+    PrefillShareError,
+    PrefixLost,
+    Unavailable,
 )
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
 from kvshare.metrics import Metrics
@@ -45,6 +51,8 @@ class Orchestrator:
     def __init__(self, config: Router, decoders: Mapping[str, Decoder], pools: Mapping[str, Pool], metrics: Metrics):
         self._config, self.decoders, self.pools, self._metrics = config, decoders, pools, metrics
         self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._releases: set[asyncio.Task] = set()
 
     def admit(self, decoder: str) -> None:
@@ -62,8 +70,7 @@ class Orchestrator:
         self.admit(name)
         usage, session, deadline_s = context.usage, context.session, context.deadline_s
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
-        self._in_progress += 1
-        self._metrics["turns_in_progress"].set(self._in_progress)
+        self._count(+1)
         usage.prompt_tokens = len(prompt)
         try:
             async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
@@ -78,7 +85,9 @@ class Orchestrator:
             outcome = "ok"
         except TimeoutError:
             outcome = DeadlineExceeded.__name__
-            raise DeadlineExceeded(f"request {request_id}: the deadline passed after {usage.completion_tokens} tokens") from None
+            raise DeadlineExceeded(
+                f"request {request_id}: the deadline passed after {usage.completion_tokens} tokens"
+            ) from None
         except PrefillShareError as error:
             outcome = type(error).__name__
             raise
@@ -93,8 +102,7 @@ class Orchestrator:
             logger.exception("request %s failed", request_id)
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._in_progress -= 1
-            self._metrics["turns_in_progress"].set(self._in_progress)
+            self._count(-1)
             self._record(name, outcome, usage, time.perf_counter() - started)
 
     async def _attempts(self, decoder: Decoder, prompt, sampling, request_id, usage, session) -> AsyncIterator[TokenChunk]:
@@ -102,8 +110,9 @@ class Orchestrator:
         while True:
             result = await self._prefill(decoder, prompt, f"{request_id}-p{usage.resumes}", usage, session)
             try:
-                async for chunk in self._decode(decoder, prompt + generated, result, sampling,
-                                                f"{request_id}-d{usage.resumes}", len(generated), usage):
+                async for chunk in self._decode(
+                    decoder, prompt + generated, result, sampling, f"{request_id}-d{usage.resumes}", len(generated), usage
+                ):
                     generated += chunk.token_ids
                     yield chunk
                     if chunk.finish_reason:
@@ -113,11 +122,15 @@ class Orchestrator:
                 self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
                 usage.resumes += 1
                 if usage.resumes > self._config.max_resumes:
-                    raise Unavailable(f"request {request_id} was resumed {self._config.max_resumes} times: {lost}",
-                                      fix="give the decode pool more KV cache (kv_cache_gib)") from lost
+                    raise Unavailable(
+                        f"request {request_id} was resumed {self._config.max_resumes} times: {lost}",
+                        fix="give the decode pool more KV cache (kv_cache_gib)",
+                    ) from lost
                 logger.info("request %s resumes after %d tokens: %s", request_id, len(generated), lost.reason.value)
 
-    async def _prefill(self, decoder: Decoder, prompt, request_id, usage: TurnUsage, session: Session | None) -> PrefillResult | None:
+    async def _prefill(
+        self, decoder: Decoder, prompt, request_id, usage: TurnUsage, session: Session | None
+    ) -> PrefillResult | None:
         mode = get_mode(decoder.sharing)
         tokens = mode.handoff_tokens(len(prompt))
         if tokens <= 0:
@@ -127,7 +140,9 @@ class Orchestrator:
         replica = place(replicas.name, replicas.ids, replicas.outstanding, sticky)
         started = time.perf_counter()
         with replicas.using(replica):
-            call = replicas.on(replica).prefill.remote(prompt[:tokens], request_id, adapter=None if mode.shares_prefill else decoder.adapter)
+            call = replicas.on(replica).prefill.remote(
+                prompt[:tokens], request_id, adapter=None if mode.shares_prefill else decoder.adapter
+            )
             try:
                 result: PrefillResult = await call
             except asyncio.CancelledError:
@@ -147,7 +162,9 @@ class Orchestrator:
             session.prefilled_on[replicas.name] = replica
         return result
 
-    async def _decode(self, decoder: Decoder, tokens, result: PrefillResult | None, sampling, request_id, replay, usage) -> AsyncIterator[TokenChunk]:
+    async def _decode(
+        self, decoder: Decoder, tokens, result: PrefillResult | None, sampling, request_id, replay, usage
+    ) -> AsyncIterator[TokenChunk]:
         handoff = result.handoff if result else None
         replicas = self.pools[decoder.pool].decode
         stream, bytes_before = None, usage.kv_bytes
@@ -188,12 +205,16 @@ class Orchestrator:
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
+    def _count(self, change: int) -> None:
+        self._in_progress += change
+        self._metrics["turns_in_progress"].set(self._in_progress)
+        (self._idle.clear if self._in_progress else self._idle.set)()
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until running turns have ended, at most `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self._in_progress:
-                    await asyncio.sleep(0.05)
+                await self._idle.wait()
         except TimeoutError:
             logger.warning("%d turns still run after %g s", self._in_progress, timeout_s)
 

@@ -7,9 +7,16 @@ from kvshare_vllm.sampling import make_sampling_params
 
 # field -> (lowest, highest, lowest allowed itself)
 _RANGES = {
-    "max_tokens": (1, None, True), "temperature": (0, 2, True), "top_p": (0, 1, False), "top_k": (0, None, True),
-    "min_p": (0, 1, True), "presence_penalty": (-2, 2, True), "frequency_penalty": (-2, 2, True),
-    "repetition_penalty": (0, 2, False), "logprobs": (0, 20, True), "min_tokens": (0, None, True),
+    "max_tokens": (1, None, True),
+    "temperature": (0, 2, True),
+    "top_p": (0, 1, False),
+    "top_k": (0, None, True),
+    "min_p": (0, 1, True),
+    "presence_penalty": (-2, 2, True),
+    "frequency_penalty": (-2, 2, True),
+    "repetition_penalty": (0, 2, False),
+    "logprobs": (0, 20, True),
+    "min_tokens": (0, None, True),
 }
 MAX_STOP = 16
 
@@ -23,16 +30,24 @@ def to_sampling_params(message):
             continue
         if not (value >= low if closed else value > low) or (high is not None and value > high):
             edge = "[" if closed else "("
-            raise InvalidInput(f"{value:g} is out of range", field=f"sampling.{name}",
-                               fix=f"use a value in {edge}{low}, {'...' if high is None else high}{']' if high is not None else ')'}")
+            raise InvalidInput(
+                f"{value:g} is out of range",
+                field=f"sampling.{name}",
+                fix=f"use a value in {edge}{low}, {'...' if high is None else high}{']' if high is not None else ')'}",
+            )
     stop = list(given.pop("stop", ()))
     if len(stop) > MAX_STOP or "" in stop:
-        raise InvalidInput("a stop text is empty" if "" in stop else f"{len(stop)} stop texts", field="sampling.stop",
-                           fix=f"give at most {MAX_STOP}, none of them empty")
+        raise InvalidInput(
+            "a stop text is empty" if "" in stop else f"{len(stop)} stop texts",
+            field="sampling.stop",
+            fix=f"give at most {MAX_STOP}, none of them empty",
+        )
     stop_token_ids = list(given.pop("stop_token_ids", ()))
     given.setdefault("temperature", 0.0)
     if given.get("min_tokens", 0) > given.get("max_tokens", 1 << 31):
-        raise InvalidInput(f"{given['min_tokens']} is more than max_tokens = {given['max_tokens']}", field="sampling.min_tokens")
+        raise InvalidInput(
+            f"{given['min_tokens']} is more than max_tokens = {given['max_tokens']}", field="sampling.min_tokens"
+        )
     try:
         return make_sampling_params(stop=stop, stop_token_ids=stop_token_ids, **given)
     except ValueError as error:

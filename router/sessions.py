@@ -42,10 +42,15 @@ class SessionStore:
         if len(session_id) > 128:
             raise InvalidInput(f"{len(session_id)} characters", field="session_id", fix="use at most 128")
         if session_id in self._sessions:
-            raise Conflict(f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out")
+            raise Conflict(
+                f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
+            )
         if len(self._sessions) >= self._max:
-            raise Overloaded(f"{self._max} sessions are held (router.max_sessions)", retry_after_s=min(self.ttl_s, 60.0),
-                             fix="delete sessions that are done")
+            raise Overloaded(
+                f"{self._max} sessions are held (router.max_sessions)",
+                retry_after_s=min(self.ttl_s, 60.0),
+                fix="delete sessions that are done",
+            )
         session = self._sessions[session_id] = Session(session_id, tuple(token_ids), used_at=self._clock(), **state)
         return session
 
@@ -54,8 +59,9 @@ class SessionStore:
         try:
             session = self._sessions[session_id]
         except KeyError:
-            raise NotFound(f"no session {session_id!r}; it was never made, deleted, or unused for {self.ttl_s:g} s",
-                           field="session_id") from None
+            raise NotFound(
+                f"no session {session_id!r}; it was never made, deleted, or unused for {self.ttl_s:g} s", field="session_id"
+            ) from None
         session.used_at = self._clock()
         self._sessions.move_to_end(session_id)
         return session
@@ -63,8 +69,9 @@ class SessionStore:
     def fork(self, session_id: str, new_session_id: str = "") -> Session:
         """A second session with the same context. Token ids are shared, KV is found by content."""
         old = self.get(session_id)
-        return self.create(new_session_id, old.token_ids, turns=old.turns, open_response=old.open_response,
-                           prefilled_on=dict(old.prefilled_on))
+        return self.create(
+            new_session_id, old.token_ids, turns=old.turns, open_response=old.open_response, prefilled_on=dict(old.prefilled_on)
+        )
 
     def delete(self, session_id: str) -> None:
         self.get(session_id)
@@ -78,8 +85,11 @@ class SessionStore:
         """Hold a session for one turn. A second turn meanwhile gets Conflict."""
         session = self.get(session_id)
         if session.busy:
-            raise Conflict(f"another turn runs on session {session_id!r}", field="session_id",
-                           fix="wait for it to end, or fork the session")
+            raise Conflict(
+                f"another turn runs on session {session_id!r}",
+                field="session_id",
+                fix="wait for it to end, or fork the session",
+            )
         session.busy = True
         try:
             yield session

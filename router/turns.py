@@ -1,9 +1,9 @@
 """Turns on sessions: inputs become token ids, a decoder answers, the context grows.
 
- 1. Hold the session; a second turn meanwhile is refused.
- 2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
- 3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
- 4. At a good end the context becomes context + input + response, without the suffix. Any other end changes nothing.
+1. Hold the session; a second turn meanwhile is refused.
+2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
+3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
+4. At a good end the context becomes context + input + response, without the suffix. Any other end changes nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,13 @@ class Turns:
         return self.sessions.create(session_id, ids)
 
     async def take(
-        self, session_id: str, decoder: str, given: TurnInput, suffix: TurnInput, sampling, request_id: str,
+        self,
+        session_id: str,
+        decoder: str,
+        given: TurnInput,
+        suffix: TurnInput,
+        sampling,
+        request_id: str,
         context: TurnContext,
     ) -> AsyncIterator[TurnEvent]:
         if not decoder:
@@ -76,7 +82,11 @@ class Turns:
                         self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
                         context_tokens = len(session.token_ids)
                     yield TurnEvent(
-                        completion.text, list(completion.token_ids), logprob_rows(completion), completion.finish_reason, context_tokens
+                        completion.text,
+                        list(completion.token_ids),
+                        logprob_rows(completion),
+                        completion.finish_reason,
+                        context_tokens,
                     )
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
@@ -105,8 +115,11 @@ class Turns:
             return self._chat.ids(value)
         for position, token in enumerate(value):
             if not 0 <= token < self._vocab_size:
-                raise InvalidInput(f"token id {token} at position {position} is out of range", field=f"{field}.token_ids",
-                                   fix=f"use ids from 0 to {self._vocab_size - 1}")
+                raise InvalidInput(
+                    f"token id {token} at position {position} is out of range",
+                    field=f"{field}.token_ids",
+                    fix=f"use ids from 0 to {self._vocab_size - 1}",
+                )
         return list(value)
 
     def _check_messages(self, messages, field: str) -> None:
@@ -114,8 +127,11 @@ class Turns:
             raise InvalidInput("no message is given", field=f"{field}.messages", fix="give at least one, or leave it out")
         for number, message in enumerate(messages):
             if message["role"] not in ROLES:
-                raise InvalidInput(f"unknown role {message['role']!r}", field=f"{field}.messages.{number}.role",
-                                   fix=f"use one of {', '.join(ROLES)}")
+                raise InvalidInput(
+                    f"unknown role {message['role']!r}",
+                    field=f"{field}.messages.{number}.role",
+                    fix=f"use one of {', '.join(ROLES)}",
+                )
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         self._check_length(prompt_tokens, asked or 1)
@@ -128,4 +144,3 @@ class Turns:
                 field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
                 fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
             )
-

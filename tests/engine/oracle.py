@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+import reference
 import torch
 
-import reference
 from kvshare import decoders
 from kvshare.config import Deployment
 from prefillshare.client import RemoteSession, TurnResult
@@ -52,7 +52,9 @@ class Oracle:
         function = getattr(reference, mode or self.served[name].sharing)
         return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens))
 
-    def turn(self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs) -> tuple[TurnResult, list[int]]:
+    def turn(
+        self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs
+    ) -> tuple[TurnResult, list[int]]:
         """Take a turn and check it. Returns the result and the prompt the decoder saw."""
         if suffix_ids:
             kwargs["suffix_token_ids"] = suffix_ids

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import pytest_asyncio
+from conftest import wait_until
+from tiny_models import make_base
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason
-from tiny_models import make_base
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -31,11 +32,28 @@ async def engines(tmp_path_factory, smollm):
     base = make_base("llama", folder / "base", smollm)
     adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
     settings = EngineSettings(
-        role="prefill", pool="prefill", model=str(base), mode="prefillshare", contract="one", dtype="float32", max_model_len=MAX_LEN,
-        block_size=BLOCK, kv_cache_bytes=KV_BYTES * 8, lease_s=LEASE_S, cpu_cores="0", max_num_seqs=16,
+        role="prefill",
+        pool="prefill",
+        model=str(base),
+        mode="prefillshare",
+        contract="one",
+        dtype="float32",
+        max_model_len=MAX_LEN,
+        block_size=BLOCK,
+        kv_cache_bytes=KV_BYTES * 8,
+        lease_s=LEASE_S,
+        cpu_cores="0",
+        max_num_seqs=16,
     )
-    decode = replace(settings, role="decode", pool="decode", kv_cache_bytes=KV_BYTES, adapters={n: str(p) for n, p in adapters.items()},
-                     max_lora_rank=8, cpu_cores="1")
+    decode = replace(
+        settings,
+        role="decode",
+        pool="decode",
+        kv_cache_bytes=KV_BYTES,
+        adapters={n: str(p) for n, p in adapters.items()},
+        max_lora_rank=8,
+        cpu_cores="1",
+    )
     prefill = await PrefillEngine.start(settings)
     decoder = await DecodeEngine.start(decode)
     stranger = await DecodeEngine.start(replace(decode, pool="stranger", contract="two", adapters={}))
@@ -65,7 +83,9 @@ async def turn(engines, prompt, n, adapter="a", **kw):
     while True:
         handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
         try:
-            async for chunk in decoder.decode(prompt + tokens, handoff, sampling(n, **kw), new_id(), adapter=adapter, replay=len(tokens)):
+            async for chunk in decoder.decode(
+                prompt + tokens, handoff, sampling(n, **kw), new_id(), adapter=adapter, replay=len(tokens)
+            ):
                 tokens += chunk.token_ids
                 logprobs += [row[0][1] for row in chunk.logprobs]
             return tokens, logprobs, chunk, reasons
@@ -74,9 +94,10 @@ async def turn(engines, prompt, n, adapter="a", **kw):
 
 
 async def nothing_held(*engines, timeout_s=15.0):
-    async with asyncio.timeout(timeout_s):
-        while any(e.stats()["kv_blocks_used"] or e.stats()["running"] or e.stats()["waiting"] for e in engines):
-            await asyncio.sleep(0.05)
+    def held():
+        return [e.stats() for e in engines if e.stats()["kv_blocks_used"] or e.stats()["running"] or e.stats()["waiting"]]
+
+    await asyncio.to_thread(wait_until, lambda: not held(), timeout_s)
 
 
 async def test_a_prompt_without_a_handoff_is_refused_not_recomputed(engines):
@@ -192,9 +213,7 @@ async def test_a_read_after_the_lease_is_void(engines):
 async def test_a_released_handoff_frees_the_prefill_blocks_at_once(engines):
     prefill, decoder, _ = engines
     handoff = (await prefill.prefill(ids(90, salt=32), new_id())).handoff
-    async with asyncio.timeout(2):
-        while prefill.stats()["kv_blocks_used"] != 3:
-            await asyncio.sleep(0.02)
+    await asyncio.to_thread(wait_until, lambda: prefill.stats()["kv_blocks_used"] == 3, 2)
     await decoder.release(handoff, new_id())
     await nothing_held(prefill, timeout_s=LEASE_S / 2)
 
@@ -215,7 +234,5 @@ async def test_prompts_around_block_edges_are_handed_over_whole(engines, n):
     prefill, decoder, _ = engines
     prompt = ids(n, salt=40 + n)
     handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff if n > 1 else None
-    chunk = None
-    async for chunk in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a"):
-        pass
-    assert chunk.kv_bytes == -(-(n - 1) // BLOCK) * (KV_BYTES // 17)
+    chunks = [chunk async for chunk in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a")]
+    assert chunks[-1].kv_bytes == -(-(n - 1) // BLOCK) * (KV_BYTES // 17)

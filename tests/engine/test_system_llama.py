@@ -1,0 +1,167 @@
+"""A tiny Llama: full weights beside adapters, the per-model baseline beside sharing, preemption, shutdown."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from conftest import System, system
+from oracle import Oracle
+from tiny_models import make_base, make_full_decoder
+
+from kvshare.config import parse
+from kvshare.errors import ContractMismatch, EngineStartError
+from prefillshare.app import running as run_deployment
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+MAX_LEN = 320
+#: 16 usable blocks of this model's KV: one longest sequence fits, two do not.
+SMALL_GIB = 17 * BLOCK * 4 * 2 * 2 * 32 * 4 / 2**30
+KIND = "llama"
+
+
+def deployment(folder, tokenizer, kind: str) -> dict:
+    base = make_base(kind, folder / "base", tokenizer)
+    adapters = {
+        name: str(path) for name, path in make_seeded_adapters(base, folder / "adapters", names=("a", "b", "c", "d")).items()
+    }
+    full = make_full_decoder(base, folder / "full", seed=2)
+    own = make_full_decoder(base, folder / "own", seed=3)
+    small = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8, "cpu_cores": "1"}
+    return {
+        "base": {"model": str(base), "dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK},
+        "prefill": {"kv_cache_gib": 8 * SMALL_GIB, "cpu_cores": "0"},
+        "decode": [
+            {"pool": "agents", "adapters": {n: adapters[n] for n in "ab"}, **small},
+            {"pool": "coder", "model": str(full), **small},
+            {"pool": "alone", "sharing": "none", "adapters": {n: adapters[n] for n in "cd"}, "serve_base": False, **small},
+            {"pool": "solo", "sharing": "none", "model": str(own), **small},
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, smollm):
+    with system(deployment(tmp_path_factory.mktemp(KIND), smollm, KIND)) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle):
+    session = running.client.create_session(token_ids=ids(45))
+    for number, name in enumerate(("a", "coder", "c", "b", "base", "solo", "d", "coder")):
+        oracle.turn(session, name, token_ids=ids(6, salt=number + 1), max_tokens=14, ignore_eos=True)
+
+
+def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(running, oracle):
+    prompt = ids(4 * BLOCK + 2, salt=50)
+    computed = {}
+    for name in ("a", "b", "coder", "c", "d", "solo"):
+        result, _ = oracle.turn(running.client.create_session(), name, token_ids=prompt, max_tokens=2, ignore_eos=True)
+        computed[name] = result.usage.computed_tokens
+    shared, own = len(prompt) - 1, len(prompt)
+    assert computed == {"a": shared, "b": shared % BLOCK, "coder": shared % BLOCK, "c": own, "d": own, "solo": own}
+
+
+def test_preempted_turns_are_resumed_exactly_over_grpc(running, oracle):
+    for name in "ab":
+        oracle.decoder(name)
+    turns, failures = {}, []
+
+    def take(number):
+        try:
+            session = running.client.create_session()
+            turns[number], _ = oracle.turn(
+                session, "ab"[number % 2], token_ids=ids(100 + number, salt=60 + number), max_tokens=120, ignore_eos=True
+            )
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert sum(turn.usage.resumes for turn in turns.values()) >= 1
+    assert all(turn.usage.completion_tokens == 120 for turn in turns.values())
+
+
+def test_a_per_model_engine_recomputes_a_preempted_request_itself(running, oracle):
+    oracle.decoder("c")
+    turns, failures = [], []
+
+    def take(number):
+        try:
+            turns.append(
+                oracle.turn(
+                    running.client.create_session(),
+                    "c",
+                    token_ids=ids(100 + number, salt=80 + number),
+                    max_tokens=100,
+                    ignore_eos=True,
+                )[0]
+            )
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert [turn.usage.resumes for turn in turns] == [0] * 4
+
+
+@pytest.fixture
+def small(tmp_path, smollm):
+    """A deployment of one pool, not started."""
+    from conftest import free_port
+
+    data = deployment(tmp_path, smollm, KIND)
+    return data | {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
+
+
+def test_stopping_finishes_running_turns_and_an_engine_that_cannot_start_says_why(small, running):
+    """Uses the cluster of this module's system after everything else here; ends that system first."""
+    import ray
+    from ray import serve
+
+    session, pieces = running.client.create_session(), []
+    stream = session.stream("a", token_ids=ids(40, salt=99), max_tokens=150, ignore_eos=True)
+    pieces.append(next(stream))
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    running.handle.drain.remote(30.0).result(timeout_s=40)
+    reader.join(timeout=10)
+    assert pieces[-1].done.usage.completion_tokens == 150
+
+    serve.shutdown()
+    assert ray.is_initialized()
+    bad = small | {"decode": [small["decode"][0] | {"engine_args": {"max_logprobs": -7}}]}
+    with pytest.raises(EngineStartError) as raised, run_deployment(parse(bad)):
+        pass
+    assert "the decode engine of pool 'agents'" in str(raised.value)
+    assert "max_logprobs" in str(raised.value)
+
+
+def test_a_decoder_of_another_base_is_refused_before_anything_starts(small, tmp_path, smollm):
+    other = make_seeded_adapters(smollm, tmp_path / "other", names=("x",))["x"]
+    small["decode"][0]["adapters"] = {"x": str(other)}
+    with pytest.raises(
+        ContractMismatch,
+        match=r"decode\.0\.adapters\.x: .*trained against a base whose weights is [0-9a-f]{64}.*has [0-9a-f]{64}",
+    ), run_deployment(parse(small)):
+        pass

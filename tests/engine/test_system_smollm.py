@@ -1,0 +1,382 @@
+"""The golden path on the real small model: the oracle over gRPC, OpenAI clients over HTTP, bad input, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import grpc
+import openai
+import pytest
+from conftest import System, system, wait_until
+from oracle import TOLERANCE, Oracle
+
+from kvshare import errors
+from prefillshare.client import Client
+from prefillshare.seeded_adapters import make_seeded_adapters
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+MAX_LEN = 1024
+QUESTIONS = (
+    "Plan a small web shop.",
+    "Write the first function.",
+    "Which tools do you need?",
+    "What is missing?",
+    "Sum it up.",
+)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, smollm):
+    adapters = make_seeded_adapters(smollm, tmp_path_factory.mktemp("adapters"))
+    with system(
+        {
+            "base": {
+                "model": str(smollm),
+                "dtype": "float32",
+                "max_model_len": MAX_LEN,
+                "block_size": BLOCK,
+                "tool_call_parser": "hermes",
+            },
+            "prefill": {"kv_cache_gib": 0.25, "cpu_cores": "0"},
+            "decode": [
+                {
+                    "pool": "agents",
+                    "kv_cache_gib": 0.25,
+                    "cpu_cores": "1",
+                    "max_lora_rank": 8,
+                    "adapters": {name: str(path) for name, path in adapters.items()},
+                }
+            ],
+            "router": {"max_queued": 12},
+            "cluster": {"kv_lease_s": 20},
+        }
+    ) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+@pytest.fixture(scope="module")
+def http(running: System) -> openai.OpenAI:
+    with openai.OpenAI(base_url=running.http_url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+# The oracle ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_turn_is_exact_and_the_oracle_tells_sharing_from_own_prefill(running, oracle):
+    result, prompt = oracle.turn(running.client.create_session(), "planner", messages=ask(QUESTIONS[0]), max_tokens=16)
+    own = oracle.diff("planner", prompt, result.token_ids, result.logprobs, mode="none")
+    assert own > 100 * TOLERANCE
+
+
+def test_five_turns_of_three_decoders_prefill_only_what_is_new(running, oracle):
+    session = running.client.create_session()
+    computed, new, known = 0, 0, 0
+    for decoder, question in zip(("planner", "coder", "tools", "planner", "coder"), QUESTIONS, strict=True):
+        result, prompt = oracle.turn(session, decoder, messages=ask(question), max_tokens=24)
+        computed += result.usage.computed_tokens
+        new += len(prompt) - known
+        known = len(prompt)
+        assert result.usage.cached_tokens + result.usage.computed_tokens == len(prompt) - 1
+    assert computed <= 1.05 * new + 5 * BLOCK
+    assert session.get().turns == 5
+
+
+def test_a_suffix_is_seen_but_not_kept_and_a_fork_goes_its_own_way(running, oracle):
+    session = running.client.create_session(text="The ferry leaves at nine. " * 8)
+    hint = oracle.tokenizer.encode(" Answer in French.", add_special_tokens=False)
+    first, prompt = oracle.turn(session, "planner", text=" Who is on board?", suffix_ids=hint, max_tokens=12, ignore_eos=True)
+    assert prompt[-len(hint) :] == hint
+    kept = list(session.get(with_token_ids=True).token_ids)
+    assert kept == prompt[: -len(hint)] + first.token_ids
+    fork = session.fork()
+    ours, _ = oracle.turn(session, "coder", text=" And then?", max_tokens=12, ignore_eos=True)
+    theirs, _ = oracle.turn(fork, "tools", text=" And then?", max_tokens=12, ignore_eos=True)
+    assert theirs.usage.computed_tokens < BLOCK + 12
+    assert (
+        list(session.get(with_token_ids=True).token_ids)[: len(kept)]
+        == list(fork.get(with_token_ids=True).token_ids)[: len(kept)]
+    )
+    assert ours.token_ids != theirs.token_ids
+
+
+def test_two_adapters_on_one_prompt_at_once_are_exact(running, oracle):
+    sessions = {
+        name: running.client.create_session(text="One harbour, two ships, three captains. " * 10)
+        for name in ("planner", "coder")
+    }
+    results, failures = {}, []
+
+    def take(name):
+        try:
+            results[name] = oracle.turn(sessions[name], name, text=" Go on:", max_tokens=20, ignore_eos=True)
+        except Exception as error:
+            failures.append(error)
+
+    oracle.base, oracle.decoder("planner"), oracle.decoder("coder")  # load models before the race
+    threads = [threading.Thread(target=take, args=(name,)) for name in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert results["planner"][0].token_ids != results["coder"][0].token_ids
+
+
+def test_the_base_itself_is_served_exactly(running, oracle):
+    result, _ = oracle.turn(
+        running.client.create_session(), "base", messages=ask("What is the capital of France?"), max_tokens=12
+    )
+    assert "Paris" in result.text
+
+
+def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running):
+    turn = running.client.create_session().turn
+    free = turn("base", text="One, two, three,", max_tokens=24, temperature=0.0)
+    word = free.text.split()[2]
+    stopped = running.client.create_session().turn("base", text="One, two, three,", max_tokens=24, stop=[word])
+    assert stopped.text == free.text[: free.text.index(word)]
+    assert stopped.finish_reason == "stop"
+    seeded = [
+        running.client.create_session().turn("base", text="A poem:", max_tokens=12, temperature=1.0, seed=s, ignore_eos=True)
+        for s in (3, 3, 4)
+    ]
+    assert seeded[0].token_ids == seeded[1].token_ids != seeded[2].token_ids
+
+
+# HTTP ---------------------------------------------------------------------------------------------------------------
+
+
+def test_openai_lists_base_and_decoders_as_models(http):
+    assert {m.id for m in http.models.list().data} == {"base", "planner", "coder", "tools"}
+
+
+def test_openai_chat_equals_the_grpc_turn(running, http):
+    want = running.client.create_session().turn("coder", messages=ask(QUESTIONS[1]), max_tokens=16)
+    whole = http.chat.completions.create(model="coder", messages=ask(QUESTIONS[1]), max_tokens=16, temperature=0)
+    pieces = list(
+        http.chat.completions.create(
+            model="coder",
+            messages=ask(QUESTIONS[1]),
+            max_tokens=16,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert whole.choices[0].message.content == want.text
+    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == want.text
+    assert whole.usage.prompt_tokens == want.usage.prompt_tokens == pieces[-1].usage.prompt_tokens
+    assert whole.usage.prompt_tokens_details.cached_tokens == pieces[-1].usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_openai_completions_take_token_ids_and_give_logprobs(http, oracle):
+    prompt = oracle.tokenizer.encode("The sea is blue because", add_special_tokens=False)
+    done = http.completions.create(
+        model="planner", prompt=prompt, max_tokens=8, temperature=0, logprobs=2, extra_body={"return_token_ids": True}
+    )
+    choice = done.choices[0]
+    assert oracle.diff("planner", prompt, choice.token_ids, choice.logprobs.token_logprobs) <= TOLERANCE
+    assert all(len(top) in (2, 3) for top in choice.logprobs.top_logprobs)
+
+
+def test_openai_n_choices_of_one_prompt(http):
+    done = http.chat.completions.create(
+        model="base", messages=ask("Name a colour."), n=2, max_tokens=6, temperature=1.0, seed=1
+    )
+    assert len(done.choices) == 2
+
+
+def test_openai_named_tool_call_gives_arguments_that_fit_its_schema(http):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 12}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    done = http.chat.completions.create(
+        model="tools",
+        messages=ask("What is the weather in Bern?"),
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        max_tokens=64,
+        temperature=0,
+    )
+    call = done.choices[0].message.tool_calls[0].function
+    assert call.name == "get_weather"
+    assert isinstance(json.loads(call.arguments)["city"], str)
+
+
+def test_openai_json_schema_holds(http):
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "boolean"}},
+        "required": ["answer"],
+        "additionalProperties": False,
+    }
+    done = http.chat.completions.create(
+        model="planner",
+        messages=ask("Is water wet?"),
+        max_tokens=40,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}},
+    )
+    assert isinstance(json.loads(done.choices[0].message.content)["answer"], bool)
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"decoder": "nobody", "text": "x"}, errors.NotFound, "decoder: unknown decoder 'nobody'"),
+        ({"decoder": "", "text": "x"}, errors.InvalidInput, "decoder: no decoder is named"),
+        ({"decoder": "base"}, errors.InvalidInput, "input: the context is empty"),
+        ({"decoder": "base", "text": ""}, errors.InvalidInput, "input: the context is empty"),
+        ({"decoder": "base", "messages": []}, errors.InvalidInput, "input.messages: no message is given"),
+        ({"decoder": "base", "messages": [{"role": "boss", "content": "x"}]}, errors.InvalidInput, "input.messages.0.role"),
+        ({"decoder": "base", "token_ids": [1, 49152]}, errors.InvalidInput, "input.token_ids: token id 49152 at position 1"),
+        ({"decoder": "base", "token_ids": [-1]}, errors.InvalidInput, "token id -1 at position 0"),
+        ({"decoder": "base", "token_ids": [5] * MAX_LEN}, errors.InvalidInput, f"input: {MAX_LEN} prompt tokens"),
+        ({"decoder": "base", "text": "x", "max_tokens": MAX_LEN}, errors.InvalidInput, "sampling.max_tokens"),
+        ({"decoder": "base", "text": "x", "temperature": -0.1}, errors.InvalidInput, "sampling.temperature"),
+        ({"decoder": "base", "text": "x", "top_p": 0.0}, errors.InvalidInput, "sampling.top_p"),
+        ({"decoder": "base", "text": "x", "logprobs": 21}, errors.InvalidInput, "sampling.logprobs"),
+        ({"decoder": "base", "text": "x", "stop": [""]}, errors.InvalidInput, "sampling.stop"),
+        ({"decoder": "base", "text": "x", "max_tokens": 2, "min_tokens": 3}, errors.InvalidInput, "sampling.min_tokens"),
+    ],
+)
+def test_bad_turns_name_the_field_and_change_nothing(running, kwargs, error, text):
+    session = running.client.create_session()
+    with pytest.raises(error) as raised:
+        session.turn(kwargs.pop("decoder"), **kwargs)
+    assert text in str(raised.value)
+    assert session.get().turns == 0
+
+
+def test_unknown_and_deleted_sessions_are_not_found(running):
+    session = running.client.create_session("mine")
+    with pytest.raises(errors.Conflict, match="exists already"):
+        running.client.create_session("mine")
+    session.delete()
+    with pytest.raises(errors.NotFound, match="session_id: no session 'mine'"):
+        session.turn("base", text="x")
+
+
+def test_errors_are_statuses_with_details_in_the_trailing_metadata(running):
+    stub = pb_grpc.PrefillShareStub(grpc.insecure_channel(running.grpc_address))
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub.Generate(pb.GenerateRequest(session_id="none", decoder="base"), timeout=30))
+    assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+    detail = pb.ErrorDetail.FromString(dict(raised.value.trailing_metadata())["prefillshare-error-bin"])
+    assert (detail.kind, detail.field) == ("NotFound", "session_id")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "status", "text"),
+    [
+        ({"model": "nobody"}, 404, "nobody"),
+        ({"model": "base", "max_tokens": MAX_LEN}, 400, "max_tokens"),
+        ({"model": "base", "temperature": -1}, 400, "temperature"),
+        ({"model": "base", "extra_body": {"prompt_logprobs": 1}}, 400, "prompt_logprobs"),
+    ],
+)
+def test_bad_http_requests_get_a_status_and_the_field(http, kwargs, status, text):
+    with pytest.raises(openai.APIStatusError) as raised:
+        http.chat.completions.create(messages=ask("Hi"), **kwargs)
+    assert raised.value.status_code == status
+    assert text in str(raised.value)
+
+
+def test_a_second_turn_on_a_busy_session_is_aborted(running):
+    session = running.client.create_session()
+    first = session.stream("base", text="Count:", max_tokens=200, ignore_eos=True)
+    next(first)
+    with pytest.raises(errors.Conflict, match="another turn runs"):
+        session.turn("planner", text="x")
+    first.close()
+    wait_until(lambda: not running.held())
+    assert session.get().context_tokens == 0
+
+
+def test_turns_beyond_the_queue_are_refused_with_a_retry_hint(running):
+    held = [
+        running.client.create_session().stream("base", text=f"Count {i}:", max_tokens=200, ignore_eos=True) for i in range(12)
+    ]
+    for stream in held:
+        next(stream)
+    with pytest.raises(errors.Overloaded) as raised:
+        running.client.create_session().turn("base", text="x")
+    assert raised.value.retry_after_s > 0
+    with (
+        openai.OpenAI(base_url=running.http_url, api_key="none", max_retries=0) as client,
+        pytest.raises(openai.RateLimitError),
+    ):
+        client.chat.completions.create(model="base", messages=ask("Hi"), stream=True)
+    for stream in held:
+        stream.close()
+    wait_until(lambda: not running.held())
+
+
+# Clients that leave, deadlines --------------------------------------------------------------------------------------
+
+
+def test_a_grpc_client_that_vanishes_leaves_nothing_behind(running):
+    with Client(running.grpc_address) as client:
+        stream = client.create_session().stream("planner", text="A long story: " * 20, max_tokens=600, ignore_eos=True)
+        next(stream)
+        assert running.held()
+    wait_until(lambda: not running.held(), timeout_s=10)
+
+
+def test_an_http_client_that_vanishes_leaves_nothing_behind(running, http):
+    stream = http.chat.completions.create(
+        model="coder", messages=ask("A long story: " * 20), max_tokens=600, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    assert running.held()
+    stream.close()
+    wait_until(lambda: not running.held(), timeout_s=10)
+
+
+def test_a_deadline_ends_the_turn_on_both_engines(running):
+    session = running.client.create_session()
+    started = time.monotonic()
+    with pytest.raises(errors.DeadlineExceeded):
+        session.turn("base", text="A long story: " * 20, max_tokens=600, ignore_eos=True, timeout_s=2)
+    assert time.monotonic() - started < 10
+    wait_until(lambda: not running.held(), timeout_s=10)
+    assert session.get().turns == 0
+
+
+def test_readiness_and_metrics_are_served(running):
+    import httpx
+
+    url = running.http_url.removesuffix("/v1")
+    assert httpx.get(f"{url}/ready", timeout=60).json() == {"ready": True, "reason": ""}
+    assert running.client.not_ready_because() == ""
+    text = httpx.get(f"{url}/metrics", follow_redirects=True, timeout=30).text
+    assert 'prefillshare_turns_total{decoder="planner",outcome="ok"}' in text
+    assert 'prefillshare_prefill_tokens_total{decoder="planner",source="cached"}' in text

@@ -1,17 +1,17 @@
 """The one exception tree, and its one mapping to gRPC status codes and HTTP statuses.
 
-PrefillShareError
-|-- InvalidInput            the request is wrong; sending it again is no use
-|   |-- ConfigError         a deployment file or a decoder's files are wrong, found before an engine starts
-|   |-- ContractMismatch    base and decoder (or two engines) do not agree on what KV means (R4)
-|-- NotFound                unknown decoder or session
-|-- Conflict                the session is busy with another turn, or has changed
-|-- Overloaded              a queue is full; carries a retry hint
-|-- DeadlineExceeded        the deadline passed before the turn ended
-|-- Unavailable             a replica is gone or not ready; trying again may help
-|   |-- EngineStartError    an engine did not start; carries the end of its log
-|   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
-|-- Internal                a broken invariant of ours
+    PrefillShareError
+    |-- InvalidInput            the request is wrong; sending it again is no use
+    |   |-- ConfigError         a deployment file or a decoder's files are wrong, found before an engine starts
+    |   |-- ContractMismatch    base and decoder (or two engines) do not agree on what KV means (R4)
+    |-- NotFound                unknown decoder or session
+    |-- Conflict                the session is busy with another turn, or has changed
+    |-- Overloaded              a queue is full; carries a retry hint
+    |-- DeadlineExceeded        the deadline passed before the turn ended
+    |-- Unavailable             a replica is gone or not ready; trying again may help
+    |   |-- EngineStartError    an engine did not start; carries the end of its log
+    |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
+    |-- Internal                a broken invariant of ours
 """
 
 from __future__ import annotations

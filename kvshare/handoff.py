@@ -68,7 +68,6 @@ class TurnUsage:
     kv_bytes: int = 0
     #: Times the turn was resumed after preemption or a failed load.
     resumes: int = 0
-    queue_s: float = 0.0
     prefill_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
@@ -82,5 +81,7 @@ class TurnContext:
 
     usage: TurnUsage = field(default_factory=TurnUsage)
     session: Any = None
+    #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV.
+    cache_salt: str | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from copy import copy
+from dataclasses import replace
 from http import HTTPStatus
 
 import numpy as np
@@ -32,7 +33,7 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -135,6 +136,7 @@ class Frontend(EngineClient):
         """Run a prepared request. Closing the iterator, or cancelling its consumer, ends the turn everywhere."""
         params = request.sampling_params
         queue = RequestOutputCollector(params.output_kind, request.request_id)
+        context.cache_salt = request.cache_salt
         children, parent = [request], None
         if params.n > 1:
             parent, children = ParentRequest(request), []
@@ -147,7 +149,7 @@ class Frontend(EngineClient):
         try:
             for index, child in enumerate(children):
                 self.output_processor.add_request(child, prompt_text, parent, index, queue)
-                own = context if parent is None else TurnContext(session=context.session, deadline_s=context.deadline_s)
+                own = context if parent is None else replace(context, usage=TurnUsage())
                 pumps.append(asyncio.create_task(self._pump(child, decoder, own, queue)))
             while not finished:
                 output = queue.get_nowait() or await queue.get()
@@ -167,7 +169,7 @@ class Frontend(EngineClient):
             turn = self._run_turn(decoder, list(request.prompt_token_ids), request.sampling_params, request.request_id, context)
             async with aclosing(turn) as chunks:
                 async for chunk in chunks:
-                    output = _core_output(request.request_id, chunk, context.usage.cached_tokens if first else None)
+                    output = _core_output(request, chunk, context.usage.cached_tokens if first else None)
                     first = False
                     done = self.output_processor.process_outputs([output])
                     if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
@@ -236,20 +238,19 @@ class Frontend(EngineClient):
     pause_generation = resume_generation = _not_served
 
 
-def _core_output(request_id: str, chunk: TokenChunk, cached_tokens: int | None) -> EngineCoreOutput:
-    logprobs = None
-    if chunk.logprobs is not None and chunk.token_ids:
+def _core_output(request: EngineCoreRequest, chunk: TokenChunk, cached_tokens: int | None) -> EngineCoreOutput:
+    logprobs, k = None, request.sampling_params.num_logprobs
+    if chunk.logprobs is not None and k is not None and chunk.token_ids:
         # vLLM wants the sampled token first, then the k likeliest in order, every row equally long.
-        rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])] for row in chunk.logprobs]
-        width = max(len(row) for row in chunk.logprobs)
-        rows = [(row + [row[-1]] * width)[:width] for row in rows]
+        rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])[:k]] for row in chunk.logprobs]
+        rows = [row + [row[-1]] * (k + 1 - len(row)) for row in rows]
         logprobs = LogprobsLists(
             np.array([[e[0] for e in row] for row in rows], np.int32),
             np.array([[e[1] for e in row] for row in rows], np.float32),
             np.array([row[0][2] for row in rows], np.int32),
         )
     return EngineCoreOutput(
-        request_id=request_id,
+        request_id=request.request_id,
         new_token_ids=list(chunk.token_ids),
         new_logprobs=logprobs,
         finish_reason=_FINISH[chunk.finish_reason] if chunk.finish_reason else None,

@@ -21,10 +21,31 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion import serving as chat_serving
+from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
+
+
+def _refuse_what_does_not_fit(get_max_tokens):
+    """vLLM silently shortens `max_tokens` to what the model's length leaves; a client that asked for more is told."""
+
+    def checked(max_model_len, max_tokens, input_length, *rest, **more):
+        if max_tokens is not None and input_length + max_tokens > max_model_len:
+            raise VLLMValidationError(
+                f"{input_length} prompt tokens and {max_tokens} to generate are more than the model's {max_model_len}",
+                parameter="max_tokens",
+            )
+        return get_max_tokens(max_model_len, max_tokens, input_length, *rest, **more)
+
+    return checked
+
+
+for _serving in (chat_serving, completion_serving):
+    _serving.get_max_tokens = _refuse_what_does_not_fit(_serving.get_max_tokens)
 
 
 async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None]):

@@ -15,7 +15,7 @@ from kvshare import decoders
 from kvshare.config import Deployment, Engines, load
 from kvshare.contract import KVContract
 from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
-from kvshare.errors import EngineStartError
+from kvshare.errors import ConfigError, EngineStartError
 from kvshare.modes import get_mode
 from prefillshare.platform import engine_environment, on_cpu, vllm_build
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 APP = "prefillshare"
 ROUTER = "router"
-#: How long a stopping router lets running turns go on.
-GRACE_S = 30.0
+#: Serve's patience with a stopping replica, over the router's with its turns (router.ingress.GRACE_S).
+STOP_TIMEOUT_S = 40.0
 
 #: Called with (seconds since start, deployment name -> state) while waiting.
 Progress = Callable[[float, dict[str, str]], None]
@@ -97,7 +97,7 @@ def build(deployment: Deployment):
             max_constructor_retry_count=1,
             health_check_period_s=2,
             health_check_timeout_s=30,
-            graceful_shutdown_timeout_s=GRACE_S,
+            graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
             graceful_shutdown_wait_loop_s=0.2,
             request_router_config=RequestRouterConfig(request_router_class=PinnedRouter),
             ray_actor_options={
@@ -114,7 +114,7 @@ def build(deployment: Deployment):
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
         max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={
             "num_cpus": 0.01,
@@ -140,16 +140,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     cluster, owned = deployment.cluster, False
     if not ray.is_initialized():
         owned = cluster.address is None
-        ray.init(
-            address=cluster.address,
-            num_cpus=cluster.num_cpus,
-            include_dashboard=False if owned else None,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            namespace=APP,
-            configure_logging=False,
-            **({"_node_ip_address": deployment.router.host} if owned and deployment.router.host == "127.0.0.1" else {}),
-        )
+        _connect(deployment, owned)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=deployment.router.host, port=deployment.router.http_port))
@@ -162,14 +153,45 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
         finally:
             handle.shutdown()
     finally:
-        serve.shutdown()
         if owned:
+            serve.shutdown()
             ray.shutdown()
+        elif APP in serve.status().applications:
+            serve.delete(APP)  # a cluster of others: their applications stay
+
+
+def _connect(deployment: Deployment, local: bool) -> None:
+    """Start a local Ray cluster that listens where the router does, or join the one at `cluster.address`."""
+    import ray
+
+    host, options = deployment.router.host, {}
+    if local:
+        options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
+        if host == "127.0.0.1":
+            options["_node_ip_address"] = host
+    try:
+        ray.init(
+            address=deployment.cluster.address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            namespace=APP,
+            configure_logging=False,
+            **options,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        what = "Ray did not start" if local else f"cannot reach a Ray cluster at {deployment.cluster.address}"
+        raise ConfigError(
+            f"{what}: {error}",
+            field="cluster.address",
+            fix="start Ray there, or leave the field out for a local cluster",
+        ) from error
 
 
 def _drain(handle) -> None:
+    from router.ingress import GRACE_S
+
     try:
-        handle.drain.remote(GRACE_S).result(timeout_s=GRACE_S + 5)
+        handle.drain.remote(GRACE_S).result(timeout_s=STOP_TIMEOUT_S)
     except Exception as error:  # the cluster is going down whatever happens here
         logger.warning("The router did not drain: %s: %s", type(error).__name__, error)
 

@@ -26,7 +26,7 @@ from prefillshare.progress import startup_progress
 
 CONFIG = Path("deploy/configs/demo.yaml")
 MODEL = "smollm2-135m-instruct"
-#: The oracle's bound (DESIGN.md).
+#: The oracle's bound.
 TOLERANCE = 1e-3
 
 BRIEF = """You are a small team that builds a booking service for a ferry line. Here is what is known.

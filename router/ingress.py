@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 
+from fastapi import Response
 from ray import serve
 
 from kvshare import decoders as served_decoders
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 #: A successful probe is believed for so long.
 PROBE_TTL_S = 10.0
 PROBE_DEADLINE_S = 60.0
+#: How long a stopping router lets running turns go on; less than Serve's own patience with the replica.
+GRACE_S = 30.0
 
 
 @serve.ingress()
@@ -104,20 +107,18 @@ class RouterIngress:
         }
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new gRPC turns, finish running ones."""
+        """Refuse new turns, finish running ones, at most `timeout_s`."""
         await self._grpc.set_ready(False)
         await asyncio.gather(self._grpc.stop(timeout_s), self._orchestrator.drain(timeout_s))
 
     async def __del__(self):
-        if grpc_server := getattr(self, "_grpc", None):
-            await grpc_server.stop(0)
+        if hasattr(self, "_grpc"):
+            await self.drain(GRACE_S)
         for replicas in getattr(self, "_replica_sets", ()):
             await replicas.stop()
 
 
 def _add_readiness(app, not_ready_because) -> None:
-    from fastapi import Response
-
     @app.get("/ready", include_in_schema=True)
     async def ready(response: Response) -> dict[str, object]:
         """200 if a turn on every pool would succeed now, else 503 with the reason."""

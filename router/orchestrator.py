@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from ray.exceptions import RayError
@@ -34,7 +35,6 @@ from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.placement import place
 from router.replicas import ReplicaSet
-from router.sessions import Session
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Orchestrator:
     def __init__(self, config: Router, decoders: Mapping[str, Decoder], pools: Mapping[str, Pool], metrics: Metrics):
         self._config, self.decoders, self.pools, self._metrics = config, decoders, pools, metrics
         self._in_progress = 0
+        self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._releases: set[asyncio.Task] = set()
@@ -59,6 +60,8 @@ class Orchestrator:
         """Raises before a turn is queued: NotFound, or Overloaded when `max_queued` turns are in progress."""
         if decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
+        if self._draining:
+            raise Unavailable("the router is stopping", fix="try again; another replica or its successor takes over")
         if self._in_progress >= self._config.max_queued:
             self._metrics["turns_total"].labels(decoder, "Overloaded").inc()
             raise Overloaded(f"{self._in_progress} turns are in progress (router.max_queued)", fix="try again later")
@@ -68,20 +71,21 @@ class Orchestrator:
     ) -> AsyncIterator[TokenChunk]:
         """Yields the turn's tokens. Fills the context's usage. Raises PrefillShareError only."""
         self.admit(name)
-        usage, session, deadline_s = context.usage, context.session, context.deadline_s
+        usage, deadline_s = context.usage, context.deadline_s
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
         self._count(+1)
         usage.prompt_tokens = len(prompt)
         try:
             async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
-                async for chunk in self._attempts(decoder, prompt, sampling, request_id, usage, session):
-                    if chunk.token_ids and not usage.completion_tokens:
-                        usage.ttft_s = time.perf_counter() - started
-                        self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
-                    usage.completion_tokens += len(chunk.token_ids)
-                    if chunk.finish_reason:
-                        usage.total_s = time.perf_counter() - started
-                    yield chunk
+                async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
+                    async for chunk in chunks:
+                        if chunk.token_ids and not usage.completion_tokens:
+                            usage.ttft_s = time.perf_counter() - started
+                            self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
+                        usage.completion_tokens += len(chunk.token_ids)
+                        if chunk.finish_reason:
+                            usage.total_s = time.perf_counter() - started
+                        yield chunk
             outcome = "ok"
         except TimeoutError:
             outcome = DeadlineExceeded.__name__
@@ -105,18 +109,23 @@ class Orchestrator:
             self._count(-1)
             self._record(name, outcome, usage, time.perf_counter() - started)
 
-    async def _attempts(self, decoder: Decoder, prompt, sampling, request_id, usage, session) -> AsyncIterator[TokenChunk]:
+    async def _attempts(
+        self, decoder: Decoder, prompt, sampling, request_id: str, context: TurnContext
+    ) -> AsyncIterator[TokenChunk]:
         generated: list[int] = []
+        usage = context.usage
         while True:
-            result = await self._prefill(decoder, prompt, f"{request_id}-p{usage.resumes}", usage, session)
+            handoff = await self._prefill(decoder, prompt, f"{request_id}-p{usage.resumes}", context)
+            decode = self._decode(
+                decoder, prompt + generated, handoff, sampling, f"{request_id}-d{usage.resumes}", len(generated), context
+            )
             try:
-                async for chunk in self._decode(
-                    decoder, prompt + generated, result, sampling, f"{request_id}-d{usage.resumes}", len(generated), usage
-                ):
-                    generated += chunk.token_ids
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
+                async with aclosing(decode) as chunks:
+                    async for chunk in chunks:
+                        generated += chunk.token_ids
+                        yield chunk
+                        if chunk.finish_reason:
+                            return
                 raise Unavailable(f"request {request_id}: the decode replica's stream ended early")
             except PrefixLost as lost:
                 self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
@@ -128,20 +137,19 @@ class Orchestrator:
                     ) from lost
                 logger.info("request %s resumes after %d tokens: %s", request_id, len(generated), lost.reason.value)
 
-    async def _prefill(
-        self, decoder: Decoder, prompt, request_id, usage: TurnUsage, session: Session | None
-    ) -> PrefillResult | None:
+    async def _prefill(self, decoder: Decoder, prompt, request_id: str, context: TurnContext) -> Handoff | None:
         mode = get_mode(decoder.sharing)
         tokens = mode.handoff_tokens(len(prompt))
         if tokens <= 0:
             return None
-        replicas = self.pools[decoder.pool].prefill
+        usage, session, replicas = context.usage, context.session, self.pools[decoder.pool].prefill
         sticky = session.prefilled_on.get(replicas.name) if session else None
         replica = place(replicas.name, replicas.ids, replicas.outstanding, sticky)
+        adapter = None if mode.shares_prefill else decoder.adapter
         started = time.perf_counter()
         with replicas.using(replica):
             call = replicas.on(replica).prefill.remote(
-                prompt[:tokens], request_id, adapter=None if mode.shares_prefill else decoder.adapter
+                prompt[:tokens], request_id, adapter=adapter, cache_salt=context.cache_salt
             )
             try:
                 result: PrefillResult = await call
@@ -153,27 +161,24 @@ class Orchestrator:
                 raise
         elapsed = time.perf_counter() - started
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
-        if not usage.resumes:
-            # A resumed turn's prefill repeats work this turn has caused already; it counts, below, as computed only.
+        if not usage.resumes:  # a resumed turn finds in the cache what it has put there itself
             usage.cached_tokens = result.cached_tokens
             usage.prefill_s, usage.prefill_replica = elapsed, replica
         usage.computed_tokens += result.computed_tokens
         if session is not None:
             session.prefilled_on[replicas.name] = replica
-        return result
+        return result.handoff
 
     async def _decode(
-        self, decoder: Decoder, tokens, result: PrefillResult | None, sampling, request_id, replay, usage
+        self, decoder: Decoder, tokens, handoff: Handoff | None, sampling, request_id: str, replay: int, context: TurnContext
     ) -> AsyncIterator[TokenChunk]:
-        handoff = result.handoff if result else None
-        replicas = self.pools[decoder.pool].decode
+        usage, replicas = context.usage, self.pools[decoder.pool].decode
         stream, bytes_before = None, usage.kv_bytes
         try:
-            replica = place(replicas.name, replicas.ids, replicas.outstanding)
-            usage.decode_replica = replica
+            replica = usage.decode_replica = place(replicas.name, replicas.ids, replicas.outstanding)
             with replicas.using(replica):
                 stream = replicas.streaming_on(replica).decode.remote(
-                    tokens, handoff, sampling, request_id, adapter=decoder.adapter, replay=replay
+                    tokens, handoff, sampling, request_id, adapter=decoder.adapter, replay=replay, cache_salt=context.cache_salt
                 )
                 async for chunk in stream:
                     usage.kv_bytes = bytes_before + chunk.kv_bytes
@@ -211,7 +216,8 @@ class Orchestrator:
         (self._idle.clear if self._in_progress else self._idle.set)()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until running turns have ended, at most `timeout_s`."""
+        """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""
+        self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

@@ -1,4 +1,4 @@
-"""The oracle (DESIGN.md): what a response's log-probabilities must be, in plain transformers, one function per mode.
+"""The oracle: what a response's log-probabilities must be, in plain transformers, one function per mode.
 
 Every function takes the prompt's and the response's token ids and returns one log-probability per response token,
 computed in float32 from the definition of the mode, with nothing cached, batched or handed over.
@@ -9,7 +9,7 @@ import torch
 
 @torch.no_grad()
 def prefillshare(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
-    """The base makes KV of all prompt tokens but the last; the decoder runs from there on its own KV (PAPERS.md 1)."""
+    """The base makes KV of all prompt tokens but the last; the decoder runs from there on its own KV (arXiv 2602.12029)."""
     past = base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values if len(prompt) > 1 else None
     logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
     return _chosen(logits, response)

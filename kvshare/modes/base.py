@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 
 class SharingMode(ABC):
-    """Policy of one sharing mode (DESIGN.md, "Sharing modes").
+    """Policy of one sharing mode (README.md, "Sharing modes").
 
     Token counts are over the whole sequence a decode engine sees; `prompt_tokens` is n, the number of tokens before
     the first generated one, and at least 1.

@@ -82,7 +82,7 @@ class PrefillShareServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetReadiness(self, request, context):
-        """True only when a turn on every decoder would succeed.
+        """True only when a turn on every pool would succeed: found out by taking one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

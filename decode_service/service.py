@@ -10,23 +10,18 @@ A request's life here:
 
 from __future__ import annotations
 
-import ray
-from ray import serve
-
-from kvshare.engine_settings import EngineSettings
 from kvshare.handoff import Handoff
+from kvshare_vllm.replica import EngineReplica
 
 
-class DecodeService:
+class DecodeService(EngineReplica):
     """Ray Serve deployment. One engine per replica."""
 
-    async def __init__(self, settings: EngineSettings):
+    @staticmethod
+    def engine_class() -> type:
         from kvshare_vllm.engine import DecodeEngine
 
-        self._engine = await DecodeEngine.start(settings, host=ray.util.get_node_ip_address())
-
-    async def replica_id(self) -> str:
-        return serve.get_replica_context().replica_id.unique_id
+        return DecodeEngine
 
     async def decode(
         self,
@@ -46,13 +41,3 @@ class DecodeService:
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         await self._engine.release(handoff, request_id)
-
-    async def stats(self) -> dict[str, float]:
-        return self._engine.stats()
-
-    async def check_health(self) -> None:
-        await self._engine.check_health()
-
-    def __del__(self):
-        if engine := getattr(self, "_engine", None):
-            engine.close()

@@ -1,23 +1,18 @@
 """AsyncLLM as the two engines of the system: one that makes KV and hands it over, one that takes it and generates.
 
-Seam: vllm/v1/engine/async_llm.py, vllm/engine/arg_utils.py, vllm/v1/metrics/loggers.py
+Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
-from vllm.utils.network_utils import get_open_port
-from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -26,11 +21,9 @@ from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.modes import get_mode
+from kvshare_vllm.launch import engine_args, one_process, set_environment
 from kvshare_vllm.log_tail import LogTail
-from kvshare_vllm.plugin import CONNECTOR
 from kvshare_vllm.sampling import logprob_rows
-
-_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
 class _Gauges(StatLoggerBase):
@@ -67,7 +60,7 @@ class Engine:
     @classmethod
     async def start(cls, settings: EngineSettings, host: str = "127.0.0.1"):
         """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
-        _set_environment(settings, host)
+        set_environment(settings, host)
         gauges: list[_Gauges] = []
 
         def make_gauges(vllm_config, engine_index=0):
@@ -78,8 +71,8 @@ class Engine:
         llm = None
         try:
             with log:
-                config = AsyncEngineArgs(**_engine_args(settings)).create_engine_config()
-                with _one_process(config, settings):
+                config = AsyncEngineArgs(**engine_args(settings)).create_engine_config()
+                with one_process(config, settings):
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
             engine = cls(settings, llm, gauges[0], log)
             for lora in engine._adapters.values():
@@ -235,74 +228,3 @@ class DecodeEngine(Engine):
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the prefill engine that nobody will read this handoff, so that it frees the blocks now."""
         await self._llm.notify_kv_transfer_request_rejected(request_id, dict(handoff.transfer))
-
-
-def _engine_args(s: EngineSettings) -> dict[str, Any]:
-    mode = get_mode(s.mode)
-    connector: dict[str, Any] = {
-        "kv_connector": "NixlConnector",
-        "kv_role": _ROLES[s.role],
-        "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
-    }
-    args: dict[str, Any] = {}
-    if mode.guards_prefix:
-        connector["kv_connector"] = CONNECTOR
-        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
-        if s.role == "decode":
-            args |= {
-                "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
-                "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
-            }
-    if current_platform.is_cpu():
-        connector["kv_buffer_device"] = "cpu"
-        args |= {"enforce_eager": True}
-    if s.adapters:
-        args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
-    if s.max_num_batched_tokens:
-        args["max_num_batched_tokens"] = s.max_num_batched_tokens
-    return (
-        args
-        | {
-            "model": s.model,
-            "dtype": s.dtype,
-            "max_model_len": s.max_model_len,
-            "block_size": s.block_size,
-            "kv_cache_memory_bytes": s.kv_cache_bytes,
-            "max_num_seqs": s.max_num_seqs,
-            "tensor_parallel_size": s.tensor_parallel_size,
-            "enable_prefix_caching": True,
-            "kv_transfer_config": connector,
-            "disable_log_stats": False,
-            "generation_config": "vllm",
-        }
-        | dict(s.engine_args)
-    )
-
-
-@contextmanager
-def _one_process(config, s: EngineSettings) -> Iterator[None]:
-    """CPU engines without tensor parallelism: scheduler and model in one process, threads bound as vLLM binds a worker's.
-
-    vLLM would start two that wait for each other by spinning; on few cores that takes the cores the model computes on.
-    Seam: vllm/platforms/cpu.py (backend), vllm/utils/ompmultiprocessing.py (binding).
-    """
-    if not current_platform.is_cpu() or s.tensor_parallel_size > 1:
-        yield
-        return
-    config.parallel_config.distributed_executor_backend = "uni"
-    with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
-        yield
-
-
-def _set_environment(s: EngineSettings, host: str) -> None:
-    """vLLM reads these at import or engine start; the replica's process belongs to this one engine."""
-    env = {
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(s.side_channel_port or get_open_port()),
-        # Block keys must agree between processes that exchange KV events.
-        "PYTHONHASHSEED": "0",
-    }
-    if s.cpu_cores is not None and current_platform.is_cpu():
-        env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
-    os.environ.update(env)

@@ -8,35 +8,20 @@ A request's life here:
 
 from __future__ import annotations
 
-import ray
-from ray import serve
-
-from kvshare.engine_settings import EngineSettings
 from kvshare.handoff import PrefillResult
+from kvshare_vllm.replica import EngineReplica
 
 
-class PrefillService:
+class PrefillService(EngineReplica):
     """Ray Serve deployment. One engine per replica."""
 
-    async def __init__(self, settings: EngineSettings):
+    @staticmethod
+    def engine_class() -> type:
         from kvshare_vllm.engine import PrefillEngine
 
-        self._engine = await PrefillEngine.start(settings, host=ray.util.get_node_ip_address())
-
-    async def replica_id(self) -> str:
-        return serve.get_replica_context().replica_id.unique_id
+        return PrefillEngine
 
     async def prefill(
         self, token_ids: list[int], request_id: str, adapter: str | None = None, cache_salt: str | None = None
     ) -> PrefillResult:
         return await self._engine.prefill(token_ids, request_id, adapter=adapter, cache_salt=cache_salt)
-
-    async def stats(self) -> dict[str, float]:
-        return self._engine.stats()
-
-    async def check_health(self) -> None:
-        await self._engine.check_health()
-
-    def __del__(self):
-        if engine := getattr(self, "_engine", None):
-            engine.close()

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvshare import decoders
-from kvshare.config import Deployment, Engines, load
-from kvshare.contract import KVContract
-from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
+from kvshare.config import Deployment, load
 from kvshare.errors import ConfigError, EngineStartError
-from kvshare.modes import get_mode
-from prefillshare.platform import engine_environment, on_cpu, vllm_build
+from prefillshare.engines import engine_settings
+from prefillshare.platform import engine_environment, on_cpu
+from prefillshare.preflight import check_machine
 
 logger = logging.getLogger(__name__)
 
@@ -28,51 +27,6 @@ STOP_TIMEOUT_S = 40.0
 
 #: Called with (seconds since start, deployment name -> state) while waiting.
 Progress = Callable[[float, dict[str, str]], None]
-
-
-def kv_contract(deployment: Deployment) -> KVContract:
-    """Check every decoder's files and return the contract all engines of the deployment start under."""
-    base = decoders.check_files(deployment)
-    return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build())
-
-
-def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, Engines]]:
-    """Serve deployment name -> what its engines start with, and how many."""
-    contract = kv_contract(deployment).digest
-    base = deployment.base
-
-    def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
-        return EngineSettings(
-            role=role,
-            pool=pool,
-            model=model,
-            mode=mode,
-            contract=contract,
-            dtype=base.dtype,
-            max_model_len=base.max_model_len,
-            block_size=base.block_size,
-            kv_cache_bytes=int(engines.kv_cache_gib * 2**30),
-            tensor_parallel_size=engines.tensor_parallel_size,
-            max_num_seqs=engines.max_num_seqs,
-            max_num_batched_tokens=engines.max_num_batched_tokens,
-            lease_s=deployment.cluster.kv_lease_s,
-            cpu_cores=engines.cpu_cores,
-            engine_args=engines.engine_args,
-            **more,
-        ), engines
-
-    result = {}
-    sharing = next((p.sharing for p in deployment.decode if get_mode(p.sharing).shares_prefill), None)
-    if sharing:
-        result[SHARED_PREFILL] = settings("prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model)
-    for pool in deployment.decode:
-        model = pool.model or base.model
-        lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank}
-        if not get_mode(pool.sharing).shares_prefill:
-            name = own_prefill(pool.pool)
-            result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
-        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora)
-    return result
 
 
 def build(deployment: Deployment):
@@ -132,8 +86,6 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
-
-    from prefillshare.preflight import check_machine
 
     engine_settings(deployment)  # files first: the cheapest refusals
     check_machine(deployment)

@@ -105,7 +105,7 @@ def check_command(file: Path) -> None:
     from rich.console import Console
 
     from kvshare import decoders
-    from prefillshare.app import kv_contract
+    from prefillshare.engines import kv_contract
 
     deployment = load(file)
     contract = kv_contract(deployment)

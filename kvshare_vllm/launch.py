@@ -1,0 +1,91 @@
+"""What an engine process is started with: arguments, environment, process layout.
+
+Seam: vllm/engine/arg_utils.py; vllm/platforms/cpu.py (backend) and vllm/utils/ompmultiprocessing.py (thread binding)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.utils.network_utils import get_open_port
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+from kvshare.engine_settings import EngineSettings
+from kvshare.modes import get_mode
+from kvshare_vllm.plugin import CONNECTOR
+
+_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+
+
+def engine_args(s: EngineSettings) -> dict[str, Any]:
+    mode = get_mode(s.mode)
+    connector: dict[str, Any] = {
+        "kv_connector": "NixlConnector",
+        "kv_role": _ROLES[s.role],
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
+    }
+    args: dict[str, Any] = {}
+    if mode.guards_prefix:
+        connector["kv_connector"] = CONNECTOR
+        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        if s.role == "decode":
+            args |= {
+                "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
+                "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
+            }
+    if current_platform.is_cpu():
+        connector["kv_buffer_device"] = "cpu"
+        args |= {"enforce_eager": True}
+    if s.adapters:
+        args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
+    if s.max_num_batched_tokens:
+        args["max_num_batched_tokens"] = s.max_num_batched_tokens
+    return (
+        args
+        | {
+            "model": s.model,
+            "dtype": s.dtype,
+            "max_model_len": s.max_model_len,
+            "block_size": s.block_size,
+            "kv_cache_memory_bytes": s.kv_cache_bytes,
+            "max_num_seqs": s.max_num_seqs,
+            "tensor_parallel_size": s.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            "kv_transfer_config": connector,
+            "disable_log_stats": False,
+            "generation_config": "vllm",
+        }
+        | dict(s.engine_args)
+    )
+
+
+@contextmanager
+def one_process(config, s: EngineSettings) -> Iterator[None]:
+    """CPU engines without tensor parallelism: scheduler and model in one process, threads bound as vLLM binds a worker's.
+
+    vLLM would start two that wait for each other by spinning; on few cores that takes the cores the model computes on.
+    """
+    if not current_platform.is_cpu() or s.tensor_parallel_size > 1:
+        yield
+        return
+    config.parallel_config.distributed_executor_backend = "uni"
+    with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        yield
+
+
+def set_environment(s: EngineSettings, host: str) -> None:
+    """vLLM reads these at import or engine start; the replica's process belongs to this one engine."""
+    env = {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(s.side_channel_port or get_open_port()),
+        # Block keys must agree between processes that exchange KV events.
+        "PYTHONHASHSEED": "0",
+    }
+    if s.cpu_cores is not None and current_platform.is_cpu():
+        env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
+    os.environ.update(env)

@@ -51,8 +51,6 @@ class Base(_Node):
     """Tokens per KV block. CPU attention wants a multiple of 32; on GPUs 16 is usual."""
     tool_call_parser: str | None = None
     """vLLM tool parser of the base's family ("hermes", "llama3_json", ...). Unset: tools are refused unless named."""
-    reasoning_parser: str | None = None
-    """vLLM reasoning parser of the base's family, if it thinks aloud."""
 
 
 class Engines(_Node):

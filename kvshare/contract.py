@@ -17,7 +17,7 @@ from kvshare.errors import ConfigError, ContractMismatch
 
 FILE = "kv_contract.json"
 VERSION = 1
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class KVShape:
             raise ConfigError(f"{folder}/config.json is not a model's: {error}") from None
 
     def bytes_per_token(self, dtype: str) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_size * _DTYPE_BYTES[dtype]
+        return 2 * self.layers * self.kv_heads * self.head_size * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True)

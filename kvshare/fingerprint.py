@@ -28,7 +28,7 @@ _SETTLED_S = 2.0
 
 def weights(folder: str | Path) -> str:
     """SHA-256 over (name, dtype, shape, bytes) of every tensor in the folder's safetensors files."""
-    files = _weight_files(Path(folder))
+    files = weight_files(Path(folder))
     key = of_json([[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f in files for s in [f.stat()]])
     if digest := _known().get(key):
         return digest
@@ -57,7 +57,7 @@ def weights(folder: str | Path) -> str:
     return digest
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files the index names, where there is one (a folder may hold the weights in a second format too), else all."""
     if not (folder / _INDEX).is_file():
         files = sorted(folder.glob("*.safetensors"))

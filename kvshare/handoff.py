@@ -85,3 +85,5 @@ class TurnContext:
     cache_salt: str | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None
+    #: Set where the text is made: the response is whole, although a stop text cut the tokens short.
+    ended_well: bool = False

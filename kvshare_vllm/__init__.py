@@ -7,7 +7,10 @@ Pinned to vLLM 0.32. One seam per file:
     scheduler.py   prefix cache limits (R2), preemption and resumption (R3)
     worker.py      worker that restores a resumed request's state
     block_keys.py  block keys that do not name the adapter (R5)
-    engine.py      AsyncLLM as a PrefillEngine / DecodeEngine
-    text.py        tokens -> text, stop strings, log-probabilities, by vLLM's own output processor
+    launch.py      what an engine process is started with
+    nixl_progress.py  NIXL's progress thread waits for events instead of spinning (CPU builds)
+    engine.py      AsyncLLM as a PrefillEngine / DecodeEngine; log_tail.py keeps the end of its log
+    replica.py     one engine per Serve replica
+    frontend.py    EngineClient without an engine: tokens -> text, stop strings, log-probabilities; sampling.py beside it
     openai_app.py  vLLM's OpenAI server over the router
 """

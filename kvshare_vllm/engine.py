@@ -188,13 +188,19 @@ class DecodeEngine(Engine):
     ) -> AsyncIterator[TokenChunk]:
         """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere.
 
+        From the call on the handoff is this engine's: it reads it or has the prefill engine told that nobody will.
+
         `sampling` is the turn's own, limits counted over the whole turn. Raises PrefixLost when the prefix must be
         handed over again; the tokens yielded so far stand.
         """
         prompt_tokens = len(token_ids) - replay
         transfer: dict[str, Any] = {}
         if handoff is not None:
-            self.check(handoff)
+            try:
+                self.check(handoff)
+            except ContractMismatch:
+                await self.release(handoff, request_id)
+                raise
             expected = self.mode.handoff_tokens(prompt_tokens)
             if handoff.tokens != expected:
                 raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
@@ -205,25 +211,32 @@ class DecodeEngine(Engine):
         sampling = sampling.clone()
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
-        async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
-            completion, params = output.outputs[0], output.kv_transfer_params or {}
-            if completion.finish_reason == "error":
-                if "resume_reason" not in params:
-                    raise Unavailable(
-                        f"request {request_id} was refused by the engine: {params.get('refused', 'no reason given')}"
-                    )
-                reason = ResumeReason(params["resume_reason"])
-                raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
-            if completion.finish_reason == "abort":
-                raise Unavailable(f"request {request_id} was aborted by the engine")
-            yield TokenChunk(
-                token_ids=list(completion.token_ids),
-                logprobs=logprob_rows(completion),
-                finish_reason=completion.finish_reason,
-                stop_reason=completion.stop_reason,
-                kv_bytes=params.get("pulled_bytes", 0),
-                local_tokens=params.get("local_tokens", 0),
-            )
+        taken = False
+        try:
+            async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+                taken = True
+                completion, params = output.outputs[0], output.kv_transfer_params or {}
+                if completion.finish_reason == "error":
+                    if "refused" in params:
+                        raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
+                    if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
+                        raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
+                    reason = ResumeReason(params["resume_reason"])
+                    raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
+                if completion.finish_reason == "abort":
+                    raise Unavailable(f"request {request_id} was aborted by the engine")
+                yield TokenChunk(
+                    token_ids=list(completion.token_ids),
+                    logprobs=logprob_rows(completion),
+                    finish_reason=completion.finish_reason,
+                    stop_reason=completion.stop_reason,
+                    kv_bytes=params.get("pulled_bytes", 0),
+                    local_tokens=params.get("local_tokens", 0),
+                )
+        except InvalidInput:
+            if handoff is not None and not taken:  # vLLM refused it before the engine saw it
+                await self.release(handoff, request_id)
+            raise
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the prefill engine that nobody will read this handoff, so that it frees the blocks now."""

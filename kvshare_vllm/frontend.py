@@ -32,7 +32,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
-from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError
+from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
@@ -105,12 +105,13 @@ class Frontend(EngineClient):
         reasoning_parser_kwargs=None,
     ) -> EngineCoreRequest:
         """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
-        if sampling_params.prompt_logprobs is not None:
-            raise InvalidInput(
-                "log-probabilities of prompt tokens are not available: the prompt is prefilled elsewhere",
-                field="prompt_logprobs",
-                fix="leave it out; `logprobs` of generated tokens work",
-            )
+        for field in ("prompt_logprobs", "prompt_logprob_token_ids", "skip_reading_prefix_cache"):
+            if getattr(sampling_params, field, None) not in (None, False):
+                raise InvalidInput(
+                    "the prompt is prefilled elsewhere; it is not computed again for log-probabilities of its tokens",
+                    field=field,
+                    fix="leave it out; `logprobs` of generated tokens work",
+                )
         if sampling_params.extra_args:  # a client must not drive the KV connector
             sampling_params = sampling_params.clone()
             sampling_params.extra_args = None
@@ -173,8 +174,12 @@ class Frontend(EngineClient):
                     first = False
                     done = self.output_processor.process_outputs([output])
                     if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
+                        context.ended_well = True
                         return
             queue.put(Internal("the turn ended without a finish reason"))
+        except asyncio.CancelledError:
+            queue.put(Unavailable("the turn was cancelled from below"))  # or `run`, which is gone then, cancelled it
+            raise
         except Exception as error:
             queue.put(error)
 

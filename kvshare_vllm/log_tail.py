@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 
 
 class LogTail:
@@ -42,7 +43,8 @@ class LogTail:
         with os.fdopen(read, "rb") as source, os.fdopen(onward, "wb", buffering=0) as sink:
             for line in source:
                 self._lines.append(line)
-                sink.write(line)
+                with suppress(OSError):  # a full disk must not block the engine's next line
+                    sink.write(line)
 
     def text(self) -> str:
         return b"".join(self._lines).decode(errors="replace").rstrip()

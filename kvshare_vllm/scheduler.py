@@ -38,6 +38,8 @@ class SharedKVScheduler(AsyncScheduler):
         self._limit_offered_blocks()
         self._preempted: list[Request] = []
         self._given_back: list[tuple[int, EngineCoreOutput]] = []
+        # Requests whose load failed in the step that is being processed.
+        self._failed_loads: set[str] = set()
         # Requests put back with generated tokens, until they are first scheduled / until their grammar has caught up.
         self._replays: set[str] = set()
         self._grammars_behind: set[str] = set()
@@ -78,6 +80,7 @@ class SharedKVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _refuse(self, request: Request, why: str) -> None:
+        self.connector.connector_scheduler.request_finished(request, ())  # has the prefill engine told to free its blocks
         self.finished_req_ids.add(request.request_id)  # makes the engine step, and so report
         self._given_back.append((request.client_index, _give_back(request.request_id, refused=why)))
 
@@ -97,7 +100,10 @@ class SharedKVScheduler(AsyncScheduler):
         ready = super()._handle_blocked_waiting_request(request)
         if ready and request.request_id in self._grammars_behind:
             self._grammars_behind.discard(request.request_id)
-            request.structured_output_request.grammar.accept_tokens(request.request_id, list(request.output_token_ids))
+            grammar = request.structured_output_request.grammar
+            if not grammar.accept_tokens(request.request_id, list(request.output_token_ids)):
+                self.grammar_compile_error_reqs.add(request.request_id)  # as vLLM ends a request its grammar refuses
+                return False
             request.status = RequestStatus.PREEMPTED
         return ready
 
@@ -128,19 +134,32 @@ class SharedKVScheduler(AsyncScheduler):
         self._preempted.clear()
         return output
 
+    def _handle_failed_recving(self, failed_req_ids):
+        failed = super()._handle_failed_recving(failed_req_ids)
+        self._failed_loads |= failed
+        return failed
+
+    def _handle_invalid_blocks(self, invalid_block_ids, num_scheduled_tokens):
+        failed = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
+        self._failed_loads |= failed
+        return failed
+
     def update_from_output(self, scheduler_output, model_runner_output):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         load_cost = self.connector.connector_scheduler.load_cost
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
-                if output.finish_reason == FinishReason.ERROR:
+                if output.finish_reason == FinishReason.ERROR and output.request_id in self._failed_loads:
                     output.kv_transfer_params = {"resume_reason": ResumeReason.KV_LOAD_FAILED.value}
+                elif output.finish_reason == FinishReason.ERROR:
+                    output.kv_transfer_params = {"refused": "its structured output did not compile or refused its tokens"}
                 elif not output.finished:
                     # On every output: the front end merges outputs and keeps the last one's.
                     output.kv_transfer_params = load_cost.get(output.request_id)
         for client_index, output in self._given_back:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         self._given_back.clear()
+        self._failed_loads.clear()
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False):

@@ -19,6 +19,22 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 
+class ReplayGenerator(torch.Generator):
+    """A CPU generator that can take back the draw of a replay's unfinished chunk.
+
+    vLLM samples once per chunk and undoes what it will not use through the offset, which CPU generators do not have.
+    It does so only until the replay is done, that is, before the first draw that counts.
+    """
+
+    start: torch.Tensor
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        self.set_state(self.start)
+
+
 class SharedKVWorker(PlatformWorker):
     def execute_model(self, scheduler_output):
         meta = scheduler_output.kv_connector_metadata
@@ -42,7 +58,7 @@ class SharedKVWorker(PlatformWorker):
         """The request's generator as it stands after `drawn` sampled tokens."""
         if params.sampling_type != SamplingType.RANDOM_SEED:
             return None
-        generator = torch.Generator(device=self.model_runner.device)
+        generator = (ReplayGenerator if current_platform.is_cpu() else torch.Generator)(device=self.model_runner.device)
         generator.manual_seed(params.seed)
         if current_platform.is_cpu():  # one integer per token seeds the fused kernel
             for _ in range(drawn):
@@ -51,6 +67,8 @@ class SharedKVWorker(PlatformWorker):
             row = torch.empty(self.model_runner.input_batch.vocab_size, device=self.model_runner.device)
             for _ in range(drawn):
                 row.exponential_(generator=generator)
+        if isinstance(generator, ReplayGenerator):
+            generator.start = generator.get_state()
         return generator
 
 

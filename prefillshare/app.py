@@ -48,6 +48,7 @@ def build(deployment: Deployment):
             name=name,
             num_replicas=engines.replicas,
             max_ongoing_requests=4 * engines.max_num_seqs,
+            max_queued_requests=deployment.router.max_queued,
             max_constructor_retry_count=1,
             health_check_period_s=2,
             health_check_timeout_s=30,
@@ -67,6 +68,7 @@ def build(deployment: Deployment):
         num_replicas=router.replicas,
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
+        max_queued_requests=router.max_queued,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -101,8 +103,8 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
         handle = serve.get_app_handle(APP)
         try:
             yield handle
-            _drain(handle)
         finally:
+            _drain(handle)
             handle.shutdown()
     finally:
         if owned:
@@ -134,8 +136,8 @@ def _connect(deployment: Deployment, local: bool) -> None:
         what = "Ray did not start" if local else f"cannot reach a Ray cluster at {deployment.cluster.address}"
         raise ConfigError(
             f"{what}: {error}",
-            field="cluster.address",
-            fix="start Ray there, or leave the field out for a local cluster",
+            field=None if local else "cluster.address",
+            fix="see the message" if local else "start Ray there, or leave the field out for a local cluster",
         ) from error
 
 
@@ -183,12 +185,14 @@ def serve_command(file: Path) -> None:
     console = Console(stderr=True)
     deployment = load(file)
     stop = threading.Event()
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: stop.set())
-    with startup_progress(console) as progress, running(deployment, progress) as _:
+    with startup_progress(console) as progress, running(deployment, progress):
+        # Not before: until here a signal ends the start-up, and Ray has set handlers of its own.
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, lambda *_: stop.set())
         progress.done()
         r = deployment.router
         console.print(f"[green]ready[/]  OpenAI: http://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         stop.wait()
         console.print("stopping: finishing running turns ...")
+    console.print("stopped")

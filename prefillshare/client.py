@@ -63,7 +63,7 @@ class Client:
         return list(self._call(self._stub.ListDecoders, pb.ListDecodersRequest()).decoders)
 
     def not_ready_because(self) -> str:
-        """Empty if a turn on every decoder would succeed, else why not."""
+        """Empty if a turn on every pool would succeed, else why not."""
         return self._call(self._stub.GetReadiness, pb.GetReadinessRequest()).reason
 
     def create_session(

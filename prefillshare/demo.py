@@ -19,7 +19,7 @@ from rich.text import Text
 
 from kvshare import decoders
 from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, Internal
+from kvshare.errors import ConfigError, Internal, Unavailable
 from prefillshare.app import running
 from prefillshare.client import Client, RemoteSession, TurnResult
 from prefillshare.progress import startup_progress
@@ -89,6 +89,8 @@ def _prepare(config: Path, console: Console) -> Deployment:
     from prefillshare.models import fetch
     from prefillshare.seeded_adapters import make_seeded_adapters
 
+    if not config.is_file():
+        raise ConfigError(f"no such deployment file: {config}", fix="run the demo from the project's folder, or give --config")
     if config == CONFIG:
         base = fetch(MODEL)
         with console.status("making seeded adapters ..."):
@@ -128,6 +130,8 @@ def _stream(session: RemoteSession, decoder: str, question: str, max_tokens: int
             logprobs += [row.entries[0].logprob for row in piece.logprobs]
             live.update(Panel(text, title=title, title_align="left"))
             done = piece.done if piece.HasField("done") else done
+    if done is None:
+        raise Unavailable("the server ended the stream without a result", fix="try again")
     return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
 
 
@@ -141,13 +145,14 @@ def _oracle(deployment: Deployment, rows: list[Row]) -> float:
     transformers_logging.disable_progress_bar()
     reference = _load_reference()
     served = decoders.served(deployment)
-    adapters = {name: path for pool in deployment.decode for name, path in pool.adapters.items()}
+    pools = {pool.pool: pool for pool in deployment.decode}
     base = AutoModelForCausalLM.from_pretrained(deployment.base.model, dtype=torch.float32).eval()
     worst = 0.0
     for name in dict.fromkeys(row.decoder for row in rows):
-        decoder = AutoModelForCausalLM.from_pretrained(deployment.base.model, dtype=torch.float32)
-        if name in adapters:
-            decoder = PeftModel.from_pretrained(decoder, adapters[name])
+        pool = pools[served[name].pool]
+        decoder = AutoModelForCausalLM.from_pretrained(pool.model or deployment.base.model, dtype=torch.float32)
+        if served[name].adapter:
+            decoder = PeftModel.from_pretrained(decoder, pool.adapters[name])
         function = getattr(reference, served[name].sharing)
         for row in rows:
             if row.decoder == name:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
 
+from kvshare import fingerprint
 from kvshare.config import Deployment, load
+from kvshare.contract import DTYPE_BYTES
 from kvshare.errors import ConfigError
 from kvshare.modes import get_mode
 from prefillshare.platform import on_cpu
 
 #: Memory of an engine beside weights and KV (Python, torch, buffers), GiB; measured on the CPU build.
 ENGINE_OVERHEAD_GIB = 1.2
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_machine(deployment: Deployment) -> None:
@@ -62,7 +64,7 @@ def _check_memory(deployment: Deployment) -> None:
 
     if not on_cpu():
         return  # on GPUs vLLM itself checks device memory
-    scale = _DTYPE_BYTES[deployment.base.dtype]
+    scale = DTYPE_BYTES[deployment.base.dtype]
     need = []
     if deployment.shares_prefill:
         need.append(("prefill", deployment.prefill, deployment.base.model))
@@ -84,19 +86,8 @@ def _check_memory(deployment: Deployment) -> None:
 
 
 def _weights_gib(folder: str, dtype_bytes: int) -> float:
-    import json
-    import struct
-
-    elements = 0
-    for file in Path(folder).glob("*.safetensors"):
-        with file.open("rb") as source:
-            (length,) = struct.unpack("<Q", source.read(8))
-            for name, entry in json.loads(source.read(length)).items():
-                if name != "__metadata__":
-                    count = 1
-                    for size in entry["shape"]:
-                        count *= size
-                    elements += count
+    files = fingerprint.weight_files(Path(folder))
+    elements = sum(math.prod(entry["shape"]) for file in files for entry in fingerprint.safetensors_header(file).values())
     return elements * dtype_bytes / 2**30
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 ERROR_METADATA = "prefillshare-error-bin"
 SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
-_MAX_MESSAGE_BYTES = 64 << 20
+_MAX_MESSAGE_BYTES = 16 << 20
 
 
 class GrpcServer:

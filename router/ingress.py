@@ -80,6 +80,8 @@ class RouterIngress:
         """Empty if a turn on every pool succeeds now (believed for PROBE_TTL_S), else why not."""
         from kvshare_vllm.sampling import make_prompt, make_sampling_params
 
+        if self._orchestrator.draining:
+            return "the router is stopping"
         async with self._probe_lock:
             by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
             for pool, name in by_pool.items():

@@ -51,7 +51,7 @@ class Orchestrator:
     def __init__(self, config: Router, decoders: Mapping[str, Decoder], pools: Mapping[str, Pool], metrics: Metrics):
         self._config, self.decoders, self.pools, self._metrics = config, decoders, pools, metrics
         self._in_progress = 0
-        self._draining = False
+        self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._releases: set[asyncio.Task] = set()
@@ -60,7 +60,7 @@ class Orchestrator:
         """Raises before a turn is queued: NotFound, or Overloaded when `max_queued` turns are in progress."""
         if decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
-        if self._draining:
+        if self.draining:
             raise Unavailable("the router is stopping", fix="try again; another replica or its successor takes over")
         if self._in_progress >= self._config.max_queued:
             self._metrics["turns_total"].labels(decoder, "Overloaded").inc()
@@ -83,8 +83,7 @@ class Orchestrator:
                             usage.ttft_s = time.perf_counter() - started
                             self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
                         usage.completion_tokens += len(chunk.token_ids)
-                        if chunk.finish_reason:
-                            usage.total_s = time.perf_counter() - started
+                        usage.total_s = time.perf_counter() - started
                         yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -99,7 +98,7 @@ class Orchestrator:
             outcome = Unavailable.__name__
             raise Unavailable(f"request {request_id}: a replica failed: {type(error).__name__}: {error}") from error
         except GeneratorExit:
-            outcome = "ok" if usage.total_s else "cancelled"
+            outcome = "ok" if context.ended_well else "cancelled"
             raise
         except Exception as error:
             outcome = Internal.__name__
@@ -217,7 +216,7 @@ class Orchestrator:
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""
-        self._draining = True
+        self.draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()

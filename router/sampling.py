@@ -44,10 +44,6 @@ def to_sampling_params(message):
         )
     stop_token_ids = list(given.pop("stop_token_ids", ()))
     given.setdefault("temperature", 0.0)
-    if given.get("min_tokens", 0) > given.get("max_tokens", 1 << 31):
-        raise InvalidInput(
-            f"{given['min_tokens']} is more than max_tokens = {given['max_tokens']}", field="sampling.min_tokens"
-        )
     try:
         return make_sampling_params(stop=stop, stop_token_ids=stop_token_ids, **given)
     except ValueError as error:

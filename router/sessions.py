@@ -95,7 +95,9 @@ class SessionStore:
             yield session
         finally:
             session.busy = False
-            session.used_at = self._clock()
+            if self._sessions.get(session_id) is session:
+                session.used_at = self._clock()
+                self._sessions.move_to_end(session_id)
 
     def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
         """End a turn well: the context becomes `token_ids`. Raises Conflict if the session was deleted meanwhile."""
@@ -106,8 +108,11 @@ class SessionStore:
 
     def _forget_expired(self) -> None:
         limit = self._clock() - self.ttl_s
-        while self._sessions:
-            oldest = next(iter(self._sessions.values()))
-            if oldest.used_at > limit or oldest.busy:
-                return
-            del self._sessions[oldest.session_id]
+        expired = []
+        for session in self._sessions.values():
+            if session.used_at > limit:
+                break
+            if not session.busy:
+                expired.append(session.session_id)
+        for session_id in expired:
+            del self._sessions[session_id]

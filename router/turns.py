@@ -44,6 +44,8 @@ class Turns:
         self.decoders, self.sessions = decoders, sessions
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
+        # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
+        self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
     def create(self, session_id: str, given: TurnInput) -> Session:
@@ -69,6 +71,12 @@ class Turns:
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
             sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
+            if sampling.min_tokens > sampling.max_tokens:
+                raise InvalidInput(
+                    f"{sampling.min_tokens} is more than the {sampling.max_tokens} tokens this turn may generate",
+                    field="sampling.min_tokens",
+                    fix="ask for fewer, or raise sampling.max_tokens",
+                )
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             response: list[int] = []
             outputs = self._frontend.run(request, decoder, context)
@@ -112,6 +120,7 @@ class Turns:
                 return self._chat.opening(value, answer)
             return self._chat.appended(context, open_response, value, answer)
         if kind == "text":
+            self._check_chars(value, f"{field}.text")
             return self._chat.ids(value)
         for position, token in enumerate(value):
             if not 0 <= token < self._vocab_size:
@@ -132,6 +141,15 @@ class Turns:
                     field=f"{field}.messages.{number}.role",
                     fix=f"use one of {', '.join(ROLES)}",
                 )
+            self._check_chars(message["content"], f"{field}.messages.{number}.content")
+
+    def _check_chars(self, text: str, field: str) -> None:
+        if len(text) > self._max_chars:
+            raise InvalidInput(
+                f"{len(text)} characters are more than {self._max_len} tokens can hold",
+                field=field,
+                fix="send less, or raise base.max_model_len",
+            )
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         self._check_length(prompt_tokens, asked or 1)

@@ -12,7 +12,7 @@ from conftest import wait_until
 from tiny_models import make_base
 
 from kvshare.engine_settings import EngineSettings
-from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason
+from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -44,6 +44,7 @@ async def engines(tmp_path_factory, smollm):
         lease_s=LEASE_S,
         cpu_cores="0",
         max_num_seqs=16,
+        max_num_batched_tokens=64,
     )
     decode = replace(
         settings,
@@ -161,6 +162,68 @@ async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines):
     async for chunk in decoder.decode(prompt + whole[:15], handoff, sampling(40, **options), new_id(), adapter="a", replay=15):
         rest += chunk.token_ids
     assert whole[:15] + rest == whole
+
+
+async def test_a_long_seeded_replay_in_chunks_continues_with_the_same_tokens(engines):
+    """The replay is longer than a step's budget; vLLM samples once per chunk, and those draws must not count."""
+    prefill, decoder, _ = engines
+    prompt, options = ids(40, salt=22), {"temperature": 1.0, "seed": 12}
+    whole, *_ = await turn(engines, prompt, 170, **options)
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    rest = []
+    async for chunk in decoder.decode(
+        prompt + whole[:150], handoff, sampling(170, **options), new_id(), adapter="a", replay=150
+    ):
+        rest += chunk.token_ids
+    assert whole[:150] + rest == whole
+
+
+async def test_a_resumed_grammar_continues_where_it_was(engines):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prefill, decoder, _ = engines
+    prompt = ids(50, salt=23)
+    schema = {"type": "object", "properties": {"n": {"type": "string", "minLength": 24, "maxLength": 30}}, "required": ["n"]}
+
+    async def generate(tokens, replay):
+        params = sampling(60, structured_outputs=StructuredOutputsParams(json=schema))
+        params.ignore_eos = False
+        handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+        return [
+            token
+            async for chunk in decoder.decode(prompt + tokens, handoff, params, new_id(), adapter="a", replay=replay)
+            for token in chunk.token_ids
+        ]
+
+    whole = await generate([], 0)
+    cut = len(whole) // 2
+    assert cut > 3
+    assert whole[:cut] + await generate(whole[:cut], cut) == whole
+
+
+async def test_tokens_a_grammar_refuses_are_an_error_not_a_resume(engines):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prefill, decoder, _ = engines
+    prompt = ids(50, salt=24)
+    params = sampling(20, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    with pytest.raises(InvalidInput, match="structured output"):
+        async for _ in decoder.decode([*prompt, 5000, 5001], handoff, params, new_id(), adapter="a", replay=2):
+            pass
+    await nothing_held(prefill, decoder, timeout_s=LEASE_S + 4)
+
+
+async def test_prompts_of_different_salts_share_nothing(engines):
+    prefill, decoder, _ = engines
+    prompt = ids(2 * BLOCK + 1, salt=25)
+    seen = []
+    for salt in ("one", "two", "one"):
+        result = await prefill.prefill(prompt[:-1], new_id(), cache_salt=salt)
+        chunks = [c async for c in decoder.decode(prompt, result.handoff, sampling(1), new_id(), adapter="a", cache_salt=salt)]
+        seen.append((result.cached_tokens, chunks[-1].local_tokens))
+    # A whole cached prompt still has its last block computed again at prefill.
+    assert seen == [(0, 0), (0, 0), (BLOCK, 2 * BLOCK)]
 
 
 async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines):

@@ -153,6 +153,7 @@ def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running):
     stopped = running.client.create_session().turn("base", text="One, two, three,", max_tokens=24, stop=[word])
     assert stopped.text == free.text[: free.text.index(word)]
     assert stopped.finish_reason == "stop"
+    assert stopped.usage.total_s >= stopped.usage.time_to_first_token_s > 0
     seeded = [
         running.client.create_session().turn("base", text="A poem:", max_tokens=12, temperature=1.0, seed=s, ignore_eos=True)
         for s in (3, 3, 4)
@@ -268,7 +269,8 @@ def test_openai_json_schema_holds(http):
         ({"decoder": "base", "text": "x", "top_p": 0.0}, errors.InvalidInput, "sampling.top_p"),
         ({"decoder": "base", "text": "x", "logprobs": 21}, errors.InvalidInput, "sampling.logprobs"),
         ({"decoder": "base", "text": "x", "stop": [""]}, errors.InvalidInput, "sampling.stop"),
-        ({"decoder": "base", "text": "x", "max_tokens": 2, "min_tokens": 3}, errors.InvalidInput, "sampling.min_tokens"),
+        ({"decoder": "base", "text": "x", "min_tokens": 300}, errors.InvalidInput, "sampling.min_tokens: 300 is more"),
+        ({"decoder": "base", "text": "x" * 3_000_000}, errors.InvalidInput, "input.text: 3000000 characters"),
     ],
 )
 def test_bad_turns_name_the_field_and_change_nothing(running, kwargs, error, text):
@@ -335,9 +337,10 @@ def test_turns_beyond_the_queue_are_refused_with_a_retry_hint(running):
     assert raised.value.retry_after_s > 0
     with (
         openai.OpenAI(base_url=running.http_url, api_key="none", max_retries=0) as client,
-        pytest.raises(openai.RateLimitError),
+        pytest.raises(openai.RateLimitError) as refused,
     ):
         client.chat.completions.create(model="base", messages=ask("Hi"), stream=True)
+    assert refused.value.response.headers["retry-after"] == "1"
     for stream in held:
         stream.close()
     wait_until(lambda: not running.held())

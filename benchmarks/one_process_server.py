@@ -1,0 +1,28 @@
+"""vLLM's OpenAI server with scheduler and model in one process, as our engines run on CPUs.
+
+Not what vLLM ships: it separates what our path costs from what the layout of processes gives.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from kvshare_vllm.launch import one_process
+
+
+def main() -> None:
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    start = AsyncLLM.from_vllm_config
+
+    def from_vllm_config(vllm_config, **kwargs):
+        with one_process(vllm_config, SimpleNamespace(tensor_parallel_size=1)):
+            return start(vllm_config=vllm_config, **kwargs)
+
+    AsyncLLM.from_vllm_config = from_vllm_config
+    entry.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,10 +38,23 @@ _TITLES = {
     r"ProxyActor": "Serve HTTP proxy",
     r"ServeController": "Serve controller",
     r"gcs_server": "Ray GCS",
-    r"agent": "Ray agents",
-    r"raylet": "raylet",
-    r"ray::|/ray/": "other Ray processes",
+    r"/raylet ": "raylet",
+    r"ray::|/ray/": "other Ray processes",  # agents, log monitor, dashboard
 }
+
+
+def revision() -> str:
+    """The commit of the checkout, with "+changes" where tracked files differ from it; "unknown" outside one."""
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).resolve().parent
+    return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
 class CpuUse:

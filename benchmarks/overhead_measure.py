@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -84,6 +85,12 @@ async def _one(started: Started, surface: load.Surface, asked, concurrency: int,
     return {"figures": load.figures(samples), "cpu_s_per_turn": cpu_s}
 
 
+async def _until_told(work) -> None:
+    """SIGTERM stops the system on the way out."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
+    await work
+
+
 def main() -> None:
     system, plan = sys.argv[1], Plan(**json.loads(sys.argv[2]))
     events = os.fdopen(os.dup(1), "w", buffering=1)
@@ -92,7 +99,7 @@ def main() -> None:
     def emit(**event) -> None:
         events.write(json.dumps(event) + "\n")
 
-    asyncio.run(measure(system, plan, emit))
+    asyncio.run(_until_told(measure(system, plan, emit)))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRu
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     await init_app_state(frontend, app.state, args, tasks)
-    app.add_middleware(RetryHint)
+    app.middleware_stack = RetryHint(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend
 

@@ -48,7 +48,6 @@ def build(deployment: Deployment):
             name=name,
             num_replicas=engines.replicas,
             max_ongoing_requests=4 * engines.max_num_seqs,
-            max_queued_requests=deployment.router.max_queued,
             max_constructor_retry_count=1,
             health_check_period_s=2,
             health_check_timeout_s=30,
@@ -68,7 +67,6 @@ def build(deployment: Deployment):
         num_replicas=router.replicas,
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
-        max_queued_requests=router.max_queued,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,

@@ -86,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=_systems, default=DEFAULT, help=f"some of {', '.join(SYSTEMS)}")
     parser.add_argument("--limit-s", type=float, default=420, help="most seconds one system may take")
     parser.add_argument("--quick", action="store_true", help="few turns, one repeat: shows that it runs, measures nothing")
-    parser.add_argument("--out", type=Path, help=f"folder of the results; default: {RESULTS}, if all of the default systems are measured")
+    parser.add_argument("--out", type=Path, help=f"folder of the results; default, for a full run: {RESULTS}")
     given = parser.parse_args()
     given.turns = given.turns or (3 if given.quick else 5)
     given.repeats = given.repeats or (1 if given.quick else 3)

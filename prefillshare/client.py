@@ -10,7 +10,7 @@ with Client("127.0.0.1:9000") as client:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -136,15 +136,21 @@ class RemoteSession:
 
     def turn(self, decoder: str, **kwargs) -> TurnResult:
         """One turn, whole. Arguments as for `stream`."""
-        text, tokens, logprobs, done = "", [], [], None
-        for piece in self.stream(decoder, **kwargs):
-            text += piece.text
-            tokens += piece.token_ids
-            logprobs += [row.entries[0].logprob for row in piece.logprobs]
-            done = piece.done if piece.HasField("done") else done
-        if done is None:
-            raise errors.Unavailable("the server ended the stream without a result", fix="try again")
-        return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
+        return collect(self.stream(decoder, **kwargs))
+
+
+def collect(pieces: Iterable[pb.GenerateResponse], seen: Callable[[str], None] = lambda text: None) -> TurnResult:
+    """A streamed turn as a whole. `seen` is called with the text so far after every piece."""
+    text, tokens, logprobs, done = "", [], [], None
+    for piece in pieces:
+        text += piece.text
+        tokens += piece.token_ids
+        logprobs += [row.entries[0].logprob for row in piece.logprobs]
+        done = piece.done if piece.HasField("done") else done
+        seen(text)
+    if done is None:
+        raise errors.Unavailable("the server ended the stream without a result", fix="try again")
+    return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
 
 
 def _input(messages: Messages | None, text: str | None, token_ids: Sequence[int] | None) -> pb.Input | None:

@@ -19,9 +19,9 @@ from rich.text import Text
 
 from kvshare import decoders
 from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, Internal, Unavailable
+from kvshare.errors import ConfigError, Internal
 from prefillshare.app import running
-from prefillshare.client import Client, RemoteSession, TurnResult
+from prefillshare.client import Client, RemoteSession, TurnResult, collect
 from prefillshare.progress import startup_progress
 
 CONFIG = Path("deploy/configs/demo.yaml")
@@ -119,20 +119,11 @@ def _session(client: Client, deployment: Deployment, turns, max_tokens: int, con
 
 
 def _stream(session: RemoteSession, decoder: str, question: str, max_tokens: int, title: str, console: Console) -> TurnResult:
-    text, tokens, logprobs, done = "", [], [], None
     with Live(console=console, refresh_per_second=8, transient=True) as live:
         pieces = session.stream(
             decoder, messages=[{"role": "user", "content": question}], suffix_text=SUFFIX, max_tokens=max_tokens, logprobs=0
         )
-        for piece in pieces:
-            text += piece.text
-            tokens += piece.token_ids
-            logprobs += [row.entries[0].logprob for row in piece.logprobs]
-            live.update(Panel(text, title=title, title_align="left"))
-            done = piece.done if piece.HasField("done") else done
-    if done is None:
-        raise Unavailable("the server ended the stream without a result", fix="try again")
-    return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
+        return collect(pieces, lambda text: live.update(Panel(text, title=title, title_align="left")))
 
 
 def _oracle(deployment: Deployment, rows: list[Row]) -> float:

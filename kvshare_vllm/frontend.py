@@ -85,8 +85,6 @@ class Frontend(EngineClient):
                 request_id,
                 decoder,
                 tokenization_kwargs=tokenization_kwargs,
-                reasoning_ended=reasoning_ended,
-                reasoning_parser_kwargs=reasoning_parser_kwargs,
             )
         except PrefillShareError as error:
             raise _to_vllm(error) from error
@@ -101,8 +99,6 @@ class Frontend(EngineClient):
         decoder: str,
         *,
         tokenization_kwargs=None,
-        reasoning_ended=None,
-        reasoning_parser_kwargs=None,
     ) -> EngineCoreRequest:
         """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
         for field in ("prompt_logprobs", "prompt_logprob_token_ids", "skip_reading_prefix_cache"):
@@ -127,7 +123,6 @@ class Frontend(EngineClient):
             )
         except VLLMValidationError as error:
             raise InvalidInput(str(error), field=getattr(error, "parameter", None)) from error
-        request.reasoning_ended, request.reasoning_parser_kwargs = reasoning_ended, reasoning_parser_kwargs
         self.input_processor.assign_request_id(request)
         return request
 

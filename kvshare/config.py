@@ -20,6 +20,7 @@ from kvshare.modes import get_mode, mode_names
 #: Names that appear in URLs, metrics labels and Ray deployment names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Folder = Annotated[str, Field(min_length=1)]
+Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
 
 #: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
@@ -27,7 +28,7 @@ OUR_ENGINE_ARGS = frozenset({
     "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
     "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
-    "disable_log_stats",
+    "disable_log_stats", "kv_events_config", "scheduling_policy",
 })
 
 
@@ -144,6 +145,25 @@ class DecodePool(Engines):
         return self.prefill or Engines(**{name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1})
 
 
+class Placement(_Node):
+    """How a replica is chosen: scorers in [0, 1], weighted (router/placement.py)."""
+
+    policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
+    """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and
+    for decode by load and cached prefix; the others are for comparison."""
+    prefill_weights: dict[Scorer, float] = Field(default_factory=dict)
+    """Weights of one's own for prefill, instead of the policy's: scorer -> weight."""
+    decode_weights: dict[Scorer, float] = Field(default_factory=dict)
+    """Weights of one's own for decode, instead of the policy's."""
+
+    @field_validator("prefill_weights", "decode_weights")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and (min(value.values()) < 0 or not sum(value.values())):
+            raise ValueError(f"weights are at least 0 and not all 0, got {value}")
+        return value
+
+
 class Router(_Node):
     """The ingress: HTTP and gRPC surfaces, sessions, placement."""
 
@@ -164,7 +184,23 @@ class Router(_Node):
     default_deadline_s: float = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: int = Field(64, ge=0)
-    """How often one turn may be resumed after preemption or a failed KV load before it fails."""
+    """How often one turn may be taken up again, for whatever reason, before it fails."""
+    max_retries: int = Field(5, ge=0)
+    """How often one turn may go on elsewhere because a replica failed it, before it fails."""
+    replica_wait_s: float = Field(60, ge=0)
+    """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
+    wedged_after_s: float = Field(10, gt=0)
+    """A replica that leaves a question unanswered, or an engine that does not step, for so long is not waited for:
+    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds."""
+    eager_prefill: bool = True
+    """Have the prefill pool make a response's KV while it streams and when it has ended, at the lowest priority, so
+    that the session's next turn finds it there."""
+    eager_prefill_max: int = Field(8, ge=1)
+    """Most eager prefills one router has running at once."""
+    eager_prefill_stride_tokens: int = Field(256, ge=1)
+    """While a response streams, its KV is made every so many tokens."""
+    placement: Placement = Field(default_factory=Placement)
+    """How replicas are chosen."""
 
     @field_validator("replicas")
     @classmethod
@@ -191,6 +227,8 @@ class Cluster(_Node):
     """How long all replicas may take to be ready, seconds."""
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
+    kv_load_timeout_s: float = Field(30, gt=0)
+    """A decode replica gives up a KV load that takes longer, seconds; the turn gets its KV from elsewhere."""
 
 
 class Deployment(_Node):

@@ -49,11 +49,12 @@ def build(deployment: Deployment):
             num_replicas=engines.replicas,
             max_ongoing_requests=4 * engines.max_num_seqs,
             max_constructor_retry_count=1,
-            health_check_period_s=2,
+            health_check_period_s=1,
             health_check_timeout_s=30,
             graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
             graceful_shutdown_wait_loop_s=0.2,
             request_router_config=RequestRouterConfig(request_router_class=PinnedRouter),
+            logging_config={"enable_access_log": False},
             ray_actor_options={
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,

@@ -26,6 +26,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("prefill", config.Prefill),
     ("decode[]", config.DecodePool),
     ("router", config.Router),
+    ("router.placement", config.Placement),
     ("cluster", config.Cluster),
 )
 

@@ -196,6 +196,7 @@ def _usage(u: TurnUsage) -> pb.Usage:
         resumes=u.resumes,
         prefill_replica=u.prefill_replica,
         decode_replica=u.decode_replica,
+        predicted_tokens=u.predicted_tokens,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from fastapi import Response
 from ray import serve
@@ -37,24 +38,33 @@ class RouterIngress:
 
     async def __init__(self, deployment: Deployment, prefill: Mapping[str, object], decode: Mapping[str, object]):
         from kvshare_vllm.openai_app import build_openai_app
+        from router.cache_index import CacheIndex
+        from router.eager import EagerPrefill
         from router.grpc_api import GrpcServer, Servicer
-        from router.orchestrator import Orchestrator, Pool
+        from router.orchestrator import Orchestrator, Route
+        from router.placement import weights
+        from router.pools import Pool
         from router.replicas import ReplicaSet
         from router.sessions import SessionStore
         from router.turns import Turns
 
         config = deployment.router
-        prefills = {name: ReplicaSet(name, handle) for name, handle in prefill.items()}
-        decodes = {name: ReplicaSet(name, handle) for name, handle in decode.items()}
-        self._replica_sets = [*prefills.values(), *decodes.values()]
-        await asyncio.gather(*(replicas.start(deployment.cluster.start_timeout_s) for replicas in self._replica_sets))
-        pools = {
-            name: Pool(replicas, prefills.get(own_prefill(name), prefills.get(SHARED_PREFILL)))
-            for name, replicas in decodes.items()
-        }
+        self._eager: EagerPrefill | None = None
+        self._index = CacheIndex(deployment.base.block_size)
+        for_prefill, for_decode = weights(config.placement)
+
+        def pool(name, handle, weights):
+            return Pool(ReplicaSet(name, handle, config.wedged_after_s), self._index, weights, wait_s=config.replica_wait_s)
+
+        prefills = {name: pool(name, handle, for_prefill) for name, handle in prefill.items()}
+        decodes = {name: pool(name, handle, for_decode) for name, handle in decode.items()}
+        self._pools = [*prefills.values(), *decodes.values()]
+        await asyncio.gather(*(pool.replicas.start(deployment.cluster.start_timeout_s) for pool in self._pools))
+        shared = prefills.get(SHARED_PREFILL)
+        routes = {name: Route(pool, prefills.get(own_prefill(name), shared)) for name, pool in decodes.items()}
         metrics = Metrics()
         self._decoders = served_decoders.served(deployment)
-        self._orchestrator = Orchestrator(config, self._decoders, pools, metrics)
+        self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics)
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
@@ -63,7 +73,10 @@ class RouterIngress:
         )
         self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
         metrics["sessions"].set_function(lambda: len(self._sessions))
-        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions)
+        if config.eager_prefill and shared:
+            limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
+            self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
+        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
         self._grpc = GrpcServer(Servicer(turns, self.not_ready_because), config.host, config.grpc_port)
@@ -102,10 +115,22 @@ class RouterIngress:
         return ""
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Pool -> replica -> engine figures; for tests and operators."""
+        """Pool -> replica -> figures, asked for now; for tests and operators."""
         return {
-            replicas.name: {replica: await replicas.on(replica).stats.remote() for replica in replicas.ids}
-            for replicas in self._replica_sets
+            pool.name: {
+                replica: asdict(await pool.replicas.on(replica).stats.remote()) for replica in list(pool.replicas.members)
+            }
+            for pool in self._pools
+        }
+
+    async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Pool -> replica -> what it is, and whether it may get work."""
+        return {
+            pool.name: {
+                r.id: asdict(r.info) | {"usable": r.health.usable, "reason": r.health.reason}
+                for r in pool.replicas.members.values()
+            }
+            for pool in self._pools
         }
 
     async def drain(self, timeout_s: float) -> None:
@@ -116,8 +141,12 @@ class RouterIngress:
     async def __del__(self):
         if hasattr(self, "_grpc"):
             await self.drain(GRACE_S)
-        for replicas in getattr(self, "_replica_sets", ()):
-            await replicas.stop()
+        if getattr(self, "_eager", None):
+            await self._eager.stop()
+        for pool in getattr(self, "_pools", ()):
+            await pool.replicas.stop()
+        if hasattr(self, "_index"):
+            self._index.close()
 
 
 def _add_readiness(app, not_ready_because) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from kvshare.config import Base
 from kvshare.decoders import Decoder
@@ -19,6 +20,7 @@ from kvshare.handoff import TurnContext
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from router.chat import ChatLayout
+from router.eager import EagerPrefill
 from router.sessions import Session, SessionStore
 
 DEFAULT_MAX_TOKENS = 256
@@ -40,8 +42,15 @@ class TurnEvent:
 
 
 class Turns:
-    def __init__(self, base: Base, decoders: Mapping[str, Decoder], frontend: Frontend, sessions: SessionStore):
-        self.decoders, self.sessions = decoders, sessions
+    def __init__(
+        self,
+        base: Base,
+        decoders: Mapping[str, Decoder],
+        frontend: Frontend,
+        sessions: SessionStore,
+        eager: EagerPrefill | None = None,
+    ):
+        self.decoders, self.sessions, self._eager = decoders, sessions, eager
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
         # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
@@ -67,6 +76,8 @@ class Turns:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         with self.sessions.turn(session_id) as session:
             context.session = session
+            if self._eager:
+                self._eager.cancel(session_id)
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -84,6 +95,14 @@ class Turns:
                 async for output in stream:
                     completion = output.outputs[0]
                     response += completion.token_ids
+                    if self._eager:
+                        self._eager.grew(
+                            session_id,
+                            len(kept) + len(response),
+                            partial(_joined, kept, response),
+                            context.cache_salt,
+                            ended=bool(completion.finish_reason),
+                        )
                     context_tokens = 0
                     if completion.finish_reason:
                         is_chat = (given or suffix or ("",))[0] == "messages"
@@ -162,3 +181,7 @@ class Turns:
                 field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
                 fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
             )
+
+
+def _joined(kept: list[int], response: list[int]) -> list[int]:
+    return [*kept, *response]

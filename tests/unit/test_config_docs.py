@@ -10,7 +10,8 @@ from kvshare.modes import mode_names
 from prefillshare import config_docs
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool, config.Router, config.Cluster]
+NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
+NODES += [config.Placement, config.Router, config.Cluster]
 
 
 def test_page_is_up_to_date():

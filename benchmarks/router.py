@@ -217,7 +217,8 @@ def plot(result: dict, path: Path) -> None:
         (right, result["sweeps"]["prefixes"], "prefixes", "cached prefixes"),
     ):
         for figure_name in ("p50_ms", "p99_ms"):
-            axes.plot([p[key] for p in sweep], [p[figure_name] for p in sweep], marker="o", label=figure_name.replace("_", ", "))
+            label_of = figure_name.replace("_", ", ")
+            axes.plot([p[key] for p in sweep], [p[figure_name] for p in sweep], marker="o", label=label_of)
         axes.set(xscale="log", xlabel=label, ylabel="placement, ms", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -166,6 +166,9 @@ class Placement(_Node):
 
 class Router(_Node):
     """The ingress: HTTP and gRPC surfaces, sessions, placement."""
+
+    #: Fields a running router takes over; a change of any other replaces it.
+    CHANGEABLE: ClassVar = ("max_queued", "default_deadline_s", "max_resumes", "max_retries", "placement")
 
     replicas: int = Field(1, ge=1)
     """Router replicas. More than one needs a shared session store, which this version does not have."""

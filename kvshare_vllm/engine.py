@@ -6,9 +6,10 @@ Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -62,9 +63,8 @@ class Engine:
         self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
         self._llm, self._gauges, self._log = llm, gauges, log
-        self._adapters = {
-            name: LoRARequest(name, number, path) for number, (name, path) in enumerate(settings.adapters.items(), 1)
-        }
+        self._adapters: dict[str, LoRARequest] = {}
+        self._adapter_numbers = itertools.count(1)
         self._active, self._busy_since = 0, 0.0
 
     @classmethod
@@ -86,8 +86,7 @@ class Engine:
                 with one_process(config, settings):
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
             engine = cls(settings, llm, gauges[0], log, kv_events)
-            for lora in engine._adapters.values():
-                await llm.add_lora(lora)
+            await engine.set_adapters(settings.adapters)
             return engine
         except Exception as error:
             if llm is not None:
@@ -98,6 +97,17 @@ class Engine:
                 f"{type(error).__name__}: {error}",
                 log_tail=log.text(),
             ) from error
+
+    async def set_adapters(self, adapters: Mapping[str, str]) -> None:
+        """Load and unload so that these are served: name -> folder. Requests with an adapter that goes are let end."""
+        for name in self._adapters.keys() - adapters.keys():
+            del self._adapters[name]  # vLLM drops its weights when another adapter wants the place
+        for name, path in adapters.items():
+            if name in self._adapters and self._adapters[name].lora_path == path:
+                continue
+            lora = LoRARequest(name, next(self._adapter_numbers), path)
+            await self._llm.add_lora(lora)
+            self._adapters[name] = lora
 
     def close(self) -> None:
         self._llm.shutdown()

@@ -24,6 +24,10 @@ class EngineReplica(ABC):
         self._queued_tokens = 0
         self._engine = await self.engine_class().start(settings, host=ray.util.get_node_ip_address())
 
+    async def reconfigure(self, changeable: dict) -> None:
+        """Serve calls this at the start, and when the adapters to serve have changed."""
+        await self._engine.set_adapters(changeable["adapters"])
+
     async def describe(self) -> ReplicaInfo:
         engine = self._engine
         return ReplicaInfo(

@@ -18,7 +18,7 @@ from ray import serve
 
 from kvshare import decoders as served_decoders
 from kvshare.config import Deployment
-from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
@@ -34,34 +34,21 @@ GRACE_S = 30.0
 
 @serve.ingress()
 class RouterIngress:
-    """`prefill` and `decode`: handles by the names of kvshare.engine_settings and of the pools."""
+    """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
 
-    async def __init__(self, deployment: Deployment, prefill: Mapping[str, object], decode: Mapping[str, object]):
+    async def __init__(self, deployment: Deployment, handles: Mapping[str, object]):
         from kvshare_vllm.openai_app import build_openai_app
-        from router.cache_index import CacheIndex
         from router.eager import EagerPrefill
+        from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
-        from router.orchestrator import Orchestrator, Route
-        from router.placement import weights
-        from router.pools import Pool
-        from router.replicas import ReplicaSet
+        from router.orchestrator import Orchestrator
         from router.sessions import SessionStore
         from router.turns import Turns
 
         config = deployment.router
-        self._eager: EagerPrefill | None = None
-        self._index = CacheIndex(deployment.base.block_size)
-        for_prefill, for_decode = weights(config.placement)
-
-        def pool(name, handle, weights):
-            return Pool(ReplicaSet(name, handle, config.wedged_after_s), self._index, weights, wait_s=config.replica_wait_s)
-
-        prefills = {name: pool(name, handle, for_prefill) for name, handle in prefill.items()}
-        decodes = {name: pool(name, handle, for_decode) for name, handle in decode.items()}
-        self._pools = [*prefills.values(), *decodes.values()]
-        await asyncio.gather(*(pool.replicas.start(deployment.cluster.start_timeout_s) for pool in self._pools))
-        shared = prefills.get(SHARED_PREFILL)
-        routes = {name: Route(pool, prefills.get(own_prefill(name), shared)) for name, pool in decodes.items()}
+        self._deployment = deployment
+        self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name))
+        routes = await self._fleet.adopt(deployment)
         metrics = Metrics()
         self._decoders = served_decoders.served(deployment)
         self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics)
@@ -73,7 +60,8 @@ class RouterIngress:
         )
         self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
         metrics["sessions"].set_function(lambda: len(self._sessions))
-        if config.eager_prefill and shared:
+        self._eager: EagerPrefill | None = None
+        if config.eager_prefill and (shared := self._fleet.pools.get(SHARED_PREFILL)):
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
         turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager)
@@ -88,6 +76,23 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self):
         return self._app
+
+    async def reconfigure(self, plain: dict) -> None:
+        """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
+        from kvshare_vllm.openai_app import set_decoders
+
+        deployment = Deployment.model_validate(plain)
+        if deployment == self._deployment:
+            return
+        routes = await self._fleet.adopt(deployment)
+        self._deployment = deployment
+        self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
+        set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
+        await self._fleet.forget(deployment)
+
+    async def deployment(self) -> dict:
+        """What is served now, as plain data."""
+        return self._deployment.model_dump(mode="json")
 
     async def not_ready_because(self) -> str:
         """Empty if a turn on every pool succeeds now (believed for PROBE_TTL_S), else why not."""
@@ -120,7 +125,7 @@ class RouterIngress:
             pool.name: {
                 replica: asdict(await pool.replicas.on(replica).stats.remote()) for replica in list(pool.replicas.members)
             }
-            for pool in self._pools
+            for pool in self._fleet.pools.values()
         }
 
     async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
@@ -130,7 +135,7 @@ class RouterIngress:
                 r.id: asdict(r.info) | {"usable": r.health.usable, "reason": r.health.reason}
                 for r in pool.replicas.members.values()
             }
-            for pool in self._pools
+            for pool in self._fleet.pools.values()
         }
 
     async def drain(self, timeout_s: float) -> None:
@@ -143,10 +148,12 @@ class RouterIngress:
             await self.drain(GRACE_S)
         if getattr(self, "_eager", None):
             await self._eager.stop()
-        for pool in getattr(self, "_pools", ()):
-            await pool.replicas.stop()
-        if hasattr(self, "_index"):
-            self._index.close()
+        if hasattr(self, "_fleet"):
+            await self._fleet.stop()
+
+
+def _handle_of(name: str):
+    return serve.get_deployment_handle(name, serve.get_replica_context().app_name)
 
 
 def _add_readiness(app, not_ready_because) -> None:

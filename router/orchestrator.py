@@ -58,6 +58,7 @@ class Route:
 class _Attempt:
     """What a turn's attempts hand on to each other."""
 
+    route: Route
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -69,15 +70,23 @@ class _Attempt:
 
 class Orchestrator:
     def __init__(
-        self, config: Router, base: Base, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], metrics: Metrics
+        self, config: Router, base: Base, decoders: dict[str, Decoder], routes: Mapping[str, Route], metrics: Metrics
     ):
-        self._config, self.decoders, self.routes, self._metrics = config, decoders, routes, metrics
+        self._config, self.routes, self._metrics = config, routes, metrics
+        #: Changed in place: surfaces hold it too.
+        self.decoders = decoders
         self._base = base
         self._in_progress = 0
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._releases: set[asyncio.Task] = set()
+
+    def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
+        """From now on serve these. Turns in progress keep the route they started on."""
+        self.decoders.clear()
+        self.decoders.update(decoders)
+        self.routes, self._config = routes, config
 
     def admit(self, decoder: str) -> None:
         """Raises before a turn is queued: NotFound, or Overloaded when `max_queued` turns are in progress."""
@@ -135,7 +144,7 @@ class Orchestrator:
         shared = prompt[: mode.handoff_tokens(len(prompt))]
         adapter = None if mode.adapters_share_blocks else decoder.adapter
         keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
-        attempt = _Attempt()
+        attempt = _Attempt(self.routes[decoder.pool])
         while True:
             tag = f"{request_id}-{attempt.number}"
             try:
@@ -177,7 +186,7 @@ class Orchestrator:
     ) -> Handoff | None:
         if not shared:
             return None
-        mode, pool = get_mode(decoder.sharing), self.routes[decoder.pool].prefill
+        mode, pool = get_mode(decoder.sharing), attempt.route.prefill
         usage, session = context.usage, context.session
         last = session.prefilled_on.get(pool.name) if session else None
         placement = await pool.choose(len(shared), keys, last_replica=last, without=attempt.avoid)
@@ -222,7 +231,7 @@ class Orchestrator:
         context: TurnContext,
         attempt: _Attempt,
     ) -> AsyncIterator[TokenChunk]:
-        usage, session, route = context.usage, context.session, self.routes[decoder.pool]
+        usage, session, route = context.usage, context.session, attempt.route
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
             last = session.prefilled_on.get(pool.name) if session else None

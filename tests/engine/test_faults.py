@@ -1,17 +1,24 @@
-"""Replicas die, hang and come back: the client sees one stream with exactly the tokens of an undisturbed run."""
+"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of a quiet run."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from conftest import System, system, wait_until
 from oracle import TOLERANCE, Oracle
-from tiny_models import make_base
+from tiny_models import make_base, make_full_decoder
 
+from kvshare.config import parse
+from kvshare.errors import NotFound
+from prefillshare.app import apply
 from prefillshare.client import collect
 from prefillshare.seeded_adapters import make_seeded_adapters
 
@@ -185,6 +192,44 @@ def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running,
     second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=10), max_tokens=6, ignore_eos=True)
     assert second.usage.prefill_replica != first.usage.prefill_replica
     wait_until(lambda: first.usage.prefill_replica not in running.info()["prefill"], 60)
+
+
+def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):
+    """One change for all of it: fewer replicas, an adapter more, a pool more; and back."""
+    before = running.deployment
+    extra = make_seeded_adapters(Path(before.base.model), tmp_path / "adapters", names=("c",))
+    full = make_full_decoder(Path(before.base.model), tmp_path / "full", seed=4)
+    plain = before.model_dump(mode="json")
+    plain["prefill"]["replicas"] = 1
+    agents = plain["decode"][0]
+    agents |= {"replicas": 1, "adapters": agents["adapters"] | {name: str(path) for name, path in extra.items()}}
+    plain["decode"].append(agents | {"pool": "coder", "adapters": {}, "model": str(full), "serve_base": False})
+    after, turns = parse(plain), []
+    stop = threading.Event()
+
+    def keep_taking(name: str):
+        while not stop.is_set():
+            prompt = ids(40 + len(turns), salt=100 + len(turns))
+            turns.append(running.client.create_session().turn(name, token_ids=prompt, max_tokens=30, ignore_eos=True))
+
+    with ThreadPoolExecutor(3) as pool:
+        taking = [pool.submit(keep_taking, name) for name in ("a", "b", "base")]
+        try:
+            apply(after)
+            now = Oracle(after)
+            for name in ("c", "coder", "a"):
+                now.turn(running.client.create_session(), name, token_ids=ids(70, salt=90), max_tokens=8, ignore_eos=True)
+            assert {n: len(r) for n, r in running.info().items()} == {"prefill": 1, "agents": 1, "coder": 1}
+            models = httpx.get(f"{running.http_url}/models").json()["data"]
+            assert {m["id"] for m in models} == {"base", "a", "b", "c", "coder"}
+            apply(before)
+            with pytest.raises(NotFound, match="unknown decoder 'c'"):
+                running.client.create_session().turn("c", token_ids=ids(9), max_tokens=1)
+        finally:
+            stop.set()
+    assert all(one.exception() is None for one in taking), [one.exception() for one in taking]
+    assert len(turns) > 20
+    assert all(turn.usage.completion_tokens == 30 for turn in turns)
 
 
 def test_cached_prefixes_are_predicted_exactly_where_nothing_is_evicted(running, oracle):

@@ -46,10 +46,9 @@ def build(deployment: Deployment, served: Deployment | None = None):
 
     handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment).items():
-        handles[name] = serve.deployment(
+        engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
-            version=_digest(replace(settings, adapters={})),
             user_config={"adapters": dict(settings.adapters)},
             num_replicas=engines.replicas,
             max_ongoing_requests=4 * engines.max_num_seqs,
@@ -65,13 +64,13 @@ def build(deployment: Deployment, served: Deployment | None = None):
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "runtime_env": {"env_vars": env},
             },
-        ).bind(settings)
+        )
+        handles[name] = _kept_while(engine, replace(settings, adapters={})).bind(settings)
     router = deployment.router
-    return serve.deployment(
+    ingress = serve.deployment(
         RouterIngress,
         name=ROUTER,
         num_replicas=router.replicas,
-        version=_digest(_fixed(deployment)),
         user_config=(served or deployment).model_dump(mode="json"),
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
@@ -82,11 +81,14 @@ def build(deployment: Deployment, served: Deployment | None = None):
             "num_cpus": 0.01,
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
-    ).bind(served or deployment, handles)
+    )
+    return _kept_while(ingress, _fixed(deployment)).bind(served or deployment, handles)
 
 
-def _digest(settings: object) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+def _kept_while(part, settings: object):
+    """Serve keeps a deployment's replicas when the application is deployed again, unless `settings` have changed."""
+    part._version = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    return part
 
 
 def _fixed(deployment: Deployment) -> object:

@@ -14,13 +14,13 @@ import psutil
 import pytest
 from conftest import System, system, wait_until
 from oracle import TOLERANCE, Oracle
-from tiny_models import make_base, make_full_decoder
 
 from kvshare.config import parse
 from kvshare.errors import NotFound
 from prefillshare.app import apply
 from prefillshare.client import collect
 from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base, make_full_decoder
 
 pytestmark = pytest.mark.engine
 

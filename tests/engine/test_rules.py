@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 from conftest import wait_until
-from tiny_models import make_base
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

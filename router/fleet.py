@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.cache_index import CacheIndex
 from router.orchestrator import Route
@@ -22,9 +23,9 @@ from router.replicas import ReplicaSet
 class Fleet:
     """`handle_of`: name of a Serve deployment -> its handle."""
 
-    def __init__(self, block_size: int, handle_of: Callable[[str], object]):
+    def __init__(self, block_size: int, handle_of: Callable[[str], object], metrics: Metrics):
         self._index = CacheIndex(block_size)
-        self._handle_of = handle_of
+        self._handle_of, self._metrics = handle_of, metrics
         self.pools: dict[str, Pool] = {}
 
     async def adopt(self, deployment: Deployment) -> dict[str, Route]:
@@ -43,6 +44,8 @@ class Fleet:
             await asyncio.gather(*(pool.replicas.stop() for pool in new.values()))
             raise
         self.pools |= new
+        for name, pool in new.items():
+            self._count(name, pool.replicas)
         for name, weight in wanted.items():
             self.pools[name].weights = weight
         return {name: Route(self.pools[decode], self.pools[prefill]) for name, (decode, prefill) in routes.items()}
@@ -57,6 +60,12 @@ class Fleet:
         router = deployment.router
         replicas = ReplicaSet(name, self._handle_of(name), router.wedged_after_s)
         return Pool(replicas, self._index, {}, wait_s=router.replica_wait_s)
+
+    def _count(self, name: str, replicas: ReplicaSet) -> None:
+        for state, usable in (("usable", True), ("ejected", False)):
+            self._metrics["replicas"].labels(name, state).set_function(
+                lambda usable=usable: sum(r.health.usable is usable for r in replicas.members.values())
+            )
 
     async def stop(self) -> None:
         for pool in self.pools.values():

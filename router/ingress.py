@@ -45,11 +45,10 @@ class RouterIngress:
         from router.sessions import SessionStore
         from router.turns import Turns
 
-        config = deployment.router
+        config, metrics = deployment.router, Metrics()
         self._deployment = deployment
-        self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name))
+        self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
-        metrics = Metrics()
         self._decoders = served_decoders.served(deployment)
         self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics)
         self._app, self._frontend = await build_openai_app(

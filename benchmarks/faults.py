@@ -10,26 +10,23 @@ again. A turn is lost if it ends in an error or without an end, wrong if a singl
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.environment import hardware, revision, versions
+from benchmarks.result import write
 from kvshare.config import Deployment, parse
 from kvshare.errors import PrefillShareError
 from prefillshare.app import running
@@ -38,7 +35,6 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK, VOCABULARY = 32, 40_000
 DECODERS = ("planner", "coder", "caller")
 TURNS_PER_SESSION = 4
@@ -241,23 +237,11 @@ def main() -> None:
         "faults": len(faults.struck),
         "turns_resumed": struck.resumes,
     }
-    result = {
-        "command": "python -m benchmarks.faults " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": revision(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "config": vars(args) | {"wedged_after_s": WEDGED_AFTER_S, "hang_s": HANG_S},
-        "cost_s": cost_by_fault(faults, quiet, struck),
-        "errors": struck.errors,
-        "headline": headline,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "faults.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print("written: benchmarks/results/faults.json")
-    for kind, cost in result["cost_s"].items():
-        console.print(f"{kind}: {cost['turns']} turns took {cost['median_s']} s longer (median), {cost['max_s']} s at most")
-    print(json.dumps(headline))
+    cost = cost_by_fault(faults, quiet, struck)
+    for kind, one in cost.items():
+        console.print(f"{kind}: {one['turns']} turns took {one['median_s']} s longer (median), {one['max_s']} s at most")
+    config = vars(args) | {"wedged_after_s": WEDGED_AFTER_S, "hang_s": HANG_S}
+    write("faults", console, config, headline, cost_s=cost, errors=struck.errors)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,24 @@ began: at most every full block of every prompt that an earlier prompt had compu
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.environment import hardware, revision, versions
+from benchmarks.result import write
 from kvshare.config import Deployment, parse
 from prefillshare.app import apply, running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK, VOCABULARY = 32, 40_000
 DECODERS = ("planner", "coder", "caller")
 #: Sessions that share a beginning, its length, and the ranges of what a turn appends and generates, tokens.
@@ -157,20 +153,7 @@ def main() -> None:
                 console.print(f"{policy}: {figures[policy]}")
     headline = {k: figures[policies[0]][k] for k in ("hit_ratio", "best_possible")}
     headline |= {f"{policy}_hit_ratio": figures[policy]["hit_ratio"] for policy in policies[1:]}
-    result = {
-        "command": "python -m benchmarks.locality " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": revision(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "config": vars(args),
-        "policies": figures,
-        "headline": headline,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "locality.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print("written: benchmarks/results/locality.json")
-    print(json.dumps(headline))
+    write("locality", console, vars(args), headline, policies=figures)
 
 
 if __name__ == "__main__":

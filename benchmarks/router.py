@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import resource
-import sys
 import time
 from collections import deque
-from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -27,7 +24,7 @@ import zmq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.environment import hardware, revision, versions
+from benchmarks.result import RESULTS, write
 from kvshare.replica_info import KVEvents, ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
 from router.health import Health
@@ -35,7 +32,6 @@ from router.placement import POLICIES
 from router.pools import Pool
 from router.replicas import Replica
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK = 32
 VOCABULARY = 50_000
 #: Tokens a turn adds to a cached prefix, share of turns whose prefix nobody holds, and placements in flight at once.
@@ -191,21 +187,10 @@ async def run(args, console: Console) -> dict:
                 sweeps["replicas"].append(await point(args.prefill // scale, max(1, args.decode // scale), few))
         for prefixes in [n for n in (1000, 10_000, 100_000, 1_000_000) if n < args.prefixes] + [args.prefixes]:
             sweeps["prefixes"].append(await point(args.prefill, args.decode, prefixes))
-    headline = sweeps["prefixes"][-1]
-    return {
-        "command": "python -m benchmarks.router " + " ".join(sys.argv[1:]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": revision(),
-        "hardware": hardware() | {"cores": 1},
-        "versions": versions(),
-        "config": vars(args) | {"block_size": BLOCK, "new_tokens": NEW_TOKENS, "fresh_share": FRESH_SHARE},
-        "sweeps": sweeps,
-        "headline": headline,
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
+    return sweeps
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(sweeps: dict, tokens: int, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,8 +198,8 @@ def plot(result: dict, path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, sweep, key, label in (
-        (left, sorted(result["sweeps"]["replicas"], key=lambda p: p["prefill"]), "prefill", "prefill replicas (4 decode each)"),
-        (right, result["sweeps"]["prefixes"], "prefixes", "cached prefixes"),
+        (left, sorted(sweeps["replicas"], key=lambda p: p["prefill"]), "prefill", "prefill replicas (4 decode each)"),
+        (right, sweeps["prefixes"], "prefixes", "cached prefixes"),
     ):
         for figure_name in ("p50_ms", "p99_ms"):
             label_of = figure_name.replace("_", ", ")
@@ -222,7 +207,7 @@ def plot(result: dict, path: Path) -> None:
         axes.set(xscale="log", xlabel=label, ylabel="placement, ms", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"One placement (two pools, prompts of {result['config']['tokens']:,} tokens) on one core")
+    figure.suptitle(f"One placement (two pools, prompts of {tokens:,} tokens) on one core")
     figure.savefig(path, dpi=120)
 
 
@@ -236,12 +221,12 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     console = Console(stderr=True)
-    result = asyncio.run(run(args, console))
+    sweeps = asyncio.run(run(args, console))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "router.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, RESULTS / "router.png")
-    console.print("written: benchmarks/results/router.json, benchmarks/results/router.png")
-    print(json.dumps(result["headline"]))
+    plot(sweeps, args.tokens, RESULTS / "router.png")
+    config = vars(args) | {"block_size": BLOCK, "new_tokens": NEW_TOKENS, "fresh_share": FRESH_SHARE, "cores_used": 1}
+    memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    write("router", console, config, sweeps["prefixes"][-1], sweeps=sweeps, peak_memory_gib=memory)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ OUR_ENGINE_ARGS = frozenset({
 
 
 class _Node(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 class Base(_Node):

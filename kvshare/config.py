@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from kvshare import redis_url
 from kvshare.config_errors import as_config_error, shown
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
@@ -173,7 +175,7 @@ class Router(_Node):
     CHANGEABLE: ClassVar = ("max_queued", "default_deadline_s", "max_resumes", "max_retries", "placement")
 
     replicas: int = Field(1, ge=1)
-    """Router replicas. More than one needs a shared session store, which this version does not have."""
+    """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
     host: str = "127.0.0.1"
     """Address both surfaces listen on; "0.0.0.0" for all."""
     http_port: int = Field(8000, ge=1, le=65535)
@@ -183,9 +185,17 @@ class Router(_Node):
     max_queued: int = Field(256, ge=1)
     """Most turns in progress at once; further ones are refused with RESOURCE_EXHAUSTED / 429 and a retry hint."""
     max_sessions: int = Field(10_000, ge=1)
-    """Most sessions kept; creating another one is refused."""
+    """Most sessions kept, with Redis by all routers together; creating another one is refused."""
     session_ttl_s: float = Field(3600, gt=0)
     """A session unused for so long is forgotten, seconds."""
+    redis_url: str | None = None
+    """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
+    "unix://path". Options: ssl_*. Unset: in the router's memory, where they end with it. Required for several routers."""
+    redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the Redis password, on every machine where a router may run. It never stands in
+    this file, which others may see: Ray shows what it deploys."""
+    redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """What this deployment's keys in Redis begin with. Deployments that share a server need different ones."""
     default_deadline_s: float = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: int = Field(64, ge=0)
@@ -207,18 +217,38 @@ class Router(_Node):
     placement: Placement = Field(default_factory=Placement)
     """How replicas are chosen."""
 
-    @field_validator("replicas")
+    @field_validator("redis_url")
     @classmethod
-    def _one_router(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} routers would need a shared session store, which this version does not have; use 1")
+    def _is_redis(cls, value: str | None) -> str | None:
+        if problem := value is not None and redis_url.problem(value):
+            raise ValueError(problem)
         return value
+
+    @model_validator(mode="after")
+    def _sessions_are_shared(self) -> Router:
+        if self.replicas > 1 and not self.redis_url:
+            raise ValueError(f"{self.replicas} router replicas need a session store they share; set redis_url or use 1")
+        if self.redis_password_env and not self.redis_url:
+            raise ValueError("redis_password_env goes with redis_url; set that too, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Router:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}; give each a port of its own")
         return self
+
+    def redis_password(self) -> str | None:
+        """What redis_password_env names, from this process's environment. Raises ConfigError if it is not there."""
+        if self.redis_password_env is None:
+            return None
+        if not (password := os.environ.get(self.redis_password_env)):
+            raise ConfigError(
+                f"environment variable {self.redis_password_env} is not set, or empty",
+                field="router.redis_password_env",
+                fix="set it to the Redis password where the router runs",
+            )
+        return password
 
 
 class Cluster(_Node):

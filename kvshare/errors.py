@@ -8,7 +8,7 @@
     |-- Conflict                the session is busy with another turn, or has changed
     |-- Overloaded              a queue is full; carries a retry hint
     |-- DeadlineExceeded        the deadline passed before the turn ended
-    |-- Unavailable             a replica is gone or not ready; trying again may help
+    |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
     |   |-- EngineStartError    an engine did not start; carries the end of its log
     |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
     |   |-- ReplicaLost         the replica that served a turn is gone or does not answer; resumable elsewhere

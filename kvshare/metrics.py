@@ -124,7 +124,11 @@ DEFINITIONS = {
             "prefillshare_turn_seconds", Histogram, "From a turn's arrival to its end.", ("decoder",), "The latency users feel."
         ),
         Metric(
-            "prefillshare_sessions", Gauge, "Sessions held.", (), "Near router.max_sessions: lower the TTL or raise the limit."
+            "prefillshare_sessions",
+            Gauge,
+            "Sessions held; routers that share a store all give the same figure, some seconds old.",
+            (),
+            "Near router.max_sessions: lower the TTL or raise the limit.",
         ),
     )
 }

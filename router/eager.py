@@ -25,18 +25,20 @@ logger = logging.getLogger(__name__)
 
 #: vLLM's scale: lower is sooner. Below every tenant's.
 PRIORITY = 1_000_000
+#: Tenant and name.
+SessionKey = tuple[str, str]
 
 
 class EagerPrefill:
     def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
         self._pool, self._base, self._metrics = pool, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
-        self._running: dict[str, asyncio.Task] = {}
+        self._running: dict[SessionKey, asyncio.Task] = {}
         #: Tokens of a session's context that have been asked for, while its response streams.
-        self._asked: dict[str, int] = {}
+        self._asked: dict[SessionKey, int] = {}
 
     def grew(
-        self, session: str, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
+        self, session: SessionKey, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
     ) -> None:
         """A session's context has `tokens` tokens by now; `ended`: and stays so until its next turn."""
         if ended:
@@ -54,7 +56,7 @@ class EagerPrefill:
         if ended:
             self._asked.pop(session, None)
 
-    def cancel(self, session: str) -> None:
+    def cancel(self, session: SessionKey) -> None:
         """The session goes on without it, or is gone."""
         self._asked.pop(session, None)
         if task := self._running.pop(session, None):
@@ -66,7 +68,7 @@ class EagerPrefill:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _ended(self, session: str, task: asyncio.Task) -> None:
+    def _ended(self, session: SessionKey, task: asyncio.Task) -> None:
         if self._running.get(session) is task:
             del self._running[session]
 

@@ -79,22 +79,19 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
 
     async def CreateSession(self, request, context):
-        return await self._answer(
-            context, lambda: self._describe(self._turns.create(request.session_id, _input(request.input)))
-        )
+        made = self._turns.create(request.session_id, _input(request.input), _tenant(context))
+        return await self._answer(context, self._described(made))
 
     async def GetSession(self, request, context):
-        return await self._answer(
-            context, lambda: self._describe(self._turns.sessions.get(request.session_id), request.include_token_ids)
-        )
+        found = self._turns.sessions.get(request.session_id, tenant=_tenant(context))
+        return await self._answer(context, self._described(found, request.include_token_ids))
 
     async def ForkSession(self, request, context):
-        return await self._answer(
-            context, lambda: self._describe(self._turns.sessions.fork(request.session_id, request.new_session_id))
-        )
+        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant(context))
+        return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):
-        await self._answer(context, lambda: self._turns.sessions.delete(request.session_id))
+        await self._answer(context, self._turns.sessions.delete(request.session_id, tenant=_tenant(context)))
         return pb.DeleteSessionResponse()
 
     async def Generate(self, request, context):
@@ -111,6 +108,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                 sampling,
                 request_id,
                 turn_context,
+                _tenant(context),
             )
             async with aclosing(turn) as events:
                 async for event in events:
@@ -134,18 +132,19 @@ class Servicer(pb_grpc.PrefillShareServicer):
             logger.exception("request %s failed", request_id)
             await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
 
-    def _describe(self, session, with_tokens: bool = False) -> pb.Session:
+    async def _described(self, work, with_tokens: bool = False) -> pb.Session:
+        session = await work
         return pb.Session(
             session_id=session.session_id,
             context_tokens=len(session.token_ids),
             turns=session.turns,
             token_ids=session.token_ids if with_tokens else (),
-            expires_in_s=self._turns.sessions.expires_in_s(session),
+            expires_in_s=await self._turns.sessions.expires_in_s(session),
         )
 
     async def _answer(self, context, work):
         try:
-            return work()
+            return await work
         except PrefillShareError as error:
             await _abort(context, error)
 
@@ -159,6 +158,11 @@ async def _abort(context, error: PrefillShareError) -> None:
         retry_after_s=getattr(error, "retry_after_s", 0.0),
     )
     await context.abort(grpc.StatusCode[error.grpc_code], str(error), ((ERROR_METADATA, detail.SerializeToString()),))
+
+
+def _tenant(context) -> str:
+    """Whose sessions this call sees. There are no tenants yet."""
+    return ""
 
 
 def _deadline_s(context) -> float | None:

@@ -42,10 +42,11 @@ class RouterIngress:
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
         from router.orchestrator import Orchestrator
-        from router.sessions import SessionStore
+        from router.sessions import SessionGauge, open_sessions
         from router.turns import Turns
 
         config, metrics = deployment.router, Metrics()
+        self._sessions = await open_sessions(config)
         self._deployment = deployment
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
@@ -57,8 +58,7 @@ class RouterIngress:
             self._orchestrator.run,
             self._orchestrator.admit,
         )
-        self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
-        metrics["sessions"].set_function(lambda: len(self._sessions))
+        self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
         self._eager: EagerPrefill | None = None
         if config.eager_prefill and (shared := self._fleet.pools.get(SHARED_PREFILL)):
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
@@ -149,6 +149,10 @@ class RouterIngress:
             await self._eager.stop()
         if hasattr(self, "_fleet"):
             await self._fleet.stop()
+        if hasattr(self, "_session_gauge"):
+            await self._session_gauge.stop()
+        if hasattr(self, "_sessions"):
+            await self._sessions.close()
 
 
 def _handle_of(name: str):

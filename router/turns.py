@@ -57,10 +57,10 @@ class Turns:
         self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
-    def create(self, session_id: str, given: TurnInput) -> Session:
+    async def create(self, session_id: str, given: TurnInput, tenant: str = "") -> Session:
         ids = self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), 1)
-        return self.sessions.create(session_id, ids)
+        return await self.sessions.create(session_id, ids, tenant=tenant)
 
     async def take(
         self,
@@ -71,13 +71,14 @@ class Turns:
         sampling,
         request_id: str,
         context: TurnContext,
+        tenant: str = "",
     ) -> AsyncIterator[TurnEvent]:
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
-        with self.sessions.turn(session_id) as session:
+        async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
             if self._eager:
-                self._eager.cancel(session_id)
+                self._eager.cancel((tenant, session_id))
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -97,7 +98,7 @@ class Turns:
                     response += completion.token_ids
                     if self._eager:
                         self._eager.grew(
-                            session_id,
+                            (tenant, session_id),
                             len(kept) + len(response),
                             partial(_joined, kept, response),
                             context.cache_salt,
@@ -106,7 +107,7 @@ class Turns:
                     context_tokens = 0
                     if completion.finish_reason:
                         is_chat = (given or suffix or ("",))[0] == "messages"
-                        self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
+                        await self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
                         context_tokens = len(session.token_ids)
                     yield TurnEvent(
                         completion.text,

@@ -183,7 +183,17 @@ class Router(_Node):
     grpc_port: int = Field(9000, ge=1, le=65535)
     """Port of the gRPC surface."""
     max_queued: int = Field(256, ge=1)
-    """Most turns in progress at once; further ones are refused with RESOURCE_EXHAUSTED / 429 and a retry hint."""
+    """Most turns in progress or waiting for room. Beyond that the last in the longest line is refused with
+    RESOURCE_EXHAUSTED / 429 and a retry hint."""
+    max_wait_s: float = Field(30, gt=0)
+    """Longest a turn waits for room, seconds. One that by the measured rates would wait longer, or too long to end before its
+    deadline, is refused at once."""
+    max_queued_prefill_tokens: int = Field(32768, ge=1)
+    """Prefill tokens admitted and not finished, per prefill replica, from which on no turn starts. Enough to keep a replica
+    busy; more moves waiting from the router, where priorities and tenants count, into the engine."""
+    expected_output_tokens: int = Field(256, ge=1)
+    """Tokens a turn is expected to generate where its max_tokens is not lower: decode blocks are reserved for prompt and so
+    many. Too low: turns outgrow what was reserved and engines preempt; too high: room stays unused."""
     max_sessions: int = Field(10_000, ge=1)
     """Most sessions kept, with Redis by all routers together; creating another one is refused."""
     session_ttl_s: float = Field(3600, gt=0)

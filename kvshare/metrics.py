@@ -40,6 +40,28 @@ DEFINITIONS = {
             "Near router.max_queued: turns are about to be refused; add decode replicas.",
         ),
         Metric(
+            "prefillshare_turns_waiting",
+            Gauge,
+            "Turns waiting for prefill or decode room.",
+            ("pool",),
+            "Above zero for long: the pool is at its limit; add replicas of decode, or of prefill if decode blocks are free.",
+        ),
+        Metric(
+            "prefillshare_queue_seconds",
+            Histogram,
+            "From a turn's arrival to its start, of turns that started.",
+            ("pool",),
+            "Near router.max_wait_s: turns are about to be refused; look at prefillshare_turns_refused_total.",
+        ),
+        Metric(
+            "prefillshare_turns_refused_total",
+            Counter,
+            "Turns refused, by reason (never_fits, no_replica, tenant_limit, too_late, queue_full, waited_too_long).",
+            ("pool", "reason"),
+            "too_late: add replicas; queue_full: raise router.max_queued, or add replicas; never_fits: raise kv_cache_gib; "
+            "waited_too_long beside few too_late: turns take longer than they did, look at the engines.",
+        ),
+        Metric(
             "prefillshare_prefill_tokens_total",
             Counter,
             "Prompt tokens at prefill, cached or computed.",

@@ -45,7 +45,7 @@ class SimulatedReplicas:
     def __init__(self, name: str, count: int):
         self.name, self.listener = name, None
         self.members = {
-            f"{name}-{n:04d}": Replica(ReplicaInfo(f"{name}-{n:04d}", KVEvents("", ""), 10_000, BLOCK, 64), Health())
+            f"{name}-{n:04d}": Replica(ReplicaInfo(f"{name}-{n:04d}", KVEvents("", None), 10_000, BLOCK, 64), Health())
             for n in range(count)
         }
         self._usable = list(self.members.values())
@@ -64,7 +64,7 @@ class Publishers:
             socket = self._sockets[name] = context.socket(zmq.PUB)
             socket.set_hwm(0)
             port = socket.bind_to_random_port("tcp://127.0.0.1")
-            self.events[name] = KVEvents(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port}")
+            self.events[name] = KVEvents(f"tcp://127.0.0.1:{port}", None)
 
     def stored(self, name: str, tokens: list[int], first_hash: int) -> None:
         blocks = len(tokens) // BLOCK
@@ -105,7 +105,7 @@ class Simulation:
         for replicas in self._sets:
             for name in replicas.members:
                 await self._index.add(replicas.name, name, self._publishers.events[name])
-                await self._seen(replicas.name, name, [1] * BLOCK, -1, again=True)
+                await self._seen(replicas.name, name, [1] * BLOCK, 10**15, again=True)
         task = progress.add_task(f"caching {self.prefixes:,} prefixes", total=self.prefixes)
         for number in range(self.prefixes):
             tokens = prefix(number, self.tokens)

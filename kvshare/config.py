@@ -172,7 +172,9 @@ class Router(_Node):
     """The ingress: HTTP and gRPC surfaces, sessions, placement."""
 
     #: Fields a running router takes over; a change of any other replaces it.
-    CHANGEABLE: ClassVar = ("max_queued", "default_deadline_s", "max_resumes", "max_retries", "placement")
+    CHANGEABLE: ClassVar = (
+        "max_queued", "max_wait_s", "expected_output_tokens", "default_deadline_s", "max_resumes", "max_retries", "placement",
+    )  # fmt: skip
 
     replicas: int = Field(1, ge=1)
     """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""

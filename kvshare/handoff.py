@@ -70,6 +70,8 @@ class TurnUsage:
     kv_bytes: int = 0
     #: Times the turn was taken up again: preempted, a failed load, a lost replica.
     resumes: int = 0
+    #: Waited for room before the prefill.
+    queue_s: float = 0.0
     prefill_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
@@ -83,6 +85,9 @@ class TurnContext:
 
     usage: TurnUsage = field(default_factory=TurnUsage)
     session: Any = None
+    #: Who takes the turn, and how soon (lower is sooner); "" where there are no tenants.
+    tenant: str = ""
+    priority: int = 0
     #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV.
     cache_salt: str | None = None
     #: Seconds the client waits; None: the deployment's default.

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KVEvents:
-    """Where an engine tells what enters and leaves its prefix cache: tcp://HOST:PORT of the stream and of replays."""
+    """Where an engine tells what enters and leaves its prefix cache: tcp://HOST:PORT of the stream and of replays.
+
+    Without replays, what a subscriber misses stays unknown to it.
+    """
 
     endpoint: str
-    replay_endpoint: str
+    replay_endpoint: str | None
 
 
 @dataclass(frozen=True)

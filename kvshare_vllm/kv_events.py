@@ -83,8 +83,12 @@ class StatePublisher(EventPublisher):
         context = zmq.Context.instance()
         self._events, self._replays = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
         self._events.set_hwm(hwm)
-        self._events.bind(endpoint)
-        self._replays.bind(replay_endpoint)
+        try:
+            self._events.bind(endpoint)
+            self._replays.bind(replay_endpoint)
+        except zmq.ZMQError:
+            self._close()
+            raise
         self._thread = threading.Thread(target=self._run, daemon=True, name="kv-events")
         self._thread.start()
 
@@ -94,6 +98,9 @@ class StatePublisher(EventPublisher):
     def shutdown(self) -> None:
         self._queue.put(None)
         self._thread.join(timeout=5)
+        self._close()
+
+    def _close(self) -> None:
         self._events.close(linger=0)
         self._replays.close(linger=0)
 

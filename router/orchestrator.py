@@ -1,6 +1,6 @@
 """A turn over token ids: prefill, handoff, decode, and again where a replica or the prefix was lost.
 
-1. Admit: a bounded number of turns, a decoder that exists.
+1. Admit: room for the turn's decode and prefill, or a place in the queue, or a refusal (router/admission.py).
 2. Ask the mode how many prompt tokens are handed over, and place the prefill: in the shared pool, or in the pool's own.
 3. The prefill replica computes what it has not cached and answers with a lease on the blocks.
 4. Place the decode and stream its tokens. From the first contact the decode engine owns the lease; before it, we do.
@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ray.exceptions import RayError
 
@@ -26,7 +27,6 @@ from kvshare.errors import (
     DeadlineExceeded,
     Internal,
     NotFound,
-    Overloaded,
     PrefillShareError,
     PrefixLost,
     ReplicaLost,
@@ -36,7 +36,9 @@ from kvshare.errors import (
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
+from router.admission import Admission, PoolSource
 from router.cache_index import BlockKeys
+from router.grant import NOBODY, Demand, Grant, Tenant
 from router.pools import Pool
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class _Attempt:
     """What a turn's attempts hand on to each other."""
 
     route: Route
+    #: What the turn holds of the pool's room; given back when it ends.
+    grant: Grant
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -69,13 +73,24 @@ class _Attempt:
 
 
 class Orchestrator:
+    """`tenants`: what each may ask of the queue; others may what anybody may."""
+
     def __init__(
-        self, config: Router, base: Base, decoders: dict[str, Decoder], routes: Mapping[str, Route], metrics: Metrics
+        self,
+        config: Router,
+        base: Base,
+        decoders: dict[str, Decoder],
+        routes: Mapping[str, Route],
+        metrics: Metrics,
+        tenants: Mapping[str, Tenant] = MappingProxyType({}),
     ):
+        self._tenants = tenants
         self._config, self.routes, self._metrics = config, routes, metrics
         #: Changed in place: surfaces hold it too.
         self.decoders = decoders
         self._base = base
+        self._admission = Admission(config, base.block_size, self._sources(), metrics)
+        self._watch_capacity()
         self._in_progress = 0
         self.draining = False
         self._idle = asyncio.Event()
@@ -87,16 +102,25 @@ class Orchestrator:
         self.decoders.clear()
         self.decoders.update(decoders)
         self.routes, self._config = routes, config
+        self._admission.serve(config, self._sources())
+        self._watch_capacity()
+
+    def _sources(self) -> dict[str, PoolSource]:
+        return {
+            name: PoolSource(route.decode.capacity, route.prefill.name, lambda pool=route.prefill: len(pool.replicas.usable()))
+            for name, route in self.routes.items()
+        }
+
+    def _watch_capacity(self) -> None:
+        for route in self.routes.values():
+            route.decode.replicas.on_change = route.prefill.replicas.on_change = self._admission.refresh
 
     def admit(self, decoder: str) -> None:
-        """Raises before a turn is queued: NotFound, or Overloaded when `max_queued` turns are in progress."""
+        """Raises before a turn is made: NotFound, or Unavailable while stopping."""
         if decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         if self.draining:
             raise Unavailable("the router is stopping", fix="try again; another replica or its successor takes over")
-        if self._in_progress >= self._config.max_queued:
-            self._metrics["turns_total"].labels(decoder, "Overloaded").inc()
-            raise Overloaded(f"{self._in_progress} turns are in progress (router.max_queued)", fix="try again later")
 
     async def run(
         self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext
@@ -144,7 +168,35 @@ class Orchestrator:
         shared = prompt[: mode.handoff_tokens(len(prompt))]
         adapter = None if mode.adapters_share_blocks else decoder.adapter
         keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
-        attempt = _Attempt(self.routes[decoder.pool])
+        route = self.routes[decoder.pool]
+        demand = Demand(
+            pool=decoder.pool,
+            prompt_tokens=len(prompt),
+            cached_tokens=await route.prefill.most_cached(keys) if shared else len(prompt),
+            max_tokens=sampling.max_tokens,
+            tenant=self._tenants.get(context.tenant, NOBODY),
+            priority=context.priority,
+            deadline_s=context.deadline_s,
+        )
+        with await self._admission.admit(demand) as grant:
+            context.usage.queue_s = grant.waited_s
+            attempt = _Attempt(route, grant)
+            attempts = self._until_it_ends(decoder, prompt, shared, keys, sampling, request_id, context, attempt)
+            async with aclosing(attempts) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _until_it_ends(
+        self,
+        decoder: Decoder,
+        prompt: list[int],
+        shared: list[int],
+        keys: BlockKeys,
+        sampling,
+        request_id: str,
+        context: TurnContext,
+        attempt: _Attempt,
+    ) -> AsyncIterator[TokenChunk]:
         while True:
             tag = f"{request_id}-{attempt.number}"
             try:
@@ -153,6 +205,7 @@ class Orchestrator:
                 async with aclosing(decode) as chunks:
                     async for chunk in chunks:
                         attempt.generated += chunk.token_ids
+                        attempt.grant.grow_to(len(attempt.generated))
                         yield chunk
                         if chunk.finish_reason:
                             return
@@ -178,6 +231,7 @@ class Orchestrator:
         logger.info("request %s resumes after %d tokens: %s", request_id, len(attempt.generated), lost.reason.value)
         if lost.reason is ResumeReason.KV_LOAD_FAILED:
             attempt.avoid.add(attempt.source)
+        await attempt.grant.readmit(len(attempt.generated))
         if not preempted:
             await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (attempt.failures - 1), LONGEST_PAUSE_S))
 
@@ -207,6 +261,7 @@ class Orchestrator:
                 call.cancel()
                 raise
         attempt.avoid.discard(replica)
+        attempt.grant.prefill_done()
         elapsed = time.perf_counter() - started
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
         if not attempt.number:  # a resumed turn finds in the cache what it has put there itself
@@ -235,8 +290,11 @@ class Orchestrator:
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
             last = session.prefilled_on.get(pool.name) if session else None
-            placement = await pool.choose(len(prompt), keys, last_replica=last, without=attempt.avoid)
+            grant = attempt.grant
+            placement = await pool.choose(len(prompt), keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
             replica = usage.decode_replica = placement.replica.id
+            if grant.fits(replica):
+                grant.on(replica)
             attempt.avoid.add(replica)
             async with pool.calling(placement):
                 stream = pool.replicas.streaming_on(replica).decode.remote(

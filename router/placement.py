@@ -33,10 +33,10 @@ class Candidate:
     #: Load: prompt tokens queued for computation (prefill), turns running (decode).
     queued_tokens: int = 0
     active: int = 0
-    #: Prompt tokens this router has had computed there lately.
+    #: Prompt tokens this router has had computed there, older ones counting less; only comparable with each other.
     filled_tokens: float = 0.0
-    #: Blocks free for another turn; None where nobody counts them.
-    free_blocks: int | None = None
+    #: It has room for the turn.
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,9 @@ class Demand:
     """One request to place."""
 
     prompt_tokens: int
-    #: Blocks a turn will hold there; 0 where nobody counts them.
-    blocks: int = 0
-    #: Replica of the session's last turn, and the number of the request, for the policies that look at them.
+    #: Replica of the session's last turn, and the one whose turn it is, for the policies that look at them.
     last_replica: str | None = None
-    number: int = 0
+    next_replica: str | None = None
 
 
 Scorer = Callable[[Sequence[Candidate], Demand], Sequence[float]]
@@ -81,8 +79,7 @@ def _fill(candidates, demand):
 
 
 def _turn(candidates, demand):
-    number = demand.number % len(candidates)
-    return [float(position == number) for position in range(len(candidates))]
+    return [float(c.replica == demand.next_replica) for c in candidates]
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -109,10 +106,9 @@ def weights(config: PlacementConfig) -> tuple[Weights, Weights]:
     return config.prefill_weights or prefill, config.decode_weights or decode
 
 
-def with_room(candidates: Sequence[Candidate], demand: Demand) -> Sequence[Candidate]:
-    """Filter: those with blocks for the turn; all, if none has - the turn was admitted, so room is about to be."""
-    roomy = [c for c in candidates if c.free_blocks is None or c.free_blocks >= demand.blocks]
-    return roomy or candidates
+def with_room(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Filter: those with room for the turn; all, if none has - the turn was admitted, so room is about to be."""
+    return [c for c in candidates if c.fits] or candidates
 
 
 def score(candidates: Sequence[Candidate], demand: Demand, weights: Weights) -> list[float]:
@@ -128,6 +124,6 @@ def place(candidates: Sequence[Candidate], demand: Demand, weights: Weights, poo
     """Pick the best. Equal ones: the first by name, so that routers agree. Raises Unavailable where there is none."""
     if not candidates:
         raise Unavailable(f"no replica of {pool} is ready", fix="try again when it has started")
-    candidates = sorted(with_room(candidates, demand), key=lambda c: c.replica)
+    candidates = sorted(with_room(candidates), key=lambda c: c.replica)
     scores = score(candidates, demand, weights)
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]

@@ -9,33 +9,23 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from heapq import nlargest, nsmallest
 
 from ray.exceptions import RayError
 
 from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
+from router.decode_room import ReplicaCapacity
 from router.placement import Candidate, Demand, Weights, place
 from router.replicas import Replica, ReplicaSet
 
-FILL_HALF_LIFE_S = 600.0
-
-
-class _Fill:
-    """Tokens computed on a replica, forgotten by half every FILL_HALF_LIFE_S."""
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock, self._tokens, self._at = clock, 0.0, clock()
-
-    def add(self, tokens: int) -> None:
-        self._tokens, self._at = self.tokens + tokens, self._clock()
-
-    @property
-    def tokens(self) -> float:
-        return self._tokens * math.exp2((self._at - self._clock()) / FILL_HALF_LIFE_S)
+FILL_HALF_LIFE_S = 3600.0
+#: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
+SHORTLIST = 8
 
 
 @dataclass(frozen=True)
@@ -59,43 +49,44 @@ class Pool:
         self.name, self.replicas = replicas.name, replicas
         replicas.listener = self._tell_index
         self._index, self.weights, self._wait_s, self._clock = index, weights, wait_s, clock
-        self._fills: dict[str, _Fill] = {}
-        self._placed = 0
+        self._began, self._placed = clock(), 0
+        self._capacity: tuple[int, Mapping[str, ReplicaCapacity]] = (-1, {})
+
+    def capacity(self) -> Mapping[str, ReplicaCapacity]:
+        """What each replica that may get work has. The same object while nothing has changed."""
+        if self._capacity[0] != self.replicas.changes:
+            has = {r.id: ReplicaCapacity(r.info.blocks_total, r.info.max_num_seqs) for r in self.replicas.usable()}
+            self._capacity = (self.replicas.changes, has)
+        return self._capacity[1]
+
+    async def most_cached(self, keys: BlockKeys) -> int:
+        """Leading prompt tokens that the replica with the most of them has cached."""
+        return max((await self._index.overlaps(self.name, keys)).values(), default=0)
 
     async def choose(
         self,
         prompt_tokens: int,
         keys: BlockKeys,
         *,
-        blocks: int = 0,
+        fits: Callable[[str], bool] = lambda replica: True,
         last_replica: str | None = None,
         without: Collection[str] = (),
     ) -> Placement:
-        """Place one request of `prompt_tokens` tokens. Waits for a replica where none may get work; Unavailable after
-        `wait_s`, sooner if the turn's deadline is."""
-        if not self.replicas.usable():
-            await self._wait()
+        """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
+        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
         overlaps = await self._index.overlaps(self.name, keys)
-        replicas = {r.id: r for r in self.replicas.usable(without)}
+        while not (replicas := self.replicas.usable(without)):
+            await self._wait()
+            overlaps = await self._index.overlaps(self.name, keys)
         self._placed += 1
-        chosen = place(
-            [self._candidate(r, overlaps.get(r.id, 0)) for r in replicas.values()],
-            Demand(prompt_tokens, blocks, last_replica, self._placed),
-            self.weights,
-            self.name,
-        )
+        demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
+        candidates = [
+            Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
+            for r in _shortlist(replicas, overlaps, demand, fits)
+        ]
+        chosen = place(candidates, demand, self.weights, self.name)
         cached = min(chosen.overlap_tokens, prompt_tokens)
-        return Placement(replicas[chosen.replica], cached, prompt_tokens - cached)
-
-    def _candidate(self, replica: Replica, overlap: int) -> Candidate:
-        fill = self._fills.get(replica.id)
-        return Candidate(
-            replica.id,
-            overlap,
-            replica.total_queued_tokens,
-            replica.total_active,
-            fill.tokens if fill else 0.0,
-        )
+        return Placement(self.replicas.members[chosen.replica], cached, prompt_tokens - cached)
 
     async def _wait(self) -> None:
         try:
@@ -108,8 +99,8 @@ class Pool:
     async def calling(self, placement: Placement, queued_tokens: int = 0) -> AsyncIterator[None]:
         """One call on the chosen replica. What it raises has been counted against the replica."""
         replica = placement.replica
-        if queued_tokens:
-            self._fills.setdefault(replica.id, _Fill(self._clock)).add(queued_tokens)
+        # Newer tokens weigh more instead of older ones less: nothing has to be looked at again.
+        replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
         try:
             async with self.replicas.using(replica, queued_tokens):
                 yield
@@ -128,4 +119,16 @@ class Pool:
             await self._index.add(self.name, replica, info.kv_events)
         else:
             await self._index.remove(self.name, replica)
-            self._fills.pop(replica, None)
+
+
+def _shortlist(
+    replicas: Sequence[Replica], overlaps: Mapping[str, int], demand: Demand, fits: Callable[[str], bool]
+) -> Sequence[Replica]:
+    """The replicas a placement can fall on; what it costs does not grow with the pool."""
+    if len(replicas) <= 2 * SHORTLIST:
+        return replicas
+    held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])
+    idle = nsmallest(SHORTLIST, replicas, key=lambda r: r.load)
+    named = [r for r in replicas if r.id in (demand.last_replica, demand.next_replica)]
+    short = list({r.id: r for r in (*held, *idle, *named)}.values())
+    return short if any(fits(r.id) for r in short) else replicas

@@ -42,6 +42,8 @@ class Replica:
     queued_tokens: int = 0
     _counted: tuple[int, int] = (0, 0)
     answered_at: float = 0.0
+    #: See Candidate.filled_tokens.
+    filled_tokens: float = 0.0
     calls: set[asyncio.Timeout] = field(default_factory=set)
 
     @property
@@ -56,6 +58,10 @@ class Replica:
     @property
     def total_queued_tokens(self) -> int:
         return self.queued_tokens + max(0, self.stats.queued_tokens - self._counted[1])
+
+    @property
+    def load(self) -> tuple[int, float]:
+        return self.total_active + self.total_queued_tokens, self.filled_tokens
 
     def told(self, stats: ReplicaStats, counted: tuple[int, int], now: float) -> None:
         self.stats, self._counted, self.answered_at = stats, counted, now
@@ -84,6 +90,9 @@ class ReplicaSet:
         self._joining: set[str] = set()
         self._asking: dict[str, asyncio.Task] = {}
         self._changed = asyncio.Event()
+        #: Counts changes of who may get work; `on_change` is told of each.
+        self.changes = 0
+        self.on_change: Callable[[], None] = lambda: None
         self._task: asyncio.Task | None = None
 
     # Who is there ---------------------------------------------------------------------------------------------------
@@ -100,6 +109,11 @@ class ReplicaSet:
             r for r in replicas if r.health.reason is not ResumeReason.WEDGED
         ]
         return [r for r in usable if r.id not in without] or usable
+
+    def _note_change(self) -> None:
+        self.changes += 1
+        self._changed.set()
+        self.on_change()
 
     async def wait_usable(self) -> None:
         """Until a replica may get work. The caller's deadline bounds it."""
@@ -156,7 +170,7 @@ class ReplicaSet:
                 await self.listener(replica, info)
             self._replicas[replica] = Replica(info, Health(), answered_at=time.monotonic())
             logger.info("replica %s of %s has joined", replica, self.name)
-            self._changed.set()
+            self._note_change()
         except (RayError, PrefillShareError, TimeoutError) as error:
             logger.warning("replica %s of %s does not say what it is: %s", replica, self.name, error)
         finally:
@@ -165,6 +179,7 @@ class ReplicaSet:
     async def _leave(self, replica: str) -> None:
         del self._replicas[replica]
         logger.info("replica %s of %s has left", replica, self.name)
+        self._note_change()
         if self.listener:
             await self.listener(replica, None)
 
@@ -209,7 +224,7 @@ class ReplicaSet:
             logger.warning("replica %s of %s stays out: %s: %s", replica.id, self.name, type(error).__name__, error)
         replica.health.probed(well)
         if well:
-            self._changed.set()
+            self._note_change()
 
     def succeeded(self, replica_id: str) -> None:
         if replica := self._replicas.get(replica_id):
@@ -220,6 +235,7 @@ class ReplicaSet:
         replica = self._replicas.get(replica_id)
         if replica is not None and replica.health.failed(reason):
             logger.warning("replica %s of %s is ejected: %s", replica_id, self.name, reason.value)
+            self._note_change()
             if reason is ResumeReason.WEDGED:
                 replica.end_calls()
 

@@ -41,6 +41,8 @@ def deployment(folder, tokenizer, kind: str) -> dict:
             {"pool": "alone", "sharing": "none", "adapters": {n: adapters[n] for n in "cd"}, "serve_base": False, **small},
             {"pool": "solo", "sharing": "none", "model": str(own), **small},
         ],
+        # Turns are admitted for their prompts alone, so that they outgrow the pool and preemption has to be survived.
+        "router": {"expected_output_tokens": 1},
     }
 
 

@@ -47,9 +47,9 @@ def test_decode_prefers_base_blocks_among_replicas_equally_busy_but_not_over_an_
 
 
 def test_replicas_without_room_are_passed_over_unless_none_has_any():
-    tight, roomy = Candidate("tight", 512, free_blocks=3), Candidate("roomy", 0, active=3, free_blocks=20)
-    assert chosen([tight, roomy], Demand(512, blocks=16), DECODE) == "roomy"
-    assert with_room([tight], Demand(512, blocks=16)) == [tight]
+    tight, roomy = Candidate("tight", 512, fits=False), Candidate("roomy", 0, active=3)
+    assert chosen([tight, roomy], Demand(512), DECODE) == "roomy"
+    assert with_room([tight]) == [tight]
 
 
 def test_comparison_policies_do_what_their_names_say():
@@ -57,7 +57,7 @@ def test_comparison_policies_do_what_their_names_say():
     a, b = Candidate("a", 500, queued_tokens=900), Candidate("b", 0)
     assert chosen([a, b], Demand(1000), prefill["least_loaded"]) == "b"
     assert chosen([a, b], Demand(1000, last_replica="a"), prefill["session_sticky"]) == "a"
-    assert [chosen([a, b], Demand(1000, number=n), prefill["round_robin"]) for n in range(4)] == ["a", "b", "a", "b"]
+    assert [chosen([a, b], Demand(1000, next_replica=n), prefill["round_robin"]) for n in "abab"] == ["a", "b", "a", "b"]
 
 
 def test_a_session_whose_replica_is_gone_goes_to_the_least_loaded_one():
@@ -69,10 +69,11 @@ def test_a_session_whose_replica_is_gone_goes_to_the_least_loaded_one():
 def test_every_scorer_is_between_0_and_1_and_1_for_the_best_there_can_be(name):
     best = Candidate("best", 100, 0, 0, 0.0)
     worse = Candidate("worse", 10, 5000, 40, 9000.0)
-    values = SCORERS[name]([best, worse], Demand(100, last_replica="best", number=0))
+    values = SCORERS[name]([best, worse], Demand(100, last_replica="best", next_replica="best"))
     assert values[0] == 1.0
     assert 0.0 <= values[1] < 1.0
-    assert score([best, worse], Demand(100, last_replica="best"), {name: 3.0}) == pytest.approx(list(values))
+    demand = Demand(100, last_replica="best", next_replica="best")
+    assert score([best, worse], demand, {name: 3.0}) == pytest.approx(list(values))
 
 
 def test_routers_that_see_the_same_choose_the_same_whatever_the_order():

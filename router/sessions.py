@@ -23,6 +23,9 @@ class Session:
     prefilled_on: dict[str, str] = field(default_factory=dict)
     busy: bool = False
     used_at: float = 0.0
+    tenant: str = ""
+    #: Where this context's KV is shared (kvshare/caller.py).
+    cache_domain: str = ""
 
 
 class SessionStore:
@@ -70,7 +73,13 @@ class SessionStore:
         """A second session with the same context. Token ids are shared, KV is found by content."""
         old = self.get(session_id)
         return self.create(
-            new_session_id, old.token_ids, turns=old.turns, open_response=old.open_response, prefilled_on=dict(old.prefilled_on)
+            new_session_id,
+            old.token_ids,
+            turns=old.turns,
+            open_response=old.open_response,
+            prefilled_on=dict(old.prefilled_on),
+            tenant=old.tenant,
+            cache_domain=old.cache_domain,
         )
 
     def delete(self, session_id: str) -> None:

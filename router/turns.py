@@ -48,10 +48,10 @@ class Turns:
         self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
-    def create(self, session_id: str, given: TurnInput) -> Session:
+    def create(self, session_id: str, given: TurnInput, *, tenant: str = "", cache_domain: str = "") -> Session:
         ids = self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), 1)
-        return self.sessions.create(session_id, ids)
+        return self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
     async def take(
         self,
@@ -66,7 +66,7 @@ class Turns:
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         with self.sessions.turn(session_id) as session:
-            context.session = session
+            context.session, context.cache_domain = session, session.cache_domain
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")

@@ -17,6 +17,7 @@ from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
+from router import tenants
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def build(deployment: Deployment):
             "num_cpus": 0.01,
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
-    ).bind(deployment, prefill, decode)
+    ).bind(deployment, prefill, decode, tenants.load(deployment.router.auth))
 
 
 @contextmanager
@@ -88,6 +89,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     from ray.serve.config import HTTPOptions
 
     engine_settings(deployment)  # files first: the cheapest refusals
+    tenants.load(deployment.router.auth)
     check_machine(deployment)
     cluster, owned = deployment.cluster, False
     if not ray.is_initialized():

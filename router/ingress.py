@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 
 from fastapi import Response
 from ray import serve
@@ -21,6 +22,7 @@ from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
+from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,12 @@ GRACE_S = 30.0
 class RouterIngress:
     """`prefill` and `decode`: handles by the names of kvshare.engine_settings and of the pools."""
 
-    async def __init__(self, deployment: Deployment, prefill: Mapping[str, object], decode: Mapping[str, object]):
+    async def __init__(
+        self, deployment: Deployment, prefill: Mapping[str, object], decode: Mapping[str, object], tenants: Tenants
+    ):
         from kvshare_vllm.openai_app import build_openai_app
         from router.grpc_api import GrpcServer, Servicer
+        from router.http_auth import ApiKeys
         from router.orchestrator import Orchestrator, Pool
         from router.replicas import ReplicaSet
         from router.sessions import SessionStore
@@ -60,13 +65,15 @@ class RouterIngress:
             [d for d in self._decoders if d != deployment.base.name],
             self._orchestrator.run,
             self._orchestrator.admit,
+            middleware=[partial(ApiKeys, tenants=tenants)],
         )
         self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
         metrics["sessions"].set_function(lambda: len(self._sessions))
         turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
-        self._grpc = GrpcServer(Servicer(turns, self.not_ready_because), config.host, config.grpc_port)
+        servicer = Servicer(turns, self.not_ready_because)
+        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls)
         _add_readiness(self._app, self.not_ready_because)
         await self._grpc.start()
         if reason := await self.not_ready_because():

@@ -17,6 +17,7 @@ from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
+from prefillshare.serve_http import check_proxies, http_options, proxy_environment
 from router import tenants
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,6 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     """
     import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
     engine_settings(deployment)  # files first: the cheapest refusals
     tenants.load(deployment.router.auth)
@@ -94,10 +94,12 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     cluster, owned = deployment.cluster, False
     if not ray.is_initialized():
         owned = cluster.address is None
-        _connect(deployment, owned)
+        with proxy_environment(deployment.router):
+            _connect(deployment, owned)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(http_options=HTTPOptions(host=deployment.router.host, port=deployment.router.http_port))
+        serve.start(http_options=http_options(deployment.router))
+        check_proxies(deployment.router)
         serve.run_many([serve.RunTarget(build(deployment), name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(deployment, progress)
         handle = serve.get_app_handle(APP)
@@ -191,7 +193,8 @@ def serve_command(file: Path) -> None:
             signal.signal(sig, lambda *_: stop.set())
         progress.done()
         r = deployment.router
-        console.print(f"[green]ready[/]  OpenAI: http://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
+        scheme = "https" if r.tls else "http"
+        console.print(f"[green]ready[/]  OpenAI: {scheme}://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         stop.wait()
         console.print("stopping: finishing running turns ...")

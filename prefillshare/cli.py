@@ -96,17 +96,35 @@ def check(file: File) -> None:
 
 
 @app.command()
+def key() -> None:
+    """Make a new API key for a tenant: the key itself, for the tenant, and its line for the keys file.
+
+    The keys file (`router.auth.keys_file`) needs only the second, from which nobody can find the key.
+    """
+    from router.tenants import new_key
+
+    typer.echo("key        {}\nkeys file  {}".format(*new_key()))
+
+
+@app.command()
 def demo(
     config: Annotated[Path, typer.Option(help="Deployment file.", dir_okay=False)] = Path("deploy/configs/demo.yaml"),
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 32,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(help="With `router.tls`: PEM file of the server's root.", show_default="its certificate", dir_okay=False),
+    ] = None,
 ) -> None:
     """Start a small cluster on this machine and run a session in which decoders take turns over one context.
 
     Needs the embedded model: `prefillshare model fetch smollm2-135m-instruct`. The last line of output is one JSON object.
+
+    With a deployment that has `router.auth`, the environment variable `PREFILLSHARE_API_KEY` holds the key of the tenant
+    that runs the demo. It is no option: other users of the machine can see those.
     """
     from prefillshare.demo import run
 
-    run(config, max_tokens)
+    run(config, max_tokens, ca_file)
 
 
 @model_app.command("fetch")

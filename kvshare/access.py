@@ -14,7 +14,7 @@ from kvshare.yaml_tree import Node
 
 class Auth(Node):
     """Who may call: tenants and their API keys, from a keys file (its format: "The keys file", below). Without
-    `router.auth` everybody may, as one anonymous tenant. Read when the deployment starts."""
+    `router.auth` everybody may, as one anonymous tenant. Read when the deployment starts or is changed."""
 
     keys_file: str | None = Field(None, min_length=1)
     """The keys file. Relative paths are tried as for base.model."""

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from kvshare import redis_url
 from kvshare.access import Auth, Tls, with_files
 from kvshare.config_errors import as_config_error, shown
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
@@ -21,6 +23,7 @@ from kvshare.yaml_tree import Name, from_yaml
 from kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
+Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
 
 #: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
@@ -28,7 +31,7 @@ OUR_ENGINE_ARGS = frozenset({
     "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
     "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
-    "disable_log_stats",
+    "disable_log_stats", "kv_events_config", "scheduling_policy",
 })
 
 
@@ -141,11 +144,33 @@ class DecodePool(Engines):
         return self.prefill or Engines(**{name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1})
 
 
+class Placement(_Node):
+    """How a replica is chosen: scorers in [0, 1], weighted (router/placement.py)."""
+
+    policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
+    """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and
+    for decode by load and cached prefix; the others are for comparison."""
+    prefill_weights: dict[Scorer, float] = Field(default_factory=dict)
+    """Weights of one's own for prefill, instead of the policy's: scorer -> weight."""
+    decode_weights: dict[Scorer, float] = Field(default_factory=dict)
+    """Weights of one's own for decode, instead of the policy's."""
+
+    @field_validator("prefill_weights", "decode_weights")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and (min(value.values()) < 0 or not sum(value.values())):
+            raise ValueError(f"weights are at least 0 and not all 0, got {value}")
+        return value
+
+
 class Router(_Node):
     """The ingress: HTTP and gRPC surfaces, sessions, placement."""
 
+    #: Fields a running router takes over; a change of any other replaces it.
+    CHANGEABLE: ClassVar = ("max_queued", "default_deadline_s", "max_resumes", "max_retries", "placement")
+
     replicas: int = Field(1, ge=1)
-    """Router replicas. More than one needs a shared session store, which this version does not have."""
+    """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
     host: str = "127.0.0.1"
     """Address both surfaces listen on; "0.0.0.0" for all."""
     http_port: int = Field(8000, ge=1, le=65535)
@@ -155,30 +180,74 @@ class Router(_Node):
     max_queued: int = Field(256, ge=1)
     """Most turns in progress at once; further ones are refused with RESOURCE_EXHAUSTED / 429 and a retry hint."""
     max_sessions: int = Field(10_000, ge=1)
-    """Most sessions kept; creating another one is refused."""
+    """Most sessions kept, with Redis by all routers together; creating another one is refused."""
     session_ttl_s: float = Field(3600, gt=0)
     """A session unused for so long is forgotten, seconds."""
+    redis_url: str | None = None
+    """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
+    "unix://path". Options: ssl_*. Unset: in the router's memory, where they end with it. Required for several routers."""
+    redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable that holds the Redis password, on every machine where a router may run. It never stands in
+    this file, which others may see: Ray shows what it deploys."""
+    redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """What this deployment's keys in Redis begin with. Deployments that share a server need different ones."""
     default_deadline_s: float = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: int = Field(64, ge=0)
-    """How often one turn may be resumed after preemption or a failed KV load before it fails."""
+    """How often one turn may be taken up again, for whatever reason, before it fails."""
+    max_retries: int = Field(5, ge=0)
+    """How often one turn may go on elsewhere because a replica failed it, before it fails."""
+    replica_wait_s: float = Field(60, ge=0)
+    """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
+    wedged_after_s: float = Field(10, gt=0)
+    """A replica that leaves a question unanswered, or an engine that does not step, for so long is not waited for:
+    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds."""
+    eager_prefill: bool = True
+    """Have the prefill pool make a response's KV while it streams and when it has ended, at the lowest priority, so
+    that the session's next turn finds it there."""
+    eager_prefill_max: int = Field(8, ge=1)
+    """Most eager prefills one router has running at once."""
+    eager_prefill_stride_tokens: int = Field(256, ge=1)
+    """While a response streams, its KV is made every so many tokens."""
+    placement: Placement = Field(default_factory=Placement)
+    """How replicas are chosen."""
     auth: Auth | None = None
     """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
     tls: Tls | None = None
     """Certificates of both surfaces; unset: no encryption."""
 
-    @field_validator("replicas")
+    @field_validator("redis_url")
     @classmethod
-    def _one_router(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"{value} routers would need a shared session store, which this version does not have; use 1")
+    def _is_redis(cls, value: str | None) -> str | None:
+        if problem := value is not None and redis_url.problem(value):
+            raise ValueError(problem)
         return value
+
+    @model_validator(mode="after")
+    def _sessions_are_shared(self) -> Router:
+        if self.replicas > 1 and not self.redis_url:
+            raise ValueError(f"{self.replicas} router replicas need a session store they share; set redis_url or use 1")
+        if self.redis_password_env and not self.redis_url:
+            raise ValueError("redis_password_env goes with redis_url; set that too, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Router:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}; give each a port of its own")
         return self
+
+    def redis_password(self) -> str | None:
+        """What redis_password_env names, from this process's environment. Raises ConfigError if it is not there."""
+        if self.redis_password_env is None:
+            return None
+        if not (password := os.environ.get(self.redis_password_env)):
+            raise ConfigError(
+                f"environment variable {self.redis_password_env} is not set, or empty",
+                field="router.redis_password_env",
+                fix="set it to the Redis password where the router runs",
+            )
+        return password
 
 
 class Cluster(_Node):
@@ -192,6 +261,8 @@ class Cluster(_Node):
     """How long all replicas may take to be ready, seconds."""
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
+    kv_load_timeout_s: float = Field(30, gt=0)
+    """A decode replica gives up a KV load that takes longer, seconds; the turn gets its KV from elsewhere."""
 
 
 class Deployment(_Node):

@@ -10,9 +10,10 @@
     |-- Conflict                the session is busy with another turn, or has changed
     |-- Overloaded              a queue is full; carries a retry hint
     |-- DeadlineExceeded        the deadline passed before the turn ended
-    |-- Unavailable             a replica is gone or not ready; trying again may help
+    |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
     |   |-- EngineStartError    an engine did not start; carries the end of its log
     |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
+    |   |-- ReplicaLost         the replica that served a turn is gone or does not answer; resumable elsewhere
     |-- Internal                a broken invariant of ours
 """
 
@@ -37,10 +38,17 @@ class GrpcCode(StrEnum):
 
 
 class ResumeReason(StrEnum):
-    """Why a decode engine gave a request back before its end. Every value is safe to resume from."""
+    """Why a turn had to be taken up again before its end. Every value is safe to resume from."""
 
+    #: The decode engine gave the request back: it needed the blocks, or could not load the shared prefix.
     PREEMPTED = "preempted"
     KV_LOAD_FAILED = "kv_load_failed"
+    #: The replica's process or engine has died, or Serve has stopped it.
+    GONE = "gone"
+    #: It lives and does not answer, or its engine does not step.
+    WEDGED = "wedged"
+    #: It answered that it cannot, or its stream ended early.
+    UNAVAILABLE = "unavailable"
 
 
 class PrefillShareError(Exception):
@@ -137,6 +145,14 @@ class PrefixLost(Unavailable):
     """The decode engine gave the request back: its shared prefix must come from the prefill pool again (R1, R3)."""
 
     def __init__(self, message: str, *, reason: ResumeReason, **kw):
+        super().__init__(message, **kw)
+        self.reason = reason
+
+
+class ReplicaLost(Unavailable):
+    """The replica that served a turn is gone or does not answer; nothing it had sent is lost."""
+
+    def __init__(self, message: str, *, reason: ResumeReason = ResumeReason.GONE, **kw):
         super().__init__(message, **kw)
         self.reason = reason
 

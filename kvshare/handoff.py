@@ -67,8 +67,10 @@ class TurnUsage:
     #: Prompt tokens the prefill side found in its cache / had to compute; tokens prefilled = their sum.
     cached_tokens: int = 0
     computed_tokens: int = 0
+    #: What the router's index had said of cached_tokens.
+    predicted_tokens: int = 0
     kv_bytes: int = 0
-    #: Times the turn was resumed after preemption or a failed load.
+    #: Times the turn was taken up again: preempted, a failed load, a lost replica.
     resumes: int = 0
     prefill_s: float = 0.0
     ttft_s: float = 0.0

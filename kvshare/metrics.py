@@ -19,6 +19,7 @@ class Metric:
     help: str
     labels: tuple[str, ...]
     when: str
+    buckets: tuple[float, ...] = _SECONDS
 
 
 DEFINITIONS = {
@@ -46,6 +47,20 @@ DEFINITIONS = {
             "Computed rising against cached: contexts are evicted or sessions lose their replica.",
         ),
         Metric(
+            "prefillshare_eager_prefills_total",
+            Counter,
+            "Eager prefills of a response, by outcome (done, needless, cancelled, dropped, failed).",
+            ("outcome",),
+            "cancelled rising: sessions go on faster than the pool has time for; dropped: raise router.eager_prefill_max.",
+        ),
+        Metric(
+            "prefillshare_eager_prefill_tokens_total",
+            Counter,
+            "Tokens computed by eager prefills.",
+            (),
+            "Work moved out of the next turns' time to first token.",
+        ),
+        Metric(
             "prefillshare_completion_tokens_total", Counter, "Tokens generated.", ("decoder",), "The throughput of a decoder."
         ),
         Metric(
@@ -58,9 +73,38 @@ DEFINITIONS = {
         Metric(
             "prefillshare_resumes_total",
             Counter,
-            "Turns resumed, by reason (preempted, kv_load_failed).",
+            "Turns taken up again, by reason (preempted, kv_load_failed, gone, wedged, unavailable).",
             ("decoder", "reason"),
-            "preempted: more KV memory on decode; kv_load_failed: look at the network or lease.",
+            "preempted: more KV memory on decode; kv_load_failed: look at the network or lease; others: a replica fails.",
+        ),
+        Metric(
+            "prefillshare_predicted_cached_tokens_total",
+            Counter,
+            "Prompt tokens the router's index said the chosen prefill replica had cached.",
+            ("pool",),
+            "Compare with prefillshare_actual_cached_tokens_total.",
+        ),
+        Metric(
+            "prefillshare_actual_cached_tokens_total",
+            Counter,
+            "Prompt tokens the chosen prefill replica had cached.",
+            ("pool",),
+            "Falling against all prompt tokens: contexts are evicted; give prefill more KV cache.",
+        ),
+        Metric(
+            "prefillshare_prediction_error_tokens",
+            Histogram,
+            "Difference between predicted and actual cached tokens of a prompt.",
+            ("pool",),
+            "Growing: KV events arrive late or not at all; look at the network between engines and routers.",
+            (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+        ),
+        Metric(
+            "prefillshare_replicas",
+            Gauge,
+            "Replicas the router knows, by state (usable, ejected).",
+            ("pool", "state"),
+            "ejected above 0: that replica fails or does not answer; read its log.",
         ),
         Metric(
             "prefillshare_time_to_first_token_seconds",
@@ -80,7 +124,11 @@ DEFINITIONS = {
             "prefillshare_turn_seconds", Histogram, "From a turn's arrival to its end.", ("decoder",), "The latency users feel."
         ),
         Metric(
-            "prefillshare_sessions", Gauge, "Sessions held.", (), "Near router.max_sessions: lower the TTL or raise the limit."
+            "prefillshare_sessions",
+            Gauge,
+            "Sessions held; routers that share a store all give the same figure, some seconds old.",
+            (),
+            "Near router.max_sessions: lower the TTL or raise the limit.",
         ),
     )
 }
@@ -92,7 +140,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY):
         self._metrics = {
             name.removeprefix("prefillshare_"): m.kind(
-                name, m.help, m.labels, registry=registry, **({"buckets": _SECONDS} if m.kind is Histogram else {})
+                name, m.help, m.labels, registry=registry, **({"buckets": m.buckets} if m.kind is Histogram else {})
             )
             for name, m in DEFINITIONS.items()
         }

@@ -5,8 +5,12 @@ Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from vllm import SamplingParams
@@ -21,7 +25,8 @@ from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.modes import get_mode
-from kvshare_vllm.launch import engine_args, one_process, set_environment
+from kvshare.replica_info import KVEvents, ReplicaStats
+from kvshare_vllm.launch import engine_args, kv_events_on, one_process, set_environment
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
 
@@ -33,12 +38,17 @@ class _Gauges(StatLoggerBase):
         self.running = self.waiting = 0
         self.kv_usage = 0.0
         self.preemptions = 0
+        self.stepped_at = 0.0
+        self.nothing_held = asyncio.Event()
+        self.nothing_held.set()
 
     def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0, **_):
+        self.stepped_at = time.monotonic()
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.waiting = scheduler_stats.num_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
+            (self.nothing_held.clear if self.kv_usage else self.nothing_held.set)()
         if iteration_stats is not None:
             self.preemptions += iteration_stats.num_preempted_reqs
 
@@ -49,18 +59,19 @@ class _Gauges(StatLoggerBase):
 class Engine:
     """One vLLM engine. Made by `start`; `close` ends its processes. Not thread-safe: one event loop."""
 
-    def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail):
-        self.settings = settings
+    def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail, kv_events: KVEvents):
+        self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
         self._llm, self._gauges, self._log = llm, gauges, log
-        self._adapters = {
-            name: LoRARequest(name, number, path) for number, (name, path) in enumerate(settings.adapters.items(), 1)
-        }
+        self._adapters: dict[str, LoRARequest] = {}
+        self._adapter_numbers = itertools.count(1)
+        self._active, self._busy_since = 0, 0.0
 
     @classmethod
     async def start(cls, settings: EngineSettings, host: str = "127.0.0.1"):
         """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
         set_environment(settings, host)
+        kv_events = kv_events_on(host)
         gauges: list[_Gauges] = []
 
         def make_gauges(vllm_config, engine_index=0):
@@ -71,12 +82,11 @@ class Engine:
         llm = None
         try:
             with log:
-                config = AsyncEngineArgs(**engine_args(settings)).create_engine_config()
+                config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
                 with one_process(config, settings):
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
-            engine = cls(settings, llm, gauges[0], log)
-            for lora in engine._adapters.values():
-                await llm.add_lora(lora)
+            engine = cls(settings, llm, gauges[0], log, kv_events)
+            await engine.set_adapters(settings.adapters)
             return engine
         except Exception as error:
             if llm is not None:
@@ -87,6 +97,17 @@ class Engine:
                 f"{type(error).__name__}: {error}",
                 log_tail=log.text(),
             ) from error
+
+    async def set_adapters(self, adapters: Mapping[str, str]) -> None:
+        """Load and unload so that these are served: name -> folder. Requests with an adapter that goes are let end."""
+        for name in self._adapters.keys() - adapters.keys():
+            del self._adapters[name]  # vLLM drops its weights when another adapter wants the place
+        for name, path in adapters.items():
+            if name in self._adapters and self._adapters[name].lora_path == path:
+                continue
+            lora = LoRARequest(name, next(self._adapter_numbers), path)
+            await self._llm.add_lora(lora)
+            self._adapters[name] = lora
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -99,17 +120,34 @@ class Engine:
         except EngineDeadError as error:
             raise self._dead() from error
 
-    def stats(self) -> dict[str, float]:
-        """running, waiting (requests); kv_blocks_total, kv_blocks_used (held by requests or leases); preemptions."""
-        total = self._llm.vllm_config.cache_config.num_gpu_blocks or 0
-        return {
-            "running": self._gauges.running,
-            "waiting": self._gauges.waiting,
-            "preemptions": self._gauges.preemptions,
-            "kv_blocks_total": total,
-            # One block is vLLM's null block; usage counts the others.
-            "kv_blocks_used": round(self._gauges.kv_usage * (total - 1)),
-        }
+    @property
+    def blocks_total(self) -> int:
+        """Blocks requests can hold; one more is vLLM's null block."""
+        return (self._llm.vllm_config.cache_config.num_gpu_blocks or 1) - 1
+
+    def stats(self) -> ReplicaStats:
+        gauges = self._gauges
+        return ReplicaStats(
+            active=self._active,
+            running=gauges.running,
+            waiting=gauges.waiting,
+            blocks_used=round(gauges.kv_usage * self.blocks_total),
+            blocks_total=self.blocks_total,
+            preemptions=gauges.preemptions,
+            stalled_s=time.monotonic() - max(gauges.stepped_at, self._busy_since) if self._active else 0.0,
+        )
+
+    async def nothing_held(self) -> None:
+        """Until no request and no lease holds a block; the lease bounds it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.lease_s):
+                await self._gauges.nothing_held.wait()
+
+    async def probe(self) -> None:
+        """Generate one token from one: proof that the engine steps. Raises Unavailable."""
+        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        async for _ in self._generate([0], sampling, f"probe-{uuid.uuid4().hex}", None, None):
+            pass
 
     def _adapter(self, name: str | None) -> LoRARequest | None:
         if name is None:
@@ -122,6 +160,9 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if cache_salt:
             prompt["cache_salt"] = cache_salt
+        if not self._active:
+            self._busy_since = time.monotonic()
+        self._active += 1
         try:
             async for output in self._llm.generate(
                 prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority
@@ -131,6 +172,8 @@ class Engine:
             raise self._dead() from error
         except ValueError as error:  # vLLM's own validation of a request
             raise InvalidInput(str(error)) from error
+        finally:
+            self._active -= 1
 
     def _dead(self) -> Unavailable:
         return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
@@ -145,22 +188,26 @@ class PrefillEngine(Engine):
         adapter: str | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        hold: bool = True,
     ) -> PrefillResult:
-        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends."""
+        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends; or only cache it."""
         ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
-        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={"kv_transfer_params": ask})
+        extra = {"kv_transfer_params": ask} if hold else None
+        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
         started = time.perf_counter()
         output = None
         async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
             output = latest
         if output is None or output.outputs[0].finish_reason not in ("length", "stop"):
             raise Unavailable(f"prefill of request {request_id} ended early")
-        params = output.kv_transfer_params
-        if not params:
-            raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
-        handoff = Handoff(
-            tokens=len(token_ids), contract=self.settings.contract, lease_s=self.settings.lease_s, transfer=dict(params)
-        )
+        handoff = None
+        if hold:
+            params = output.kv_transfer_params
+            if not params:
+                raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
+            handoff = Handoff(
+                tokens=len(token_ids), contract=self.settings.contract, lease_s=self.settings.lease_s, transfer=dict(params)
+            )
         return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, time.perf_counter() - started)
 
 

@@ -16,12 +16,13 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.modes import get_mode
+from kvshare.replica_info import KVEvents
 from kvshare_vllm.plugin import CONNECTOR
 
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
-def engine_args(s: EngineSettings) -> dict[str, Any]:
+def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     mode = get_mode(s.mode)
     connector: dict[str, Any] = {
         "kv_connector": "NixlConnector",
@@ -29,10 +30,14 @@ def engine_args(s: EngineSettings) -> dict[str, Any]:
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
     }
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = {"scheduling_policy": "priority"}
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
-        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        connector["kv_connector_extra_config"] |= {
+            "sharing_mode": s.mode,
+            "kv_contract": s.contract,
+            "kv_load_timeout_s": s.load_timeout_s,
+        }
         if s.role == "decode":
             args |= {
                 "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
@@ -57,6 +62,12 @@ def engine_args(s: EngineSettings) -> dict[str, Any]:
             "tensor_parallel_size": s.tensor_parallel_size,
             "enable_prefix_caching": True,
             "kv_transfer_config": connector,
+            "kv_events_config": {
+                "enable_kv_cache_events": True,
+                "publisher": "zmq",
+                "endpoint": events.endpoint,
+                "replay_endpoint": events.replay_endpoint,
+            },
             "disable_log_stats": False,
             "generation_config": "vllm",
         }
@@ -76,6 +87,11 @@ def one_process(config, s: EngineSettings) -> Iterator[None]:
     config.parallel_config.distributed_executor_backend = "uni"
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
         yield
+
+
+def kv_events_on(host: str) -> KVEvents:
+    """Free ports of `host` for an engine's KV events."""
+    return KVEvents(f"tcp://{host}:{get_open_port()}", f"tcp://{host}:{get_open_port()}")
 
 
 def set_environment(s: EngineSettings, host: str) -> None:

@@ -27,6 +27,7 @@ from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
@@ -84,6 +85,17 @@ async def build_openai_app(
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend
+
+
+def set_decoders(app, decoders: Iterable[str]) -> None:
+    """Have the app list and accept these decoders beside the base."""
+    models = app.state.openai_serving_models
+    wanted = set(decoders)
+    for name in models.lora_requests.keys() - wanted:
+        del models.lora_requests[name]
+    for name in sorted(wanted - models.lora_requests.keys()):
+        number = 1 + max((lora.lora_int_id for lora in models.lora_requests.values()), default=0)
+        models.lora_requests[name] = LoRARequest(name, number, f"pool:{name}")
 
 
 def _arguments(base: Base):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import ray
 from ray import serve
 
 from kvshare.engine_settings import EngineSettings
+from kvshare.replica_info import ReplicaInfo, ReplicaStats
 
 
 class EngineReplica(ABC):
@@ -18,17 +21,37 @@ class EngineReplica(ABC):
     def engine_class() -> type: ...
 
     async def __init__(self, settings: EngineSettings):
+        self._queued_tokens = 0
         self._engine = await self.engine_class().start(settings, host=ray.util.get_node_ip_address())
 
-    async def replica_id(self) -> str:
-        return serve.get_replica_context().replica_id.unique_id
+    async def reconfigure(self, changeable: dict) -> None:
+        """Serve calls this at the start, and when the adapters to serve have changed."""
+        await self._engine.set_adapters(changeable["adapters"])
 
-    async def stats(self) -> dict[str, float]:
-        return self._engine.stats()
+    async def describe(self) -> ReplicaInfo:
+        engine = self._engine
+        return ReplicaInfo(
+            serve.get_replica_context().replica_id.unique_id,
+            engine.kv_events,
+            engine.blocks_total,
+            engine.settings.block_size,
+            engine.settings.max_num_seqs,
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+        )
+
+    async def stats(self) -> ReplicaStats:
+        return replace(self._engine.stats(), queued_tokens=self._queued_tokens)
+
+    async def probe(self) -> None:
+        """Raises unless the engine computes."""
+        await self._engine.probe()
 
     async def check_health(self) -> None:
         await self._engine.check_health()
 
-    def __del__(self):
+    async def __del__(self):
+        """Serve calls this when no call is running any more. KV that is still leased is waited for, as long as it may be."""
         if engine := getattr(self, "_engine", None):
+            await engine.nothing_held()
             engine.close()

@@ -4,9 +4,13 @@ A request's life here:
  1. `prefill` gives the engine the prompt's shared part; what is cached is not computed again (partial prefill).
  2. The engine holds the blocks under a lease and answers with the handoff.
  3. A decode engine reads them and says so, or the lease ends; either frees them. Cancelling the call frees them too.
+
+`warm` does 1 alone, for a context whose next turn is expected: nothing is held, the blocks stay in the cache.
 """
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 from kvshare.handoff import PrefillResult
 from kvshare_vllm.replica import EngineReplica
@@ -22,6 +26,30 @@ class PrefillService(EngineReplica):
         return PrefillEngine
 
     async def prefill(
-        self, token_ids: list[int], request_id: str, adapter: str | None = None, cache_salt: str | None = None
+        self,
+        token_ids: list[int],
+        request_id: str,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        queued_tokens: int = 0,
+        priority: int = 0,
     ) -> PrefillResult:
-        return await self._engine.prefill(token_ids, request_id, adapter=adapter, cache_salt=cache_salt)
+        """`queued_tokens`: what the router expects to be computed, told to all routers as this replica's load."""
+        with self._queued(queued_tokens):
+            return await self._engine.prefill(
+                token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority
+            )
+
+    async def warm(
+        self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0
+    ) -> PrefillResult:
+        with self._queued(queued_tokens):
+            return await self._engine.prefill(token_ids, request_id, cache_salt=cache_salt, priority=priority, hold=False)
+
+    @contextmanager
+    def _queued(self, tokens: int):
+        self._queued_tokens += tokens
+        try:
+            yield
+        finally:
+            self._queued_tokens -= tokens

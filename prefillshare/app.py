@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from kvshare import decoders
-from kvshare.config import Deployment, load
+from kvshare.config import Deployment, Router, load
 from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
@@ -31,8 +33,11 @@ STOP_TIMEOUT_S = 40.0
 Progress = Callable[[float, dict[str, str]], None]
 
 
-def build(deployment: Deployment):
-    """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts."""
+def build(deployment: Deployment, served: Deployment | None = None):
+    """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts.
+
+    `served`: what the router serves of it, if that is not all.
+    """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -41,32 +46,34 @@ def build(deployment: Deployment):
     from router.ingress import RouterIngress
     from router.pinned import PinnedRouter
 
-    prefill, decode = {}, {}
-    env = engine_environment()
+    handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment).items():
-        service, handles = (PrefillService, prefill) if settings.role == "prefill" else (DecodeService, decode)
-        handles[name] = serve.deployment(
-            service,
+        engine = serve.deployment(
+            PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
+            user_config={"adapters": dict(settings.adapters)},
             num_replicas=engines.replicas,
             max_ongoing_requests=4 * engines.max_num_seqs,
             max_constructor_retry_count=1,
-            health_check_period_s=2,
+            health_check_period_s=1,
             health_check_timeout_s=30,
-            graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
+            graceful_shutdown_timeout_s=STOP_TIMEOUT_S + deployment.cluster.kv_lease_s,
             graceful_shutdown_wait_loop_s=0.2,
             request_router_config=RequestRouterConfig(request_router_class=PinnedRouter),
+            logging_config={"enable_access_log": False},
             ray_actor_options={
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "runtime_env": {"env_vars": env},
             },
-        ).bind(settings)
+        )
+        handles[name] = _kept_while(engine, replace(settings, adapters={})).bind(settings)
     router = deployment.router
-    return serve.deployment(
+    ingress = serve.deployment(
         RouterIngress,
         name=ROUTER,
         num_replicas=router.replicas,
+        user_config=(served or deployment).model_dump(mode="json"),
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
         max_constructor_retry_count=1,
@@ -76,7 +83,20 @@ def build(deployment: Deployment):
             "num_cpus": 0.01,
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
-    ).bind(deployment, prefill, decode, tenants.load(deployment.router.auth))
+    )
+    known = tenants.load(router.auth)
+    return _kept_while(ingress, (_fixed(deployment), known.fingerprint)).bind(served or deployment, handles, known)
+
+
+def _kept_while(part, settings: object):
+    """Serve keeps a deployment's replicas when the application is deployed again, unless `settings` have changed."""
+    part._version = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    return part
+
+
+def _fixed(deployment: Deployment) -> object:
+    """What of a deployment a running router cannot take over: it is replaced instead, turn by turn."""
+    return deployment.base, deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
 
 
 @contextmanager
@@ -114,6 +134,40 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
             ray.shutdown()
         elif APP in serve.status().applications:
             serve.delete(APP)  # a cluster of others: their applications stay
+
+
+def apply(new: Deployment, progress: Progress | None = None) -> None:
+    """Bring the running application in line with `new`: replica counts, adapters, decode pools, the router's limits.
+
+    Nothing that runs is lost: engines take on what comes before the router sends to it, and drop what goes after the
+    router has stopped. Raises ConfigError if the base or TLS would change, or nothing runs.
+    """
+    from ray import serve
+
+    try:
+        handle = serve.get_app_handle(APP)
+    except Exception as error:
+        raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error
+    old = Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
+    if (old.base, old.cluster) != (new.base, new.cluster):
+        raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
+    if old.router.tls != new.router.tls:
+        raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
+    both = _union(old, new)
+    for application in (build(both, old), build(both, new), build(new)):
+        serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
+        _wait_until_running(new, progress)
+
+
+def _union(old: Deployment, new: Deployment) -> Deployment:
+    """Everything either serves, in the new one's sizes."""
+    before = {pool.pool: pool for pool in old.decode}
+    pools = [
+        pool.model_copy(update={"adapters": {**before[pool.pool].adapters, **pool.adapters}}) if pool.pool in before else pool
+        for pool in new.decode
+    ]
+    names = {pool.pool for pool in new.decode}
+    return new.model_copy(update={"decode": (*pools, *(p for p in old.decode if p.pool not in names))})
 
 
 def _connect(deployment: Deployment, local: bool) -> None:
@@ -199,3 +253,26 @@ def serve_command(file: Path) -> None:
         stop.wait()
         console.print("stopping: finishing running turns ...")
     console.print("stopped")
+
+
+def apply_command(file: Path) -> None:
+    """`prefillshare apply FILE`: change the deployment that runs, and return when it has changed."""
+    import ray
+    from rich.console import Console
+
+    from prefillshare.progress import startup_progress
+
+    console = Console(stderr=True)
+    deployment = load(file)
+    address = deployment.cluster.address or "auto"
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, namespace=APP, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"no Ray cluster runs at {address}: {error}", fix="start it: prefillshare serve FILE") from error
+    try:
+        with startup_progress(console) as progress:
+            apply(deployment, progress)
+            progress.done()
+        console.print(f"decoders: {', '.join(decoders.served(deployment))}")
+    finally:
+        ray.shutdown()

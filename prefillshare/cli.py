@@ -88,6 +88,17 @@ def serve(file: File) -> None:
 
 
 @app.command()
+def apply(file: File) -> None:
+    """Change a running deployment into FILE's: replicas, adapters, decode pools, the router's limits.
+
+    Turns go on meanwhile. The base and the cluster stay as they are; a change of ports or sessions replaces the router.
+    """
+    from prefillshare.app import apply_command
+
+    apply_command(file)
+
+
+@app.command()
 def check(file: File) -> None:
     """Check a deployment file, its models and this machine, without starting an engine."""
     from prefillshare.preflight import check_command

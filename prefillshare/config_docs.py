@@ -35,6 +35,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("prefill", config.Prefill),
     ("decode[]", config.DecodePool),
     ("router", config.Router),
+    ("router.placement", config.Placement),
     ("router.auth", access.Auth),
     ("router.tls", access.Tls),
     ("cluster", config.Cluster),

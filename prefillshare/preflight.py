@@ -1,4 +1,4 @@
-"""What can be known about the machine before engines start: ports, memory, cores."""
+"""What can be known about the machine before engines start: ports, memory, cores, environment."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def check_machine(deployment: Deployment) -> None:
     """Raises ConfigError naming the field. Only for a local cluster: another one's machines are not seen from here."""
     if deployment.cluster.address is not None:
         return
+    deployment.router.redis_password()
     _check_ports(deployment)
     _check_cores(deployment)
     _check_memory(deployment)

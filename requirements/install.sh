@@ -104,5 +104,8 @@ step "prefillshare" pip --no-deps --no-build-isolation -e .
 if ! has_tcmalloc && ! apt libtcmalloc-minimal4 libtcmalloc-minimal4t64; then
     echo "  note: no tcmalloc; engines run without it, more slowly (apt-get install libtcmalloc-minimal4)"
 fi
+if ! command -v redis-server >/dev/null && ! apt redis-server; then
+    echo "  note: no redis-server; the tests of sessions in Redis fail without it (apt-get install redis-server)"
+fi
 touch .venv/.installed
 echo "Ready: . .venv/bin/activate && prefillshare --help"

@@ -91,26 +91,18 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
 
     async def CreateSession(self, request, context):
-        def create():
-            caller = current_caller.get().in_domain(request.cache_domain)
-            return self._turns.create(
-                request.session_id, _input(request.input), tenant=caller.tenant, cache_domain=caller.cache_domain
-            )
-
-        return await self._answer(context, lambda: self._describe(create()))
+        return await self._answer(context, self._described(self._create(request)))
 
     async def GetSession(self, request, context):
-        return await self._answer(
-            context, lambda: self._describe(self._turns.sessions.get(request.session_id), request.include_token_ids)
-        )
+        found = self._turns.sessions.get(request.session_id, tenant=_tenant())
+        return await self._answer(context, self._described(found, request.include_token_ids))
 
     async def ForkSession(self, request, context):
-        return await self._answer(
-            context, lambda: self._describe(self._turns.sessions.fork(request.session_id, request.new_session_id))
-        )
+        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant())
+        return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):
-        await self._answer(context, lambda: self._turns.sessions.delete(request.session_id))
+        await self._answer(context, self._turns.sessions.delete(request.session_id, tenant=_tenant()))
         return pb.DeleteSessionResponse()
 
     async def Generate(self, request, context):
@@ -127,6 +119,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                 sampling,
                 request_id,
                 turn_context,
+                _tenant(),
             )
             async with aclosing(turn) as events:
                 async for event in events:
@@ -150,20 +143,30 @@ class Servicer(pb_grpc.PrefillShareServicer):
             logger.exception("request %s failed", request_id)
             await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
 
-    def _describe(self, session, with_tokens: bool = False) -> pb.Session:
+    async def _create(self, request):
+        caller = current_caller.get().in_domain(request.cache_domain)
+        return await self._turns.create(request.session_id, _input(request.input), caller.tenant, caller.cache_domain)
+
+    async def _described(self, work, with_tokens: bool = False) -> pb.Session:
+        session = await work
         return pb.Session(
             session_id=session.session_id,
             context_tokens=len(session.token_ids),
             turns=session.turns,
             token_ids=session.token_ids if with_tokens else (),
-            expires_in_s=self._turns.sessions.expires_in_s(session),
+            expires_in_s=await self._turns.sessions.expires_in_s(session),
         )
 
     async def _answer(self, context, work):
         try:
-            return work()
+            return await work
         except PrefillShareError as error:
             await _abort(context, error)
+
+
+def _tenant() -> str:
+    """Whose sessions this call sees."""
+    return current_caller.get().tenant
 
 
 def _deadline_s(context) -> float | None:
@@ -201,6 +204,7 @@ def _usage(u: TurnUsage) -> pb.Usage:
         resumes=u.resumes,
         prefill_replica=u.prefill_replica,
         decode_replica=u.decode_replica,
+        predicted_tokens=u.predicted_tokens,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 
 from fastapi import Response
@@ -18,7 +19,7 @@ from ray import serve
 
 from kvshare import decoders as served_decoders
 from kvshare.config import Deployment
-from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
@@ -35,31 +36,25 @@ GRACE_S = 30.0
 
 @serve.ingress()
 class RouterIngress:
-    """`prefill` and `decode`: handles by the names of kvshare.engine_settings and of the pools."""
+    """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
 
-    async def __init__(
-        self, deployment: Deployment, prefill: Mapping[str, object], decode: Mapping[str, object], tenants: Tenants
-    ):
+    async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         from kvshare_vllm.openai_app import build_openai_app
+        from router.eager import EagerPrefill
+        from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
-        from router.orchestrator import Orchestrator, Pool
-        from router.replicas import ReplicaSet
-        from router.sessions import SessionStore
+        from router.orchestrator import Orchestrator
+        from router.sessions import SessionGauge, open_sessions
         from router.turns import Turns
 
-        config = deployment.router
-        prefills = {name: ReplicaSet(name, handle) for name, handle in prefill.items()}
-        decodes = {name: ReplicaSet(name, handle) for name, handle in decode.items()}
-        self._replica_sets = [*prefills.values(), *decodes.values()]
-        await asyncio.gather(*(replicas.start(deployment.cluster.start_timeout_s) for replicas in self._replica_sets))
-        pools = {
-            name: Pool(replicas, prefills.get(own_prefill(name), prefills.get(SHARED_PREFILL)))
-            for name, replicas in decodes.items()
-        }
-        metrics = Metrics()
+        config, metrics = deployment.router, Metrics()
+        self._sessions = await open_sessions(config)
+        self._deployment = deployment
+        self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
+        routes = await self._fleet.adopt(deployment)
         self._decoders = served_decoders.served(deployment)
-        self._orchestrator = Orchestrator(config, self._decoders, pools, metrics)
+        self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics)
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
@@ -67,9 +62,12 @@ class RouterIngress:
             self._orchestrator.admit,
             middleware=[partial(ApiKeys, tenants=tenants)],
         )
-        self._sessions = SessionStore(config.max_sessions, config.session_ttl_s)
-        metrics["sessions"].set_function(lambda: len(self._sessions))
-        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions)
+        self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
+        self._eager: EagerPrefill | None = None
+        if config.eager_prefill and (shared := self._fleet.pools.get(SHARED_PREFILL)):
+            limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
+            self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
+        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
         servicer = Servicer(turns, self.not_ready_because)
@@ -82,6 +80,23 @@ class RouterIngress:
 
     def __serve_build_asgi_app__(self):
         return self._app
+
+    async def reconfigure(self, plain: dict) -> None:
+        """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
+        from kvshare_vllm.openai_app import set_decoders
+
+        deployment = Deployment.model_validate(plain)
+        if deployment == self._deployment:
+            return
+        routes = await self._fleet.adopt(deployment)
+        self._deployment = deployment
+        self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
+        set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
+        await self._fleet.forget(deployment)
+
+    async def deployment(self) -> dict:
+        """What is served now, as plain data."""
+        return self._deployment.model_dump(mode="json")
 
     async def not_ready_because(self) -> str:
         """Empty if a turn on every pool succeeds now (believed for PROBE_TTL_S), else why not."""
@@ -109,10 +124,22 @@ class RouterIngress:
         return ""
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Pool -> replica -> engine figures; for tests and operators."""
+        """Pool -> replica -> figures, asked for now; for tests and operators."""
         return {
-            replicas.name: {replica: await replicas.on(replica).stats.remote() for replica in replicas.ids}
-            for replicas in self._replica_sets
+            pool.name: {
+                replica: asdict(await pool.replicas.on(replica).stats.remote()) for replica in list(pool.replicas.members)
+            }
+            for pool in self._fleet.pools.values()
+        }
+
+    async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Pool -> replica -> what it is, and whether it may get work."""
+        return {
+            pool.name: {
+                r.id: asdict(r.info) | {"usable": r.health.usable, "reason": r.health.reason}
+                for r in pool.replicas.members.values()
+            }
+            for pool in self._fleet.pools.values()
         }
 
     async def drain(self, timeout_s: float) -> None:
@@ -123,8 +150,18 @@ class RouterIngress:
     async def __del__(self):
         if hasattr(self, "_grpc"):
             await self.drain(GRACE_S)
-        for replicas in getattr(self, "_replica_sets", ()):
-            await replicas.stop()
+        if getattr(self, "_eager", None):
+            await self._eager.stop()
+        if hasattr(self, "_fleet"):
+            await self._fleet.stop()
+        if hasattr(self, "_session_gauge"):
+            await self._session_gauge.stop()
+        if hasattr(self, "_sessions"):
+            await self._sessions.close()
+
+
+def _handle_of(name: str):
+    return serve.get_deployment_handle(name, serve.get_replica_context().app_name)
 
 
 def _add_readiness(app, not_ready_because) -> None:

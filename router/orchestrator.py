@@ -1,10 +1,11 @@
-"""A turn over token ids: prefill, handoff, decode, and again where a decode engine lost the prefix.
+"""A turn over token ids: prefill, handoff, decode, and again where a replica or the prefix was lost.
 
 1. Admit: a bounded number of turns, a decoder that exists.
 2. Ask the mode how many prompt tokens are handed over, and place the prefill: in the shared pool, or in the pool's own.
 3. The prefill replica computes what it has not cached and answers with a lease on the blocks.
 4. Place the decode and stream its tokens. From the first contact the decode engine owns the lease; before it, we do.
-5. PrefixLost (preempted, or the load failed or came late): go to 3 with the tokens so far as `replay`.
+5. PrefixLost (preempted, or the load failed or came late) or ReplicaLost (died, wedged, says it cannot): go to 2 with
+   the tokens so far as `replay`, past the replica that failed. The client sees one stream, as if nothing had happened.
 6. Whatever ends the turn - its end, an error, the deadline, a client that left - closes both calls, which frees KV.
 """
 
@@ -15,11 +16,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ray.exceptions import RayError
 
-from kvshare.config import Router
+from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
 from kvshare.errors import (
     DeadlineExceeded,
@@ -28,33 +29,64 @@ from kvshare.errors import (
     Overloaded,
     PrefillShareError,
     PrefixLost,
+    ReplicaLost,
+    ResumeReason,
     Unavailable,
 )
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
-from router.placement import place
-from router.replicas import ReplicaSet
+from router.cache_index import BlockKeys
+from router.pools import Pool
 
 logger = logging.getLogger(__name__)
 
 
+#: Pause before a turn tries again after a replica failed it, doubled each time.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+
+
 @dataclass(frozen=True)
-class Pool:
+class Route:
     """A decode pool and the prefill engines it draws on."""
 
-    decode: ReplicaSet
-    prefill: ReplicaSet
+    decode: Pool
+    prefill: Pool
+
+
+@dataclass
+class _Attempt:
+    """What a turn's attempts hand on to each other."""
+
+    route: Route
+    generated: list[int] = field(default_factory=list)
+    number: int = 0
+    failures: int = 0
+    #: Replicas that failed this turn.
+    avoid: set[str] = field(default_factory=set)
+    #: Where the KV the decode engine loads comes from.
+    source: str = ""
 
 
 class Orchestrator:
-    def __init__(self, config: Router, decoders: Mapping[str, Decoder], pools: Mapping[str, Pool], metrics: Metrics):
-        self._config, self.decoders, self.pools, self._metrics = config, decoders, pools, metrics
+    def __init__(
+        self, config: Router, base: Base, decoders: dict[str, Decoder], routes: Mapping[str, Route], metrics: Metrics
+    ):
+        self._config, self.routes, self._metrics = config, routes, metrics
+        #: Changed in place: surfaces hold it too.
+        self.decoders = decoders
+        self._base = base
         self._in_progress = 0
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._releases: set[asyncio.Task] = set()
+
+    def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
+        """From now on serve these. Turns in progress keep the route they started on."""
+        self.decoders.clear()
+        self.decoders.update(decoders)
+        self.routes, self._config = routes, config
 
     def admit(self, decoder: str) -> None:
         """Raises before a turn is queued: NotFound, or Overloaded when `max_queued` turns are in progress."""
@@ -94,9 +126,6 @@ class Orchestrator:
         except PrefillShareError as error:
             outcome = type(error).__name__
             raise
-        except RayError as error:
-            outcome = Unavailable.__name__
-            raise Unavailable(f"request {request_id}: a replica failed: {type(error).__name__}: {error}") from error
         except GeneratorExit:
             outcome = "ok" if context.ended_well else "cancelled"
             raise
@@ -111,97 +140,149 @@ class Orchestrator:
     async def _attempts(
         self, decoder: Decoder, prompt, sampling, request_id: str, context: TurnContext
     ) -> AsyncIterator[TokenChunk]:
-        generated: list[int] = []
-        usage = context.usage
+        mode, base = get_mode(decoder.sharing), self._base
+        shared = prompt[: mode.handoff_tokens(len(prompt))]
+        adapter = None if mode.adapters_share_blocks else decoder.adapter
+        keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
+        attempt = _Attempt(self.routes[decoder.pool])
         while True:
-            handoff = await self._prefill(decoder, prompt, f"{request_id}-p{usage.resumes}", context)
-            decode = self._decode(
-                decoder, prompt + generated, handoff, sampling, f"{request_id}-d{usage.resumes}", len(generated), context
-            )
+            tag = f"{request_id}-{attempt.number}"
             try:
+                handoff = await self._prefill(decoder, shared, keys, tag, context, attempt)
+                decode = self._decode(decoder, prompt, keys, handoff, sampling, tag, context, attempt)
                 async with aclosing(decode) as chunks:
                     async for chunk in chunks:
-                        generated += chunk.token_ids
+                        attempt.generated += chunk.token_ids
                         yield chunk
                         if chunk.finish_reason:
                             return
-                raise Unavailable(f"request {request_id}: the decode replica's stream ended early")
-            except PrefixLost as lost:
-                self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
-                usage.resumes += 1
-                if usage.resumes > self._config.max_resumes:
-                    raise Unavailable(
-                        f"request {request_id} was resumed {self._config.max_resumes} times: {lost}",
-                        fix="give the decode pool more KV cache (kv_cache_gib)",
-                    ) from lost
-                logger.info("request %s resumes after %d tokens: %s", request_id, len(generated), lost.reason.value)
+            except (PrefixLost, ReplicaLost) as lost:
+                await self._take_up_again(decoder, request_id, context, attempt, lost)
 
-    async def _prefill(self, decoder: Decoder, prompt, request_id: str, context: TurnContext) -> Handoff | None:
-        mode = get_mode(decoder.sharing)
-        tokens = mode.handoff_tokens(len(prompt))
-        if tokens <= 0:
+    async def _take_up_again(
+        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
+    ) -> None:
+        """Count the loss and pause if a replica failed. Raises Unavailable where the turn has lost enough."""
+        self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
+        context.usage.resumes += 1
+        attempt.number += 1
+        preempted = lost.reason is ResumeReason.PREEMPTED
+        attempt.failures += not preempted
+        if context.usage.resumes > self._config.max_resumes:
+            raise Unavailable(
+                f"request {request_id} was resumed {self._config.max_resumes} times: {lost}",
+                fix="give the decode pool more KV cache (kv_cache_gib)",
+            ) from lost
+        if attempt.failures > self._config.max_retries:
+            raise Unavailable(f"request {request_id} failed on {attempt.failures} replicas; the last: {lost}") from lost
+        logger.info("request %s resumes after %d tokens: %s", request_id, len(attempt.generated), lost.reason.value)
+        if lost.reason is ResumeReason.KV_LOAD_FAILED:
+            attempt.avoid.add(attempt.source)
+        if not preempted:
+            await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (attempt.failures - 1), LONGEST_PAUSE_S))
+
+    async def _prefill(
+        self, decoder: Decoder, shared, keys: BlockKeys, request_id: str, context: TurnContext, attempt: _Attempt
+    ) -> Handoff | None:
+        if not shared:
             return None
-        usage, session, replicas = context.usage, context.session, self.pools[decoder.pool].prefill
-        sticky = session.prefilled_on.get(replicas.name) if session else None
-        replica = place(replicas.name, replicas.ids, replicas.outstanding, sticky)
+        mode, pool = get_mode(decoder.sharing), attempt.route.prefill
+        usage, session = context.usage, context.session
+        last = session.prefilled_on.get(pool.name) if session else None
+        placement = await pool.choose(len(shared), keys, last_replica=last, without=attempt.avoid)
+        replica = attempt.source = placement.replica.id
+        # An engine computes at least the last token, and so its block, again.
+        predicted = min(placement.cached_tokens, (len(shared) - 1) // self._base.block_size * self._base.block_size)
+        queued = len(shared) - predicted
         adapter = None if mode.shares_prefill else decoder.adapter
         started = time.perf_counter()
-        with replicas.using(replica):
-            call = replicas.on(replica).prefill.remote(
-                prompt[:tokens], request_id, adapter=adapter, cache_salt=context.cache_salt
+        attempt.avoid.add(replica)
+        async with pool.calling(placement, queued):
+            call = pool.replicas.on(replica).prefill.remote(
+                shared, request_id, adapter=adapter, cache_salt=context.cache_salt, queued_tokens=queued
             )
             try:
                 result: PrefillResult = await call
             except asyncio.CancelledError:
                 call.cancel()
                 raise
-            except RayError:
-                replicas.lost(replica)
-                raise
+        attempt.avoid.discard(replica)
         elapsed = time.perf_counter() - started
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
-        if not usage.resumes:  # a resumed turn finds in the cache what it has put there itself
-            usage.cached_tokens = result.cached_tokens
+        if not attempt.number:  # a resumed turn finds in the cache what it has put there itself
+            usage.cached_tokens, usage.predicted_tokens = result.cached_tokens, predicted
             usage.prefill_s, usage.prefill_replica = elapsed, replica
+            self._metrics["predicted_cached_tokens_total"].labels(pool.name).inc(predicted)
+            self._metrics["actual_cached_tokens_total"].labels(pool.name).inc(result.cached_tokens)
+            self._metrics["prediction_error_tokens"].labels(pool.name).observe(abs(predicted - result.cached_tokens))
         usage.computed_tokens += result.computed_tokens
         if session is not None:
-            session.prefilled_on[replicas.name] = replica
+            session.prefilled_on[pool.name] = replica
         return result.handoff
 
     async def _decode(
-        self, decoder: Decoder, tokens, handoff: Handoff | None, sampling, request_id: str, replay: int, context: TurnContext
+        self,
+        decoder: Decoder,
+        prompt: list[int],
+        keys: BlockKeys,
+        handoff: Handoff | None,
+        sampling,
+        request_id: str,
+        context: TurnContext,
+        attempt: _Attempt,
     ) -> AsyncIterator[TokenChunk]:
-        usage, replicas = context.usage, self.pools[decoder.pool].decode
-        stream, bytes_before = None, usage.kv_bytes
+        usage, session, route = context.usage, context.session, attempt.route
+        pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
-            replica = usage.decode_replica = place(replicas.name, replicas.ids, replicas.outstanding)
-            with replicas.using(replica):
-                stream = replicas.streaming_on(replica).decode.remote(
-                    tokens, handoff, sampling, request_id, adapter=decoder.adapter, replay=replay, cache_salt=context.cache_salt
+            last = session.prefilled_on.get(pool.name) if session else None
+            placement = await pool.choose(len(prompt), keys, last_replica=last, without=attempt.avoid)
+            replica = usage.decode_replica = placement.replica.id
+            attempt.avoid.add(replica)
+            async with pool.calling(placement):
+                stream = pool.replicas.streaming_on(replica).decode.remote(
+                    prompt + attempt.generated,
+                    handoff,
+                    sampling,
+                    request_id,
+                    adapter=decoder.adapter,
+                    replay=len(attempt.generated),
+                    cache_salt=context.cache_salt,
                 )
+                loaded = False
                 async for chunk in stream:
+                    if not loaded:
+                        loaded = True
+                        route.prefill.replicas.succeeded(attempt.source)
                     usage.kv_bytes = bytes_before + chunk.kv_bytes
+                    if chunk.finish_reason:
+                        pool.replicas.succeeded(replica)
+                        if session is not None:
+                            session.prefilled_on[pool.name] = replica
                     yield chunk
                     if chunk.finish_reason:
                         return
-        except RayError:
-            replicas.lost(usage.decode_replica)
+                raise Unavailable(f"request {request_id}: the stream ended early")
+        except PrefixLost as lost:
+            attempt.avoid.discard(usage.decode_replica)
+            if lost.reason is ResumeReason.KV_LOAD_FAILED:
+                route.prefill.replicas.failed(attempt.source, lost.reason)
             raise
         finally:
             if stream is not None:
                 stream.cancel()
             elif handoff is not None:
-                self._release_later(replicas, handoff, request_id)
+                self._release_later(pool, handoff, request_id)
 
-    def _release_later(self, replicas: ReplicaSet, handoff: Handoff, request_id: str) -> None:
+    def _release_later(self, pool: Pool, handoff: Handoff, request_id: str) -> None:
         """Nobody will read this handoff: have any decode replica say so. If none can, the lease ends by itself."""
-        if not replicas.ids:
+        usable = pool.replicas.usable()
+        if not usable:
             return
 
         async def release() -> None:
             try:
                 async with asyncio.timeout(handoff.lease_s):
-                    await replicas.on(replicas.ids[0]).release.remote(handoff, request_id)
+                    await pool.replicas.on(usable[0].id).release.remote(handoff, request_id)
             except (TimeoutError, RayError, PrefillShareError) as error:
                 logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error)
 

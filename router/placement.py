@@ -1,19 +1,133 @@
-"""Placement: which replica takes a request. Narrow on purpose: a snapshot in, a replica id out.
+"""Placement: Filter -> Score in [0, 1] -> Pick. Pure functions over a snapshot of a pool's replicas.
 
-Here: the session's last replica if it is still there (its cache is), else least outstanding work.
+The same three steps serve prefill and decode; what differs is what counts as load:
+  prefill  tokens queued there and not computed yet; with what the prompt lacks there, the work before its first token
+  decode   turns that run there
+
+Scorers (each 1 for the best a replica can be):
+  work     prefill work ahead of the first token, queued and the prompt's own missing part, least of all replicas = 1.
+           A replica that holds a hot prefix loses to an idle one as soon as its queue outweighs what it would save.
+  prefix   share of the prompt that is cached there
+  balance  load against the least loaded replica's
+  session  1 where the session's last turn was
+  fill     least filled by this router lately: where nothing else decides, contexts spread over the pool's caches
+  turn     round robin: 1 for the replica whose turn it is
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from kvshare.config import Placement as PlacementConfig
 from kvshare.errors import Unavailable
 
 
-def place(pool: str, replicas: Sequence[str], outstanding: Mapping[str, int], sticky: str | None = None) -> str:
-    """Pick one of `replicas`. Raises Unavailable where there is none."""
-    if not replicas:
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One replica, as placement sees it."""
+
+    replica: str
+    #: Leading prompt tokens cached there.
+    overlap_tokens: int = 0
+    #: Load: prompt tokens queued for computation (prefill), turns running (decode).
+    queued_tokens: int = 0
+    active: int = 0
+    #: Prompt tokens this router has had computed there lately.
+    filled_tokens: float = 0.0
+    #: Blocks free for another turn; None where nobody counts them.
+    free_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One request to place."""
+
+    prompt_tokens: int
+    #: Blocks a turn will hold there; 0 where nobody counts them.
+    blocks: int = 0
+    #: Replica of the session's last turn, and the number of the request, for the policies that look at them.
+    last_replica: str | None = None
+    number: int = 0
+
+
+Scorer = Callable[[Sequence[Candidate], Demand], Sequence[float]]
+Weights = Mapping[str, float]
+
+
+def _work(candidates, demand):
+    ahead = [c.queued_tokens + max(0, demand.prompt_tokens - c.overlap_tokens) for c in candidates]
+    least = min(ahead)
+    return [(least + 1) / (a + 1) for a in ahead]
+
+
+def _prefix(candidates, demand):
+    return [min(1.0, c.overlap_tokens / max(1, demand.prompt_tokens)) for c in candidates]
+
+
+def _balance(candidates, demand):
+    load = [c.active + c.queued_tokens for c in candidates]
+    least = min(load)
+    return [(least + 1) / (one + 1) for one in load]
+
+
+def _session(candidates, demand):
+    return [float(c.replica == demand.last_replica) for c in candidates]
+
+
+def _fill(candidates, demand):
+    least = min(c.filled_tokens for c in candidates)
+    return [(least + 1) / (c.filled_tokens + 1) for c in candidates]
+
+
+def _turn(candidates, demand):
+    number = demand.number % len(candidates)
+    return [float(position == number) for position in range(len(candidates))]
+
+
+SCORERS: Mapping[str, Scorer] = {
+    "work": _work,
+    "prefix": _prefix,
+    "balance": _balance,
+    "session": _session,
+    "fill": _fill,
+    "turn": _turn,
+}
+
+#: Policy -> weights for prefill and for decode. The small ones only decide between equals.
+POLICIES: Mapping[str, tuple[Weights, Weights]] = {
+    "prefix_aware": ({"work": 1.0, "fill": 0.01}, {"balance": 1.0, "prefix": 0.3}),
+    "least_loaded": ({"balance": 1.0, "fill": 0.01}, {"balance": 1.0}),
+    "session_sticky": ({"session": 1.0, "balance": 0.01, "fill": 0.001}, {"session": 1.0, "balance": 0.01}),
+    "round_robin": ({"turn": 1.0}, {"turn": 1.0}),
+}
+
+
+def weights(config: PlacementConfig) -> tuple[Weights, Weights]:
+    """(prefill's, decode's): the policy's, or one's own."""
+    prefill, decode = POLICIES[config.policy]
+    return config.prefill_weights or prefill, config.decode_weights or decode
+
+
+def with_room(candidates: Sequence[Candidate], demand: Demand) -> Sequence[Candidate]:
+    """Filter: those with blocks for the turn; all, if none has - the turn was admitted, so room is about to be."""
+    roomy = [c for c in candidates if c.free_blocks is None or c.free_blocks >= demand.blocks]
+    return roomy or candidates
+
+
+def score(candidates: Sequence[Candidate], demand: Demand, weights: Weights) -> list[float]:
+    """Weighted mean of the scorers, in [0, 1], per candidate."""
+    total = [0.0] * len(candidates)
+    for name, weight in weights.items():
+        for position, value in enumerate(SCORERS[name](candidates, demand)):
+            total[position] += weight * value
+    return [value / sum(weights.values()) for value in total]
+
+
+def place(candidates: Sequence[Candidate], demand: Demand, weights: Weights, pool: str = "the pool") -> Candidate:
+    """Pick the best. Equal ones: the first by name, so that routers agree. Raises Unavailable where there is none."""
+    if not candidates:
         raise Unavailable(f"no replica of {pool} is ready", fix="try again when it has started")
-    if sticky in replicas:
-        return sticky
-    return min(replicas, key=lambda r: (outstanding.get(r, 0), r))
+    candidates = sorted(with_room(candidates, demand), key=lambda c: c.replica)
+    scores = score(candidates, demand, weights)
+    return candidates[max(range(len(candidates)), key=scores.__getitem__)]

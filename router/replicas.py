@@ -1,77 +1,248 @@
-"""The replicas of one Serve deployment as the router sees them: who is there, how busy, and how to call one."""
+"""The replicas of one Serve deployment as a router sees them: who is there, how they fare, how to call one.
+
+1. Serve pushes who runs (router/pinned.py); a newcomer is asked to describe itself and joins.
+2. Every STATS_S each is asked how it fares. One that does not answer, or whose engine does not step, is wedged.
+3. Calls on a wedged replica end at once, as ReplicaLost: the turn goes on elsewhere. One that has died fails its
+   calls itself; one that is being stopped finishes them.
+4. An ejected replica is probed now and then, and used again when it has generated a token.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import RayError
 
-from kvshare.errors import Unavailable
+from kvshare.errors import PrefillShareError, ReplicaLost, ResumeReason, Unavailable
+from kvshare.replica_info import ReplicaInfo, ReplicaStats
+from router.health import Health
+from router.pinned import MEMBERS
 
 logger = logging.getLogger(__name__)
 
-REFRESH_S = 2.0
-POLL_S = 0.2
+MEMBERS_S = 0.1
+STATS_S = 1.0
+ANSWER_S = 30.0
+
+
+@dataclass
+class Replica:
+    """One replica and this router's work on it."""
+
+    info: ReplicaInfo
+    health: Health
+    stats: ReplicaStats = field(default_factory=ReplicaStats)
+    #: This router's calls and uncomputed prompt tokens there, now and when the stats were asked for.
+    active: int = 0
+    queued_tokens: int = 0
+    _counted: tuple[int, int] = (0, 0)
+    answered_at: float = 0.0
+    calls: set[asyncio.Timeout] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return self.info.replica
+
+    @property
+    def total_active(self) -> int:
+        """Calls of all routers: other routers' as the replica last told, ours as they are."""
+        return self.active + max(0, self.stats.active - self._counted[0])
+
+    @property
+    def total_queued_tokens(self) -> int:
+        return self.queued_tokens + max(0, self.stats.queued_tokens - self._counted[1])
+
+    def told(self, stats: ReplicaStats, counted: tuple[int, int], now: float) -> None:
+        self.stats, self._counted, self.answered_at = stats, counted, now
+
+    def end_calls(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for scope in self.calls:
+            scope.reschedule(now)
+
+
+#: Told of a replica that has joined, with what it is, or left (None).
+Listener = Callable[[str, ReplicaInfo | None], Awaitable[None]]
 
 
 class ReplicaSet:
-    """Ids of the running replicas of `handle`'s deployment, refreshed every REFRESH_S, and outstanding calls per replica."""
+    """`wedged_after_s`: how long a replica may leave a question unanswered, or an engine calls without a step."""
 
-    def __init__(self, name: str, handle):
+    def __init__(self, name: str, handle, wedged_after_s: float):
         self.name = name
+        self._app_handle = handle
         self._handle = handle.options(_by_reference=False)
         self._streams = handle.options(stream=True, _by_reference=False)
-        self._discover = handle
-        self.ids: tuple[str, ...] = ()
-        self.outstanding: Counter[str] = Counter()
+        self._wedged_after_s = wedged_after_s
+        self.listener: Listener | None = None
+        self._replicas: dict[str, Replica] = {}
+        self._joining: set[str] = set()
+        self._asking: dict[str, asyncio.Task] = {}
+        self._changed = asyncio.Event()
         self._task: asyncio.Task | None = None
+
+    # Who is there ---------------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> dict[str, Replica]:
+        return self._replicas
+
+    def usable(self, without: Collection[str] = ()) -> list[Replica]:
+        """Replicas that may get work; those in `without` only if there is no other. Where all are ejected, those that
+        at least answer: a pool that refuses everything helps nobody."""
+        replicas = self._replicas.values()
+        usable = [r for r in replicas if r.health.usable] or [
+            r for r in replicas if r.health.reason is not ResumeReason.WEDGED
+        ]
+        return [r for r in usable if r.id not in without] or usable
+
+    async def wait_usable(self) -> None:
+        """Until a replica may get work. The caller's deadline bounds it."""
+        while not self.usable():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def start(self, timeout_s: float) -> None:
         """Wait for the first replica: all deployments of an application start at once."""
+        if not self._app_handle.is_initialized:
+            self._app_handle._init()
+        for handle in (self._handle, self._streams):
+            if not handle.is_initialized:
+                handle._init()
+        self._task = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(timeout_s):
-                while not self.ids:
-                    try:
-                        await self.refresh()
-                    except (DeploymentUnavailableError, TimeoutError):
-                        await asyncio.sleep(POLL_S)
+                await self.wait_usable()
         except TimeoutError:
             raise Unavailable(f"no replica of {self.name} has started within {timeout_s:g} s") from None
-        self._task = asyncio.create_task(self._keep_fresh())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [t for t in (self._task, *self._asking.values()) if t is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def refresh(self) -> None:
-        ids = await self._discover.broadcast("replica_id").results_async(timeout_s=10)
-        self.ids = tuple(sorted(ids))
-
-    async def _keep_fresh(self) -> None:
+    async def _watch(self) -> None:
+        asked_at = 0.0
         while True:
-            await asyncio.sleep(REFRESH_S)
             try:
-                await self.refresh()
-            except Exception as error:
-                logger.warning("Cannot list replicas of %s: %s: %s", self.name, type(error).__name__, error)
+                await self._reconcile()
+                if time.monotonic() - asked_at >= STATS_S:
+                    asked_at = time.monotonic()
+                    self._look_after()
+            except Exception:
+                logger.exception("watching replicas of %s", self.name)
+            await asyncio.sleep(MEMBERS_S)
 
-    def lost(self, replica: str) -> None:
-        """Forget a replica a call found gone, until the next refresh."""
-        self.ids = tuple(r for r in self.ids if r != replica)
+    async def _reconcile(self) -> None:
+        deployment = self._app_handle.deployment_id
+        there = MEMBERS.get((deployment.app_name, deployment.name), frozenset())
+        for replica in self._replicas.keys() - there:
+            await self._leave(replica)
+        for replica in there - self._replicas.keys() - self._joining:
+            self._joining.add(replica)
+            self._ask(f"join {replica}", self._join(replica))
 
-    @contextmanager
-    def using(self, replica: str):
-        self.outstanding[replica] += 1
+    async def _join(self, replica: str) -> None:
         try:
-            yield
+            async with asyncio.timeout(ANSWER_S):
+                info = await self.on(replica).describe.remote()
+            if self.listener:
+                await self.listener(replica, info)
+            self._replicas[replica] = Replica(info, Health(), answered_at=time.monotonic())
+            logger.info("replica %s of %s has joined", replica, self.name)
+            self._changed.set()
+        except (RayError, PrefillShareError, TimeoutError) as error:
+            logger.warning("replica %s of %s does not say what it is: %s", replica, self.name, error)
         finally:
-            self.outstanding[replica] -= 1
-            if not self.outstanding[replica]:
-                del self.outstanding[replica]
+            self._joining.discard(replica)
+
+    async def _leave(self, replica: str) -> None:
+        del self._replicas[replica]
+        logger.info("replica %s of %s has left", replica, self.name)
+        if self.listener:
+            await self.listener(replica, None)
+
+    # How they fare --------------------------------------------------------------------------------------------------
+
+    def _look_after(self) -> None:
+        for replica in self._replicas.values():
+            if replica.health.usable:
+                self._ask(f"stats {replica.id}", self._ask_stats(replica))
+                silent_s = time.monotonic() - replica.answered_at
+                if max(silent_s, replica.stats.stalled_s) > self._wedged_after_s:
+                    self.failed(replica.id, ResumeReason.WEDGED)
+            elif replica.health.probe_due:
+                self._ask(f"probe {replica.id}", self._probe(replica))
+
+    def _ask(self, what: str, question) -> None:
+        """One question of a kind at a time; `_asking` owns its task."""
+        if what in self._asking:
+            question.close()
+            return
+        task = self._asking[what] = asyncio.create_task(question)
+        task.add_done_callback(lambda _: self._asking.pop(what, None))
+
+    async def _ask_stats(self, replica: Replica) -> None:
+        counted = (replica.active, replica.queued_tokens)
+        try:
+            async with asyncio.timeout(self._wedged_after_s):
+                stats = await self.on(replica.id).stats.remote()
+            replica.told(stats, counted, time.monotonic())
+        except (RayError, PrefillShareError, TimeoutError) as error:
+            logger.warning("replica %s of %s does not say how it fares: %s", replica.id, self.name, error)
+
+    async def _probe(self, replica: Replica) -> None:
+        well = False
+        try:
+            async with asyncio.timeout(self._wedged_after_s):
+                await self.on(replica.id).probe.remote()
+            well = True
+            replica.told(ReplicaStats(), (0, 0), time.monotonic())
+            logger.info("replica %s of %s is let back in", replica.id, self.name)
+        except (RayError, PrefillShareError, TimeoutError) as error:
+            logger.warning("replica %s of %s stays out: %s: %s", replica.id, self.name, type(error).__name__, error)
+        replica.health.probed(well)
+        if well:
+            self._changed.set()
+
+    def succeeded(self, replica_id: str) -> None:
+        if replica := self._replicas.get(replica_id):
+            replica.health.succeeded()
+
+    def failed(self, replica_id: str, reason: ResumeReason) -> None:
+        """A call on this replica failed, and not through the fault of what it was asked."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None and replica.health.failed(reason):
+            logger.warning("replica %s of %s is ejected: %s", replica_id, self.name, reason.value)
+            if reason is ResumeReason.WEDGED:
+                replica.end_calls()
+
+    # Calls ----------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def using(self, replica: Replica, queued_tokens: int = 0) -> AsyncIterator[None]:
+        """Count a call as load. Raises ReplicaLost if the replica is found wedged meanwhile."""
+        replica.active += 1
+        replica.queued_tokens += queued_tokens
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                replica.calls.add(scope)
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise ReplicaLost(f"replica {replica.id} does not answer", reason=ResumeReason.WEDGED, fix="try again") from None
+        finally:
+            replica.calls.discard(scope)
+            replica.active -= 1
+            replica.queued_tokens -= queued_tokens
 
     def on(self, replica: str):
         """Handle whose calls go to this replica."""

@@ -107,6 +107,12 @@ class Tenants:
         self.by_name = dict(tenants or {})
         self._digests = tuple((key, name) for name, tenant in self.by_name.items() for key in tenant.keys)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything a keys file says, keys included."""
+        everything = [(name, tenant.model_dump()) for name, tenant in self.by_name.items()]
+        return hashlib.sha256(repr(everything).encode()).hexdigest()
+
     def identify(self, key: str | None) -> Caller:
         """Who presents this key. Raises Unauthenticated. Takes as long for a wrong key as for a right one."""
         if not self.by_name:

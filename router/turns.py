@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
+from kvshare.caller import current_caller
 from kvshare.config import Base
 from kvshare.decoders import Decoder
 from kvshare.errors import InvalidInput
@@ -19,6 +21,7 @@ from kvshare.handoff import TurnContext
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from router.chat import ChatLayout
+from router.eager import EagerPrefill
 from router.sessions import Session, SessionStore
 
 DEFAULT_MAX_TOKENS = 256
@@ -40,18 +43,25 @@ class TurnEvent:
 
 
 class Turns:
-    def __init__(self, base: Base, decoders: Mapping[str, Decoder], frontend: Frontend, sessions: SessionStore):
-        self.decoders, self.sessions = decoders, sessions
+    def __init__(
+        self,
+        base: Base,
+        decoders: Mapping[str, Decoder],
+        frontend: Frontend,
+        sessions: SessionStore,
+        eager: EagerPrefill | None = None,
+    ):
+        self.decoders, self.sessions, self._eager = decoders, sessions, eager
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
         # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
         self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
-    def create(self, session_id: str, given: TurnInput, *, tenant: str = "", cache_domain: str = "") -> Session:
+    async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
         ids = self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), 1)
-        return self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
+        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
     async def take(
         self,
@@ -62,11 +72,15 @@ class Turns:
         sampling,
         request_id: str,
         context: TurnContext,
+        tenant: str = "",
     ) -> AsyncIterator[TurnEvent]:
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
-        with self.sessions.turn(session_id) as session:
-            context.session, context.cache_domain = session, session.cache_domain
+        async with self.sessions.turn(session_id, tenant=tenant) as session:
+            context.session = session
+            context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
+            if self._eager:
+                self._eager.cancel((tenant, session_id))
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -84,10 +98,18 @@ class Turns:
                 async for output in stream:
                     completion = output.outputs[0]
                     response += completion.token_ids
+                    if self._eager:
+                        self._eager.grew(
+                            (tenant, session_id),
+                            len(kept) + len(response),
+                            partial(_joined, kept, response),
+                            context.cache_salt,
+                            ended=bool(completion.finish_reason),
+                        )
                     context_tokens = 0
                     if completion.finish_reason:
                         is_chat = (given or suffix or ("",))[0] == "messages"
-                        self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
+                        await self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
                         context_tokens = len(session.token_ids)
                     yield TurnEvent(
                         completion.text,
@@ -162,3 +184,7 @@ class Turns:
                 field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
                 fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
             )
+
+
+def _joined(kept: list[int], response: list[int]) -> list[int]:
+    return [*kept, *response]

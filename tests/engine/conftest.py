@@ -53,9 +53,16 @@ class System:
     def grpc_address(self) -> str:
         return f"127.0.0.1:{self.deployment.router.grpc_port}"
 
+    def info(self) -> dict[str, dict[str, dict]]:
+        """Pool -> replica -> what it is, and whether it is usable."""
+        return self.handle.replica_info.remote().result(timeout_s=30)
+
+    def stats_by_replica(self) -> dict[str, dict[str, dict[str, float]]]:
+        return self.handle.replica_stats.remote().result(timeout_s=30)
+
     def stats(self) -> dict[str, dict[str, float]]:
         """Pool -> figures summed over its replicas."""
-        pools = self.handle.replica_stats.remote().result(timeout_s=30)
+        pools = self.stats_by_replica()
         return {
             pool: {key: sum(r[key] for r in replicas.values()) for key in next(iter(replicas.values()))}
             for pool, replicas in pools.items()
@@ -65,7 +72,7 @@ class System:
         """What is still held anywhere: requests and KV blocks, by pool; empty when nothing is."""
         left = {}
         for pool, figures in self.stats().items():
-            for key in ("running", "waiting", "kv_blocks_used"):
+            for key in ("active", "running", "waiting", "blocks_used"):
                 if figures[key]:
                     left[f"{pool}.{key}"] = figures[key]
         return left

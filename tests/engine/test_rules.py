@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 from conftest import wait_until
-from tiny_models import make_base
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -96,7 +96,7 @@ async def turn(engines, prompt, n, adapter="a", **kw):
 
 async def nothing_held(*engines, timeout_s=15.0):
     def held():
-        return [e.stats() for e in engines if e.stats()["kv_blocks_used"] or e.stats()["running"] or e.stats()["waiting"]]
+        return [s for s in (e.stats() for e in engines) if s.blocks_used or s.running or s.waiting]
 
     await asyncio.to_thread(wait_until, lambda: not held(), timeout_s)
 
@@ -276,7 +276,7 @@ async def test_a_read_after_the_lease_is_void(engines):
 async def test_a_released_handoff_frees_the_prefill_blocks_at_once(engines):
     prefill, decoder, _ = engines
     handoff = (await prefill.prefill(ids(90, salt=32), new_id())).handoff
-    await asyncio.to_thread(wait_until, lambda: prefill.stats()["kv_blocks_used"] == 3, 2)
+    await asyncio.to_thread(wait_until, lambda: prefill.stats().blocks_used == 3, 2)
     await decoder.release(handoff, new_id())
     await nothing_held(prefill, timeout_s=LEASE_S / 2)
 
@@ -287,7 +287,7 @@ async def test_a_reader_that_leaves_frees_both_sides(engines):
     handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
     stream = decoder.decode(prompt, handoff, sampling(200), new_id(), adapter="a")
     await anext(stream)
-    assert decoder.stats()["running"] == 1
+    assert decoder.stats().running == 1
     await stream.aclose()
     await nothing_held(prefill, decoder, timeout_s=LEASE_S / 2)
 

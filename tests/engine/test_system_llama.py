@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import System, system
 from oracle import Oracle
-from tiny_models import make_base, make_full_decoder
 
 from kvshare.config import parse
 from kvshare.errors import ContractMismatch, EngineStartError
 from prefillshare.app import running as run_deployment
 from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base, make_full_decoder
 
 pytestmark = pytest.mark.engine
 

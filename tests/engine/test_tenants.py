@@ -14,7 +14,7 @@ from conftest import free_port
 from kvshare.caller import cache_salt
 from kvshare.config import Base
 from kvshare.decoders import Decoder
-from kvshare.errors import PermissionDenied, Unauthenticated
+from kvshare.errors import NotFound, PermissionDenied, Unauthenticated
 from kvshare.handoff import TokenChunk
 from prefillshare.client import Client
 from router.tenants import KeysFile, Tenants
@@ -48,7 +48,7 @@ class Router:
         from kvshare_vllm.openai_app import build_openai_app
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
-        from router.sessions import SessionStore
+        from router.sessions import MemorySessions
         from router.turns import Turns
 
         base = Base(model=model, dtype="float32", max_model_len=512)
@@ -57,7 +57,8 @@ class Router:
         )
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
-        turns = Turns(base, decoders, frontend, SessionStore(10, 100))
+        self.sessions = MemorySessions(10, 100)
+        turns = Turns(base, decoders, frontend, self.sessions)
         port = free_port()
         self.address = f"127.0.0.1:{port}"
         self.grpc = GrpcServer(Servicer(turns, None), "127.0.0.1", port, tenants)
@@ -134,6 +135,33 @@ async def test_sessions_stay_in_the_domain_they_were_made_in_and_so_do_their_for
 
     await asyncio.to_thread(turns)
     assert [domain for _, domain, _, _ in router.turns] == ["research", "handbook", "handbook", "research"]
+
+
+async def test_tenants_do_not_see_each_others_sessions_whatever_their_names(router):
+    def turns():
+        with Client(router.address, api_key=KEY) as one, Client(router.address, api_key=OTHER) as two:
+            one.create_session("same", text="hello")
+            for use in (lambda s: s.get(), lambda s: s.fork(), lambda s: s.turn("planner", text="x"), lambda s: s.delete()):
+                with pytest.raises(NotFound):
+                    use(two.session("same"))
+            two.create_session("same", text="hello")
+            for client in (one, two):
+                client.session("same").turn("planner", text="x", max_tokens=3)
+
+    await asyncio.to_thread(turns)
+    assert [(tenant, domain) for tenant, domain, _, _ in router.turns] == [("research", "research"), ("support", "support")]
+
+
+async def test_a_session_in_a_domain_its_tenant_may_no_longer_use_takes_no_turn(router):
+    made = await router.sessions.create("old", [1, 2], tenant="support", cache_domain="handbook")
+
+    def turn():
+        with Client(router.address, api_key=OTHER) as client:
+            client.session(made.session_id).turn("planner", text="x", max_tokens=3)
+
+    with pytest.raises(PermissionDenied, match="cache domain 'handbook'"):
+        await asyncio.to_thread(turn)
+    assert router.turns == []
 
 
 async def test_without_tenants_keys_stay_unsalted(smollm):

@@ -1,10 +1,11 @@
-"""Small hand-made model folders: right in every file the lower layers read, with weights of a few bytes."""
+"""Small hand-made model folders, right in every file the lower layers read, with weights of a few bytes; Redis servers."""
 
 import json
 import struct
 from pathlib import Path
 
 import pytest
+from redis_server import RedisServer
 
 from kvshare.contract import DecoderContract
 
@@ -77,3 +78,31 @@ def adapter(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """One for all tests, each of which uses a prefix of its own."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def own_redis_server(tmp_path):
+    """make(password=) -> a server that the test may stop."""
+    servers = []
+
+    def make(password: str = "") -> RedisServer:
+        folder = tmp_path / f"redis-{len(servers)}"
+        folder.mkdir()
+        servers.append(RedisServer(folder, password))
+        servers[-1].start()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()

@@ -47,6 +47,7 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
     router = deployment.router
     assert (router.host, router.http_port, router.grpc_port) == ("127.0.0.1", 8000, 9000)
     assert (router.max_queued, router.max_sessions, router.session_ttl_s, router.default_deadline_s) == (256, 10_000, 3600, 300)
+    assert (router.replicas, router.redis_url, router.redis_password_env) == (1, None, None)
     assert deployment.cluster.address is None
     assert deployment.cluster.kv_lease_s == 60
     assert deployment.shares_prefill
@@ -105,15 +106,56 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
             "prefill: gpu_share 0.5 needs tensor_parallel_size 1, got 2",
         ),
         ("router/grpc_port", 8000, "router: http_port and grpc_port are both 8000; give each a port of its own"),
-        (
-            "router/replicas",
-            2,
-            "router.replicas: 2 routers would need a shared session store, which this version does not have; use 1",
-        ),
+        ("router/replicas", 2, "router: 2 router replicas need a session store they share; set redis_url or use 1"),
+        ("router/redis_password_env", "A_B", "router: redis_password_env goes with redis_url; set that too, or remove it"),
+        ("router/redis_password_env", "a-b", "router.redis_password_env: String should match pattern"),
+        ("router/redis_prefix", "a:{b}", "router.redis_prefix: String should match pattern"),
     ],
 )
 def test_refusal_names_the_field_the_value_and_what_is_allowed(plain, path, value, text):
     assert text in str(refusal(put(plain, path, value)))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://redis.example:6380/3",
+        "rediss://someone@[::1]?ssl_ca_certs=/ca.pem",
+        "unix:///run/redis.sock",
+    ],
+)
+def test_several_routers_share_sessions_in_redis(plain, url):
+    router = config.parse(put(plain, "router", {"redis_url": url, "replicas": 3})).router
+    assert (router.redis_url, router.redis_password(), router.redis_prefix) == (url, None, "prefillshare")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://u:secret@h",
+        "secret@h:6379",
+        "redis://:secret@",
+        "redis://:secret@h",
+        "rediss://someone:secret@h:6380/1?ssl_ca_certs=/ca.pem",
+        "redis://h?ssl_password=secret",
+        "redis://:sec/secret@h",
+        "redis://u:1/secret@h",
+        "redis://u:1#secret@h",
+        "redis://u:1?secret@h",
+        "redis://:secret@h:x",
+        "redis://:secret@h:0",
+        "redis://:secret@h/db",
+        "redis://h?password=secret",
+        "redis://h?secret=1",
+        "unix://?secret",
+    ],
+)
+def test_what_is_no_redis_url_is_refused_and_not_repeated(plain, url):
+    error = refusal(put(plain, "router/redis_url", url))
+    assert error.field == "router.redis_url"
+    assert "redis_password_env" in error.message or "must begin with ssl_" in error.message
+    assert "secret" not in str(error)
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode/0"])

@@ -11,8 +11,8 @@ from prefillshare import config_docs
 from router.tenants import Tenant
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool, config.Router, config.Cluster]
-NODES += [access.Auth, access.Tls]
+NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
+NODES += [config.Placement, config.Router, config.Cluster, access.Auth, access.Tls]
 KEYS_FILE = [Tenant]
 
 

@@ -12,6 +12,7 @@ EXTRA = {
     errors.Overloaded: {"retry_after_s": 2.5},
     errors.EngineStartError: {"log_tail": "last line"},
     errors.PrefixLost: {"reason": ResumeReason.KV_LOAD_FAILED},
+    errors.ReplicaLost: {"reason": ResumeReason.WEDGED},
 }
 CODES = {
     "PrefillShareError": ("INTERNAL", 500),
@@ -27,6 +28,7 @@ CODES = {
     "Unavailable": ("UNAVAILABLE", 503),
     "EngineStartError": ("UNAVAILABLE", 503),
     "PrefixLost": ("UNAVAILABLE", 503),
+    "ReplicaLost": ("UNAVAILABLE", 503),
     "Internal": ("INTERNAL", 500),
 }
 

@@ -1,23 +1,90 @@
-"""Simple placement: the session's replica, else the least busy one."""
+"""Filter -> Score -> Pick: where a prompt goes, and why."""
 
 import pytest
 
+from kvshare.config import Placement
 from kvshare.errors import Unavailable
-from router.placement import place
+from router.placement import POLICIES, SCORERS, Candidate, Demand, place, score, weights, with_room
+
+PREFILL, DECODE = POLICIES["prefix_aware"]
 
 
-def test_a_session_stays_with_its_replica_however_busy():
-    assert place("prefill", ["a", "b"], {"a": 9}, sticky="a") == "a"
+def chosen(candidates, demand, weights=PREFILL):
+    return place(candidates, demand, weights, "prefill").replica
 
 
-def test_without_a_session_the_least_busy_replica_is_taken():
-    assert place("prefill", ["a", "b", "c"], {"a": 2, "b": 1, "c": 1}) == "b"
+def test_the_replica_with_the_longest_cached_prefix_is_taken():
+    assert chosen([Candidate("a", 32), Candidate("b", 96), Candidate("c")], Demand(100)) == "b"
 
 
-def test_a_lost_replica_is_replaced():
-    assert place("prefill", ["b"], {}, sticky="a") == "b"
+def test_a_busy_replica_keeps_a_prompt_while_its_queue_costs_less_than_the_prefix_saves():
+    idle = Candidate("idle")
+    assert chosen([Candidate("holder", 800, queued_tokens=700), idle], Demand(1000)) == "holder"
+    assert chosen([Candidate("holder", 800, queued_tokens=900), idle], Demand(1000)) == "idle"
+
+
+def test_a_prefix_wanted_by_many_at_once_spreads_over_idle_replicas():
+    overlap = {"a": 1000, "b": 0, "c": 0}
+    queued = dict.fromkeys(overlap, 0)
+    counts = dict.fromkeys(overlap, 0)
+    for _ in range(60):  # nothing finishes meanwhile; each brings 200 tokens of its own
+        name = chosen([Candidate(n, overlap[n], queued_tokens=queued[n]) for n in overlap], Demand(1200))
+        queued[name] += 1200 - overlap[name]
+        overlap[name] = 1000
+        counts[name] += 1
+    assert min(counts.values()) >= 15
+
+
+def test_contexts_nobody_holds_spread_over_the_pools_caches():
+    filled = {"a": 5000.0, "b": 100.0, "c": 3000.0}
+    assert chosen([Candidate(n, filled_tokens=f) for n, f in filled.items()], Demand(500)) == "b"
+
+
+def test_decode_prefers_base_blocks_among_replicas_equally_busy_but_not_over_an_idle_one():
+    busy = [Candidate("holder", 512, active=5), Candidate("other", 0, active=4)]
+    assert chosen(busy, Demand(512), DECODE) == "holder"
+    assert chosen([*busy, Candidate("idle", 0, active=0)], Demand(512), DECODE) == "idle"
+
+
+def test_replicas_without_room_are_passed_over_unless_none_has_any():
+    tight, roomy = Candidate("tight", 512, free_blocks=3), Candidate("roomy", 0, active=3, free_blocks=20)
+    assert chosen([tight, roomy], Demand(512, blocks=16), DECODE) == "roomy"
+    assert with_room([tight], Demand(512, blocks=16)) == [tight]
+
+
+def test_comparison_policies_do_what_their_names_say():
+    prefill = {name: pair[0] for name, pair in POLICIES.items()}
+    a, b = Candidate("a", 500, queued_tokens=900), Candidate("b", 0)
+    assert chosen([a, b], Demand(1000), prefill["least_loaded"]) == "b"
+    assert chosen([a, b], Demand(1000, last_replica="a"), prefill["session_sticky"]) == "a"
+    assert [chosen([a, b], Demand(1000, number=n), prefill["round_robin"]) for n in range(4)] == ["a", "b", "a", "b"]
+
+
+def test_a_session_whose_replica_is_gone_goes_to_the_least_loaded_one():
+    sticky = POLICIES["session_sticky"][0]
+    assert chosen([Candidate("b", queued_tokens=9), Candidate("c")], Demand(10, last_replica="a"), sticky) == "c"
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_is_between_0_and_1_and_1_for_the_best_there_can_be(name):
+    best = Candidate("best", 100, 0, 0, 0.0)
+    worse = Candidate("worse", 10, 5000, 40, 9000.0)
+    values = SCORERS[name]([best, worse], Demand(100, last_replica="best", number=0))
+    assert values[0] == 1.0
+    assert 0.0 <= values[1] < 1.0
+    assert score([best, worse], Demand(100, last_replica="best"), {name: 3.0}) == pytest.approx(list(values))
+
+
+def test_routers_that_see_the_same_choose_the_same_whatever_the_order():
+    same = [Candidate("b"), Candidate("a"), Candidate("c")]
+    assert chosen(same, Demand(10)) == chosen(same[::-1], Demand(10)) == "a"
+
+
+def test_ones_own_weights_replace_the_policys():
+    own = Placement(policy="round_robin", decode_weights={"balance": 2.0})
+    assert weights(own) == (POLICIES["round_robin"][0], {"balance": 2.0})
 
 
 def test_no_replica_is_unavailable():
     with pytest.raises(Unavailable, match="no replica of prefill is ready"):
-        place("prefill", [], {})
+        chosen([], Demand(10))

@@ -52,6 +52,13 @@ def test_too_little_memory_names_the_pool_that_no_longer_fits(folder, monkeypatc
         check_machine(deployment(folder, decode__0__kv_cache_gib=gib))
 
 
+def test_a_redis_password_that_is_not_there_is_named(folder, monkeypatch):
+    redis = {"router__redis_url": "redis://127.0.0.1", "router__redis_password_env": "NO_SUCH_PASSWORD"}
+    with pytest.raises(ConfigError, match=r"router\.redis_password_env: environment variable NO_SUCH_PASSWORD is not set"):
+        check_machine(deployment(folder, **redis))
+    check_machine(deployment(folder, **redis, cluster__address="auto"))
+
+
 def test_another_clusters_machines_are_not_judged_from_here(folder):
     check_machine(deployment(folder, cluster__address="auto", decode__0__kv_cache_gib=10_000))
 

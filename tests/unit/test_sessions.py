@@ -1,110 +1,225 @@
-"""Sessions in memory: bounded, forgotten in time, one turn at once, changed only by turns that end well."""
+"""What every session store does: bounded, forgotten in time, one turn at once, changed only by turns that end well."""
 
 import pytest
+from session_stores import InMemory, InRedis
 
 from kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
-from router.sessions import SessionStore
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture(params=["memory", "redis"])
+def where(request):
+    return InMemory() if request.param == "memory" else InRedis(request.getfixturevalue("redis_server").url)
 
 
 @pytest.fixture
-def clock():
-    return Clock()
+async def store(where):
+    store = where.make(max_sessions=2, ttl_s=10)
+    yield store
+    await store.close()
 
 
-@pytest.fixture
-def store(clock):
-    return SessionStore(max_sessions=2, ttl_s=10, clock=clock)
+async def take(store, session_id, token_ids, open_response=False, tenant=""):
+    async with store.turn(session_id, tenant=tenant) as session:
+        await store.commit(session, token_ids, open_response)
 
 
-def test_a_turn_extends_the_context_and_counts(store):
-    store.create("s", [1, 2])
-    with store.turn("s") as session:
-        store.commit(session, [1, 2, 3], open_response=True)
-    session = store.get("s")
+async def test_a_turn_extends_the_context_and_counts(store):
+    await store.create("s", [1, 2], tenant="")
+    async with store.turn("s", tenant="") as session:
+        assert session.busy
+        await store.commit(session, [1, 2, 3], open_response=True)
+        assert (session.token_ids, session.turns, session.open_response) == ((1, 2, 3), 1, True)
+    session = await store.get("s", tenant="")
     assert (session.token_ids, session.turns, session.open_response, session.busy) == ((1, 2, 3), 1, True, False)
 
 
-def test_a_second_turn_meanwhile_is_a_conflict_and_the_first_goes_on(store):
-    store.create("s")
-    with store.turn("s"):
-        with pytest.raises(Conflict, match="another turn runs on session 's'"), store.turn("s"):
-            pass
-        assert store.get("s").busy
-    with store.turn("s"):
+async def test_turns_follow_each_other_and_one_may_commit_more_than_once(store):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1], open_response=True)
+        await store.commit(session, [1, 2], open_response=False)
+    await take(store, "s", [1, 2, 3])
+    session = await store.get("s", tenant="")
+    assert (session.token_ids, session.turns, session.open_response) == ((1, 2, 3), 3, False)
+
+
+async def test_a_second_turn_meanwhile_is_a_conflict_and_the_first_goes_on(store):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        with pytest.raises(Conflict, match="another turn runs on session 's'"):
+            await take(store, "s", [9])
+        assert (await store.get("s", tenant="")).busy
+        await store.commit(session, [1], open_response=False)
+    await take(store, "s", [1, 2])
+    assert (await store.get("s", tenant="")).token_ids == (1, 2)
+
+
+async def test_a_turn_that_fails_leaves_the_session_free_and_unchanged(store):
+    await store.create("s", [1], tenant="")
+
+    async def fail():
+        async with store.turn("s", tenant="") as session:
+            session.prefilled_on["prefill"] = "r1"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await fail()
+    session = await store.get("s", tenant="")
+    assert (session.token_ids, session.busy, session.prefilled_on) == ((1,), False, {})
+
+
+async def test_only_the_turn_that_holds_a_session_may_commit(store):
+    never = await store.create("s", [1], tenant="")
+    async with store.turn("s", tenant="") as ended:
         pass
+    async with store.turn("s", tenant=""):
+        for session in (never, ended):
+            with pytest.raises(Conflict, match="the turn no longer holds session 's'"):
+                await store.commit(session, [1, 2], open_response=False)
+    assert (await store.get("s", tenant="")).token_ids == (1,)
 
 
-def test_a_turn_that_fails_leaves_the_session_free_and_unchanged(store):
-    store.create("s", [1])
-    with pytest.raises(RuntimeError), store.turn("s"):
-        raise RuntimeError
-    assert (store.get("s").token_ids, store.get("s").busy) == ((1,), False)
-
-
-def test_a_session_deleted_during_its_turn_is_not_brought_back(store):
-    store.create("s")
-    with store.turn("s") as session:
-        store.delete("s")
+async def test_a_session_deleted_during_its_turn_is_not_brought_back(store):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.delete("s", tenant="")
         with pytest.raises(Conflict, match="deleted during the turn"):
-            store.commit(session, [1], open_response=False)
+            await store.commit(session, [1], open_response=False)
     with pytest.raises(NotFound):
-        store.get("s")
+        await store.get("s", tenant="")
+    assert await store.count() == 0
 
 
-def test_a_fork_shares_the_context_and_then_goes_its_own_way(store):
-    old = store.create("s", [1, 2])
-    old.prefilled_on["prefill"] = "r1"
-    new = store.fork("s", "t")
-    store.commit(new, [1, 2, 9], open_response=False)
-    assert (old.token_ids, new.token_ids, new.prefilled_on) == ((1, 2), (1, 2, 9), {"prefill": "r1"})
-    assert new.prefilled_on is not old.prefilled_on
+async def test_a_turn_does_not_commit_to_a_new_session_of_the_same_name(store):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as old:
+        await store.delete("s", tenant="")
+        await store.create("s", [7], tenant="")
+        async with store.turn("s", tenant="") as new:
+            with pytest.raises(Conflict):
+                await store.commit(old, [1], open_response=False)
+            await store.commit(new, [7, 8], open_response=False)
+    assert (await store.get("s", tenant="")).token_ids == (7, 8)
 
 
-def test_sessions_are_forgotten_after_their_time_but_not_while_busy(store, clock):
-    store.create("idle")
-    store.create("busy")
-    with store.turn("busy"):
-        clock.now = 10.5
-        assert len(store) == 1
+async def test_a_fork_has_the_context_and_then_goes_its_own_way(store):
+    await store.create("s", [1, 2], tenant="", cache_domain="d")
+    async with store.turn("s", tenant="") as session:
+        session.prefilled_on["prefill"] = "r1"
+        await store.commit(session, [1, 2, 3], open_response=True)
+        fork = await store.fork("s", "t", tenant="")
+    kept = (fork.token_ids, fork.turns, fork.open_response, fork.prefilled_on, fork.cache_domain, fork.busy)
+    assert kept == ((1, 2, 3), 1, True, {"prefill": "r1"}, "d", False)
+    async with store.turn("t", tenant="") as session:
+        session.prefilled_on["prefill"] = "r2"
+        await store.commit(session, [1, 2, 3, 9], open_response=False)
+    await take(store, "s", [1, 2, 3, 4])
+    old, new = await store.get("s", tenant=""), await store.get("t", tenant="")
+    assert (old.token_ids, old.prefilled_on) == ((1, 2, 3, 4), {"prefill": "r1"})
+    assert (new.token_ids, new.prefilled_on) == ((1, 2, 3, 9), {"prefill": "r2"})
+
+
+async def test_a_fork_needs_a_session_a_free_name_and_room(store):
+    with pytest.raises(NotFound, match="no session 's'"):
+        await store.fork("s", "t", tenant="")
+    await store.create("s", tenant="")
+    with pytest.raises(Conflict, match="session 's' exists already"):
+        await store.fork("s", "s", tenant="")
+    assert len((await store.fork("s", tenant="")).session_id) == 32
+    with pytest.raises(Overloaded):
+        await store.fork("s", tenant="")
+
+
+async def test_what_callers_hold_is_not_what_is_stored(store):
+    session = await store.create("s", [1], tenant="")
+    session.prefilled_on["prefill"] = "r1"
+    session.token_ids = (9,)
+    session = await store.get("s", tenant="")
+    assert (session.token_ids, session.prefilled_on) == ((1,), {})
+
+
+async def test_sessions_are_forgotten_after_their_time_but_not_while_busy(store, where):
+    await store.create("idle", tenant="")
+    await store.create("busy", tenant="")
+    async with store.turn("busy", tenant=""):
+        await where.pass_time(11)
+        assert await store.count() == 1
         with pytest.raises(NotFound, match="unused for 10 s"):
-            store.get("idle")
-    assert store.expires_in_s(store.get("busy")) == 10
+            await store.get("idle", tenant="")
+        await store.create("idle", [5], tenant="")
+    assert 5 < await store.expires_in_s(await store.get("busy", tenant="")) <= 10
 
 
-def test_a_long_turn_holds_up_nobody_elses_expiry_and_renews_its_own(store, clock):
-    store.create("long")
-    with store.turn("long"):
-        store.create("idle")
-        clock.now = 30.0
-        assert len(store) == 1
-    assert store.expires_in_s(store.get("long")) == 10
+async def test_a_turns_end_renews_its_session(store, where):
+    session = await store.create("long", tenant="")
+    async with store.turn("long", tenant=""):
+        await where.pass_time(11)
+    assert 5 < await store.expires_in_s(session) <= 10
+    await where.pass_time(11)
+    assert (await store.count(), await store.expires_in_s(session)) == (0, 0)
 
 
-def test_use_renews_a_session(store, clock):
-    store.create("s")
-    for clock.now in (6.0, 12.0, 18.0):
-        store.get("s")
-    assert len(store) == 1
+async def test_use_renews_a_session_and_its_fork(store, where):
+    await store.create("s", tenant="")
+    for _ in range(3):
+        await where.pass_time(6)
+        await store.get("s", tenant="")
+    await where.pass_time(6)
+    await store.fork("s", "t", tenant="")
+    await where.pass_time(6)
+    assert await store.count() == 2
 
 
-def test_a_full_store_refuses_with_a_retry_hint_and_a_taken_name_is_a_conflict(store):
-    store.create("a")
+async def test_a_full_store_refuses_with_a_retry_hint_and_a_taken_name_is_a_conflict(store, where):
+    await store.create("a", tenant="")
     with pytest.raises(Conflict, match="exists already"):
-        store.create("a")
-    store.create("b")
-    with pytest.raises(Overloaded) as raised:
-        store.create("c")
+        await store.create("a", tenant="")
+    await store.create("b", tenant="other")
+    with pytest.raises(Overloaded, match="2 sessions are held") as raised:
+        await store.create("c", tenant="")
     assert raised.value.retry_after_s == 10
+    await store.delete("a", tenant="")
+    await store.create("c", tenant="")
+    await where.pass_time(11)
+    for name in ("d", "e"):
+        await store.create(name, tenant="")
+    assert await store.count() == 2
 
 
-def test_names_have_a_limit_and_are_made_up_where_none_is_given(store):
+async def test_names_have_a_limit_and_are_made_up_where_none_is_given(store):
     with pytest.raises(InvalidInput, match="129 characters"):
-        store.create("x" * 129)
-    assert len(store.create().session_id) == 32
+        await store.create("x" * 129, tenant="")
+    with pytest.raises(NotFound):
+        await store.get("x" * 129, tenant="")
+    assert len((await store.create(tenant="")).session_id) == 32
+
+
+async def test_tenants_neither_see_nor_hinder_each_other(store):
+    # Each pair would be one name if tenant and session were only put together.
+    for (tenant, name), (other, same) in ((("a", "s"), ("b", "s")), (("a:1", "ü"), ("a", "1:ü")), (("", "1::x"), ("x", "1:"))):
+        mine = await store.create(name, [1], tenant=tenant, cache_domain=tenant)
+        for use in (store.get(name, tenant=other), store.fork(name, tenant=other), store.delete(name, tenant=other)):
+            with pytest.raises(NotFound):
+                await use
+        with pytest.raises(NotFound):
+            await take(store, name, [3], tenant=other)
+        await store.create(same, [2], tenant=other)
+        await take(store, same, [2, 3], tenant=other)
+        assert (mine.tenant, await store.get(name, tenant=tenant)) == (tenant, mine)
+        assert [await store.count(t) for t in (tenant, other, "c", None)] == [1, 1, 0, 2]
+        await store.delete(name, tenant=tenant)
+        await store.delete(same, tenant=other)
+
+
+async def test_long_contexts_and_every_token_id_come_back_as_they_were(store):
+    context = (*range(20_000), 2**32 - 1, 0)
+    assert (await store.create("s", context, tenant="")).token_ids == context
+    await take(store, "s", (*context, 7))
+    assert (await store.get("s", tenant="")).token_ids == (*context, 7)
+
+
+async def test_a_context_that_does_not_begin_with_the_old_one_takes_its_place(store):
+    await store.create("s", [1, 2, 3], tenant="")
+    for context in ([1, 2], [4, 2, 9], []):
+        await take(store, "s", context)
+        assert (await store.get("s", tenant="")).token_ids == tuple(context)

@@ -1,4 +1,4 @@
-"""Tiny random models for protocol and fault tests: real architectures, a real tokenizer, weights that matter."""
+"""Tiny random models for tests of protocol and faults: real architectures, a real tokenizer, weights that matter."""
 
 from __future__ import annotations
 

@@ -1,0 +1,174 @@
+"""Does goodput hold when twice as much is asked as can be served?
+
+    python -m benchmarks.overload [--seconds 60]
+
+One prefill and one decode replica with little KV. Turns arrive as a Poisson process (open loop), each in a session of its
+own with a beginning that its group shares. Capacity is measured in a closed loop first; then arrival rates from 0.6 to 1.2
+times of it find the knee, the rate with the highest goodput, and 2 times the knee is the overload. Goodput counts turns that
+ended well with their first token within the objective. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.result import write
+from kvshare.config import Deployment, parse
+from kvshare.errors import Overloaded, PrefillShareError
+from prefillshare.app import running
+from prefillshare.client import Client
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+BLOCK, VOCABULARY = 32, 40_000
+DECODERS = ("planner", "coder", "caller")
+GROUPS, BEGINNING, INPUT, OUTPUT = 8, 192, (32, 160), (16, 48)
+RATES = (0.6, 0.8, 1.0, 1.2)
+MOST_CLIENTS = 256
+
+
+class Load:
+    """Turns by seed: the same ones at every rate."""
+
+    def __init__(self, client: Client, objective_s: float):
+        self._client, self.objective_s = client, objective_s
+        rng = random.Random(7)
+        self._beginnings = [[rng.randrange(VOCABULARY) for _ in range(BEGINNING)] for _ in range(GROUPS)]
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.good_tokens, self.preempted, self.ttft = 0, 0, []
+
+    def take(self, number: int) -> None:
+        rng = random.Random(number)
+        prompt = self._beginnings[rng.randrange(GROUPS)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(*INPUT))]
+        began = time.monotonic()
+        try:
+            session = self._client.create_session()
+            result = session.turn(
+                rng.choice(DECODERS), token_ids=prompt, max_tokens=rng.randint(*OUTPUT), ignore_eos=True, timeout_s=60
+            )
+            waited = result.usage.time_to_first_token_s
+            outcome = "good" if waited <= self.objective_s else "late"
+        except Overloaded:
+            result, waited, outcome = None, time.monotonic() - began, "refused"
+        except PrefillShareError as error:
+            result, waited, outcome = None, 0.0, type(error).__name__
+        with self._lock:
+            self.outcomes[outcome] += 1
+            if result:
+                self.ttft.append(waited)
+                self.preempted += result.usage.resumes
+            if outcome == "good":
+                self.good_tokens += result.usage.completion_tokens
+
+    def closed(self, at_once: int, seconds: float) -> float:
+        """Turns per second with `at_once` turns always in progress."""
+        self.reset()
+        ends_at, numbers = time.monotonic() + seconds, iter(range(10**9))
+
+        def keep_taking() -> None:
+            while time.monotonic() < ends_at:
+                with self._lock:
+                    number = next(numbers)
+                self.take(number)
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(at_once) as pool:
+            for ended in [pool.submit(keep_taking) for _ in range(at_once)]:
+                ended.result()
+        return sum(self.outcomes.values()) / (time.monotonic() - began)
+
+    def open(self, rate: float, seconds: float) -> dict:
+        """Poisson arrivals at `rate` turns per second; what ends after the last arrival counts too."""
+        self.reset()
+        rng, began = random.Random(99), time.monotonic()
+        at, number, waiting = 0.0, 0, []
+        with ThreadPoolExecutor(MOST_CLIENTS) as pool:
+            while (at := at + rng.expovariate(rate)) < seconds:
+                time.sleep(max(0.0, began + at - time.monotonic()))
+                waiting.append(pool.submit(self.take, number))
+                number += 1
+            for one in waiting:
+                one.result()
+        ttft = sorted(self.ttft)
+        return {
+            "rate": round(rate, 3),
+            "arrived": number,
+            "outcomes": dict(self.outcomes),
+            "goodput_turns_per_s": round(self.outcomes["good"] / seconds, 4),
+            "goodput_tokens_per_s": round(self.good_tokens / seconds, 2),
+            "preempted": self.preempted,
+            "ttft_p50_s": round(ttft[len(ttft) // 2], 3) if ttft else None,
+            "ttft_p95_s": round(ttft[int(len(ttft) * 0.95)], 3) if ttft else None,
+        }
+
+
+def deployment(model: Path, adapters: dict[str, Path], objective_s: float) -> Deployment:
+    return parse({
+        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
+        "prefill": {"kv_cache_gib": 0.3, "cpu_cores": "0"},
+        "decode": [{
+            "pool": "agents",
+            "kv_cache_gib": 0.15,
+            "cpu_cores": "1",
+            "max_lora_rank": 8,
+            "serve_base": False,
+            "adapters": {name: str(path) for name, path in adapters.items()},
+        }],
+        "router": {"max_wait_s": objective_s, "http_port": 18_000, "grpc_port": 19_000, "expected_output_tokens": 48},
+    })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--seconds", type=float, default=60, help="length of each arrival rate, seconds (default: 60)")
+    parser.add_argument("--objective-s", type=float, default=10, help="objective for the first token, seconds (default: 10)")
+    args = parser.parse_args()
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as folder, Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("starting engines", total=len(RATES) + 3)
+        model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+        adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
+        with running(deployment(model, adapters, 0.6 * args.objective_s)), Client("127.0.0.1:19000") as client:
+            load = Load(client, args.objective_s)
+            progress.update(task, advance=1, description="capacity")
+            load.closed(8, args.seconds / 4)  # warm-up
+            capacity = load.closed(12, args.seconds)
+            points = []
+            for factor in RATES:
+                progress.update(task, advance=1, description=f"{factor:g} x capacity")
+                points.append(load.open(factor * capacity, args.seconds))
+                console.print(points[-1])
+            knee = max(points, key=lambda p: p["goodput_turns_per_s"])
+            progress.update(task, advance=1, description="2 x the knee")
+            overload = load.open(2 * knee["rate"], args.seconds)
+            console.print(overload)
+            progress.update(task, advance=1)
+    headline = {
+        "goodput_ratio": round(overload["goodput_turns_per_s"] / knee["goodput_turns_per_s"], 3),
+        "goodput_ratio_tokens": round(overload["goodput_tokens_per_s"] / knee["goodput_tokens_per_s"], 3),
+        "knee_turns_per_s": knee["rate"],
+        "refused_at_2x": overload["outcomes"].get("refused", 0),
+        "preempted_at_2x": overload["preempted"],
+    }
+    parts = {"capacity_turns_per_s": round(capacity, 3), "points": points, "overload": overload}
+    write("overload", console, vars(args), headline, **parts)
+
+
+if __name__ == "__main__":
+    main()

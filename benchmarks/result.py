@@ -1,0 +1,33 @@
+"""Where a benchmark's figures land: one JSON file with what it was measured on, and the headline as the last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.environment import hardware, revision, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, console: Console, config: dict, headline: dict, **parts) -> dict:
+    """Write results/NAME.json and print the headline; returns all of it. `parts`: what else the benchmark found."""
+    result = {
+        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "config": config,
+        **parts,
+        "headline": headline,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"written: benchmarks/results/{name}.json")
+    print(json.dumps(headline))
+    return result

@@ -1,0 +1,176 @@
+"""KV events an index can trust: what the prefix cache holds, told so that a router that missed something catches up.
+
+vLLM's publisher replays its last N batches; a router that joins later, or an idle engine, is never complete. Here:
+ 1. Every change of the cache is published with a sequence number (ZMQ PUB), as vLLM does.
+ 2. Where nothing changes, an empty batch goes out every HEARTBEAT_S: a subscriber that missed the last change, or has
+    just joined, sees the gap.
+ 3. A replay request (ZMQ ROUTER) is answered with the state - cleared, then every block now held - instead of history.
+    Its size is bounded by the cache, not by time.
+
+A block's key is told as the index needs it: the tenant's salt (R7), which vLLM puts into the first block's extra keys
+only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5).
+
+Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; wire format also read by dynamo's SelectionService.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import zmq
+from vllm.distributed.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    EventBatch,
+    EventPublisher,
+    EventPublisherFactory,
+    KVEventBatch,
+)
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+POLL_S = 0.05
+END_SEQ = (-1).to_bytes(8, "big", signed=True)
+
+
+class KeyedBlockStored(BlockStored, tag="BlockStored", kw_only=True):
+    """vLLM's event with the salt the block's key was made with."""
+
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A block in the cache. Parents are held before, and evicted after, their children."""
+
+    parent: Any
+    token_ids: array
+    block_size: int
+    medium: str | None
+    adapter: str | None
+    salt: str | None
+
+
+class StatePublisher(EventPublisher):
+    """`endpoint`, `replay_endpoint`: tcp://HOST:PORT to bind. Owns its thread; `shutdown` joins it."""
+
+    def __init__(
+        self,
+        data_parallel_rank: int,
+        endpoint: str,
+        replay_endpoint: str,
+        hwm: int = 100_000,
+        max_queue_size: int = 100_000,
+        topic: str = "",
+        **_,
+    ):
+        super().__init__(data_parallel_rank)
+        self._queue: queue.Queue[EventBatch | None] = queue.Queue(max_queue_size)
+        self._topic = topic.encode()
+        self._held: dict[Any, _Held] = {}
+        # From the clock: an engine that restarts on this address goes on with higher numbers, which shows as a gap.
+        self._sequence = time.time_ns() // 1000
+        self._encoder = msgspec.msgpack.Encoder()
+        context = zmq.Context.instance()
+        self._events, self._replays = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
+        self._events.set_hwm(hwm)
+        self._events.bind(endpoint)
+        self._replays.bind(replay_endpoint)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="kv-events")
+        self._thread.start()
+
+    def publish(self, events: EventBatch) -> None:
+        self._queue.put(events)
+
+    def shutdown(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+        self._events.close(linger=0)
+        self._replays.close(linger=0)
+
+    def _run(self) -> None:
+        sent_at = time.monotonic()
+        while True:
+            try:
+                batch = self._queue.get(timeout=POLL_S)
+                if batch is None:
+                    return
+                self._send([event for e in batch.events for event in self._apply(e)], batch.ts)
+                sent_at = time.monotonic()
+            except queue.Empty:
+                if time.monotonic() - sent_at >= HEARTBEAT_S:
+                    self._send([], time.time())
+                    sent_at = time.monotonic()
+            while self._replays.poll(0):
+                self._answer(self._replays.recv_multipart())
+
+    def _send(self, events: list, timestamp: float) -> None:
+        self._sequence += 1
+        self._events.send_multipart((self._topic, self._sequence.to_bytes(8, "big"), self._encode(events, timestamp)))
+
+    def _encode(self, events: list, timestamp: float) -> bytes:
+        return self._encoder.encode(KVEventBatch(ts=timestamp, events=events, data_parallel_rank=self._data_parallel_rank))
+
+    def _answer(self, frames: list[bytes]) -> None:
+        if len(frames) != 3:
+            logger.warning("Not a replay request: %d frames", len(frames))
+            return
+        client = frames[0]
+        state = [AllBlocksCleared(), *(self._event(key, held) for key, held in self._held.items())]
+        sequence = self._sequence.to_bytes(8, "big")
+        self._replays.send_multipart((client, b"", self._topic, sequence, self._encode(state, time.time())))
+        self._replays.send_multipart((client, b"", b"", END_SEQ, b""))
+
+    def _apply(self, event) -> list:
+        """Fold an event of vLLM's into the state; returns what to publish for it, one event per block stored."""
+        if isinstance(event, AllBlocksCleared):
+            self._held.clear()
+            return [event]
+        if isinstance(event, BlockRemoved):
+            for key in event.block_hashes:
+                self._held.pop(key, None)
+            return [event]
+        out, parent, size = [], event.parent_block_hash, event.block_size
+        for number, key in enumerate(event.block_hashes):
+            keys = event.extra_keys[number] if event.extra_keys else None
+            adapter, salt = _key_parts(keys, event.lora_name)
+            if salt is None and parent in self._held:
+                salt = self._held[parent].salt
+            tokens = array("I", event.token_ids[number * size : (number + 1) * size])
+            self._held[key] = held = _Held(parent, tokens, size, event.medium, adapter, salt)
+            out.append(self._event(key, held))
+            parent = key
+        return out
+
+    def _event(self, key, held: _Held) -> KeyedBlockStored:
+        return KeyedBlockStored(
+            block_hashes=[key],
+            parent_block_hash=held.parent,
+            token_ids=held.token_ids.tolist(),
+            block_size=held.block_size,
+            lora_id=None,
+            medium=held.medium,
+            lora_name=held.adapter,
+            cache_salt=held.salt,
+        )
+
+
+def _key_parts(extra_keys, lora_name: str | None) -> tuple[str | None, str | None]:
+    """(adapter, salt) of a block's extra keys: adapter first, if the key has it, then others, the salt among them."""
+    keys = list(extra_keys or ())
+    adapter = keys.pop(0) if lora_name and keys and keys[0] == lora_name else None
+    return adapter, next((key for key in keys if isinstance(key, str)), None)
+
+
+def register() -> None:
+    """Have engines of this process publish through us. Repeating it is harmless."""
+    EventPublisherFactory._registry["zmq"] = StatePublisher

@@ -1,0 +1,101 @@
+"""Eager prefill: the base's KV of a response is made before the next turn asks for it.
+
+A decoder's own KV of what it generated is private to it; the next turn, whoever takes it, wants the base's. Idle time
+between turns pays for it:
+ 1. While a response streams, every `stride_tokens` of it, and when it has ended, the context so far goes to the prefill
+    replica that holds most of it, at the lowest priority: any waiting turn goes first.
+ 2. At most `limit` such calls run at once; further ones are dropped, and counted.
+ 3. The session's next turn, or its deletion, cancels what still runs. Blocks computed so far stay cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+
+from kvshare.config import Base
+from kvshare.errors import PrefillShareError
+from kvshare.metrics import Metrics
+from router.cache_index import BlockKeys
+from router.pools import Pool
+
+logger = logging.getLogger(__name__)
+
+#: vLLM's scale: lower is sooner. Below every tenant's.
+PRIORITY = 1_000_000
+#: Tenant and name.
+SessionKey = tuple[str, str]
+
+
+class EagerPrefill:
+    def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
+        self._pool, self._base, self._metrics = pool, base, metrics
+        self._limit, self._stride_tokens = limit, stride_tokens
+        self._running: dict[SessionKey, asyncio.Task] = {}
+        #: Tokens of a session's context that have been asked for, while its response streams.
+        self._asked: dict[SessionKey, int] = {}
+
+    def grew(
+        self, session: SessionKey, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
+    ) -> None:
+        """A session's context has `tokens` tokens by now; `ended`: and stays so until its next turn."""
+        if ended:
+            self.cancel(session)
+        elif tokens - self._asked.setdefault(session, tokens) < self._stride_tokens:
+            return
+        if session in self._running:
+            return
+        if len(self._running) >= self._limit:
+            self._count("dropped")
+            return
+        self._asked[session] = tokens
+        task = self._running[session] = asyncio.create_task(self._warm(context(), salt))
+        task.add_done_callback(lambda done: self._ended(session, done))
+        if ended:
+            self._asked.pop(session, None)
+
+    def cancel(self, session: SessionKey) -> None:
+        """The session goes on without it, or is gone."""
+        self._asked.pop(session, None)
+        if task := self._running.pop(session, None):
+            task.cancel()
+
+    async def stop(self) -> None:
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, session: SessionKey, task: asyncio.Task) -> None:
+        if self._running.get(session) is task:
+            del self._running[session]
+
+    async def _warm(self, token_ids: list[int], salt: str | None) -> None:
+        outcome = "cancelled"
+        try:
+            keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
+            placement = await self._pool.choose(len(token_ids), keys)
+            if placement.missing_tokens < self._base.block_size:
+                outcome = "needless"
+                return
+            async with self._pool.calling(placement):
+                call = self._pool.replicas.on(placement.replica.id).warm.remote(
+                    token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=PRIORITY
+                )
+                try:
+                    result = await call
+                except asyncio.CancelledError:
+                    call.cancel()
+                    raise
+            outcome = "done"
+            self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
+        except PrefillShareError as error:
+            outcome = "failed"
+            logger.warning("eager prefill of %d tokens failed: %s", len(token_ids), error)
+        finally:
+            self._count(outcome)
+
+    def _count(self, outcome: str) -> None:
+        self._metrics["eager_prefills_total"].labels(outcome).inc()

@@ -1,0 +1,56 @@
+"""Whether a replica gets work: ejected when it keeps failing, let back in on proof. Pure, with an injected clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kvshare.errors import ResumeReason
+
+
+class Health:
+    """Consecutive failures eject; after a growing pause a probe decides. A turn that succeeds forgives all."""
+
+    FAILURES_TO_EJECT = 3
+    FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._failures = 0
+        self._ejections = 0
+        self._probe_at: float | None = None
+        self.reason: ResumeReason | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self._probe_at is None
+
+    @property
+    def probe_due(self) -> bool:
+        return self._probe_at is not None and self._clock() >= self._probe_at
+
+    def succeeded(self) -> None:
+        if self.usable:
+            self._failures = self._ejections = 0
+            self.reason = None
+
+    def failed(self, reason: ResumeReason) -> bool:
+        """True if this ejects the replica now. A wedged one is ejected at once: what it holds up is not its to lose."""
+        self._failures += 1
+        self.reason = reason
+        if not self.usable or (reason is not ResumeReason.WEDGED and self._failures < self.FAILURES_TO_EJECT):
+            return False
+        self._pause()
+        return True
+
+    def probed(self, well: bool) -> None:
+        """The outcome of a probe of an ejected replica."""
+        if well:
+            self._probe_at, self._failures = None, 0
+        else:
+            self._pause()
+
+    def _pause(self) -> None:
+        pause = min(self.FIRST_PAUSE_S * 2**self._ejections, self.LONGEST_PAUSE_S)
+        self._ejections += 1
+        self._probe_at = self._clock() + pause

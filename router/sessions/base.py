@@ -1,0 +1,133 @@
+"""What a session is, and what every store of sessions does. Refusals are worded here, once for all stores."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+from kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
+
+MAX_NAME_CHARS = 128
+
+
+@dataclass
+class Session:
+    """A session as it was when the store was asked. Only a commit by the turn that holds it changes what is stored."""
+
+    session_id: str
+    tenant: str = ""
+    token_ids: tuple[int, ...] = ()
+    turns: int = 0
+    #: True while the context ends in a response to chat messages that nobody has closed yet (router/chat.py).
+    open_response: bool = False
+    #: Prefill replica that holds this context's KV, per pool of prefill engines. What a turn adds is kept by its commit.
+    prefilled_on: dict[str, str] = field(default_factory=dict)
+    #: Whose blocks this session's KV is shared with; forks have their parent's.
+    cache_domain: str = ""
+    #: A turn holds it.
+    busy: bool = False
+    #: Grows with every commit: a commit on top of another version than it began from is refused.
+    version: int = 0
+    #: The turn that this object was handed to; empty outside a turn.
+    turn_id: str = ""
+
+
+class SessionStore(ABC):
+    """Sessions by tenant and name ("" is the tenant of a deployment without tenants). Bounded, with a time to live.
+
+    A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
+    All methods may raise Unavailable where the store is not in this process.
+    """
+
+    def __init__(self, max_sessions: int, ttl_s: float):
+        self.max_sessions, self.ttl_s = max_sessions, ttl_s
+
+    @abstractmethod
+    async def create(
+        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+    ) -> Session:
+        """Raises InvalidInput, Conflict if the name is taken, Overloaded if `max_sessions` are held."""
+
+    @abstractmethod
+    async def get(self, session_id: str, *, tenant: str) -> Session:
+        """Raises NotFound."""
+
+    @abstractmethod
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
+        """A second session with the context as last committed; KV is found by content. Raises as `get` and `create`."""
+
+    @abstractmethod
+    async def delete(self, session_id: str, *, tenant: str) -> None:
+        """Raises NotFound. A turn that is under way cannot commit any more."""
+
+    @abstractmethod
+    async def count(self, tenant: str | None = None) -> int:
+        """Sessions held: a tenant's, or by default all that `max_sessions` counts."""
+
+    @abstractmethod
+    def turn(self, session_id: str, *, tenant: str) -> AbstractAsyncContextManager[Session]:
+        """Hold a session for one turn. Raises NotFound, or Conflict while another turn holds it."""
+
+    @abstractmethod
+    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+        """End a turn well: the context becomes `token_ids`; `session` is brought up to date.
+
+        Raises Conflict, and changes nothing, if the session was deleted or its turn no longer holds it.
+        """
+
+    @abstractmethod
+    async def expires_in_s(self, session: Session) -> float:
+        """Seconds until the session is forgotten if nobody uses it; 0 if it is."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give up connections. Sessions held elsewhere stay."""
+
+    def _name(self, session_id: str) -> str:
+        if len(session_id) > MAX_NAME_CHARS:
+            raise InvalidInput(
+                f"{len(session_id)} characters", field="session_id", fix=f"use at most {MAX_NAME_CHARS}"
+            )
+        return session_id or uuid.uuid4().hex
+
+    def _missing(self, session_id: str) -> NotFound:
+        return NotFound(
+            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s",
+            field="session_id",
+        )
+
+    def _exists(self, session_id: str) -> Conflict:
+        return Conflict(
+            f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
+        )
+
+    def _full(self) -> Overloaded:
+        return Overloaded(
+            f"{self.max_sessions} sessions are held (router.max_sessions)",
+            retry_after_s=min(self.ttl_s, 60.0),
+            fix="delete sessions that are done",
+        )
+
+    def _busy(self, session_id: str) -> Conflict:
+        return Conflict(
+            f"another turn runs on session {session_id!r}",
+            field="session_id",
+            fix="wait for it to end, or fork the session",
+        )
+
+    def _deleted(self, session: Session) -> Conflict:
+        return Conflict(f"session {session.session_id!r} was deleted during the turn", field="session_id")
+
+    def _lost(self, session: Session) -> Conflict:
+        return Conflict(
+            f"the turn no longer holds session {session.session_id!r}", field="session_id", fix="take the turn again"
+        )
+
+    @staticmethod
+    def _committed(session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+        session.token_ids, session.open_response = tuple(token_ids), open_response
+        session.turns += 1
+        session.version += 1

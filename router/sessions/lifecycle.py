@@ -1,0 +1,55 @@
+"""What a router replica does with its store beside taking turns: it opens it, and reports how many sessions there are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvshare.config import Router
+from kvshare.errors import Unavailable
+from router.sessions.base import SessionStore
+from router.sessions.memory import MemorySessions
+from router.sessions.redis import RedisSessions
+
+logger = logging.getLogger(__name__)
+
+GAUGE_PERIOD_S = 5.0
+
+
+async def open_sessions(config: Router) -> SessionStore:
+    """The deployment's store, which has answered. Raises ConfigError or Unavailable."""
+    if config.redis_url is None:
+        return MemorySessions(config.max_sessions, config.session_ttl_s)
+    store = RedisSessions(
+        config.redis_url,
+        config.max_sessions,
+        config.session_ttl_s,
+        password=config.redis_password(),
+        prefix=config.redis_prefix,
+    )
+    try:
+        await store.count()
+    except BaseException:
+        await store.close()
+        raise
+    return store
+
+
+class SessionGauge:
+    """Sets `gauge` to the store's count every GAUGE_PERIOD_S: a scrape must not wait. Owns the task that `stop` joins."""
+
+    def __init__(self, store: SessionStore, gauge, period_s: float = GAUGE_PERIOD_S):
+        self._store, self._gauge, self._period_s = store, gauge, period_s
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                self._gauge.set(await self._store.count())
+            except Unavailable as error:
+                logger.warning("sessions are not counted: %s", error)
+            await asyncio.sleep(self._period_s)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])

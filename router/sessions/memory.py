@@ -1,0 +1,117 @@
+"""Sessions in the memory of the one router. They end with it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from router.sessions.base import Session, SessionStore
+
+
+@dataclass
+class _Record:
+    """`session` is never handed out: callers get copies, as they do from a store elsewhere."""
+
+    session: Session
+    used_at: float
+    turn_id: str = ""
+
+    def copy(self, turn_id: str = "") -> Session:
+        kept = self.session
+        return replace(kept, prefilled_on=dict(kept.prefilled_on), busy=bool(self.turn_id), turn_id=turn_id)
+
+
+class MemorySessions(SessionStore):
+    """No method waits, so each is atomic for the event loop's other tasks."""
+
+    def __init__(self, max_sessions: int, ttl_s: float, clock: Callable[[], float] = time.monotonic):
+        super().__init__(max_sessions, ttl_s)
+        self._clock = clock
+        self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()  # least recently used first
+
+    async def create(
+        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+    ) -> Session:
+        return self._add(Session(self._name(session_id), tenant, tuple(token_ids), cache_domain=cache_domain)).copy()
+
+    async def get(self, session_id: str, *, tenant: str) -> Session:
+        return self._use(session_id, tenant).copy()
+
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
+        old = self._use(session_id, tenant).session
+        new = replace(old, session_id=self._name(new_session_id), prefilled_on=dict(old.prefilled_on))
+        return self._add(new).copy()
+
+    async def delete(self, session_id: str, *, tenant: str) -> None:
+        self._use(session_id, tenant)
+        del self._records[tenant, session_id]
+
+    async def count(self, tenant: str | None = None) -> int:
+        self._forget_expired()
+        return len(self._records) if tenant is None else sum(owner == tenant for owner, _ in self._records)
+
+    @asynccontextmanager
+    async def turn(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
+        record = self._use(session_id, tenant)
+        if record.turn_id:
+            raise self._busy(session_id)
+        record.turn_id = uuid.uuid4().hex
+        try:
+            yield record.copy(record.turn_id)
+        finally:
+            record.turn_id = ""
+            if self._records.get((tenant, session_id)) is record:
+                self._touch(tenant, session_id)
+
+    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+        record = self._records.get((session.tenant, session.session_id))
+        if record is None:
+            raise self._deleted(session)
+        if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
+            raise self._lost(session)
+        self._committed(session, token_ids, open_response)
+        record.session = replace(session, prefilled_on=dict(session.prefilled_on))
+
+    async def expires_in_s(self, session: Session) -> float:
+        record = self._records.get((session.tenant, session.session_id))
+        return max(0.0, record.used_at + self.ttl_s - self._clock()) if record else 0.0
+
+    async def close(self) -> None:
+        self._records.clear()
+
+    def _add(self, session: Session) -> _Record:
+        self._forget_expired()
+        key = (session.tenant, session.session_id)
+        if key in self._records:
+            raise self._exists(session.session_id)
+        if len(self._records) >= self.max_sessions:
+            raise self._full()
+        record = self._records[key] = _Record(session, self._clock())
+        return record
+
+    def _use(self, session_id: str, tenant: str) -> _Record:
+        self._forget_expired()
+        if (tenant, session_id) not in self._records:
+            raise self._missing(session_id)
+        return self._touch(tenant, session_id)
+
+    def _touch(self, tenant: str, session_id: str) -> _Record:
+        record = self._records[tenant, session_id]
+        record.used_at = self._clock()
+        self._records.move_to_end((tenant, session_id))
+        return record
+
+    def _forget_expired(self) -> None:
+        limit = self._clock() - self.ttl_s
+        expired = []
+        for key, record in self._records.items():
+            if record.used_at > limit:
+                break
+            if not record.turn_id:
+                expired.append(key)
+        for key in expired:
+            del self._records[key]

@@ -1,0 +1,233 @@
+"""Sessions in Redis: shared by several routers, and there after any of them has gone.
+
+A turn holds its session by a lease that its router renews. If the router dies the lease ends by itself, and with it only
+the turn is lost. The turn's router keeps the context it read, so its commit sends what is new and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as ConnectionLost
+from redis.exceptions import RedisError
+
+from kvshare.errors import PrefillShareError, Unavailable
+from kvshare.redis_url import shown
+from router.sessions import scripts
+from router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 64
+
+
+class RedisSessions(SessionStore):
+    """`prefix` tells the deployments apart that use one server. `lease_s`: how long a turn outlives a silent router.
+
+    `timeout_s` bounds every call, its retry included. A commit that ends in Unavailable may or may not have happened;
+    any other error means that it has not.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        max_sessions: int,
+        ttl_s: float,
+        *,
+        password: str | None = None,
+        prefix: str = "prefillshare",
+        lease_s: float = 15.0,
+        timeout_s: float = 2.0,
+    ):
+        super().__init__(max_sessions, ttl_s)
+        self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
+        # Timeout and retry are `_call`'s. With a socket_timeout, redis-py sends through asyncio.wait_for, which before Python
+        # 3.12 may swallow a cancellation: a task that is being stopped would go on.
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=None,
+            protocol=2,
+            socket_timeout=None,
+            socket_connect_timeout=None,
+            retry=Retry(NoBackoff(), 0),
+            **({"password": password} if password else {}),
+        )
+        self._url, self._secret = shown(url), pool.connection_kwargs.get("password")
+        self._redis = Redis.from_pool(pool)
+
+    async def create(
+        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+    ) -> Session:
+        session_id = self._name(session_id)
+        return await self._load(
+            scripts.CREATE, tenant, session_id, uuid.uuid4().hex, self.max_sessions, _packed(token_ids), cache_domain
+        )
+
+    async def get(self, session_id: str, *, tenant: str) -> Session:
+        return await self._load(scripts.GET, tenant, session_id)
+
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
+        new_session_id = self._name(new_session_id)
+        keys, name = self._keys(tenant, session_id)
+        new_keys, new_name = self._keys(tenant, new_session_id)
+        args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, self.max_sessions)
+        answer = await self._run(scripts.FORK, [*keys, *new_keys[:2]], args)
+        self._check(answer, session_id, new_session_id)
+        return _session(answer, tenant, new_session_id)
+
+    async def delete(self, session_id: str, *, tenant: str) -> None:
+        keys, name = self._keys(tenant, session_id)
+        # Not retried: where the first try worked, the second would say that there is no such session.
+        self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), session_id)
+
+    async def count(self, tenant: str | None = None) -> int:
+        names = f"{self._prefix}:names" if tenant is None else f"{self._prefix}:names:{tenant}"
+        return (await self._run(scripts.COUNT, [names], ()))[1]
+
+    @asynccontextmanager
+    async def turn(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
+        turn_id = uuid.uuid4().hex
+        try:
+            session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
+        except asyncio.CancelledError:
+            await self._end(tenant, session_id, turn_id)  # it may have begun all the same
+            raise
+        session.turn_id = turn_id
+        renewal = asyncio.create_task(self._renew(tenant, session_id, turn_id))
+        try:
+            yield session
+        finally:
+            renewal.cancel()
+            await asyncio.wait([renewal])
+            await self._end(tenant, session_id, turn_id)
+
+    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+        old, token_ids = session.token_ids, tuple(token_ids)
+        extends = token_ids[: len(old)] == old
+        (status, *_) = await self._ask(
+            scripts.COMMIT,
+            session.tenant,
+            session.session_id,
+            session.turn_id,
+            session.version,
+            _packed(token_ids[len(old) :] if extends else token_ids),
+            len(old) if extends else "",
+            int(open_response),
+            json.dumps(session.prefilled_on),
+        )
+        if status != b"ok":
+            raise self._deleted(session) if status == b"deleted" else self._lost(session)
+        self._committed(session, token_ids, open_response)
+
+    async def expires_in_s(self, session: Session) -> float:
+        keys, _ = self._keys(session.tenant, session.session_id)
+        return max(0, await self._call(lambda: self._redis.pttl(keys[0]))) / 1000
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _renew(self, tenant: str, session_id: str, turn_id: str) -> None:
+        """Runs as long as the turn. That a turn has lost its session is for its commit to say."""
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            try:
+                answer = await self._ask(scripts.RENEW, tenant, session_id, turn_id, _ms(self._lease_s))
+            except Unavailable as error:
+                logger.warning("turn %s on session %r: not renewed: %s", turn_id, session_id, error)
+                continue
+            if answer[0] != b"ok":
+                logger.warning("turn %s no longer holds session %r", turn_id, session_id)
+                return
+
+    async def _end(self, tenant: str, session_id: str, turn_id: str) -> None:
+        try:
+            await self._ask(scripts.END, tenant, session_id, turn_id)
+        except PrefillShareError as error:
+            logger.warning("session %r is held for up to %g s: %s", session_id, self._lease_s, error)
+
+    @property
+    def _ttl_ms(self) -> int:
+        return _ms(self.ttl_s)
+
+    def _keys(self, tenant: str, session_id: str) -> tuple[list[str], str]:
+        """Keys as scripts.py wants them, and the session's name in its sets. No two sessions share a name."""
+        if len(session_id) > MAX_NAME_CHARS:
+            raise self._missing(session_id)
+        name, p = f"{len(tenant)}:{tenant}:{session_id}", self._prefix
+        return [f"{p}:session:{name}", f"{p}:tokens:{name}", f"{p}:names", f"{p}:names:{tenant}"], name
+
+    async def _load(self, script: str, tenant: str, session_id: str, *args) -> Session:
+        answer = await self._ask(script, tenant, session_id, *args)
+        self._check(answer, session_id, session_id)
+        return _session(answer, tenant, session_id)
+
+    async def _ask(self, script: str, tenant: str, session_id: str, *args) -> list:
+        keys, name = self._keys(tenant, session_id)
+        return await self._run(script, keys, (name, self._ttl_ms, *args))
+
+    def _check(self, answer: list, session_id: str, new_session_id: str = "") -> None:
+        match answer[0]:
+            case b"missing":
+                raise self._missing(session_id)
+            case b"busy":
+                raise self._busy(session_id)
+            case b"exists":
+                raise self._exists(new_session_id)
+            case b"full":
+                raise self._full()
+
+    async def _run(self, script: str, keys: Sequence[str], args: Sequence, *, again: bool = True) -> list:
+        registered = self._redis.register_script(script)
+        return await self._call(lambda: registered(keys=keys, args=args), again=again)
+
+    async def _call(self, work: Callable[[], Awaitable], *, again: bool = True):
+        """Raises Unavailable only. `again`: may be done twice, so a lost connection is tried once more."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                try:
+                    return await work()
+                except ConnectionLost:
+                    if not again:
+                        raise
+                    return await work()
+        except TimeoutError:
+            reason = f"no answer within {self._timeout_s:g} s"
+        except (RedisError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if self._secret:  # a server's message may repeat what it was sent
+                reason = reason.replace(self._secret, "***")
+        raise Unavailable(f"session store {self._url}: {reason}", fix="try again; if it lasts, look at the Redis server")
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return np.asarray(token_ids, dtype="<u4").tobytes()
+
+
+def _session(answer: list, tenant: str, session_id: str) -> Session:
+    """From what `load` of scripts.py answers."""
+    _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
+    return Session(
+        session_id,
+        tenant,
+        tuple(np.frombuffer(tokens, dtype="<u4").tolist()),
+        int(turns),
+        is_open == b"1",
+        json.loads(prefilled),
+        domain.decode(),
+        bool(busy),
+        int(version),
+    )

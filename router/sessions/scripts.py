@@ -1,0 +1,179 @@
+"""What the Redis store does on the server, each atomic: Lua for Redis 6.2 or newer.
+
+A session is two keys that expire together: a hash (state, and the turn that holds it until when) and a string (token ids,
+4 bytes each, little-endian). Two sorted sets hold the names of all sessions and of one tenant's by the time they expire;
+what is past is dropped before they are counted, and each set expires with its last name.
+
+KEYS: the session's hash, its tokens, the names of all, the names of its tenant's. ARGV: its name there, the TTL in ms.
+Further ones as noted. The server's clock decides. Answers begin with a status; `load` gives what `RedisSessions` reads.
+"""
+
+_COUNTING = """
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function count(names)
+  redis.call('ZREMRANGEBYSCORE', names, '-inf', now)
+  return redis.call('ZCARD', names)
+end
+"""
+
+#: KEYS: the names to count. No ARGV.
+COUNT = _COUNTING + "return {'ok', count(KEYS[1])}"
+
+_COMMON = (
+    _COUNTING
+    + """
+local session, tokens, all, own = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local name, ttl = ARGV[1], tonumber(ARGV[2])
+
+-- Under memory pressure the server may evict one half of a session. Then there is no session.
+local function there(session, tokens)
+  local count = redis.call('HGET', session, 'tokens')
+  return count and tonumber(count) * 4 == redis.call('STRLEN', tokens)
+end
+
+local function holder(session)
+  local turn = redis.call('HMGET', session, 'turn', 'until')
+  return turn[1] and tonumber(turn[2]) > now and turn[1]
+end
+
+-- A session does not expire while a turn holds it.
+local function touch(session, tokens, name)
+  local ends = now + ttl
+  if holder(session) then ends = math.max(ends, tonumber(redis.call('HGET', session, 'until'))) end
+  redis.call('PEXPIREAT', session, ends)
+  redis.call('PEXPIREAT', tokens, ends)
+  for _, names in ipairs({all, own}) do
+    redis.call('ZADD', names, ends, name)
+    if redis.call('PTTL', names) < ends - now then redis.call('PEXPIREAT', names, ends) end
+  end
+end
+
+local function load(session, tokens)
+  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version')
+  return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
+end
+"""
+)
+
+#: ARGV: who makes it (a retry finds its own), most sessions, tokens, cache domain.
+CREATE = (
+    _COMMON
+    + """
+if there(session, tokens) then
+  if redis.call('HGET', session, 'made') ~= ARGV[3] then return {'exists'} end
+else
+  if count(all) >= tonumber(ARGV[4]) then return {'full'} end
+  redis.call('DEL', session, tokens)
+  redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[5] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
+    'domain', ARGV[6], 'version', 0)
+  redis.call('SET', tokens, ARGV[5])
+end
+touch(session, tokens, name)
+return load(session, tokens)
+"""
+)
+
+GET = (
+    _COMMON
+    + """
+if not there(session, tokens) then return {'missing'} end
+touch(session, tokens, name)
+return load(session, tokens)
+"""
+)
+
+#: KEYS: also the new session's two. ARGV: the new one's name, who makes it, most sessions.
+FORK = (
+    _COMMON
+    + """
+if not there(session, tokens) then return {'missing'} end
+touch(session, tokens, name)
+local new, copied = KEYS[5], KEYS[6]
+if there(new, copied) then
+  if redis.call('HGET', new, 'made') ~= ARGV[4] then return {'exists'} end
+else
+  if count(all) >= tonumber(ARGV[5]) then return {'full'} end
+  redis.call('DEL', new, copied)
+  redis.call('COPY', session, new)
+  redis.call('COPY', tokens, copied)
+  redis.call('HDEL', new, 'turn', 'until', 'committed')
+  redis.call('HSET', new, 'made', ARGV[4])
+end
+touch(new, copied, ARGV[3])
+return load(new, copied)
+"""
+)
+
+DELETE = (
+    _COMMON
+    + """
+if not there(session, tokens) then return {'missing'} end
+redis.call('DEL', session, tokens)
+redis.call('ZREM', all, name)
+redis.call('ZREM', own, name)
+return {'ok'}
+"""
+)
+
+#: ARGV: turn, lease in ms.
+BEGIN = (
+    _COMMON
+    + """
+if not there(session, tokens) then return {'missing'} end
+local held = holder(session)
+if held and held ~= ARGV[3] then return {'busy'} end
+redis.call('HSET', session, 'turn', ARGV[3], 'until', now + tonumber(ARGV[4]))
+touch(session, tokens, name)
+return load(session, tokens)
+"""
+)
+
+#: ARGV: turn, lease in ms. A lease that has ended is renewed if no other turn has begun since.
+RENEW = (
+    _COMMON
+    + """
+if not there(session, tokens) or redis.call('HGET', session, 'turn') ~= ARGV[3] then return {'lost'} end
+redis.call('HSET', session, 'until', now + tonumber(ARGV[4]))
+touch(session, tokens, name)
+return {'ok'}
+"""
+)
+
+#: ARGV: turn, version it began from, tokens, how many are there before them ("": they replace all), open, prefilled.
+COMMIT = (
+    _COMMON
+    + """
+if not there(session, tokens) then return {'deleted'} end
+local mark = ARGV[3] .. ':' .. ARGV[4]
+local state = redis.call('HMGET', session, 'version', 'tokens', 'committed')
+if state[3] == mark then return {'ok'} end
+if holder(session) ~= ARGV[3] or state[1] ~= ARGV[4] then return {'lost'} end
+if ARGV[6] == '' then
+  redis.call('SET', tokens, ARGV[5])
+elseif ARGV[6] == state[2] then
+  redis.call('APPEND', tokens, ARGV[5])
+else
+  return {'lost'}
+end
+redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
+  'prefilled', ARGV[8])
+redis.call('HINCRBY', session, 'turns', 1)
+redis.call('HINCRBY', session, 'version', 1)
+touch(session, tokens, name)
+return {'ok'}
+"""
+)
+
+#: ARGV: turn.
+END = (
+    _COMMON
+    + """
+if redis.call('HGET', session, 'turn') == ARGV[3] then
+  redis.call('HDEL', session, 'turn', 'until')
+  touch(session, tokens, name)
+end
+return {'ok'}
+"""
+)

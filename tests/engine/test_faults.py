@@ -1,0 +1,244 @@
+"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of a quiet run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from conftest import System, system, wait_until
+from oracle import TOLERANCE, Oracle
+
+from kvshare.config import parse
+from kvshare.errors import NotFound
+from prefillshare.app import apply
+from prefillshare.client import collect
+from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base, make_full_decoder
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+WEDGED_AFTER_S = 4
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, smollm):
+    folder = tmp_path_factory.mktemp("faults")
+    base = make_base("llama", folder / "base", smollm)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
+    with system(
+        {
+            "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
+            "prefill": {"replicas": 2, "kv_cache_gib": 0.05, "cpu_cores": "0"},
+            "decode": [
+                {
+                    "pool": "agents",
+                    "replicas": 2,
+                    "kv_cache_gib": 0.05,
+                    "cpu_cores": "1",
+                    "max_lora_rank": 8,
+                    "adapters": {name: str(path) for name, path in adapters.items()},
+                }
+            ],
+            "router": {"wedged_after_s": WEDGED_AFTER_S, "eager_prefill": False},
+            "cluster": {"kv_lease_s": 15, "kv_load_timeout_s": 5},
+        }
+    ) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+@pytest.fixture(autouse=True)
+def _whole_before_and_after(running):
+    """Every test begins and ends with two usable replicas per pool that hold nothing."""
+
+    def whole():
+        pools = running.info()
+        return all(len(pool) == 2 and all(r["usable"] for r in pool.values()) for pool in pools.values())
+
+    wait_until(whole, 150)
+    yield
+    wait_until(whole, 150)
+    wait_until(lambda: not running.held(), 30)
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def processes(running, pool: str, replica: str) -> list[psutil.Process]:
+    parent = psutil.Process(running.info()[pool][replica]["pid"])
+    return [parent, *parent.children(recursive=True)]
+
+
+def kill(running, pool: str, replica: str) -> list[psutil.Process]:
+    victims = processes(running, pool, replica)
+    victims[0].kill()
+    return victims
+
+
+def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, after: int = 8, **sampling):
+    """A turn during which `disturb()` is called once `after` tokens have come; checked by the oracle."""
+    session = running.client.create_session()
+
+    def watched():
+        seen, todo = 0, [disturb]
+        for piece in session.stream(decoder, token_ids=prompt, logprobs=0, ignore_eos=True, **sampling):
+            seen += len(piece.token_ids)
+            if seen >= after and todo:
+                todo.pop()()
+            yield piece
+        assert not todo
+
+    turn = collect(watched())
+    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs) <= TOLERANCE
+    assert list(session.get(with_token_ids=True).token_ids) == prompt + turn.token_ids
+    return turn
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}])
+def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle, sampling):
+    prompt = ids(70, salt=1)
+    whole = running.client.create_session().turn("a", token_ids=prompt, max_tokens=60, ignore_eos=True, **sampling)
+    victims = []
+
+    def die():
+        busy = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
+        assert len(busy) == 1
+        victims.extend(kill(running, "agents", busy.pop()))
+
+    turn = disturbed(running, oracle, "a", prompt, die, max_tokens=60, **sampling)
+    assert turn.token_ids == whole.token_ids
+    assert turn.usage.resumes >= 1
+    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims), 20)
+
+
+def test_a_decode_replica_that_hangs_in_the_middle_is_given_up_and_let_back_in(running, oracle):
+    stopped = []
+
+    def hang():
+        (busy,) = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
+        stopped.extend(processes(running, "agents", busy))
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+
+    try:
+        turn = disturbed(running, oracle, "b", ids(90, salt=2), hang, max_tokens=60)
+        assert turn.usage.resumes == 1
+        assert len(turn.token_ids) == 60
+        assert [r["usable"] for r in running.info()["agents"].values()].count(False) == 1
+    finally:
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+
+
+def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_nothing_else(running, oracle):
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=3), max_tokens=6, ignore_eos=True)
+    kill(running, "prefill", first.usage.prefill_replica)
+    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=4), max_tokens=6, ignore_eos=True)
+    assert second.usage.prefill_replica != first.usage.prefill_replica
+    assert second.usage.cached_tokens == 0
+
+
+def test_a_prefill_replica_that_hangs_is_given_up_within_the_deadline(running, oracle):
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=5), max_tokens=6, ignore_eos=True)
+    stopped = processes(running, "prefill", first.usage.prefill_replica)
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=6), max_tokens=6, ignore_eos=True)
+        assert second.usage.prefill_replica != first.usage.prefill_replica
+        assert time.monotonic() - began < 5 * WEDGED_AFTER_S
+    finally:
+        for process in stopped:
+            process.send_signal(signal.SIGCONT)
+
+
+def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, oracle):
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=7), max_tokens=6, ignore_eos=True)
+    _, *engine = processes(running, "prefill", first.usage.prefill_replica)
+    assert engine
+    for process in engine:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=8), max_tokens=6, ignore_eos=True)
+        assert second.usage.prefill_replica != first.usage.prefill_replica
+    finally:
+        for process in engine:
+            process.send_signal(signal.SIGCONT)
+
+
+def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running, oracle):
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(100, salt=9), max_tokens=6, ignore_eos=True)
+    _, *engine = processes(running, "prefill", first.usage.prefill_replica)
+    for process in engine:
+        os.kill(process.pid, signal.SIGKILL)
+    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=10), max_tokens=6, ignore_eos=True)
+    assert second.usage.prefill_replica != first.usage.prefill_replica
+    wait_until(lambda: first.usage.prefill_replica not in running.info()["prefill"], 60)
+
+
+def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):
+    """One change for all of it: fewer replicas, an adapter more, a pool more; and back."""
+    before = running.deployment
+    extra = make_seeded_adapters(Path(before.base.model), tmp_path / "adapters", names=("c",))
+    full = make_full_decoder(Path(before.base.model), tmp_path / "full", seed=4)
+    plain = before.model_dump(mode="json")
+    plain["prefill"]["replicas"] = 1
+    agents = plain["decode"][0]
+    agents |= {"replicas": 1, "adapters": agents["adapters"] | {name: str(path) for name, path in extra.items()}}
+    plain["decode"].append(agents | {"pool": "coder", "adapters": {}, "model": str(full), "serve_base": False})
+    after, turns = parse(plain), []
+    stop = threading.Event()
+
+    def keep_taking(name: str):
+        while not stop.is_set():
+            prompt = ids(40 + len(turns), salt=100 + len(turns))
+            turns.append(running.client.create_session().turn(name, token_ids=prompt, max_tokens=30, ignore_eos=True))
+
+    with ThreadPoolExecutor(3) as pool:
+        taking = [pool.submit(keep_taking, name) for name in ("a", "b", "base")]
+        try:
+            apply(after)
+            now = Oracle(after)
+            for name in ("c", "coder", "a"):
+                now.turn(running.client.create_session(), name, token_ids=ids(70, salt=90), max_tokens=8, ignore_eos=True)
+            assert {n: len(r) for n, r in running.info().items()} == {"prefill": 1, "agents": 1, "coder": 1}
+            models = httpx.get(f"{running.http_url}/models").json()["data"]
+            assert {m["id"] for m in models} == {"base", "a", "b", "c", "coder"}
+            apply(before)
+            with pytest.raises(NotFound, match="unknown decoder 'c'"):
+                running.client.create_session().turn("c", token_ids=ids(9), max_tokens=1)
+        finally:
+            stop.set()
+    assert all(one.exception() is None for one in taking), [one.exception() for one in taking]
+    assert len(turns) > 20
+    assert all(turn.usage.completion_tokens == 30 for turn in turns)
+
+
+def test_cached_prefixes_are_predicted_exactly_where_nothing_is_evicted(running, oracle):
+    session = running.client.create_session()
+    oracle.turn(session, "a", token_ids=ids(130, salt=11), max_tokens=4, ignore_eos=True)
+    time_of_events = time.monotonic() + 5
+    while True:
+        fork = session.fork()
+        result, _ = oracle.turn(fork, "b", token_ids=ids(3, salt=12), max_tokens=2, ignore_eos=True)
+        if result.usage.predicted_tokens == result.usage.cached_tokens == 128 or time.monotonic() > time_of_events:
+            break
+    assert result.usage.predicted_tokens == result.usage.cached_tokens == 128

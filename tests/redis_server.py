@@ -1,0 +1,76 @@
+"""A real redis-server for tests, on a free loopback port."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+START_TIMEOUT_S = 30
+
+
+class RedisServer:
+    """Keeps its data in `folder`: what it has answered to is there again after `kill` and `start`."""
+
+    def __init__(self, folder: Path, password: str = ""):
+        self._folder, self._password = folder, password
+        self.port = free_port()
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        login = f":{quote(self._password, safe='')}@" if self._password else ""
+        return f"redis://{login}127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        options = {
+            "port": self.port, "bind": "127.0.0.1", "dir": self._folder, "save": "", "appendonly": "yes",
+            "appendfsync": "no", "logfile": self._folder / "log", "requirepass": self._password,
+        }  # fmt: skip
+        command = ["redis-server", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+        try:
+            self._process = subprocess.Popen(command)
+        except FileNotFoundError:
+            pytest.fail("redis-server is not installed: apt-get install redis-server")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"redis-server did not start:\n{(self._folder / 'log').read_text()}")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        if self._process is None:
+            return
+        self.resume()
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        """It takes connections and says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=START_TIMEOUT_S) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+        except ConnectionError:
+            return False
+
+
+def free_port() -> int:
+    """Outside the range from which the system hands out ports, so that a server finds its own again after a restart."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port

@@ -1,0 +1,127 @@
+"""Eager prefill: when a response's KV is asked for, and when not."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from kvshare.config import Base
+from kvshare.handoff import PrefillResult
+from kvshare.metrics import Metrics
+from router.eager import PRIORITY, EagerPrefill
+
+BLOCK = 32
+
+
+class Pool:
+    """One replica that computes when told to."""
+
+    def __init__(self):
+        self.asked, self.cancelled, self.missing = [], 0, 1000
+        self.finish = asyncio.Event()
+        warm = SimpleNamespace(remote=self._warm)
+        self.replicas = SimpleNamespace(on=lambda replica: SimpleNamespace(warm=warm))
+
+    async def choose(self, tokens, keys):
+        return SimpleNamespace(replica=SimpleNamespace(id="one"), missing_tokens=self.missing)
+
+    @asynccontextmanager
+    async def calling(self, placement, queued_tokens=0):
+        yield
+
+    def _warm(self, token_ids, request_id, cache_salt, priority):
+        self.asked.append((len(token_ids), cache_salt, priority))
+        return Call(self)
+
+
+class Call:
+    def __init__(self, pool):
+        self._pool = pool
+
+    def __await__(self):
+        yield from self._pool.finish.wait().__await__()
+        return PrefillResult(None, 100, 60, 0.1)
+
+    def cancel(self):
+        self._pool.cancelled += 1
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+async def pool():
+    return Pool()
+
+
+@pytest.fixture
+async def eager(pool, metrics):
+    eager = EagerPrefill(pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    yield eager
+    await eager.stop()
+
+
+def context(tokens):
+    return lambda: list(range(tokens))
+
+
+async def settle():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def outcomes(metrics):
+    return {s.labels["outcome"]: s.value for m in metrics["eager_prefills_total"].collect() for s in m.samples
+            if s.name.endswith("_total")}  # fmt: skip
+
+
+async def test_the_whole_context_is_asked_for_at_the_end_at_the_lowest_priority(eager, pool, metrics):
+    eager.grew("s", 150, context(150), "salt", ended=True)
+    await settle()
+    pool.finish.set()
+    await settle()
+    assert pool.asked == [(150, "salt", PRIORITY)]
+    assert outcomes(metrics) == {"done": 1}
+    assert metrics["eager_prefill_tokens_total"]._value.get() == 40
+
+
+async def test_a_long_response_is_asked_for_stride_by_stride_while_it_streams(eager, pool):
+    pool.finish.set()
+    for tokens in range(500, 801):
+        eager.grew("s", tokens, context(tokens), None, ended=False)
+        await settle()
+    assert [tokens for tokens, *_ in pool.asked] == [600, 700, 800]
+
+
+async def test_the_next_turn_cancels_what_still_runs(eager, pool, metrics):
+    eager.grew("s", 150, context(150), None, ended=True)
+    await settle()
+    eager.cancel("s")
+    await settle()
+    assert pool.cancelled == 1
+    assert outcomes(metrics) == {"cancelled": 1}
+
+
+async def test_more_sessions_than_the_limit_are_dropped_and_counted(eager, pool, metrics):
+    for session in "abcd":
+        eager.grew(session, 150, context(150), None, ended=True)
+    await settle()
+    assert len(pool.asked) == 2
+    assert outcomes(metrics) == {"dropped": 2}
+    pool.finish.set()
+    await settle()
+    eager.grew("e", 150, context(150), None, ended=True)
+    await settle()
+    assert len(pool.asked) == 3
+
+
+async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, metrics):
+    pool.missing = BLOCK - 1
+    eager.grew("s", 150, context(150), None, ended=True)
+    await settle()
+    assert pool.asked == []
+    assert outcomes(metrics) == {"needless": 1}

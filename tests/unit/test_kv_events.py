@@ -1,0 +1,169 @@
+"""The index against a real publisher over ZMQ: evictions, late joiners, missed events, restarts, tenants."""
+
+import asyncio
+import socket
+import time
+
+import pytest
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
+
+from kvshare.replica_info import KVEvents
+from kvshare_vllm.kv_events import StatePublisher
+from router.cache_index import BlockKeys, CacheIndex
+
+BLOCK = 32
+
+
+def tokens(n, salt=0):
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def stored(ids, first, parent=None, salt=None, lora=None, lora_in_key=False):
+    blocks = len(ids) // BLOCK
+    keys = [((lora,) if lora_in_key else ()) + ((salt,) if salt and parent is None and i == 0 else ()) for i in range(blocks)]
+    return BlockStored(
+        block_hashes=list(range(first, first + blocks)),
+        parent_block_hash=parent,
+        token_ids=ids[: blocks * BLOCK],
+        block_size=BLOCK,
+        lora_id=1 if lora else None,
+        medium="GPU",
+        lora_name=lora,
+        extra_keys=[k or None for k in keys],
+        group_idx=0,
+    )
+
+
+def removed(*hashes):
+    return BlockRemoved(block_hashes=list(hashes), medium="GPU", group_idx=0)
+
+
+class Engine:
+    """A publisher in place of an engine."""
+
+    def __init__(self):
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            b.bind(("127.0.0.1", 0))
+            ports = a.getsockname()[1], b.getsockname()[1]
+        self.events = KVEvents(*(f"tcp://127.0.0.1:{port}" for port in ports))
+        self.start()
+
+    def start(self):
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                self._publisher = StatePublisher(0, self.events.endpoint, self.events.replay_endpoint)
+                return
+            except OSError:  # the socket of the one before is still closing
+                assert time.monotonic() < deadline
+
+    def tell(self, *events):
+        self._publisher.publish(KVEventBatch(ts=time.time(), events=list(events)))
+
+    def stop(self):
+        self._publisher.shutdown()
+
+
+@pytest.fixture
+def engine():
+    engine = Engine()
+    yield engine
+    engine.stop()
+
+
+async def becomes(index, keys, want, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while (found := await index.overlaps("prefill", keys)) != want:
+        assert time.monotonic() < deadline, f"the index says {found}, not {want}"
+        await asyncio.sleep(0.02)
+
+
+async def with_engine(engine, replica="one"):
+    index = CacheIndex(BLOCK)
+    await index.add("prefill", replica, engine.events)
+    return index
+
+
+async def test_the_index_follows_what_is_stored_and_evicted(engine):
+    index = await with_engine(engine)
+    prompt = BlockKeys(tokens(200), BLOCK)
+    engine.tell(stored(tokens(128), 1))
+    await becomes(index, prompt, {"one": 128})
+    engine.tell(stored(tokens(192)[128:], 5, parent=4))
+    await becomes(index, prompt, {"one": 192})
+    engine.tell(removed(6))
+    await becomes(index, prompt, {"one": 160})
+    engine.tell(AllBlocksCleared())
+    await becomes(index, prompt, {})
+
+
+async def test_a_router_that_joins_late_learns_the_state_of_an_idle_engine(engine):
+    engine.tell(stored(tokens(128), 1))
+    for n in range(30):
+        engine.tell(stored(tokens(64, 10 + n), 100 + 2 * n), removed(100 + 2 * n, 101 + 2 * n))
+    index = await with_engine(engine)
+    await becomes(index, BlockKeys(tokens(200), BLOCK), {"one": 128}, timeout_s=2)
+    assert await index.overlaps("prefill", BlockKeys(tokens(64, 12), BLOCK)) == {}
+
+
+async def test_blocks_evicted_while_a_router_joins_are_not_taken_for_cached(engine):
+    engine.tell(stored(tokens(128), 1))
+    for n in range(8):
+        passing = tokens(64, 50 + n)
+        engine.tell(stored(passing, 1000 + 10 * n))
+        index = await with_engine(engine)
+        for _ in range(5):
+            engine.tell(stored(passing, 1000 + 10 * n))
+            engine.tell(removed(1000 + 10 * n, 1001 + 10 * n))
+        await becomes(index, BlockKeys(tokens(200), BLOCK), {"one": 128})
+        await becomes(index, BlockKeys(passing, BLOCK), {})
+        index.close()
+
+
+async def test_an_engine_that_restarts_on_its_address_is_known_by_its_new_state(engine):
+    index = await with_engine(engine)
+    engine.tell(stored(tokens(128), 1))
+    await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
+    engine.stop()
+    engine.start()
+    engine.tell(stored(tokens(64, 7), 1))
+    await becomes(index, BlockKeys(tokens(64, 7), BLOCK), {"one": 64})
+    assert await index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}
+
+
+async def test_a_replica_that_has_left_holds_nothing_and_may_come_back(engine):
+    index = await with_engine(engine)
+    engine.tell(stored(tokens(128), 1))
+    prompt = BlockKeys(tokens(128), BLOCK)
+    await becomes(index, prompt, {"one": 128})
+    await index.remove("prefill", "one")
+    assert await index.overlaps("prefill", prompt) == {}
+    await index.add("prefill", "one", engine.events)
+    await becomes(index, prompt, {"one": 128})
+
+
+async def test_tenants_blocks_are_found_under_their_own_salt_only(engine):
+    index = await with_engine(engine)
+    ids = tokens(256)
+    engine.tell(stored(ids[:128], 1, salt="tenant"))
+    engine.tell(stored(ids[128:], 5, parent=4, salt="tenant"))  # the salt stands in the first block's key only
+    await becomes(index, BlockKeys(ids, BLOCK, salt="tenant"), {"one": 256})
+    assert await index.overlaps("prefill", BlockKeys(ids, BLOCK)) == {}
+    assert await index.overlaps("prefill", BlockKeys(ids, BLOCK, salt="other")) == {}
+
+
+async def test_an_adapters_blocks_are_anybodys_where_its_name_is_not_in_their_key(engine):
+    index = await with_engine(engine)
+    engine.tell(stored(tokens(128), 1, lora="planner"))
+    engine.tell(stored(tokens(128, 3), 11, lora="planner", lora_in_key=True))
+    await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
+    await becomes(index, BlockKeys(tokens(128, 3), BLOCK, adapter="planner"), {"one": 128})
+    assert await index.overlaps("prefill", BlockKeys(tokens(128, 3), BLOCK)) == {}
+
+
+async def test_pools_are_asked_apart(engine):
+    index = await with_engine(engine)
+    engine.tell(stored(tokens(128), 1))
+    await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
+    assert await index.overlaps("decode", BlockKeys(tokens(128), BLOCK)) == {}

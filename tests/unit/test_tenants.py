@@ -70,6 +70,14 @@ def test_unset_variable_is_refused_by_name(monkeypatch):
         tenants.load(Auth(keys_env="KEYS"))
 
 
+def test_fingerprint_changes_with_keys_and_with_what_a_tenant_may_do(tmp_path):
+    first, again = parse(TWO, tmp_path), parse(TWO, tmp_path)
+    others = [parse({"tenants": {"research": {"keys": [KEY], **more}}}, tmp_path) for more in ({}, {"weight": 2})]
+    others.append(parse({"tenants": {"research": {"keys": [OTHER]}}}, tmp_path))
+    assert first.fingerprint == again.fingerprint
+    assert len({known.fingerprint for known in (first, *others, tenants.load(None))}) == 5
+
+
 def test_a_digest_stands_for_its_key_and_is_no_key_itself(tmp_path):
     line = "sha256:" + hashlib.sha256(KEY.encode()).hexdigest()
     for written in (line, "sha256:" + line.removeprefix("sha256:").upper()):

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kvshare import redis_url
+from kvshare.access import Auth, Tls, with_files
 from kvshare.config_errors import as_config_error, shown
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.modes import get_mode, mode_names
+from kvshare.yaml_tree import Name, from_yaml
+from kvshare.yaml_tree import Node as _Node
 
-#: Names that appear in URLs, metrics labels and Ray deployment names.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Folder = Annotated[str, Field(min_length=1)]
 Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
@@ -32,12 +33,6 @@ OUR_ENGINE_ARGS = frozenset({
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
     "disable_log_stats", "kv_events_config", "scheduling_policy",
 })
-
-
-class _Node(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
 
 
 class Base(_Node):
@@ -228,6 +223,10 @@ class Router(_Node):
     """While a response streams, its KV is made every so many tokens."""
     placement: Placement = Field(default_factory=Placement)
     """How replicas are chosen."""
+    auth: Auth | None = None
+    """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
+    tls: Tls | None = None
+    """Certificates of both surfaces; unset: no encryption."""
 
     @field_validator("redis_url")
     @classmethod
@@ -307,6 +306,15 @@ class Deployment(_Node):
             raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; a name is served by one pool")
         return self
 
+    @model_validator(mode="after")
+    def _client_certificates_are_asked_for(self) -> Deployment:
+        if self.cluster.address and self.router.tls and self.router.tls.client_ca_file:
+            raise ValueError(
+                "router.tls.client_ca_file: HTTP proxies of a cluster that runs already do not ask for client certificates; "
+                "leave out cluster.address or client_ca_file"
+            )
+        return self
+
     @property
     def shares_prefill(self) -> bool:
         return any(get_mode(p.sharing).shares_prefill for p in self.decode)
@@ -330,7 +338,7 @@ def load(path: str | Path) -> Deployment:
     """Read and check a deployment file."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(), _Loader)
+        data = from_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no such deployment file: {path}", fix="deploy/configs/ holds one example per scenario") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -338,18 +346,6 @@ def load(path: str | Path) -> Deployment:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return parse(data, path.resolve().parent)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which plain YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _with_absolute_paths(deployment: Deployment, folder: Path) -> Deployment:
@@ -372,4 +368,5 @@ def _with_absolute_paths(deployment: Deployment, folder: Path) -> Deployment:
             update["model"] = resolve(f"decode.{number}.model", pool.model)
         pools.append(pool.model_copy(update=update))
     base = deployment.base.model_copy(update={"model": resolve("base.model", deployment.base.model)})
-    return deployment.model_copy(update={"base": base, "decode": tuple(pools)})
+    router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
+    return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})

@@ -19,23 +19,29 @@ _SHOULD_BE = {
 }
 
 
-def as_config_error(error: ValidationError, root: type[BaseModel]) -> ConfigError:
-    """One ConfigError for all that pydantic found wrong with a tree of type `root`; its `field` is the first bad field."""
+def as_config_error(error: ValidationError, root: type[BaseModel], *, secret: bool = False) -> ConfigError:
+    """One ConfigError for all that pydantic found wrong with a tree of type `root`; its `field` is the first bad field.
+
+    `secret`: no value is shown, nor a key that the tree does not know: either may be a secret in the wrong place.
+    """
     problems = []
     items = error.errors()
     for item in items:
         if item["type"] == "too_short" and any(i["loc"][: len(item["loc"])] == item["loc"] for i in items if i is not item):
             continue  # pydantic counts only the entries that are right
-        field = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        loc, is_key = item["loc"], item["loc"][-1:] == ("[key]",)
         if item["type"] == "extra_forbidden":
-            message = f"unknown key{_did_you_mean(item['loc'], root.model_json_schema())}"
+            message = f"unknown key{_did_you_mean(loc, root.model_json_schema())}"
         elif item["type"] == "missing":
             message = "required, but not given"
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
         else:
-            message = f"{_SHOULD_BE.get(item['type'], item['msg'])}, got {shown(item['input'])}"
-        problems.append((field, message))
+            got = _kind(item["input"]) if secret else shown(item["input"])
+            message = f"{_SHOULD_BE.get(item['type'], item['msg'])}, got {got}"
+        if secret and (is_key or item["type"] == "extra_forbidden"):
+            loc = loc[: -2 if is_key else -1]
+        problems.append((".".join(str(part) for part in loc if part != "[key]"), message))
     field, message = problems[0]
     rest = "".join(f"\n  {f}: {m}" if f else f"\n  {m}" for f, m in problems[1:])
     return ConfigError(message + rest, field=field or None)
@@ -43,17 +49,28 @@ def as_config_error(error: ValidationError, root: type[BaseModel]) -> ConfigErro
 
 def shown(value: Any) -> str:
     """A value as an error message shows it."""
-    if isinstance(value, dict | list) and value:
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return "nothing" if value is None else repr(value)
+    return _kind(value) if value is None or (isinstance(value, dict | list) and value) else repr(value)
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else kinds.get(type(value), "something else")
 
 
 def _did_you_mean(loc: tuple, schema: dict[str, Any]) -> str:
     node = schema
     for part in loc[:-1]:
-        node = node["items"] if isinstance(part, int) else node["properties"][part]
+        node = _below(node, part)
         for choice in (node, *node.get("anyOf", ())):
             if "$ref" in choice:
                 node = schema["$defs"][choice["$ref"].rsplit("/", 1)[1]]
     close = difflib.get_close_matches(str(loc[-1]), node["properties"], n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(node['properties'])}"
+
+
+def _below(node: dict[str, Any], part: str | int) -> dict[str, Any]:
+    if isinstance(part, int):
+        return node["items"]
+    if part in node.get("properties", ()):
+        return node["properties"][part]
+    return next(iter(node["patternProperties"].values()))  # a mapping whose keys the user chooses

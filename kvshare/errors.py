@@ -4,6 +4,8 @@
     |-- InvalidInput            the request is wrong; sending it again is no use
     |   |-- ConfigError         a deployment file or a decoder's files are wrong, found before an engine starts
     |   |-- ContractMismatch    base and decoder (or two engines) do not agree on what KV means (R4)
+    |-- Unauthenticated         no API key, or one that no tenant has
+    |-- PermissionDenied        the key's tenant may not do this
     |-- NotFound                unknown decoder or session
     |-- Conflict                the session is busy with another turn, or has changed
     |-- Overloaded              a queue is full; carries a retry hint
@@ -25,6 +27,8 @@ class GrpcCode(StrEnum):
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     NOT_FOUND = "NOT_FOUND"
     ABORTED = "ABORTED"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
@@ -89,6 +93,14 @@ class ContractMismatch(InvalidInput):
     """Two sides mean different things by the same KV bytes. Both values are named (R4)."""
 
     grpc_code, http_status = GrpcCode.FAILED_PRECONDITION, 409
+
+
+class Unauthenticated(PrefillShareError):
+    grpc_code, http_status = GrpcCode.UNAUTHENTICATED, 401
+
+
+class PermissionDenied(PrefillShareError):
+    grpc_code, http_status = GrpcCode.PERMISSION_DENIED, 403
 
 
 class NotFound(PrefillShareError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvshare.caller import Caller
+
 
 @dataclass(frozen=True)
 class Handoff:
@@ -88,9 +90,16 @@ class TurnContext:
     #: Who takes the turn, and how soon (lower is sooner); "" where there are no tenants.
     tenant: str = ""
     priority: int = 0
-    #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV.
+    #: Prompts of different domains never share KV (R7).
+    cache_domain: str = ""
+    #: Of the domain and the client's own salt. Mixed into the keys of the prompt's blocks on both sides: prompts of
+    #: different salts never share KV.
     cache_salt: str | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None
     #: Set where the text is made: the response is whole, although a stop text cut the tokens short.
     ended_well: bool = False
+
+    @classmethod
+    def of(cls, caller: Caller, **given) -> TurnContext:
+        return cls(tenant=caller.tenant, priority=caller.priority, cache_domain=caller.cache_domain, **given)

@@ -32,6 +32,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
+from kvshare.caller import cache_salt, current_caller
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
 
@@ -76,8 +77,9 @@ class Frontend(EngineClient):
         reasoning_ended=None,
         reasoning_parser_kwargs=None,
     ) -> AsyncIterator[RequestOutput]:
-        """vLLM's surface. The decoder is the LoRA's name; none is the base."""
+        """vLLM's surface. The decoder is the LoRA's name; none is the base. The caller is the HTTP request's."""
         decoder = lora_request.lora_name if lora_request is not None else self._base_name
+        context = TurnContext.of(current_caller.get())
         try:
             request = self.prepare(
                 prompt,
@@ -89,7 +91,7 @@ class Frontend(EngineClient):
         except PrefillShareError as error:
             raise _to_vllm(error) from error
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        return self._as_vllm(self.run(request, decoder, TurnContext(), prompt_text=text))
+        return self._as_vllm(self.run(request, decoder, context, prompt_text=text))
 
     def prepare(
         self,
@@ -132,7 +134,7 @@ class Frontend(EngineClient):
         """Run a prepared request. Closing the iterator, or cancelling its consumer, ends the turn everywhere."""
         params = request.sampling_params
         queue = RequestOutputCollector(params.output_kind, request.request_id)
-        context.cache_salt = request.cache_salt
+        context.cache_salt = cache_salt(context.cache_domain, request.cache_salt)
         children, parent = [request], None
         if params.n > 1:
             parent, children = ParentRequest(request), []

@@ -17,6 +17,7 @@ from kvshare.config import Base
 # Read by vLLM at import: this process has no KV cache and counts nobody's usage.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"  # whoever knows a stored response's id could read it (R7)
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -67,8 +68,11 @@ class RetryHint:
         await self._app(scope, receive, send_with_hint)
 
 
-async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None]):
-    """Returns (FastAPI app, Frontend). `decoders`: served names without the base."""
+async def build_openai_app(
+    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None], middleware: Iterable[Callable] = ()
+):
+    """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
+    put around all that is there before it."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment = dict(os.environ)
@@ -77,7 +81,8 @@ async def build_openai_app(base: Base, decoders: Iterable[str], run_turn: TurnRu
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     await init_app_state(frontend, app.state, args, tasks)
-    app.middleware_stack = RetryHint(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
+    for wrap in (RetryHint, *middleware):
+        app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend
 

@@ -19,6 +19,8 @@ from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
+from prefillshare.serve_http import check_proxies, http_options, proxy_environment
+from router import tenants
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ def build(deployment: Deployment, served: Deployment | None = None):
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
     )
-    return _kept_while(ingress, _fixed(deployment)).bind(served or deployment, handles)
+    known = tenants.load(router.auth)
+    return _kept_while(ingress, (_fixed(deployment), known.fingerprint)).bind(served or deployment, handles, known)
 
 
 def _kept_while(part, settings: object):
@@ -104,17 +107,19 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     """
     import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions
 
     engine_settings(deployment)  # files first: the cheapest refusals
+    tenants.load(deployment.router.auth)
     check_machine(deployment)
     cluster, owned = deployment.cluster, False
     if not ray.is_initialized():
         owned = cluster.address is None
-        _connect(deployment, owned)
+        with proxy_environment(deployment.router):
+            _connect(deployment, owned)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(http_options=HTTPOptions(host=deployment.router.host, port=deployment.router.http_port))
+        serve.start(http_options=http_options(deployment.router))
+        check_proxies(deployment.router)
         serve.run_many([serve.RunTarget(build(deployment), name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(deployment, progress)
         handle = serve.get_app_handle(APP)
@@ -135,7 +140,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     """Bring the running application in line with `new`: replica counts, adapters, decode pools, the router's limits.
 
     Nothing that runs is lost: engines take on what comes before the router sends to it, and drop what goes after the
-    router has stopped. Raises ConfigError if the base would change, or nothing runs.
+    router has stopped. Raises ConfigError if the base or TLS would change, or nothing runs.
     """
     from ray import serve
 
@@ -146,6 +151,8 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     old = Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
     if (old.base, old.cluster) != (new.base, new.cluster):
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
+    if old.router.tls != new.router.tls:
+        raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
     both = _union(old, new)
     for application in (build(both, old), build(both, new), build(new)):
         serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
@@ -240,7 +247,8 @@ def serve_command(file: Path) -> None:
             signal.signal(sig, lambda *_: stop.set())
         progress.done()
         r = deployment.router
-        console.print(f"[green]ready[/]  OpenAI: http://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
+        scheme = "https" if r.tls else "http"
+        console.print(f"[green]ready[/]  OpenAI: {scheme}://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         stop.wait()
         console.print("stopping: finishing running turns ...")

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
 from kvshare import contract, fingerprint
 from kvshare.errors import ConfigError, PrefillShareError
 from prefillshare import models
+from prefillshare.progress import FetchProgress
 
 EXIT_REFUSED = 2
 
@@ -107,17 +107,35 @@ def check(file: File) -> None:
 
 
 @app.command()
+def key() -> None:
+    """Make a new API key for a tenant: the key itself, for the tenant, and its line for the keys file.
+
+    The keys file (`router.auth.keys_file`) needs only the second, from which nobody can find the key.
+    """
+    from router.tenants import new_key
+
+    typer.echo("key        {}\nkeys file  {}".format(*new_key()))
+
+
+@app.command()
 def demo(
     config: Annotated[Path, typer.Option(help="Deployment file.", dir_okay=False)] = Path("deploy/configs/demo.yaml"),
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 32,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(help="With `router.tls`: PEM file of the server's root.", show_default="its certificate", dir_okay=False),
+    ] = None,
 ) -> None:
     """Start a small cluster on this machine and run a session in which decoders take turns over one context.
 
     Needs the embedded model: `prefillshare model fetch smollm2-135m-instruct`. The last line of output is one JSON object.
+
+    With a deployment that has `router.auth`, the environment variable `PREFILLSHARE_API_KEY` holds the key of the tenant
+    that runs the demo. It is no option: other users of the machine can see those.
     """
     from prefillshare.demo import run
 
-    run(config, max_tokens)
+    run(config, max_tokens, ca_file)
 
 
 @model_app.command("fetch")
@@ -126,7 +144,7 @@ def model_fetch(
     target: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="models/NAME")] = None,
 ) -> None:
     """Make the model's folder in Hugging Face format and check it by hash. Once made, a second run only checks it."""
-    with _ProgressBars() as bars:
+    with FetchProgress() as bars:
         folder = models.fetch(name, target, bars.update)
     typer.echo(f"{name} is in {folder}")
 
@@ -196,45 +214,6 @@ def _require_weights(decoder: Path) -> None:
             fix="give the folder of a LoRA adapter saved by PEFT or of a model in Hugging Face format",
         )
     fingerprint.weights(decoder)
-
-
-_STAGES = {
-    "waiting": "waiting for another run that makes this folder",
-    "checking": "checking the folder's hashes",
-    "hashing": "checking the package's file",
-    "converting": "converting to float32",
-    "recording": "hashing what was written",
-}
-
-
-class _ProgressBars:
-    """One bar per stage on standard error, so that output can be piped. Without a terminal: only how each stage ended."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
-            TimeElapsedColumn(), console=Console(stderr=True),
-        )
-        self._stage: str | None = None
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> _ProgressBars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, stage: str, done: int, total: int | None) -> None:
-        if stage != self._stage:
-            self._finish()
-            self._stage, self._task = stage, self._progress.add_task(_STAGES[stage], total=total, amount="")
-        assert self._task is not None
-        self._progress.update(self._task, completed=done, amount=f"{done / 1e6:.0f} MB" if total else "")
-
-    def _finish(self) -> None:
-        if self._task is not None and self._progress.tasks[self._task].total is None:
-            self._progress.update(self._task, total=1.0, completed=1.0)
 
 
 def main() -> None:

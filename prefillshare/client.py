@@ -6,13 +6,17 @@ with Client("127.0.0.1:9000") as client:
     print(turn.text, turn.usage.cached_tokens)
     for piece in session.stream("coder", text=" Now the code:"):
         print(piece.text, end="")
+
+With API keys and TLS: Client("router.example:9000", api_key=KEY, ca_file="ca.pem").
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
@@ -21,6 +25,7 @@ from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 
 ERROR_METADATA = "prefillshare-error-bin"
+API_KEY_VARIABLE = "PREFILLSHARE_API_KEY"
 _MAX_MESSAGE_BYTES = 64 << 20
 
 Messages = Sequence[dict[str, str]]
@@ -39,14 +44,33 @@ class TurnResult:
 
 
 class Client:
-    """One connection. `timeout_s`: deadline of calls that name none."""
+    """One connection. `timeout_s`: deadline of calls that name none.
 
-    def __init__(self, address: str = "127.0.0.1:9000", timeout_s: float = 300.0):
+    `api_key`: default from the environment variable PREFILLSHARE_API_KEY; neither: calls carry no key.
+    `tls`: trust the roots that gRPC comes with; `ca_file`: TLS that trusts the PEM file's roots instead.
+    `cert_file`, `key_file`: the client's own certificate and its key, for servers that ask for one.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:9000",
+        timeout_s: float = 300.0,
+        *,
+        api_key: str | None = None,
+        tls: bool = False,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
+    ):
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._metadata = _metadata(api_key or os.environ.get(API_KEY_VARIABLE))
+        if tls or ca_file or cert_file or key_file:
+            self._channel = grpc.secure_channel(address, _credentials(ca_file, cert_file, key_file), options=options)
+        else:
+            self._channel = grpc.insecure_channel(address, options=options)
         self._stub = pb_grpc.PrefillShareStub(self._channel)
         self.timeout_s = timeout_s
 
@@ -73,8 +97,12 @@ class Client:
         messages: Messages | None = None,
         text: str | None = None,
         token_ids: Sequence[int] | None = None,
+        cache_domain: str = "",
     ) -> RemoteSession:
-        request = pb.CreateSessionRequest(session_id=session_id, input=_input(messages, text, token_ids))
+        """`cache_domain`: share KV with the sessions and requests of this domain; default: the tenant's own."""
+        request = pb.CreateSessionRequest(
+            session_id=session_id, input=_input(messages, text, token_ids), cache_domain=cache_domain
+        )
         return RemoteSession(self, self._call(self._stub.CreateSession, request).session_id)
 
     def session(self, session_id: str) -> RemoteSession:
@@ -83,7 +111,7 @@ class Client:
 
     def _call(self, method, request):
         with _typed_errors():
-            return method(request, timeout=self.timeout_s)
+            return method(request, timeout=self.timeout_s, metadata=self._metadata)
 
 
 class RemoteSession:
@@ -128,7 +156,8 @@ class RemoteSession:
             sampling=pb.SamplingParams(**sampling),
         )
         with _typed_errors():
-            call = self._client._stub.Generate(request, timeout=timeout_s or self._client.timeout_s)
+            client = self._client
+            call = client._stub.Generate(request, timeout=timeout_s or client.timeout_s, metadata=client._metadata)
             try:
                 yield from call
             finally:
@@ -164,6 +193,27 @@ def _input(messages: Messages | None, text: str | None, token_ids: Sequence[int]
     return pb.Input(token_ids=pb.TokenIds(ids=token_ids)) if token_ids is not None else None
 
 
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    if not api_key:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+        raise errors.InvalidInput("a key is ASCII text without spaces", field="api_key", fix="look for a line break in it")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def _credentials(*files: str | Path | None) -> grpc.ChannelCredentials:
+    def content(name: str, file: str | Path | None) -> bytes | None:
+        try:
+            return None if file is None else Path(file).read_bytes()
+        except OSError as error:
+            raise errors.ConfigError(f"cannot read {file}: {error.strerror}", field=name, fix="give a PEM file") from None
+
+    roots, certificate, key = map(content, ("ca_file", "cert_file", "key_file"), files)
+    if (certificate is None) != (key is None):
+        raise errors.ConfigError("cert_file and key_file go together", field="cert_file", fix="give both, or neither")
+    return grpc.ssl_channel_credentials(roots, key, certificate)
+
+
 @contextmanager
 def _typed_errors():
     """gRPC errors as the exceptions of kvshare.errors."""
@@ -184,5 +234,7 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
         grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
         grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
         grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+        grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+        grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     }
     return by_code.get(error.code(), errors.PrefillShareError)(f"{error.code().name}: {error.details()}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from kvshare import config
+from kvshare import access, config
 from kvshare.modes import get_mode, mode_names
+from router import tenants
 
 EXAMPLES = Path(__file__).parents[1] / "deploy" / "configs"
 _HEAD = """\
@@ -20,6 +22,13 @@ _HEAD = """\
 One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it and `prefillshare serve FILE`
 runs it. Unknown keys are refused. All sizes are per replica.
 """
+_KEYS_FILE = """\
+## The keys file
+
+`router.auth.keys_file`, or the content of the environment variable `router.auth.keys_env`: YAML or JSON, one mapping
+`tenants` from a tenant's name to the keys below. Unknown keys are refused. What is said about a wrong one shows names, never
+values. Example: [example.yaml](../deploy/keys/example.yaml).
+"""
 #: Where each node of the tree stands in the file.
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", config.Base),
@@ -27,6 +36,8 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("decode[]", config.DecodePool),
     ("router", config.Router),
     ("router.placement", config.Placement),
+    ("router.auth", access.Auth),
+    ("router.tls", access.Tls),
     ("cluster", config.Cluster),
 )
 
@@ -36,10 +47,11 @@ def markdown() -> str:
     parts = [_HEAD, "## Sharing modes\n\nValues of `decode[].sharing`.\n", _table(("mode", "meaning"), _modes())]
     parts += ["## The file\n", _fields(config.Deployment)]
     for path, node in _SECTIONS:
-        parts += [f"## `{path}`\n\n{node.__doc__}\n", _fields(node)]
+        parts += [f"## `{path}`\n\n{inspect.cleandoc(node.__doc__)}\n", _fields(node)]
     refused = ", ".join(f"`{name}`" for name in sorted(config.OUR_ENGINE_ARGS))
     parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. Refused, because fields above or "
               f"the KV contract decide them:\n{refused}.\n"]
+    parts += [_KEYS_FILE, _fields(tenants.Tenant)]
     parts += ["## Examples\n\nIn `deploy/configs/`, one per scenario.\n", _table(("file", "scenario"), _examples())]
     return "\n".join(parts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from rich.text import Text
 
 from kvshare import decoders
 from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, Internal
+from kvshare.errors import ConfigError, Internal, Unauthenticated
 from prefillshare.app import running
-from prefillshare.client import Client, RemoteSession, TurnResult, collect
+from prefillshare.client import API_KEY_VARIABLE, Client, RemoteSession, TurnResult, collect
 from prefillshare.progress import startup_progress
+from router import tenants
 
 CONFIG = Path("deploy/configs/demo.yaml")
 MODEL = "smollm2-135m-instruct"
@@ -55,7 +57,7 @@ class Row:
     result: TurnResult
 
 
-def run(config: Path = CONFIG, max_tokens: int = 32) -> None:
+def run(config: Path = CONFIG, max_tokens: int = 32, ca_file: Path | None = None) -> None:
     """Raises PrefillShareError; prints progress, a table, and as last line one JSON object."""
     console = Console()
     deployment = _prepare(config, console)
@@ -63,10 +65,11 @@ def run(config: Path = CONFIG, max_tokens: int = 32) -> None:
     turns = [t for t in TURNS if t[0] in names]
     if len({name for name, _ in turns}) < 2:
         raise ConfigError(f"the demo wants decoders among {', '.join(n for n, _ in TURNS)}", field="decode")
+    connection = client_options(deployment, ca_file)
     with startup_progress(console) as progress, running(deployment, progress):
         progress.done()
         console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
-        with Client(f"{deployment.router.host}:{deployment.router.grpc_port}") as client:
+        with Client(f"{deployment.router.host}:{deployment.router.grpc_port}", **connection) as client:
             rows = _session(client, deployment, turns, max_tokens, console)
     with console.status("checking every generated token against the reference ..."):
         worst = _oracle(deployment, rows)
@@ -82,6 +85,16 @@ def run(config: Path = CONFIG, max_tokens: int = 32) -> None:
     print(json.dumps(totals))
     if worst > TOLERANCE:
         raise Internal(f"log-probabilities differ from the reference by {worst:.2e}, more than {TOLERANCE:g}")
+
+
+def client_options(deployment: Deployment, ca_file: Path | None = None) -> dict[str, object]:
+    """What a client of this deployment on this machine needs. Raises before engines start if it has no key, or a wrong one."""
+    auth, tls = deployment.router.auth, deployment.router.tls
+    if auth is not None:
+        if not (key := os.environ.get(API_KEY_VARIABLE)):
+            raise Unauthenticated("the deployment has tenants", field=API_KEY_VARIABLE, fix="set it to the key of one")
+        tenants.load(auth).identify(key)
+    return {"ca_file": ca_file or tls.cert_file} if tls is not None else {}
 
 
 def _prepare(config: Path, console: Console) -> Deployment:

@@ -98,11 +98,16 @@ def check_command(file: Path) -> None:
 
     from kvshare import decoders
     from prefillshare.engines import kv_contract
+    from router import tenants
 
     deployment = load(file)
+    known = tenants.load(deployment.router.auth).by_name
     contract = kv_contract(deployment)
     check_machine(deployment)
     console = Console()
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
+    console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): everybody may call")
+    if known and deployment.router.tls is None:
+        console.print("  no TLS (router.tls): API keys can be read on their way here")

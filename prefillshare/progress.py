@@ -1,4 +1,4 @@
-"""Live progress while a deployment starts."""
+"""Live progress while a deployment starts, and while a model's folder is made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 
@@ -30,3 +31,42 @@ class StartupProgress:
 def startup_progress(console: Console) -> Iterator[StartupProgress]:
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield StartupProgress(live)
+
+
+_STAGES = {
+    "waiting": "waiting for another run that makes this folder",
+    "checking": "checking the folder's hashes",
+    "hashing": "checking the package's file",
+    "converting": "converting to float32",
+    "recording": "hashing what was written",
+}
+
+
+class FetchProgress:
+    """One bar per stage on standard error, so that output can be piped. Without a terminal: only how each stage ended."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(), console=Console(stderr=True),
+        )
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> FetchProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self._finish()
+            self._stage, self._task = stage, self._progress.add_task(_STAGES[stage], total=total, amount="")
+        assert self._task is not None
+        self._progress.update(self._task, completed=done, amount=f"{done / 1e6:.0f} MB" if total else "")
+
+    def _finish(self) -> None:
+        if self._task is not None and self._progress.tasks[self._task].total is None:
+            self._progress.update(self._task, total=1.0, completed=1.0)

@@ -15,16 +15,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvshare.access import Tls
+from kvshare.caller import current_caller
 from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
 from kvshare.handoff import TurnContext, TurnUsage
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from router.grpc_auth import ApiKeys
+from router.grpc_errors import ERROR_METADATA
+from router.grpc_errors import abort as _abort
+from router.grpc_tls import credentials
 from router.sampling import to_sampling_params
+from router.tenants import Tenants
 from router.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-ERROR_METADATA = "prefillshare-error-bin"
 SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
 _MAX_MESSAGE_BYTES = 16 << 20
 
@@ -32,14 +38,15 @@ _MAX_MESSAGE_BYTES = 16 << 20
 class GrpcServer:
     """Owns the listening port. `start` raises ConfigError if it is taken."""
 
-    def __init__(self, servicer: Servicer, host: str, port: int):
+    def __init__(self, servicer: Servicer, host: str, port: int, tenants: Tenants | None = None, tls: Tls | None = None):
         self._address, self._port = f"{host}:{port}", port
+        self._credentials = credentials(tls) if tls else None
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
         ]
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(options=options, interceptors=[ApiKeys(tenants or Tenants())])
         self._health = health.aio.HealthServicer()
         pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -47,13 +54,18 @@ class GrpcServer:
 
     async def start(self) -> None:
         try:
-            if self._server.add_insecure_port(self._address) != self._port:
+            if self._listen() != self._port:
                 raise RuntimeError("not bound")
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {self._address}: {error}", field="router.grpc_port", fix="choose a free port"
             ) from error
         await self._server.start()
+
+    def _listen(self) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(self._address)
+        return self._server.add_secure_port(self._address, self._credentials)
 
     async def set_ready(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -79,24 +91,23 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
 
     async def CreateSession(self, request, context):
-        made = self._turns.create(request.session_id, _input(request.input), _tenant(context))
-        return await self._answer(context, self._described(made))
+        return await self._answer(context, self._described(self._create(request)))
 
     async def GetSession(self, request, context):
-        found = self._turns.sessions.get(request.session_id, tenant=_tenant(context))
+        found = self._turns.sessions.get(request.session_id, tenant=_tenant())
         return await self._answer(context, self._described(found, request.include_token_ids))
 
     async def ForkSession(self, request, context):
-        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant(context))
+        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant())
         return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):
-        await self._answer(context, self._turns.sessions.delete(request.session_id, tenant=_tenant(context)))
+        await self._answer(context, self._turns.sessions.delete(request.session_id, tenant=_tenant()))
         return pb.DeleteSessionResponse()
 
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
-        turn_context = TurnContext()
+        turn_context = TurnContext.of(current_caller.get())
         try:
             turn_context.deadline_s = _deadline_s(context)
             sampling = to_sampling_params(request.sampling)
@@ -108,7 +119,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                 sampling,
                 request_id,
                 turn_context,
-                _tenant(context),
+                _tenant(),
             )
             async with aclosing(turn) as events:
                 async for event in events:
@@ -132,6 +143,10 @@ class Servicer(pb_grpc.PrefillShareServicer):
             logger.exception("request %s failed", request_id)
             await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
 
+    async def _create(self, request):
+        caller = current_caller.get().in_domain(request.cache_domain)
+        return await self._turns.create(request.session_id, _input(request.input), caller.tenant, caller.cache_domain)
+
     async def _described(self, work, with_tokens: bool = False) -> pb.Session:
         session = await work
         return pb.Session(
@@ -149,20 +164,9 @@ class Servicer(pb_grpc.PrefillShareServicer):
             await _abort(context, error)
 
 
-async def _abort(context, error: PrefillShareError) -> None:
-    detail = pb.ErrorDetail(
-        kind=type(error).__name__,
-        message=error.message,
-        field=error.field or "",
-        fix=error.fix or "",
-        retry_after_s=getattr(error, "retry_after_s", 0.0),
-    )
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error), ((ERROR_METADATA, detail.SerializeToString()),))
-
-
-def _tenant(context) -> str:
-    """Whose sessions this call sees. There are no tenants yet."""
-    return ""
+def _tenant() -> str:
+    """Whose sessions this call sees."""
+    return current_caller.get().tenant
 
 
 def _deadline_s(context) -> float | None:

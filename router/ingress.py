@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 
 from fastapi import Response
 from ray import serve
@@ -22,6 +23,7 @@ from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
+from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +38,12 @@ GRACE_S = 30.0
 class RouterIngress:
     """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
 
-    async def __init__(self, deployment: Deployment, handles: Mapping[str, object]):
+    async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         from kvshare_vllm.openai_app import build_openai_app
         from router.eager import EagerPrefill
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
+        from router.http_auth import ApiKeys
         from router.orchestrator import Orchestrator
         from router.sessions import SessionGauge, open_sessions
         from router.turns import Turns
@@ -51,12 +54,13 @@ class RouterIngress:
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
         self._decoders = served_decoders.served(deployment)
-        self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics)
+        self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics, tenants.shares())
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
             self._orchestrator.run,
             self._orchestrator.admit,
+            middleware=[partial(ApiKeys, tenants=tenants)],
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
         self._eager: EagerPrefill | None = None
@@ -66,7 +70,8 @@ class RouterIngress:
         turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
-        self._grpc = GrpcServer(Servicer(turns, self.not_ready_because), config.host, config.grpc_port)
+        servicer = Servicer(turns, self.not_ready_because)
+        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls)
         _add_readiness(self._app, self.not_ready_because)
         await self._grpc.start()
         if reason := await self.not_ready_because():

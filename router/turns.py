@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
+from kvshare.caller import current_caller
 from kvshare.config import Base
 from kvshare.decoders import Decoder
 from kvshare.errors import InvalidInput
@@ -57,10 +58,10 @@ class Turns:
         self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
-    async def create(self, session_id: str, given: TurnInput, tenant: str = "") -> Session:
+    async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
         ids = self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), 1)
-        return await self.sessions.create(session_id, ids, tenant=tenant)
+        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
     async def take(
         self,
@@ -77,6 +78,7 @@ class Turns:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
+            context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
             if self._eager:
                 self._eager.cancel((tenant, session_id))
             kept, seen = self._lay_out(session, given, suffix)

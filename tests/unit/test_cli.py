@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -22,8 +23,19 @@ def _weights(folder):
 
 def test_help_names_every_command():
     shown = run("--help").stdout
-    assert all(command in shown for command in ("serve", "check", "demo", "model", "contract", "--version"))
+    assert all(command in shown for command in ("serve", "check", "key", "demo", "model", "contract", "--version"))
     assert all(command in run("contract", "--help").stdout for command in ("write", "show", "check"))
+
+
+def test_key_prints_a_key_and_the_line_for_the_keys_file():
+    lines = dict(line.rsplit(maxsplit=1) for line in run("key").stdout.splitlines())
+    assert lines["keys file"] == "sha256:" + hashlib.sha256(lines["key"].encode()).hexdigest()
+
+
+def test_help_of_the_demo_says_where_its_key_and_certificate_come_from():
+    shown = " ".join(run("demo", "--help").stdout.split())
+    assert "--ca-file" in shown
+    assert "PREFILLSHARE_API_KEY" in shown
 
 
 def test_version_is_the_package_version():

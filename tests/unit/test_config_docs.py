@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from kvshare import config
+from kvshare import access, config
 from kvshare.modes import mode_names
 from prefillshare import config_docs
+from router.tenants import Tenant
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
-NODES += [config.Placement, config.Router, config.Cluster]
+NODES += [config.Placement, config.Router, config.Cluster, access.Auth, access.Tls]
+KEYS_FILE = [Tenant]
 
 
 def test_page_is_up_to_date():
@@ -22,7 +24,7 @@ def test_list_of_nodes_is_the_tree():
     assert set(config.Deployment.model_json_schema()["$defs"]) == {node.__name__ for node in NODES} - {"Deployment"}
 
 
-@pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+@pytest.mark.parametrize("node", NODES + KEYS_FILE, ids=lambda node: node.__name__)
 def test_every_field_is_documented(node):
     assert node.__doc__
     assert [name for name, field in node.model_fields.items() if not (field.description or "").strip().endswith(".")] == []
@@ -30,7 +32,7 @@ def test_every_field_is_documented(node):
 
 def test_page_has_a_row_for_every_field():
     rows = set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE))
-    assert rows == {name for node in NODES for name in node.model_fields} | set(mode_names())
+    assert rows == {name for node in NODES + KEYS_FILE for name in node.model_fields} | set(mode_names())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ CODES = {
     "InvalidInput": ("INVALID_ARGUMENT", 400),
     "ConfigError": ("INVALID_ARGUMENT", 400),
     "ContractMismatch": ("FAILED_PRECONDITION", 409),
+    "Unauthenticated": ("UNAUTHENTICATED", 401),
+    "PermissionDenied": ("PERMISSION_DENIED", 403),
     "NotFound": ("NOT_FOUND", 404),
     "Conflict": ("ABORTED", 409),
     "Overloaded": ("RESOURCE_EXHAUSTED", 429),

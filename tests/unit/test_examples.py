@@ -1,16 +1,21 @@
 """The example deployments: each is right as it stands, for a base of the size its comments speak of."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from kvshare import config, decoders
+from kvshare.access import Auth, Tls, with_files
 from kvshare.contract import DecoderContract, KVShape
+from router import tenants
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "configs"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))
+KEYS = FOLDER.parent / "keys" / "example.yaml"
 
 #: Shapes of the bases the examples name.
 BASES = {
@@ -46,7 +51,7 @@ def load(model, adapter, tmp_path, monkeypatch):
 
 def test_there_is_one_example_per_scenario():
     names = {file.stem for file in EXAMPLES}
-    assert names == {"demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus"}
+    assert names == {"demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "tenants"}
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -54,7 +59,7 @@ def test_example_is_served_as_it_stands(load, file):
     decoders.check_files(load(file))
 
 
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [*EXAMPLES, KEYS], ids=lambda file: file.stem)
 def test_example_says_what_it_is_for_what_it_needs_and_what_to_change(file):
     comment = "\n".join(line for line in file.read_text().split("\n\n")[0].splitlines() if line.startswith("#"))
     assert re.match(r"# [A-Z].+\.\n#\n", comment)
@@ -75,6 +80,29 @@ def test_demo_and_baseline_differ_in_sharing_alone():
     assert own == {key: value for key, value in shared.items() if key != "replicas"}
     assert [pool.pop("sharing") for pool in (demo["decode"][0], baseline["decode"][0])] == ["prefillshare", "none"]
     assert demo == baseline
+
+
+def test_tenants_are_the_demo_behind_keys(load):
+    demo, tenants_of = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "tenants.yaml"))
+    assert tenants_of["router"].pop("auth") == {"keys_file": "../keys/example.yaml"}
+    assert tenants_of == demo
+    known = tenants.load(load(FOLDER / "tenants.yaml").router.auth)
+    assert list(known.by_name) == ["research", "support", "nightly"]
+
+
+def test_example_keys_file_lets_nobody_in():
+    """Its digests are not of keys: nobody can have the key to sixty-four times the same digit."""
+    for tenant in tenants.load(Auth(keys_file=str(KEYS))).by_name.values():
+        assert all(len(set(key)) == 1 for key in tenant.keys)
+
+
+def test_certificate_of_the_comment_is_one_that_can_be_used(tmp_path):
+    comment = re.findall(r"^  # .*#  (.*)$", (FOLDER / "tenants.yaml").read_text(), re.M)
+    command = " ".join(line.strip().rstrip("\\") for line in comment)
+    assert command.startswith("openssl req")
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    files = Tls(cert_file="cert.pem", key_file="key.pem")
+    assert with_files(None, files, tmp_path)["tls"].cert_file == str(tmp_path / "cert.pem")
 
 
 def test_demo_serves_three_adapters_and_the_base_on_two_cores(load):

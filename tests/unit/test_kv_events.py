@@ -5,6 +5,7 @@ import socket
 import time
 
 import pytest
+import zmq
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
 from kvshare.replica_info import KVEvents
@@ -55,7 +56,7 @@ class Engine:
             try:
                 self._publisher = StatePublisher(0, self.events.endpoint, self.events.replay_endpoint)
                 return
-            except OSError:  # the socket of the one before is still closing
+            except zmq.ZMQError:  # the socket of the one before is still closing
                 assert time.monotonic() < deadline
 
     def tell(self, *events):

@@ -41,12 +41,14 @@ class GetReadinessResponse(_message.Message):
     def __init__(self, ready: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
-    __slots__ = ("session_id", "input")
+    __slots__ = ("session_id", "input", "cache_domain")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     input: Input
-    def __init__(self, session_id: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ...) -> None: ...
+    cache_domain: str
+    def __init__(self, session_id: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., cache_domain: _Optional[str] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id", "include_token_ids")

@@ -1,0 +1,57 @@
+"""Who makes a call, and with whom its prompts share KV (R7).
+
+A cache domain is a set of prompts that may share KV. A tenant has one of its own; it puts a session or request into
+another one only on purpose, and only where its entry in the keys file allows it. What goes to engines is the domain's
+salt: they mix it into the key of a prompt's first block, on which all later keys depend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from kvshare.errors import PermissionDenied
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A tenant as one call sees it. "" is the one anonymous tenant of deployments without `router.auth`."""
+
+    tenant: str = ""
+    cache_domain: str = ""
+    #: Further domains this tenant may choose.
+    may_share: tuple[str, ...] = ()
+    #: Of its turns; lower is sooner, as in vLLM.
+    priority: int = 0
+
+    def in_domain(self, chosen: str) -> Caller:
+        """The caller in a domain it chose; "" is its own. Raises PermissionDenied."""
+        if chosen in ("", self.cache_domain):
+            return self
+        if chosen not in self.may_share:
+            allowed = [name for name in (self.cache_domain, *self.may_share) if name]
+            raise PermissionDenied(
+                f"cache domain {chosen!r} is not among those this caller may use",
+                field="cache_domain",
+                fix=f"leave it out, or use one of {', '.join(allowed)}" if allowed else "leave it out",
+            )
+        return replace(self, cache_domain=chosen)
+
+
+ANONYMOUS = Caller()
+#: Set by the surface, per call, before anything else runs; tasks made during the call inherit it.
+current_caller: ContextVar[Caller] = ContextVar("prefillshare_caller", default=ANONYMOUS)
+
+
+def cache_salt(domain: str, client_salt: str | None = None) -> str | None:
+    """The salt engines get. None for the anonymous domain without a salt of the client's: such keys stay unsalted.
+
+    Different (domain, client_salt) give different salts, on every router and after every restart the same. It needs no
+    secret: a client's own salt never reaches an engine as it is, so nobody can send the salt of another domain.
+    """
+    if not domain and client_salt is None:
+        return None
+    parts = [domain] if client_salt is None else [domain, client_salt]
+    encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "big") + part for part in encoded)).hexdigest()

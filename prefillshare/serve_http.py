@@ -1,0 +1,98 @@
+"""The HTTP proxies of Ray Serve: where they listen, and their TLS.
+
+Serve hands a CA file on to its HTTP server but not the wish that clients show a certificate, so that nobody is asked for
+one. Its proxies call a function of ours before they start, which adds the wish; whether it arrived is tried.
+
+Seam: ray/serve/config.py, ray/serve/_private/http_util.py (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH), uvicorn/config.py
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvshare.config import Router
+from kvshare.errors import ConfigError, EngineStartError
+
+_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+_PROBE_TIMEOUT_S = 10.0
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def http_options(router: Router):
+    from ray.serve.config import HTTPOptions
+
+    if router.tls is None:
+        return HTTPOptions(host=router.host, port=router.http_port)
+    return HTTPOptions(
+        host=router.host,
+        port=router.http_port,
+        ssl_keyfile=router.tls.key_file,
+        ssl_certfile=router.tls.cert_file,
+        ssl_ca_certs=router.tls.client_ca_file,
+    )
+
+
+@contextmanager
+def proxy_environment(router: Router) -> Iterator[None]:
+    """Start a local Ray cluster inside: its processes inherit what its proxies need to know."""
+    wanted = router.tls is not None and router.tls.client_ca_file is not None
+    before = os.environ.get(_CALLBACK)
+    if wanted:
+        os.environ[_CALLBACK] = f"{__name__}.{ask_for_client_certificates.__name__}"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            del os.environ[_CALLBACK]
+        elif wanted:
+            os.environ[_CALLBACK] = before
+
+
+def ask_for_client_certificates() -> list:
+    """Serve's callback, in a proxy's process: from now on an HTTP server with a CA file asks for certificates."""
+    import uvicorn
+
+    init = uvicorn.Config.__init__
+
+    def asking(self, *args, **kwargs):
+        if kwargs.get("ssl_ca_certs"):
+            kwargs.setdefault("ssl_cert_reqs", ssl.CERT_REQUIRED)
+        init(self, *args, **kwargs)
+
+    uvicorn.Config.__init__ = asking
+    return []  # no middleware
+
+
+def check_proxies(router: Router) -> None:
+    """After Serve's start: raises if HTTP is not served as `router.tls` says. A Serve that runs already keeps its own."""
+    from ray.serve.context import _get_global_client
+
+    if router.tls is None:
+        return
+    there, wanted = _get_global_client().http_config, http_options(router)
+    if any(getattr(there, name) != getattr(wanted, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")):
+        raise ConfigError(
+            "Ray Serve runs already on this cluster, with other certificates or none",
+            field="router.tls",
+            fix="end it there first (serve shutdown), or use the same files",
+        )
+    if router.tls.client_ca_file and serves_without_certificate(router.host, router.http_port):
+        raise EngineStartError("the HTTP surface serves clients that show no certificate, against router.tls.client_ca_file")
+
+
+def serves_without_certificate(host: str, port: int) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((_ANY.get(host, host), port), _PROBE_TIMEOUT_S) as plain,
+            context.wrap_socket(plain) as connection,
+        ):
+            connection.sendall(b"GET /-/healthz HTTP/1.0\r\n\r\n")
+            return bool(connection.recv(1))
+    except (ssl.SSLError, ConnectionResetError, BrokenPipeError):
+        return False

@@ -1,0 +1,185 @@
+"""Tenants: who may call, told by an API key (R7).
+
+A keys file, or the environment variable in its place, maps tenants to keys. Keys are kept as SHA-256 digests only; no
+error, log line or repr shows a key, nor anything that could be one in the wrong place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kvshare.access import Auth
+from kvshare.caller import ANONYMOUS, Caller
+from kvshare.config_errors import as_config_error
+from kvshare.errors import ConfigError, Unauthenticated
+from kvshare.yaml_tree import Name, Node, from_yaml
+from router import grant
+
+MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
+#: What fits into a header as it is.
+_KEY_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation)
+_DIGEST = "sha256:"
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def new_key() -> tuple[str, str]:
+    """A fresh key, and the line that stands for it in a keys file."""
+    key = f"psk-{secrets.token_urlsafe(32)}"
+    return key, f"{_DIGEST}{digest(key).hex()}"
+
+
+def _as_digest(written: Any) -> bytes:
+    if not isinstance(written, str):
+        raise ValueError("a key is text; put it between quotes")
+    if written.startswith(_DIGEST):
+        number = written.removeprefix(_DIGEST)
+        if len(number) != 64 or not set(number) <= set(string.hexdigits):
+            raise ValueError("a digest is sha256: and 64 hexadecimal digits")
+        return bytes.fromhex(number)
+    if not written:
+        raise ValueError("an empty key; remove it")
+    if not set(written) <= _KEY_CHARS:
+        raise ValueError("a key is made of ASCII letters, digits and punctuation, without spaces")
+    if not MIN_KEY_CHARS <= len(written) <= MAX_KEY_CHARS:
+        raise ValueError(f"{len(written)} characters; a key has {MIN_KEY_CHARS} to {MAX_KEY_CHARS}; make one: prefillshare key")
+    return digest(written)
+
+
+class Tenant(Node):
+    """What one tenant may do, under its name in `tenants`. Names are shown in logs and metrics."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    keys: tuple[Annotated[bytes, BeforeValidator(_as_digest, json_schema_input_type=str)], ...] = Field(
+        min_length=1, repr=False
+    )
+    """Its API keys, each as it is (16 characters or more) or as "sha256:" and its SHA-256 in hexadecimal digits.
+    `prefillshare key` makes both."""
+    weight: float = Field(1, gt=0, le=1000)
+    """Its share where tenants wait for each other: one of weight 2 gets twice as much as one of weight 1."""
+    max_in_progress: int | None = Field(None, ge=1)
+    """Most turns it has in progress at once; unset: as many as router.max_queued."""
+    priority: int = Field(0, ge=-100, le=100)
+    """Lower is sooner, as in vLLM: turns of lower number go before all of higher number."""
+    cache_domain: Name | None = None
+    """Its prompts share KV with those of the same domain only; unset: a domain of its own, named like the tenant."""
+    may_share: tuple[Name, ...] = ()
+    """Further cache domains it may choose for a session or request. Who shares a domain can find out, from answer
+    times, whether others in it have sent the same beginning of a prompt."""
+
+
+class KeysFile(Node):
+    """A keys file."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    tenants: dict[Name, Tenant] = Field(min_length=1)
+    """Tenant name -> what it may do."""
+
+    @model_validator(mode="after")
+    def _keys_are_unique(self) -> KeysFile:
+        seen: dict[bytes, str] = {}
+        for name, tenant in self.tenants.items():
+            for number, key in enumerate(tenant.keys):
+                place = f"tenants.{name}.keys.{number}"
+                if key in seen:
+                    raise ValueError(f"{place} is the same key as {seen[key]}; a key belongs to one tenant, once")
+                seen[key] = place
+        return self
+
+
+class Tenants:
+    """The tenants of a deployment; none: everybody is the one anonymous tenant. Read-only, crosses process borders."""
+
+    def __init__(self, tenants: Mapping[str, Tenant] | None = None):
+        self.by_name = dict(tenants or {})
+        self._digests = tuple((key, name) for name, tenant in self.by_name.items() for key in tenant.keys)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with everything a keys file says, keys included."""
+        everything = [(name, tenant.model_dump()) for name, tenant in self.by_name.items()]
+        return hashlib.sha256(repr(everything).encode()).hexdigest()
+
+    def identify(self, key: str | None) -> Caller:
+        """Who presents this key. Raises Unauthenticated. Takes as long for a wrong key as for a right one."""
+        if not self.by_name:
+            return ANONYMOUS
+        if not key:
+            raise Unauthenticated("no API key is given", fix='send it as "authorization: Bearer KEY"')
+        presented, found = digest(key), None
+        for stored, name in self._digests:
+            if hmac.compare_digest(presented, stored):
+                found = name
+        if found is None:
+            raise Unauthenticated("no tenant has this API key", fix="use a key of this deployment's keys file")
+        tenant = self.by_name[found]
+        return Caller(found, tenant.cache_domain or found, tenant.may_share, tenant.priority)
+
+    def shares(self) -> dict[str, grant.Tenant]:
+        """Name -> what the queue knows of it."""
+        return {name: grant.Tenant(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
+
+
+def bearer(authorization: str | None) -> str | None:
+    """The key in the value of an `authorization` header."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
+def load(auth: Auth | None) -> Tenants:
+    """Raises ConfigError, which shows no value of the file."""
+    if auth is None:
+        return Tenants()
+    if auth.keys_env:
+        field, where, text = "router.auth.keys_env", f"environment variable {auth.keys_env}", os.environ.get(auth.keys_env)
+        if text is None:
+            raise ConfigError(f"{where} is not set", field=field, fix="put the keys file's content there, or use keys_file")
+    else:
+        field, where = "router.auth.keys_file", auth.keys_file
+        text, reason = _read(Path(where))
+        if reason:
+            raise ConfigError(f"cannot read {where}: {reason}", field=field)
+    return Tenants(_parse(text, field, where).tenants)
+
+
+def _parse(text: str, field: str, where: str) -> KeysFile:
+    # Raised outside of the handlers: what pydantic and YAML raise quotes the file, and must not travel as a context.
+    try:
+        data = from_yaml(text)
+        if isinstance(data, dict):
+            return KeysFile.model_validate(data)
+        wrong = "a keys file is a mapping with the key tenants; deploy/keys/ holds an example"
+    except yaml.YAMLError as error:
+        wrong = f"not YAML{_line(error)} (not shown: it may hold a key)"
+    except ValidationError as error:
+        wrong = str(as_config_error(error, KeysFile, secret=True))
+    raise ConfigError(f"{where}: {wrong}", field=field)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """(content, why not)"""
+    try:
+        return path.read_text(), ""
+    except OSError as error:
+        return "", error.strerror or type(error).__name__
+    except UnicodeDecodeError:
+        return "", "it is not UTF-8 text"
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

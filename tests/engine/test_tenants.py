@@ -1,0 +1,177 @@
+"""Tenants through both surfaces as they are served (R7): vLLM's whole app and gRPC, over a turn runner that tells what
+reached it. No engine runs; that engines keep different salts apart is in test_rules.py."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import httpx
+import pytest
+import pytest_asyncio
+from conftest import free_port
+
+from kvshare.caller import cache_salt
+from kvshare.config import Base
+from kvshare.decoders import Decoder
+from kvshare.errors import NotFound, PermissionDenied, Unauthenticated
+from kvshare.handoff import TokenChunk
+from prefillshare.client import Client
+from router.tenants import KeysFile, Tenants
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KEY, OTHER = "psk-first-tenants-key", "psk-second-tenants-key"
+FILE = {"tenants": {"research": {"keys": [KEY], "may_share": ["handbook"], "priority": 4}, "support": {"keys": [OTHER]}}}
+TENANTS = Tenants(KeysFile.model_validate(FILE).tenants)
+ASK = [{"role": "user", "content": "hi"}]
+
+
+class Router:
+    """A router without engines. `turns`: (tenant, domain, priority, salt) of the turns since it was last read."""
+
+    def __init__(self):
+        self._turns: list[tuple] = []
+
+    @property
+    def turns(self) -> list[tuple]:
+        seen, self._turns = self._turns, []
+        return seen
+
+    async def run_turn(self, decoder, prompt, sampling, request_id, context):
+        self._turns.append((context.tenant, context.cache_domain, context.priority, context.cache_salt))
+        yield TokenChunk([100, 101])
+        await asyncio.sleep(0)
+        yield TokenChunk([102], finish_reason="length")
+
+    async def start(self, model: str, tenants: Tenants):
+        from kvshare_vllm.openai_app import build_openai_app
+        from router.grpc_api import GrpcServer, Servicer
+        from router.http_auth import ApiKeys
+        from router.sessions import MemorySessions
+        from router.turns import Turns
+
+        base = Base(model=model, dtype="float32", max_model_len=512)
+        app, frontend = await build_openai_app(
+            base, ["planner"], self.run_turn, lambda decoder: None, middleware=[partial(ApiKeys, tenants=tenants)]
+        )
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
+        decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
+        self.sessions = MemorySessions(10, 100)
+        turns = Turns(base, decoders, frontend, self.sessions)
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        self.grpc = GrpcServer(Servicer(turns, None), "127.0.0.1", port, tenants)
+        await self.grpc.start()
+
+    async def post(self, path: str, body: dict, **headers) -> httpx.Response:
+        limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        return await self.http.post(path, json={"model": "planner", limit: 3, **body}, headers=headers)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def router(smollm):
+    router = Router()
+    await router.start(str(smollm), TENANTS)
+    yield router
+    await router.http.aclose()
+    await router.grpc.stop(0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": ASK}),
+    ],
+)
+async def test_every_way_to_generate_runs_as_the_keys_tenant_under_its_salt(router, path, body, stream):
+    answer = await router.post(path, body | {"stream": stream}, authorization=f"Bearer {KEY}")
+    assert answer.status_code == 200, answer.text
+    assert router.turns == [("research", "research", 4, cache_salt("research"))]
+    answer = await router.post(path, body | {"stream": stream}, **{"x-api-key": OTHER})
+    assert answer.status_code == 200, answer.text
+    assert router.turns == [("support", "support", 0, cache_salt("support"))]
+    assert (await router.post(path, body | {"stream": stream})).status_code == 401
+    assert router.turns == []
+
+
+async def test_a_clients_own_salt_is_folded_in_for_each_of_several_answers(router):
+    body = {"messages": ASK, "n": 3, "cache_salt": cache_salt("research")}
+    assert (await router.post("/v1/chat/completions", body, **{"x-api-key": OTHER})).status_code == 200
+    assert router.turns == [("support", "support", 0, cache_salt("support", cache_salt("research")))] * 3
+
+
+async def test_the_header_puts_a_request_into_a_shared_domain(router):
+    shared = {"x-prefillshare-cache-domain": "handbook"}
+    answer = await router.post("/v1/completions", {"prompt": ["a", "b"]}, authorization=f"Bearer {KEY}", **shared)
+    assert answer.status_code == 200
+    assert router.turns == [("research", "handbook", 4, cache_salt("handbook"))] * 2
+    assert (await router.post("/v1/completions", {"prompt": "a"}, **{"x-api-key": OTHER}, **shared)).status_code == 403
+    assert router.turns == []
+
+
+async def test_everything_the_app_serves_takes_a_key_but_what_is_known_to_be_open(router):
+    paths = (await router.http.get("/openapi.json")).json()["paths"]
+    calls = [(way, path) for path, ways in paths.items() for way in ways]
+    is_open = {path for way, path in calls if (await router.http.request(way, path)).status_code != 401}
+    assert len(paths) > 10
+    assert is_open == {"/health", "/ping", "/version", "/metrics"}
+
+
+async def test_sessions_stay_in_the_domain_they_were_made_in_and_so_do_their_forks(router):
+    def turns():
+        with Client(router.address, api_key=KEY) as client:
+            own, shared = client.create_session(text="hello"), client.create_session(text="hello", cache_domain="handbook")
+            for session in (own, shared, shared.fork(), own.fork()):
+                session.turn("planner", text="x", max_tokens=3)
+            with pytest.raises(PermissionDenied, match="cache domain 'support'"):
+                client.create_session(cache_domain="support")
+        with Client(router.address) as client, pytest.raises(Unauthenticated):
+            client.decoders()
+
+    await asyncio.to_thread(turns)
+    assert [domain for _, domain, _, _ in router.turns] == ["research", "handbook", "handbook", "research"]
+
+
+async def test_tenants_do_not_see_each_others_sessions_whatever_their_names(router):
+    def turns():
+        with Client(router.address, api_key=KEY) as one, Client(router.address, api_key=OTHER) as two:
+            one.create_session("same", text="hello")
+            for use in (lambda s: s.get(), lambda s: s.fork(), lambda s: s.turn("planner", text="x"), lambda s: s.delete()):
+                with pytest.raises(NotFound):
+                    use(two.session("same"))
+            two.create_session("same", text="hello")
+            for client in (one, two):
+                client.session("same").turn("planner", text="x", max_tokens=3)
+
+    await asyncio.to_thread(turns)
+    assert [(tenant, domain) for tenant, domain, _, _ in router.turns] == [("research", "research"), ("support", "support")]
+
+
+async def test_a_session_in_a_domain_its_tenant_may_no_longer_use_takes_no_turn(router):
+    made = await router.sessions.create("old", [1, 2], tenant="support", cache_domain="handbook")
+
+    def turn():
+        with Client(router.address, api_key=OTHER) as client:
+            client.session(made.session_id).turn("planner", text="x", max_tokens=3)
+
+    with pytest.raises(PermissionDenied, match="cache domain 'handbook'"):
+        await asyncio.to_thread(turn)
+    assert router.turns == []
+
+
+async def test_without_tenants_keys_stay_unsalted(smollm):
+    router = Router()
+    await router.start(str(smollm), Tenants())
+    try:
+        assert (await router.post("/v1/completions", {"prompt": "a"})).status_code == 200
+        assert router.turns == [("", "", 0, None)]
+        assert (await router.post("/v1/completions", {"prompt": "a", "cache_salt": "mine"})).status_code == 200
+        assert router.turns == [("", "", 0, cache_salt("", "mine"))]
+    finally:
+        await router.http.aclose()
+        await router.grpc.stop(0)

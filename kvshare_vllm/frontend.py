@@ -33,8 +33,9 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
 from kvshare.caller import cache_salt, current_caller
-from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
+from kvshare.errors import Internal, InvalidInput, NotFound, Overloaded, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
+from kvshare_vllm.http_refusals import note_retry_after
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -267,4 +268,6 @@ def _to_vllm(error: PrefillShareError) -> Exception:
         return VLLMNotFoundError(str(error))
     if isinstance(error, InvalidInput) and error.http_status == 400:
         return VLLMValidationError(str(error), parameter=error.field)
+    if isinstance(error, Overloaded):
+        note_retry_after(error.retry_after_s)
     return GracefulHTTPError(str(error), HTTPStatus(error.http_status))

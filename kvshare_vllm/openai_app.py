@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from http import HTTPStatus
 from types import SimpleNamespace
 
 from kvshare.config import Base
@@ -51,23 +50,6 @@ for _serving in (chat_serving, completion_serving):
     _serving.get_max_tokens = _refuse_what_does_not_fit(_serving.get_max_tokens)
 
 
-class RetryHint:
-    """ASGI middleware: a refusal for lack of room says when to try again."""
-
-    RETRY_AFTER_S = b"1"
-
-    def __init__(self, app):
-        self._app = app
-
-    async def __call__(self, scope, receive, send):
-        async def send_with_hint(message):
-            if message["type"] == "http.response.start" and message["status"] == HTTPStatus.TOO_MANY_REQUESTS:
-                message = {**message, "headers": [*message["headers"], (b"retry-after", self.RETRY_AFTER_S)]}
-            await send(message)
-
-        await self._app(scope, receive, send_with_hint)
-
-
 async def build_openai_app(
     base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None], middleware: Iterable[Callable] = ()
 ):
@@ -81,7 +63,7 @@ async def build_openai_app(
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     await init_app_state(frontend, app.state, args, tasks)
-    for wrap in (RetryHint, *middleware):
+    for wrap in (HttpRefusals, *middleware):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend

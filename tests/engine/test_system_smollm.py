@@ -332,7 +332,7 @@ def test_turns_beyond_the_queue_are_refused_with_a_retry_hint(running):
         pytest.raises(openai.RateLimitError) as refused,
     ):
         client.chat.completions.create(model="base", messages=ask("Hi"), stream=True)
-    assert refused.value.response.headers["retry-after"] == "1"
+    assert int(refused.value.response.headers["retry-after"]) >= 1
     for stream in held:
         stream.close()
     wait_until(lambda: not running.held())

@@ -30,6 +30,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
+from kvshare_vllm.http_refusals import HttpRefusals
 
 
 def _refuse_what_does_not_fit(get_max_tokens):

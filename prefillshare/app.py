@@ -201,7 +201,7 @@ def _drain(handle) -> None:
     from router.ingress import GRACE_S
 
     try:
-        handle.drain.remote(GRACE_S).result(timeout_s=STOP_TIMEOUT_S)
+        handle.broadcast("drain", GRACE_S).results(timeout_s=STOP_TIMEOUT_S)
     except Exception as error:  # the cluster is going down whatever happens here
         logger.warning("The router did not drain: %s: %s", type(error).__name__, error)
 

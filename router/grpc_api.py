@@ -38,13 +38,22 @@ _MAX_MESSAGE_BYTES = 16 << 20
 class GrpcServer:
     """Owns the listening port. `start` raises ConfigError if it is taken."""
 
-    def __init__(self, servicer: Servicer, host: str, port: int, tenants: Tenants | None = None, tls: Tls | None = None):
+    def __init__(
+        self,
+        servicer: Servicer,
+        host: str,
+        port: int,
+        tenants: Tenants | None = None,
+        tls: Tls | None = None,
+        shared_port: bool = False,
+    ):
         self._address, self._port = f"{host}:{port}", port
         self._credentials = credentials(tls) if tls else None
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),
+            # Several routers on one machine share the port: the kernel spreads connections over those that live.
+            ("grpc.so_reuseport", int(shared_port)),
         ]
         self._server = grpc.aio.server(options=options, interceptors=[ApiKeys(tenants or Tenants())])
         self._health = health.aio.HealthServicer()

@@ -71,7 +71,7 @@ class RouterIngress:
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
         servicer = Servicer(turns, self.not_ready_because)
-        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls)
+        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, shared_port=config.replicas > 1)
         _add_readiness(self._app, self.not_ready_because)
         await self._grpc.start()
         if reason := await self.not_ready_because():

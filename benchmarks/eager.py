@@ -1,0 +1,97 @@
+"""What eager prefill takes off the next turn's time to first token.
+
+    python -m benchmarks.eager [--sessions 12] [--turns 4]
+
+The same sessions, one after the other, with and without it, on the same kind of deployment: turns with long responses
+and short inputs, and a pause between turns as agents have while a tool runs. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.result import write
+from kvshare.config import Deployment, parse
+from prefillshare.app import running
+from prefillshare.client import Client
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+DECODERS = ("planner", "coder", "caller")
+VOCABULARY, INPUT, OUTPUT = 40_000, 24, 96
+
+
+def play(client: Client, sessions: int, turns: int, pause_s: float, advance) -> dict[str, float]:
+    """First turns are not counted: there is nothing yet that could have been made eagerly."""
+    rng, waited, computed = random.Random(5), [], []
+    for _ in range(sessions):
+        session = client.create_session()
+        for number in range(turns):
+            given = [rng.randrange(VOCABULARY) for _ in range(INPUT)]
+            result = session.turn(DECODERS[number % 3], token_ids=given, max_tokens=OUTPUT, ignore_eos=True)
+            if number:
+                waited.append(result.usage.time_to_first_token_s)
+                computed.append(result.usage.computed_tokens)
+            advance()
+            time.sleep(pause_s)
+        session.delete()
+    waited.sort()
+    return {
+        "ttft_p50_s": round(statistics.median(waited), 4),
+        "ttft_p95_s": round(waited[int(len(waited) * 0.95)], 4),
+        "computed_tokens_per_turn": round(statistics.mean(computed), 1),
+    }
+
+
+def deployment(model: Path, adapters: dict[str, Path], eager: bool) -> Deployment:
+    return parse({
+        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": 32},
+        "prefill": {"kv_cache_gib": 0.5, "cpu_cores": "0"},
+        "decode": [{
+            "pool": "agents",
+            "kv_cache_gib": 0.5,
+            "cpu_cores": "1",
+            "max_lora_rank": 8,
+            "serve_base": False,
+            "adapters": {name: str(path) for name, path in adapters.items()},
+        }],
+        "router": {"eager_prefill": eager, "http_port": 18_000, "grpc_port": 19_000},
+    })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--sessions", type=int, default=6, help="sessions (default: 6)")
+    parser.add_argument("--turns", type=int, default=4, help="turns per session (default: 4)")
+    parser.add_argument("--pause-s", type=float, default=0.5, help="pause between turns, seconds (default: 0.5)")
+    args = parser.parse_args()
+    console, figures = Console(stderr=True), {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+        adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
+        for name, eager in (("without", False), ("with", True)):
+            task = progress.add_task(f"{name} eager prefill", total=args.sessions * args.turns)
+            with running(deployment(model, adapters, eager)), Client("127.0.0.1:19000") as client:
+                figures[name] = play(client, args.sessions, args.turns, args.pause_s, lambda task=task: progress.advance(task))
+            console.print(f"{name}: {figures[name]}")
+    headline = {
+        "ttft_ratio": round(figures["with"]["ttft_p50_s"] / figures["without"]["ttft_p50_s"], 3),
+        "ttft_p50_s_with": figures["with"]["ttft_p50_s"],
+        "ttft_p50_s_without": figures["without"]["ttft_p50_s"],
+        "computed_tokens_with": figures["with"]["computed_tokens_per_turn"],
+        "computed_tokens_without": figures["without"]["computed_tokens_per_turn"],
+    }
+    write("eager", console, vars(args), headline, runs=figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Two routers on one session store: one dies, and no session, nor what is cached of it, is lost."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+from conftest import System, system, wait_until
+from oracle import Oracle
+from redis_server import RedisServer
+
+from kvshare.errors import Conflict, Unavailable
+from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, smollm):
+    folder = tmp_path_factory.mktemp("routers")
+    base = make_base("llama", folder / "base", smollm)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
+    redis = RedisServer(folder)
+    redis.start()
+    try:
+        with system(
+            {
+                "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
+                "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0"},
+                "decode": [
+                    {
+                        "pool": "agents",
+                        "kv_cache_gib": 0.05,
+                        "cpu_cores": "1",
+                        "max_lora_rank": 8,
+                        "adapters": {name: str(path) for name, path in adapters.items()},
+                    }
+                ],
+                "router": {"replicas": 2, "redis_url": redis.url, "eager_prefill": False},
+            }
+        ) as it:
+            yield it
+    finally:
+        redis.kill()
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+def routers() -> list[psutil.Process]:
+    """Routers that are there; one that starts or ends shows in its title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] == ["ray::ServeReplica:prefillshare:router"]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def persistent(call, timeout_s: float = 40.0):
+    """What a client does whose router died under it, or left its turn's hold on the session behind."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return call()
+        except (Unavailable, Conflict):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_sessions_and_their_cached_prefix_outlive_each_router(running, oracle):
+    sessions = [running.client.create_session() for _ in range(3)]
+    lengths = []
+    for number, session in enumerate(sessions):
+        result, _ = oracle.turn(session, "a", token_ids=ids(150, salt=number), max_tokens=6, ignore_eos=True)
+        lengths.append(result.context_tokens)
+    assert len(routers()) == 2
+    for victim in routers():
+        victim.kill()
+        for number, session in enumerate(sessions):
+            result, prompt = persistent(
+                lambda session=session: oracle.turn(session, "b", token_ids=ids(4), max_tokens=3, ignore_eos=True)
+            )
+            assert len(prompt) == lengths[number] + 4
+            assert result.usage.cached_tokens >= 128
+            lengths[number] = result.context_tokens
+        wait_until(lambda: len(routers()) == 2 and running.stats_by_replica(), 120)
+
+
+def test_two_routers_do_not_take_two_turns_on_one_session(running):
+    session = running.client.create_session()
+    stream = session.stream("a", token_ids=ids(40), max_tokens=200, ignore_eos=True)
+    next(stream)
+    refused = 0
+    for _ in range(8):  # each on a connection of its own, so that both routers are met
+        with type(running.client)(running.grpc_address) as other, pytest.raises(Conflict, match="another turn runs"):
+            other.session(session.session_id).turn("b", token_ids=ids(3), max_tokens=1)
+        refused += 1
+    assert refused == 8
+    stream.close()

@@ -26,7 +26,7 @@ from kvshare.errors import ContractMismatch, EngineStartError, Internal, Invalid
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
-from kvshare_vllm.launch import engine_args, kv_events_on, one_process, set_environment
+from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
 
@@ -70,8 +70,6 @@ class Engine:
     @classmethod
     async def start(cls, settings: EngineSettings, host: str = "127.0.0.1"):
         """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
-        set_environment(settings, host)
-        kv_events = kv_events_on(host)
         gauges: list[_Gauges] = []
 
         def make_gauges(vllm_config, engine_index=0):
@@ -81,7 +79,9 @@ class Engine:
         log = LogTail()
         llm = None
         try:
-            with log:
+            with log, reserved_ports(host, settings.side_channel_port) as ports:
+                set_environment(settings, host, ports)
+                kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
                 with one_process(config, settings):
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])

@@ -6,12 +6,13 @@ Seam: vllm/engine/arg_utils.py; vllm/platforms/cpu.py (backend) and vllm/utils/o
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.platforms import current_platform
-from vllm.utils.network_utils import get_open_port
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from kvshare.engine_settings import EngineSettings
@@ -89,16 +90,39 @@ def one_process(config, s: EngineSettings) -> Iterator[None]:
         yield
 
 
-def kv_events_on(host: str) -> KVEvents:
-    """Free ports of `host` for an engine's KV events."""
-    return KVEvents(f"tcp://{host}:{get_open_port()}", f"tcp://{host}:{get_open_port()}")
+@dataclass(frozen=True)
+class Ports:
+    """Where an engine listens: for NIXL handshakes, KV events, replays of KV events."""
+
+    handshakes: int
+    events: int
+    replays: int
 
 
-def set_environment(s: EngineSettings, host: str) -> None:
+@contextmanager
+def reserved_ports(host: str, handshakes: int | None = None) -> Iterator[Ports]:
+    """Ports that stay ours until the engine listens on them: it binds them only when it has loaded its model, and nobody
+    may take them meanwhile. A socket that is bound and does not listen keeps others away, and lets ZMQ (which reuses
+    addresses) in."""
+    with ExitStack() as held:
+        ports = []
+        for wanted in (handshakes or 0, 0, 0):
+            holder = held.enter_context(socket.socket())
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind((host, wanted))
+            ports.append(holder.getsockname()[1])
+        yield Ports(*ports)
+
+
+def kv_events_on(host: str, ports: Ports) -> KVEvents:
+    return KVEvents(f"tcp://{host}:{ports.events}", f"tcp://{host}:{ports.replays}")
+
+
+def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
     """vLLM reads these at import or engine start; the replica's process belongs to this one engine."""
     env = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(s.side_channel_port or get_open_port()),
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.handshakes),
         # Block keys must agree between processes that exchange KV events.
         "PYTHONHASHSEED": "0",
     }

@@ -111,7 +111,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):
-        await self._answer(context, self._turns.sessions.delete(request.session_id, tenant=_tenant()))
+        await self._answer(context, self._turns.delete(request.session_id, _tenant()))
         return pb.DeleteSessionResponse()
 
     async def Generate(self, request, context):

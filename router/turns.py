@@ -63,6 +63,11 @@ class Turns:
         self._check_length(len(ids), 1)
         return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
+    async def delete(self, session_id: str, tenant: str = "") -> None:
+        if self._eager:
+            self._eager.cancel((tenant, session_id))
+        await self.sessions.delete(session_id, tenant=tenant)
+
     async def take(
         self,
         session_id: str,

@@ -128,4 +128,5 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
     }
     if s.cpu_cores is not None and current_platform.is_cpu():
         env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before this engine's own size
     os.environ.update(env)

@@ -1,4 +1,4 @@
-"""What faults cost: turns go on while every kind of replica is killed or hung in turn.
+"""What faults cost: turns go on while prefill and decode replicas are killed or hung in turn.
 
     python -m benchmarks.faults [--turns 200]
 
@@ -104,7 +104,7 @@ class Player:
 
 
 class Faults:
-    """Strikes a replica of each kind in turn, waiting in between until the system is whole."""
+    """Strikes a prefill and a decode replica in turn, in each of three ways; in between the system becomes whole."""
 
     def __init__(self, handle, log: Callable[[str], None]):
         self._handle, self._log = handle, log
@@ -124,12 +124,13 @@ class Faults:
         kinds = [(pool, how) for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")]
         number = 0
         while not self._stop.is_set():
-            if not self.whole():
-                self._stop.wait(0.5)
-                continue
-            pool, how = kinds[number % len(kinds)]
-            number += 1
-            self._strike(pool, how)
+            try:
+                if self.whole():
+                    self._strike(*kinds[number % len(kinds)])
+                    number += 1
+            except Exception as error:  # a replica that is going cannot be asked; the next round can
+                self._log(f"[dim]{type(error).__name__}: asked again[/]")
+            self._stop.wait(0.5)
 
     def info(self) -> dict:
         return self._handle.replica_info.remote().result(timeout_s=60)
@@ -156,7 +157,10 @@ class Faults:
             self._stop.wait(HANG_S)
             for process in stopped:
                 process.resume()
-        self._stop.wait(2)
+            return
+        deadline = time.monotonic() + 30
+        while busiest in self.info()[pool] and time.monotonic() < deadline:
+            self._stop.wait(0.2)
 
 
 def deployment(model: Path, adapters: dict[str, Path]) -> Deployment:

@@ -46,14 +46,14 @@ class Trace:
     prompts: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._rng = random.Random(self.seed)
+        self._rng, shape = random.Random(self.seed), random.Random(0)
         for turn in range(self.turns):
             numbers = list(range(self.sessions))
-            self._rng.shuffle(numbers)
+            shape.shuffle(numbers)
             self.order += [(session, turn) for session in numbers]
         self.beginnings = [self._tokens(BEGINNING) for _ in range(-(-self.sessions // GROUP))]
-        self.inputs = {turn: self._tokens(self._rng.randint(*INPUT)) for turn in self.order}
-        self.outputs = {turn: self._rng.randint(*OUTPUT) for turn in self.order}
+        self.inputs = {turn: self._tokens(shape.randint(*INPUT)) for turn in self.order}
+        self.outputs = {turn: shape.randint(*OUTPUT) for turn in self.order}
 
     def _tokens(self, count: int) -> list[int]:
         return [self._rng.randrange(VOCABULARY) for _ in range(count)]

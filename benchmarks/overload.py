@@ -92,7 +92,7 @@ class Load:
         return sum(self.outcomes.values()) / (time.monotonic() - began)
 
     def open(self, rate: float, seconds: float) -> dict:
-        """Poisson arrivals at `rate` turns per second; what ends after the last arrival counts too."""
+        """Poisson arrivals at `rate` turns per second for `seconds`; measured until the last one has ended."""
         self.reset()
         rng, began = random.Random(99), time.monotonic()
         at, number, waiting = 0.0, 0, []
@@ -103,13 +103,15 @@ class Load:
                 number += 1
             for one in waiting:
                 one.result()
+        elapsed = time.monotonic() - began
         ttft = sorted(self.ttft)
         return {
             "rate": round(rate, 3),
             "arrived": number,
             "outcomes": dict(self.outcomes),
-            "goodput_turns_per_s": round(self.outcomes["good"] / seconds, 4),
-            "goodput_tokens_per_s": round(self.good_tokens / seconds, 2),
+            "elapsed_s": round(elapsed, 1),
+            "goodput_turns_per_s": round(self.outcomes["good"] / elapsed, 4),
+            "goodput_tokens_per_s": round(self.good_tokens / elapsed, 2),
             "preempted": self.preempted,
             "ttft_p50_s": round(ttft[len(ttft) // 2], 3) if ttft else None,
             "ttft_p95_s": round(ttft[int(len(ttft) * 0.95)], 3) if ttft else None,

@@ -1,6 +1,6 @@
 """What one placement costs: router logic alone, with simulated replicas and the real prefix index.
 
-    python -m benchmarks.router [--prefill 64] [--decode 256] [--prefixes 100000] [--tokens 8192] [--quick]
+    python -m benchmarks.router [--prefill 64] [--decode 256] [--prefixes 100000] [--tokens 8192]
 
 A placement is what the router does per turn: hash the prompt's blocks once, ask the index for each of two pools, choose
 a prefill and a decode replica, and book the load. KV events reach the index over ZMQ, as from engines. The whole process
@@ -140,7 +140,8 @@ class Simulation:
         for prompt in prompts:
             start = time.perf_counter()
             keys = BlockKeys(prompt, BLOCK)
-            first = await self.prefill.choose(len(prompt), keys)
+            overlaps = await self.prefill.overlaps(keys)
+            first = await self.prefill.choose(len(prompt), keys, overlaps=overlaps)
             second = await self.decode.choose(len(prompt), keys)
             first.replica.queued_tokens += first.missing_tokens
             second.replica.active += 1

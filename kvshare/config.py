@@ -274,7 +274,8 @@ class Cluster(_Node):
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
     kv_load_timeout_s: float = Field(30, gt=0)
-    """A decode replica gives up a KV load that takes longer, seconds; the turn gets its KV from elsewhere."""
+    """A decode call that has not given its first token after so long is given up, seconds; the turn gets its KV from
+    elsewhere. More than a load and a decode step may take under load."""
 
 
 class Deployment(_Node):

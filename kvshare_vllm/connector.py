@@ -12,7 +12,6 @@ Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/{connector,pull_schedule
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -108,11 +107,6 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 class SharedKVConnectorWorker(NixlPullConnectorWorker):
     """Worker side: shakes hands only under our contract, and voids reads that may have outlived their lease."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._load_timeout_s = float(self.kv_transfer_config.get_from_extra_config("kv_load_timeout_s", math.inf))
-        self._reading_since: dict[str, float] = {}
-
     def register_kv_caches(self, kv_caches) -> None:
         contract = self.kv_transfer_config.get_from_extra_config("kv_contract", None)
         if not contract:
@@ -139,22 +133,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
                 logger.warning("Read for request %s ended after its lease; its KV is discarded (R6).", request_id)
                 self.xfer_stats.record_kv_expired_req()
                 failed.add(request_id)
-        for request_id in done:
-            self._reading_since.pop(request_id, None)
-        for request_id in list(transfers):
-            if self._hangs(request_id, now):
-                # A handle that cannot be released yet may still write: it and its blocks are kept, and asked again.
-                kept = [h for h in transfers[request_id] if not self._handle_failed_transfer(request_id, h, failed)]
-                transfers[request_id] = kept
-                if not kept:
-                    del transfers[request_id], self._reading_since[request_id]
-                    done.add(request_id)
         return done, failed
-
-    def _hangs(self, request_id: str, now: float) -> bool:
-        """A read that outlives its lease, or takes longer than any should, will not be waited for."""
-        since = self._reading_since.setdefault(request_id, now)
-        return now - since > self._load_timeout_s or self._read_was_late(request_id, now)
 
     def _read_was_late(self, request_id: str, now: float) -> bool:
         meta = self._recving_metadata.get(request_id)

@@ -77,6 +77,7 @@ class StatePublisher(EventPublisher):
         self._queue: queue.Queue[EventBatch | None] = queue.Queue(max_queue_size)
         self._topic = topic.encode()
         self._held: dict[Any, _Held] = {}
+        self._sent_at = 0.0
         # From the clock: an engine that restarts on this address goes on with higher numbers, which shows as a gap.
         self._sequence = time.time_ns() // 1000
         self._encoder = msgspec.msgpack.Encoder()
@@ -105,23 +106,33 @@ class StatePublisher(EventPublisher):
         self._replays.close(linger=0)
 
     def _run(self) -> None:
-        sent_at = time.monotonic()
         while True:
             try:
-                batch = self._queue.get(timeout=POLL_S)
-                if batch is None:
+                if not self._work():
                     return
-                self._send([event for e in batch.events for event in self._apply(e)], batch.ts)
-                sent_at = time.monotonic()
-            except queue.Empty:
-                if time.monotonic() - sent_at >= HEARTBEAT_S:
-                    self._send([], time.time())
-                    sent_at = time.monotonic()
-            while self._replays.poll(0):
-                self._answer(self._replays.recv_multipart())
+            except Exception:
+                # Whatever it was, nothing is claimed that may not be so: from here on the state is built anew.
+                logger.exception("KV events could not be told")
+                self._held.clear()
+                self._send([AllBlocksCleared()], time.time())
+
+    def _work(self) -> bool:
+        """One change, heartbeat or replay; False at the end."""
+        try:
+            batch = self._queue.get(timeout=POLL_S)
+            if batch is None:
+                return False
+            self._send([event for e in batch.events for event in self._apply(e)], batch.ts)
+        except queue.Empty:
+            if time.monotonic() - self._sent_at >= HEARTBEAT_S:
+                self._send([], time.time())
+        while self._replays.poll(0):
+            self._answer(self._replays.recv_multipart())
+        return True
 
     def _send(self, events: list, timestamp: float) -> None:
         self._sequence += 1
+        self._sent_at = time.monotonic()
         self._events.send_multipart((self._topic, self._sequence.to_bytes(8, "big"), self._encode(events, timestamp)))
 
     def _encode(self, events: list, timestamp: float) -> bytes:

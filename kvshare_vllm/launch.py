@@ -34,11 +34,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     args: dict[str, Any] = {"scheduling_policy": "priority"}
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
-        connector["kv_connector_extra_config"] |= {
-            "sharing_mode": s.mode,
-            "kv_contract": s.contract,
-            "kv_load_timeout_s": s.load_timeout_s,
-        }
+        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
         if s.role == "decode":
             args |= {
                 "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",

@@ -67,7 +67,7 @@ def build(deployment: Deployment, served: Deployment | None = None):
                 "runtime_env": {"env_vars": env},
             },
         )
-        handles[name] = _kept_while(engine, replace(settings, adapters={})).bind(settings)
+        handles[name] = _kept_while(engine, (replace(settings, adapters={}), bool(settings.adapters))).bind(settings)
     router = deployment.router
     ingress = serve.deployment(
         RouterIngress,
@@ -153,10 +153,31 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
     if old.router.tls != new.router.tls:
         raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
+    _check_names(old, new)
     both = _union(old, new)
     for application in (build(both, old), build(both, new), build(new)):
         serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(new, progress)
+
+
+def _check_names(old: Deployment, new: Deployment) -> None:
+    """A name means the same before and after: a turn that runs meanwhile must not meet other weights."""
+    before = {pool.pool: pool for pool in old.decode}
+    for number, pool in enumerate(new.decode):
+        known = before.get(pool.pool)
+        if known and (known.model, known.sharing) != (pool.model, pool.sharing):
+            raise ConfigError(
+                f"pool {pool.pool!r} has another model or sharing mode than the one that runs",
+                field=f"decode.{number}",
+                fix="give it another name",
+            )
+        for name, folder in pool.adapters.items():
+            if known and known.adapters.get(name, folder) != folder:
+                raise ConfigError(
+                    f"adapter {name!r} is another one than the one that runs ({known.adapters[name]})",
+                    field=f"decode.{number}.adapters.{name}",
+                    fix="give it another name",
+                )
 
 
 def _union(old: Deployment, new: Deployment) -> Deployment:

@@ -36,7 +36,6 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
             max_num_seqs=engines.max_num_seqs,
             max_num_batched_tokens=engines.max_num_batched_tokens,
             lease_s=deployment.cluster.kv_lease_s,
-            load_timeout_s=deployment.cluster.kv_load_timeout_s,
             cpu_cores=engines.cpu_cores,
             engine_args=engines.engine_args,
             **more,

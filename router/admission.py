@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kvshare.config import Router
-from kvshare.errors import Internal, InvalidInput
+from kvshare.errors import Internal, InvalidInput, Unavailable
 from kvshare.metrics import Metrics
 from router.decode_line import DecodeLine, PrefillPool
 from router.decode_room import Capacity, DecodeRoom
@@ -61,12 +61,24 @@ class Admission:
         self.in_progress = 0
         self._by_tenant: Counter[str] = Counter()
         self._starts = 0
+        self.serve(config, pools)
+
+    def serve(self, config: Router, pools: Mapping[str, PoolSource]) -> None:
+        """From now on admit to these pools, under these limits. Turns in a line that is gone keep what they hold of it."""
+        self._config = config
         self._full = f"{config.max_queued} turns are in progress or waiting (router.max_queued)"
-        for pool, source in pools.items():
+        for name in self._lines.keys() - pools.keys():
+            line = self._lines.pop(name)
+            line.prefill.lines.remove(line)
+        for name in self._prefill.keys() - {source.prefill for source in pools.values()}:
+            del self._prefill[name]
+        for name, source in pools.items():
             if source.prefill not in self._prefill:
                 tokens = config.max_queued_prefill_tokens
-                self._prefill[source.prefill] = PrefillPool(source.prefill_replicas, tokens, clock)
-            self._lines[pool] = DecodeLine(pool, DecodeRoom(source.capacity), self._prefill[source.prefill], clock)
+                self._prefill[source.prefill] = PrefillPool(source.prefill_replicas, tokens, self._clock)
+            if name not in self._lines:
+                room = DecodeRoom(source.capacity)
+                self._lines[name] = DecodeLine(name, room, self._prefill[source.prefill], self._clock)
 
     async def admit(self, demand: Demand) -> Grant:
         """Wait until the turn may start. The grant must be released: `with await admission.admit(...) as grant`.
@@ -140,6 +152,8 @@ class Admission:
     # Everything below keeps the counters.
 
     def _join(self, demand: Demand) -> Grant:
+        if demand.pool not in self._lines:
+            raise Unavailable(f"pool {demand.pool!r} is not served any more", fix="use another decoder")
         line, output = self._lines[demand.pool], self._expected_output(demand)
         line.room.refresh()
         grant = Grant(self, line, demand, self.blocks_for(demand.prompt_tokens + output))
@@ -165,9 +179,7 @@ class Admission:
         if demand.priority not in PRIORITIES:
             allowed = f"use {PRIORITIES[0]} to {PRIORITIES[-1]}"
             raise InvalidInput(f"{demand.priority} is out of range", field="priority", fix=allowed)
-        if not line.room.replicas:
-            raise self._refusals.no_replica(grant)
-        if grant.blocks > line.room.largest:
+        if line.room.replicas and grant.blocks > line.room.largest:
             raise self._refusals.never_fits(grant)
         if self.in_progress >= self._config.max_queued and not any(len(line.queue) for line in self._lines.values()):
             raise self._refusals.overloaded(Refusal.QUEUE_FULL, grant, self._full, line.ended_turns.seconds_for(1))
@@ -185,7 +197,10 @@ class Admission:
         self._drop(grant)
 
     def _expire(self, grant: Grant) -> None:
-        if grant.ticket is not None:
+        if grant.ticket is not None and not grant.line.room.replicas:
+            grant.error = self._refusals.no_replica(grant)
+            self._drop(grant)
+        elif grant.ticket is not None:
             text = f"no room in pool {grant.line.pool!r} within {grant.may_wait_s:.1f} s (router.max_wait_s, deadline)"
             self._refuse(grant, Refusal.WAITED_TOO_LONG, text)
             self.start_what_fits(grant.line)

@@ -54,7 +54,10 @@ class Fleet:
         """Close pools the deployment no longer has. Turns that were sent there end as they would have."""
         names = {p.pool for p in deployment.decode} | {own_prefill(p.pool) for p in deployment.decode} | {SHARED_PREFILL}
         for name in self.pools.keys() - names:
-            await self.pools.pop(name).replicas.stop()
+            pool = self.pools.pop(name)
+            await pool.close()
+            for state in ("usable", "ejected"):
+                self._metrics["replicas"].remove(name, state)
 
     def _open(self, name: str, deployment: Deployment) -> Pool:
         router = deployment.router
@@ -69,5 +72,5 @@ class Fleet:
 
     async def stop(self) -> None:
         for pool in self.pools.values():
-            await pool.replicas.stop()
+            await pool.close()
         self._index.close()

@@ -37,7 +37,8 @@ class Health:
     def failed(self, reason: ResumeReason) -> bool:
         """True if this ejects the replica now. A wedged one is ejected at once: what it holds up is not its to lose."""
         self._failures += 1
-        self.reason = reason
+        if self.usable or reason is ResumeReason.WEDGED:  # one that hangs stays known as that until a probe succeeds
+            self.reason = reason
         if not self.usable or (reason is not ResumeReason.WEDGED and self._failures < self.FAILURES_TO_EJECT):
             return False
         self._pause()

@@ -54,7 +54,15 @@ class RouterIngress:
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
         self._decoders = served_decoders.served(deployment)
-        self._orchestrator = Orchestrator(config, deployment.base, self._decoders, routes, metrics, tenants.shares())
+        self._orchestrator = Orchestrator(
+            config,
+            deployment.base,
+            self._decoders,
+            routes,
+            metrics,
+            tenants.shares(),
+            deployment.cluster.kv_load_timeout_s,
+        )
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
@@ -90,8 +98,11 @@ class RouterIngress:
             return
         routes = await self._fleet.adopt(deployment)
         self._deployment = deployment
+        before = set(self._decoders)
         self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
+        # Only then may engines drop what these turns still need.
+        await self._orchestrator.ended(before - set(self._decoders), GRACE_S)
         await self._fleet.forget(deployment)
 
     async def deployment(self) -> dict:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from ray.exceptions import RayError
 
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
@@ -40,12 +39,15 @@ from router.admission import Admission, PoolSource
 from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
 from router.pools import Pool
+from router.replicas import CALL_ERRORS
 
 logger = logging.getLogger(__name__)
 
 
 #: Pause before a turn tries again after a replica failed it, doubled each time.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+#: What the index has said is taken for true for so long.
+OVERLAPS_HOLD_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class _Attempt:
     route: Route
     #: What the turn holds of the pool's room; given back when it ends.
     grant: Grant
+    #: What the index said before admission, for the first placement; None: ask again.
+    overlaps: Mapping[str, int] | None = None
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -83,8 +87,9 @@ class Orchestrator:
         routes: Mapping[str, Route],
         metrics: Metrics,
         tenants: Mapping[str, Tenant] = MappingProxyType({}),
+        load_timeout_s: float = 30.0,
     ):
-        self._tenants = tenants
+        self._tenants, self._load_timeout_s = tenants, load_timeout_s
         self._config, self.routes, self._metrics = config, routes, metrics
         #: Changed in place: surfaces hold it too.
         self.decoders = decoders
@@ -92,6 +97,8 @@ class Orchestrator:
         self._admission = Admission(config, base.block_size, self._sources(), metrics)
         self._watch_capacity()
         self._in_progress = 0
+        self._turns: Counter[str] = Counter()
+        self._turn_ended = asyncio.Event()
         self.draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -129,7 +136,7 @@ class Orchestrator:
         self.admit(name)
         usage, deadline_s = context.usage, context.deadline_s
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
-        self._count(+1)
+        self._count(name, +1)
         usage.prompt_tokens = len(prompt)
         try:
             async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
@@ -158,7 +165,7 @@ class Orchestrator:
             logger.exception("request %s failed", request_id)
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._count(-1)
+            self._count(name, -1)
             self._record(name, outcome, usage, time.perf_counter() - started)
 
     async def _attempts(
@@ -169,10 +176,11 @@ class Orchestrator:
         adapter = None if mode.adapters_share_blocks else decoder.adapter
         keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
         route = self.routes[decoder.pool]
+        overlaps = await route.prefill.overlaps(keys) if shared else {}
         demand = Demand(
             pool=decoder.pool,
             prompt_tokens=len(prompt),
-            cached_tokens=await route.prefill.most_cached(keys) if shared else len(prompt),
+            cached_tokens=max(overlaps.values(), default=0) if shared else len(prompt),
             max_tokens=sampling.max_tokens,
             tenant=self._tenants.get(context.tenant, NOBODY),
             priority=context.priority,
@@ -180,7 +188,7 @@ class Orchestrator:
         )
         with await self._admission.admit(demand) as grant:
             context.usage.queue_s = grant.waited_s
-            attempt = _Attempt(route, grant)
+            attempt = _Attempt(route, grant, overlaps if grant.waited_s < OVERLAPS_HOLD_S else None)
             attempts = self._until_it_ends(decoder, prompt, shared, keys, sampling, request_id, context, attempt)
             async with aclosing(attempts) as chunks:
                 async for chunk in chunks:
@@ -243,7 +251,8 @@ class Orchestrator:
         mode, pool = get_mode(decoder.sharing), attempt.route.prefill
         usage, session = context.usage, context.session
         last = session.prefilled_on.get(pool.name) if session else None
-        placement = await pool.choose(len(shared), keys, last_replica=last, without=attempt.avoid)
+        overlaps, attempt.overlaps = attempt.overlaps, None
+        placement = await pool.choose(len(shared), keys, overlaps=overlaps, last_replica=last, without=attempt.avoid)
         replica = attempt.source = placement.replica.id
         # An engine computes at least the last token, and so its block, again.
         predicted = min(placement.cached_tokens, (len(shared) - 1) // self._base.block_size * self._base.block_size)
@@ -264,7 +273,7 @@ class Orchestrator:
         attempt.grant.prefill_done()
         elapsed = time.perf_counter() - started
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
-        if not attempt.number:  # a resumed turn finds in the cache what it has put there itself
+        if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself
             usage.cached_tokens, usage.predicted_tokens = result.cached_tokens, predicted
             usage.prefill_s, usage.prefill_replica = elapsed, replica
             self._metrics["predicted_cached_tokens_total"].labels(pool.name).inc(predicted)
@@ -296,7 +305,7 @@ class Orchestrator:
             if grant.fits(replica):
                 grant.on(replica)
             attempt.avoid.add(replica)
-            async with pool.calling(placement):
+            async with pool.calling(placement), self._loading() as loading:
                 stream = pool.replicas.streaming_on(replica).decode.remote(
                     prompt + attempt.generated,
                     handoff,
@@ -306,30 +315,44 @@ class Orchestrator:
                     replay=len(attempt.generated),
                     cache_salt=context.cache_salt,
                 )
-                loaded = False
                 async for chunk in stream:
-                    if not loaded:
-                        loaded = True
+                    if loading.when() is not None:
+                        loading.reschedule(None)
                         route.prefill.replicas.succeeded(attempt.source)
-                    usage.kv_bytes = bytes_before + chunk.kv_bytes
-                    if chunk.finish_reason:
                         pool.replicas.succeeded(replica)
                         if session is not None:
                             session.prefilled_on[pool.name] = replica
+                    usage.kv_bytes = bytes_before + chunk.kv_bytes
                     yield chunk
                     if chunk.finish_reason:
                         return
                 raise Unavailable(f"request {request_id}: the stream ended early")
         except PrefixLost as lost:
-            attempt.avoid.discard(usage.decode_replica)
-            if lost.reason is ResumeReason.KV_LOAD_FAILED:
+            if lost.reason is ResumeReason.KV_LOAD_FAILED:  # whose fault it was shows where turns go well
                 route.prefill.replicas.failed(attempt.source, lost.reason)
+                pool.replicas.failed(usage.decode_replica, lost.reason)
+            else:
+                attempt.avoid.discard(usage.decode_replica)
             raise
         finally:
             if stream is not None:
                 stream.cancel()
             elif handoff is not None:
                 self._release_later(pool, handoff, request_id)
+
+    @asynccontextmanager
+    async def _loading(self) -> AsyncIterator[asyncio.Timeout]:
+        """Bounds the wait for a decode call's first token. A read that hangs is left to the engine, which keeps the
+        blocks it may still write to; the turn goes on elsewhere."""
+        scope = asyncio.timeout(self._load_timeout_s)
+        try:
+            async with scope:
+                yield scope
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            text = f"no token within {self._load_timeout_s:g} s of the handoff (cluster.kv_load_timeout_s)"
+            raise PrefixLost(text, reason=ResumeReason.KV_LOAD_FAILED) from None
 
     def _release_later(self, pool: Pool, handoff: Handoff, request_id: str) -> None:
         """Nobody will read this handoff: have any decode replica say so. If none can, the lease ends by itself."""
@@ -341,15 +364,27 @@ class Orchestrator:
             try:
                 async with asyncio.timeout(handoff.lease_s):
                     await pool.replicas.on(usable[0].id).release.remote(handoff, request_id)
-            except (TimeoutError, RayError, PrefillShareError) as error:
+            except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
                 logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error)
 
         task = asyncio.create_task(release())
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    def _count(self, change: int) -> None:
+    async def ended(self, decoders: Collection[str], timeout_s: float) -> None:
+        """Until no turn of these decoders runs, at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(self._turns[name] for name in decoders):
+                    self._turn_ended.clear()
+                    await self._turn_ended.wait()
+        except TimeoutError:
+            logger.warning("turns of %s still run after %g s", ", ".join(sorted(decoders)), timeout_s)
+
+    def _count(self, decoder: str, change: int) -> None:
         self._in_progress += change
+        self._turns[decoder] += change
+        self._turn_ended.set()
         self._metrics["turns_in_progress"].set(self._in_progress)
         (self._idle.clear if self._in_progress else self._idle.set)()
 

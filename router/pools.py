@@ -14,14 +14,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 
-from ray.exceptions import RayError
-
 from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
 from router.decode_room import ReplicaCapacity
 from router.placement import Candidate, Demand, Weights, place
-from router.replicas import Replica, ReplicaSet
+from router.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
 #: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
@@ -59,25 +57,27 @@ class Pool:
             self._capacity = (self.replicas.changes, has)
         return self._capacity[1]
 
-    async def most_cached(self, keys: BlockKeys) -> int:
-        """Leading prompt tokens that the replica with the most of them has cached."""
-        return max((await self._index.overlaps(self.name, keys)).values(), default=0)
+    async def overlaps(self, keys: BlockKeys) -> Mapping[str, int]:
+        """Replica -> leading prompt tokens it has cached; those with none are left out."""
+        return await self._index.overlaps(self.name, keys)
 
     async def choose(
         self,
         prompt_tokens: int,
         keys: BlockKeys,
         *,
+        overlaps: Mapping[str, int] | None = None,
         fits: Callable[[str], bool] = lambda replica: True,
         last_replica: str | None = None,
         without: Collection[str] = (),
     ) -> Placement:
         """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
-        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
-        overlaps = await self._index.overlaps(self.name, keys)
+        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is. `overlaps`: as just asked for."""
+        if overlaps is None:
+            overlaps = await self.overlaps(keys)
         while not (replicas := self.replicas.usable(without)):
             await self._wait()
-            overlaps = await self._index.overlaps(self.name, keys)
+            overlaps = await self.overlaps(keys)
         self._placed += 1
         demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
         candidates = [
@@ -109,10 +109,20 @@ class Pool:
         except ReplicaLost as lost:
             self.replicas.failed(replica.id, lost.reason)
             raise
-        except (RayError, Unavailable) as error:
-            reason = ResumeReason.GONE if isinstance(error, RayError) else ResumeReason.UNAVAILABLE
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():
+                raise
+            self.replicas.failed(replica.id, ResumeReason.GONE)  # not us: the replica's own task was, as it stopped
+            raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
+        except (*CALL_ERRORS, Unavailable) as error:
+            reason = ResumeReason.UNAVAILABLE if isinstance(error, Unavailable) else ResumeReason.GONE
             self.replicas.failed(replica.id, reason)
             raise ReplicaLost(f"replica {replica.id} of {self.name}: {type(error).__name__}: {error}", reason=reason) from error
+
+    async def close(self) -> None:
+        await self.replicas.stop()
+        for replica in self.replicas.members:
+            await self._index.remove(self.name, replica)
 
     async def _tell_index(self, replica: str, info: ReplicaInfo | None) -> None:
         if info is not None:

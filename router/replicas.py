@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import grpc
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from kvshare.errors import PrefillShareError, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
@@ -24,6 +26,9 @@ from router.health import Health
 from router.pinned import MEMBERS
 
 logger = logging.getLogger(__name__)
+
+#: How a call to a replica fails for the replica's sake: its process, Serve, or the transport between.
+CALL_ERRORS = (RayError, RayServeException, grpc.aio.AioRpcError)
 
 MEMBERS_S = 0.1
 STATS_S = 1.0
@@ -41,7 +46,6 @@ class Replica:
     active: int = 0
     queued_tokens: int = 0
     _counted: tuple[int, int] = (0, 0)
-    answered_at: float = 0.0
     #: See Candidate.filled_tokens.
     filled_tokens: float = 0.0
     calls: set[asyncio.Timeout] = field(default_factory=set)
@@ -63,8 +67,8 @@ class Replica:
     def load(self) -> tuple[int, float]:
         return self.total_active + self.total_queued_tokens, self.filled_tokens
 
-    def told(self, stats: ReplicaStats, counted: tuple[int, int], now: float) -> None:
-        self.stats, self._counted, self.answered_at = stats, counted, now
+    def told(self, stats: ReplicaStats, counted: tuple[int, int]) -> None:
+        self.stats, self._counted = stats, counted
 
     def end_calls(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -87,11 +91,11 @@ class ReplicaSet:
         self._wedged_after_s = wedged_after_s
         self.listener: Listener | None = None
         self._replicas: dict[str, Replica] = {}
-        self._joining: set[str] = set()
         self._asking: dict[str, asyncio.Task] = {}
         self._changed = asyncio.Event()
         #: Counts changes of who may get work; `on_change` is told of each.
         self.changes = 0
+        self._usable: tuple[int, list[Replica]] = (-1, [])
         self.on_change: Callable[[], None] = lambda: None
         self._task: asyncio.Task | None = None
 
@@ -104,11 +108,12 @@ class ReplicaSet:
     def usable(self, without: Collection[str] = ()) -> list[Replica]:
         """Replicas that may get work; those in `without` only if there is no other. Where all are ejected, those that
         at least answer: a pool that refuses everything helps nobody."""
-        replicas = self._replicas.values()
-        usable = [r for r in replicas if r.health.usable] or [
-            r for r in replicas if r.health.reason is not ResumeReason.WEDGED
-        ]
-        return [r for r in usable if r.id not in without] or usable
+        if self._usable[0] != self.changes:
+            replicas = self._replicas.values()
+            answering = [r for r in replicas if r.health.reason is not ResumeReason.WEDGED]
+            self._usable = (self.changes, [r for r in replicas if r.health.usable] or answering)
+        usable = self._usable[1]
+        return [r for r in usable if r.id not in without] or usable if without else usable
 
     def _note_change(self) -> None:
         self.changes += 1
@@ -158,23 +163,20 @@ class ReplicaSet:
         there = MEMBERS.get((deployment.app_name, deployment.name), frozenset())
         for replica in self._replicas.keys() - there:
             await self._leave(replica)
-        for replica in there - self._replicas.keys() - self._joining:
-            self._joining.add(replica)
+        for replica in there - self._replicas.keys():
             self._ask(f"join {replica}", self._join(replica))
 
     async def _join(self, replica: str) -> None:
         try:
             async with asyncio.timeout(ANSWER_S):
-                info = await self.on(replica).describe.remote()
+                info = await _answer(self.on(replica).describe.remote())
             if self.listener:
                 await self.listener(replica, info)
-            self._replicas[replica] = Replica(info, Health(), answered_at=time.monotonic())
+            self._replicas[replica] = Replica(info, Health())
             logger.info("replica %s of %s has joined", replica, self.name)
             self._note_change()
-        except (RayError, PrefillShareError, TimeoutError) as error:
+        except (*CALL_ERRORS, PrefillShareError, TimeoutError) as error:
             logger.warning("replica %s of %s does not say what it is: %s", replica, self.name, error)
-        finally:
-            self._joining.discard(replica)
 
     async def _leave(self, replica: str) -> None:
         del self._replicas[replica]
@@ -187,12 +189,8 @@ class ReplicaSet:
 
     def _look_after(self) -> None:
         for replica in self._replicas.values():
-            if replica.health.usable:
-                self._ask(f"stats {replica.id}", self._ask_stats(replica))
-                silent_s = time.monotonic() - replica.answered_at
-                if max(silent_s, replica.stats.stalled_s) > self._wedged_after_s:
-                    self.failed(replica.id, ResumeReason.WEDGED)
-            elif replica.health.probe_due:
+            self._ask(f"stats {replica.id}", self._ask_stats(replica))
+            if replica.health.probe_due:
                 self._ask(f"probe {replica.id}", self._probe(replica))
 
     def _ask(self, what: str, question) -> None:
@@ -207,20 +205,25 @@ class ReplicaSet:
         counted = (replica.active, replica.queued_tokens)
         try:
             async with asyncio.timeout(self._wedged_after_s):
-                stats = await self.on(replica.id).stats.remote()
-            replica.told(stats, counted, time.monotonic())
-        except (RayError, PrefillShareError, TimeoutError) as error:
+                stats = await _answer(self.on(replica.id).stats.remote())
+            replica.told(stats, counted)
+            if stats.stalled_s > self._wedged_after_s:
+                self.failed(replica.id, ResumeReason.WEDGED)
+        except TimeoutError:
+            self.failed(replica.id, ResumeReason.WEDGED)
+        except (*CALL_ERRORS, PrefillShareError) as error:
             logger.warning("replica %s of %s does not say how it fares: %s", replica.id, self.name, error)
 
     async def _probe(self, replica: Replica) -> None:
         well = False
         try:
             async with asyncio.timeout(self._wedged_after_s):
-                await self.on(replica.id).probe.remote()
+                await _answer(self.on(replica.id).probe.remote())
             well = True
-            replica.told(ReplicaStats(), (0, 0), time.monotonic())
             logger.info("replica %s of %s is let back in", replica.id, self.name)
-        except (RayError, PrefillShareError, TimeoutError) as error:
+        except TimeoutError:
+            self.failed(replica.id, ResumeReason.WEDGED)
+        except (*CALL_ERRORS, PrefillShareError) as error:
             logger.warning("replica %s of %s stays out: %s: %s", replica.id, self.name, type(error).__name__, error)
         replica.health.probed(well)
         if well:
@@ -233,11 +236,14 @@ class ReplicaSet:
     def failed(self, replica_id: str, reason: ResumeReason) -> None:
         """A call on this replica failed, and not through the fault of what it was asked."""
         replica = self._replicas.get(replica_id)
-        if replica is not None and replica.health.failed(reason):
+        if replica is None:
+            return
+        if replica.health.failed(reason):
             logger.warning("replica %s of %s is ejected: %s", replica_id, self.name, reason.value)
             self._note_change()
-            if reason is ResumeReason.WEDGED:
-                replica.end_calls()
+        if reason is ResumeReason.WEDGED:
+            self._note_change()
+            replica.end_calls()
 
     # Calls ----------------------------------------------------------------------------------------------------------
 
@@ -266,3 +272,12 @@ class ReplicaSet:
 
     def streaming_on(self, replica: str):
         return self._streams.options(session_id=replica)
+
+
+async def _answer(response):
+    """What a replica answers; a question nobody waits for any more is taken back."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from kvshare.config import Base
 from kvshare.decoders import Decoder
 from kvshare.errors import InvalidInput
 from kvshare.handoff import TurnContext
+from kvshare.modes import get_mode
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from router.chat import ChatLayout
@@ -84,8 +85,9 @@ class Turns:
         async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
+            key, eager = (tenant, session_id), self._eager_for(decoder)
             if self._eager:
-                self._eager.cancel((tenant, session_id))
+                self._eager.cancel(key)
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -98,31 +100,37 @@ class Turns:
                 )
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             response: list[int] = []
-            outputs = self._frontend.run(request, decoder, context)
-            async with aclosing(outputs) as stream:
-                async for output in stream:
-                    completion = output.outputs[0]
-                    response += completion.token_ids
-                    if self._eager:
-                        self._eager.grew(
-                            (tenant, session_id),
-                            len(kept) + len(response),
-                            partial(_joined, kept, response),
-                            context.cache_salt,
-                            ended=bool(completion.finish_reason),
+            with ExitStack() as unless_it_ends_well:
+                if eager:
+                    unless_it_ends_well.callback(eager.cancel, key)
+                outputs = self._frontend.run(request, decoder, context)
+                async with aclosing(outputs) as stream:
+                    async for output in stream:
+                        completion = output.outputs[0]
+                        response += completion.token_ids
+                        context_tokens = 0
+                        if completion.finish_reason:
+                            is_chat = (given or suffix or ("",))[0] == "messages"
+                            is_open = is_chat or session.open_response
+                            await self.sessions.commit(session, (*kept, *response), open_response=is_open)
+                            context_tokens = len(session.token_ids)
+                            unless_it_ends_well.pop_all()
+                        if eager:
+                            grown = partial(_joined, kept, response)
+                            ended = bool(completion.finish_reason)
+                            eager.grew(key, len(kept) + len(response), grown, context.cache_salt, ended=ended)
+                        yield TurnEvent(
+                            completion.text,
+                            list(completion.token_ids),
+                            logprob_rows(completion),
+                            completion.finish_reason,
+                            context_tokens,
                         )
-                    context_tokens = 0
-                    if completion.finish_reason:
-                        is_chat = (given or suffix or ("",))[0] == "messages"
-                        await self.sessions.commit(session, (*kept, *response), open_response=is_chat or session.open_response)
-                        context_tokens = len(session.token_ids)
-                    yield TurnEvent(
-                        completion.text,
-                        list(completion.token_ids),
-                        logprob_rows(completion),
-                        completion.finish_reason,
-                        context_tokens,
-                    )
+
+    def _eager_for(self, decoder: str) -> EagerPrefill | None:
+        """Base KV of a response is of use only where turns draw on the shared pool."""
+        served = self.decoders.get(decoder)
+        return self._eager if served and get_mode(served.sharing).shares_prefill else None
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""

@@ -119,13 +119,13 @@ async def test_what_can_never_fit_is_wrong_input_and_names_the_fix():
 
 
 @on_virtual_time
-async def test_no_replica_is_unavailable_and_who_waits_already_waits_for_one():
+async def test_turns_wait_for_a_replica_and_are_told_if_none_came():
     lab = Lab()
     held, waits = await lab.ask(100), lab.ask(50)
     await settle()
     lab.set_replicas("agents", {})
     with pytest.raises(Unavailable, match="no replica of agents is ready"):
-        await lab.ask(1)
+        await lab.ask(1, deadline_s=5)
     held.release()
     await settle()
     assert not waits.done()

@@ -33,11 +33,21 @@ class BlockKeys:
         self.hashes = array("q", array("Q", keys).tobytes()).tolist()  # the service takes them as signed numbers
 
 
+    def shared_tokens(self, other: BlockKeys, block_size: int) -> int:
+        """Leading tokens both prompts have in the same full blocks."""
+        blocks = 0
+        for mine, others in zip(self.hashes, other.hashes, strict=False):
+            if mine != others:
+                break
+            blocks += 1
+        return blocks * block_size
+
+
 class CacheIndex:
     """Predicts how much of a prompt each replica of a pool has cached. Not thread-safe: one event loop."""
 
     def __init__(self, block_size: int, threads: int = 1):
-        self._block_size = block_size
+        self.block_size = block_size
         self._service = SelectionService(indexer_threads=threads)
         self._replicas: dict[str, dict[int, str]] = {}
 
@@ -48,7 +58,7 @@ class CacheIndex:
             "model_name": _MODEL,
             "routing_group": pool,
             "endpoint": f"ray://{replica}",
-            "block_size": self._block_size,
+            "block_size": self.block_size,
             "data_parallel_start_rank": 0,
             "data_parallel_size": 1,
             "kv_events_endpoints": {0: events.endpoint},
@@ -75,7 +85,7 @@ class CacheIndex:
             "isl_tokens": keys.tokens,
         })  # fmt: skip
         return {
-            replicas[w["worker_id"]]: w["device_blocks"] * self._block_size
+            replicas[w["worker_id"]]: w["device_blocks"] * self.block_size
             for w in answer["workers"]
             if w["device_blocks"] and w["worker_id"] in replicas
         }

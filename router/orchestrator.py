@@ -260,7 +260,7 @@ class Orchestrator:
         adapter = None if mode.shares_prefill else decoder.adapter
         started = time.perf_counter()
         attempt.avoid.add(replica)
-        async with pool.calling(placement, queued):
+        async with pool.calling(placement, queued, keys):
             call = pool.replicas.on(replica).prefill.remote(
                 shared, request_id, adapter=adapter, cache_salt=context.cache_salt, queued_tokens=queued
             )

@@ -22,6 +22,7 @@ from router.placement import Candidate, Demand, Weights, place
 from router.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
+COMING_S = 2.0
 #: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
 SHORTLIST = 8
 
@@ -48,6 +49,8 @@ class Pool:
         replicas.listener = self._tell_index
         self._index, self.weights, self._wait_s, self._clock = index, weights, wait_s, clock
         self._began, self._placed = clock(), 0
+        #: Replica -> prompts given to it in the last COMING_S, of which the index may not know yet.
+        self._coming: dict[str, list[BlockKeys]] = {}
         self._capacity: tuple[int, Mapping[str, ReplicaCapacity]] = (-1, {})
 
     def capacity(self) -> Mapping[str, ReplicaCapacity]:
@@ -80,6 +83,7 @@ class Pool:
             overlaps = await self.overlaps(keys)
         self._placed += 1
         demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
+        overlaps = self._with_what_is_coming(overlaps, keys)
         candidates = [
             Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
             for r in _shortlist(replicas, overlaps, demand, fits)
@@ -96,9 +100,15 @@ class Pool:
             raise Unavailable(f"no replica of {self.name} has been ready for {self._wait_s:g} s", fix="try again") from None
 
     @asynccontextmanager
-    async def calling(self, placement: Placement, queued_tokens: int = 0) -> AsyncIterator[None]:
-        """One call on the chosen replica. What it raises has been counted against the replica."""
+    async def calling(
+        self, placement: Placement, queued_tokens: int = 0, keys: BlockKeys | None = None
+    ) -> AsyncIterator[None]:
+        """One call on the chosen replica, which caches the prompt of `keys` meanwhile. What it raises has been counted
+        against the replica."""
         replica = placement.replica
+        if keys is not None:
+            self._coming.setdefault(replica.id, []).append(keys)
+            asyncio.get_running_loop().call_later(COMING_S, self._has_come, replica.id, keys)
         # Newer tokens weigh more instead of older ones less: nothing has to be looked at again.
         replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
         try:
@@ -118,6 +128,23 @@ class Pool:
             reason = ResumeReason.UNAVAILABLE if isinstance(error, Unavailable) else ResumeReason.GONE
             self.replicas.failed(replica.id, reason)
             raise ReplicaLost(f"replica {replica.id} of {self.name}: {type(error).__name__}: {error}", reason=reason) from error
+
+    def _with_what_is_coming(self, overlaps: Mapping[str, int], keys: BlockKeys) -> Mapping[str, int]:
+        """Prompts that replicas have just been given count as cached there: those that share them go the same way."""
+        if not self._coming:
+            return overlaps
+        known = dict(overlaps)
+        for replica, prompts in self._coming.items():
+            coming = max(prompt.shared_tokens(keys, self._index.block_size) for prompt in prompts)
+            if coming > known.get(replica, 0):
+                known[replica] = coming
+        return known
+
+    def _has_come(self, replica: str, keys: BlockKeys) -> None:
+        prompts = self._coming[replica]
+        prompts.remove(keys)
+        if not prompts:
+            del self._coming[replica]
 
     async def close(self) -> None:
         await self.replicas.stop()

@@ -28,7 +28,7 @@ class Pool:
         return SimpleNamespace(replica=SimpleNamespace(id="one"), missing_tokens=self.missing)
 
     @asynccontextmanager
-    async def calling(self, placement, queued_tokens=0):
+    async def calling(self, placement, queued_tokens=0, keys=None):
         yield
 
     def _warm(self, token_ids, request_id, cache_salt, priority):

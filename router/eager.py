@@ -81,21 +81,26 @@ class EagerPrefill:
                 outcome = "needless"
                 return
             async with self._pool.calling(placement):
-                call = self._pool.replicas.on(placement.replica.id).warm.remote(
-                    token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=PRIORITY
-                )
-                try:
-                    result = await call
-                except asyncio.CancelledError:
-                    call.cancel()
-                    raise
+                # Step by step: an engine goes on with what it has begun before it begins a turn's prefill.
+                for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
+                    await self._make(placement.replica.id, token_ids[: end + self._stride_tokens], salt)
             outcome = "done"
-            self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
         except PrefillShareError as error:
             outcome = "failed"
             logger.warning("eager prefill of %d tokens failed: %s", len(token_ids), error)
         finally:
             self._count(outcome)
+
+    async def _make(self, replica: str, token_ids: list[int], salt: str | None) -> None:
+        call = self._pool.replicas.on(replica).warm.remote(
+            token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=PRIORITY
+        )
+        try:
+            result = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
 
     def _count(self, outcome: str) -> None:
         self._metrics["eager_prefills_total"].labels(outcome).inc()

@@ -20,7 +20,7 @@ from ray import serve
 from kvshare import decoders as served_decoders
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL
-from kvshare.errors import PrefillShareError
+from kvshare.errors import Overloaded, PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
 from router.tenants import Tenants
@@ -129,6 +129,8 @@ class RouterIngress:
                     )
                     async for _ in self._frontend.run(request, name, TurnContext(deadline_s=PROBE_DEADLINE_S)):
                         pass
+                except Overloaded:
+                    pass  # it is up, and busy: taking it out of rotation would help nobody
                 except PrefillShareError as error:
                     return f"pool {pool}: {error}"
                 self._probed[pool] = time.monotonic()

@@ -6,7 +6,8 @@ The same three steps serve prefill and decode; what differs is what counts as lo
 
 Scorers (each 1 for the best a replica can be):
   work     prefill work ahead of the first token, queued and the prompt's own missing part, least of all replicas = 1.
-           A replica that holds a hot prefix loses to an idle one as soon as its queue outweighs what it would save.
+           A replica that holds a hot prefix loses to an idle one as soon as its queue outweighs what it would save -
+           somewhat more with a weight on `prefix`: a second copy also takes room from other contexts.
   prefix   share of the prompt that is cached there
   balance  load against the least loaded replica's
   session  1 where the session's last turn was
@@ -93,7 +94,7 @@ SCORERS: Mapping[str, Scorer] = {
 
 #: Policy -> weights for prefill and for decode. The small ones only decide between equals.
 POLICIES: Mapping[str, tuple[Weights, Weights]] = {
-    "prefix_aware": ({"work": 1.0, "fill": 0.01}, {"balance": 1.0, "prefix": 0.3}),
+    "prefix_aware": ({"work": 1.0, "prefix": 0.3, "fill": 0.01}, {"balance": 1.0, "prefix": 0.3}),
     "least_loaded": ({"balance": 1.0, "fill": 0.01}, {"balance": 1.0}),
     "session_sticky": ({"session": 1.0, "balance": 0.01, "fill": 0.001}, {"session": 1.0, "balance": 0.01}),
     "round_robin": ({"turn": 1.0}, {"turn": 1.0}),

@@ -19,13 +19,14 @@ class Pool:
     """One replica that computes when told to."""
 
     def __init__(self):
-        self.asked, self.cancelled, self.missing = [], 0, 1000
+        self.asked, self.cancelled, self.missing = [], 0, 90
         self.finish = asyncio.Event()
         warm = SimpleNamespace(remote=self._warm)
         self.replicas = SimpleNamespace(on=lambda replica: SimpleNamespace(warm=warm))
 
     async def choose(self, tokens, keys):
-        return SimpleNamespace(replica=SimpleNamespace(id="one"), missing_tokens=self.missing)
+        cached = max(0, tokens - self.missing)
+        return SimpleNamespace(replica=SimpleNamespace(id="one"), cached_tokens=cached, missing_tokens=self.missing)
 
     @asynccontextmanager
     async def calling(self, placement, queued_tokens=0, keys=None):
@@ -95,6 +96,14 @@ async def test_a_long_response_is_asked_for_stride_by_stride_while_it_streams(ea
         eager.grew("s", tokens, context(tokens), None, ended=False)
         await settle()
     assert [tokens for tokens, *_ in pool.asked] == [600, 700, 800]
+
+
+async def test_much_that_is_missing_is_made_step_by_step(eager, pool):
+    pool.missing = 250
+    pool.finish.set()
+    eager.grew("s", 400, context(400), None, ended=True)
+    await settle()
+    assert [tokens for tokens, *_ in pool.asked] == [250, 350, 400]
 
 
 async def test_the_next_turn_cancels_what_still_runs(eager, pool, metrics):

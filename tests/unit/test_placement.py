@@ -20,7 +20,7 @@ def test_the_replica_with_the_longest_cached_prefix_is_taken():
 def test_a_busy_replica_keeps_a_prompt_while_its_queue_costs_less_than_the_prefix_saves():
     idle = Candidate("idle")
     assert chosen([Candidate("holder", 800, queued_tokens=700), idle], Demand(1000)) == "holder"
-    assert chosen([Candidate("holder", 800, queued_tokens=900), idle], Demand(1000)) == "idle"
+    assert chosen([Candidate("holder", 800, queued_tokens=1500), idle], Demand(1000)) == "idle"
 
 
 def test_a_prefix_wanted_by_many_at_once_spreads_over_idle_replicas():

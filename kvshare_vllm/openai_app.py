@@ -7,6 +7,7 @@ Seam: vllm/entrypoints/launchers/{app.py,cli_args.py,api_server/app_state.py}
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -58,7 +59,7 @@ async def build_openai_app(
     put around all that is there before it."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
-    environment = dict(os.environ)
+    environment, log_level = dict(os.environ), logging.root.level
     frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit)
     _restore(environment)
     tasks = await frontend.get_supported_tasks()
@@ -66,6 +67,7 @@ async def build_openai_app(
     await init_app_state(frontend, app.state, args, tasks)
     for wrap in (HttpRefusals, *middleware):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
+    logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend
 

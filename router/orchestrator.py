@@ -316,7 +316,7 @@ class Orchestrator:
                     cache_salt=context.cache_salt,
                 )
                 async for chunk in stream:
-                    if loading.when() is not None:
+                    if loading.when() is not None and not loading.expired():
                         loading.reschedule(None)
                         route.prefill.replicas.succeeded(attempt.source)
                         pool.replicas.succeeded(replica)

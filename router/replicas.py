@@ -73,7 +73,8 @@ class Replica:
     def end_calls(self) -> None:
         now = asyncio.get_running_loop().time()
         for scope in self.calls:
-            scope.reschedule(now)
+            if scope.when() is None:  # else it is ending already
+                scope.reschedule(now)
 
 
 #: Told of a replica that has joined, with what it is, or left (None).

@@ -112,11 +112,18 @@ async def test_what_is_not_the_replicas_fault_passes_and_does_not_count(pool, ra
 
 async def test_calls_on_a_replica_found_wedged_end_at_once(pool):
     placement = await choose(pool, tokens(50))
-    asyncio.get_running_loop().call_soon(pool.replicas.failed, placement.replica.id, ResumeReason.WEDGED)
-    with pytest.raises(ReplicaLost) as lost:
+
+    async def call():
         async with pool.calling(placement):
             await asyncio.sleep(5)
-    assert lost.value.reason is ResumeReason.WEDGED
+
+    calls = [asyncio.create_task(call()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for _ in range(4):  # found out again while the calls are ending
+        pool.replicas.failed(placement.replica.id, ResumeReason.WEDGED)
+        await asyncio.sleep(0)
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert [(type(e), e.reason) for e in ended] == [(ReplicaLost, ResumeReason.WEDGED)] * 3
 
 
 async def test_a_cancelled_turn_stays_cancelled_and_blames_nobody(pool):

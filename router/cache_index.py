@@ -32,7 +32,6 @@ class BlockKeys:
         keys = compute_block_hash_for_seq(list(token_ids), block_size, lora_name=adapter, cache_namespace=salt)
         self.hashes = array("q", array("Q", keys).tobytes()).tolist()  # the service takes them as signed numbers
 
-
     def shared_tokens(self, other: BlockKeys, block_size: int) -> int:
         """Leading tokens both prompts have in the same full blocks."""
         blocks = 0

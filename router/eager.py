@@ -20,6 +20,7 @@ from kvshare.errors import PrefillShareError
 from kvshare.metrics import Metrics
 from router.cache_index import BlockKeys
 from router.pools import Pool
+from router.replicas import answer
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +93,8 @@ class EagerPrefill:
             self._count(outcome)
 
     async def _make(self, replica: str, token_ids: list[int], salt: str | None) -> None:
-        call = self._pool.replicas.on(replica).warm.remote(
-            token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=PRIORITY
-        )
-        try:
-            result = await call
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
+        warm = self._pool.replicas.on(replica).warm
+        result = await answer(warm.remote(token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=PRIORITY))
         self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
 
     def _count(self, outcome: str) -> None:

@@ -39,7 +39,7 @@ from router.admission import Admission, PoolSource
 from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
 from router.pools import Pool
-from router.replicas import CALL_ERRORS
+from router.replicas import CALL_ERRORS, answer
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +96,10 @@ class Orchestrator:
         self._base = base
         self._admission = Admission(config, base.block_size, self._sources(), metrics)
         self._watch_capacity()
-        self._in_progress = 0
+        #: In progress, by decoder.
         self._turns: Counter[str] = Counter()
         self._turn_ended = asyncio.Event()
         self.draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._releases: set[asyncio.Task] = set()
 
     def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
@@ -264,11 +262,7 @@ class Orchestrator:
             call = pool.replicas.on(replica).prefill.remote(
                 shared, request_id, adapter=adapter, cache_salt=context.cache_salt, queued_tokens=queued
             )
-            try:
-                result: PrefillResult = await call
-            except asyncio.CancelledError:
-                call.cancel()
-                raise
+            result: PrefillResult = await answer(call)
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()
         elapsed = time.perf_counter() - started
@@ -379,23 +373,18 @@ class Orchestrator:
                     self._turn_ended.clear()
                     await self._turn_ended.wait()
         except TimeoutError:
-            logger.warning("turns of %s still run after %g s", ", ".join(sorted(decoders)), timeout_s)
+            running = ", ".join(name for name in sorted(decoders) if self._turns[name])
+            logger.warning("turns of %s still run after %g s", running, timeout_s)
 
     def _count(self, decoder: str, change: int) -> None:
-        self._in_progress += change
         self._turns[decoder] += change
         self._turn_ended.set()
-        self._metrics["turns_in_progress"].set(self._in_progress)
-        (self._idle.clear if self._in_progress else self._idle.set)()
+        self._metrics["turns_in_progress"].set(self._turns.total())
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""
         self.draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            logger.warning("%d turns still run after %g s", self._in_progress, timeout_s)
+        await self.ended(self._turns, timeout_s)
 
     def _record(self, name: str, outcome: str, usage: TurnUsage, elapsed: float) -> None:
         m = self._metrics

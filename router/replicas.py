@@ -170,7 +170,7 @@ class ReplicaSet:
     async def _join(self, replica: str) -> None:
         try:
             async with asyncio.timeout(ANSWER_S):
-                info = await _answer(self.on(replica).describe.remote())
+                info = await answer(self.on(replica).describe.remote())
             if self.listener:
                 await self.listener(replica, info)
             self._replicas[replica] = Replica(info, Health())
@@ -206,7 +206,7 @@ class ReplicaSet:
         counted = (replica.active, replica.queued_tokens)
         try:
             async with asyncio.timeout(self._wedged_after_s):
-                stats = await _answer(self.on(replica.id).stats.remote())
+                stats = await answer(self.on(replica.id).stats.remote())
             replica.told(stats, counted)
             if stats.stalled_s > self._wedged_after_s:
                 self.failed(replica.id, ResumeReason.WEDGED)
@@ -219,7 +219,7 @@ class ReplicaSet:
         well = False
         try:
             async with asyncio.timeout(self._wedged_after_s):
-                await _answer(self.on(replica.id).probe.remote())
+                await answer(self.on(replica.id).probe.remote())
             well = True
             logger.info("replica %s of %s is let back in", replica.id, self.name)
         except TimeoutError:
@@ -239,11 +239,12 @@ class ReplicaSet:
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
-        if replica.health.failed(reason):
+        ejected, hangs = replica.health.failed(reason), reason is ResumeReason.WEDGED
+        if ejected:
             logger.warning("replica %s of %s is ejected: %s", replica_id, self.name, reason.value)
+        if ejected or hangs:
             self._note_change()
-        if reason is ResumeReason.WEDGED:
-            self._note_change()
+        if hangs:
             replica.end_calls()
 
     # Calls ----------------------------------------------------------------------------------------------------------
@@ -275,8 +276,8 @@ class ReplicaSet:
         return self._streams.options(session_id=replica)
 
 
-async def _answer(response):
-    """What a replica answers; a question nobody waits for any more is taken back."""
+async def answer(response):
+    """What a replica answers; a call nobody waits for any more is taken back."""
     try:
         return await response
     except asyncio.CancelledError:

@@ -16,17 +16,17 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import small
 from benchmarks.result import write
-from kvshare.config import Deployment, parse
+from benchmarks.small import ADDRESS, DECODERS, VOCABULARY, bars
+from kvshare.config import Deployment
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-DECODERS = ("planner", "coder", "caller")
-VOCABULARY, INPUT, OUTPUT = 40_000, 24, 96
+INPUT, OUTPUT = 24, 96
 
 
 def play(client: Client, sessions: int, turns: int, pause_s: float, advance) -> dict[str, float]:
@@ -52,19 +52,8 @@ def play(client: Client, sessions: int, turns: int, pause_s: float, advance) -> 
 
 
 def deployment(model: Path, adapters: dict[str, Path], eager: bool) -> Deployment:
-    return parse({
-        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": 32},
-        "prefill": {"kv_cache_gib": 0.5, "cpu_cores": "0"},
-        "decode": [{
-            "pool": "agents",
-            "kv_cache_gib": 0.5,
-            "cpu_cores": "1",
-            "max_lora_rank": 8,
-            "serve_base": False,
-            "adapters": {name: str(path) for name, path in adapters.items()},
-        }],
-        "router": {"eager_prefill": eager, "http_port": 18_000, "grpc_port": 19_000},
-    })  # fmt: skip
+    sizes = {"kv_cache_gib": 0.5}
+    return small.deployment(model, adapters, prefill=sizes, decode=sizes, router={"eager_prefill": eager})
 
 
 def main() -> None:
@@ -74,13 +63,12 @@ def main() -> None:
     parser.add_argument("--pause-s", type=float, default=0.5, help="pause between turns, seconds (default: 0.5)")
     args = parser.parse_args()
     console, figures = Console(stderr=True), {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         for name, eager in (("without", False), ("with", True)):
             task = progress.add_task(f"{name} eager prefill", total=args.sessions * args.turns)
-            with running(deployment(model, adapters, eager)), Client("127.0.0.1:19000") as client:
+            with running(deployment(model, adapters, eager)), Client(ADDRESS) as client:
                 figures[name] = play(client, args.sessions, args.turns, args.pause_s, lambda task=task: progress.advance(task))
             console.print(f"{name}: {figures[name]}")
     headline = {

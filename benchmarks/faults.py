@@ -24,10 +24,11 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import small
 from benchmarks.result import write
-from kvshare.config import Deployment, parse
+from benchmarks.small import ADDRESS, DECODERS, VOCABULARY, bars
+from kvshare.config import Deployment
 from kvshare.errors import PrefillShareError
 from prefillshare.app import running
 from prefillshare.client import Client
@@ -35,8 +36,6 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
-BLOCK, VOCABULARY = 32, 40_000
-DECODERS = ("planner", "coder", "caller")
 TURNS_PER_SESSION = 4
 INPUT, OUTPUT = (20, 120), (20, 60)
 WEDGED_AFTER_S, HANG_S = 4, 12
@@ -164,21 +163,10 @@ class Faults:
 
 
 def deployment(model: Path, adapters: dict[str, Path]) -> Deployment:
-    return parse({
-        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
-        "prefill": {"replicas": 2, "kv_cache_gib": 0.05, "cpu_cores": "0"},
-        "decode": [{
-            "pool": "agents",
-            "replicas": 2,
-            "kv_cache_gib": 0.05,
-            "cpu_cores": "1",
-            "max_lora_rank": 8,
-            "serve_base": False,
-            "adapters": {name: str(path) for name, path in adapters.items()},
-        }],
-        "router": {"wedged_after_s": WEDGED_AFTER_S, "http_port": 18_000, "grpc_port": 19_000},
-        "cluster": {"kv_lease_s": 15, "kv_load_timeout_s": 5},
-    })  # fmt: skip
+    sizes = {"replicas": 2, "kv_cache_gib": 0.05}
+    cluster = {"kv_lease_s": 15, "kv_load_timeout_s": 5}
+    router = {"wedged_after_s": WEDGED_AFTER_S}
+    return small.deployment(model, adapters, prefill=sizes, decode=sizes, router=router, cluster=cluster)
 
 
 def blocks_held(handle) -> int:
@@ -211,12 +199,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=4, help="turns at a time (default: 4)")
     args = parser.parse_args()
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         model = make_base("llama", Path(folder) / "base", fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct")))
         adapters = make_seeded_adapters(model, Path(folder) / "adapters", names=DECODERS)
         start = progress.add_task("starting engines", total=None)
-        with running(deployment(model, adapters)) as handle, Client("127.0.0.1:19000") as client:
+        with running(deployment(model, adapters)) as handle, Client(ADDRESS) as client:
             progress.remove_task(start)
             trace = make_trace(args.turns)
             players = []

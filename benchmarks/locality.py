@@ -20,17 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import small
 from benchmarks.result import write
-from kvshare.config import Deployment, parse
+from benchmarks.small import ADDRESS, BLOCK, DECODERS, VOCABULARY, bars
+from kvshare.config import Deployment
 from prefillshare.app import apply, running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-BLOCK, VOCABULARY = 32, 40_000
-DECODERS = ("planner", "coder", "caller")
 #: Sessions that share a beginning, its length, and the ranges of what a turn appends and generates, tokens.
 GROUP, BEGINNING, INPUT, OUTPUT = 6, 128, (48, 96), (12, 20)
 
@@ -113,19 +112,9 @@ def play(trace: Trace, client: Client, at_once: int, advance) -> dict[str, float
 
 
 def deployment(model: Path, adapters: dict[str, Path], kv_cache_gib: float, policy: str) -> Deployment:
-    return parse({
-        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
-        "prefill": {"replicas": 2, "kv_cache_gib": kv_cache_gib, "cpu_cores": "0"},
-        "decode": [{
-            "pool": "agents",
-            "kv_cache_gib": 0.5,
-            "cpu_cores": "1",
-            "max_lora_rank": 8,
-            "serve_base": False,
-            "adapters": {name: str(path) for name, path in adapters.items()},
-        }],
-        "router": {"placement": {"policy": policy}, "eager_prefill": False, "http_port": 18_000, "grpc_port": 19_000},
-    })  # fmt: skip
+    router = {"placement": {"policy": policy}, "eager_prefill": False}
+    prefill = {"replicas": 2, "kv_cache_gib": kv_cache_gib}
+    return small.deployment(model, adapters, prefill=prefill, decode={"kv_cache_gib": 0.5}, router=router)
 
 
 def main() -> None:
@@ -137,13 +126,12 @@ def main() -> None:
     parser.add_argument("--policies", default="prefix_aware,session_sticky,round_robin", help="policies to compare")
     args = parser.parse_args()
     console, policies = Console(stderr=True), args.policies.split(",")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         start = progress.add_task("starting engines", total=None)
         figures = {}
-        with running(deployment(model, adapters, args.kv_cache_gib, policies[0])), Client("127.0.0.1:19000") as client:
+        with running(deployment(model, adapters, args.kv_cache_gib, policies[0])), Client(ADDRESS) as client:
             progress.remove_task(start)
             for number, policy in enumerate(policies):
                 apply(deployment(model, adapters, args.kv_cache_gib, policy))

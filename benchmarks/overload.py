@@ -22,16 +22,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import small
 from benchmarks.result import write
-from kvshare.config import Deployment, parse
+from benchmarks.small import ADDRESS, DECODERS, VOCABULARY
+from kvshare.config import Deployment
 from kvshare.errors import Overloaded, PrefillShareError
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-BLOCK, VOCABULARY = 32, 40_000
-DECODERS = ("planner", "coder", "caller")
 GROUPS, BEGINNING, INPUT, OUTPUT = 8, 192, (32, 160), (16, 48)
 RATES = (0.6, 0.8, 1.0, 1.2)
 MOST_CLIENTS = 256
@@ -119,19 +119,9 @@ class Load:
 
 
 def deployment(model: Path, adapters: dict[str, Path], objective_s: float) -> Deployment:
-    return parse({
-        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
-        "prefill": {"kv_cache_gib": 0.3, "cpu_cores": "0"},
-        "decode": [{
-            "pool": "agents",
-            "kv_cache_gib": 0.15,
-            "cpu_cores": "1",
-            "max_lora_rank": 8,
-            "serve_base": False,
-            "adapters": {name: str(path) for name, path in adapters.items()},
-        }],
-        "router": {"max_wait_s": objective_s, "http_port": 18_000, "grpc_port": 19_000, "expected_output_tokens": 48},
-    })  # fmt: skip
+    router = {"max_wait_s": objective_s, "expected_output_tokens": 48}
+    sizes = {"prefill": {"kv_cache_gib": 0.3}, "decode": {"kv_cache_gib": 0.15}}
+    return small.deployment(model, adapters, router=router, **sizes)
 
 
 def main() -> None:
@@ -146,7 +136,7 @@ def main() -> None:
         task = progress.add_task("starting engines", total=len(RATES) + 3)
         model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
-        with running(deployment(model, adapters, 0.6 * args.objective_s)), Client("127.0.0.1:19000") as client:
+        with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS) as client:
             load = Load(client, args.objective_s)
             progress.update(task, advance=1, description="capacity")
             load.closed(8, args.seconds / 4)  # warm-up

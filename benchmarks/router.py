@@ -22,9 +22,10 @@ import msgspec
 import numpy as np
 import zmq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks.result import RESULTS, write
+from benchmarks.small import bars
 from kvshare.replica_info import KVEvents, ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
 from router.health import Health
@@ -167,9 +168,8 @@ class Simulation:
 
 
 async def run(args, console: Console) -> dict:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     sweeps = {"replicas": [], "prefixes": []}
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
 
         async def point(prefill: int, decode: int, prefixes: int) -> dict:
             simulation = Simulation(prefill, decode, prefixes, args.tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from ports import free_port
 
 START_TIMEOUT_S = 30
 
@@ -65,12 +65,3 @@ class RedisServer:
                 return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         except ConnectionError:
             return False
-
-
-def free_port() -> int:
-    """Outside the range from which the system hands out ports, so that a server finds its own again after a restart."""
-    while True:
-        port = random.randint(20_000, 30_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port

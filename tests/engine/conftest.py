@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from kvshare.config import Deployment, parse
 from prefillshare.app import running
@@ -28,15 +27,6 @@ def smollm() -> Path:
 def _engine_environment():
     """Engines started in this process want what replicas get."""
     os.environ.update({k: v for k, v in engine_environment().items() if k != "LD_PRELOAD"})
-
-
-def free_port() -> int:
-    """Outside the range from which the system hands out ports: Ray's workers take those while a deployment starts."""
-    while True:
-        port = random.randint(20_000, 30_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 class System:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import free_port, wait_until
+from conftest import wait_until
+from ports import free_port
 from test_system_llama import deployment, ids
 
 from kvshare.errors import Unavailable

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -82,6 +83,18 @@ def processes(running, pool: str, replica: str) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+@contextmanager
+def stopped(victims: list[psutil.Process]):
+    """They hang meanwhile."""
+    for process in victims:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in victims:
+            process.resume()
+
+
 def kill(running, pool: str, replica: str) -> list[psutil.Process]:
     victims = processes(running, pool, replica)
     victims[0].kill()
@@ -125,22 +138,16 @@ def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle
 
 
 def test_a_decode_replica_that_hangs_in_the_middle_is_given_up_and_let_back_in(running, oracle):
-    stopped = []
+    with ExitStack() as until_the_end:
 
-    def hang():
-        (busy,) = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
-        stopped.extend(processes(running, "agents", busy))
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
+        def hang():
+            (busy,) = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
+            until_the_end.enter_context(stopped(processes(running, "agents", busy)))
 
-    try:
         turn = disturbed(running, oracle, "b", ids(90, salt=2), hang, max_tokens=60)
         assert turn.usage.resumes == 1
         assert len(turn.token_ids) == 60
         assert [r["usable"] for r in running.info()["agents"].values()].count(False) == 1
-    finally:
-        for process in stopped:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_nothing_else(running, oracle):
@@ -155,17 +162,11 @@ def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_not
 def test_a_prefill_replica_that_hangs_is_given_up_within_the_deadline(running, oracle):
     session = running.client.create_session()
     first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=5), max_tokens=6, ignore_eos=True)
-    stopped = processes(running, "prefill", first.usage.prefill_replica)
-    for process in stopped:
-        process.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(processes(running, "prefill", first.usage.prefill_replica)):
         began = time.monotonic()
         second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=6), max_tokens=6, ignore_eos=True)
         assert second.usage.prefill_replica != first.usage.prefill_replica
         assert time.monotonic() - began < 5 * WEDGED_AFTER_S
-    finally:
-        for process in stopped:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, oracle):
@@ -173,14 +174,9 @@ def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, ora
     first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=7), max_tokens=6, ignore_eos=True)
     _, *engine = processes(running, "prefill", first.usage.prefill_replica)
     assert engine
-    for process in engine:
-        process.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(engine):
         second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=8), max_tokens=6, ignore_eos=True)
         assert second.usage.prefill_replica != first.usage.prefill_replica
-    finally:
-        for process in engine:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running, oracle):

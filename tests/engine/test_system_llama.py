@@ -106,7 +106,7 @@ def test_a_per_model_engine_recomputes_a_preempted_request_itself(running, oracl
 @pytest.fixture
 def small(tmp_path, smollm):
     """A deployment of one pool, not started."""
-    from conftest import free_port
+    from ports import free_port
 
     data = deployment(tmp_path, smollm, KIND)
     return data | {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}

@@ -9,7 +9,7 @@ from functools import partial
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import free_port
+from ports import free_port
 
 from kvshare.caller import cache_salt
 from kvshare.config import Base

@@ -1,0 +1,42 @@
+"""What the benchmarks that run on two cores have in common: three LoRA decoders in one pool, and bars for long work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvshare.config import Deployment, parse
+
+DECODERS = ("planner", "coder", "caller")
+BLOCK, VOCABULARY = 32, 40_000
+HTTP_PORT, GRPC_PORT = 18_000, 19_000
+ADDRESS = f"127.0.0.1:{GRPC_PORT}"
+
+
+def deployment(
+    model: Path, adapters: Mapping[str, Path], *, prefill: dict, decode: dict, router: dict, cluster: dict | None = None
+) -> Deployment:
+    """Prefill engines on the first core, decode engines on the second. The rest as given."""
+    return parse({
+        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
+        "prefill": {"cpu_cores": "0", **prefill},
+        "decode": [{
+            "pool": "agents",
+            "cpu_cores": "1",
+            "max_lora_rank": 8,
+            "serve_base": False,
+            "adapters": {name: str(path) for name, path in adapters.items()},
+            **decode,
+        }],
+        "router": {"http_port": HTTP_PORT, "grpc_port": GRPC_PORT, **router},
+        "cluster": cluster or {},
+    })  # fmt: skip
+
+
+def bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )

@@ -59,6 +59,8 @@ class _Gauges(StatLoggerBase):
 class Engine:
     """One vLLM engine. Made by `start`; `close` ends its processes. Not thread-safe: one event loop."""
 
+    _probe_logprobs: int | None = None
+
     def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail, kv_events: KVEvents):
         self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
@@ -87,6 +89,7 @@ class Engine:
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)
+            await engine.probe()  # what vLLM compiles at its first use is compiled before anybody waits for it
             return engine
         except Exception as error:
             if llm is not None:
@@ -145,7 +148,7 @@ class Engine:
 
     async def probe(self) -> None:
         """Generate one token from one: proof that the engine steps. Raises Unavailable."""
-        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=self._probe_logprobs, detokenize=False)
         async for _ in self._generate([0], sampling, f"probe-{uuid.uuid4().hex}", None, None):
             pass
 
@@ -212,6 +215,8 @@ class PrefillEngine(Engine):
 
 
 class DecodeEngine(Engine):
+    _probe_logprobs = 1  # vLLM compiles how it ranks them
+
     def check(self, handoff: Handoff) -> None:
         """The contract again, at handoff (R4): an engine may have been replaced since start-up."""
         if handoff.contract != self.settings.contract:

@@ -4,13 +4,13 @@ vLLM's publisher replays its last N batches; a router that joins later, or an id
  1. Every change of the cache is published with a sequence number (ZMQ PUB), as vLLM does.
  2. Where nothing changes, an empty batch goes out every HEARTBEAT_S: a subscriber that missed the last change, or has
     just joined, sees the gap.
- 3. A replay request (ZMQ ROUTER) is answered with the state - cleared, then every block now held - instead of history.
-    Its size is bounded by the cache, not by time.
+ 3. A replay request (ZMQ ROUTER) is answered with the state - cleared, then every block now held, in parts of STATE_BLOCKS
+    that all have the last number - instead of history. Its size is bounded by the cache, not by time.
 
 A block's key is told as the index needs it: the tenant's salt (R7), which vLLM puts into the first block's extra keys
 only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5).
 
-Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; wire format also read by dynamo's SelectionService.
+Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/kv_follower.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import queue
 import threading
 import time
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
 POLL_S = 0.05
+STATE_BLOCKS = 2048
 END_SEQ = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -143,13 +146,15 @@ class StatePublisher(EventPublisher):
             logger.warning("Not a replay request: %d frames", len(frames))
             return
         client = frames[0]
-        state = [AllBlocksCleared(), *(self._event(key, held) for key, held in self._held.items())]
         sequence = self._sequence.to_bytes(8, "big")
-        self._replays.send_multipart((client, b"", self._topic, sequence, self._encode(state, time.time())))
+        blocks, part = iter(self._held.items()), [AllBlocksCleared()]
+        while part:
+            self._replays.send_multipart((client, b"", self._topic, sequence, self._encode(part, time.time())))
+            part = list(_told(islice(blocks, STATE_BLOCKS)))
         self._replays.send_multipart((client, b"", b"", END_SEQ, b""))
 
     def _apply(self, event) -> list:
-        """Fold an event of vLLM's into the state; returns what to publish for it, one event per block stored."""
+        """Fold an event of vLLM's into the state; returns what to publish for it."""
         if isinstance(event, AllBlocksCleared):
             self._held.clear()
             return [event]
@@ -157,7 +162,7 @@ class StatePublisher(EventPublisher):
             for key in event.block_hashes:
                 self._held.pop(key, None)
             return [event]
-        out, parent, size = [], event.parent_block_hash, event.block_size
+        stored, parent, size = [], event.parent_block_hash, event.block_size
         for number, key in enumerate(event.block_hashes):
             keys = event.extra_keys[number] if event.extra_keys else None
             adapter, salt = _key_parts(keys, event.lora_name)
@@ -165,12 +170,25 @@ class StatePublisher(EventPublisher):
                 salt = self._held[parent].salt
             tokens = array("I", event.token_ids[number * size : (number + 1) * size])
             self._held[key] = held = _Held(parent, tokens, size, event.medium, adapter, salt)
-            out.append(self._event(key, held))
+            stored.append((key, held))
             parent = key
-        return out
+        return list(_told(stored))
 
-    def _event(self, key, held: _Held) -> KeyedBlockStored:
-        return KeyedBlockStored(
+
+def _told(blocks: Iterable[tuple[Any, _Held]]) -> Iterator[KeyedBlockStored]:
+    """Events that tell these blocks, one per run of blocks of which each is the next one's parent."""
+    told: KeyedBlockStored | None = None
+    for key, held in blocks:
+        made_with = (held.block_size, held.medium, held.adapter, held.salt)
+        if told and (held.parent, *made_with) == (
+            told.block_hashes[-1], told.block_size, told.medium, told.lora_name, told.cache_salt
+        ):  # fmt: skip
+            told.block_hashes.append(key)
+            told.token_ids.extend(held.token_ids)
+            continue
+        if told:
+            yield told
+        told = KeyedBlockStored(
             block_hashes=[key],
             parent_block_hash=held.parent,
             token_ids=held.token_ids.tolist(),
@@ -180,6 +198,8 @@ class StatePublisher(EventPublisher):
             lora_name=held.adapter,
             cache_salt=held.salt,
         )
+    if told:
+        yield told
 
 
 def _key_parts(extra_keys, lora_name: str | None) -> tuple[str | None, str | None]:

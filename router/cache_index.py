@@ -1,25 +1,28 @@
-"""Which replica holds which prefix: Dynamo's prefix index, fed by the engines' KV events.
+"""Which replica holds which prefix: Dynamo's radix tree, one per pool, fed by the engines' KV events.
 
-One index per router replica. An engine publishes what enters and leaves its prefix cache (kvshare_vllm/kv_events.py);
-the index subscribes in a thread of its own and asks for the whole state when it has missed something.
+Every router replica has an index of its own. A question is answered in place, in tens of microseconds; what enters and
+leaves the engines' caches comes in between (router/kv_follower.py).
 
-Seam: dynamo.llm.SelectionService
+Seam: dynamo.llm.RadixTree
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import msgspec
 
 from kvshare.replica_info import KVEvents
+from router.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
 
 os.environ.setdefault("DYN_LOG", "error")  # read when the library starts
 
-from dynamo.llm import SelectionService, compute_block_hash_for_seq
+from dynamo.llm import RadixTree, compute_block_hash_for_seq
 
-_MODEL = "prefillshare"
+_encode = msgspec.json.Encoder().encode
 
 
 class BlockKeys:
@@ -29,8 +32,8 @@ class BlockKeys:
 
     def __init__(self, token_ids: Sequence[int], block_size: int, *, salt: str | None = None, adapter: str | None = None):
         self.tokens = len(token_ids)
-        keys = compute_block_hash_for_seq(list(token_ids), block_size, lora_name=adapter, cache_namespace=salt)
-        self.hashes = array("q", array("Q", keys).tobytes()).tolist()  # the service takes them as signed numbers
+        tokens = token_ids if isinstance(token_ids, list) else list(token_ids)
+        self.hashes: list[int] = compute_block_hash_for_seq(tokens, block_size, lora_name=adapter, cache_namespace=salt)
 
     def shared_tokens(self, other: BlockKeys, block_size: int) -> int:
         """Leading tokens both prompts have in the same full blocks."""
@@ -45,53 +48,84 @@ class BlockKeys:
 class CacheIndex:
     """Predicts how much of a prompt each replica of a pool has cached. Not thread-safe: one event loop."""
 
-    def __init__(self, block_size: int, threads: int = 1):
+    def __init__(self, block_size: int):
         self.block_size = block_size
-        self._service = SelectionService(indexer_threads=threads)
-        self._replicas: dict[str, dict[int, str]] = {}
+        self._pools: dict[str, _PoolIndex] = {}
+        self._followers: dict[tuple[str, str], Follower] = {}
 
     async def add(self, pool: str, replica: str, events: KVEvents) -> None:
-        worker = _worker_id(replica)
-        await self._service.upsert_worker({
-            "worker_id": worker,
-            "model_name": _MODEL,
-            "routing_group": pool,
-            "endpoint": f"ray://{replica}",
-            "block_size": self.block_size,
-            "data_parallel_start_rank": 0,
-            "data_parallel_size": 1,
-            "kv_events_endpoints": {0: events.endpoint},
-            "replay_endpoint": events.replay_endpoint,
-        })  # fmt: skip
-        self._replicas.setdefault(pool, {})[worker] = replica
+        """Follow a replica; what it held before is forgotten."""
+        await self.remove(pool, replica)
+        index = self._pools.setdefault(pool, _PoolIndex(self.block_size))
+        follower = self._followers[pool, replica] = Follower(replica, events, partial(index.apply, index.open(replica)))
+        follower.start()
 
     async def remove(self, pool: str, replica: str) -> None:
-        worker = _worker_id(replica)
-        if self._replicas.get(pool, {}).pop(worker, None) is not None:
-            await self._service.delete_worker(worker)
+        if follower := self._followers.pop((pool, replica), None):
+            await follower.stop()
+            self._pools[pool].close(replica)
 
-    async def overlaps(self, pool: str, keys: BlockKeys) -> dict[str, int]:
+    def overlaps(self, pool: str, keys: BlockKeys) -> dict[str, int]:
         """Replica -> leading prompt tokens it has cached, full blocks only; replicas with none are left out."""
-        replicas = self._replicas.get(pool)
-        if not replicas or not keys.hashes:
-            return {}
-        # Sequence hashes serve the service's own load model, which this system does not use.
-        answer = await self._service.overlap_scores({
-            "model_name": _MODEL,
-            "routing_group": pool,
-            "block_hashes": keys.hashes,
-            "sequence_hashes": keys.hashes,
-            "isl_tokens": keys.tokens,
-        })  # fmt: skip
+        index = self._pools.get(pool)
+        return index.overlaps(keys) if index and keys.hashes else {}
+
+    async def close(self) -> None:
+        for pool, replica in list(self._followers):
+            await self.remove(pool, replica)
+
+
+class _PoolIndex:
+    def __init__(self, block_size: int):
+        self._block_size = block_size
+        self._tree = RadixTree()
+        self._replicas: dict[int, str] = {}
+        self._number = 0
+
+    def open(self, replica: str) -> int:
+        worker = _worker_id(replica)
+        self._replicas[worker] = replica
+        return worker
+
+    def close(self, replica: str) -> None:
+        worker = _worker_id(replica)
+        del self._replicas[worker]
+        self._tree.remove_worker(worker)
+
+    def apply(self, worker: int, events: list[Event]) -> None:
+        for data in self._changes(events):
+            if data is None:
+                self._tree.clear_all_blocks(worker)
+            else:
+                self._number += 1
+                self._tree.apply_event(worker, _encode({"event_id": self._number, "data": data, "dp_rank": 0}))
+
+    def _changes(self, events: list[Event]) -> Iterator[dict | None]:
+        """Events in the tree's terms; None: all is gone."""
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                yield None
+            elif isinstance(event, BlockRemoved):
+                yield {"removed": {"block_hashes": [_u64(key) for key in event.block_hashes]}}
+            elif event.block_size == self._block_size:
+                yield {"stored": self._stored(event)}
+
+    def _stored(self, event: BlockStored) -> dict:
+        keys = BlockKeys(event.token_ids, self._block_size, salt=event.cache_salt, adapter=event.lora_name)
+        blocks = zip(event.block_hashes, keys.hashes, strict=True)
         return {
-            replicas[w["worker_id"]]: w["device_blocks"] * self.block_size
-            for w in answer["workers"]
-            if w["device_blocks"] and w["worker_id"] in replicas
+            "parent_hash": None if event.parent_block_hash is None else _u64(event.parent_block_hash),
+            "blocks": [{"block_hash": _u64(key), "tokens_hash": hashed} for key, hashed in blocks],
         }
 
-    def close(self) -> None:
-        self._service.shutdown()
+    def overlaps(self, keys: BlockKeys) -> dict[str, int]:
+        scores = self._tree.find_matches(keys.hashes).scores
+        return {self._replicas[worker]: blocks * self._block_size for (worker, _), blocks in scores.items()}
 
 
 def _worker_id(replica: str) -> int:
     return int.from_bytes(hashlib.blake2b(replica.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _u64(key: int | bytes) -> int:
+    return key & 0xFFFF_FFFF_FFFF_FFFF if isinstance(key, int) else int.from_bytes(key[-8:], "big")

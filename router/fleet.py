@@ -73,4 +73,4 @@ class Fleet:
     async def stop(self) -> None:
         for pool in self.pools.values():
             await pool.close()
-        self._index.close()
+        await self._index.close()

@@ -138,11 +138,11 @@ class RouterIngress:
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
         """Pool -> replica -> figures, asked for now; for tests and operators."""
+        pools = list(self._fleet.pools.values())
+        told = await asyncio.gather(*(pool.replicas.stats_now() for pool in pools))
         return {
-            pool.name: {
-                replica: asdict(await pool.replicas.on(replica).stats.remote()) for replica in list(pool.replicas.members)
-            }
-            for pool in self._fleet.pools.values()
+            pool.name: {replica: asdict(stats) for replica, stats in one.items()}
+            for pool, one in zip(pools, told, strict=True)
         }
 
     async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:

@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a turn tries again after a replica failed it, doubled each time.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
-#: What the index has said is taken for true for so long.
-OVERLAPS_HOLD_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,6 @@ class _Attempt:
     route: Route
     #: What the turn holds of the pool's room; given back when it ends.
     grant: Grant
-    #: What the index said before admission, for the first placement; None: ask again.
-    overlaps: Mapping[str, int] | None = None
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -174,7 +170,7 @@ class Orchestrator:
         adapter = None if mode.adapters_share_blocks else decoder.adapter
         keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
         route = self.routes[decoder.pool]
-        overlaps = await route.prefill.overlaps(keys) if shared else {}
+        overlaps = route.prefill.overlaps(keys) if shared else {}
         demand = Demand(
             pool=decoder.pool,
             prompt_tokens=len(prompt),
@@ -186,7 +182,7 @@ class Orchestrator:
         )
         with await self._admission.admit(demand) as grant:
             context.usage.queue_s = grant.waited_s
-            attempt = _Attempt(route, grant, overlaps if grant.waited_s < OVERLAPS_HOLD_S else None)
+            attempt = _Attempt(route, grant)
             attempts = self._until_it_ends(decoder, prompt, shared, keys, sampling, request_id, context, attempt)
             async with aclosing(attempts) as chunks:
                 async for chunk in chunks:
@@ -249,8 +245,7 @@ class Orchestrator:
         mode, pool = get_mode(decoder.sharing), attempt.route.prefill
         usage, session = context.usage, context.session
         last = session.prefilled_on.get(pool.name) if session else None
-        overlaps, attempt.overlaps = attempt.overlaps, None
-        placement = await pool.choose(len(shared), keys, overlaps=overlaps, last_replica=last, without=attempt.avoid)
+        placement = await pool.choose(len(shared), keys, last_replica=last, without=attempt.avoid)
         replica = attempt.source = placement.replica.id
         # An engine computes at least the last token, and so its block, again.
         predicted = min(placement.cached_tokens, (len(shared) - 1) // self._base.block_size * self._base.block_size)

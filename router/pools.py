@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
+from operator import attrgetter
 
 from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
@@ -60,30 +61,26 @@ class Pool:
             self._capacity = (self.replicas.changes, has)
         return self._capacity[1]
 
-    async def overlaps(self, keys: BlockKeys) -> Mapping[str, int]:
+    def overlaps(self, keys: BlockKeys) -> Mapping[str, int]:
         """Replica -> leading prompt tokens it has cached; those with none are left out."""
-        return await self._index.overlaps(self.name, keys)
+        return self._index.overlaps(self.name, keys)
 
     async def choose(
         self,
         prompt_tokens: int,
         keys: BlockKeys,
         *,
-        overlaps: Mapping[str, int] | None = None,
         fits: Callable[[str], bool] = lambda replica: True,
         last_replica: str | None = None,
         without: Collection[str] = (),
     ) -> Placement:
         """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
-        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is. `overlaps`: as just asked for."""
-        if overlaps is None:
-            overlaps = await self.overlaps(keys)
+        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
         while not (replicas := self.replicas.usable(without)):
             await self._wait()
-            overlaps = await self.overlaps(keys)
         self._placed += 1
         demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
-        overlaps = self._with_what_is_coming(overlaps, keys)
+        overlaps = self._with_what_is_coming(self.overlaps(keys), keys)
         candidates = [
             Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
             for r in _shortlist(replicas, overlaps, demand, fits)
@@ -165,7 +162,7 @@ def _shortlist(
     if len(replicas) <= 2 * SHORTLIST:
         return replicas
     held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])
-    idle = nsmallest(SHORTLIST, replicas, key=lambda r: r.load)
+    idle = nsmallest(SHORTLIST, replicas, key=attrgetter("load"))
     named = [r for r in replicas if r.id in (demand.last_replica, demand.next_replica)]
     short = list({r.id: r for r in (*held, *idle, *named)}.values())
     return short if any(fits(r.id) for r in short) else replicas

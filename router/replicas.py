@@ -42,33 +42,38 @@ class Replica:
     info: ReplicaInfo
     health: Health
     stats: ReplicaStats = field(default_factory=ReplicaStats)
-    #: This router's calls and uncomputed prompt tokens there, now and when the stats were asked for.
+    #: This router's calls and uncomputed prompt tokens there.
     active: int = 0
     queued_tokens: int = 0
-    _counted: tuple[int, int] = (0, 0)
+    #: Other routers', as the replica last told.
+    others_active: int = 0
+    others_queued_tokens: int = 0
     #: See Candidate.filled_tokens.
     filled_tokens: float = 0.0
     calls: set[asyncio.Timeout] = field(default_factory=set)
 
-    @property
-    def id(self) -> str:
-        return self.info.replica
+    def __post_init__(self) -> None:
+        self.id = self.info.replica
 
     @property
     def total_active(self) -> int:
-        """Calls of all routers: other routers' as the replica last told, ours as they are."""
-        return self.active + max(0, self.stats.active - self._counted[0])
+        """Calls of all routers."""
+        return self.active + self.others_active
 
     @property
     def total_queued_tokens(self) -> int:
-        return self.queued_tokens + max(0, self.stats.queued_tokens - self._counted[1])
+        return self.queued_tokens + self.others_queued_tokens
 
     @property
     def load(self) -> tuple[int, float]:
-        return self.total_active + self.total_queued_tokens, self.filled_tokens
+        load = self.active + self.others_active + self.queued_tokens + self.others_queued_tokens
+        return load, self.filled_tokens
 
-    def told(self, stats: ReplicaStats, counted: tuple[int, int]) -> None:
-        self.stats, self._counted = stats, counted
+    def told(self, stats: ReplicaStats, active: int, queued_tokens: int) -> None:
+        """What it told, and what of that was this router's when it was asked."""
+        self.stats = stats
+        self.others_active = max(0, stats.active - active)
+        self.others_queued_tokens = max(0, stats.queued_tokens - queued_tokens)
 
     def end_calls(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -203,17 +208,30 @@ class ReplicaSet:
         task.add_done_callback(lambda _: self._asking.pop(what, None))
 
     async def _ask_stats(self, replica: Replica) -> None:
-        counted = (replica.active, replica.queued_tokens)
+        active, queued_tokens = replica.active, replica.queued_tokens
         try:
             async with asyncio.timeout(self._wedged_after_s):
                 stats = await answer(self.on(replica.id).stats.remote())
-            replica.told(stats, counted)
+            replica.told(stats, active, queued_tokens)
             if stats.stalled_s > self._wedged_after_s:
                 self.failed(replica.id, ResumeReason.WEDGED)
         except TimeoutError:
             self.failed(replica.id, ResumeReason.WEDGED)
         except (*CALL_ERRORS, PrefillShareError) as error:
             logger.warning("replica %s of %s does not say how it fares: %s", replica.id, self.name, error)
+
+    async def stats_now(self) -> dict[str, ReplicaStats]:
+        """How each fares, asked for now; what it last told, where none comes within STATS_S."""
+
+        async def ask(replica: Replica) -> ReplicaStats:
+            try:
+                async with asyncio.timeout(STATS_S):
+                    return await answer(self.on(replica.id).stats.remote())
+            except (*CALL_ERRORS, PrefillShareError, TimeoutError):
+                return replica.stats
+
+        replicas = list(self._replicas.values())
+        return dict(zip((r.id for r in replicas), await asyncio.gather(*map(ask, replicas)), strict=True))
 
     async def _probe(self, replica: Replica) -> None:
         well = False

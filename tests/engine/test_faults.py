@@ -7,13 +7,14 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from conftest import System, system, wait_until
+from faults import processes, stopped
 from oracle import TOLERANCE, Oracle
 
 from kvshare.config import parse
@@ -76,23 +77,6 @@ def _whole_before_and_after(running):
 
 def ids(n: int, salt: int = 0) -> list[int]:
     return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
-
-
-def processes(running, pool: str, replica: str) -> list[psutil.Process]:
-    parent = psutil.Process(running.info()[pool][replica]["pid"])
-    return [parent, *parent.children(recursive=True)]
-
-
-@contextmanager
-def stopped(victims: list[psutil.Process]):
-    """They hang meanwhile."""
-    for process in victims:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in victims:
-            process.resume()
 
 
 def kill(running, pool: str, replica: str) -> list[psutil.Process]:

@@ -4,11 +4,13 @@ import asyncio
 import socket
 import time
 
+import msgspec
 import pytest
 import zmq
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
 from kvshare.replica_info import KVEvents
+from kvshare_vllm import kv_events
 from kvshare_vllm.kv_events import StatePublisher
 from router.cache_index import BlockKeys, CacheIndex
 
@@ -75,19 +77,28 @@ def engine():
 
 async def becomes(index, keys, want, timeout_s=5.0):
     deadline = time.monotonic() + timeout_s
-    while (found := await index.overlaps("prefill", keys)) != want:
+    while (found := index.overlaps("prefill", keys)) != want:
         assert time.monotonic() < deadline, f"the index says {found}, not {want}"
         await asyncio.sleep(0.02)
 
 
-async def with_engine(engine, replica="one"):
-    index = CacheIndex(BLOCK)
-    await index.add("prefill", replica, engine.events)
-    return index
+@pytest.fixture
+async def follow(engine):
+    """An index that has just begun to follow the engine."""
+    opened = []
+
+    async def begin():
+        opened.append(index := CacheIndex(BLOCK))
+        await index.add("prefill", "one", engine.events)
+        return index
+
+    yield begin
+    for index in opened:
+        await index.close()
 
 
-async def test_the_index_follows_what_is_stored_and_evicted(engine):
-    index = await with_engine(engine)
+async def test_the_index_follows_what_is_stored_and_evicted(engine, follow):
+    index = await follow()
     prompt = BlockKeys(tokens(200), BLOCK)
     engine.tell(stored(tokens(128), 1))
     await becomes(index, prompt, {"one": 128})
@@ -99,72 +110,92 @@ async def test_the_index_follows_what_is_stored_and_evicted(engine):
     await becomes(index, prompt, {})
 
 
-async def test_a_router_that_joins_late_learns_the_state_of_an_idle_engine(engine):
+async def test_a_router_that_joins_late_learns_the_state_of_an_idle_engine(engine, follow):
     engine.tell(stored(tokens(128), 1))
     for n in range(30):
         engine.tell(stored(tokens(64, 10 + n), 100 + 2 * n), removed(100 + 2 * n, 101 + 2 * n))
-    index = await with_engine(engine)
+    index = await follow()
     await becomes(index, BlockKeys(tokens(200), BLOCK), {"one": 128}, timeout_s=2)
-    assert await index.overlaps("prefill", BlockKeys(tokens(64, 12), BLOCK)) == {}
+    assert index.overlaps("prefill", BlockKeys(tokens(64, 12), BLOCK)) == {}
 
 
-async def test_blocks_evicted_while_a_router_joins_are_not_taken_for_cached(engine):
+async def test_blocks_evicted_while_a_router_joins_are_not_taken_for_cached(engine, follow):
     engine.tell(stored(tokens(128), 1))
     for n in range(8):
         passing = tokens(64, 50 + n)
         engine.tell(stored(passing, 1000 + 10 * n))
-        index = await with_engine(engine)
+        index = await follow()
         for _ in range(5):
             engine.tell(stored(passing, 1000 + 10 * n))
             engine.tell(removed(1000 + 10 * n, 1001 + 10 * n))
         await becomes(index, BlockKeys(tokens(200), BLOCK), {"one": 128})
         await becomes(index, BlockKeys(passing, BLOCK), {})
-        index.close()
+        await index.close()
 
 
-async def test_an_engine_that_restarts_on_its_address_is_known_by_its_new_state(engine):
-    index = await with_engine(engine)
+async def test_an_engine_that_restarts_on_its_address_is_known_by_its_new_state(engine, follow):
+    index = await follow()
     engine.tell(stored(tokens(128), 1))
     await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
     engine.stop()
     engine.start()
     engine.tell(stored(tokens(64, 7), 1))
     await becomes(index, BlockKeys(tokens(64, 7), BLOCK), {"one": 64})
-    assert await index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}
+    assert index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}
 
 
-async def test_a_replica_that_has_left_holds_nothing_and_may_come_back(engine):
-    index = await with_engine(engine)
+async def test_a_replica_that_has_left_holds_nothing_and_may_come_back(engine, follow):
+    index = await follow()
     engine.tell(stored(tokens(128), 1))
     prompt = BlockKeys(tokens(128), BLOCK)
     await becomes(index, prompt, {"one": 128})
     await index.remove("prefill", "one")
-    assert await index.overlaps("prefill", prompt) == {}
+    assert index.overlaps("prefill", prompt) == {}
     await index.add("prefill", "one", engine.events)
     await becomes(index, prompt, {"one": 128})
 
 
-async def test_tenants_blocks_are_found_under_their_own_salt_only(engine):
-    index = await with_engine(engine)
+async def test_tenants_blocks_are_found_under_their_own_salt_only(engine, follow):
+    index = await follow()
     ids = tokens(256)
     engine.tell(stored(ids[:128], 1, salt="tenant"))
     engine.tell(stored(ids[128:], 5, parent=4, salt="tenant"))  # the salt stands in the first block's key only
     await becomes(index, BlockKeys(ids, BLOCK, salt="tenant"), {"one": 256})
-    assert await index.overlaps("prefill", BlockKeys(ids, BLOCK)) == {}
-    assert await index.overlaps("prefill", BlockKeys(ids, BLOCK, salt="other")) == {}
+    assert index.overlaps("prefill", BlockKeys(ids, BLOCK)) == {}
+    assert index.overlaps("prefill", BlockKeys(ids, BLOCK, salt="other")) == {}
 
 
-async def test_an_adapters_blocks_are_anybodys_where_its_name_is_not_in_their_key(engine):
-    index = await with_engine(engine)
+async def test_an_adapters_blocks_are_anybodys_where_its_name_is_not_in_their_key(engine, follow):
+    index = await follow()
     engine.tell(stored(tokens(128), 1, lora="planner"))
     engine.tell(stored(tokens(128, 3), 11, lora="planner", lora_in_key=True))
     await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
     await becomes(index, BlockKeys(tokens(128, 3), BLOCK, adapter="planner"), {"one": 128})
-    assert await index.overlaps("prefill", BlockKeys(tokens(128, 3), BLOCK)) == {}
+    assert index.overlaps("prefill", BlockKeys(tokens(128, 3), BLOCK)) == {}
 
 
-async def test_pools_are_asked_apart(engine):
-    index = await with_engine(engine)
+async def test_pools_are_asked_apart(engine, follow):
+    index = await follow()
     engine.tell(stored(tokens(128), 1))
     await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
-    assert await index.overlaps("decode", BlockKeys(tokens(128), BLOCK)) == {}
+    assert index.overlaps("decode", BlockKeys(tokens(128), BLOCK)) == {}
+
+
+async def test_a_large_state_is_told_in_parts(engine, follow, monkeypatch):
+    monkeypatch.setattr(kv_events, "STATE_BLOCKS", 3)
+    engine.tell(stored(tokens(320), 1), stored(tokens(320, 5), 101, salt="tenant"))
+    index = await follow()
+    await becomes(index, BlockKeys(tokens(320), BLOCK), {"one": 320})
+    await becomes(index, BlockKeys(tokens(320, 5), BLOCK, salt="tenant"), {"one": 320})
+
+
+async def test_blocks_that_follow_each_other_are_one_event(engine):
+    with zmq.Context.instance().socket(zmq.SUB) as stream:
+        stream.subscribe(b"")
+        stream.connect(engine.events.endpoint)
+        stream.recv_multipart()  # a heartbeat: connected
+        engine.tell(stored(tokens(128), 1))
+        while not (events := msgspec.msgpack.decode(stream.recv_multipart()[2])[1]):
+            pass
+    assert [e["block_hashes"] for e in events] == [[1, 2, 3, 4]]
+    assert events[0]["token_ids"] == tokens(128)

@@ -29,7 +29,7 @@ class Index:
     def __init__(self):
         self.holds = {}
 
-    async def overlaps(self, pool, keys):
+    def overlaps(self, pool, keys):
         return self.holds
 
 

@@ -1,0 +1,117 @@
+"""Follows one replica's KV events, so that what the index holds of it is what it has cached.
+
+Wire format: vllm/distributed/kv_events.py, with the block's salt (kvshare_vllm/kv_events.py). Batches are numbered; after
+a gap, and at first, the whole state is asked for. What the state already tells is then left out by its number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from kvshare.replica_info import KVEvents
+
+logger = logging.getLogger(__name__)
+
+STATE_TIMEOUT_S = 30.0
+RETRY_S = 1.0
+
+
+class BlockStored(msgspec.Struct, tag=True, gc=False):
+    """Full blocks that follow each other, each the next one's parent."""
+
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: list[int]
+    block_size: int
+    lora_name: str | None = None
+    cache_salt: str | None = None
+
+
+class BlockRemoved(msgspec.Struct, tag=True, gc=False):
+    block_hashes: list[int | bytes]
+
+
+class AllBlocksCleared(msgspec.Struct, tag=True, gc=False):
+    pass
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+class EventBatch(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: list[Event]
+    data_parallel_rank: Any = None
+
+
+class Follower:
+    """`apply` is called with events in order. Owns its task and sockets from `start` to `stop`."""
+
+    def __init__(self, replica: str, events: KVEvents, apply: Callable[[list[Event]], None]):
+        self._replica, self._events, self._apply = replica, events, apply
+        self._decode = msgspec.msgpack.Decoder(EventBatch).decode
+        #: Number of the last batch that is known; None: nothing is.
+        self._known: int | None = None
+        self._task: asyncio.Task | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        with zmq.asyncio.Context.instance().socket(zmq.SUB) as stream:
+            stream.set_hwm(0)
+            stream.linger = 0
+            stream.subscribe(b"")
+            stream.connect(self._events.endpoint)
+            if self._events.replay_endpoint:
+                await self._learn_state()
+            while True:
+                _, number, payload = await stream.recv_multipart()
+                await self._take(int.from_bytes(number, "big"), payload)
+
+    async def _take(self, number: int, payload: bytes) -> None:
+        if self._known is not None and number <= self._known:
+            return
+        gap = self._known is None or number != self._known + 1
+        if gap and self._events.replay_endpoint:
+            await self._learn_state()
+            return
+        self._apply(self._decode(payload).events)
+        self._known = number
+
+    async def _learn_state(self) -> None:
+        """Ask until it is told. Meanwhile what was known before stands."""
+        while True:
+            try:
+                async with asyncio.timeout(STATE_TIMEOUT_S):
+                    await self._ask_state()
+                return
+            except TimeoutError:
+                logger.warning("replica %s does not tell what it has cached; asked again", self._replica)
+            except (msgspec.MsgspecError, ValueError) as error:
+                logger.warning("replica %s tells what is no state of its cache: %s", self._replica, error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _ask_state(self) -> None:
+        with zmq.asyncio.Context.instance().socket(zmq.DEALER) as questions:
+            questions.linger = 0
+            questions.connect(self._events.replay_endpoint)
+            await questions.send_multipart((b"", (0).to_bytes(8, "big")))
+            while True:
+                *_, number, payload = await questions.recv_multipart()
+                if not payload:
+                    return
+                self._apply(self._decode(payload).events)
+                self._known = int.from_bytes(number, "big")

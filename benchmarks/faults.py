@@ -1,10 +1,12 @@
-"""What faults cost: turns go on while prefill and decode replicas are killed or hung in turn.
+"""What faults cost: turns go on while replicas of every kind are killed or hung in turn.
 
     python -m benchmarks.faults [--turns 200]
 
-Two prefill and two decode replicas of a tiny random model, greedy and seeded turns over multi-turn sessions. The trace
-is played once in peace, for the tokens it must give; then again while faults strike, each after the system is whole
-again. A turn is lost if it ends in an error or without an end, wrong if a single token differs. The last line is JSON.
+Two prefill and two decode replicas of a tiny random model and two routers with Redis; greedy and seeded turns over
+multi-turn sessions. The trace is played once in peace, for the tokens it must give; then again while faults strike, each
+after the system is whole again, until every kind has struck. A turn is lost if it ends in an error or without an end,
+wrong if a single token differs. Where a router dies its clients find the connection broken: they look whether the turn
+was committed and else take it again, which counts as `turns_taken_again`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +29,13 @@ import psutil
 from rich.console import Console
 
 from benchmarks import small
+from benchmarks.redis_server import RedisServer
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, DECODERS, VOCABULARY, bars
 from kvshare.config import Deployment
-from kvshare.errors import PrefillShareError
+from kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError
 from prefillshare.app import running
-from prefillshare.client import Client
+from prefillshare.client import Client, RemoteSession
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -39,7 +43,11 @@ from prefillshare.tiny_models import make_base
 TURNS_PER_SESSION = 4
 INPUT, OUTPUT = (20, 120), (20, 60)
 WEDGED_AFTER_S, HANG_S = 4, 12
-WHOLE_TIMEOUT_S = 180
+TURN_TIMEOUT_S, WHOLE_TIMEOUT_S = 120, 180
+PAUSE_S = 0.1
+REDIS_PORT = 17_000
+#: Every kind of fault, in the order in which they strike.
+FAULTS = (("kill", "router"), *((how, pool) for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")))
 
 
 @dataclass(frozen=True)
@@ -65,15 +73,19 @@ def make_trace(turns: int, seed: int = 0) -> list[list[Turn]]:
     return sessions
 
 
+#: Round, session, turn.
+Key = tuple[int, int, int]
+
+
 class Player:
     """Plays sessions, several at a time; keeps what every turn gave, or how it failed."""
 
     def __init__(self, client: Client, at_once: int, advance: Callable[[], None]):
         self._client, self._at_once, self._advance = client, at_once, advance
-        self.tokens: dict[tuple[int, int], list[int]] = {}
-        self.seconds: dict[tuple[int, int], float] = {}
-        self.began_at: dict[tuple[int, int], float] = {}
-        self.resumes = 0
+        self.tokens: dict[Key, list[int]] = {}
+        self.seconds: dict[Key, float] = {}
+        self.began_at: dict[Key, float] = {}
+        self.resumes = self.taken_again = self.rounds = 0
         self.errors: list[str] = []
         self._lock = threading.Lock()
 
@@ -81,29 +93,82 @@ class Player:
         with ThreadPoolExecutor(self._at_once) as pool:
             for ended in [pool.submit(self._session, number, turns) for number, turns in enumerate(sessions)]:
                 ended.result()
+        self.rounds += 1
 
     def _session(self, number: int, turns: list[Turn]) -> None:
-        session = self._client.create_session()
+        name, context = f"{self.rounds}-{number}-{random.getrandbits(32):x}", []
+        with suppress(Conflict):  # it was made, and the answer lost
+            self._until_connected(lambda: self._client.create_session(name))
+        session = self._client.session(name)
         for count, turn in enumerate(turns):
-            began = time.monotonic()
+            key, began = (self.rounds, number, count), time.monotonic()
+            context += turn.token_ids
             try:
-                result = session.turn(turn.decoder, token_ids=turn.token_ids, timeout_s=120, **turn.sampling)
+                tokens = self._turn(session, context, turn)
             except PrefillShareError as error:
                 with self._lock:
                     self.errors.append(f"{type(error).__name__}: {error}")
                     self._advance()
                 break  # what follows builds on this turn
+            context += tokens
             with self._lock:
-                self.tokens[number, count] = result.token_ids
-                self.began_at[number, count] = began
-                self.seconds[number, count] = time.monotonic() - began
-                self.resumes += result.usage.resumes
+                self.tokens[key] = tokens
+                self.began_at[key] = began
+                self.seconds[key] = time.monotonic() - began
                 self._advance()
-        session.delete()
+        with suppress(NotFound):
+            self._until_connected(session.delete)
+
+    def _turn(self, session: RemoteSession, seen: list[int], turn: Turn) -> list[int]:
+        """Its tokens. `seen`: the context with the turn's input. Taken again where the router died under it, unless it
+        had been committed."""
+        deadline, connected = time.monotonic() + TURN_TIMEOUT_S, True
+        while True:
+            try:
+                result = session.turn(turn.decoder, token_ids=turn.token_ids, timeout_s=TURN_TIMEOUT_S, **turn.sampling)
+                with self._lock:
+                    self.resumes += result.usage.resumes
+                return result.token_ids
+            except ConnectionLost:
+                connected = False
+            except Conflict:  # the dead router's hold on the session has yet to end
+                if connected:
+                    raise
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"a turn could not be taken for {TURN_TIMEOUT_S} s")
+            with self._lock:
+                self.taken_again += 1
+            context = self._until_connected(lambda: session.get(with_token_ids=True)).token_ids
+            if len(context) > len(seen):
+                return list(context[len(seen) :])
+            time.sleep(PAUSE_S)
+
+    @staticmethod
+    def _until_connected(call):
+        deadline = time.monotonic() + TURN_TIMEOUT_S
+        while True:
+            try:
+                return call()
+            except ConnectionLost:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(PAUSE_S)
+
+
+def routers() -> list[psutil.Process]:
+    """Routers of a deployment that this process started; one that starts or ends shows in its title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] == ["ray::ServeReplica:prefillshare:router"]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 class Faults:
-    """Strikes a prefill and a decode replica in turn, in each of three ways; in between the system becomes whole."""
+    """Strikes in every way in turn; in between the system becomes whole."""
 
     def __init__(self, handle, log: Callable[[str], None]):
         self._handle, self._log = handle, log
@@ -120,13 +185,10 @@ class Faults:
         self._thread.join()
 
     def _run(self) -> None:
-        kinds = [(pool, how) for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")]
-        number = 0
         while not self._stop.is_set():
             try:
                 if self.whole():
-                    self._strike(*kinds[number % len(kinds)])
-                    number += 1
+                    self._strike(*FAULTS[len(self.struck) % len(FAULTS)])
             except Exception as error:  # a replica that is going cannot be asked; the next round can
                 self._log(f"[dim]{type(error).__name__}: asked again[/]")
             self._stop.wait(0.5)
@@ -134,16 +196,26 @@ class Faults:
     def info(self) -> dict:
         return self._handle.replica_info.remote().result(timeout_s=60)
 
-    def whole(self) -> bool:
-        return all(len(p) == 2 and all(r["usable"] for r in p.values()) for p in self.info().values())
+    @property
+    def all_have_struck(self) -> bool:
+        return len(self.struck) >= len(FAULTS)
 
-    def _strike(self, pool: str, how: str) -> None:
+    def whole(self) -> bool:
+        pools = self.info().values()
+        return len(routers()) == 2 and all(len(p) == 2 and all(r["usable"] for r in p.values()) for p in pools)
+
+    def _strike(self, how: str, pool: str) -> None:
+        if pool == "router":
+            victim = routers()[0]
+            self._struck(how, pool, str(victim.pid))
+            victim.kill()
+            self._until(lambda: not victim.is_running())
+            return
         stats = self._handle.replica_stats.remote().result(timeout_s=60)[pool]
         busiest = max(stats, key=lambda replica: stats[replica]["active"])
         parent = psutil.Process(self.info()[pool][busiest]["pid"])
         engine = parent.children(recursive=True)
-        self.struck.append((f"{how} {pool}", time.monotonic()))
-        self._log(f"{how}: {pool} {busiest}")
+        self._struck(how, pool, busiest)
         if how == "kill":
             parent.kill()
         elif how == "kill engine":
@@ -157,15 +229,22 @@ class Faults:
             for process in stopped:
                 process.resume()
             return
+        self._until(lambda: busiest not in self.info()[pool])
+
+    def _struck(self, how: str, pool: str, replica: str) -> None:
+        self.struck.append((f"{how} {pool}", time.monotonic()))
+        self._log(f"{how}: {pool} {replica}")
+
+    def _until(self, gone: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 30
-        while busiest in self.info()[pool] and time.monotonic() < deadline:
+        while not gone() and time.monotonic() < deadline:
             self._stop.wait(0.2)
 
 
-def deployment(model: Path, adapters: dict[str, Path]) -> Deployment:
+def deployment(model: Path, adapters: dict[str, Path], redis_url: str) -> Deployment:
     sizes = {"replicas": 2, "kv_cache_gib": 0.05}
     cluster = {"kv_lease_s": 15, "kv_load_timeout_s": 5}
-    router = {"wedged_after_s": WEDGED_AFTER_S}
+    router = {"wedged_after_s": WEDGED_AFTER_S, "replicas": 2, "redis_url": redis_url}
     return small.deployment(model, adapters, prefill=sizes, decode=sizes, router=router, cluster=cluster)
 
 
@@ -186,7 +265,7 @@ def cost_by_fault(faults: Faults, quiet: Player, struck: Player) -> dict[str, di
     for kind, at in faults.struck:
         for turn, began in struck.began_at.items():
             if began <= at <= began + struck.seconds[turn]:
-                cost.setdefault(kind, []).append(struck.seconds[turn] - quiet.seconds[turn])
+                cost.setdefault(kind, []).append(struck.seconds[turn] - quiet.seconds[0, *turn[1:]])
     return {
         kind: {"turns": len(extra), "median_s": round(statistics.median(extra), 2), "max_s": round(max(extra), 2)}
         for kind, extra in cost.items()
@@ -195,38 +274,42 @@ def cost_by_fault(faults: Faults, quiet: Player, struck: Player) -> dict[str, di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--turns", type=int, default=200, help="turns while faults strike (default: 200)")
+    parser.add_argument("--turns", type=int, default=200, help="turns of the trace (default: 200)")
+    parser.add_argument("--most-rounds", type=int, default=8, help="times it is played if faults take long (default: 8)")
     parser.add_argument("--at-once", type=int, default=4, help="turns at a time (default: 4)")
     args = parser.parse_args()
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress, ExitStack() as until_the_end:
         model = make_base("llama", Path(folder) / "base", fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct")))
         adapters = make_seeded_adapters(model, Path(folder) / "adapters", names=DECODERS)
         start = progress.add_task("starting engines", total=None)
-        with running(deployment(model, adapters)) as handle, Client(ADDRESS) as client:
-            progress.remove_task(start)
-            trace = make_trace(args.turns)
-            players = []
-            for name in ("in peace", "under faults"):
-                task = progress.add_task(name, total=args.turns)
-                players.append(Player(client, args.at_once, lambda task=task: progress.advance(task)))
-                if name == "in peace":
-                    players[-1].play(trace)
-                    continue
-                with Faults(handle, console.print) as faults:
-                    players[-1].play(trace)
-                deadline = time.monotonic() + WHOLE_TIMEOUT_S
-                while not faults.whole() and time.monotonic() < deadline:
-                    time.sleep(0.5)
-            leaked = blocks_held(handle)
-    quiet, struck = players
+        redis = until_the_end.enter_context(RedisServer(Path(folder), REDIS_PORT))
+        handle = until_the_end.enter_context(running(deployment(model, adapters, redis.url)))
+        client = until_the_end.enter_context(Client(ADDRESS))
+        progress.remove_task(start)
+        trace = make_trace(args.turns)
+        quiet_bar = progress.add_task("in peace", total=args.turns)
+        quiet = Player(client, args.at_once, lambda: progress.advance(quiet_bar))
+        quiet.play(trace)
+        bar = progress.add_task("under faults", total=args.turns)
+        struck = Player(client, args.at_once, lambda: progress.advance(bar))
+        with Faults(handle, console.print) as faults:
+            while not faults.all_have_struck and struck.rounds < args.most_rounds:
+                progress.update(bar, total=args.turns * (struck.rounds + 1))
+                struck.play(trace)
+        deadline = time.monotonic() + WHOLE_TIMEOUT_S
+        while not faults.whole() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        leaked = blocks_held(handle)
+    turns = args.turns * struck.rounds
     headline = {
-        "turns": args.turns,
-        "turns_lost": args.turns - len(struck.tokens),
-        "wrong_tokens": sum(struck.tokens[t] != quiet.tokens.get(t) for t in struck.tokens),
+        "turns": turns,
+        "turns_lost": turns - len(struck.tokens),
+        "wrong_tokens": sum(struck.tokens[t] != quiet.tokens.get((0, *t[1:])) for t in struck.tokens),
         "blocks_leaked": leaked,
         "faults": len(faults.struck),
         "turns_resumed": struck.resumes,
+        "turns_taken_again": struck.taken_again,
     }
     cost = cost_by_fault(faults, quiet, struck)
     for kind, one in cost.items():

@@ -11,6 +11,7 @@
     |-- Overloaded              a queue is full; carries a retry hint
     |-- DeadlineExceeded        the deadline passed before the turn ended
     |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
+    |   |-- ConnectionLost      the router that took the call is gone; a turn may have been committed before
     |   |-- EngineStartError    an engine did not start; carries the end of its log
     |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
     |   |-- ReplicaLost         the replica that served a turn is gone or does not answer; resumable elsewhere
@@ -127,6 +128,10 @@ class DeadlineExceeded(PrefillShareError):
 
 class Unavailable(PrefillShareError):
     grpc_code, http_status = GrpcCode.UNAVAILABLE, 503
+
+
+class ConnectionLost(Unavailable):
+    """The client's: the connection broke before an answer. Whether a turn was committed, its session says."""
 
 
 class EngineStartError(Unavailable):

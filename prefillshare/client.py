@@ -178,7 +178,7 @@ def collect(pieces: Iterable[pb.GenerateResponse], seen: Callable[[str], None] =
         done = piece.done if piece.HasField("done") else done
         seen(text)
     if done is None:
-        raise errors.Unavailable("the server ended the stream without a result", fix="try again")
+        raise errors.ConnectionLost("the server ended the stream without a result", fix="look whether the session has grown")
     return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
 
 
@@ -232,7 +232,7 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-        grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+        grpc.StatusCode.UNAVAILABLE: errors.ConnectionLost,  # the router's own carry a detail
         grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
         grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
         grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-import psutil
 import pytest
 from conftest import System, system, wait_until
 from oracle import Oracle
-from redis_server import RedisServer
+from ports import free_port
 
+from benchmarks.faults import routers
+from benchmarks.redis_server import RedisServer
 from kvshare.errors import Conflict, Unavailable
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -24,7 +25,7 @@ def running(tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp("routers")
     base = make_base("llama", folder / "base", smollm)
     adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
-    redis = RedisServer(folder)
+    redis = RedisServer(folder, free_port())
     redis.start()
     try:
         with system(
@@ -51,18 +52,6 @@ def running(tmp_path_factory, smollm):
 @pytest.fixture(scope="module")
 def oracle(running: System) -> Oracle:
     return Oracle(running.deployment)
-
-
-def routers() -> list[psutil.Process]:
-    """Routers that are there; one that starts or ends shows in its title."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] == ["ray::ServeReplica:prefillshare:router"]:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def ids(n: int, salt: int = 0) -> list[int]:

@@ -5,8 +5,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer
+from ports import free_port
 
+from benchmarks.redis_server import RedisServer
 from kvshare.contract import DecoderContract
 
 #: A Llama of 2 layers, 2 KV heads of 8: one token's KV is 2*2*2*8 = 64 values, 256 bytes in float32.
@@ -83,7 +84,7 @@ def adapter(tmp_path):
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):
     """One for all tests, each of which uses a prefix of its own."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server = RedisServer(tmp_path_factory.mktemp("redis"), free_port())
     try:
         server.start()
         yield server
@@ -99,7 +100,7 @@ def own_redis_server(tmp_path):
     def make(password: str = "") -> RedisServer:
         folder = tmp_path / f"redis-{len(servers)}"
         folder.mkdir()
-        servers.append(RedisServer(folder, password))
+        servers.append(RedisServer(folder, free_port(), password))
         servers[-1].start()
         return servers[-1]
 

@@ -26,6 +26,7 @@ CODES = {
     "Overloaded": ("RESOURCE_EXHAUSTED", 429),
     "DeadlineExceeded": ("DEADLINE_EXCEEDED", 504),
     "Unavailable": ("UNAVAILABLE", 503),
+    "ConnectionLost": ("UNAVAILABLE", 503),
     "EngineStartError": ("UNAVAILABLE", 503),
     "PrefixLost": ("UNAVAILABLE", 503),
     "ReplicaLost": ("UNAVAILABLE", 503),

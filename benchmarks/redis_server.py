@@ -1,4 +1,4 @@
-"""A real redis-server for tests, on a free loopback port."""
+"""A redis-server of one's own on a loopback port, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-import pytest
-from ports import free_port
-
 START_TIMEOUT_S = 30
 
 
 class RedisServer:
     """Keeps its data in `folder`: what it has answered to is there again after `kill` and `start`."""
 
-    def __init__(self, folder: Path, password: str = ""):
-        self._folder, self._password = folder, password
-        self.port = free_port()
+    def __init__(self, folder: Path, port: int, password: str = ""):
+        self._folder, self.port, self._password = folder, port, password
         self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> RedisServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill()
 
     @property
     def url(self) -> str:
@@ -37,11 +40,11 @@ class RedisServer:
         try:
             self._process = subprocess.Popen(command)
         except FileNotFoundError:
-            pytest.fail("redis-server is not installed: apt-get install redis-server")
+            raise RuntimeError("redis-server is not installed: apt-get install redis-server") from None
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"redis-server did not start:\n{(self._folder / 'log').read_text()}")
+                raise RuntimeError(f"redis-server did not start:\n{(self._folder / 'log').read_text()}")
             time.sleep(0.01)
 
     def kill(self) -> None:

@@ -1,11 +1,11 @@
 """Does goodput hold when twice as much is asked as can be served?
 
-    python -m benchmarks.overload [--seconds 60]
+    python -m benchmarks.overload [--seconds 150]
 
 One prefill and one decode replica with little KV. Turns arrive as a Poisson process (open loop), each in a session of its
-own with a beginning that its group shares. Capacity is measured in a closed loop first; then arrival rates from 0.6 to 1.2
-times of it find the knee, the rate with the highest goodput, and 2 times the knee is the overload. Goodput counts turns that
-ended well with their first token within the objective. The last line is JSON.
+own with a beginning that its group shares. Short runs at rates from 1 to 2 times what a few clients get in a closed loop
+find the knee, the rate with the highest goodput; then the knee and 2 times the knee are measured side by side. Goodput
+counts turns that ended well with their first token within the objective. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 GROUPS, BEGINNING, INPUT, OUTPUT = 8, 192, (32, 160), (16, 48)
-RATES = (0.6, 0.8, 1.0, 1.2)
+RATES = (1.0, 1.25, 1.5, 1.75, 2.0)
 #: Turns at once that show what can be served: few enough that none is refused.
 AT_ONCE, MOST_CLIENTS = 6, 256
 
@@ -127,39 +127,41 @@ def deployment(model: Path, adapters: dict[str, Path], objective_s: float) -> De
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--seconds", type=float, default=60, help="length of each arrival rate, seconds (default: 60)")
+    parser.add_argument("--seconds", type=float, default=150, help="length of the runs at the knee and at twice (default: 150)")
     parser.add_argument("--objective-s", type=float, default=10, help="objective for the first token, seconds (default: 10)")
     args = parser.parse_args()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
-        task = progress.add_task("starting engines", total=len(RATES) + 3)
+        task = progress.add_task("starting engines", total=len(RATES) + 4)
         model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS) as client:
             load = Load(client, args.objective_s)
             progress.update(task, advance=1, description="capacity")
-            load.closed(AT_ONCE, args.seconds / 4)  # warm-up
-            capacity = load.closed(AT_ONCE, args.seconds)
+            load.closed(AT_ONCE, args.seconds / 10)  # warm-up
+            capacity = load.closed(AT_ONCE, args.seconds / 3)
             points = []
             for factor in RATES:
                 progress.update(task, advance=1, description=f"{factor:g} x capacity")
-                points.append(load.open(factor * capacity, args.seconds))
+                points.append(load.open(factor * capacity, args.seconds / 3))
                 console.print(points[-1])
-            knee = max(points, key=lambda p: p["goodput_turns_per_s"])
+            rate = max(points, key=lambda p: p["goodput_turns_per_s"])["rate"]
+            progress.update(task, advance=1, description="the knee")
+            knee = load.open(rate, args.seconds)
             progress.update(task, advance=1, description="2 x the knee")
-            overload = load.open(2 * knee["rate"], args.seconds)
-            console.print(overload)
+            overload = load.open(2 * rate, args.seconds)
+            console.print(knee, overload)
             progress.update(task, advance=1)
     headline = {
         "goodput_ratio": round(overload["goodput_turns_per_s"] / knee["goodput_turns_per_s"], 3),
         "goodput_ratio_tokens": round(overload["goodput_tokens_per_s"] / knee["goodput_tokens_per_s"], 3),
-        "knee_turns_per_s": knee["rate"],
+        "knee_turns_per_s": rate,
         "refused_at_2x": overload["outcomes"].get("refused", 0),
         "preempted_at_2x": overload["preempted"],
     }
-    parts = {"capacity_turns_per_s": round(capacity, 3), "points": points, "overload": overload}
+    parts = {"closed_loop_turns_per_s": round(capacity, 3), "search": points, "knee": knee, "overload": overload}
     write("overload", console, vars(args), headline, **parts)
 
 

@@ -18,13 +18,13 @@ class InMemory:
 
 
 class InRedis:
-    """Time passes by moving all that the server is to forget nearer."""
+    """Time passes by moving all that the server is to forget nearer; turns hold their session longer than it passes."""
 
     def __init__(self, url: str):
         self._url, self._prefix = url, uuid.uuid4().hex
 
     def make(self, **options) -> RedisSessions:
-        return RedisSessions(self._url, **options, prefix=self._prefix)
+        return RedisSessions(self._url, **options, prefix=self._prefix, lease_s=15)
 
     async def pass_time(self, seconds: float) -> None:
         by = round(seconds * 1000)

@@ -45,7 +45,7 @@ class RedisSessions(SessionStore):
         *,
         password: str | None = None,
         prefix: str = "prefillshare",
-        lease_s: float = 15.0,
+        lease_s: float = 5.0,
         timeout_s: float = 2.0,
     ):
         super().__init__(max_sessions, ttl_s)

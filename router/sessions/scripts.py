@@ -141,6 +141,7 @@ return {'ok'}
 """
 )
 
+#: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many are there before them ("": they replace all), open, prefilled.
 COMMIT = (
     _COMMON
@@ -149,7 +150,7 @@ if not there(session, tokens) then return {'deleted'} end
 local mark = ARGV[3] .. ':' .. ARGV[4]
 local state = redis.call('HMGET', session, 'version', 'tokens', 'committed')
 if state[3] == mark then return {'ok'} end
-if holder(session) ~= ARGV[3] or state[1] ~= ARGV[4] then return {'lost'} end
+if redis.call('HGET', session, 'turn') ~= ARGV[3] or state[1] ~= ARGV[4] then return {'lost'} end
 if ARGV[6] == '' then
   redis.call('SET', tokens, ARGV[5])
 elseif ARGV[6] == state[2] then

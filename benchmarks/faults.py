@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
@@ -130,14 +131,15 @@ class Player:
                     self.resumes += result.usage.resumes
                 return result.token_ids
             except ConnectionLost:
+                if connected:
+                    with self._lock:
+                        self.taken_again += 1
                 connected = False
             except Conflict:  # the dead router's hold on the session has yet to end
                 if connected:
                     raise
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"a turn could not be taken for {TURN_TIMEOUT_S} s")
-            with self._lock:
-                self.taken_again += 1
             context = self._until_connected(lambda: session.get(with_token_ids=True)).token_ids
             if len(context) > len(seen):
                 return list(context[len(seen) :])
@@ -249,14 +251,24 @@ def deployment(model: Path, adapters: dict[str, Path], redis_url: str) -> Deploy
 
 
 def blocks_held(handle) -> int:
-    """Blocks still held once nothing runs and every lease could have ended."""
+    """Blocks still held once nothing runs and every lease could have ended. Raises TimeoutError if not all replicas say."""
     deadline = time.monotonic() + 40
     while True:
         pools = handle.replica_stats.remote().result(timeout_s=60)
+        all_say = all(len(replicas) == 2 for replicas in pools.values())
         held = int(sum(r["blocks_used"] for replicas in pools.values() for r in replicas.values()))
-        if not held or time.monotonic() > deadline:
+        if all_say and not held:
+            return 0
+        if time.monotonic() > deadline:
+            if not all_say:
+                raise TimeoutError(f"not all replicas say what they hold: {pools}")
             return held
         time.sleep(0.5)
+
+
+def wrong_tokens(got: list[int], wanted: list[int]) -> int:
+    """Tokens that are others than they should be, missing, or too many."""
+    return sum(a != b for a, b in zip_longest(got, wanted))
 
 
 def cost_by_fault(faults: Faults, quiet: Player, struck: Player) -> dict[str, dict[str, float]]:
@@ -305,9 +317,10 @@ def main() -> None:
     headline = {
         "turns": turns,
         "turns_lost": turns - len(struck.tokens),
-        "wrong_tokens": sum(struck.tokens[t] != quiet.tokens.get((0, *t[1:])) for t in struck.tokens),
+        "wrong_tokens": sum(wrong_tokens(got, quiet.tokens.get((0, *turn[1:]), [])) for turn, got in struck.tokens.items()),
         "blocks_leaked": leaked,
         "faults": len(faults.struck),
+        "faults_left_out": len(FAULTS) - len({kind for kind, _ in faults.struck}),
         "turns_resumed": struck.resumes,
         "turns_taken_again": struck.taken_again,
     }

@@ -111,7 +111,7 @@ async def ours(model: str) -> AsyncIterator[Started]:
             "base": {"model": model} | {k: ENGINE[k] for k in ("dtype", "block_size", "max_model_len")},
             "prefill": engines | {"cpu_cores": PREFILL_CORES},
             "decode": [{"pool": "decode", "model": str(folder), "name": "plain", "cpu_cores": DECODE_CORES} | engines],
-            "router": ports,
+            "router": ports | {"eager_prefill": False},  # the others prefill only what is asked for
             "cluster": {"start_timeout_s": START_TIMEOUT_S},
         })
         # Serve's synchronous calls refuse to run beside an event loop.

@@ -3,9 +3,10 @@
     python -m benchmarks.overload [--seconds 150]
 
 One prefill and one decode replica with little KV. Turns arrive as a Poisson process (open loop), each in a session of its
-own with a beginning that its group shares. Short runs at rates from 1 to 2 times what a few clients get in a closed loop
-find the knee, the rate with the highest goodput; then the knee and 2 times the knee are measured side by side. Goodput
-counts turns that ended well with their first token within the objective. The last line is JSON.
+own with a beginning that its group shares. Short runs at rising rates, from what a few clients get in a closed loop, find
+the knee: the rate after which goodput rises no further. Then the knee and 2 times the knee are measured side by side.
+Goodput counts turns that ended well with their first token within the objective; the ratio is to the highest goodput
+seen at any rate. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 GROUPS, BEGINNING, INPUT, OUTPUT = 8, 192, (32, 160), (16, 48)
-RATES = (1.0, 1.25, 1.5, 1.75, 2.0)
+#: Each rate is so many times the one before; most rates tried.
+STEP, MOST_RATES = 1.25, 8
 #: Turns at once that show what can be served: few enough that none is refused.
 AT_ONCE, MOST_CLIENTS = 6, 256
 
@@ -134,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
-        task = progress.add_task("starting engines", total=len(RATES) + 4)
+        task = progress.add_task("starting engines", total=MOST_RATES + 4)
         model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS) as client:
@@ -143,20 +145,25 @@ def main() -> None:
             load.closed(AT_ONCE, args.seconds / 10)  # warm-up
             capacity = load.closed(AT_ONCE, args.seconds / 3)
             points = []
-            for factor in RATES:
-                progress.update(task, advance=1, description=f"{factor:g} x capacity")
-                points.append(load.open(factor * capacity, args.seconds / 3))
+            for number in range(MOST_RATES):
+                rate = capacity * STEP**number
+                progress.update(task, advance=1, description=f"{rate:.2f} turns/s")
+                points.append(load.open(rate, args.seconds / 3))
                 console.print(points[-1])
-            rate = max(points, key=lambda p: p["goodput_turns_per_s"])["rate"]
-            progress.update(task, advance=1, description="the knee")
+                knee = max(points, key=lambda p: p["goodput_turns_per_s"])
+                if len(points) - points.index(knee) > 2:  # two higher rates gave no more
+                    break
+            rate = knee["rate"]
+            progress.update(task, completed=MOST_RATES + 1, description="the knee")
             knee = load.open(rate, args.seconds)
             progress.update(task, advance=1, description="2 x the knee")
             overload = load.open(2 * rate, args.seconds)
             console.print(knee, overload)
             progress.update(task, advance=1)
     headline = {
-        "goodput_ratio": round(overload["goodput_turns_per_s"] / knee["goodput_turns_per_s"], 3),
-        "goodput_ratio_tokens": round(overload["goodput_tokens_per_s"] / knee["goodput_tokens_per_s"], 3),
+        f"goodput_ratio{unit}": round(overload[figure] / max(point[figure] for point in (*points, knee)), 3)
+        for unit, figure in (("", "goodput_turns_per_s"), ("_tokens", "goodput_tokens_per_s"))
+    } | {
         "knee_turns_per_s": rate,
         "refused_at_2x": overload["outcomes"].get("refused", 0),
         "preempted_at_2x": overload["preempted"],

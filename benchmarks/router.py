@@ -230,11 +230,10 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     console = Console(stderr=True)
     sweeps = uvloop.run(run(args, console))  # as in a Ray actor
-    RESULTS.mkdir(exist_ok=True)
-    plot(sweeps, args.tokens, RESULTS / "router.png")
     config = vars(args) | {"block_size": BLOCK, "new_tokens": NEW_TOKENS, "fresh_share": FRESH_SHARE, "cores_used": 1}
     memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     write("router", console, config, sweeps["prefixes"][-1], sweeps=sweeps, peak_memory_gib=memory)
+    plot(sweeps, args.tokens, RESULTS / "router.png")
 
 
 if __name__ == "__main__":

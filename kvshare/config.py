@@ -211,9 +211,10 @@ class Router(_Node):
     """How often one turn may go on elsewhere because a replica failed it, before it fails."""
     replica_wait_s: float = Field(60, ge=0)
     """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
-    wedged_after_s: float = Field(10, gt=0)
+    wedged_after_s: float = Field(30, gt=0)
     """A replica that leaves a question unanswered, or an engine that does not step, for so long is not waited for:
-    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds."""
+    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds. Longer than the longest step
+    of an engine: on CPUs a step of a few thousand prompt tokens takes ten seconds, on GPUs 5 is enough."""
     eager_prefill: bool = True
     """Have the prefill pool make a response's KV while it streams and when it has ended, at the lowest priority, so
     that the session's next turn finds it there."""

@@ -30,6 +30,9 @@ from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
 
+#: An engine that has started but does not generate a token within so long has not started.
+FIRST_TOKEN_S = 300.0
+
 
 class _Gauges(StatLoggerBase):
     """Keeps the scheduler's last figures at hand."""
@@ -89,7 +92,8 @@ class Engine:
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)
-            await engine.probe()  # what vLLM compiles at its first use is compiled before anybody waits for it
+            async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at its first use is compiled before it is ready
+                await engine.probe()
             return engine
         except Exception as error:
             if llm is not None:

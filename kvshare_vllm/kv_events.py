@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import zmq
 from vllm.distributed.kv_events import (
+    MEDIUM_GPU,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -51,9 +52,9 @@ class KeyedBlockStored(BlockStored, tag="BlockStored", kw_only=True):
     cache_salt: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
-    """A block in the cache. Parents are held before, and evicted after, their children."""
+    """A key in the cache. vLLM may hold it in several blocks, and tells each one's coming and going."""
 
     parent: Any
     token_ids: array
@@ -61,6 +62,7 @@ class _Held:
     medium: str | None
     adapter: str | None
     salt: str | None
+    blocks: int = 1
 
 
 class StatePublisher(EventPublisher):
@@ -158,12 +160,17 @@ class StatePublisher(EventPublisher):
         if isinstance(event, AllBlocksCleared):
             self._held.clear()
             return [event]
-        if isinstance(event, BlockRemoved):
-            for key in event.block_hashes:
-                self._held.pop(key, None)
+        if event.medium not in (None, MEDIUM_GPU):
             return [event]
+        if isinstance(event, BlockRemoved):
+            gone = [key for key in event.block_hashes if self._let_go(key)]
+            return [BlockRemoved(block_hashes=gone, medium=event.medium, group_idx=event.group_idx)] if gone else []
         stored, parent, size = [], event.parent_block_hash, event.block_size
         for number, key in enumerate(event.block_hashes):
+            if held := self._held.get(key):
+                held.blocks += 1
+                parent = key
+                continue
             keys = event.extra_keys[number] if event.extra_keys else None
             adapter, salt = _key_parts(keys, event.lora_name)
             if salt is None and parent in self._held:
@@ -173,6 +180,16 @@ class StatePublisher(EventPublisher):
             stored.append((key, held))
             parent = key
         return list(_told(stored))
+
+    def _let_go(self, key) -> bool:
+        """One block less holds the key; True if none does any more."""
+        held = self._held.get(key)
+        if held is None:
+            return False
+        held.blocks -= 1
+        if not held.blocks:
+            del self._held[key]
+        return not held.blocks
 
 
 def _told(blocks: Iterable[tuple[Any, _Held]]) -> Iterator[KeyedBlockStored]:

@@ -9,8 +9,9 @@ Seam: dynamo.llm.RadixTree
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -22,7 +23,11 @@ os.environ.setdefault("DYN_LOG", "error")  # read when the library starts
 
 from dynamo.llm import RadixTree, compute_block_hash_for_seq
 
+logger = logging.getLogger(__name__)
+
 _encode = msgspec.json.Encoder().encode
+#: Where blocks lie that an engine reads in place; vLLM's name for it, on CPUs too. Others have been offloaded.
+DEVICE = (None, "GPU")
 
 
 class BlockKeys:
@@ -93,24 +98,25 @@ class _PoolIndex:
         self._tree.remove_worker(worker)
 
     def apply(self, worker: int, events: list[Event]) -> None:
-        for data in self._changes(events):
-            if data is None:
-                self._tree.clear_all_blocks(worker)
-            else:
-                self._number += 1
-                self._tree.apply_event(worker, _encode({"event_id": self._number, "data": data, "dp_rank": 0}))
-
-    def _changes(self, events: list[Event]) -> Iterator[dict | None]:
-        """Events in the tree's terms; None: all is gone."""
         for event in events:
             if isinstance(event, AllBlocksCleared):
-                yield None
-            elif isinstance(event, BlockRemoved):
-                yield {"removed": {"block_hashes": [_u64(key) for key in event.block_hashes]}}
-            elif event.block_size == self._block_size:
-                yield {"stored": self._stored(event)}
+                self._tree.clear_all_blocks(worker)
+            elif event.medium in DEVICE:
+                self._change(worker, event)
+
+    def _change(self, worker: int, event: BlockStored | BlockRemoved) -> None:
+        stored = isinstance(event, BlockStored)
+        data = {"stored": self._stored(event)} if stored else {"removed": {"block_hashes": [*map(_u64, event.block_hashes)]}}
+        self._number += 1
+        try:
+            self._tree.apply_event(worker, _encode({"event_id": self._number, "data": data, "dp_rank": 0}))
+        except RuntimeError as error:
+            # A block the tree does not know under this worker, or one whose parent it does not: no prompt leads to it.
+            logger.debug("replica %s: %s", self._replicas.get(worker), error)
 
     def _stored(self, event: BlockStored) -> dict:
+        if event.block_size != self._block_size:
+            raise ValueError(f"a block of {event.block_size} tokens in a deployment with blocks of {self._block_size}")
         keys = BlockKeys(event.token_ids, self._block_size, salt=event.cache_salt, adapter=event.lora_name)
         blocks = zip(event.block_hashes, keys.hashes, strict=True)
         return {

@@ -137,7 +137,7 @@ class RouterIngress:
         return ""
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Pool -> replica -> figures, asked for now; for tests and operators."""
+        """Pool -> replica -> figures of those that answer, asked for now; for tests and operators."""
         pools = list(self._fleet.pools.values())
         told = await asyncio.gather(*(pool.replicas.stats_now() for pool in pools))
         return {

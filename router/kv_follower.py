@@ -32,10 +32,12 @@ class BlockStored(msgspec.Struct, tag=True, gc=False):
     block_size: int
     lora_name: str | None = None
     cache_salt: str | None = None
+    medium: str | None = None
 
 
 class BlockRemoved(msgspec.Struct, tag=True, gc=False):
     block_hashes: list[int | bytes]
+    medium: str | None = None
 
 
 class AllBlocksCleared(msgspec.Struct, tag=True, gc=False):
@@ -70,6 +72,15 @@ class Follower:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _follow(self) -> None:
+        while True:
+            try:
+                await self._read()
+            except Exception:  # whatever it was: what is known from here on is learnt anew
+                logger.exception("replica %s: its KV events could not be followed", self._replica)
+                self._known = None
+                await asyncio.sleep(RETRY_S)
+
+    async def _read(self) -> None:
         with zmq.asyncio.Context.instance().socket(zmq.SUB) as stream:
             stream.set_hwm(0)
             stream.linger = 0
@@ -88,21 +99,21 @@ class Follower:
         if gap and self._events.replay_endpoint:
             await self._learn_state()
             return
+        await self._learn(number, payload)
+
+    async def _learn(self, number: int, payload: bytes) -> None:
         self._apply(self._decode(payload).events)
         self._known = number
+        await asyncio.sleep(0)  # ZMQ does not give way while there is more to read
 
     async def _learn_state(self) -> None:
-        """Ask until it is told. Meanwhile what was known before stands."""
+        """Ask until it is told."""
         while True:
             try:
                 async with asyncio.timeout(STATE_TIMEOUT_S):
-                    await self._ask_state()
-                return
+                    return await self._ask_state()
             except TimeoutError:
                 logger.warning("replica %s does not tell what it has cached; asked again", self._replica)
-            except (msgspec.MsgspecError, ValueError) as error:
-                logger.warning("replica %s tells what is no state of its cache: %s", self._replica, error)
-                await asyncio.sleep(RETRY_S)
 
     async def _ask_state(self) -> None:
         with zmq.asyncio.Context.instance().socket(zmq.DEALER) as questions:
@@ -113,5 +124,4 @@ class Follower:
                 *_, number, payload = await questions.recv_multipart()
                 if not payload:
                     return
-                self._apply(self._decode(payload).events)
-                self._known = int.from_bytes(number, "big")
+                await self._learn(int.from_bytes(number, "big"), payload)

@@ -221,17 +221,18 @@ class ReplicaSet:
             logger.warning("replica %s of %s does not say how it fares: %s", replica.id, self.name, error)
 
     async def stats_now(self) -> dict[str, ReplicaStats]:
-        """How each fares, asked for now; what it last told, where none comes within STATS_S."""
+        """How each fares, asked for now; those that do not answer within STATS_S are left out."""
 
-        async def ask(replica: Replica) -> ReplicaStats:
+        async def ask(replica: str) -> ReplicaStats | None:
             try:
                 async with asyncio.timeout(STATS_S):
-                    return await answer(self.on(replica.id).stats.remote())
+                    return await answer(self.on(replica).stats.remote())
             except (*CALL_ERRORS, PrefillShareError, TimeoutError):
-                return replica.stats
+                return None
 
-        replicas = list(self._replicas.values())
-        return dict(zip((r.id for r in replicas), await asyncio.gather(*map(ask, replicas)), strict=True))
+        replicas = list(self._replicas)
+        told = zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True)
+        return {replica: stats for replica, stats in told if stats is not None}
 
     async def _probe(self, replica: Replica) -> None:
         well = False

@@ -75,7 +75,7 @@ class SessionStore(ABC):
     async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
         """End a turn well: the context becomes `token_ids`; `session` is brought up to date.
 
-        Raises Conflict, and changes nothing, if the session was deleted or its turn no longer holds it.
+        Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
 
     @abstractmethod

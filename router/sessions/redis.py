@@ -28,6 +28,7 @@ from router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
+RETRY_S = 0.1
 
 
 class RedisSessions(SessionStore):
@@ -138,12 +139,15 @@ class RedisSessions(SessionStore):
 
     async def _renew(self, tenant: str, session_id: str, turn_id: str) -> None:
         """Runs as long as the turn. That a turn has lost its session is for its commit to say."""
+        pause_s = self._lease_s / 3
         while True:
-            await asyncio.sleep(self._lease_s / 3)
+            await asyncio.sleep(pause_s)
+            pause_s = self._lease_s / 3
             try:
                 answer = await self._ask(scripts.RENEW, tenant, session_id, turn_id, _ms(self._lease_s))
             except Unavailable as error:
                 logger.warning("turn %s on session %r: not renewed: %s", turn_id, session_id, error)
+                pause_s = min(RETRY_S, pause_s)
                 continue
             if answer[0] != b"ok":
                 logger.warning("turn %s no longer holds session %r", turn_id, session_id)

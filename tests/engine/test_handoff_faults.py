@@ -20,7 +20,7 @@ from prefillshare.tiny_models import make_base
 
 pytestmark = pytest.mark.engine
 
-BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 6, 12
+BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 9, 14
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,15 @@ def decode_processes(running) -> list[psutil.Process]:
     return processes(running, "agents", replica)
 
 
-def holding(running, count: int = 1) -> list[str]:
+def holding(running, *, count: int = 1, but: str = "", within_s: float = LEASE_S - 3) -> list[str]:
     """The prefill replicas that hold a finished prompt for a decode engine to read, once there are `count`."""
 
     def leased():
         stats = running.stats_by_replica()["prefill"]
-        found = [replica for replica, s in stats.items() if s["blocks_used"] and not s["active"]]
+        found = [replica for replica, s in stats.items() if s["blocks_used"] and not s["active"] and replica != but]
         return found if len(found) == count else None
 
-    return wait_until(leased, LEASE_S - 2)
+    return wait_until(leased, within_s)
 
 
 def test_a_handshake_that_hangs_is_given_up(running, take):
@@ -137,9 +137,10 @@ def test_kv_whose_lease_ended_before_the_read_is_not_used(running, take):
 def test_a_load_that_hangs_is_given_up(running, take):
     with stopped(decode_processes(running)):
         turn = take(ids(100, salt=6))
-        holding(running)
-        time.sleep(LOAD_TIMEOUT_S)
+        (source,) = holding(running)
+        (other,) = holding(running, but=source, within_s=2 * LOAD_TIMEOUT_S)  # it goes on while the decode engine hangs
     result = turn.result(timeout=60)
+    assert result.usage.prefill_replica == source != other
     assert result.usage.resumes == 1
     assert len(result.token_ids) == 12
 
@@ -149,15 +150,17 @@ def test_a_prefill_replica_that_is_stopped_waits_until_its_prompts_are_read(runn
     plain = before.model_dump(mode="json")
     plain["prefill"]["replicas"] = 1
     fewer = threading.Thread(target=apply, args=(parse(plain),))
-    with stopped(decode_processes(running)):
-        turns = [take(ids(100, salt=4)), take(ids(100, salt=5))]
-        sources = holding(running, count=2)
-        fewer.start()
-        wait_until(lambda: len(running.info()["prefill"]) == 1, LEASE_S - 3)
-        time.sleep(1)  # what does not wait is gone by now
-    results = [turn.result(timeout=60) for turn in turns]
-    fewer.join(timeout=120)
-    assert not fewer.is_alive()
+    try:
+        with stopped(decode_processes(running)):
+            turns = [take(ids(100, salt=4)), take(ids(100, salt=5))]
+            sources = holding(running, count=2)
+            fewer.start()
+            wait_until(lambda: len(running.info()["prefill"]) == 1, LEASE_S - 4)
+            time.sleep(1)  # what does not wait is gone by now
+        results = [turn.result(timeout=60) for turn in turns]
+        fewer.join(timeout=120)
+        assert not fewer.is_alive()
+    finally:
+        apply(before)
     assert {r.usage.prefill_replica for r in results} == set(sources)
     assert [r.usage.resumes for r in results] == [0, 0]
-    apply(before)

@@ -7,11 +7,13 @@ import time
 import msgspec
 import pytest
 import zmq
+from polling import until
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
 
 from kvshare.replica_info import KVEvents
 from kvshare_vllm import kv_events
 from kvshare_vllm.kv_events import StatePublisher
+from router import kv_follower
 from router.cache_index import BlockKeys, CacheIndex
 
 BLOCK = 32
@@ -126,8 +128,9 @@ async def test_blocks_evicted_while_a_router_joins_are_not_taken_for_cached(engi
         engine.tell(stored(passing, 1000 + 10 * n))
         index = await follow()
         for _ in range(5):
-            engine.tell(stored(passing, 1000 + 10 * n))
             engine.tell(removed(1000 + 10 * n, 1001 + 10 * n))
+            engine.tell(stored(passing, 1000 + 10 * n))
+        engine.tell(removed(1000 + 10 * n, 1001 + 10 * n))
         await becomes(index, BlockKeys(tokens(200), BLOCK), {"one": 128})
         await becomes(index, BlockKeys(passing, BLOCK), {})
         await index.close()
@@ -199,3 +202,51 @@ async def test_blocks_that_follow_each_other_are_one_event(engine):
             pass
     assert [e["block_hashes"] for e in events] == [[1, 2, 3, 4]]
     assert events[0]["token_ids"] == tokens(128)
+
+
+async def test_a_key_that_several_blocks_hold_is_cached_until_the_last_is_gone(engine, follow):
+    index, prompt = await follow(), BlockKeys(tokens(128), BLOCK)
+    engine.tell(stored(tokens(128), 1), stored(tokens(128), 1))
+    await becomes(index, prompt, {"one": 128})
+    engine.tell(removed(4), stored(tokens(64, 9), 50))
+    await becomes(index, BlockKeys(tokens(64, 9), BLOCK), {"one": 64})
+    assert index.overlaps("prefill", prompt) == {"one": 128}
+    late = await follow()
+    await becomes(late, prompt, {"one": 128})
+    engine.tell(removed(4))
+    for one in (index, late):
+        await becomes(one, prompt, {"one": 96})
+
+
+async def test_blocks_the_index_does_not_know_do_not_end_the_following(engine, follow):
+    index = await follow()
+    engine._publisher._held.clear()
+    engine.tell(stored(tokens(64), 5, parent=77), removed(5), stored(tokens(128, 2), 11))
+    await becomes(index, BlockKeys(tokens(128, 2), BLOCK), {"one": 128})
+    index._pools["prefill"].apply(index._pools["prefill"].open("one"), [BlockRemoved(block_hashes=[999], medium="GPU")])
+    assert index.overlaps("prefill", BlockKeys(tokens(128, 2), BLOCK)) == {"one": 128}
+
+
+async def test_what_is_no_event_is_got_over(engine, follow, monkeypatch, caplog):
+    monkeypatch.setattr(kv_follower, "RETRY_S", 0.05)
+    index = await follow()
+    engine.tell(stored(tokens(128), 1))
+    await becomes(index, BlockKeys(tokens(128), BLOCK), {"one": 128})
+    monkeypatch.setattr(engine._publisher, "_encode", lambda *_: b"nonsense")
+    engine.tell(stored(tokens(64, 3), 20))
+
+    async def noticed():
+        return "could not be followed" in caplog.text
+
+    await until(noticed)
+    monkeypatch.undo()
+    await becomes(index, BlockKeys(tokens(64, 3), BLOCK), {"one": 64})
+
+
+async def test_blocks_that_were_offloaded_do_not_count(engine, follow):
+    index = await follow()
+    offloaded = stored(tokens(128), 1)
+    offloaded.medium = "CPU"
+    engine.tell(offloaded, stored(tokens(64, 3), 20))
+    await becomes(index, BlockKeys(tokens(64, 3), BLOCK), {"one": 64})
+    assert index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}

@@ -198,6 +198,8 @@ async def test_a_lost_connection_is_tried_again_and_nothing_is_done_twice(router
     await store.fork("warm", tenant="")
     async with store.turn("warm", tenant="") as session:
         await store.commit(session, [1], open_response=False)
+    await store.create("gone", tenant="")
+    await store.delete("gone", tenant="")
     monkeypatch.setattr(store._redis, "evalsha", flaky)
     await store.create("s", [1], tenant="")
     async with store.turn("s", tenant="") as session:

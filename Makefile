@@ -25,7 +25,7 @@ model: $(INSTALLED) ## make the embedded default model's folder, models/smollm2-
 demo: model ## start a small cluster on this machine and run a session in which decoders take turns
 	@$(BIN)/prefillshare demo
 
-test: model ## all tests, those that start engines included (under 25 minutes on 2 cores)
+test: model ## all tests, those that start engines included (under 30 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
 
 test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (seconds)

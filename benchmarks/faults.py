@@ -175,6 +175,8 @@ class Faults:
     def __init__(self, handle, log: Callable[[str], None]):
         self._handle, self._log = handle, log
         self.struck: list[tuple[str, float]] = []
+        #: Kind of death -> seconds until the routers knew that the replica had gone.
+        self.known_after_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
@@ -232,6 +234,7 @@ class Faults:
                 process.resume()
             return
         self._until(lambda: busiest not in self.info()[pool])
+        self.known_after_s[f"{how} {pool}"] = round(time.monotonic() - self.struck[-1][1], 2)
 
     def _struck(self, how: str, pool: str, replica: str) -> None:
         self.struck.append((f"{how} {pool}", time.monotonic()))
@@ -328,7 +331,7 @@ def main() -> None:
     for kind, one in cost.items():
         console.print(f"{kind}: {one['turns']} turns took {one['median_s']} s longer (median), {one['max_s']} s at most")
     config = vars(args) | {"wedged_after_s": WEDGED_AFTER_S, "hang_s": HANG_S}
-    write("faults", console, config, headline, cost_s=cost, errors=struck.errors)
+    write("faults", console, config, headline, cost_s=cost, known_after_s=faults.known_after_s, errors=struck.errors)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Who is there: what Serve pushes is known, and told to the index, within two seconds."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
+from router.pinned import MEMBERS
+from router.replicas import ReplicaSet
+
+DEPLOYMENT = ("app", "prefill")
+KNOWN_WITHIN_S = 2.0
+
+
+class Handle:
+    """Answers for every replica; `options(session_id=...)` names the one that is asked."""
+
+    is_initialized, deployment_id = True, SimpleNamespace(app_name="app", name="prefill")
+
+    def __init__(self, replica: str = ""):
+        self._replica = replica
+        self.describe = SimpleNamespace(remote=self._describe)
+        self.stats = SimpleNamespace(remote=self._stats)
+
+    def options(self, session_id: str = "", **_):
+        return Handle(session_id)
+
+    async def _describe(self):
+        return ReplicaInfo(self._replica, KVEvents("", None), 100, 32, 8)
+
+    async def _stats(self):
+        return ReplicaStats()
+
+
+@pytest.fixture
+async def replicas():
+    told = []
+
+    async def listener(replica, info):
+        told.append((replica, info is not None))
+
+    replicas = ReplicaSet("prefill", Handle(), wedged_after_s=5)
+    replicas.listener, replicas.told = listener, told
+    MEMBERS[DEPLOYMENT] = frozenset({"first"})
+    await replicas.start(timeout_s=KNOWN_WITHIN_S)
+    yield replicas
+    await replicas.stop()
+    del MEMBERS[DEPLOYMENT]
+
+
+async def becomes_known(replicas, names: set[str]) -> None:
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        while set(replicas.members) != names:
+            await asyncio.sleep(0.01)
+
+
+async def test_replicas_that_join_and_leave_are_known_within_two_seconds(replicas):
+    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    await becomes_known(replicas, {"first", "second"})
+    MEMBERS[DEPLOYMENT] = frozenset({"second"})
+    await becomes_known(replicas, {"second"})
+    assert [r.id for r in replicas.usable()] == ["second"]
+    assert replicas.told == [("first", True), ("second", True), ("first", False)]

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from polling import until
 
 from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
 from router.pinned import MEMBERS
@@ -50,9 +51,11 @@ async def replicas():
 
 
 async def becomes_known(replicas, names: set[str]) -> None:
+    async def known():
+        return set(replicas.members) == names
+
     async with asyncio.timeout(KNOWN_WITHIN_S):
-        while set(replicas.members) != names:
-            await asyncio.sleep(0.01)
+        await until(known)
 
 
 async def test_replicas_that_join_and_leave_are_known_within_two_seconds(replicas):

@@ -26,7 +26,7 @@ from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-INPUT, OUTPUT = 24, 96
+INPUT, OUTPUT = 24, 64
 
 
 def play(client: Client, sessions: int, turns: int, pause_s: float, advance) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What eager prefill takes off the next turn's time to first token.
 
-    python -m benchmarks.eager [--sessions 4] [--turns 4]
+    python -m benchmarks.eager [--sessions 3] [--turns 4]
 
 The same sessions, one after the other, with and without it, on the same kind of deployment: turns with long responses
 and short inputs, and a pause between turns as agents have while a tool runs. The last line is JSON.
@@ -58,7 +58,7 @@ def deployment(model: Path, adapters: dict[str, Path], eager: bool) -> Deploymen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--sessions", type=int, default=4, help="sessions (default: 4)")
+    parser.add_argument("--sessions", type=int, default=3, help="sessions (default: 3)")
     parser.add_argument("--turns", type=int, default=4, help="turns per session (default: 4)")
     parser.add_argument("--pause-s", type=float, default=0.5, help="pause between turns, seconds (default: 0.5)")
     args = parser.parse_args()

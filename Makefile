@@ -14,7 +14,7 @@ help: ## this list
 	@echo "make TARGET, one of:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): requirements/cpu.lock requirements/install.sh pyproject.toml
+$(INSTALLED): requirements/cpu.lock requirements/data.lock requirements/install.sh pyproject.toml
 	@requirements/install.sh
 
 setup: $(INSTALLED) ## make .venv from requirements/cpu.lock (CPU build)
@@ -41,7 +41,7 @@ protos: $(INSTALLED) ## generate the gRPC stubs beside the .proto files
 
 lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask for; newest versions: make lock UV_FLAGS=--upgrade
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra train --extra bench --extra dev \
+	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra train --extra eval --extra bench --extra dev \
 		--override requirements/cpu-overrides.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o requirements/cpu.lock
 	@echo "requirements/cpu.lock is written; make setup installs it."

@@ -216,5 +216,14 @@ def _require_weights(decoder: Path) -> None:
     fingerprint.weights(decoder)
 
 
+def _add_commands() -> None:
+    """Commands of the layers above this one, which nothing here imports."""
+    for command in importlib.metadata.entry_points(group="prefillshare.commands"):
+        app.command(command.name)(command.load())
+
+
+_add_commands()
+
+
 def main() -> None:
     app()

@@ -45,13 +45,13 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 def markdown() -> str:
     """The whole page."""
     parts = [_HEAD, "## Sharing modes\n\nValues of `decode[].sharing`.\n", _table(("mode", "meaning"), _modes())]
-    parts += ["## The file\n", _fields(config.Deployment)]
+    parts += ["## The file\n", fields(config.Deployment)]
     for path, node in _SECTIONS:
-        parts += [f"## `{path}`\n\n{inspect.cleandoc(node.__doc__)}\n", _fields(node)]
+        parts += [f"## `{path}`\n\n{inspect.cleandoc(node.__doc__)}\n", fields(node)]
     refused = ", ".join(f"`{name}`" for name in sorted(config.OUR_ENGINE_ARGS))
     parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. Refused, because fields above or "
               f"the KV contract decide them:\n{refused}.\n"]
-    parts += [_KEYS_FILE, _fields(tenants.Tenant)]
+    parts += [_KEYS_FILE, fields(tenants.Tenant)]
     parts += ["## Examples\n\nIn `deploy/configs/`, one per scenario.\n", _table(("file", "scenario"), _examples())]
     return "\n".join(parts)
 
@@ -65,7 +65,8 @@ def _examples() -> Iterator[tuple[str, ...]]:
         yield f"[{file.name}](../deploy/configs/{file.name})", file.read_text().splitlines()[0].removeprefix("# ")
 
 
-def _fields(node: type[BaseModel]) -> str:
+def fields(node: type[BaseModel]) -> str:
+    """A table of a node's keys."""
     schema = node.model_json_schema()
     required = schema.get("required", ())
     rows = (

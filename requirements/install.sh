@@ -98,7 +98,7 @@ mkdir -p .venv
 : >"$LOG"
 make_venv
 step "PyTorch" install_torch
-step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" pip --no-deps -r requirements/cpu.lock
+step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" pip --no-deps -r requirements/cpu.lock -r requirements/data.lock
 step "prefillshare" pip --no-deps --no-build-isolation -e .
 
 if ! has_tcmalloc && ! apt libtcmalloc-minimal4 libtcmalloc-minimal4t64; then

@@ -22,6 +22,28 @@ def none(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
     return _chosen(logits, response)
 
 
+@torch.no_grad()
+def icarus(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+    """The base makes all KV; the decoder's hidden states make queries, attention output and MLP only (arXiv 2603.13281)."""
+    tokens = torch.tensor([prompt + response[:-1]])
+    cache = base(tokens, use_cache=True).past_key_values
+    model = getattr(decoder, "get_base_model", lambda: decoder)()
+    hidden = model.model.embed_tokens(tokens)
+    rope = model.model.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
+    for layer, kv in zip(model.model.layers, cache.layers, strict=True):
+        attention = layer.self_attn
+        queries = attention.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim))
+        queries = getattr(attention, "q_norm", lambda q: q)(queries).transpose(1, 2)
+        cos, sin = (part[:, None] for part in rope)
+        first, second = queries.chunk(2, -1)
+        queries = queries * cos + torch.cat([-second, first], -1) * sin
+        seen = torch.nn.functional.scaled_dot_product_attention(queries, kv.keys, kv.values, is_causal=True, enable_gqa=True)
+        hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    logits = model.lm_head(model.model.norm(hidden))[0, len(prompt) - 1 :]
+    return _chosen(logits, response)
+
+
 def _chosen(logits: torch.Tensor, response: list[int]) -> list[float]:
     return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].tolist()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from finetuning import training_docs
+from finetuning.recipe import Lora, Recipe
 from kvshare import access, config
 from kvshare.modes import mode_names
 from prefillshare import config_docs
@@ -48,3 +50,10 @@ def test_page_has_a_row_for_every_field():
 )
 def test_row_gives_values_range_and_default(row):
     assert f"\n{row}" in PAGE.read_text()
+
+
+def test_the_training_page_is_up_to_date():
+    wanted = training_docs.markdown()
+    assert (PAGE.parent / "training.md").read_text() == wanted, "run: python -m finetuning.training_docs > docs/training.md"
+    for node in (Recipe, Lora):
+        assert [name for name, field in node.model_fields.items() if not (field.description or "").strip().endswith(".")] == []

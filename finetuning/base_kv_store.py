@@ -1,0 +1,69 @@
+"""Base KV of the training prompts, computed once: the base is frozen, so an example's KV is the same in every epoch.
+
+One file per example, up to a budget; the first that come are kept, as every epoch asks for all of them once. What has no
+room is computed again. Each is computed alone, so that it does not depend on what it is batched with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from finetuning.conditioned import LayersKV
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".safetensors"
+
+
+class BaseKVStore:
+    """`compute`: token ids -> KV of all of them. `folder`: of this base and dtype only; what is there already counts."""
+
+    def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[int]], LayersKV]):
+        self._folder, self._budget, self._compute = folder, budget_bytes, compute
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sizes = {file.stem: file.stat().st_size for file in folder.glob(f"*{_SUFFIX}")}
+        self._used = sum(self._sizes.values())
+        #: Tokens whose KV was read, and computed.
+        self.read_tokens = self.computed_tokens = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used
+
+    def get(self, token_ids: Sequence[int]) -> LayersKV:
+        name = hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16).hexdigest()
+        file = self._folder / f"{name}{_SUFFIX}"
+        if name in self._sizes:
+            self.read_tokens += len(token_ids)
+            kv = load_file(file)["kv"]
+            return [(layer[0], layer[1]) for layer in kv]
+        self.computed_tokens += len(token_ids)
+        kv = self._compute(token_ids)
+        self._keep(name, file, kv)
+        return kv
+
+    def _keep(self, name: str, file: Path, kv: LayersKV) -> None:
+        """[layers, 2, KV heads, tokens, head size], if there is room. By rename: a file is whole or not there."""
+        size = 2 * len(kv) * kv[0][0].nbytes
+        if self._used + size > self._budget:
+            return
+        part = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            save_file({"kv": torch.stack([torch.stack(layer) for layer in kv]).cpu()}, part)
+            part.replace(file)
+        except (OSError, SafetensorError) as error:
+            logger.warning("base KV is not kept any more: %s", error)
+            part.unlink(missing_ok=True)
+            self._budget = 0
+            return
+        self._sizes[name] = size
+        self._used += size

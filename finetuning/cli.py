@@ -1,0 +1,141 @@
+"""The commands of `prefillshare` that make and measure decoders; the command line finds them by entry point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvshare.errors import ConfigError, InvalidInput
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.")],
+) -> None:
+    """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method the recipe names.
+
+    A run that was ended goes on from its last checkpoint when it is started again. The output folder can be served as
+    it is; `log.csv` in it holds every step's loss.
+    """
+    from finetuning.recipe import load
+    from finetuning.train import train as run
+
+    console = Console(stderr=True)
+    typer.echo(run(load(recipe), console))
+
+
+def data(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to make training data for, e.g. arithmetic.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Most transcripts per suite.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed: other made-up problems, another choice of real ones.")] = 0,
+    split: Annotated[str, typer.Option(help="train or validation: they have nothing in common.")] = "train",
+) -> None:
+    """Make training data for task suites, checked to hold none of their test questions."""
+    chosen = _tasks(tasks)
+    from finetuning.tasks import SPLITS, TASKS
+    from finetuning.tasks.base import check_disjoint
+
+    if split not in SPLITS:
+        raise InvalidInput(f"unknown split {split!r}", field="--split", fix=f"use one of {', '.join(SPLITS)}")
+    made = [transcript for task in chosen for transcript in task.transcripts(count, seed, split)]
+    for task in TASKS.values():
+        check_disjoint(made, task.questions())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps(transcript) + "\n" for transcript in made))
+    typer.echo(f"{len(made)} transcripts in {output}")
+
+
+def evaluate(
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to ask, e.g. bfcl_simple_python.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    decoder: Annotated[Path | None, typer.Option(help="Folder of the decoder.", show_default="the base itself")] = None,
+    method: Annotated[
+        str, typer.Option(help="How it sees context: prefillshare, icarus, ordinary. Not as it was trained: what that costs.")
+    ] = "prefillshare",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: as it is served.")] = "float32",
+    served: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask a running deployment (gRPC) instead.")] = None,
+    name: Annotated[str | None, typer.Option(help="With --served: the decoder's name there.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write questions' names and answers here (JSONL).")] = None,
+) -> None:
+    """Score a decoder on task suites, with 95 % intervals. The last line of output is one JSON object."""
+    chosen = _tasks(tasks)
+    if served and not name:
+        raise InvalidInput("whose answers?", field="--name", fix="give the decoder's name in the deployment")
+    if answers:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+    ask = _served(served, name, batch_size) if served else _offline(base, decoder, method, batch_size, device, dtype)
+    from finetuning.evaluate import score
+
+    console, figures, lines = Console(stderr=True), {}, []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for task in chosen:
+            questions = task.questions()[:limit]
+            bar = progress.add_task(task.name, total=len(questions))
+            given = ask(task, questions, lambda count, bar=bar: progress.advance(bar, count))
+            result = score(questions, given)
+            console.print(f"{task.name}: {result} % of {result.asked}")
+            low, high = result.interval
+            figures[task.name] = {"accuracy": round(result.share, 4), "low": round(low, 4), "high": round(high, 4),
+                                  "asked": result.asked}  # fmt: skip
+            lines += [{"question": q.name, "answer": a, "right": q.is_right(a)} for q, a in zip(questions, given, strict=True)]
+    if answers:
+        answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(json.dumps(figures))
+
+
+def _offline(base: Path, decoder: Path | None, method: str, batch_size: int, device: str, dtype: str):
+    if not (base / "config.json").is_file():
+        raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
+    import torch
+    from transformers import AutoTokenizer
+
+    from finetuning import subjects
+    from finetuning.evaluate import offline_answers
+    from finetuning.methods import METHODS
+    from finetuning.recipe import DTYPES, device_of
+    from finetuning.transcripts import stop_ids
+
+    for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise InvalidInput(f"unknown value {value!r}", field=field, fix=f"use one of {', '.join(allowed)}")
+    where = device_of(device)
+    subject = subjects.load(method, base, decoder, method, dtype=getattr(torch, dtype), device=where)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}
+    return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)
+
+
+def _served(address: str, name: str, at_once: int):
+    from finetuning.evaluate import served_answers
+    from prefillshare.client import Client
+
+    def ask(task, questions, advance):
+        with Client(address) as client:
+            return served_answers(client, name, task, questions, at_once=at_once, advance=advance)
+
+    return ask
+
+
+def _tasks(names: list[str]) -> list:
+    try:
+        import bfcl_eval  # noqa: F401
+        import reasoning_gym  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the task suites need {error.name}",
+            fix="pip install 'prefillshare[eval]' and pip install --no-deps -r requirements/data.lock",
+        ) from None
+    from finetuning.tasks import TASKS
+
+    if wrong := [name for name in names if name not in TASKS]:
+        raise InvalidInput(f"unknown suite {wrong[0]!r}", field="TASK", fix=f"use one of {', '.join(TASKS)}")
+    return [TASKS[name] for name in names]

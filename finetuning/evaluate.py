@@ -1,0 +1,106 @@
+"""Task scores of a decoder, through the served system or offline by the same definition.
+
+Offline is what tests/unit/test_generate.py proves equal to the reference, token by token; it batches freely and needs no
+engines. Through the system, answers come from `prefillshare serve` over gRPC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from finetuning.generate import generate
+from finetuning.subjects import Subject
+from finetuning.tasks import Question, Task
+from prefillshare.client import Client
+from router.chat import ChatLayout
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of right answers with its 95 % interval (Wilson)."""
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.96, self.asked, self.share
+        middle, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
+    right = sum(question.is_right(answer) for question, answer in zip(questions, answers, strict=True))
+    return Score(right, len(questions))
+
+
+def offline_answers(
+    subject: Subject,
+    task: Task,
+    questions: Sequence[Question],
+    tokenizer,
+    *,
+    stop_ids: Sequence[int],
+    batch_size: int = 16,
+    base_share: float = 1.0,
+    device: str = "cpu",
+    advance: Advance = lambda count: None,
+) -> list[str]:
+    """Greedy answers, in the questions' order; prompts of like length are batched together."""
+    layout = ChatLayout(tokenizer)
+    prompts = [layout.opening(list(question.messages)) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    answers = [""] * len(prompts)
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        made = generate(
+            subject.method,
+            subject.decoder,
+            subject.base,
+            [prompts[number] for number in part],
+            max_tokens=task.max_tokens,
+            stop_ids=stop_ids,
+            device=device,
+            base_share=base_share,
+        )
+        for number, ids in zip(part, made, strict=True):
+            answers[number] = tokenizer.decode(ids, skip_special_tokens=True)
+        advance(len(part))
+    return answers
+
+
+def served_answers(
+    client: Client,
+    decoder: str,
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    at_once: int = 16,
+    advance: Advance = lambda count: None,
+) -> list[str]:
+    """Greedy answers of a running deployment, each question in a session of its own."""
+
+    def ask(question: Question) -> str:
+        session = client.create_session()
+        try:
+            result = session.turn(decoder, messages=list(question.messages), max_tokens=task.max_tokens, temperature=0.0)
+            return result.text
+        finally:
+            session.delete()
+            advance(1)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(ask, questions))

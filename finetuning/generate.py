@@ -1,0 +1,139 @@
+"""Greedy answers offline, batched, with what the served system would feed: base KV first, then the decoder's own or the base's.
+
+    prefillshare  base KV of all prompt tokens but the last; from there the decoder
+    icarus        the base writes the KV of every token, the decoder predicts
+    ordinary      the decoder alone
+`base_share` below 1 leaves the end of the prompt's base part to the decoder: the papers' collapse curve is made with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from finetuning.conditioned import SharedKV, hidden_states, plain
+from finetuning.methods import Method
+
+#: Runs the frozen base: called with input ids, positions, mask and cache, it fills the cache.
+Base = Callable[..., None]
+
+
+class _Context:
+    """KV of a batch whose rows differ in length. Columns are appended; `valid` says which count in which row."""
+
+    def __init__(self, rows: int, device):
+        self.cache = DynamicCache()
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+
+    def mask(self, new: torch.Tensor) -> torch.Tensor:
+        """[B, 1, Q, columns + Q] for Q new columns, of which `new` [B, Q] count: each sees what is before it, and itself."""
+        rows, queries = new.shape
+        before = self.valid[:, None].expand(-1, queries, -1)
+        among = torch.ones(queries, queries, dtype=torch.bool, device=new.device).tril() & new[:, None]
+        among = among | torch.eye(queries, dtype=torch.bool, device=new.device)  # a padded query sees itself: no row is empty
+        return torch.cat([before, among.expand(rows, -1, -1)], dim=2)[:, None]
+
+    def append(self, new: torch.Tensor) -> None:
+        self.valid = torch.cat([self.valid, new], dim=1)
+
+    def layers(self):
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
+
+@torch.no_grad()
+def generate(
+    method: Method,
+    decoder,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    device: torch.device | str = "cpu",
+    base_share: float = 1.0,
+) -> list[list[int]]:
+    """Tokens generated after each prompt, its stop token included if it came."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
+    if method.own_kv:
+        step = _OwnKV(decoder, base, ids, lengths, base_share if method.base_prompt else 0.0)
+    else:
+        step = _BaseKVOnly(decoder, base, ids, lengths)
+    stops, answers = set(stop_ids), [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    logits = step.first()
+    for count in range(max_tokens):
+        chosen = logits.argmax(-1)
+        for row in list(open_rows):
+            answers[row].append(token := int(chosen[row]))
+            if token in stops:
+                open_rows.discard(row)
+        if not open_rows or count == max_tokens - 1:
+            return answers
+        logits = step.next(chosen[:, None], (lengths + count)[:, None])
+    return answers
+
+
+class _OwnKV:
+    """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
+
+    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, base_share: float):
+        self._decoder, self._ids, self._lengths = decoder, ids, lengths
+        self._context = _Context(len(ids), ids.device)
+        self._given = ((lengths - 1) * base_share).long()
+        if columns := int(self._given.max()):
+            given = torch.arange(columns, device=ids.device) < self._given[:, None]
+            positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
+            base(ids[:, :columns], positions, self._context.mask(given), self._context.cache)
+            self._context.append(given)
+
+    def first(self) -> torch.Tensor:
+        rest = self._lengths - self._given
+        offsets = torch.arange(int(rest.max()), device=self._ids.device)
+        valid = offsets < rest[:, None]
+        positions = (self._given[:, None] + offsets).clamp(max=self._ids.shape[1] - 1)
+        return self._run(self._ids.gather(1, positions), positions, valid, rest - 1)
+
+    def next(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self._run(ids, positions, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids[:, 0]))
+
+    def _run(self, ids, positions, valid, last) -> torch.Tensor:
+        """Logits of each row's last input."""
+        context = self._context
+        mask = context.mask(valid)
+        context.append(valid)
+        hidden = hidden_states(self._decoder, ids, positions, mask, context.cache, use_cache=True)
+        return plain(self._decoder).lm_head(hidden[torch.arange(len(last), device=last.device), last])
+
+
+class _BaseKVOnly:
+    """The base writes KV of every token; the decoder sees it and makes none."""
+
+    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor):
+        self._decoder, self._base, self._ids, self._lengths = decoder, base, ids, lengths
+        self._context = _Context(len(ids), ids.device)
+        columns = ids.shape[1]
+        valid = torch.arange(columns, device=ids.device) < lengths[:, None]
+        positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
+        base(ids, positions, self._context.mask(valid), self._context.cache)
+        self._context.append(valid)
+
+    def first(self) -> torch.Tensor:
+        last = (self._lengths - 1)[:, None]
+        return self._predict(self._ids.gather(1, last), last)
+
+    def next(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        new = torch.ones_like(ids, dtype=torch.bool)
+        self._base(ids, positions, self._context.mask(new), self._context.cache)
+        self._context.append(new)
+        return self._predict(ids, positions)
+
+    def _predict(self, ids, positions) -> torch.Tensor:
+        kv = SharedKV(self._context.layers(), own_is_seen=False)
+        mask = self._context.valid[:, None, None]
+        hidden = hidden_states(self._decoder, ids, positions, mask, kv)
+        return plain(self._decoder).lm_head(hidden[:, -1])

@@ -1,0 +1,66 @@
+"""What a run tells while it goes on: a CSV row per step, and a bar."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+FILE = "log.csv"
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_s", "validation_loss")
+
+
+class TrainingLog:
+    """`log.csv` of a run's folder; steps after `start` of an earlier attempt are dropped."""
+
+    def __init__(self, folder: Path, start: int):
+        self._file = folder / FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows = [row for row in read(folder) if row["step"] <= start] if start else []
+
+    def __enter__(self) -> TrainingLog:
+        self._stream = self._file.open("w", newline="")
+        self._writer = csv.DictWriter(self._stream, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(self.rows)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stream.close()
+
+    def write(self, row: dict) -> None:
+        self.rows.append(row)
+        self._writer.writerow(row)
+        self._stream.flush()
+
+    def last(self, column: str) -> float | None:
+        return next((row[column] for row in reversed(self.rows) if row[column] is not None), None)
+
+
+def read(folder: Path) -> list[dict]:
+    """Rows of a run's log; what was not measured is None."""
+    try:
+        with (folder / FILE).open(newline="") as stream:
+            return [{k: (int(v) if k in ("step", "epoch", "tokens") else float(v)) if v else None for k, v in row.items()}
+                    for row in csv.DictReader(stream)]  # fmt: skip
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def training_bar(console: Console, steps: int, start: int) -> Iterator[Callable[[dict], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps, completed=start)
+
+        def show(row: dict) -> None:
+            text = f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s"
+            progress.update(task, completed=row["step"], description=text)
+            if row["validation_loss"] is not None:
+                progress.console.print(f"epoch {row['epoch']}: validation loss {row['validation_loss']:.4f}")
+
+        yield show

@@ -1,0 +1,96 @@
+"""Training methods: what is trained, and what the decoder sees of the context. One class per method.
+
+    prefillshare  every response is generated after base KV of all that is before its first input (arXiv 2602.12029, R1)
+    icarus        every token is predicted over base KV of all tokens up to it (arXiv 2603.13281)
+    ordinary      the decoder makes all KV itself: what fine-tuning is elsewhere, for comparison
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetuning.transcripts import Example
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: A decoder that never makes KV has no use for other keys and values.
+NO_KEYS_NO_VALUES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the decoder computes of one example. S inputs, L base tokens.
+
+    `inputs`: positions it processes; the logits at input i are for the token at inputs[i] + 1.
+    `is_response`: [S], whether that token is one to learn.
+    `base_tokens`: L, how many leading tokens are seen as base KV.
+    `base_seen`: [S, L] and `own_seen`: [S, S], what each input attends to; `own_seen` is None where own KV is never seen.
+    """
+
+    inputs: torch.Tensor
+    is_response: torch.Tensor
+    base_tokens: int
+    base_seen: torch.Tensor
+    own_seen: torch.Tensor | None
+
+
+class Method(ABC):
+    name: str
+    #: Mode a decoder made so is served in.
+    sharing: str
+    lora_modules: Sequence[str]
+    #: The prompt's KV is the base's; the decoder makes KV of its own.
+    base_prompt: bool = True
+    own_kv: bool = True
+
+    @abstractmethod
+    def view(self, example: Example) -> View: ...
+
+
+class PrefillShare(Method):
+    name, sharing, lora_modules = "prefillshare", "prefillshare", ALL_LINEAR
+
+    def view(self, example: Example) -> View:
+        inputs, segment = _response_inputs(example)
+        begins = torch.tensor([start - 1 for start, _ in example.responses])[segment]
+        base_tokens = example.responses[-1][0] - 1
+        own = (segment[:, None] == segment) & (inputs[:, None] >= inputs)
+        return View(inputs, torch.ones_like(inputs, dtype=torch.bool), base_tokens,
+                    torch.arange(base_tokens) < begins[:, None], own)  # fmt: skip
+
+
+class Icarus(Method):
+    name, sharing, lora_modules = "icarus", "icarus", NO_KEYS_NO_VALUES
+    own_kv = False
+
+    def view(self, example: Example) -> View:
+        inputs, _ = _response_inputs(example)
+        base_tokens = len(example.token_ids) - 1
+        seen = torch.arange(base_tokens) <= inputs[:, None]
+        return View(inputs, torch.ones_like(inputs, dtype=torch.bool), base_tokens, seen, None)
+
+
+class Ordinary(Method):
+    name, sharing, lora_modules = "ordinary", "none", ALL_LINEAR
+    base_prompt = False
+
+    def view(self, example: Example) -> View:
+        inputs = torch.arange(len(example.token_ids) - 1)
+        learnt = torch.zeros(len(example.token_ids), dtype=torch.bool)
+        for start, end in example.responses:
+            learnt[start:end] = True
+        seen = inputs[:, None] >= inputs
+        return View(inputs, learnt[1:], 0, torch.zeros(len(inputs), 0, dtype=torch.bool), seen)
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (PrefillShare(), Icarus(), Ordinary())}
+
+
+def _response_inputs(example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions from which response tokens are predicted, and the number of the response each belongs to."""
+    spans = example.responses
+    inputs = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
+    return inputs, torch.cat([torch.full((end - start,), number) for number, (start, end) in enumerate(spans)])

@@ -1,0 +1,106 @@
+"""A trained decoder's folder: weights or a PEFT adapter, the KV contract, a model card."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from finetuning.checkpoint import FILE as CHECKPOINT_FILE
+from finetuning.recipe import Recipe
+from finetuning.transcripts import Example
+from kvshare.contract import FILE as CONTRACT_FILE
+from kvshare.contract import DecoderContract
+from kvshare.errors import ConfigError
+
+PACKAGES = ("torch", "transformers", "peft")
+#: What a run keeps in its folder until it is done.
+KV_FOLDER = "base-kv"
+#: A full-weight decoder has the base's own, byte for byte: the server compares their hashes.
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
+                    "generation_config.json")  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """Remove what a run that was ended has left half written. Raises ConfigError where a decoder is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.rglob("*.part"):
+        part.unlink()
+    if (folder / CONTRACT_FILE).exists():
+        _clean_up(folder)
+        raise ConfigError(f"{folder} holds a decoder already", field="output", fix="choose another folder, or remove it")
+
+
+def contract(recipe: Recipe) -> DecoderContract:
+    made = f"{recipe.method}, {recipe.weights}" + (f" of rank {recipe.lora.rank}" if recipe.weights == "lora" else "")
+    return DecoderContract.of_base(recipe.base, trained_with=f"{made}, on {_digest(recipe.train)}")
+
+
+def write(
+    folder: Path,
+    recipe: Recipe,
+    contract: DecoderContract,
+    model,
+    examples: Sequence[Example],
+    figures: dict,
+    dtype: torch.dtype,
+) -> None:
+    """All files of the decoder; the contract comes last: a folder that has one is whole."""
+    if recipe.weights == "lora":
+        model.save_pretrained(folder)
+    else:
+        model.to(dtype).save_pretrained(folder)
+        for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:
+            shutil.copyfile(file, folder / file.name)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "README.md").write_text(_card(folder.name, recipe, examples, figures))
+    contract.write(folder)
+    _clean_up(folder)
+
+
+def _clean_up(folder: Path) -> None:
+    shutil.rmtree(folder / KV_FOLDER, ignore_errors=True)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _card(name: str, recipe: Recipe, examples: Sequence[Example], figures: dict) -> str:
+    front = {"base_model": Path(recipe.base).name, "tags": ["prefillshare", recipe.method, recipe.weights]}
+    if recipe.weights == "lora":
+        front["library_name"] = "peft"
+    where = f"adapters: {{{name}: {recipe.output}}}" if recipe.weights == "lora" else f"model: {recipe.output}"
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    learnt = sum(example.response_tokens for example in examples)
+    validation = "" if figures["validation_loss"] is None else f", {figures['validation_loss']:.4f} on {recipe.validation}"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {name}
+
+A decoder of `{Path(recipe.base).name}`, trained by method `{recipe.method}` ({recipe.weights}); served in mode
+`{recipe.how.sharing}`. `{CONTRACT_FILE}` says which base it belongs to; a server refuses it with any other.
+
+| | |
+| --- | --- |
+| data | `{recipe.train}` ({_digest(recipe.train)}): {len(examples):,} transcripts, {learnt:,} response tokens |
+| training | {figures['steps']:,} steps in {recipe.epochs} epochs of batches of {recipe.batch_size}, {recipe.dtype} |
+| loss | {figures['loss']:.4f} at the last step{validation} |
+| made in | {figures['seconds']:,} s on {platform.machine()}, {versions} |
+
+Serve it (deployment file): `decode: [{{pool: agents, sharing: {recipe.how.sharing}, {where}}}]`.
+Make it again: `prefillshare train recipe.yaml`, with the recipe in this folder, which has every setting.
+"""
+
+
+def _digest(file: str) -> str:
+    try:
+        return f"sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}", field="train") from None

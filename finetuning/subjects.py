@@ -1,0 +1,47 @@
+"""What is evaluated: a decoder with its base and the way in which it sees context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetuning.generate import Base
+from finetuning.methods import METHODS, Method
+from kvshare.contract import DecoderContract
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`method`: how it sees context; another than it was trained with shows what that costs (naive sharing)."""
+
+    name: str
+    method: Method
+    decoder: torch.nn.Module
+    base: Base
+
+
+def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu") -> Subject:
+    """`decoder`: folder of an adapter or of full weights, None: the base itself. Raises ContractMismatch for another base's."""
+    frozen = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+    model = frozen
+    if decoder is not None:
+        DecoderContract.read(decoder).check(DecoderContract.of_base(base), str(decoder))
+        model = _decoder(base, decoder, dtype).to(device).eval()
+    return Subject(name, METHODS[method], model, partial(_fill, frozen))
+
+
+def _decoder(base: Path, folder: Path, dtype):
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
+
+
+@torch.no_grad()
+def _fill(base, ids, positions, mask, cache) -> None:
+    base.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)

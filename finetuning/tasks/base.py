@@ -1,0 +1,57 @@
+"""What a task suite answers."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvshare.errors import ConfigError
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Question:
+    """`messages`: the prompt. `is_right`: whether an answer's text is."""
+
+    name: str
+    messages: Sequence[dict[str, str]]
+    is_right: Callable[[str], bool]
+
+
+class Task(ABC):
+    name: str
+    #: Longest answer, tokens.
+    max_tokens: int
+
+    @abstractmethod
+    def questions(self) -> list[Question]:
+        """The test set, always the same."""
+
+    @abstractmethod
+    def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
+        """At most `count` transcripts of a split, SPLITS; the splits have nothing in common, with each other or with the
+        test questions."""
+
+
+def check_disjoint(transcripts: Sequence[dict], questions: Sequence[Question]) -> None:
+    """Raises ConfigError naming a transcript's test question: the same words, or all of its words and more."""
+    asked = [(normalised(question.messages[-1]["content"]), question.name) for question in questions]
+    for transcript in transcripts:
+        for message in transcript["messages"]:
+            if message["role"] != "user" or not normalised(message["content"]):
+                continue
+            if (name := asks_as(normalised(message["content"]), asked)) is not None:
+                raise ConfigError(f"test question {name} is in the training data: {message['content'][:80]!r}")
+
+
+def asks_as(text: str, asked: Sequence[tuple[str, str]]) -> str | None:
+    """The name of a question of `asked` (normalised text, name) that `text` contains, or that contains it."""
+    return next((name for question, name in asked if question in text or text in question), None)
+
+
+def normalised(text: str) -> str:
+    """Lower case, words only."""
+    return " ".join(re.findall(r"\w+", text.lower()))

@@ -1,0 +1,160 @@
+"""Tool calling: BFCL's questions, its possible answers and its own AST checker (package bfcl-eval).
+
+Test: the categories simple_python and multiple. Training: the live categories with one call, of functions that
+no test question is about, and calls made from a seed (synthetic_calls.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections import defaultdict
+from functools import cache, partial
+from importlib.resources import files
+from types import ModuleType, SimpleNamespace
+
+from finetuning.tasks.base import SPLITS, Question, Task, asks_as, normalised
+from finetuning.tasks.synthetic_calls import synthetic_calls
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+SYSTEM = """You answer with one call of a function. The functions:
+<tools>
+{tools}
+</tools>
+Answer with its name and arguments, like
+<tool_call>
+{{"name": "NAME", "arguments": {{"ARGUMENT": VALUE}}}}
+</tool_call>"""
+TRAINING, TESTED = ("live_simple", "live_multiple"), ("simple_python", "multiple")
+
+
+class ToolCalls(Task):
+    max_tokens = 192
+
+    def __init__(self, category: str):
+        self.category, self.name = category, f"bfcl_{category}"
+
+    def questions(self) -> list[Question]:
+        return [
+            Question(item["id"], _messages(item), partial(_is_right, item, truth, self.category))
+            for item, truth in _items(self.category)
+        ]
+
+    def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
+        """Half of them live ones, as far as there are."""
+        rng = random.Random(f"{seed} {split}")
+        made = [_transcript(item, call) for item, call in _live_items() if _split_of(item) == split]
+        rng.shuffle(made)
+        made = made[: count // 2]
+        made += [_transcript(item, call) for item, call in synthetic_calls(count - len(made), f"{seed} {split}")]
+        rng.shuffle(made)
+        return made
+
+
+@cache
+def _live_items() -> list[tuple[dict, dict]]:
+    """Live questions with one call, and that call: none asks what a test question asks, nor about a function that one is
+    about, and BFCL's checker finds every call right."""
+    tested = [pair for category in TESTED for pair in _items(category)]
+    asked = [(normalised(_asked(item)), item["id"]) for item, _ in tested]
+    functions = {name for _, truth in tested for call in truth for name in call}
+    found = []
+    for category in TRAINING:
+        for item, truth in _items(category):
+            if len(truth) != 1 or functions & set(truth[0]) or asks_as(normalised(_asked(item)), asked) is not None:
+                continue
+            if _is_right(item, truth, category, json.dumps(call := _answer(truth))):
+                found.append((item, call))
+    return found
+
+
+def _split_of(item: dict) -> str:
+    """A tenth is for validation, by name: the same for every seed."""
+    return SPLITS[int(hashlib.sha256(item["id"].encode()).hexdigest(), 16) % 10 == 0]
+
+
+def parse_call(answer: str) -> dict[str, dict] | None:
+    """{name: arguments} of the first call in an answer; None where there is none."""
+    start = answer.find(OPEN)
+    text = answer[start + len(OPEN) :] if start >= 0 else answer
+    try:
+        call, _ = json.JSONDecoder().raw_decode(text.lstrip())
+        return {call["name"]: dict(call["arguments"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_right(item: dict, truth: list[dict], category: str, answer: str) -> bool:
+    call = parse_call(answer)
+    if call is None:
+        return False
+    checker = _checker()
+    result = checker.ast_checker(item["function"], [call], truth, checker.Language.PYTHON, category, "ours")
+    return bool(result["valid"])
+
+
+@cache
+def _checker() -> ModuleType:
+    """BFCL's AST checker. It asks its table of models one thing, whether names have their dots replaced; that table
+    imports every provider's client, so a table of one stands in for it."""
+    name = "bfcl_eval.constants.model_config"
+    stands_in = ModuleType(name)
+    stands_in.MODEL_CONFIG_MAPPING = defaultdict(lambda: SimpleNamespace(underscore_to_dot=False))
+    before = sys.modules.get(name)
+    sys.modules[name] = stands_in
+    try:
+        from bfcl_eval.eval_checker.ast_eval import ast_checker
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+    return ast_checker
+
+
+@cache
+def _items(category: str) -> list[tuple[dict, list[dict]]]:
+    """(question with its functions, possible answers) of a category."""
+    data = files("bfcl_eval") / "data"
+    file = f"BFCL_v4_{category}.json"
+    truths = {r["id"]: r["ground_truth"] for r in _records(data / "possible_answer" / file)}
+    return [(r, truths[r["id"]]) for r in _records(data / file)]
+
+
+def _records(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _asked(item: dict) -> str:
+    return item["question"][0][-1]["content"]
+
+
+def _messages(item: dict) -> list[dict[str, str]]:
+    tools = "\n".join(json.dumps(function) for function in item["function"])
+    before = [m["content"] for m in item["question"][0] if m["role"] == "system"]
+    system = "\n".join([SYSTEM.format(tools=tools), *before])
+    return [{"role": "system", "content": system}, {"role": "user", "content": _asked(item)}]
+
+
+def _answer(truth: list[dict]) -> dict:
+    """The first of each argument's possible values; "" among them means that it may be left out."""
+    ((name, arguments),) = truth[0].items()
+    return {"name": name, "arguments": _chosen(arguments)}
+
+
+def _chosen(possible: dict[str, list]) -> dict:
+    return {key: _value(values[0]) for key, values in possible.items() if values and "" not in values}
+
+
+def _value(value):
+    """Inside a mapping every key has a list of possible values, too."""
+    if isinstance(value, dict):
+        return _chosen({key: values for key, values in value.items() if isinstance(values, list)})
+    return [_value(one) for one in value] if isinstance(value, list) else value
+
+
+def _transcript(item: dict, call: dict) -> dict:
+    answer = {"role": "assistant", "content": f"{OPEN}\n{json.dumps(call)}\n{CLOSE}"}
+    return {"messages": [*_messages(item), answer]}

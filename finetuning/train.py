@@ -1,0 +1,200 @@
+"""One training run, from a recipe to a folder that the server takes.
+
+ 1. Base, tokenizer, transcripts. The decoder is the base with an adapter, or a copy of it with all weights free.
+ 2. Per step: base KV of the examples (kept or computed), the cache-conditioned forward pass, the loss on response tokens,
+    one AdamW step.
+ 3. A checkpoint now and then: a run that was ended goes on from the last one, with the losses it would have had.
+ 4. The decoder's files, its KV contract, its model card. Checkpoint and kept KV are removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuning import conditioned, output, transcripts
+from finetuning.base_kv_store import BaseKVStore
+from finetuning.batches import Batches
+from finetuning.checkpoint import Checkpoint
+from finetuning.conditioned import LayersKV
+from finetuning.log import TrainingLog, training_bar
+from finetuning.recipe import Recipe, device_of
+from finetuning.transcripts import Example
+
+
+class Decoder:
+    """What is trained, and the frozen base it came from: one set of weights with an adapter, or two."""
+
+    def __init__(self, recipe: Recipe):
+        self.device = torch.device(device_of(recipe.device))
+        self.dtype = getattr(torch, recipe.dtype)
+        torch.manual_seed(recipe.seed)
+        base = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=self.dtype).to(self.device).requires_grad_(False)
+        self._base, self._adapter = base, recipe.weights == "lora"
+        if self._adapter:
+            self.model = _with_adapter(base, recipe)
+        else:
+            self.model = copy.deepcopy(base).float().requires_grad_(True)
+        if recipe.gradient_checkpointing:
+            conditioned.allow_checkpointing(self.model)
+
+    def base_kv(self, token_ids: Sequence[int]) -> LayersKV:
+        """KV of the frozen base."""
+        if not self._adapter:
+            return conditioned.base_kv(self._base, token_ids)
+        training = self.model.training
+        with self.model.disable_adapter():
+            kv = conditioned.base_kv(self.model.eval().get_base_model(), token_ids)
+        self.model.train(training)
+        return kv
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def precision(self):
+        """What is trained stays float32; it computes as it will be served."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+class Feeder:
+    """Examples as batches of what the recipe's method sees."""
+
+    def __init__(self, recipe: Recipe, decoder: Decoder, store: BaseKVStore):
+        self._method, self._decoder, self._store = recipe.how, decoder, store
+        self._size = recipe.micro_batch_size
+
+    def micro_batches(self, examples: Sequence[Example]):
+        for first in range(0, len(examples), self._size):
+            part = examples[first : first + self._size]
+            kvs = [self._kv(example) for example in part]
+            yield conditioned.make_batch(self._method, part, kvs, self._decoder.device)
+
+    def _kv(self, example: Example) -> LayersKV:
+        if not self._method.base_prompt:
+            return []
+        return self._store.get(example.token_ids[: max(1, self._method.view(example).base_tokens)])
+
+
+def train(recipe: Recipe, console: Console) -> Path:
+    """Returns the decoder's folder. Raises ConfigError for what cannot be trained; ended in between, it can go on."""
+    folder = Path(recipe.output)
+    output.prepare(folder)
+    contract = output.contract(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.base)
+    stops = transcripts.stop_ids(Path(recipe.base), tokenizer)
+    examples = _read("train", recipe.train, recipe, tokenizer, stops, console)
+    validation = _read("validation", recipe.validation, recipe, tokenizer, stops, console) if recipe.validation else []
+    decoder = Decoder(recipe)
+    parameters = list(decoder.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    batches = Batches([len(e.token_ids) for e in examples], recipe.batch_size, recipe.epochs, recipe.seed)
+    made_by = f"{contract.base.weights[:16]}-{recipe.dtype}"
+    store = BaseKVStore(folder / output.KV_FOLDER / made_by, _kv_budget(recipe), decoder.base_kv)
+    feeder = Feeder(recipe, decoder, store)
+    checkpoint = Checkpoint(folder, recipe, contract, examples, decoder, optimizer)
+    start, seconds_before = checkpoint.load()
+    where = f"{decoder.device}, from step {start}" if start else f"{decoder.device}"
+    console.print(f"{sum(p.numel() for p in parameters):,} parameters on {where}")
+
+    began = time.monotonic()
+    with TrainingLog(folder, start) as log, training_bar(console, batches.steps, start) as show:
+        decoder.model.train()
+        for step in range(start, batches.steps):
+            chosen, step_began = [examples[number] for number in batches.at(step)], time.monotonic()
+            learnt = sum(example.response_tokens for example in chosen)
+            loss = 0.0
+            for batch in feeder.micro_batches(chosen):
+                with decoder.precision():
+                    part = conditioned.loss_sum(decoder.model, batch) / learnt
+                part.backward()
+                loss += part.item()
+            rate = learning_rate(recipe, step, batches.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            ends_epoch = done % batches.steps_per_epoch == 0
+            row = {
+                "step": done,
+                "epoch": batches.epoch_of(step) + 1,
+                "loss": loss,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens": sum(len(e.token_ids) for e in chosen),
+                "tokens_per_s": sum(len(e.token_ids) for e in chosen) / (time.monotonic() - step_began),
+                "validation_loss": mean_loss(decoder, feeder, validation) if validation and ends_epoch else None,
+            }
+            log.write(row)
+            show(row)
+            if done % recipe.checkpoint_every_steps == 0 and done < batches.steps:
+                checkpoint.save(done, seconds_before + time.monotonic() - began)
+    figures = {
+        "loss": log.last("loss"),
+        "validation_loss": log.last("validation_loss"),
+        "steps": batches.steps,
+        "seconds": round(seconds_before + time.monotonic() - began, 1),
+        "base_kv_tokens_read": store.read_tokens,
+        "base_kv_tokens_computed": store.computed_tokens,
+        "base_kv_bytes": store.used_bytes,
+    }
+    output.write(folder, recipe, contract, decoder.model, examples, figures, decoder.dtype)
+    return folder
+
+
+def _read(field: str, file: str, recipe: Recipe, tokenizer, stops, console: Console) -> list[Example]:
+    examples, left_out = transcripts.read(Path(file), tokenizer, stops, recipe.max_tokens, field=field)
+    learnt, tokens = sum(e.response_tokens for e in examples), sum(len(e.token_ids) for e in examples)
+    console.print(
+        f"{file}: {len(examples):,} transcripts, {learnt:,} response tokens of {tokens:,}"
+        + (f"; {left_out:,} responses end after max_tokens and are left out" if left_out else "")
+    )
+    return examples
+
+
+@torch.no_grad()
+def mean_loss(decoder: Decoder, feeder: Feeder, examples: Sequence[Example]) -> float:
+    """Negative log-likelihood per response token."""
+    decoder.model.eval()
+    with decoder.precision():
+        total = sum(conditioned.loss_sum(decoder.model, batch).item() for batch in feeder.micro_batches(examples))
+    decoder.model.train()
+    return total / sum(example.response_tokens for example in examples)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Linear rise, then a cosine down to a tenth."""
+    rising = recipe.warmup * steps
+    if step < rising:
+        return recipe.learning_rate * (step + 1) / math.ceil(rising)
+    done = (step - rising) / max(1.0, steps - rising)
+    return recipe.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def _kv_budget(recipe: Recipe) -> int:
+    """Nothing is kept that no later epoch asks for."""
+    return int(recipe.base_kv_gib * 2**30) if recipe.epochs > 1 else 0
+
+
+def _with_adapter(base, recipe: Recipe):
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.lora
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(recipe.how.lora_modules),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)

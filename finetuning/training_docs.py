@@ -1,0 +1,79 @@
+"""docs/training.md: `python -m finetuning.training_docs > docs/training.md`."""
+
+from __future__ import annotations
+
+from finetuning.recipe import Lora, Recipe
+from prefillshare.config_docs import fields
+
+_PAGE = """\
+# Training decoders
+
+<!-- Made by `python -m finetuning.training_docs > docs/training.md`; change finetuning/ instead. -->
+
+A decoder of a sharing pool sees KV that the base made. An ordinary fine-tune was never trained for that: the more of its
+prompt is base KV, the worse it answers. `prefillshare train` makes decoders that see in training exactly what serving feeds
+them.
+
+```bash
+prefillshare data bfcl_simple_python --count 3000 --output data/tools.jsonl   # or your own JSONL
+prefillshare train finetuning/recipes/tools.yaml
+prefillshare eval bfcl_simple_python bfcl_multiple --base models/smollm2-135m-instruct --decoder adapters/tools
+```
+
+A run that was ended goes on from its last checkpoint, with the losses it would have had. The output folder can be served as
+it is: weights or a PEFT adapter, `kv_contract.json`, a model card, the recipe, `log.csv` with every step.
+
+## Methods
+
+| method | what it sees | what is trained | served in mode |
+| --- | --- | --- | --- |
+| `prefillshare` | base KV of all that is before the last prompt token, its own KV from there | LoRA on all linear layers, or all weights | `prefillshare` |
+| `icarus` | base KV of every token up to the present one; it makes none | LoRA on q, o and the MLP | `icarus` |
+| `ordinary` | its own KV | LoRA on all linear layers, or all weights | `none` |
+
+`finetuning/conditioned.py` is one forward pass for all of them: the model of `transformers`, with positions and a mask that
+say what is seen. `tests/unit/test_conditioned.py` compares its log-probabilities with the reference's, to 1e-4.
+
+**A transcript with several responses trains in one pass**, each with the semantics a session has: in `prefillshare` earlier
+responses are base KV.
+
+**The base is frozen, so its KV of a prompt never changes**: it is computed once, kept on disk within `base_kv_gib`, and read
+in later epochs. Only response tokens are computed and back-propagated over.
+
+## Data
+
+One JSON object per line, laid out as the server lays out a session:
+
+```json
+{"messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+{"prompt": "...", "response": "..."}
+```
+
+Every assistant message is a response to be learnt. `prefillshare data` makes data for the task suites below; it refuses to
+write a transcript that asks what a test question asks.
+
+## Task suites
+
+| suite | test questions | an answer is right if | training data |
+| --- | --- | --- | --- |
+| `bfcl_simple_python` | BFCL v4, 400 | BFCL's own AST checker says so | BFCL's live categories, other functions; calls made from a seed |
+| `bfcl_multiple` | BFCL v4, 200 | the same | the same |
+| `arithmetic` | 500 of GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is | other seeds |
+
+`prefillshare eval` answers offline, batched, by the definition of the method (`finetuning/generate.py`, compared with the
+reference token by token), or asks a running deployment with `--served HOST:PORT --name DECODER`.
+
+## The recipe
+
+Relative paths are the current folder's. Unknown keys are refused.
+
+"""  # noqa: E501 - a table's row is one line
+
+
+def markdown() -> str:
+    """The whole page."""
+    return _PAGE + fields(Recipe) + "\n### `lora`\n\n" + fields(Lora)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

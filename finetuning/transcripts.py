@@ -1,0 +1,112 @@
+"""Training data: chat transcripts as token ids, laid out as the server lays out a session (router/chat.py).
+
+A line of JSONL is one of
+    {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": "..."}, ...]}
+    {"prompt": "...", "response": "..."}
+Every assistant message is a response to be learnt; a transcript with several trains in one pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvshare import fingerprint
+from kvshare.errors import ConfigError, InvalidInput
+from router.chat import ChatLayout
+
+
+@dataclass(frozen=True)
+class Example:
+    """`responses`: (start, end) of each response in `token_ids`, in order; before the first there is at least one token."""
+
+    token_ids: tuple[int, ...]
+    responses: tuple[tuple[int, int], ...]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(end - start for start, end in self.responses)
+
+
+def stop_ids(base: Path, tokenizer) -> tuple[int, ...]:
+    """Tokens at which the server ends an answer: the tokenizer's end of text, and generation_config.json's."""
+    more = ()
+    if (base / "generation_config.json").is_file():
+        given = fingerprint.read_json(base, "generation_config.json").get("eos_token_id") or ()
+        more = (given,) if isinstance(given, int) else tuple(given)
+    return tuple(dict.fromkeys(token for token in (tokenizer.eos_token_id, *more) if token is not None))
+
+
+def read(
+    path: Path, tokenizer, stops: Sequence[int], max_tokens: int, *, field: str = "train"
+) -> tuple[list[Example], int]:
+    """(every line of `path`, cut after `max_tokens`; how many responses that left out). Raises ConfigError with the line
+    that cannot be used, or if an answer would not end in one of `stops`."""
+    layout, examples, left_out = ChatLayout(tokenizer), [], 0
+    for number, line in enumerate(_lines(path, field), 1):
+        if not line.strip():
+            continue
+        try:
+            example = _example(json.loads(line), layout, stops)
+        except (KeyError, TypeError, AttributeError, ValueError, InvalidInput) as error:
+            raise ConfigError(
+                f"{path}, line {number}: {type(error).__name__}: {error}",
+                field=field,
+                fix='give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line',
+            ) from None
+        cut = _cut(example, max_tokens)
+        left_out += len(example.responses) - (len(cut.responses) if cut else 0)
+        examples += [cut] if cut else []
+    if not examples:
+        raise ConfigError(f"{path} has no response within {max_tokens} tokens", field=field, fix="raise max_tokens")
+    return examples, left_out
+
+
+def _lines(path: Path, field: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", field=field, fix="give a file of JSON lines in UTF-8") from None
+
+
+def _example(record: dict, layout: ChatLayout, stops: Sequence[int]) -> Example:
+    if "messages" in record:
+        return _of_messages(record["messages"], layout, stops)
+    if not stops:
+        raise ValueError("the base's tokenizer has no end-of-text token with which an answer could end")
+    prompt, response = layout.ids(record["prompt"]), layout.ids(record["response"])
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    return Example((*prompt, *response, stops[0]), ((len(prompt), len(prompt) + len(response) + 1),))
+
+
+def _of_messages(messages: list[dict[str, str]], layout: ChatLayout, stops: Sequence[int]) -> Example:
+    """Turn by turn, as a session grows: what comes before an answer, the answer, and the token with which it ends."""
+    ids: list[int] = []
+    responses, waiting, is_open = [], [], False
+    for message in messages:
+        if message["role"] != "assistant":
+            waiting.append({"role": message["role"], "content": message["content"]})
+            continue
+        if not waiting:
+            raise ValueError("an assistant message follows no other")
+        ids += layout.appended(ids, is_open, waiting) if ids else layout.opening(waiting)
+        start = len(ids)
+        ids += layout.ids(message["content"])
+        end = layout.closing(ids)[:1]
+        if not set(end) & set(stops):
+            raise ValueError(f"the chat template ends an answer with token {end}, the server stops at {list(stops)}")
+        ids += end
+        responses.append((start, len(ids)))
+        waiting, is_open = [], True
+    if not responses:
+        raise ValueError("no assistant message")
+    return Example(tuple(ids), tuple(responses))
+
+
+def _cut(example: Example, max_tokens: int) -> Example | None:
+    """The responses that fit, and what is before them."""
+    fitting = tuple(span for span in example.responses if span[1] <= max_tokens)
+    return Example(example.token_ids[: fitting[-1][1]], fitting) if fitting else None

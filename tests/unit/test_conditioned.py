@@ -1,0 +1,88 @@
+"""Training sees what serving feeds: its log-probabilities are the reference's, for every method and architecture."""
+
+import random
+
+import pytest
+import reference
+import torch
+from tiny_in_memory import KINDS, SIZES, model, with_adapter
+
+from finetuning import conditioned
+from finetuning.methods import METHODS
+from finetuning.transcripts import Example
+
+TOLERANCE = 1e-4
+
+
+def example(seed: int, *lengths: int) -> Example:
+    """Alternating inputs and responses of these lengths."""
+    rng, ids, spans = random.Random(seed), [], []
+    for number, length in enumerate(lengths):
+        if number % 2:
+            spans.append((len(ids), len(ids) + length))
+        ids += [rng.randrange(SIZES["vocab_size"]) for _ in range(length)]
+    return Example(tuple(ids), tuple(spans))
+
+
+#: One response, several, a prompt of one token, a response right after another's.
+EXAMPLES = [example(1, 9, 5), example(2, 6, 4, 3, 7, 1, 2), example(3, 1, 3), example(4, 5, 3, 0, 4)]
+
+
+def log_probabilities(method, decoder, base, examples):
+    kvs = [conditioned.base_kv(base, e.token_ids[:tokens]) if (tokens := METHODS[method].view(e).base_tokens) else
+           conditioned.base_kv(base, e.token_ids[:1]) for e in examples]  # fmt: skip
+    return conditioned.log_probabilities(decoder, conditioned.make_batch(METHODS[method], examples, kvs, "cpu"))
+
+
+def wanted(method, base, decoder, one: Example) -> list[float]:
+    """The reference's, response by response, each after all that was before it."""
+    function = getattr(reference, METHODS[method].sharing)
+    ids = list(one.token_ids)
+    return [p for start, end in one.responses for p in function(base, decoder, ids[:start], ids[start:end])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("together", [1, len(EXAMPLES)])
+def test_training_sees_what_the_reference_computes(kind, method, together):
+    base = model(kind, 1)
+    decoder = with_adapter(model(kind, 1), METHODS[method].lora_modules)
+    for first in range(0, len(EXAMPLES), together):
+        part = EXAMPLES[first : first + together]
+        for one, got in zip(part, log_probabilities(method, decoder, base, part), strict=True):
+            want = wanted(method, base, decoder, one)
+            assert reference.max_abs_diff(got, want) < TOLERANCE
+            plain = wanted(method, base, base, one)
+            assert max(abs(a - b) for a, b in zip(want, plain, strict=True)) > 100 * TOLERANCE, "the adapter does nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_weights_see_the_bases_cache_and_not_their_own(kind):
+    base, decoder = model(kind, 1), model(kind, 2)
+    (got,) = log_probabilities("prefillshare", decoder, base, EXAMPLES[:1])
+    assert reference.max_abs_diff(got, wanted("prefillshare", base, decoder, EXAMPLES[0])) < TOLERANCE
+    assert reference.max_abs_diff(got, wanted("ordinary", base, decoder, EXAMPLES[0])) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointed_layers_give_the_same_gradients(method):
+    def gradients(checkpointing: bool):
+        base = model("llama", 1)
+        decoder = with_adapter(model("llama", 1), METHODS[method].lora_modules).train()
+        if checkpointing:
+            conditioned.allow_checkpointing(decoder)
+        kvs = [conditioned.base_kv(base, e.token_ids) for e in EXAMPLES]
+        conditioned.loss_sum(decoder, conditioned.make_batch(METHODS[method], EXAMPLES, kvs, "cpu")).backward()
+        return {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad and p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys() != set()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_no_gradient_reaches_the_base():
+    base = model("llama", 1)
+    decoder = model("llama", 2).train()
+    kvs = [conditioned.base_kv(base, e.token_ids) for e in EXAMPLES]
+    conditioned.loss_sum(decoder, conditioned.make_batch(METHODS["prefillshare"], EXAMPLES, kvs, "cpu")).backward()
+    assert all(p.grad is None for p in base.parameters())

@@ -1,0 +1,69 @@
+"""Offline answers are what the definition of each mode gives, token by token, whatever they are batched with."""
+
+import random
+from functools import partial
+
+import pytest
+import reference
+import torch
+from tiny_in_memory import KINDS, SIZES, model, with_adapter
+
+from finetuning.generate import generate
+from finetuning.methods import METHODS
+from finetuning.subjects import _fill
+
+PROMPTS = [[random.Random(n).randrange(SIZES["vocab_size"]) for _ in range(length)] for n, length in enumerate((11, 4, 1))]
+NO_TOKEN = SIZES["vocab_size"]
+
+
+def answers(method, base, decoder, prompts, max_tokens=4, **options):
+    options = {"stop_ids": [NO_TOKEN]} | options
+    return generate(METHODS[method], decoder, partial(_fill, base), prompts, max_tokens=max_tokens, **options)
+
+
+def likeliest(method, base, decoder, prompt, answer) -> list[int]:
+    """The reference's choice at each place of an answer."""
+    function = getattr(reference, METHODS[method].sharing)
+    vocabulary = range(SIZES["vocab_size"])
+    return [
+        max(vocabulary, key=lambda token: function(base, decoder, prompt, [*answer[:place], token])[-1])
+        for place in range(len(answer))
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_token_is_the_references_choice(kind, method):
+    base = model(kind, 1)
+    decoder = with_adapter(model(kind, 1), METHODS[method].lora_modules)
+    for prompt, answer in zip(PROMPTS, answers(method, base, decoder, PROMPTS), strict=True):
+        assert answer == likeliest(method, base, decoder, prompt, answer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_answer_ends_with_its_stop_token_and_others_go_on(method):
+    base, decoder = model("llama", 1), with_adapter(model("llama", 1), METHODS[method].lora_modules)
+    whole = answers(method, base, decoder, PROMPTS, max_tokens=8)
+    stop = whole[0][2]
+    ended = answers(method, base, decoder, PROMPTS, max_tokens=8, stop_ids=[stop])
+    for free, cut in zip(whole, ended, strict=True):
+        assert cut == free[: free.index(stop) + 1 if stop in free else None]
+
+
+def test_a_share_of_the_prompt_is_base_kv_and_the_rest_the_decoders():
+    base, decoder = model("llama", 1), model("llama", 2)
+    (prompt, *_), tokens = PROMPTS, 4
+
+    def by_hand(given: int) -> list[int]:
+        past = base(torch.tensor([prompt[:given]]), use_cache=True).past_key_values if given else None
+        ids = prompt[given:]
+        for _ in range(tokens):
+            fresh = None if past is None else base(torch.tensor([prompt[:given]]), use_cache=True).past_key_values
+            ids = [*ids, int(decoder(torch.tensor([ids]), past_key_values=fresh).logits[0, -1].argmax())]
+        return ids[len(prompt) - given :]
+
+    with torch.no_grad():
+        for share in (0.0, 0.5, 1.0):
+            (answer,) = answers("prefillshare", base, decoder, [prompt], tokens, base_share=share)
+            assert answer == by_hand(int((len(prompt) - 1) * share))
+    assert answers("prefillshare", base, decoder, PROMPTS, base_share=0.0) == answers("ordinary", base, decoder, PROMPTS)

@@ -1,0 +1,121 @@
+"""Task suites: the checkers tell right from wrong, training data teaches what the checkers want, and holds no test question."""
+
+import json
+
+import pytest
+
+from finetuning.evaluate import Score
+from finetuning.tasks import TASKS, arithmetic, tool_calls
+from finetuning.tasks.base import check_disjoint
+from finetuning.tasks.synthetic_calls import synthetic_calls
+from finetuning.tasks.tool_calls import TESTED, parse_call
+from kvshare.errors import ConfigError
+
+SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500}
+#: A right answer to the first question of each.
+RIGHT = {
+    "bfcl_simple_python": """<tool_call>
+{"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5}}
+</tool_call>""",
+    "bfcl_multiple": '{"name": "triangle_properties.get", "arguments": {"side1": 5, "side2": 4, "side3": 3}}',
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_test_set_is_whole_and_always_the_same(name):
+    first, second = TASKS[name].questions(), TASKS[name].questions()
+    assert len(first) == SIZES[name]
+    assert [q.messages for q in first] == [q.messages for q in second]
+    assert len({q.name for q in first}) == len(first)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_bfcls_checker_tells_right_from_wrong(name):
+    question, *_ = TASKS[name].questions()
+    assert question.is_right(RIGHT[name])
+    assert not question.is_right(RIGHT[name].replace("5", "6"))
+    assert not question.is_right("I would call a function.")
+    assert not question.is_right("")
+
+
+def test_a_result_is_the_number_after_the_hashes():
+    question, *_ = TASKS["arithmetic"].questions()
+    right = next(n for n in range(100_000) if question.is_right(f"#### {n}"))
+    assert question.is_right(f"So it is {right + 1}? No.\n#### {right}")
+    assert not question.is_right(f"It is {right}.")
+    assert not question.is_right(f"#### {right + 1}")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_data_is_right_and_holds_no_test_question(name):
+    transcripts = TASKS[name].transcripts(300, seed=1)
+    assert len(transcripts) == 300
+    assert transcripts == TASKS[name].transcripts(300, seed=1)
+    assert [m["role"] for m in transcripts[0]["messages"]] == ["system", "user", "assistant"]
+    for task in TASKS.values():
+        check_disjoint(transcripts, task.questions())
+    answers = [t["messages"][-1]["content"] for t in transcripts]
+    assert all(parse_call(a) if name.startswith("bfcl") else "####" in a for a in answers)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_and_seeds_have_no_question_in_common(name):
+    def asked(seed, split):
+        return {t["messages"][-2]["content"] for t in TASKS[name].transcripts(400, seed, split)}
+
+    assert len(asked(1, "train") & asked(1, "validation")) <= 4  # two problems may come out alike
+    assert asked(1, "train") != asked(2, "train")
+
+
+def test_training_calls_are_about_other_functions_than_the_test_questions():
+    tested = {name for category in TESTED for _, truth in tool_calls._items(category) for call in truth for name in call}
+    trained = {call["name"] for _, call in tool_calls._live_items()}
+    assert len(trained) > 100
+    assert not tested & trained
+
+
+def test_synthetic_calls_are_right_by_bfcls_checker():
+    for item, call in synthetic_calls(200, seed=3):
+        truth = [{call["name"]: {key: [value] for key, value in call["arguments"].items()}}]
+        for function in item["function"]:
+            for key in function["parameters"]["properties"]:
+                if function["name"] == call["name"]:
+                    truth[0][call["name"]].setdefault(key, [""])
+        assert tool_calls._is_right(item, truth, "multiple", json.dumps(call)), (item, call)
+
+
+def test_arithmetics_training_answers_are_right():
+    items = arithmetic._dataset(50, seed=5)
+    assert all(arithmetic._is_right(item, item["metadata"]["answer_cot"]) for item in items)
+
+
+def test_a_test_question_in_the_training_data_is_found():
+    question = TASKS["bfcl_multiple"].questions()[7]
+    said = {"role": "user", "content": f"{question.messages[-1]['content'].upper()}\nUse a function!"}
+    with pytest.raises(ConfigError, match=question.name):
+        check_disjoint([{"messages": [said]}], TASKS["bfcl_multiple"].questions())
+
+
+@pytest.mark.parametrize(
+    ("answer", "call"),
+    [('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>', {"f": {"a": 1}}),
+     ('{"name": "f", "arguments": {}} and so', {"f": {}}), ('{"name": "f"}', None),
+     ("f(a=1)", None), ('{"name": "f", "arguments": 3}', None), ("", None)],
+)  # fmt: skip
+def test_the_first_call_of_an_answer_is_read(answer, call):
+    assert parse_call(answer) == call
+
+
+def test_an_interval_is_wilsons():
+    low, high = Score(8, 10).interval
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert str(Score(0, 100)).startswith("0.0 (0.0 to 3.7")
+
+
+def test_training_calls_give_all_required_arguments():
+    for transcript in TASKS["bfcl_multiple"].transcripts(200, seed=2):
+        system, _, answer = (m["content"] for m in transcript["messages"])
+        listed = system.partition("<tools>")[2].partition("</tools>")[0].strip().splitlines()
+        functions = {function["name"]: function for function in map(json.loads, listed)}
+        ((name, arguments),) = parse_call(answer).items()
+        assert set(functions[name]["parameters"]["required"]) <= set(arguments)

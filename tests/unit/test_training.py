@@ -1,0 +1,216 @@
+"""A training run: it learns, goes on after a kill as if nothing had been, and leaves a folder that can be served."""
+
+import json
+import shutil
+from itertools import chain
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetuning import log, recipe, train
+from finetuning.batches import Batches
+from kvshare import config, decoders
+from kvshare.contract import DecoderContract
+from kvshare.errors import ConfigError, ContractMismatch
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WORDS = ["<user>", "<assistant>", "<end>", "<unk>", *"abcdefghijklmnopqrst"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny Llama whose words are letters."""
+    folder = tmp_path_factory.mktemp("base")
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The answer to three letters is the same letters; a second question follows."""
+    file, letters = tmp_path_factory.mktemp("data") / "train.jsonl", WORDS[4:]
+    with file.open("w") as out:
+        for number in range(24):
+            asked = " ".join(letters[(number * 7 + i * (number % 5 + 1)) % len(letters)] for i in range(3))
+            turn = [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]
+            print(json.dumps({"messages": turn * (1 + number % 2)}), file=out)
+    return file
+
+
+@pytest.fixture
+def run(base, data, tmp_path):
+    def run(name="decoder", **changes):
+        settings = {
+            "base": str(base), "train": str(data), "output": str(tmp_path / name), "epochs": 3, "batch_size": 4,
+            "micro_batch_size": 2, "learning_rate": 5e-3, "lora": {"rank": 4, "dropout": 0.1}, "checkpoint_every_steps": 5,
+        }  # fmt: skip
+        folder = train.train(recipe.parse(settings | changes), Console(quiet=True))
+        return folder, log.read(folder)
+
+    return run
+
+
+def losses(rows):
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "prefillshare"}, {"method": "icarus"}, {"method": "ordinary"}, {"weights": "full"}]
+)
+def test_it_learns(run, changes):
+    _, rows = run(**changes)
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert sum(losses(rows)[-6:]) < sum(losses(rows)[:6])
+
+
+@pytest.fixture
+def ended_at(run, monkeypatch):
+    """A run that somebody ends after some steps."""
+
+    def ended_at(steps, name, **changes):
+        def ending(recipe, step, of):
+            if step == steps:
+                raise KeyboardInterrupt
+            return rate(recipe, step, of)
+
+        rate = train.learning_rate
+        monkeypatch.setattr(train, "learning_rate", ending)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, **changes)
+        monkeypatch.setattr(train, "learning_rate", rate)
+
+    return ended_at
+
+
+def test_a_run_that_was_ended_goes_on_with_the_same_losses(run, ended_at):
+    _, whole = run("whole")
+    ended_at(8, "ended")
+    folder, rows = run("ended")
+    assert losses(rows) == losses(whole)
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_another_recipes_checkpoint_is_not_gone_on_with(run, ended_at):
+    ended_at(6, "decoder")
+    with pytest.raises(ConfigError, match="whose seed was 0, now it is 1"):
+        run(seed=1)
+
+
+@pytest.mark.parametrize("budget", [0, 1e-5, 1])
+def test_kept_base_kv_changes_no_loss(run, budget):
+    """Whatever has room."""
+    _, rows = run(base_kv_gib=budget, lora={"rank": 4})
+    _, kept_none = run("other", base_kv_gib=0, lora={"rank": 4})
+    assert losses(rows) == losses(kept_none)
+
+
+def test_base_kv_is_computed_once(run):
+    folder, _ = run()
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["base_kv_tokens_read"] >= 2 * figures["base_kv_tokens_computed"] > 0
+    assert not (folder / "base-kv").exists()
+
+
+def test_micro_batches_do_not_change_what_is_learnt(run):
+    _, small = run(micro_batch_size=1, lora={"rank": 4})
+    _, large = run("other", micro_batch_size=4, lora={"rank": 4})
+    assert losses(small) == pytest.approx(losses(large), abs=1e-4)
+
+
+def test_the_folder_says_which_base_it_is_for(run, base):
+    folder, _ = run()
+    contract, served = DecoderContract.read(folder), DecoderContract.of_base(base)
+    contract.check(served, str(folder))
+    assert "prefillshare, lora of rank 4" in contract.trained_with
+    other = DecoderContract(type(served.base)(**{**vars(served.base), "weights": "another"}), served.shape)
+    with pytest.raises(ContractMismatch, match=rf"{served.base.weights}.*another"):
+        contract.check(other, str(folder))
+    assert "| loss |" in (folder / "README.md").read_text()
+
+
+def test_a_folder_that_holds_a_decoder_is_left_alone(run):
+    run()
+    with pytest.raises(ConfigError, match="holds a decoder already"):
+        run()
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_what_comes_out_can_be_served(run, base, weights):
+    folder, _ = run(weights=weights)
+    decoder = {"adapters": {"one": str(folder)}} if weights == "lora" else {"model": str(folder), "name": "one"}
+    served = config.parse({
+        "base": {"model": str(base), "dtype": "float32", "max_model_len": 64, "block_size": 16},
+        "decode": [{"pool": "agents", "sharing": "prefillshare", "serve_base": weights == "lora"} | decoder],
+    })  # fmt: skip
+    decoders.check_files(served)
+
+
+def test_base_kv_of_another_base_is_not_used(run, base, ended_at, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    torch.manual_seed(2)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base)).save_pretrained(other)
+    ended_at(2, "decoder")
+    _, rows = run(base=str(other))
+    _, anew = run("anew", base=str(other))
+    assert losses(rows) == losses(anew)
+
+
+def test_a_prompt_of_one_token_trains_beside_others(run, tmp_path):
+    data = tmp_path / "short.jsonl"
+    data.write_text('{"prompt": "a", "response": "b c"}\n{"prompt": "a b c d", "response": "e"}\n')
+    for method in ("prefillshare", "icarus", "ordinary"):
+        _, rows = run(method, method=method, train=str(data))
+        assert len(rows) == 3
+
+
+def test_what_a_killed_run_left_half_written_is_removed(run, tmp_path):
+    (tmp_path / "decoder" / "base-kv").mkdir(parents=True)
+    for part in ("checkpoint.1.part", "base-kv/x.1.part"):
+        (tmp_path / "decoder" / part).write_text("half")
+    folder, _ = run()
+    assert not list(folder.rglob("*.part"))
+
+
+def test_validation_loss_is_measured_after_every_epoch(run, data):
+    _, rows = run(validation=str(data))
+    measured = [row["step"] for row in rows if row["validation_loss"] is not None]
+    assert measured == [6, 12, 18]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"methd": "icarus"}, "did you mean 'method'"), ({"method": "icarus", "weights": "full"}, "icarus trains adapters"),
+     ({"base": "nowhere"}, "no model in nowhere"), ({"epochs": 0}, "greater than or equal to 1")],
+)  # fmt: skip
+def test_a_recipe_that_is_wrong_is_refused(run, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        run(**wrong)
+
+
+def test_every_epoch_has_every_example_once_in_another_order():
+    batches = Batches([n % 7 for n in range(50)], batch_size=4, epochs=2, seed=3)
+    first, second = ([batches.at(e * batches.steps_per_epoch + s) for s in range(batches.steps_per_epoch)] for e in (0, 1))
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(50))
+    assert first != second
+
+
+def test_any_step_can_be_asked_for_first():
+    asked = {"batch_size": 4, "epochs": 3, "seed": 3}
+    lengths = list(range(50))
+    in_order = Batches(lengths, **asked)
+    want = [in_order.at(step) for step in range(in_order.steps)]
+    assert [Batches(lengths, **asked).at(step) for step in range(in_order.steps)] == want

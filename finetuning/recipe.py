@@ -104,7 +104,7 @@ class Recipe(Node):
 
 def parse(data: Any) -> Recipe:
     if not isinstance(data, dict):
-        raise ConfigError(f"a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}", fix="see finetuning/recipes/")
+        raise ConfigError(f"a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}", fix="see docs/training.md")
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

@@ -11,13 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from finetuning.methods import METHODS
 from kvshare.config_errors import as_config_error
 from kvshare.errors import ConfigError
-from kvshare.yaml_tree import Node, from_yaml
+from kvshare.yaml_tree import Node, read
 
 DTYPES = ("float32", "bfloat16")
 
@@ -116,11 +115,4 @@ def parse(data: Any) -> Recipe:
 
 def load(path: Path) -> Recipe:
     """Read and check a recipe. Raises ConfigError naming the field."""
-    try:
-        return parse(from_yaml(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"no such recipe: {path}", fix="finetuning/recipes/ holds examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return parse(read(path, "recipe", fix="finetuning/recipes/ holds examples"))

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kvshare import redis_url
@@ -19,7 +18,7 @@ from kvshare.config_errors import as_config_error, shown
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.modes import get_mode, mode_names
-from kvshare.yaml_tree import Name, from_yaml
+from kvshare.yaml_tree import Name, read
 from kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
@@ -339,14 +338,7 @@ def parse(data: Any, folder: Path | None = None) -> Deployment:
 def load(path: str | Path) -> Deployment:
     """Read and check a deployment file."""
     path = Path(path)
-    try:
-        data = from_yaml(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no such deployment file: {path}", fix="deploy/configs/ holds one example per scenario") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    data = read(path, "deployment file", fix="deploy/configs/ holds one example per scenario")
     return parse(data, path.resolve().parent)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+
+from kvshare.errors import ConfigError
 
 #: Names that appear in URLs, metrics labels and Ray deployment names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -15,6 +18,18 @@ class Node(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
+
+
+def read(path: Path, kind: str, fix: str) -> Any:
+    """A file's plain data. Raises ConfigError; `kind` says what file it is, `fix` where to find one."""
+    try:
+        return from_yaml(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no such {kind}: {path}", fix=fix) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
 
 
 def from_yaml(text: str) -> Any:

@@ -3,10 +3,11 @@
     python -m benchmarks.faults [--turns 200]
 
 Two prefill and two decode replicas of a tiny random model and two routers with Redis; greedy and seeded turns over
-multi-turn sessions. The trace is played once in peace, for the tokens it must give; then again while faults strike, each
-after the system is whole again, until every kind has struck. A turn is lost if it ends in an error or without an end,
-wrong if a single token differs. Where a router dies its clients find the connection broken: they look whether the turn
-was committed and else take it again, which counts as `turns_taken_again`. The last line is JSON.
+multi-turn sessions, each on a connection of its own. The trace is played once in peace, for the tokens it must give;
+then again while faults strike, each after the system is whole again, until every kind has struck. A turn is lost if it
+ends in an error or without an end, wrong if a single token differs. Where a router dies its clients find the connection
+broken: they look whether the turn was committed and else take it again, which counts as `turns_taken_again`. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ Key = tuple[int, int, int]
 class Player:
     """Plays sessions, several at a time; keeps what every turn gave, or how it failed."""
 
-    def __init__(self, client: Client, at_once: int, advance: Callable[[], None]):
-        self._client, self._at_once, self._advance = client, at_once, advance
+    def __init__(self, at_once: int, advance: Callable[[], None]):
+        self._at_once, self._advance = at_once, advance
         self.tokens: dict[Key, list[int]] = {}
         self.seconds: dict[Key, float] = {}
         self.began_at: dict[Key, float] = {}
@@ -92,15 +93,19 @@ class Player:
 
     def play(self, sessions: list[list[Turn]]) -> None:
         with ThreadPoolExecutor(self._at_once) as pool:
-            for ended in [pool.submit(self._session, number, turns) for number, turns in enumerate(sessions)]:
+            for ended in [pool.submit(self._connected, number, turns) for number, turns in enumerate(sessions)]:
                 ended.result()
         self.rounds += 1
 
-    def _session(self, number: int, turns: list[Turn]) -> None:
+    def _connected(self, number: int, turns: list[Turn]) -> None:
+        with Client(ADDRESS) as client:
+            self._session(client, number, turns)
+
+    def _session(self, client: Client, number: int, turns: list[Turn]) -> None:
         name, context = f"{self.rounds}-{number}-{random.getrandbits(32):x}", []
         with suppress(Conflict):  # it was made, and the answer lost
-            self._until_connected(lambda: self._client.create_session(name))
-        session = self._client.session(name)
+            self._until_connected(lambda: client.create_session(name))
+        session = client.session(name)
         for count, turn in enumerate(turns):
             key, began = (self.rounds, number, count), time.monotonic()
             context += turn.token_ids
@@ -175,7 +180,7 @@ class Faults:
     def __init__(self, handle, log: Callable[[str], None]):
         self._handle, self._log = handle, log
         self.struck: list[tuple[str, float]] = []
-        #: Kind of death -> seconds until the routers knew that the replica had gone.
+        #: Kind of death -> seconds until a router gave the replica no more work.
         self.known_after_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -233,7 +238,7 @@ class Faults:
             for process in stopped:
                 process.resume()
             return
-        self._until(lambda: busiest not in self.info()[pool])
+        self._until(lambda: not self.info()[pool].get(busiest, {}).get("usable"))
         self.known_after_s[f"{how} {pool}"] = round(time.monotonic() - self.struck[-1][1], 2)
 
     def _struck(self, how: str, pool: str, replica: str) -> None:
@@ -300,14 +305,13 @@ def main() -> None:
         start = progress.add_task("starting engines", total=None)
         redis = until_the_end.enter_context(RedisServer(Path(folder), REDIS_PORT))
         handle = until_the_end.enter_context(running(deployment(model, adapters, redis.url)))
-        client = until_the_end.enter_context(Client(ADDRESS))
         progress.remove_task(start)
         trace = make_trace(args.turns)
         quiet_bar = progress.add_task("in peace", total=args.turns)
-        quiet = Player(client, args.at_once, lambda: progress.advance(quiet_bar))
+        quiet = Player(args.at_once, lambda: progress.advance(quiet_bar))
         quiet.play(trace)
         bar = progress.add_task("under faults", total=args.turns)
-        struck = Player(client, args.at_once, lambda: progress.advance(bar))
+        struck = Player(args.at_once, lambda: progress.advance(bar))
         with Faults(handle, console.print) as faults:
             while not faults.all_have_struck and struck.rounds < args.most_rounds:
                 progress.update(bar, total=args.turns * (struck.rounds + 1))

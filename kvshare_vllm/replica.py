@@ -41,6 +41,8 @@ class EngineReplica(ABC):
         )
 
     async def stats(self) -> ReplicaStats:
+        """Raises Unavailable if the engine has died."""
+        await self._engine.check_health()
         return replace(self._engine.stats(), queued_tokens=self._queued_tokens)
 
     async def probe(self) -> None:

@@ -65,6 +65,7 @@ class Client:
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.use_local_subchannel_pool", 1),  # gRPC lets channels of a process share one: all on the same router
         ]
         self._metadata = _metadata(api_key or os.environ.get(API_KEY_VARIABLE))
         if tls or ca_file or cert_file or key_file:

@@ -34,12 +34,14 @@ class Health:
             self._failures = self._ejections = 0
             self.reason = None
 
-    def failed(self, reason: ResumeReason) -> bool:
-        """True if this ejects the replica now. A wedged one is ejected at once: what it holds up is not its to lose."""
+    def failed(self, reason: ResumeReason, *, for_good: bool = False) -> bool:
+        """True if this ejects the replica now. At once: one whose engine is dead (`for_good`), and a wedged one, for what
+        it holds up is not its to lose."""
         self._failures += 1
         if self.usable or reason is ResumeReason.WEDGED:  # one that hangs stays known as that until a probe succeeds
             self.reason = reason
-        if not self.usable or (reason is not ResumeReason.WEDGED and self._failures < self.FAILURES_TO_EJECT):
+        at_once = for_good or reason is ResumeReason.WEDGED
+        if not self.usable or not (at_once or self._failures >= self.FAILURES_TO_EJECT):
             return False
         self._pause()
         return True

@@ -1,7 +1,8 @@
 """The replicas of one Serve deployment as a router sees them: who is there, how they fare, how to call one.
 
 1. Serve pushes who runs (router/pinned.py); a newcomer is asked to describe itself and joins.
-2. Every STATS_S each is asked how it fares. One that does not answer, or whose engine does not step, is wedged.
+2. Every STATS_S each is asked how it fares. One whose engine has died is ejected; one that does not answer, or whose
+   engine does not step, is wedged.
 3. Calls on a wedged replica end at once, as ReplicaLost: the turn goes on elsewhere. One that has died fails its
    calls itself; one that is being stopped finishes them.
 4. An ejected replica is probed now and then, and used again when it has generated a token.
@@ -217,6 +218,8 @@ class ReplicaSet:
                 self.failed(replica.id, ResumeReason.WEDGED)
         except TimeoutError:
             self.failed(replica.id, ResumeReason.WEDGED)
+        except Unavailable:
+            self.failed(replica.id, ResumeReason.GONE, for_good=True)
         except (*CALL_ERRORS, PrefillShareError) as error:
             logger.warning("replica %s of %s does not say how it fares: %s", replica.id, self.name, error)
 
@@ -253,12 +256,12 @@ class ReplicaSet:
         if replica := self._replicas.get(replica_id):
             replica.health.succeeded()
 
-    def failed(self, replica_id: str, reason: ResumeReason) -> None:
-        """A call on this replica failed, and not through the fault of what it was asked."""
+    def failed(self, replica_id: str, reason: ResumeReason, *, for_good: bool = False) -> None:
+        """A call on this replica failed, and not through the fault of what it was asked. `for_good`: so will the next."""
         replica = self._replicas.get(replica_id)
         if replica is None:
             return
-        ejected, hangs = replica.health.failed(reason), reason is ResumeReason.WEDGED
+        ejected, hangs = replica.health.failed(reason, for_good=for_good), reason is ResumeReason.WEDGED
         if ejected:
             logger.warning("replica %s of %s is ejected: %s", replica_id, self.name, reason.value)
         if ejected or hangs:

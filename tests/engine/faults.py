@@ -1,10 +1,11 @@
-"""Ways to break a replica."""
+"""Ways to break a replica, and what must hold around each."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
 import psutil
+from conftest import wait_until
 
 
 def processes(running, pool: str, replica: str) -> list[psutil.Process]:
@@ -23,3 +24,24 @@ def stopped(victims: list[psutil.Process]):
     finally:
         for process in victims:
             process.resume()
+
+
+@contextmanager
+def kept_whole(running):
+    """Before and after, all replicas are usable, as many as are asked for, and hold nothing."""
+    deployment = running.deployment
+    wanted = {"prefill": deployment.prefill.replicas} | {pool.pool: pool.replicas for pool in deployment.decode}
+
+    def whole():
+        pools = running.info()
+        usable = {name: sum(r["usable"] for r in pool.values()) for name, pool in pools.items()}
+        return usable == wanted == {name: len(pool) for name, pool in pools.items()}
+
+    wait_until(whole, 150)
+    yield
+    wait_until(whole, 150)
+    wait_until(lambda: not running.held(), 30)
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 from conftest import System, system, wait_until
-from faults import processes, stopped
+from faults import ids, kept_whole, processes, stopped
 from oracle import TOLERANCE, Oracle
 
 from kvshare.config import parse
@@ -63,20 +63,8 @@ def oracle(running: System) -> Oracle:
 
 @pytest.fixture(autouse=True)
 def _whole_before_and_after(running):
-    """Every test begins and ends with two usable replicas per pool that hold nothing."""
-
-    def whole():
-        pools = running.info()
-        return all(len(pool) == 2 and all(r["usable"] for r in pool.values()) for pool in pools.values())
-
-    wait_until(whole, 150)
-    yield
-    wait_until(whole, 150)
-    wait_until(lambda: not running.held(), 30)
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+    with kept_whole(running):
+        yield
 
 
 def kill(running, pool: str, replica: str) -> list[psutil.Process]:

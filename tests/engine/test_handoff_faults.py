@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import psutil
 import pytest
 from conftest import System, system, wait_until
-from faults import processes, stopped
+from faults import ids, kept_whole, processes, stopped
 from oracle import Oracle
 
 from kvshare.config import parse
@@ -56,18 +56,8 @@ def oracle(running: System) -> Oracle:
 
 @pytest.fixture(autouse=True)
 def _whole_before_and_after(running):
-    def whole():
-        pools = running.info()
-        return len(pools["prefill"]) == 2 and all(r["usable"] for pool in pools.values() for r in pool.values())
-
-    wait_until(whole, 150)
-    yield
-    wait_until(whole, 150)
-    wait_until(lambda: not running.held(), 30)
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+    with kept_whole(running):
+        yield
 
 
 @pytest.fixture
@@ -100,6 +90,13 @@ def holding(running, *, count: int = 1, but: str = "", within_s: float = LEASE_S
     return wait_until(leased, within_s)
 
 
+def resumed_once(turn: Future):
+    result = turn.result(timeout=60)
+    assert result.usage.resumes == 1
+    assert len(result.token_ids) == 12
+    return result
+
+
 def test_a_handshake_that_hangs_is_given_up(running, take):
     """These two engines have not met yet: before the first read they must talk."""
     with ExitStack() as silent:
@@ -107,10 +104,7 @@ def test_a_handshake_that_hangs_is_given_up(running, take):
             turn = take(ids(100, salt=1))
             (source,) = holding(running)
             silent.enter_context(stopped(processes(running, "prefill", source)))
-        result = turn.result(timeout=60)
-    assert result.usage.resumes == 1
-    assert result.usage.prefill_replica == source
-    assert len(result.token_ids) == 12
+        assert resumed_once(turn).usage.prefill_replica == source
 
 
 def test_a_prefill_replica_that_dies_between_handoff_and_read_costs_another_prefill(running, take):
@@ -119,9 +113,7 @@ def test_a_prefill_replica_that_dies_between_handoff_and_read_costs_another_pref
         (source,) = holding(running)
         processes(running, "prefill", source)[0].kill()
         wait_until(lambda: source not in running.info()["prefill"], 10)
-    result = turn.result(timeout=60)
-    assert result.usage.resumes == 1
-    assert len(result.token_ids) == 12
+    resumed_once(turn)
 
 
 def test_kv_whose_lease_ended_before_the_read_is_not_used(running, take):
@@ -129,9 +121,7 @@ def test_kv_whose_lease_ended_before_the_read_is_not_used(running, take):
         turn = take(ids(100, salt=3))
         holding(running)
         time.sleep(LEASE_S + 1)
-    result = turn.result(timeout=60)
-    assert result.usage.resumes == 1
-    assert len(result.token_ids) == 12
+    resumed_once(turn)
 
 
 def test_a_load_that_hangs_is_given_up(running, take):
@@ -139,10 +129,7 @@ def test_a_load_that_hangs_is_given_up(running, take):
         turn = take(ids(100, salt=6))
         (source,) = holding(running)
         (other,) = holding(running, but=source, within_s=2 * LOAD_TIMEOUT_S)  # it goes on while the decode engine hangs
-    result = turn.result(timeout=60)
-    assert result.usage.prefill_replica == source != other
-    assert result.usage.resumes == 1
-    assert len(result.token_ids) == 12
+    assert resumed_once(turn).usage.prefill_replica == source != other
 
 
 def test_a_prefill_replica_that_is_stopped_waits_until_its_prompts_are_read(running, take):

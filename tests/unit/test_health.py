@@ -43,6 +43,12 @@ def test_a_wedged_replica_is_ejected_at_once(clock):
     assert health.reason is ResumeReason.WEDGED
 
 
+def test_a_replica_whose_engine_is_dead_is_ejected_at_once(clock):
+    health = Health(clock)
+    assert health.failed(ResumeReason.GONE, for_good=True)
+    assert not health.usable
+
+
 def test_only_a_probe_lets_it_back_in(clock):
     health = Health(clock)
     eject(health)

@@ -1,4 +1,4 @@
-"""Who is there: what Serve pushes is known, and told to the index, within two seconds."""
+"""Who is there, and who has an engine: known within two seconds."""
 
 import asyncio
 from types import SimpleNamespace
@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 from polling import until
 
+from kvshare.errors import Unavailable
 from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
 from router.pinned import MEMBERS
 from router.replicas import ReplicaSet
 
 DEPLOYMENT = ("app", "prefill")
 KNOWN_WITHIN_S = 2.0
+#: Replicas that live on without an engine.
+DEAD: set[str] = set()
 
 
 class Handle:
@@ -31,6 +34,8 @@ class Handle:
         return ReplicaInfo(self._replica, KVEvents("", None), 100, 32, 8)
 
     async def _stats(self):
+        if self._replica in DEAD:
+            raise Unavailable("the engine has died")
         return ReplicaStats()
 
 
@@ -48,6 +53,7 @@ async def replicas():
     yield replicas
     await replicas.stop()
     del MEMBERS[DEPLOYMENT]
+    DEAD.clear()
 
 
 async def becomes_known(replicas, names: set[str]) -> None:
@@ -65,3 +71,15 @@ async def test_replicas_that_join_and_leave_are_known_within_two_seconds(replica
     await becomes_known(replicas, {"second"})
     assert [r.id for r in replicas.usable()] == ["second"]
     assert replicas.told == [("first", True), ("second", True), ("first", False)]
+
+
+async def test_a_replica_whose_engine_has_died_gets_no_work_within_two_seconds(replicas):
+    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    await becomes_known(replicas, {"first", "second"})
+    DEAD.add("first")
+
+    async def left_out():
+        return [r.id for r in replicas.usable()] == ["second"]
+
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        await until(left_out)

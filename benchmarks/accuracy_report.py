@@ -1,0 +1,107 @@
+"""The result of benchmarks.accuracy for people: docs/accuracy.md and its plot, generated and never edited."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
+
+_WHAT = {
+    "base": "the base itself, no training",
+    "full fine-tuning": "all weights trained in the ordinary way; its own KV",
+    "naive sharing": "the same weights, fed base KV of the prompt",
+    "PrefillShare, LoRA": "an adapter trained over base KV of the prompt",
+    "PrefillShare, full": "all weights trained over base KV of the prompt",
+    "ICaRus": "an adapter on q, o and the MLP, trained over base KV of everything",
+}
+
+_INTRO = """\
+# What sharing costs in right answers
+
+<!-- Made by `make accuracy`; change benchmarks/accuracy_report.py instead. -->
+
+Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in float32. Shares of right answers
+are in percent, with 95 % intervals (Wilson). The difference from full fine-tuning is over the same questions, with the
+95 % interval for paired shares (Agresti and Min). What the suites are: [training.md](training.md).
+
+| row | |
+| --- | --- |
+"""
+
+
+def write(result: dict) -> None:
+    PAGE.write_text(markdown(result))
+    plot(result, PLOT)
+
+
+def markdown(result: dict) -> str:
+    parts = [_INTRO + "\n".join(f"| {name} | {what} |" for name, what in _WHAT.items())]
+    for study, found in result["studies"].items():
+        parts.append(f"## {study.capitalize()}")
+        for suite, figures in found["suites"].items():
+            parts.append(_scores(suite, figures["rows"]))
+        parts.append(_trainings(found))
+    parts.append(
+        "## Accuracy against the share of the prompt that is base KV\n\n"
+        f"![accuracy by share]({PLOT.name})\n\n"
+        "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be, at 100 % "
+        f"it is naive sharing. {result['config']['curve_questions']} questions per point."
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    hardware = result["hardware"]
+    parts.append(
+        f"Measured by `{result['command']}` on {result['date'][:10]} at revision {result['revision']}: "
+        f"{hardware['cpu']}, {hardware['cores']} cores; {versions}. All figures: "
+        "[benchmarks/results/accuracy.json](../benchmarks/results/accuracy.json)."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _scores(suite: str, rows: dict) -> str:
+    asked = rows["base"]["asked"]
+    lines = [f"`{suite}`, {asked} questions", "", "| | right, % | 95 % interval | against full fine-tuning, points |",
+             "| --- | ---: | --- | --- |"]  # fmt: skip
+    for name, row in rows.items():
+        apart = row["difference"]
+        against = f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
+        if name == "full fine-tuning":
+            against = ""
+        lines.append(
+            f"| {name} | {100 * row['accuracy']:.1f} | {100 * row['low']:.1f} to {100 * row['high']:.1f} | {against} |"
+        )
+    return "\n".join(lines)
+
+
+def _trainings(found: dict) -> str:
+    data = found["data"]
+    lines = [
+        f"Trained on the same data, {data['transcripts']:,} transcripts of `prefillshare data {data['suite']}`:",
+        "",
+        "| | loss at the end | minutes | KV bytes kept |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, figures in found["trainings"].items():
+        lines.append(f"| {name} | {figures['loss']:.3f} | {figures['seconds'] / 60:.0f} | {figures['base_kv_bytes']:,} |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    studies = list(result["studies"].items())
+    figure, axes = pyplot.subplots(1, len(studies), figsize=(5 * len(studies), 4), layout="constrained", squeeze=False)
+    for ax, (study, found) in zip(axes[0], studies, strict=True):
+        suite, figures = next((s, f) for s, f in found["suites"].items() if "curve" in f)
+        for name, points in figures["curve"].items():
+            label = "full fine-tuning" if name == "naive sharing" else name
+            ax.plot([100 * share for share, _ in points], [100 * right for _, right in points], marker="o", label=label)
+        base = 100 * figures["rows"]["base"]["accuracy"]
+        ax.axhline(base, color="grey", linestyle=":", label="base")
+        ax.set(title=f"{study}: {suite}", xlabel="share of the prompt that is base KV, %", ylabel="right answers, %", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

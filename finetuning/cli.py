@@ -37,17 +37,11 @@ def data(
 ) -> None:
     """Make training data for task suites, checked to hold none of their test questions."""
     chosen = _tasks(tasks)
-    from finetuning.tasks import SPLITS, TASKS
-    from finetuning.tasks.base import check_disjoint
+    from finetuning.tasks import SPLITS, write_transcripts
 
     if split not in SPLITS:
         raise InvalidInput(f"unknown split {split!r}", field="--split", fix=f"use one of {', '.join(SPLITS)}")
-    made = [transcript for task in chosen for transcript in task.transcripts(count, seed, split)]
-    for task in TASKS.values():
-        check_disjoint(made, task.questions())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(transcript) + "\n" for transcript in made))
-    typer.echo(f"{len(made)} transcripts in {output}")
+    typer.echo(f"{write_transcripts(chosen, output, count, seed, split)} transcripts in {output}")
 
 
 def evaluate(
@@ -81,12 +75,13 @@ def evaluate(
             questions = task.questions()[:limit]
             bar = progress.add_task(task.name, total=len(questions))
             given = ask(task, questions, lambda count, bar=bar: progress.advance(bar, count))
-            result = score(questions, given)
+            right = [question.is_right(answer) for question, answer in zip(questions, given, strict=True)]
+            result = score(right)
             console.print(f"{task.name}: {result} % of {result.asked}")
             low, high = result.interval
             figures[task.name] = {"accuracy": round(result.share, 4), "low": round(low, 4), "high": round(high, 4),
                                   "asked": result.asked}  # fmt: skip
-            lines += [{"question": q.name, "answer": a, "right": q.is_right(a)} for q, a in zip(questions, given, strict=True)]
+            lines += [{"question": q.name, "answer": a, "right": r} for q, a, r in zip(questions, given, right, strict=True)]
     if answers:
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(json.dumps(figures))

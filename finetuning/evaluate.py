@@ -42,9 +42,35 @@ class Score:
         return f"{100 * self.share:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
-    right = sum(question.is_right(answer) for question, answer in zip(questions, answers, strict=True))
-    return Score(right, len(questions))
+def score(right: Sequence[bool]) -> Score:
+    return Score(sum(right), len(right))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two shares of right answers to the same questions, with its 95 % interval: questions that both get right or
+    both wrong say nothing. `only_first`, `only_second`: right in one alone."""
+
+    only_first: int
+    only_second: int
+    asked: int
+
+    @property
+    def mean(self) -> float:
+        return (self.only_first - self.only_second) / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Agresti and Min, Biometrics 61 (2005): half a question is added to each of the four cells."""
+        first, second, asked = self.only_first + 0.5, self.only_second + 0.5, self.asked + 2
+        mean = (first - second) / asked
+        width = 1.96 * math.sqrt(first + second - (first - second) ** 2 / asked) / asked
+        return mean - width, mean + width
+
+
+def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
+    pairs = list(zip(first, second, strict=True))
+    return Difference(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
 
 
 def offline_answers(

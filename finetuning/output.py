@@ -54,7 +54,7 @@ def write(
 ) -> None:
     """All files of the decoder; the contract comes last: a folder that has one is whole."""
     if recipe.weights == "lora":
-        model.save_pretrained(folder)
+        model.to(getattr(torch, recipe.lora.saved_as)).save_pretrained(folder)
     else:
         model.to(dtype).save_pretrained(folder)
         for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:

@@ -41,6 +41,8 @@ class Lora(Node):
     """Scale: the update counts alpha / rank times."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the update's inputs dropped while training."""
+    saved_as: Literal["float32", "bfloat16"] = "float32"
+    """Type in the adapter's files. bfloat16: half the size, rounded."""
 
 
 class Recipe(Node):

@@ -49,7 +49,8 @@ One JSON object per line, laid out as the server lays out a session:
 {"prompt": "...", "response": "..."}
 ```
 
-Every assistant message is a response to be learnt. `prefillshare data` makes data for the task suites below; it refuses to
+Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared session
+is context. `prefillshare data` makes data for the task suites below; it refuses to
 write a transcript that asks what a test question asks.
 
 ## Task suites

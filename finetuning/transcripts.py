@@ -3,7 +3,8 @@
 A line of JSONL is one of
     {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": "..."}, ...]}
     {"prompt": "...", "response": "..."}
-Every assistant message is a response to be learnt; a transcript with several trains in one pass.
+Every assistant message is a response to be learnt, unless it has "weight": 0: then another decoder said it, and it is
+context like all else. A transcript with several responses trains in one pass.
 """
 
 from __future__ import annotations
@@ -99,10 +100,13 @@ def _of_messages(messages: list[dict[str, str]], layout: ChatLayout, stops: Sequ
         if not set(end) & set(stops):
             raise ValueError(f"the chat template ends an answer with token {end}, the server stops at {list(stops)}")
         ids += end
-        responses.append((start, len(ids)))
+        if (weight := message.get("weight", 1)) not in (0, 1):
+            raise ValueError(f"an assistant message has weight {weight!r}; use 0 (context) or 1 (to be learnt)")
+        if weight:
+            responses.append((start, len(ids)))
         waiting, is_open = [], True
     if not responses:
-        raise ValueError("no assistant message")
+        raise ValueError("no assistant message to be learnt")
     return Example(tuple(ids), tuple(responses))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import httpx
@@ -12,7 +14,12 @@ import openai
 import pytest
 from conftest import System, system, wait_until
 from oracle import TOLERANCE, Oracle
+from transformers import AutoTokenizer
 
+from finetuning import subjects
+from finetuning.evaluate import offline_answers, served_answers
+from finetuning.tasks import TASKS
+from finetuning.transcripts import stop_ids
 from kvshare import errors
 from prefillshare.client import Client
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -83,6 +90,19 @@ def test_one_turn_is_exact_and_the_oracle_tells_sharing_from_own_prefill(running
     result, prompt = oracle.turn(running.client.create_session(), "planner", messages=ask(QUESTIONS[0]), max_tokens=16)
     own = oracle.diff("planner", prompt, result.token_ids, result.logprobs, mode="none")
     assert own > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("suite", ["arithmetic", "bfcl_multiple"])
+def test_the_offline_evaluation_gives_the_served_answers(running, smollm, suite):
+    """docs/accuracy.md scores what is served."""
+    task = copy.copy(TASKS[suite])
+    task.max_tokens = 40
+    questions, tokenizer = task.questions()[:4], AutoTokenizer.from_pretrained(smollm)
+    adapter = Path(running.deployment.decode[0].adapters["planner"])
+    subject = subjects.load("planner", smollm, adapter, "prefillshare")
+    offline = offline_answers(subject, task, questions, tokenizer, stop_ids=stop_ids(smollm, tokenizer))
+    assert all(offline)
+    assert served_answers(running.client, "planner", task, questions, at_once=4) == offline
 
 
 def test_five_turns_of_three_decoders_prefill_only_what_is_new(running, oracle):

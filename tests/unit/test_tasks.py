@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from finetuning.evaluate import Score
+from finetuning.evaluate import Score, difference
 from finetuning.tasks import TASKS, arithmetic, tool_calls
 from finetuning.tasks.base import check_disjoint
 from finetuning.tasks.synthetic_calls import synthetic_calls
@@ -119,3 +119,14 @@ def test_training_calls_give_all_required_arguments():
         functions = {function["name"]: function for function in map(json.loads, listed)}
         ((name, arguments),) = parse_call(answer).items()
         assert set(functions[name]["parameters"]["required"]) <= set(arguments)
+
+
+def test_a_difference_counts_questions_that_one_alone_gets_right():
+    right, wrong = [True] * 40 + [False] * 60, [False] * 40 + [True] * 60
+    same = difference(right, right)
+    assert same.mean == 0
+    assert same.interval[0] == -same.interval[1]
+    assert abs(same.interval[1]) < 0.03
+    apart = difference(right[:50] + wrong[50:], right)
+    assert (apart.only_first, apart.only_second, apart.mean) == (50, 0, 0.5)
+    assert 0.39 < apart.interval[0] < 0.5 < apart.interval[1] < 0.61

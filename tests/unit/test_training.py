@@ -68,7 +68,9 @@ def losses(rows):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"method": "prefillshare"}, {"method": "icarus"}, {"method": "ordinary"}, {"weights": "full"}]
+    "changes",
+    [{"method": "prefillshare"}, {"method": "icarus"}, {"method": "ordinary"}, {"weights": "full"}, {"dtype": "bfloat16"},
+     {"method": "icarus", "dtype": "bfloat16"}, {"weights": "full", "dtype": "bfloat16", "gradient_checkpointing": True}],
 )
 def test_it_learns(run, changes):
     _, rows = run(**changes)
@@ -95,10 +97,11 @@ def ended_at(run, monkeypatch):
     return ended_at
 
 
-def test_a_run_that_was_ended_goes_on_with_the_same_losses(run, ended_at):
-    _, whole = run("whole")
-    ended_at(8, "ended")
-    folder, rows = run("ended")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_that_was_ended_goes_on_with_the_same_losses(run, ended_at, dtype):
+    _, whole = run("whole", dtype=dtype)
+    ended_at(8, "ended", dtype=dtype)
+    folder, rows = run("ended", dtype=dtype)
     assert losses(rows) == losses(whole)
     assert not (folder / "checkpoint.pt").exists()
 
@@ -145,6 +148,14 @@ def test_a_folder_that_holds_a_decoder_is_left_alone(run):
     run()
     with pytest.raises(ConfigError, match="holds a decoder already"):
         run()
+
+
+def test_an_adapters_files_can_be_half_the_size(run):
+    sizes = [
+        (run(name, lora={"rank": 16, "saved_as": name})[0] / "adapter_model.safetensors").stat().st_size
+        for name in ("float32", "bfloat16")
+    ]
+    assert 0.45 < sizes[1] / sizes[0] < 0.75  # names take some
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

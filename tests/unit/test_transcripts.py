@@ -43,6 +43,15 @@ def test_a_transcript_is_laid_out_as_a_session_grows(read):
     assert spans(example) == ["hi>", "so it is>"]
 
 
+def test_what_another_decoder_said_is_context(read):
+    others = [message | ({"weight": 0} if message["content"] == "hi" else {}) for message in CHAT]
+    (mine,), (all_learnt,) = read({"messages": others}), read({"messages": CHAT})
+    assert spans(mine) == ["so it is>"]
+    assert mine.token_ids == all_learnt.token_ids
+    (first,) = read({"messages": [*CHAT[:3], CHAT[3] | {"weight": 0}]})
+    assert text(first.token_ids).endswith("<assistant:hi>")
+
+
 def test_text_ends_with_the_end_of_text(read):
     (example,) = read({"prompt": "2+2=", "response": "4"})
     assert text(example.token_ids) == "2+2=4$"
@@ -64,7 +73,8 @@ def test_data_without_a_response_that_fits_is_refused(read):
 @pytest.mark.parametrize(
     "line",
     ["{", '{"messages": [{"role": "user", "content": "x"}]}', '{"prompt": "", "response": "x"}', '{"prompt": "x"}',
-     '{"messages": [{"role": "assistant", "content": "x"}]}', "[]", '{"messages": [{"role": "user"}]}'],
+     '{"messages": [{"role": "assistant", "content": "x"}]}', "[]", '{"messages": [{"role": "user"}]}', json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}),
+     json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 2}]})],
 )  # fmt: skip
 def test_a_line_that_cannot_be_used_is_named(read, line):
     with pytest.raises(ConfigError, match="line 2"):

@@ -1,6 +1,6 @@
 # Every target that runs something sets up the virtual environment first.
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-unit lint protos lock
+.PHONY: help setup model demo test test-unit accuracy lint protos lock
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -30,6 +30,9 @@ test: model ## all tests, those that start engines included (under 30 minutes on
 
 test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (seconds)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit
+
+accuracy: model ## train what is compared in docs/accuracy.md, ask the test questions, write the page (hours; goes on where it was)
+	@$(BIN)/python -m benchmarks.accuracy
 
 lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto files
 	@$(BIN)/ruff check .

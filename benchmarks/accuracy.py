@@ -16,25 +16,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from rich.console import Console
-from rich.progress import TaskID
+from rich.progress import Progress
 from transformers import AutoTokenizer
 
 from benchmarks import accuracy_report
 from benchmarks.result import write
 from benchmarks.small import bars
-from finetuning import subjects
+from finetuning import output, subjects
 from finetuning.evaluate import Difference, difference, offline_answers, score
 from finetuning.recipe import Recipe, load, parse
 from finetuning.tasks import TASKS, Question, write_transcripts
 from finetuning.train import train
 from finetuning.transcripts import stop_ids
+from kvshare import fingerprint
 from kvshare.contract import FILE as CONTRACT_FILE
+from kvshare.contract import DecoderContract
 from prefillshare.models import fetch
 
 RECIPES = Path("finetuning/recipes")
@@ -90,8 +93,8 @@ ROWS = (
     Row("PrefillShare, full", "PrefillShare, full", "prefillshare"),
     Row("ICaRus", "ICaRus", "icarus"),
 )
-#: The rows whose prompts can be base KV in part, and the parts.
-CURVE = ("naive sharing", "PrefillShare, LoRA")
+#: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.
+CURVE = ("base", "naive sharing", "PrefillShare, LoRA")
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
@@ -104,18 +107,18 @@ def recipe_of(study: Study, training: str) -> Recipe:
 
 
 def trained(recipe: Recipe, console: Console) -> Path:
-    """The decoder's folder; made if it is not there. Raises SystemExit where another recipe's is."""
+    """The decoder's folder; made if it is not there. Raises SystemExit where one of another recipe, data or base is."""
     folder = Path(recipe.output)
     if not (folder / CONTRACT_FILE).is_file():
         return train(recipe, console)
-    made_by = yaml.safe_load((folder / "recipe.yaml").read_text())
-    if made_by != recipe.model_dump(mode="json"):
-        raise SystemExit(f"{folder} was made by another recipe than this one; remove it to train it again")
+    made_by, wanted = yaml.safe_load((folder / "recipe.yaml").read_text()), recipe.model_dump(mode="json")
+    if made_by != wanted or DecoderContract.read(folder) != output.contract(recipe):
+        raise SystemExit(f"{folder} was made by another recipe, from other data or another base; remove it to train it again")
     return folder
 
 
 class Asker:
-    """Answers of rows on suites, kept in files: one per decoder's weights, way of seeing and suite."""
+    """Answers of rows on suites, kept in files: one per decoder's weights, way of seeing, and questions."""
 
     def __init__(self, base: Path, questions: int | None, batch_size: int):
         self._base, self._most, self._batch = base, questions, batch_size
@@ -124,31 +127,37 @@ class Asker:
         self._subject: tuple[tuple, subjects.Subject] | None = None
 
     def questions(self, suite: str, most: int | None = None) -> list[Question]:
-        return TASKS[suite].questions()[: min(filter(None, (self._most, most)), default=None)]
+        """`most`: so many of them, evenly spread."""
+        questions = TASKS[suite].questions()
+        wanted = min(filter(None, (self._most, most, len(questions))))
+        return [questions[number * len(questions) // wanted] for number in range(wanted)]
 
-    def right(self, row: Row, decoder: Path | None, suite: str, progress, share: float = 1.0, most: int | None = None) -> list[bool]:
+    def right(
+        self, row: Row, decoder: Path | None, suite: str, progress: Progress, share: float = 1.0, most: int | None = None
+    ) -> list[bool]:
         """Per question, whether its answer is right."""
         questions = self.questions(suite, most)
         seen = row.method if share == 1.0 else f"{row.method}-{share:g}"
-        file = RUNS / "answers" / f"{suite}-{seen}-{_digest(decoder)}.jsonl"
-        given = _lines(file)
-        bar: TaskID = progress.add_task(f"{row.name}, {suite}" + (f", {share:.0%} shared" if share < 1 else ""),
-                                        total=len(questions), completed=min(len(given), len(questions)))  # fmt: skip
-        while len(given) < len(questions):
-            part = questions[len(given) : len(given) + CHUNK]
+        key = _digest(fingerprint.weights(self._base), fingerprint.weights(decoder or self._base), TASKS[suite].max_tokens)
+        file = RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
+        given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
+        missing = [q for q in questions if (q.name, asked[q.name]) not in given]
+        title = f"{row.name}, {suite}" + (f", {share:.0%} base KV" if share < 1 else "")
+        bar = progress.add_task(title, total=len(questions), completed=len(questions) - len(missing))
+        for first in range(0, len(missing), CHUNK):
+            part = missing[first : first + CHUNK]
             answers = offline_answers(
                 self._load(row, decoder), TASKS[suite], part, self._tokenizer, stop_ids=self._stops,
                 batch_size=self._batch, base_share=share, advance=lambda count: progress.advance(bar, count),
             )  # fmt: skip
-            new = [{"question": q.name, "answer": a} for q, a in zip(part, answers, strict=True)]
+            new = {(q.name, asked[q.name]): answer for q, answer in zip(part, answers, strict=True)}
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a") as stream:
-                stream.write("".join(json.dumps(line) + "\n" for line in new))
-            given += new
+                lines = [{"question": name, "messages": digest, "answer": answer} for (name, digest), answer in new.items()]
+                stream.write("".join(json.dumps(line) + "\n" for line in lines))
+            given |= new
         progress.remove_task(bar)
-        if [line["question"] for line in given[: len(questions)]] != [q.name for q in questions]:
-            raise SystemExit(f"{file} has answers to other questions; remove it")
-        return [q.is_right(line["answer"]) for q, line in zip(questions, given, strict=False)]
+        return [q.is_right(given[q.name, asked[q.name]]) for q in questions]
 
     def _load(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._subject is None or self._subject[0] != (decoder, row.method):
@@ -157,23 +166,19 @@ class Asker:
         return self._subject[1]
 
 
-def _lines(file: Path) -> list[dict]:
-    """Whole lines only: a run may have been ended while it wrote."""
+def _lines(file: Path) -> dict[tuple[str, str], str]:
+    """Question and digest of its messages -> answer. A run may have been ended while it wrote a line: it is cut off."""
     if not file.is_file():
-        return []
+        return {}
     text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    file.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    if rest := text[text.rfind("\n") + 1 :]:
+        os.truncate(file, len((text[: -len(rest)]).encode()))
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return {(line["question"], line["messages"]): line["answer"] for line in lines}
 
 
-def _digest(decoder: Path | None) -> str:
-    """Of a decoder's weights."""
-    if decoder is None:
-        return "base"
-    (file,) = [f for f in decoder.glob("*model.safetensors")]
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def study_of(study: Study, asker: Asker, curve_questions: int, console: Console) -> dict:
@@ -189,28 +194,37 @@ def study_of(study: Study, asker: Asker, curve_questions: int, console: Console)
         decoders[training] = trained(recipe, console)
         trainings[training] = json.loads((decoders[training] / "figures.json").read_text())
     suites = {}
+    if len({training["transcripts"] for training in trainings.values()}) > 1:
+        raise SystemExit(f"the decoders of {study.name} have learnt from unequal data: {trainings}")
     with bars(console) as progress:
         for suite in study.suites:
             answers = {row.name: asker.right(row, decoders.get(row.training), suite, progress) for row in ROWS}
             suites[suite] = {"rows": {name: _figures(right, answers[REFERENCE]) for name, right in answers.items()}}
             for name, figures in suites[suite]["rows"].items():
                 console.print(f"{suite}, {name}: {100 * figures['accuracy']:.1f} %")
-        suite = study.suites[0]
-        suites[suite]["curve"] = {
-            row.name: [
-                (share, sum(right) / len(right))
-                for share in SHARES
-                for right in [asker.right(row, decoders[row.training], suite, progress, share, curve_questions)]
-            ]
-            for row in ROWS if row.name in CURVE
-        }  # fmt: skip
+        suites[study.suites[0]]["curve"] = _curve(study.suites[0], asker, decoders, curve_questions, progress)
     return {"suites": suites, "trainings": trainings, "data": {"suite": data, "transcripts": count}}
 
 
+def _curve(suite: str, asker: Asker, decoders: dict[str, Path], questions: int, progress: Progress) -> dict[str, list[dict]]:
+    """Row -> shares of right answers by share of base KV."""
+
+    def point(row: Row, share: float) -> dict:
+        right = asker.right(row, decoders.get(row.training), suite, progress, share, questions)
+        return {"share": share} | _shares(right)
+
+    rows = [row for row in ROWS if row.name in CURVE]
+    return {row.name: [point(row, share) for share in (SHARES if row.training else SHARES[-1:])] for row in rows}
+
+
 def _figures(right: Sequence[bool], reference: Sequence[bool]) -> dict:
-    own, against = score(right), difference(right, reference)
+    return _shares(right) | {"difference": _plain(difference(right, reference))}
+
+
+def _shares(right: Sequence[bool]) -> dict:
+    own = score(right)
     low, high = own.interval
-    return {"accuracy": own.share, "low": low, "high": high, "asked": own.asked, "difference": _plain(against)}
+    return {"accuracy": own.share, "low": low, "high": high, "asked": own.asked}
 
 
 def _plain(against: Difference) -> dict[str, float]:
@@ -235,6 +249,10 @@ def main() -> None:
         for suite, found in study["suites"].items()
         for name, figures in found["rows"].items()
     }
+    if args.questions or len(studies) < len(STUDIES):
+        console.print("A part of the study: docs/accuracy.md and benchmarks/results/accuracy.json stay as they are.")
+        print(json.dumps(headline))
+        return
     result = write("accuracy", console, vars(args), headline, studies=studies)
     accuracy_report.write(result)
 

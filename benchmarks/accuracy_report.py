@@ -22,7 +22,9 @@ _INTRO = """\
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in float32. Shares of right answers
 are in percent, with 95 % intervals (Wilson). The difference from full fine-tuning is over the same questions, with the
-95 % interval for paired shares (Agresti and Min). What the suites are: [training.md](training.md).
+95 % interval for paired shares (Agresti and Min). Intervals are over questions like these, for one training each: another
+seed's decoder is not in them. What the suites are: [training.md](training.md); the arithmetic ones use templates that
+training has seen, with names and numbers that it has not.
 
 | row | |
 | --- | --- |
@@ -45,7 +47,7 @@ def markdown(result: dict) -> str:
         "## Accuracy against the share of the prompt that is base KV\n\n"
         f"![accuracy by share]({PLOT.name})\n\n"
         "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be, at 100 % "
-        f"it is naive sharing. {result['config']['curve_questions']} questions per point."
+        f"it is naive sharing. {result['config']['curve_questions']} questions per point, the same for all; bars: 95 %."
     )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     hardware = result["hardware"]
@@ -73,9 +75,10 @@ def _scores(suite: str, rows: dict) -> str:
 
 
 def _trainings(found: dict) -> str:
-    data = found["data"]
+    data, first = found["data"], next(iter(found["trainings"].values()))
     lines = [
-        f"Trained on the same data, {data['transcripts']:,} transcripts of `prefillshare data {data['suite']}`:",
+        f"Trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}` the "
+        f"{first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
         "",
         "| | loss at the end | minutes | KV bytes kept |",
         "| --- | ---: | ---: | ---: |",
@@ -96,11 +99,15 @@ def plot(result: dict, path: Path) -> None:
     for ax, (study, found) in zip(axes[0], studies, strict=True):
         suite, figures = next((s, f) for s, f in found["suites"].items() if "curve" in f)
         for name, points in figures["curve"].items():
+            right = [100 * point["accuracy"] for point in points]
+            if len(points) == 1:
+                ax.axhline(right[0], color="grey", linestyle=":", label=name)
+                continue
+            either = [[100 * abs(point["accuracy"] - point[end]) for point in points] for end in ("low", "high")]
             label = "full fine-tuning" if name == "naive sharing" else name
-            ax.plot([100 * share for share, _ in points], [100 * right for _, right in points], marker="o", label=label)
-        base = 100 * figures["rows"]["base"]["accuracy"]
-        ax.axhline(base, color="grey", linestyle=":", label="base")
-        ax.set(title=f"{study}: {suite}", xlabel="share of the prompt that is base KV, %", ylabel="right answers, %", ylim=(0, None))
+            ax.errorbar([100 * p["share"] for p in points], right, either, marker="o", capsize=3, label=label)
+        ax.set(title=f"{study}: {suite}", ylim=(0, None))
+        ax.set(xlabel="share of the prompt that is base KV, %", ylabel="right answers, %")
         ax.grid(alpha=0.3)
         ax.legend()
     figure.savefig(path, dpi=120)

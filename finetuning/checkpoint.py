@@ -30,12 +30,13 @@ class Checkpoint:
         data = hashlib.sha256(repr([(e.token_ids, e.responses) for e in examples]).encode()).hexdigest()
         self._run = {**settings, "base's weights": contract.base.weights, "data": data}
 
-    def save(self, step: int, seconds: float) -> None:
-        """`seconds`: what the run has taken so far."""
+    def save(self, step: int, seconds: float, kv_tokens: tuple[int, int]) -> None:
+        """What the run has taken so far: seconds, and tokens whose base KV was read and computed."""
         part = self._file.with_suffix(f".{os.getpid()}.part")
         state = {
             "step": step,
             "seconds": seconds,
+            "kv_tokens": kv_tokens,
             "run": self._run,
             "weights": {name: parameter.detach() for name, parameter in self._decoder.trainable().items()},
             "optimizer": self._optimizer.state_dict(),
@@ -45,11 +46,11 @@ class Checkpoint:
         torch.save(state, part)
         part.replace(self._file)
 
-    def load(self) -> tuple[int, float]:
-        """Go back to it; returns the steps done and the seconds taken, 0 where there is none. Raises ConfigError for
+    def load(self) -> tuple[int, float, tuple[int, int]]:
+        """Go back to it; returns the steps done and what `save` was told, zeros where there is none. Raises ConfigError for
         another run's."""
         if not self._file.is_file():
-            return 0, 0.0
+            return 0, 0.0, (0, 0)
         state = torch.load(self._file, map_location="cpu", weights_only=True)
         for key, value in self._run.items():
             if state["run"].get(key) != value:
@@ -66,4 +67,4 @@ class Checkpoint:
         torch.set_rng_state(state["random"])
         if state["cuda_random"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda_random"])
-        return state["step"], state["seconds"]
+        return state["step"], state["seconds"], tuple(state["kv_tokens"])

@@ -15,6 +15,7 @@ from kvshare.errors import ConfigError, InvalidInput
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the decoder.", show_default="the recipe's")] = None,
 ) -> None:
     """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method the recipe names.
 
@@ -25,7 +26,8 @@ def train(
     from finetuning.train import train as run
 
     console = Console(stderr=True)
-    typer.echo(run(load(recipe), console))
+    chosen = load(recipe)
+    typer.echo(run(chosen.model_copy(update={"output": str(output)}) if output else chosen, console))
 
 
 def data(
@@ -49,8 +51,9 @@ def evaluate(
     base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
     decoder: Annotated[Path | None, typer.Option(help="Folder of the decoder.", show_default="the base itself")] = None,
     method: Annotated[
-        str, typer.Option(help="How it sees context: prefillshare, icarus, ordinary. Not as it was trained: what that costs.")
-    ] = "prefillshare",
+        str | None,
+        typer.Option(help="prefillshare, icarus or ordinary: how it sees context.", show_default="as the decoder was trained"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -87,7 +90,7 @@ def evaluate(
     print(json.dumps(figures))
 
 
-def _offline(base: Path, decoder: Path | None, method: str, batch_size: int, device: str, dtype: str):
+def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: int, device: str, dtype: str):
     if not (base / "config.json").is_file():
         raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
     import torch
@@ -99,10 +102,12 @@ def _offline(base: Path, decoder: Path | None, method: str, batch_size: int, dev
     from finetuning.recipe import DTYPES, device_of
     from finetuning.transcripts import stop_ids
 
+    method = method or subjects.trained_for(decoder)
     for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
         if value not in allowed:
             raise InvalidInput(f"unknown value {value!r}", field=field, fix=f"use one of {', '.join(allowed)}")
     where = device_of(device)
+    Console(stderr=True).print(f"{decoder or base}, which sees context by method {method}, on {where}")
     subject = subjects.load(method, base, decoder, method, dtype=getattr(torch, dtype), device=where)
     tokenizer = AutoTokenizer.from_pretrained(base)
     options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}

@@ -39,6 +39,10 @@ class _Context:
     def append(self, new: torch.Tensor) -> None:
         self.valid = torch.cat([self.valid, new], dim=1)
 
+    def keep(self, rows: torch.Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        self.valid = self.valid[rows]
+
     def layers(self):
         return [(layer.keys, layer.values) for layer in self.cache.layers]
 
@@ -64,21 +68,34 @@ def generate(
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths)
     stops, answers = set(stop_ids), [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    rows = list(range(len(prompts)))  # whose answer each row of the batch is
     logits = step.first()
     for count in range(max_tokens):
         chosen = logits.argmax(-1)
-        for row in list(open_rows):
-            answers[row].append(token := int(chosen[row]))
-            if token in stops:
-                open_rows.discard(row)
-        if not open_rows or count == max_tokens - 1:
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if not stops & set(answers[row][-1:]):
+                answers[row].append(token)
+        going_on = [place for place, row in enumerate(rows) if answers[row][-1] not in stops]
+        if not going_on or count == max_tokens - 1:
             return answers
+        if len(going_on) <= len(rows) // 2:  # a few long answers need not carry the others along
+            rows, kept = [rows[place] for place in going_on], torch.tensor(going_on, device=device)
+            chosen, lengths = chosen[kept], lengths[kept]
+            step.keep(kept)
         logits = step.next(chosen[:, None], (lengths + count)[:, None])
     return answers
 
 
-class _OwnKV:
+class _Steps:
+    """`keep`: go on with these rows only."""
+
+    _context: _Context
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._context.keep(rows)
+
+
+class _OwnKV(_Steps):
     """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
 
     def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, base_share: float):
@@ -110,7 +127,7 @@ class _OwnKV:
         return plain(self._decoder).lm_head(hidden[torch.arange(len(last), device=last.device), last])
 
 
-class _BaseKVOnly:
+class _BaseKVOnly(_Steps):
     """The base writes KV of every token; the decoder sees it and makes none."""
 
     def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor):

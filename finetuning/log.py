@@ -23,10 +23,14 @@ class TrainingLog:
         self.rows = [row for row in read(folder) if row["step"] <= start] if start else []
 
     def __enter__(self) -> TrainingLog:
-        self._stream = self._file.open("w", newline="")
+        part = self._file.with_suffix(".part")
+        with part.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        part.replace(self._file)  # whole at any time: the run may be killed
+        self._stream = self._file.open("a", newline="")
         self._writer = csv.DictWriter(self._stream, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(self.rows)
         return self
 
     def __exit__(self, *_) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig
 
 from finetuning.checkpoint import FILE as CHECKPOINT_FILE
 from finetuning.recipe import Recipe
@@ -23,19 +26,31 @@ from kvshare.errors import ConfigError
 PACKAGES = ("torch", "transformers", "peft")
 #: What a run keeps in its folder until it is done.
 KV_FOLDER = "base-kv"
+LOCK = "run.lock"
 #: A full-weight decoder has the base's own, byte for byte: the server compares their hashes.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
                     "generation_config.json")  # fmt: skip
 
 
-def prepare(folder: Path) -> None:
-    """Remove what a run that was ended has left half written. Raises ConfigError where a decoder is."""
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder, and remove what one that was ended has left half written. Raises ConfigError where
+    a decoder is, or another run."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.rglob("*.part"):
-        part.unlink()
-    if (folder / CONTRACT_FILE).exists():
-        _clean_up(folder)
-        raise ConfigError(f"{folder} holds a decoder already", field="output", fix="choose another folder, or remove it")
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another run writes {folder}", field="output", fix="choose another folder") from None
+        try:
+            for part in (*folder.glob("*.part"), *(folder / KV_FOLDER).rglob("*.part")):
+                part.unlink()
+            if (folder / CONTRACT_FILE).exists():
+                _clean_up(folder)
+                raise ConfigError(f"{folder} holds a decoder already", field="output", fix="choose another, or remove it")
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def contract(recipe: Recipe) -> DecoderContract:
@@ -50,13 +65,13 @@ def write(
     model,
     examples: Sequence[Example],
     figures: dict,
-    dtype: torch.dtype,
 ) -> None:
-    """All files of the decoder; the contract comes last: a folder that has one is whole."""
+    """All files of the decoder; the contract comes last: a folder that has one is whole. Full weights are saved in the
+    base's own type."""
     if recipe.weights == "lora":
         model.to(getattr(torch, recipe.lora.saved_as)).save_pretrained(folder)
     else:
-        model.to(dtype).save_pretrained(folder)
+        model.to(AutoConfig.from_pretrained(recipe.base).dtype or torch.float32).save_pretrained(folder)
         for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:
             shutil.copyfile(file, folder / file.name)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -77,6 +92,7 @@ def _card(name: str, recipe: Recipe, examples: Sequence[Example], figures: dict)
         front["library_name"] = "peft"
     where = f"adapters: {{{name}: {recipe.output}}}" if recipe.weights == "lora" else f"model: {recipe.output}"
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    left_out = f"; {n:,} responses were too long and left out" if (n := figures["responses_left_out"]) else ""
     learnt = sum(example.response_tokens for example in examples)
     validation = "" if figures["validation_loss"] is None else f", {figures['validation_loss']:.4f} on {recipe.validation}"
     return f"""---
@@ -89,13 +105,13 @@ A decoder of `{Path(recipe.base).name}`, trained by method `{recipe.method}` ({r
 
 | | |
 | --- | --- |
-| data | `{recipe.train}` ({_digest(recipe.train)}): {len(examples):,} transcripts, {learnt:,} response tokens |
+| data | `{recipe.train}` ({_digest(recipe.train)}): {len(examples):,} transcripts, {learnt:,} response tokens{left_out} |
 | training | {figures['steps']:,} steps in {recipe.epochs} epochs of batches of {recipe.batch_size}, {recipe.dtype} |
 | loss | {figures['loss']:.4f} at the last step{validation} |
 | made in | {figures['seconds']:,} s on {platform.machine()}, {versions} |
 
 Serve it (deployment file): `decode: [{{pool: agents, sharing: {recipe.how.sharing}, {where}}}]`.
-Make it again: `prefillshare train recipe.yaml`, with the recipe in this folder, which has every setting.
+Make it again: `prefillshare train recipe.yaml --output FOLDER`, with the recipe in this folder, which has every setting.
 """
 
 

@@ -80,7 +80,8 @@ class Recipe(Node):
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are cut to this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base and its KV, as they are served. With bfloat16 what is trained stays float32."""
+    """Type of the base and its KV in training: choose what you serve. With bfloat16 what is trained stays float32; a decoder
+    that is then served in float32 sees KV that differs by rounding from what it was trained on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     gradient_checkpointing: bool = False

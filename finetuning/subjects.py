@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from finetuning.generate import Base
 from finetuning.methods import METHODS, Method
 from kvshare.contract import DecoderContract
+from kvshare.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ class Subject:
     method: Method
     decoder: torch.nn.Module
     base: Base
+
+
+def trained_for(decoder: Path | None) -> str:
+    """The method a decoder's folder says it was trained by; the base sees its own KV. Raises InvalidInput."""
+    if decoder is None:
+        return "ordinary"
+    try:
+        return yaml.safe_load((decoder / "recipe.yaml").read_text())["method"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        raise InvalidInput(f"{decoder} does not say by which method it was trained", field="--method", fix="name it") from None
 
 
 def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu") -> Subject:

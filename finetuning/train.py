@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Sequence
@@ -42,7 +41,8 @@ class Decoder:
         if self._adapter:
             self.model = _with_adapter(base, recipe)
         else:
-            self.model = copy.deepcopy(base).float().requires_grad_(True)
+            own = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=torch.float32)
+            self.model = own.to(self.device).requires_grad_(True)
         if recipe.gradient_checkpointing:
             conditioned.allow_checkpointing(self.model)
 
@@ -86,12 +86,18 @@ class Feeder:
 def train(recipe: Recipe, console: Console) -> Path:
     """Returns the decoder's folder. Raises ConfigError for what cannot be trained; ended in between, it can go on."""
     folder = Path(recipe.output)
-    output.prepare(folder)
+    with output.alone_in(folder):
+        return _train(recipe, folder, console)
+
+
+def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
     contract = output.contract(recipe)
     tokenizer = AutoTokenizer.from_pretrained(recipe.base)
     stops = transcripts.stop_ids(Path(recipe.base), tokenizer)
-    examples = _read("train", recipe.train, recipe, tokenizer, stops, console)
-    validation = _read("validation", recipe.validation, recipe, tokenizer, stops, console) if recipe.validation else []
+    examples, left_out = _read("train", recipe.train, recipe, tokenizer, stops, console)
+    validation = []
+    if recipe.validation:
+        validation, _ = _read("validation", recipe.validation, recipe, tokenizer, stops, console)
     decoder = Decoder(recipe)
     parameters = list(decoder.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -100,7 +106,7 @@ def train(recipe: Recipe, console: Console) -> Path:
     store = BaseKVStore(folder / output.KV_FOLDER / made_by, _kv_budget(recipe), decoder.base_kv)
     feeder = Feeder(recipe, decoder, store)
     checkpoint = Checkpoint(folder, recipe, contract, examples, decoder, optimizer)
-    start, seconds_before = checkpoint.load()
+    start, seconds_before, (store.read_tokens, store.computed_tokens) = checkpoint.load()
     where = f"{decoder.device}, from step {start}" if start else f"{decoder.device}"
     console.print(f"{sum(p.numel() for p in parameters):,} parameters on {where}")
 
@@ -138,8 +144,11 @@ def train(recipe: Recipe, console: Console) -> Path:
             log.write(row)
             show(row)
             if done % recipe.checkpoint_every_steps == 0 and done < batches.steps:
-                checkpoint.save(done, seconds_before + time.monotonic() - began)
+                seconds = seconds_before + time.monotonic() - began
+                checkpoint.save(done, seconds, (store.read_tokens, store.computed_tokens))
     figures = {
+        "transcripts": len(examples),
+        "responses_left_out": left_out,
         "loss": log.last("loss"),
         "validation_loss": log.last("validation_loss"),
         "steps": batches.steps,
@@ -148,18 +157,19 @@ def train(recipe: Recipe, console: Console) -> Path:
         "base_kv_tokens_computed": store.computed_tokens,
         "base_kv_bytes": store.used_bytes,
     }
-    output.write(folder, recipe, contract, decoder.model, examples, figures, decoder.dtype)
+    output.write(folder, recipe, contract, decoder.model, examples, figures)
     return folder
 
 
-def _read(field: str, file: str, recipe: Recipe, tokenizer, stops, console: Console) -> list[Example]:
+def _read(field: str, file: str, recipe: Recipe, tokenizer, stops, console: Console) -> tuple[list[Example], int]:
+    """As transcripts.read."""
     examples, left_out = transcripts.read(Path(file), tokenizer, stops, recipe.max_tokens, field=field)
     learnt, tokens = sum(e.response_tokens for e in examples), sum(len(e.token_ids) for e in examples)
     console.print(
         f"{file}: {len(examples):,} transcripts, {learnt:,} response tokens of {tokens:,}"
         + (f"; {left_out:,} responses end after max_tokens and are left out" if left_out else "")
     )
-    return examples
+    return examples, left_out
 
 
 @torch.no_grad()

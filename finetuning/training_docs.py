@@ -15,9 +15,9 @@ prompt is base KV, the worse it answers. `prefillshare train` makes decoders tha
 them.
 
 ```bash
-prefillshare data bfcl_simple_python --count 3000 --output data/tools.jsonl   # or your own JSONL
-prefillshare train finetuning/recipes/tools.yaml
-prefillshare eval bfcl_simple_python bfcl_multiple --base models/smollm2-135m-instruct --decoder adapters/tools
+prefillshare data bfcl_simple_python --count 1000 --output data/tools.jsonl   # or your own JSONL
+prefillshare train finetuning/recipes/tools.yaml --output adapters/my-tools
+prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 ```
 
 A run that was ended goes on from its last checkpoint, with the losses it would have had. The output folder can be served as
@@ -59,7 +59,7 @@ write a transcript that asks what a test question asks.
 | --- | --- | --- | --- |
 | `bfcl_simple_python` | BFCL v4, 400 | BFCL's own AST checker says so | BFCL's live categories, other functions; calls made from a seed |
 | `bfcl_multiple` | BFCL v4, 200 | the same | the same |
-| `arithmetic` | 500 of GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is | other seeds |
+| `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is | the same templates, other seeds: other names and numbers |
 
 `prefillshare eval` answers offline, batched, by the definition of the method (`finetuning/generate.py`, compared with the
 reference token by token), or asks a running deployment with `--served HOST:PORT --name DECODER`.

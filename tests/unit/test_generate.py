@@ -40,14 +40,19 @@ def test_every_token_is_the_references_choice(kind, method):
         assert answer == likeliest(method, base, decoder, prompt, answer)
 
 
+@pytest.mark.parametrize("ending", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_answer_ends_with_its_stop_token_and_others_go_on(method):
+def test_an_answer_ends_with_its_stop_token_and_others_go_on(method, ending):
+    """So few may go on that the batch is made smaller."""
     base, decoder = model("llama", 1), with_adapter(model("llama", 1), METHODS[method].lora_modules)
     whole = answers(method, base, decoder, PROMPTS, max_tokens=8)
-    stop = whole[0][2]
-    ended = answers(method, base, decoder, PROMPTS, max_tokens=8, stop_ids=[stop])
+    stops = [answer[2] for answer in whole[:ending]]
+    ended = answers(method, base, decoder, PROMPTS, max_tokens=8, stop_ids=stops)
     for free, cut in zip(whole, ended, strict=True):
-        assert cut == free[: free.index(stop) + 1 if stop in free else None]
+        end = next((place + 1 for place, token in enumerate(free) if token in stops), None)
+        assert cut == free[:end]
+    assert sum(len(cut) < 8 for cut in ended) >= ending
+    assert any(len(cut) == 8 for cut in ended)
 
 
 def test_a_share_of_the_prompt_is_base_kv_and_the_rest_the_decoders():

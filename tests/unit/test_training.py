@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetuning import log, recipe, train
+from finetuning import log, output, recipe, train
 from finetuning.batches import Batches
 from kvshare import config, decoders
 from kvshare.contract import DecoderContract
@@ -104,6 +104,21 @@ def test_a_run_that_was_ended_goes_on_with_the_same_losses(run, ended_at, dtype)
     folder, rows = run("ended", dtype=dtype)
     assert losses(rows) == losses(whole)
     assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_log_is_whole_before_a_resumed_run_has_made_a_step(tmp_path):
+    """A run that is killed flushes nothing."""
+    row = dict.fromkeys(log.COLUMNS, 1.0)
+    with log.TrainingLog(tmp_path, 0) as first:
+        for step in range(1, 6):
+            first.write(row | {"step": step, "epoch": 1, "tokens": 10})
+    with log.TrainingLog(tmp_path, 3):
+        assert [row["step"] for row in log.read(tmp_path)] == [1, 2, 3]
+
+
+def test_two_runs_do_not_share_a_folder(run, tmp_path):
+    with output.alone_in(tmp_path / "decoder"), pytest.raises(ConfigError, match="another run writes"):
+        run()
 
 
 def test_another_recipes_checkpoint_is_not_gone_on_with(run, ended_at):

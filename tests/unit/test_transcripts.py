@@ -73,7 +73,8 @@ def test_data_without_a_response_that_fits_is_refused(read):
 @pytest.mark.parametrize(
     "line",
     ["{", '{"messages": [{"role": "user", "content": "x"}]}', '{"prompt": "", "response": "x"}', '{"prompt": "x"}',
-     '{"messages": [{"role": "assistant", "content": "x"}]}', "[]", '{"messages": [{"role": "user"}]}', json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}),
+     '{"messages": [{"role": "assistant", "content": "x"}]}', "[]", '{"messages": [{"role": "user"}]}',
+     json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}),
      json.dumps({"messages": [CHAT[0], CHAT[1] | {"weight": 2}]})],
 )  # fmt: skip
 def test_a_line_that_cannot_be_used_is_named(read, line):

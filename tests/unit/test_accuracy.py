@@ -1,0 +1,110 @@
+"""The accuracy study goes on where it was ended, and its page says what was found."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from benchmarks import accuracy, accuracy_report
+from benchmarks.small import bars
+
+SUITE = "arithmetic"
+BASE = next(row for row in accuracy.ROWS if row.training is None)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Its questions are not really asked; `asked` says which would have been, `end_after` when somebody ends it."""
+    study = SimpleNamespace(asked=[], end_after=None, weights="these")
+
+    def answers(subject, task, questions, *_, **__):
+        if study.end_after is not None and len(study.asked) >= study.end_after:
+            raise KeyboardInterrupt
+        study.asked += [question.name for question in questions]
+        return ["no idea"] * len(questions)
+
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path)
+    monkeypatch.setattr(accuracy.AutoTokenizer, "from_pretrained", lambda base: None)
+    monkeypatch.setattr(accuracy, "stop_ids", lambda *_: ())
+    monkeypatch.setattr(accuracy.subjects, "load", lambda *_: None)
+    monkeypatch.setattr(accuracy.fingerprint, "weights", lambda folder: study.weights)
+    monkeypatch.setattr(accuracy, "offline_answers", answers)
+    study.right = lambda **more: accuracy.Asker(Path("base"), 100, 8).right(
+        BASE, None, SUITE, bars(Console(quiet=True)), **more
+    )
+    return study
+
+
+def test_no_question_is_asked_twice(study):
+    study.end_after = accuracy.CHUNK
+    with pytest.raises(KeyboardInterrupt):
+        study.right()
+    study.end_after = None
+    assert study.right() == [False] * 100
+    assert len(study.asked) == len(set(study.asked)) == 100
+    assert study.right() == [False] * 100
+    assert len(study.asked) == 100
+
+
+def test_a_half_written_answer_is_asked_again(study, tmp_path):
+    study.right()
+    (file,) = (tmp_path / "answers").iterdir()
+    file.write_text(file.read_text()[:-5])
+    study.right()
+    assert study.asked[100:] == [study.asked[99]]
+
+
+def test_answers_with_less_base_kv_are_others(study):
+    study.right()
+    study.right(share=0.5, most=10)
+    assert len(study.asked) == 110
+
+
+def test_a_part_of_the_questions_is_spread_over_all_and_asked_once(study):
+    study.right(most=5)
+    assert study.asked == [f"{SUITE}_{number}" for number in (0, 100, 200, 300, 400)]
+    study.right()
+    assert len(study.asked) == len(set(study.asked)) == 100
+
+
+def test_other_weights_or_other_words_are_asked_again(study, monkeypatch):
+    study.right(most=5)
+    study.weights = "others"
+    study.right(most=5)
+    assert len(study.asked) == 10
+    monkeypatch.setattr("finetuning.tasks.arithmetic.SYSTEM", "Solve it.")
+    study.right(most=5)
+    assert len(study.asked) == 15
+
+
+@pytest.mark.parametrize("study", accuracy.STUDIES, ids=lambda study: study.name)
+def test_every_training_is_a_recipe_with_a_folder_of_its_own(study, monkeypatch):
+    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)  # the base need not be there
+    recipes = {training: accuracy.recipe_of(study, training) for training in accuracy.TRAININGS}
+    assert len({recipe.output for recipe in recipes.values()}) == len(recipes)
+    assert recipes["PrefillShare, LoRA"].output == f"adapters/{study.name}"
+    assert {(r.method, r.weights) for r in recipes.values()} == {
+        ("prefillshare", "lora"), ("prefillshare", "full"), ("icarus", "lora"), ("ordinary", "full"),
+    }  # fmt: skip
+    assert len({(r.epochs, r.batch_size, r.max_tokens, r.train) for r in recipes.values()}) == 1
+
+
+def test_the_page_has_every_row_and_the_difference(tmp_path):
+    reference = [True] * 6 + [False] * 4
+    rows = {row.name: accuracy._figures(reference[::-1], reference) for row in accuracy.ROWS}
+    trainings = {name: {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9} for name in accuracy.TRAININGS}
+    curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
+    curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
+    result = {
+        "studies": {"tools": {"suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
+                              "data": {"suite": SUITE, "transcripts": 10}}},
+        "config": {"curve_questions": 5}, "versions": {"torch": "2"}, "hardware": {"cpu": "a CPU", "cores": 2},
+        "command": "make accuracy", "date": "2026-01-01T00:00", "revision": "abc",
+    }  # fmt: skip
+    page = accuracy_report.markdown(result)
+    accuracy_report.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    for row in accuracy.ROWS:
+        assert f"| {row.name} | 60.0 |" in page
+    assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page

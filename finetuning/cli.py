@@ -36,6 +36,9 @@ def data(
     count: Annotated[int, typer.Option(min=1, help="Most transcripts per suite.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed: other made-up problems, another choice of real ones.")] = 0,
     split: Annotated[str, typer.Option(help="train or validation: they have nothing in common.")] = "train",
+    others: Annotated[
+        int, typer.Option(min=0, help="Most turns of other decoders, not to be learnt, before each: as in a shared session.")
+    ] = 0,
 ) -> None:
     """Make training data for task suites, checked to hold none of their test questions."""
     chosen = _tasks(tasks)
@@ -43,7 +46,7 @@ def data(
 
     if split not in SPLITS:
         raise InvalidInput(f"unknown split {split!r}", field="--split", fix=f"use one of {', '.join(SPLITS)}")
-    typer.echo(f"{write_transcripts(chosen, output, count, seed, split)} transcripts in {output}")
+    typer.echo(f"{write_transcripts(chosen, output, count, seed, split, others)} transcripts in {output}")
 
 
 def evaluate(

@@ -51,7 +51,8 @@ One JSON object per line, laid out as the server lays out a session:
 
 Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared session
 is context. `prefillshare data` makes data for the task suites below; it refuses to
-write a transcript that asks what a test question asks.
+write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other decoders before each, as
+a shared session has them: a decoder that has only seen its own prompts may copy what another has just said.
 
 ## Task suites
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetuning.tasks.arithmetic import Arithmetic
-from finetuning.tasks.base import SPLITS, Question, Task, check_disjoint
+from finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
 from finetuning.tasks.tool_calls import ToolCalls
 
 TASKS: dict[str, Task] = {task.name: task for task in (ToolCalls("simple_python"), ToolCalls("multiple"), Arithmetic())}
@@ -13,10 +13,15 @@ TASKS: dict[str, Task] = {task.name: task for task in (ToolCalls("simple_python"
 __all__ = ["SPLITS", "TASKS", "Question", "Task", "write_transcripts"]
 
 
-def write_transcripts(tasks: Sequence[Task], file: Path, count: int, seed: int = 0, split: str = "train") -> int:
-    """Training data of at most `count` transcripts per task; returns how many there are. Raises ConfigError if they ask what
-    any suite's test questions ask."""
+def write_transcripts(
+    tasks: Sequence[Task], file: Path, count: int, seed: int = 0, split: str = "train", others: int = 0
+) -> int:
+    """Training data of at most `count` transcripts per task; returns how many there are. `others`: most transcripts, of any
+    suite, that stand before each as other decoders' turns. Raises ConfigError if they ask what any suite's test questions ask.
+    """
     made = [transcript for task in tasks for transcript in task.transcripts(count, seed, split)]
+    if others:
+        made = in_company(made, [t for task in TASKS.values() for t in task.transcripts(count, seed + 1, split)], others, seed)
     for task in TASKS.values():
         check_disjoint(made, task.questions())
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -45,6 +46,19 @@ def check_disjoint(transcripts: Sequence[dict], questions: Sequence[Question]) -
                 continue
             if (name := asks_as(normalised(message["content"]), asked)) is not None:
                 raise ConfigError(f"test question {name} is in the training data: {message['content'][:80]!r}")
+
+
+def in_company(transcripts: Sequence[dict], others: Sequence[dict], most: int, seed: int) -> list[dict]:
+    """Each transcript as a part of a session that several decoders share: up to `most` others before it, not learnt."""
+    rng = random.Random(f"company {seed}")
+
+    def said(other: dict) -> list[dict]:
+        return [m | {"weight": 0} if m["role"] == "assistant" else m for m in other["messages"]]
+
+    return [
+        {"messages": [m for other in rng.sample(others, rng.randint(0, most)) for m in said(other)] + transcript["messages"]}
+        for transcript in transcripts
+    ]
 
 
 def asks_as(text: str, asked: Sequence[tuple[str, str]]) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from finetuning.evaluate import Score, difference
 from finetuning.tasks import TASKS, arithmetic, tool_calls
-from finetuning.tasks.base import check_disjoint
+from finetuning.tasks.base import check_disjoint, in_company
 from finetuning.tasks.synthetic_calls import synthetic_calls
 from finetuning.tasks.tool_calls import TESTED, parse_call
 from kvshare.errors import ConfigError
@@ -44,6 +44,19 @@ def test_a_result_is_the_number_after_the_hashes():
     assert question.is_right(f"So it is {right + 1}? No.\n#### {right}")
     assert not question.is_right(f"It is {right}.")
     assert not question.is_right(f"#### {right + 1}")
+
+
+def test_in_company_only_the_own_turn_is_learnt():
+    def transcript(n):
+        return {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}
+
+    own, others = [transcript(n) for n in range(50)], [transcript(n) for n in range(100, 120)]
+    made = in_company(own, others, 2, seed=3)
+    assert [t["messages"][-2:] for t in made] == [t["messages"] for t in own]
+    before = [t["messages"][:-2] for t in made]
+    assert {len(messages) // 2 for messages in before} == {0, 1, 2}
+    assert all(m["weight"] == 0 for messages in before for m in messages if m["role"] == "assistant")
+    assert in_company(own, others, 2, seed=3) == made != in_company(own, others, 2, seed=4)
 
 
 @pytest.mark.parametrize("name", TASKS)

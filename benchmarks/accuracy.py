@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import accuracy_report
 from benchmarks.result import write
-from benchmarks.small import bars
+from benchmarks.small import MODEL, bars
 from finetuning import output, subjects
 from finetuning.evaluate import Difference, difference, offline_answers, score
 from finetuning.recipe import Recipe, load, parse
@@ -42,7 +42,6 @@ from prefillshare.models import fetch
 
 RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")
-MODEL = "smollm2-135m-instruct"
 #: Answers are kept after every so many questions.
 CHUNK = 48
 
@@ -236,12 +235,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     names = [study.name for study in STUDIES]
     parser.add_argument("--studies", nargs="+", choices=names, default=names, help="kinds of task (default: all)")
-    parser.add_argument("--questions", type=int, help="ask only the first of each suite (default: all)")
+    parser.add_argument("--questions", type=int, help="ask so many of each suite, evenly spread (default: all)")
     parser.add_argument("--curve-questions", type=int, default=150, help="questions per point of the curve (default: 150)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     args = parser.parse_args()
     console = Console(stderr=True)
-    asker = Asker(fetch(MODEL, Path("models") / MODEL), args.questions, args.batch_size)
+    asker = Asker(fetch(MODEL), args.questions, args.batch_size)
     studies = {s.name: study_of(s, asker, args.curve_questions, console) for s in STUDIES if s.name in args.studies}
     headline = {
         f"{suite}: {name}": round(100 * figures["accuracy"], 1)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import small
 from benchmarks.result import write
-from benchmarks.small import ADDRESS, DECODERS, VOCABULARY, bars
+from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY, bars
 from kvshare.config import Deployment
 from prefillshare.app import running
 from prefillshare.client import Client
@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     console, figures = Console(stderr=True), {}
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
-        model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+        model = fetch(MODEL)
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         for name, eager in (("without", False), ("with", True)):
             task = progress.add_task(f"{name} eager prefill", total=args.sessions * args.turns)

@@ -33,7 +33,7 @@ from rich.console import Console
 from benchmarks import small
 from benchmarks.redis_server import RedisServer
 from benchmarks.result import write
-from benchmarks.small import ADDRESS, DECODERS, VOCABULARY, bars
+from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY, bars
 from kvshare.config import Deployment
 from kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError
 from prefillshare.app import running
@@ -300,7 +300,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress, ExitStack() as until_the_end:
-        model = make_base("llama", Path(folder) / "base", fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct")))
+        model = make_base("llama", Path(folder) / "base", fetch(MODEL))
         adapters = make_seeded_adapters(model, Path(folder) / "adapters", names=DECODERS)
         start = progress.add_task("starting engines", total=None)
         redis = until_the_end.enter_context(RedisServer(Path(folder), REDIS_PORT))

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks import small
 from benchmarks.result import write
-from benchmarks.small import ADDRESS, BLOCK, DECODERS, VOCABULARY, bars
+from benchmarks.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
 from kvshare.config import Deployment
 from prefillshare.app import apply, running
 from prefillshare.client import Client
@@ -127,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     console, policies = Console(stderr=True), args.policies.split(",")
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
-        model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+        model = fetch(MODEL)
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         start = progress.add_task("starting engines", total=None)
         figures = {}

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import small
 from benchmarks.result import write
-from benchmarks.small import ADDRESS, DECODERS, VOCABULARY
+from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY
 from kvshare.config import Deployment
 from kvshare.errors import Overloaded, PrefillShareError
 from prefillshare.app import running
@@ -137,7 +137,7 @@ def main() -> None:
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
         task = progress.add_task("starting engines", total=MOST_RATES + 4)
-        model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+        model = fetch(MODEL)
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS) as client:
             load = Load(client, args.objective_s)

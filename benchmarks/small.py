@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvshare.config import Deployment, parse
 
+MODEL = "smollm2-135m-instruct"
 DECODERS = ("planner", "coder", "caller")
 BLOCK, VOCABULARY = 32, 40_000
 HTTP_PORT, GRPC_PORT = 18_000, 19_000

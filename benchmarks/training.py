@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.result import write
+from benchmarks.small import MODEL
 from finetuning import log
 from finetuning.recipe import parse
 from finetuning.tasks.tool_calls import ToolCalls
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=768, help="longest transcript (default: 768)")
     args = parser.parse_args()
     console, figures = Console(stderr=True), {}
-    model = fetch("smollm2-135m-instruct", Path("models/smollm2-135m-instruct"))
+    model = fetch(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "train.jsonl"
         data.write_text("".join(json.dumps(t) + "\n" for t in ToolCalls("multiple").transcripts(args.transcripts, seed=1)))

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvshare.errors import ConfigError, InvalidInput
 
@@ -73,10 +72,10 @@ def evaluate(
         answers.parent.mkdir(parents=True, exist_ok=True)
     ask = _served(served, name, batch_size) if served else _offline(base, decoder, method, batch_size, device, dtype)
     from finetuning.evaluate import score
+    from finetuning.log import bars
 
     console, figures, lines = Console(stderr=True), {}, []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         for task in chosen:
             questions = task.questions()[:limit]
             bar = progress.add_task(task.name, total=len(questions))

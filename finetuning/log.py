@@ -55,10 +55,14 @@ def read(folder: Path) -> list[dict]:
         return []
 
 
+def bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
 @contextmanager
 def training_bar(console: Console, steps: int, start: int) -> Iterator[Callable[[dict], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bars(console) as progress:
         task = progress.add_task("training", total=steps, completed=start)
 
         def show(row: dict) -> None:

@@ -115,7 +115,7 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
         decoder.model.train()
         for step in range(start, batches.steps):
             chosen, step_began = [examples[number] for number in batches.at(step)], time.monotonic()
-            learnt = sum(example.response_tokens for example in chosen)
+            learnt, tokens = sum(e.response_tokens for e in chosen), sum(len(e.token_ids) for e in chosen)
             loss = 0.0
             for batch in feeder.micro_batches(chosen):
                 with decoder.precision():
@@ -137,8 +137,8 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
                 "loss": loss,
                 "learning_rate": rate,
                 "gradient_norm": norm,
-                "tokens": sum(len(e.token_ids) for e in chosen),
-                "tokens_per_s": sum(len(e.token_ids) for e in chosen) / (time.monotonic() - step_began),
+                "tokens": tokens,
+                "tokens_per_s": tokens / (time.monotonic() - step_began),
                 "validation_loss": mean_loss(decoder, feeder, validation) if validation and ends_epoch else None,
             }
             log.write(row)

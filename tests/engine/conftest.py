@@ -77,6 +77,11 @@ def system(data: dict):
         yield System(deployment, handle, client)
 
 
+def ids(n: int, salt: int = 0) -> list[int]:
+    """Token ids of a prompt; of another salt, another prompt."""
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
 def wait_until(condition, timeout_s: float = 20.0, step_s: float = 0.1):
     """Poll `condition` until it gives something true; returns that, or fails with its last value."""
     import time

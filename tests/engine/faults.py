@@ -41,7 +41,3 @@ def kept_whole(running):
     yield
     wait_until(whole, 150)
     wait_until(lambda: not running.held(), 30)
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]

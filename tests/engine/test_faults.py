@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import System, system, wait_until
-from faults import ids, kept_whole, processes, stopped
+from conftest import System, ids, system, wait_until
+from faults import kept_whole, processes, stopped
 from oracle import TOLERANCE, Oracle
 
 from kvshare.config import parse

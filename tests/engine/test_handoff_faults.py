@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import psutil
 import pytest
-from conftest import System, system, wait_until
-from faults import ids, kept_whole, processes, stopped
+from conftest import System, ids, system, wait_until
+from faults import kept_whole, processes, stopped
 from oracle import Oracle
 
 from kvshare.config import parse

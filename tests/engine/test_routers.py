@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import System, system, wait_until
+from conftest import System, ids, system, wait_until
 from oracle import Oracle
 from ports import free_port
 
@@ -52,10 +52,6 @@ def running(tmp_path_factory, smollm):
 @pytest.fixture(scope="module")
 def oracle(running: System) -> Oracle:
     return Oracle(running.deployment)
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
 
 
 def persistent(call, timeout_s: float = 40.0):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import pytest_asyncio
-from conftest import wait_until
+from conftest import ids, wait_until
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
@@ -67,10 +67,6 @@ def sampling(n: int, **kw):
     from vllm import SamplingParams
 
     return SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, **({"temperature": 0.0} | kw))
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
 
 
 def new_id() -> str:

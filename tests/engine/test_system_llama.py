@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import System, system
+from conftest import System, ids, system
 from oracle import Oracle
 
 from kvshare.config import parse
@@ -55,10 +55,6 @@ def running(tmp_path_factory, smollm):
 @pytest.fixture(scope="module")
 def oracle(running: System) -> Oracle:
     return Oracle(running.deployment)
-
-
-def ids(n: int, salt: int = 0) -> list[int]:
-    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
 
 
 def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle):

@@ -42,16 +42,20 @@ from prefillshare.models import fetch
 
 RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")
+#: As in the sessions that the adapters serve.
+OTHERS = 1
 #: Answers are kept after every so many questions.
 CHUNK = 48
 
 
 @dataclass(frozen=True)
 class Study:
-    """One kind of task. `recipe`: of PrefillShare's adapter; `data`: (suite, transcripts) it is trained on."""
+    """One kind of task. `recipe`: of PrefillShare's adapter; trained on `transcripts` of the suite `data`, each with at most
+    `OTHERS` of other decoders' turns before it."""
 
     name: str
-    data: tuple[str, int]
+    data: str
+    transcripts: int
     suites: tuple[str, ...]
 
     @property
@@ -60,8 +64,8 @@ class Study:
 
 
 STUDIES = (
-    Study("tools", ("bfcl_simple_python", 1000), ("bfcl_simple_python", "bfcl_multiple")),
-    Study("arithmetic", ("arithmetic", 1200), ("arithmetic",)),
+    Study("tools", "bfcl_simple_python", 1000, ("bfcl_simple_python", "bfcl_multiple")),
+    Study("arithmetic", "arithmetic", 800, ("arithmetic",)),
 )
 
 #: What is trained -> what its recipe has that the study's has not.
@@ -182,10 +186,9 @@ def _digest(*what: object) -> str:
 
 def study_of(study: Study, asker: Asker, curve_questions: int, console: Console) -> dict:
     """Per suite: rows and curves."""
-    data, count = study.data
     file = Path(load(study.recipe).train)
     if not file.is_file():
-        made = write_transcripts([TASKS[data]], file, count)
+        made = write_transcripts([TASKS[study.data]], file, study.transcripts, others=OTHERS)
         console.print(f"{made} transcripts in {file}")
     decoders, trainings = {}, {}
     for training in TRAININGS:
@@ -202,7 +205,7 @@ def study_of(study: Study, asker: Asker, curve_questions: int, console: Console)
             for name, figures in suites[suite]["rows"].items():
                 console.print(f"{suite}, {name}: {100 * figures['accuracy']:.1f} %")
         suites[study.suites[0]]["curve"] = _curve(study.suites[0], asker, decoders, curve_questions, progress)
-    return {"suites": suites, "trainings": trainings, "data": {"suite": data, "transcripts": count}}
+    return {"suites": suites, "trainings": trainings, "data": {"suite": study.data, "transcripts": study.transcripts}}
 
 
 def _curve(suite: str, asker: Asker, decoders: dict[str, Path], questions: int, progress: Progress) -> dict[str, list[dict]]:

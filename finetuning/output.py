@@ -87,7 +87,8 @@ def _clean_up(folder: Path) -> None:
 
 
 def _card(name: str, recipe: Recipe, examples: Sequence[Example], figures: dict) -> str:
-    front = {"base_model": Path(recipe.base).name, "tags": ["prefillshare", recipe.method, recipe.weights]}
+    tags = list(dict.fromkeys(("prefillshare", recipe.method, recipe.weights)))
+    front = {"base_model": Path(recipe.base).name, "tags": tags}
     if recipe.weights == "lora":
         front["library_name"] = "peft"
     where = f"adapters: {{{name}: {recipe.output}}}" if recipe.weights == "lora" else f"model: {recipe.output}"

@@ -15,7 +15,7 @@ prompt is base KV, the worse it answers. `prefillshare train` makes decoders tha
 them.
 
 ```bash
-prefillshare data bfcl_simple_python --count 1000 --output data/tools.jsonl   # or your own JSONL
+prefillshare data bfcl_simple_python --count 1000 --others 1 --output data/tools.jsonl  # or your own
 prefillshare train finetuning/recipes/tools.yaml --output adapters/my-tools
 prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 ```

@@ -120,7 +120,7 @@ def key() -> None:
 @app.command()
 def demo(
     config: Annotated[Path, typer.Option(help="Deployment file.", dir_okay=False)] = Path("deploy/configs/demo.yaml"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 128,
     ca_file: Annotated[
         Path | None,
         typer.Option(help="With `router.tls`: PEM file of the server's root.", show_default="its certificate", dir_okay=False),

@@ -1,7 +1,8 @@
-"""`prefillshare demo`: several decoders take turns over one growing context, on the embedded default.
+"""`prefillshare demo`: trained decoders take turns over one growing context, on the embedded default.
 
-Starts the deployment of a file, runs one session turn by turn, checks every generated token's log-probability against
-the oracle (tests/reference.py), and says what the same session would have prefilled without sharing.
+Starts the deployment of a file, runs one session turn by turn, asks the base the same on forks of the session, checks every
+generated token's log-probability against the oracle (tests/reference.py), and says what the same session would have
+prefilled without sharing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,51 +34,124 @@ MODEL = "smollm2-135m-instruct"
 #: The oracle's bound.
 TOLERANCE = 1e-3
 
-BRIEF = """You are a small team that builds a booking service for a ferry line. Here is what is known.
+BRIEF = """You are a small team that runs the booking service of a ferry line. Here is what is known.
 The line runs four ferries between the mainland and three islands. A ferry carries up to 220 passengers and 40 cars.
-People book on the web, at two ticket offices and by phone; today each of them keeps a list of its own, and on busy days
-more tickets are sold than there are seats. The new service keeps one count of free seats and car places per departure,
-holds a place for ten minutes while somebody pays, and gives it back if they do not. Tickets can be changed until one hour
-before departure. Residents of the islands pay half; children under six pay nothing; a bicycle counts as a quarter of a
-car place. In bad weather the line cancels departures: everybody who booked gets a message and may choose another
-departure or their money back. The offices must keep working for two hours when the mainland connection is down."""
+People book on the web, at two ticket offices and by phone. The service keeps one count of free seats and car places per
+departure, holds a place for ten minutes while somebody pays, and gives it back if they do not. Tickets can be changed until
+one hour before departure. Residents of the islands pay half; children under six pay nothing; a bicycle counts as a quarter
+of a car place. In bad weather the line cancels departures: everybody who booked gets a message and may choose another
+departure or their money back."""
+
+#: The instructions that the adapters in adapters/ were trained with (finetuning/tasks).
+SOLVE = "Solve the problem step by step. End with #### and the result."
+CALL = """You answer with one call of a function. The functions:
+<tools>
+{tools}
+</tools>
+Answer with its name and arguments, like
+<tool_call>
+{{"name": "NAME", "arguments": {{"ARGUMENT": VALUE}}}}
+</tool_call>"""
+
+
+def _tool(name: str, description: str, **parameters: str) -> dict:
+    """`parameters`: name -> "type, description"."""
+    properties = {key: dict(zip(("type", "description"), what.split(", ", 1), strict=True)) for key, what in parameters.items()}
+    wanted = {"type": "dict", "properties": properties, "required": list(parameters)}
+    return {"name": name, "description": description, "parameters": wanted}
+
+
+BOOK = _tool("book_ticket", "Book a ferry ticket.", origin="string, Port where it begins.",
+             destination="string, Port where it ends.", passengers="integer, How many passengers.")  # fmt: skip
+CANCEL = _tool("cancel_departure", "Cancel a departure.", ferry="string, Name of the ferry.", date="string, As YYYY-MM-DD.")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`wanted`: what a right answer says: a number, or a call; None: nothing can be wrong about it."""
+
+    decoder: str
+    question: str
+    instruction: str | None = None
+    wanted: float | dict | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        before = [{"role": "system", "content": self.instruction}] if self.instruction else []
+        return [*before, {"role": "user", "content": self.question}]
+
+    def is_right(self, answer: str) -> bool:
+        """However it is put: the last number, or the first call."""
+        return self.wanted == (_call(answer) if isinstance(self.wanted, dict) else _number(answer))
+
+
+def _solve(question: str, result: float) -> Turn:
+    return Turn("arithmetic", question, SOLVE, result)
+
+
+def _use(tool: dict, question: str, **arguments) -> Turn:
+    return Turn("tools", question, CALL.format(tools=json.dumps(tool)), {"name": tool["name"], "arguments": arguments})
+
 
 TURNS = (
-    ("planner", "Name the three parts of the service that must be right first, and why."),
-    ("coder", "Write a Python function that holds a place for ten minutes."),
-    ("tools", "Which calls to other systems does that need? List them."),
-    ("planner", "What did we forget?"),
-    ("base", "Sum up what has been decided in two sentences."),
-)
-SUFFIX = "\nAnswer in short sentences. "
+    _solve("A girl has 9 tickets. Her brother has 5 fewer tickets than she has. How many tickets do they have together? "
+           "Give the result as your final answer. Do not include units.", 13),
+    _use(BOOK, "Book a ticket from Ullapool to Stornoway for 3 passengers.",
+         origin="Ullapool", destination="Stornoway", passengers=3),
+    _solve("There are 50 girls in the park. If there are 2 times the number of boys in the park, how many kids are in the "
+           "park? Give the result as your final answer. Do not include units.", 150),
+    _use(CANCEL, "Cancel the departure of the ferry Skua on 2026-05-03.", ferry="Skua", date="2026-05-03"),
+    Turn("base", "Say in one sentence what this team does."),
+)  # fmt: skip
+
+
+def _number(answer: str) -> float | None:
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _call(answer: str) -> dict | None:
+    try:
+        call, _ = json.JSONDecoder().raw_decode(answer[answer.index("{") :])
+    except ValueError:
+        return None
+    return call if isinstance(call, dict) else None
 
 
 @dataclass
 class Row:
-    decoder: str
+    """`base_text`: what the base says instead, where there is a right answer."""
+
+    turn: Turn
     prompt: list[int]
     result: TurnResult
+    base_text: str | None = None
+
+    @property
+    def decoder(self) -> str:
+        return self.turn.decoder
 
 
-def run(config: Path = CONFIG, max_tokens: int = 32, ca_file: Path | None = None) -> None:
+def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = None) -> None:
     """Raises PrefillShareError; prints progress, a table, and as last line one JSON object."""
     console = Console()
     deployment = _prepare(config, console)
     names = decoders.served(deployment)
-    turns = [t for t in TURNS if t[0] in names]
-    if len({name for name, _ in turns}) < 2:
-        raise ConfigError(f"the demo wants decoders among {', '.join(n for n, _ in TURNS)}", field="decode")
+    turns = [turn for turn in TURNS if turn.decoder in names]
+    if len({turn.decoder for turn in turns}) < 2:
+        wanted = ", ".join(dict.fromkeys(turn.decoder for turn in TURNS))
+        raise ConfigError(f"the demo wants at least two decoders of {wanted}", field="decode")
     connection = client_options(deployment, ca_file)
     with startup_progress(console) as progress, running(deployment, progress):
         progress.done()
         console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
         with Client(f"{deployment.router.host}:{deployment.router.grpc_port}", **connection) as client:
-            rows = _session(client, deployment, turns, max_tokens, console)
+            rows = _session(client, turns, "base" in names, max_tokens, console)
     with console.status("checking every generated token against the reference ..."):
         worst = _oracle(deployment, rows)
     without = prefilled_without_sharing(rows, deployment.base.block_size)
     for number, row in enumerate(rows, 1):
-        console.print(f"[bold]{number} {row.decoder}:[/]", Text(" ".join(row.result.text.split())))
+        _show(number, row, console)
     console.print(_table(rows))
     totals = _totals(rows, without, worst)
     console.print(
@@ -98,45 +174,57 @@ def client_options(deployment: Deployment, ca_file: Path | None = None) -> dict[
 
 
 def _prepare(config: Path, console: Console) -> Deployment:
-    """Model and seeded adapters, made if they are not there, then the deployment file."""
+    """The model's folder, made if it is not there, then the deployment file."""
     from prefillshare.models import fetch
-    from prefillshare.seeded_adapters import make_seeded_adapters
 
     if not config.is_file():
         raise ConfigError(f"no such deployment file: {config}", fix="run the demo from the project's folder, or give --config")
     if config == CONFIG:
-        base = fetch(MODEL)
-        with console.status("making seeded adapters ..."):
-            make_seeded_adapters(base, Path("adapters/seeded"))
+        fetch(MODEL)
     return load(config)
 
 
-def _session(client: Client, deployment: Deployment, turns, max_tokens: int, console: Console) -> list[Row]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(deployment.base.model)
+def _session(client: Client, turns: list[Turn], with_base: bool, max_tokens: int, console: Console) -> list[Row]:
+    """The turns on one session; then, if the base is served, what it says in the same places."""
     session = client.create_session(messages=[{"role": "system", "content": BRIEF}])
-    rows = []
-    for number, (decoder, question) in enumerate(turns, 1):
-        title = f"turn {number} of {len(turns)}: {decoder}"
-        result = _stream(session, decoder, question, max_tokens, title, console)
-        kept = list(session.get(with_token_ids=True).token_ids)
-        prompt = kept[: -len(result.token_ids)] + tokenizer.encode(SUFFIX, add_special_tokens=False)
+    rows, forks = [], []
+    for number, turn in enumerate(turns, 1):
+        forks.append(session.fork())
+        title = f"turn {number} of {len(turns)}: {turn.decoder}"
+        result = _stream(session, turn, max_tokens, title, console)
+        prompt = list(session.get(with_token_ids=True).token_ids)[: -len(result.token_ids)]
         if len(prompt) != result.usage.prompt_tokens:
             raise Internal(
                 f"turn {number}: the server counts {result.usage.prompt_tokens} prompt tokens, the demo {len(prompt)}"
             )
-        rows.append(Row(decoder, prompt, result))
+        rows.append(Row(turn, prompt, result))
+
+    def base_says(row: Row, fork: RemoteSession) -> None:
+        if with_base and row.turn.wanted is not None:
+            row.base_text = fork.turn("base", messages=row.turn.messages, max_tokens=max_tokens, temperature=0.0).text
+        fork.delete()
+
+    with console.status("asking the base the same ..."), ThreadPoolExecutor(len(rows)) as pool:
+        list(pool.map(base_says, rows, forks))
     session.delete()
     return rows
 
 
-def _stream(session: RemoteSession, decoder: str, question: str, max_tokens: int, title: str, console: Console) -> TurnResult:
+def _stream(session: RemoteSession, turn: Turn, max_tokens: int, title: str, console: Console) -> TurnResult:
     with Live(console=console, refresh_per_second=8, transient=True) as live:
-        pieces = session.stream(
-            decoder, messages=[{"role": "user", "content": question}], suffix_text=SUFFIX, max_tokens=max_tokens, logprobs=0
-        )
+        pieces = session.stream(turn.decoder, messages=turn.messages, max_tokens=max_tokens, temperature=0.0, logprobs=0)
         return collect(pieces, lambda text: live.update(Panel(text, title=title, title_align="left")))
+
+
+def _show(number: int, row: Row, console: Console) -> None:
+    def line(who: str, text: str) -> None:
+        mark = "" if row.turn.wanted is None else " [green]right[/]" if row.turn.is_right(text) else " [red]wrong[/]"
+        console.print(f"[bold]{who}[/]{mark}:", Text(" ".join(text.split())))
+
+    console.print(f"[bold]{number}[/]", Text(row.turn.question, style="italic"))
+    line(f"  {row.decoder}", row.result.text)
+    if row.base_text is not None:
+        line("  base instead", row.base_text)
 
 
 def _oracle(deployment: Deployment, rows: list[Row]) -> float:
@@ -192,11 +280,15 @@ def _common(a: list[int], b: list[int]) -> int:
 
 
 def _totals(rows: list[Row], without: int, worst: float) -> dict[str, float]:
-    usage = [row.result.usage for row in rows]
+    usage, checked = [row.result.usage for row in rows], [row for row in rows if row.turn.wanted is not None]
+    asked = [row for row in checked if row.base_text is not None]
     cached, computed = sum(u.cached_tokens for u in usage), sum(u.computed_tokens for u in usage)
     return {
         "turns": len(rows),
         "decoders": len({row.decoder for row in rows}),
+        "answers_checked": len(checked),
+        "right_of_specialists": sum(row.turn.is_right(row.result.text) for row in checked),
+        "right_of_base": sum(row.turn.is_right(row.base_text) for row in asked) if asked else None,
         "prompt_tokens": sum(u.prompt_tokens for u in usage),
         "cached_tokens": cached,
         "computed_tokens": computed,

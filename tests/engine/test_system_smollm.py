@@ -21,6 +21,7 @@ from finetuning.evaluate import offline_answers, served_answers
 from finetuning.tasks import TASKS
 from finetuning.transcripts import stop_ids
 from kvshare import errors
+from prefillshare import demo
 from prefillshare.client import Client
 from prefillshare.seeded_adapters import make_seeded_adapters
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
@@ -28,8 +29,9 @@ from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 
 pytestmark = pytest.mark.engine
 
+SHIPPED = Path(__file__).parents[2] / "adapters"
 BLOCK = 32
-MAX_LEN = 1024
+MAX_LEN = 1536
 QUESTIONS = (
     "Plan a small web shop.",
     "Write the first function.",
@@ -41,7 +43,8 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory, smollm):
-    adapters = make_seeded_adapters(smollm, tmp_path_factory.mktemp("adapters"))
+    adapters = make_seeded_adapters(smollm, tmp_path_factory.mktemp("adapters"), names=("planner", "coder"))
+    adapters |= {name: SHIPPED / name for name in ("tools", "arithmetic")}
     with system(
         {
             "base": {
@@ -103,6 +106,17 @@ def test_the_offline_evaluation_gives_the_served_answers(running, smollm, suite)
     offline = offline_answers(subject, task, questions, tokenizer, stop_ids=stop_ids(smollm, tokenizer))
     assert all(offline)
     assert served_answers(running.client, "planner", task, questions, at_once=4) == offline
+
+
+def test_the_shipped_adapters_do_what_the_base_cannot(running, oracle):
+    """The demo's session: two trained decoders take turns over one context."""
+    session = running.client.create_session(messages=[{"role": "system", "content": demo.BRIEF}])
+    for turn in demo.TURNS:
+        fork, what = session.fork(), {"messages": turn.messages, "max_tokens": 128, "temperature": 0.0}
+        result, _ = oracle.turn(session, turn.decoder, **what)
+        if turn.wanted is not None:
+            assert turn.is_right(result.text), result.text
+            assert not turn.is_right(fork.turn("base", **what).text)
 
 
 def test_five_turns_of_three_decoders_prefill_only_what_is_new(running, oracle):
@@ -177,7 +191,7 @@ def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running):
 
 
 def test_openai_lists_base_and_decoders_as_models(http):
-    assert {m.id for m in http.models.list().data} == {"base", "planner", "coder", "tools"}
+    assert {m.id for m in http.models.list().data} == {"base", "planner", "coder", "tools", "arithmetic"}
 
 
 def test_openai_chat_equals_the_grpc_turn(running, http):

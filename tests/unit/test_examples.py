@@ -70,7 +70,7 @@ def test_example_says_what_it_is_for_what_it_needs_and_what_to_change(file):
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_example_names_no_folder_of_one_machine(file):
     text = file.read_text()
-    assert not re.search(r"(model|planner|coder|tools|math): [/~]", text)
+    assert not re.search(r"(model|planner|coder|tools|arithmetic|math): [/~]", text)
 
 
 def test_demo_and_baseline_differ_in_sharing_alone():
@@ -105,9 +105,9 @@ def test_certificate_of_the_comment_is_one_that_can_be_used(tmp_path):
     assert with_files(None, files, tmp_path)["tls"].cert_file == str(tmp_path / "cert.pem")
 
 
-def test_demo_serves_three_adapters_and_the_base_on_two_cores(load):
+def test_demo_serves_two_adapters_and_the_base_on_two_cores(load):
     demo = load(FOLDER / "demo.yaml")
-    assert list(decoders.served(demo)) == ["base", "planner", "coder", "tools"]
+    assert list(decoders.served(demo)) == ["base", "tools", "arithmetic"]
     assert (demo.prefill.cpu_cores, demo.decode[0].cpu_cores) == ("0", "1")
     assert demo.base.tool_call_parser == "hermes"
 

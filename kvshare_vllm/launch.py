@@ -10,15 +10,18 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+from kvshare import fingerprint
 from kvshare.engine_settings import EngineSettings
+from kvshare.errors import ConfigError
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.plugin import CONNECTOR
+from kvshare_vllm.plugin import CONNECTOR, TWO_STREAM_MODELS
 
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
@@ -40,6 +43,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
                 "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
                 "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
             }
+            if mode.two_streams:
+                args["hf_overrides"] = {"architectures": [_two_stream_model(s.model)]}
     if current_platform.is_cpu():
         connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
@@ -70,6 +75,14 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         }
         | dict(s.engine_args)
     )
+
+
+def _two_stream_model(model: str) -> str:
+    """The architecture that runs the base in this folder with a decoder stream beside it. Raises ConfigError."""
+    (architecture,) = fingerprint.read_json(Path(model), "config.json").get("architectures") or (None,)
+    if architecture not in TWO_STREAM_MODELS:
+        raise ConfigError(f"{model} is a {architecture}; two streams run in {', '.join(TWO_STREAM_MODELS)}", field="base.model")
+    return TWO_STREAM_MODELS[architecture]
 
 
 @contextmanager

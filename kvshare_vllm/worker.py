@@ -18,6 +18,9 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
+from kvshare_vllm.connector import mode_of
+from kvshare_vllm.models.two_streams import follow_adapters
+
 
 class ReplayGenerator(torch.Generator):
     """A CPU generator that can take back the draw of a replay's unfinished chunk.
@@ -36,6 +39,11 @@ class ReplayGenerator(torch.Generator):
 
 
 class SharedKVWorker(PlatformWorker):
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        if mode_of(self.vllm_config).two_streams and self.vllm_config.lora_config:
+            follow_adapters(self.model_runner)
+
     def execute_model(self, scheduler_output):
         meta = scheduler_output.kv_connector_metadata
         if not self.use_v2_model_runner:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,21 @@ _LINEAR = re.compile(r"^(?P<module>(?:.+\.)?layers\.\d+\..+)\.weight$")
 
 
 def make_seeded_adapters(
-    base_folder: str | Path, target_folder: str | Path, names: tuple[str, ...] = NAMES, rank: int = 8
+    base_folder: str | Path,
+    target_folder: str | Path,
+    names: tuple[str, ...] = NAMES,
+    rank: int = 8,
+    modules: Collection[str] | None = None,
 ) -> dict[str, Path]:
-    """Write one PEFT adapter per name under the target, with its KV contract, on all linear layers of the base's blocks.
+    """Write one PEFT adapter per name under the target, with its KV contract, on the base's blocks: on their linear layers
+    called one of `modules` ("q_proj"), or on all.
 
     A and B are both drawn from N(0, 0.045^2). Files that are right already are left alone, so this may run while an engine
     reads them. Returns name -> folder. Raises ConfigError for a base folder without safetensors or linear layers.
     """
     layers = _linear_layers(Path(base_folder))
+    if modules is not None:
+        layers = {name: shape for name, shape in layers.items() if name.rsplit(".", 1)[1] in modules}
     folders = {}
     for name in names:
         folder = Path(target_folder) / name

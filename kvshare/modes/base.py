@@ -24,6 +24,8 @@ class SharingMode(ABC):
     adapters_share_blocks: bool
     #: True: full-weight decoders may be served; every mode serves LoRA adapters.
     full_weights: bool
+    #: True: the decode engine runs base and adapter side by side; the base makes all KV.
+    two_streams: bool = False
 
     @abstractmethod
     def handoff_tokens(self, prompt_tokens: int) -> int:

@@ -1,0 +1,68 @@
+"""ICaRus on tiny models: exact for every adapter, whatever they are batched with; all KV is the base's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import System, system
+from oracle import Oracle
+
+from finetuning.methods import NO_KEYS_NO_VALUES
+from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+ADAPTERS = ("a", "b", "c", "d")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def running(request, tmp_path_factory, smollm):
+    folder = tmp_path_factory.mktemp(f"icarus-{request.param}")
+    base = make_base(request.param, folder / "base", smollm)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=ADAPTERS, modules=NO_KEYS_NO_VALUES)
+    with system(
+        {
+            "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
+            "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0"},
+            "decode": [
+                {
+                    "pool": "agents",
+                    "sharing": "icarus",
+                    "kv_cache_gib": 0.05,
+                    "cpu_cores": "1",
+                    "max_lora_rank": 8,
+                    "adapters": {name: str(path) for name, path in adapters.items()},
+                }
+            ],
+            "router": {"eager_prefill": False},
+        }
+    ) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+def ids(n: int, salt: int = 0) -> list[int]:
+    return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
+
+
+def test_every_adapter_and_the_base_are_exact_over_turns(running, oracle):
+    session = running.client.create_session(token_ids=ids(45))
+    for number, name in enumerate(("a", "b", "base", "c", "a", "d")):
+        oracle.turn(session, name, token_ids=ids(6, salt=number + 1), max_tokens=20, ignore_eos=True)
+
+
+def test_four_adapters_and_the_base_in_one_batch_are_exact(running, oracle):
+    def take(number: int):
+        session = running.client.create_session(token_ids=ids(40 + 9 * number, salt=20 + number))
+        name = (*ADAPTERS, "base")[number % 5]
+        return oracle.turn(session, name, token_ids=ids(5, salt=30), max_tokens=24 + number, ignore_eos=True)
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(take, range(10)))

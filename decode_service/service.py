@@ -32,10 +32,11 @@ class DecodeService(EngineReplica):
         adapter: str | None = None,
         replay: int = 0,
         cache_salt: str | None = None,
+        lend: bool = False,
     ):
         """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
         async for chunk in self._engine.decode(
-            token_ids, handoff, sampling, request_id, adapter=adapter, replay=replay, cache_salt=cache_salt
+            token_ids, handoff, sampling, request_id, adapter=adapter, replay=replay, cache_salt=cache_salt, lend=lend
         ):
             yield chunk
 

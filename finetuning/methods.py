@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from finetuning.transcripts import Example
+from kvshare.modes import get_mode
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: A decoder that never makes KV has no use for other keys and values.
-NO_KEYS_NO_VALUES = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PrefillShare(Method):
 
 
 class Icarus(Method):
-    name, sharing, lora_modules = "icarus", "icarus", NO_KEYS_NO_VALUES
+    name, sharing, lora_modules = "icarus", "icarus", sorted(get_mode("icarus").adapter_modules)
     own_kv = False
 
     def view(self, example: Example) -> View:

@@ -221,6 +221,8 @@ class Router(_Node):
     """Most eager prefills one router has running at once."""
     eager_prefill_stride_tokens: int = Field(256, ge=1)
     """While a response streams, its KV is made every so many tokens."""
+    pull_back_max: int = Field(32, ge=1)
+    """Most responses whose KV one router has the prefill pool pull at once, in modes whose generated KV is base KV."""
     placement: Placement = Field(default_factory=Placement)
     """How replicas are chosen."""
     auth: Auth | None = None

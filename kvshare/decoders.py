@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
             with _about(f"decode.{number}.model"):
                 _check_full(pool, pool.model, base)
                 _check_positions(pool.model, length)
+        _check_architecture(pool, deployment.base.model, f"decode.{number}.sharing")
         for name, folder in pool.adapters.items():
             with _about(f"decode.{number}.adapters.{name}"):
                 _check_adapter(pool, folder, base)
@@ -104,6 +105,28 @@ def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
             )
 
 
+def _check_adapted(pool: DecodePool, folder: str, tensors: Iterable[str]) -> None:
+    """`tensors`: names as PEFT writes them, ...self_attn.q_proj.lora_A.weight."""
+    allowed = get_mode(pool.sharing).adapter_modules
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors if ".lora_" in name}
+    if allowed is not None and (wrong := adapted - allowed):
+        raise ConfigError(
+            f"{folder} adapts {', '.join(sorted(wrong))}, which mode {pool.sharing} never runs",
+            fix=f"train it for mode {pool.sharing}: such an adapter changes {', '.join(sorted(allowed))}",
+        )
+
+
+def _check_architecture(pool: DecodePool, base: str, field: str) -> None:
+    served = get_mode(pool.sharing).architectures
+    for architecture in fingerprint.read_json(base, "config.json").get("architectures") or ():
+        if served is not None and architecture not in served:
+            raise ConfigError(
+                f"mode {pool.sharing} cannot serve {architecture}",
+                field=field,
+                fix=f"use a base of {', '.join(sorted(served))}",
+            )
+
+
 def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     shape = KVShape.of(folder)
     if get_mode(pool.sharing).shares_prefill:
@@ -140,6 +163,6 @@ def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract) -> None
     weights = Path(folder) / "adapter_model.safetensors"
     if not weights.is_file():
         raise ConfigError(f"{folder} has no adapter_model.safetensors", fix="save the adapter in safetensors format")
-    fingerprint.safetensors_header(weights)
+    _check_adapted(pool, folder, fingerprint.safetensors_header(weights))
     if get_mode(pool.sharing).shares_prefill:
         DecoderContract.read(folder).check(base, folder)

@@ -56,6 +56,8 @@ class TokenChunk:
     #: engine's own cache. The same on every chunk of a request.
     kv_bytes: int = 0
     local_tokens: int = 0
+    #: On the last chunk of a request that was asked to lend: the KV of all its tokens but the last, to be pulled.
+    lent: Handoff | None = None
 
 
 @dataclass
@@ -95,6 +97,9 @@ class TurnContext:
     #: Of the domain and the client's own salt. Mixed into the keys of the prompt's blocks on both sides: prompts of
     #: different salts never share KV.
     cache_salt: str | None = None
+    #: The decode engine is to lend the context's KV at the end, where its mode lets it (True); what it lent.
+    lend: bool = False
+    lent: Handoff | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None
     #: Set where the text is made: the response is whole, although a stop text cut the tokens short.

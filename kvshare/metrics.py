@@ -83,6 +83,20 @@ DEFINITIONS = {
             "Work moved out of the next turns' time to first token.",
         ),
         Metric(
+            "prefillshare_pull_backs_total",
+            Counter,
+            "Loans of a response's KV by decode engines, by outcome (done, needless, failed).",
+            ("outcome",),
+            "failed rising: look at the network or raise cluster.kv_lease_s; needless: pulling takes longer than computing.",
+        ),
+        Metric(
+            "prefillshare_pulled_back_tokens_total",
+            Counter,
+            "Tokens whose KV the prefill pool has pulled from decode engines.",
+            (),
+            "Prefill that was not computed again.",
+        ),
+        Metric(
             "prefillshare_completion_tokens_total", Counter, "Tokens generated.", ("decoder",), "The throughput of a decoder."
         ),
         Metric(

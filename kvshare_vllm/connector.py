@@ -55,19 +55,17 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def shared_tokens(self, request: Request) -> int:
         """Length of the prefix that must be base KV, in tokens (R1)."""
-        return self._mode.handoff_tokens(request.num_prompt_tokens)
+        return self._mode.handoff_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        params = request.kv_transfer_params or {}
+        params, first = request.kv_transfer_params or {}, num_computed_tokens // self.block_size
+        loader = self._loading.get(request.block_hashes[first]) if first < len(request.block_hashes) else None
+        if loader not in (None, request.request_id):
+            return None, False
         if not params.get("do_remote_prefill"):
             return super().get_num_new_matched_tokens(request, num_computed_tokens)
         missing = self.shared_tokens(request) - num_computed_tokens
-        if missing <= 0:
-            return 0, False
-        first = num_computed_tokens // self.block_size
-        if missing >= self.block_size and self._loading.get(request.block_hashes[first]) not in (None, request.request_id):
-            return None, False
-        return missing, True
+        return (missing, True) if missing > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks, num_external_tokens: int) -> None:
         loads_now = bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
@@ -96,12 +94,16 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
     def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         self._load_ended(request.request_id)
         load_cost = self.load_cost.pop(request.request_id, None)
+        given = request.kv_transfer_params or {}
+        if not given.get("lend", True) and not given.get("do_remote_prefill"):
+            self._stop_heartbeat(request.request_id)
+            return False, load_cost
         delay, params = super().request_finished(request, block_ids)
         if request.request_id in self._reqs_need_send and params is not None:
-            # The decode worker rebases this deadline by the clock offset its handshake measured.
+            # The reader's worker rebases this deadline by the clock offset its handshake measured.
             params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
             params["lease_s"] = self._kv_lease_duration
-        return delay, load_cost if params is None else params
+        return delay, load_cost if params is None else {**params, **(load_cost or {})}
 
 
 class SharedKVConnectorWorker(NixlPullConnectorWorker):

@@ -182,6 +182,13 @@ class Engine:
         finally:
             self._active -= 1
 
+    def _handoff(self, params: dict[str, Any], tokens: int) -> Handoff:
+        return Handoff(tokens, self.settings.contract, self.settings.lease_s, dict(params))
+
+    async def release(self, handoff: Handoff, request_id: str) -> None:
+        """Tell the engine that made this handoff that nobody will read it, so that it frees the blocks now."""
+        await self._llm.notify_kv_transfer_request_rejected(request_id, {**handoff.transfer, "do_remote_prefill": True})
+
     def _dead(self) -> Unavailable:
         return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
 
@@ -195,11 +202,43 @@ class PrefillEngine(Engine):
         adapter: str | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
-        hold: bool = True,
     ) -> PrefillResult:
-        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends; or only cache it."""
+        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends."""
         ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
-        extra = {"kv_transfer_params": ask} if hold else None
+        output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask)
+        params = output.kv_transfer_params
+        if not params:
+            raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
+        return PrefillResult(self._handoff(params, len(token_ids)), len(token_ids), output.num_cached_tokens or 0, seconds)
+
+    async def warm(
+        self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
+    ) -> PrefillResult:
+        """Only cache it."""
+        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None)
+        return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
+
+    async def pull(
+        self, token_ids: list[int], lent: Handoff, request_id: str, *, cache_salt: str | None = None
+    ) -> PrefillResult:
+        """Cache base KV that a decode engine has lent, all but that of the last token read instead of computed.
+
+        From the call on the loan is this engine's: it reads it or has the decode engine told that nobody will.
+        Raises Unavailable if it cannot be read.
+        """
+        wanted = len(token_ids) - 1
+        if lent.contract != self.settings.contract or wanted > lent.tokens:
+            await self.release(lent, request_id)
+            raise Internal(f"a loan of {lent.tokens} tokens under contract {lent.contract} for {wanted} tokens")
+        # vLLM aligns both engines' blocks at the end, and a decode engine may have one more than the tokens fill.
+        blocks = [group[: -(-wanted // self.settings.block_size)] for group in lent.transfer["remote_block_ids"]]
+        ask = {**lent.transfer, "remote_block_ids": blocks, "do_remote_prefill": True, "do_remote_decode": False, "lend": False}
+        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, 0, ask)
+        return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
+
+    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None):
+        """(the engine's last output, seconds)"""
+        extra = {"kv_transfer_params": ask} if ask else None
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
         started = time.perf_counter()
         output = None
@@ -207,15 +246,7 @@ class PrefillEngine(Engine):
             output = latest
         if output is None or output.outputs[0].finish_reason not in ("length", "stop"):
             raise Unavailable(f"prefill of request {request_id} ended early")
-        handoff = None
-        if hold:
-            params = output.kv_transfer_params
-            if not params:
-                raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
-            handoff = Handoff(
-                tokens=len(token_ids), contract=self.settings.contract, lease_s=self.settings.lease_s, transfer=dict(params)
-            )
-        return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, time.perf_counter() - started)
+        return output, time.perf_counter() - started
 
 
 class DecodeEngine(Engine):
@@ -241,8 +272,10 @@ class DecodeEngine(Engine):
         replay: int = 0,
         cache_salt: str | None = None,
         priority: int = 0,
+        lend: bool = False,
     ) -> AsyncIterator[TokenChunk]:
-        """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere.
+        """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere. `lend`: at the end
+        hold the KV for the prefill pool (modes whose generated KV is base KV).
 
         From the call on the handoff is this engine's: it reads it or has the prefill engine told that nobody will.
 
@@ -257,13 +290,13 @@ class DecodeEngine(Engine):
             except ContractMismatch:
                 await self.release(handoff, request_id)
                 raise
-            expected = self.mode.handoff_tokens(prompt_tokens)
+            expected = self.mode.handoff_tokens(prompt_tokens, replay)
             if handoff.tokens != expected:
                 raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
             transfer = dict(handoff.transfer)
-        elif self.mode.handoff_tokens(prompt_tokens) > 0:
+        elif self.mode.handoff_tokens(prompt_tokens, replay) > 0:
             raise Internal("a prompt of several tokens came without a handoff (R1)")
-        transfer["replay_tokens"] = replay
+        transfer |= {"replay_tokens": replay, "lend": lend}
         sampling = sampling.clone()
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
@@ -288,12 +321,10 @@ class DecodeEngine(Engine):
                     stop_reason=completion.stop_reason,
                     kv_bytes=params.get("pulled_bytes", 0),
                     local_tokens=params.get("local_tokens", 0),
+                    lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
                 )
         except InvalidInput:
             if handoff is not None and not taken:  # vLLM refused it before the engine saw it
                 await self.release(handoff, request_id)
             raise
 
-    async def release(self, handoff: Handoff, request_id: str) -> None:
-        """Tell the prefill engine that nobody will read this handoff, so that it frees the blocks now."""
-        await self._llm.notify_kv_transfer_request_rejected(request_id, dict(handoff.transfer))

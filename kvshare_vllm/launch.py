@@ -10,7 +10,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -18,10 +17,9 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from kvshare import fingerprint
 from kvshare.engine_settings import EngineSettings
-from kvshare.errors import ConfigError
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.plugin import CONNECTOR, TWO_STREAM_MODELS
+from kvshare_vllm.plugin import CONNECTOR, TWO_STREAMS
 
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
@@ -38,13 +36,20 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
         connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it
+            connector["kv_connector_extra_config"] |= {
+                "bidirectional_kv_xfer": True,
+                "decoder_kv_blocks_ttl": s.lease_s,
+                "kv_recompute_threshold": 0,  # the router decides
+            }
         if s.role == "decode":
             args |= {
                 "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
                 "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
             }
             if mode.two_streams:
-                args["hf_overrides"] = {"architectures": [_two_stream_model(s.model)]}
+                stock = fingerprint.read_json(s.model, "config.json")["architectures"]
+                args["hf_overrides"] = {"architectures": [TWO_STREAMS + name for name in stock]}
     if current_platform.is_cpu():
         connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
@@ -75,14 +80,6 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         }
         | dict(s.engine_args)
     )
-
-
-def _two_stream_model(model: str) -> str:
-    """The architecture that runs the base in this folder with a decoder stream beside it. Raises ConfigError."""
-    (architecture,) = fingerprint.read_json(Path(model), "config.json").get("architectures") or (None,)
-    if architecture not in TWO_STREAM_MODELS:
-        raise ConfigError(f"{model} is a {architecture}; two streams run in {', '.join(TWO_STREAM_MODELS)}", field="base.model")
-    return TWO_STREAM_MODELS[architecture]
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from kvshare.modes import modes
+
 CONNECTOR = "SharedKVConnector"
-#: Architecture of a base -> the model that runs it with a decoder stream beside.
-TWO_STREAM_MODELS = {"LlamaForCausalLM": "IcarusLlamaForCausalLM", "Qwen3ForCausalLM": "IcarusQwen3ForCausalLM"}
+#: Before a base's architecture: the model that runs it with a decoder stream beside.
+TWO_STREAMS = "Icarus"
 
 
 def register() -> None:
@@ -17,8 +19,8 @@ def register() -> None:
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.connector", CONNECTOR)
     kv_events.register()
-    for name in TWO_STREAM_MODELS.values():
-        ModelRegistry.register_model(name, f"kvshare_vllm.models.two_streams:{name}")
+    for stock in {name for mode in modes() if mode.two_streams for name in mode.architectures}:
+        ModelRegistry.register_model(TWO_STREAMS + stock, f"kvshare_vllm.models.two_streams:{TWO_STREAMS}{stock}")
     if current_platform.is_cpu():
         from kvshare_vllm.nixl_progress import wait_for_events
 

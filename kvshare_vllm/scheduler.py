@@ -60,7 +60,7 @@ class SharedKVScheduler(AsyncScheduler):
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
-        limit = self._mode.handoff_tokens(request.num_prompt_tokens) // self.block_size * self.block_size
+        limit = self.connector.connector_scheduler.shared_tokens(request) // self.block_size * self.block_size
         if tokens > limit:
             blocks, tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return blocks, tokens, boundary, diverged
@@ -71,7 +71,8 @@ class SharedKVScheduler(AsyncScheduler):
         params = request.kv_transfer_params or {}
         if not request.abort_immediately:
             replay = params.get("replay_tokens", 0)
-            if self._mode.handoff_tokens(request.num_prompt_tokens - replay) > 0 and not params.get("do_remote_prefill"):
+            shared = self._mode.handoff_tokens(request.num_prompt_tokens - replay, replay)
+            if shared > 0 and not params.get("do_remote_prefill"):
                 return self._refuse(request, "it came without a KV handoff (R1)")
             if request.skip_reading_prefix_cache:
                 return self._refuse(request, "it asks to recompute its prompt, as prompt_logprobs does (R1)")

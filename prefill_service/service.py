@@ -5,14 +5,15 @@ A request's life here:
  2. The engine holds the blocks under a lease and answers with the handoff.
  3. A decode engine reads them and says so, or the lease ends; either frees them. Cancelling the call frees them too.
 
-`warm` does 1 alone, for a context whose next turn is expected: nothing is held, the blocks stay in the cache.
+`warm` does 1 alone, for a context whose next turn is expected: nothing is held, the blocks stay in the cache. `pull` is
+`warm` for a context whose base KV a decode engine has lent: it is read, not computed.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 
-from kvshare.handoff import PrefillResult
+from kvshare.handoff import Handoff, PrefillResult
 from kvshare_vllm.replica import EngineReplica
 
 
@@ -44,7 +45,15 @@ class PrefillService(EngineReplica):
         self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0
     ) -> PrefillResult:
         with self._queued(queued_tokens):
-            return await self._engine.prefill(token_ids, request_id, cache_salt=cache_salt, priority=priority, hold=False)
+            return await self._engine.warm(token_ids, request_id, cache_salt=cache_salt, priority=priority)
+
+    async def pull(
+        self, token_ids: list[int], lent: Handoff, request_id: str, cache_salt: str | None = None
+    ) -> PrefillResult:
+        return await self._engine.pull(token_ids, lent, request_id, cache_salt=cache_salt)
+
+    async def release(self, handoff: Handoff, request_id: str) -> None:
+        await self._engine.release(handoff, request_id)
 
     @contextmanager
     def _queued(self, tokens: int):

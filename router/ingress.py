@@ -45,6 +45,7 @@ class RouterIngress:
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
         from router.orchestrator import Orchestrator
+        from router.pull_back import PullBack
         from router.sessions import SessionGauge, open_sessions
         from router.turns import Turns
 
@@ -75,7 +76,12 @@ class RouterIngress:
         if config.eager_prefill and (shared := self._fleet.pools.get(SHARED_PREFILL)):
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
-        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager)
+        self._pull_back: PullBack | None = None
+        if shared := self._fleet.pools.get(SHARED_PREFILL):
+            self._pull_back = PullBack(
+                shared, deployment.base, metrics, limit=config.pull_back_max, compute_s=lambda: self._orchestrator.compute_s.value
+            )
+        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager, self._pull_back)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
         servicer = Servicer(turns, self.not_ready_because)
@@ -163,8 +169,9 @@ class RouterIngress:
     async def __del__(self):
         if hasattr(self, "_grpc"):
             await self.drain(GRACE_S)
-        if getattr(self, "_eager", None):
-            await self._eager.stop()
+        for background in (getattr(self, "_eager", None), getattr(self, "_pull_back", None)):
+            if background:
+                await background.stop()
         if hasattr(self, "_fleet"):
             await self._fleet.stop()
         if hasattr(self, "_session_gauge"):

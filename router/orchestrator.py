@@ -40,6 +40,7 @@ from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
 from router.pools import Pool
 from router.replicas import CALL_ERRORS, answer
+from router.service_rate import MeanRatio
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,14 @@ class Route:
     prefill: Pool
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """What is handed over: its tokens, and the keys of its blocks."""
+
+    token_ids: list[int]
+    keys: BlockKeys
+
+
 @dataclass
 class _Attempt:
     """What a turn's attempts hand on to each other."""
@@ -63,6 +72,7 @@ class _Attempt:
     route: Route
     #: What the turn holds of the pool's room; given back when it ends.
     grant: Grant
+    prefix: _Prefix
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -97,6 +107,8 @@ class Orchestrator:
         self._turn_ended = asyncio.Event()
         self.draining = False
         self._releases: set[asyncio.Task] = set()
+        #: Seconds per token that prefill replicas have lately computed.
+        self.compute_s = MeanRatio(time.monotonic)
 
     def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
         """From now on serve these. Turns in progress keep the route they started on."""
@@ -165,12 +177,10 @@ class Orchestrator:
     async def _attempts(
         self, decoder: Decoder, prompt, sampling, request_id: str, context: TurnContext
     ) -> AsyncIterator[TokenChunk]:
-        mode, base = get_mode(decoder.sharing), self._base
-        shared = prompt[: mode.handoff_tokens(len(prompt))]
-        adapter = None if mode.adapters_share_blocks else decoder.adapter
-        keys = BlockKeys(shared, base.block_size, salt=context.cache_salt, adapter=adapter)
         route = self.routes[decoder.pool]
-        overlaps = route.prefill.overlaps(keys) if shared else {}
+        prefix = self._prefix(decoder, prompt, [], context)
+        shared = bool(prefix.token_ids)
+        overlaps = route.prefill.overlaps(prefix.keys) if shared else {}
         demand = Demand(
             pool=decoder.pool,
             prompt_tokens=len(prompt),
@@ -182,8 +192,8 @@ class Orchestrator:
         )
         with await self._admission.admit(demand) as grant:
             context.usage.queue_s = grant.waited_s
-            attempt = _Attempt(route, grant)
-            attempts = self._until_it_ends(decoder, prompt, shared, keys, sampling, request_id, context, attempt)
+            attempt = _Attempt(route, grant, prefix)
+            attempts = self._until_it_ends(decoder, prompt, sampling, request_id, context, attempt)
             async with aclosing(attempts) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -192,8 +202,6 @@ class Orchestrator:
         self,
         decoder: Decoder,
         prompt: list[int],
-        shared: list[int],
-        keys: BlockKeys,
         sampling,
         request_id: str,
         context: TurnContext,
@@ -202,8 +210,8 @@ class Orchestrator:
         while True:
             tag = f"{request_id}-{attempt.number}"
             try:
-                handoff = await self._prefill(decoder, shared, keys, tag, context, attempt)
-                decode = self._decode(decoder, prompt, keys, handoff, sampling, tag, context, attempt)
+                handoff = await self._prefill(decoder, tag, context, attempt)
+                decode = self._decode(decoder, prompt, handoff, sampling, tag, context, attempt)
                 async with aclosing(decode) as chunks:
                     async for chunk in chunks:
                         attempt.generated += chunk.token_ids
@@ -213,6 +221,13 @@ class Orchestrator:
                             return
             except (PrefixLost, ReplicaLost) as lost:
                 await self._take_up_again(decoder, request_id, context, attempt, lost)
+                attempt.prefix = self._prefix(decoder, prompt, attempt.generated, context)
+
+    def _prefix(self, decoder: Decoder, prompt: list[int], generated: list[int], context: TurnContext) -> _Prefix:
+        mode = get_mode(decoder.sharing)
+        shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
+        adapter = None if mode.adapters_share_blocks else decoder.adapter
+        return _Prefix(shared, BlockKeys(shared, self._base.block_size, salt=context.cache_salt, adapter=adapter))
 
     async def _take_up_again(
         self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
@@ -238,8 +253,9 @@ class Orchestrator:
             await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (attempt.failures - 1), LONGEST_PAUSE_S))
 
     async def _prefill(
-        self, decoder: Decoder, shared, keys: BlockKeys, request_id: str, context: TurnContext, attempt: _Attempt
+        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt
     ) -> Handoff | None:
+        shared, keys = attempt.prefix.token_ids, attempt.prefix.keys
         if not shared:
             return None
         mode, pool = get_mode(decoder.sharing), attempt.route.prefill
@@ -261,6 +277,7 @@ class Orchestrator:
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()
         elapsed = time.perf_counter() - started
+        self.compute_s.add(elapsed, result.computed_tokens)
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
         if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself
             usage.cached_tokens, usage.predicted_tokens = result.cached_tokens, predicted
@@ -277,7 +294,6 @@ class Orchestrator:
         self,
         decoder: Decoder,
         prompt: list[int],
-        keys: BlockKeys,
         handoff: Handoff | None,
         sampling,
         request_id: str,
@@ -289,7 +305,7 @@ class Orchestrator:
         try:
             last = session.prefilled_on.get(pool.name) if session else None
             grant = attempt.grant
-            placement = await pool.choose(len(prompt), keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
+            placement = await pool.choose(len(prompt), attempt.prefix.keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
             replica = usage.decode_replica = placement.replica.id
             if grant.fits(replica):
                 grant.on(replica)
@@ -303,6 +319,7 @@ class Orchestrator:
                     adapter=decoder.adapter,
                     replay=len(attempt.generated),
                     cache_salt=context.cache_salt,
+                    lend=context.lend and get_mode(decoder.sharing).two_streams,
                 )
                 async for chunk in stream:
                     if loading.when() is not None and not loading.expired():
@@ -312,6 +329,7 @@ class Orchestrator:
                         if session is not None:
                             session.prefilled_on[pool.name] = replica
                     usage.kv_bytes = bytes_before + chunk.kv_bytes
+                    context.lent = chunk.lent
                     yield chunk
                     if chunk.finish_reason:
                         return

@@ -23,6 +23,7 @@ from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from router.chat import ChatLayout
 from router.eager import EagerPrefill
+from router.pull_back import PullBack
 from router.sessions import Session, SessionStore
 
 DEFAULT_MAX_TOKENS = 256
@@ -51,8 +52,9 @@ class Turns:
         frontend: Frontend,
         sessions: SessionStore,
         eager: EagerPrefill | None = None,
+        pull_back: PullBack | None = None,
     ):
-        self.decoders, self.sessions, self._eager = decoders, sessions, eager
+        self.decoders, self.sessions, self._eager, self._pull_back = decoders, sessions, eager, pull_back
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
         # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
@@ -98,6 +100,7 @@ class Turns:
                     field="sampling.min_tokens",
                     fix="ask for fewer, or raise sampling.max_tokens",
                 )
+            context.lend = self._pull_back is not None and seen == kept  # a suffix is no part of the context
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             response: list[int] = []
             with ExitStack() as unless_it_ends_well:
@@ -115,6 +118,8 @@ class Turns:
                             await self.sessions.commit(session, (*kept, *response), open_response=is_open)
                             context_tokens = len(session.token_ids)
                             unless_it_ends_well.pop_all()
+                            if context.lent:
+                                self._pull_back.lent(list(session.token_ids), context.lent, context.cache_salt)
                         if eager:
                             grown = partial(_joined, kept, response)
                             ended = bool(completion.finish_reason)
@@ -128,9 +133,10 @@ class Turns:
                         )
 
     def _eager_for(self, decoder: str) -> EagerPrefill | None:
-        """Base KV of a response is of use only where turns draw on the shared pool."""
+        """Base KV of a response is of use only where turns draw on the shared pool, and need not be made where it is there."""
         served = self.decoders.get(decoder)
-        return self._eager if served and get_mode(served.sharing).shares_prefill else None
+        mode = get_mode(served.sharing) if served else None
+        return self._eager if mode and mode.shares_prefill and not mode.two_streams else None
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""

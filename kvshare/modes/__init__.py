@@ -20,4 +20,8 @@ def mode_names() -> tuple[str, ...]:
     return tuple(_MODES)
 
 
-__all__ = ["SharingMode", "get_mode", "mode_names"]
+def modes() -> tuple[SharingMode, ...]:
+    return tuple(_MODES.values())
+
+
+__all__ = ["SharingMode", "get_mode", "mode_names", "modes"]

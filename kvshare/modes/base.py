@@ -24,12 +24,18 @@ class SharingMode(ABC):
     adapters_share_blocks: bool
     #: True: full-weight decoders may be served; every mode serves LoRA adapters.
     full_weights: bool
-    #: True: the decode engine runs base and adapter side by side; the base makes all KV.
+    #: True: the decode engine runs base and adapter side by side; the base makes all KV, of generated tokens too. Then any
+    #: decoder may use that KV, and the prefill pool may pull it instead of computing it.
     two_streams: bool = False
+    #: LoRA modules an adapter may have; None: any. Others would stay without effect.
+    adapter_modules: frozenset[str] | None = None
+    #: Architectures of bases (config.json) that it can serve; None: any that vLLM serves.
+    architectures: frozenset[str] | None = None
 
     @abstractmethod
-    def handoff_tokens(self, prompt_tokens: int) -> int:
-        """How many leading prompt tokens the prefill side computes and hands over (R1)."""
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+        """How many leading tokens the prefill side computes and hands over (R1). `replayed`: generated tokens that follow
+        the prompt of a request that is resumed."""
 
     @abstractmethod
     def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:

@@ -13,10 +13,13 @@ class Icarus(SharingMode):
     adapters_share_blocks = True
     full_weights = False
     two_streams = True
+    architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
+    #: No adapter makes keys or values.
+    adapter_modules = frozenset({"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
-    def handoff_tokens(self, prompt_tokens: int) -> int:
-        # The last prompt token is the first that the decode engine computes, in both streams.
-        return prompt_tokens - 1
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+        # The last token is the first that the decode engine computes, in both streams.
+        return prompt_tokens + replayed - 1
 
     def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
         return computed_tokens

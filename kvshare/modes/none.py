@@ -13,7 +13,7 @@ class PerModel(SharingMode):
     adapters_share_blocks = False
     full_weights = True
 
-    def handoff_tokens(self, prompt_tokens: int) -> int:
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
         return prompt_tokens
 
     def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:

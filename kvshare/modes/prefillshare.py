@@ -13,7 +13,7 @@ class PrefillShare(SharingMode):
     adapters_share_blocks = True
     full_weights = True
 
-    def handoff_tokens(self, prompt_tokens: int) -> int:
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
         # The last prompt token is the decoder's first input: its KV is the decoder's.
         return prompt_tokens - 1
 

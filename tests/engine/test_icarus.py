@@ -5,10 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import System, system
+from conftest import System, system, wait_until
 from oracle import Oracle
 
-from finetuning.methods import NO_KEYS_NO_VALUES
+from kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
@@ -22,7 +22,7 @@ ADAPTERS = ("a", "b", "c", "d")
 def running(request, tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp(f"icarus-{request.param}")
     base = make_base(request.param, folder / "base", smollm)
-    adapters = make_seeded_adapters(base, folder / "adapters", names=ADAPTERS, modules=NO_KEYS_NO_VALUES)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=ADAPTERS, modules=get_mode("icarus").adapter_modules)
     with system(
         {
             "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
@@ -66,3 +66,13 @@ def test_four_adapters_and_the_base_in_one_batch_are_exact(running, oracle):
 
     with ThreadPoolExecutor(10) as pool:
         list(pool.map(take, range(10)))
+
+
+def test_a_response_is_pulled_back_and_never_prefilled(running, oracle):
+    """Five turns of four adapters: beyond its new input, a turn computes at most one block."""
+    session = running.client.create_session(token_ids=ids(3 * BLOCK, salt=40))
+    oracle.turn(session, "a", token_ids=ids(10, salt=41), max_tokens=50, ignore_eos=True)
+    for number, name in enumerate(("b", "c", "d", "a"), 42):
+        result, _ = oracle.turn(session, name, token_ids=ids(10, salt=number), max_tokens=50, ignore_eos=True)
+        assert result.usage.computed_tokens <= 10 + BLOCK
+    wait_until(lambda: not running.held(), 10)

@@ -1,0 +1,83 @@
+"""Pull-back: KV of a response goes from the decode engine that made it to the prefill pool, instead of being computed again.
+
+In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it, wants what the decode engine already has:
+ 1. At the end of a session's turn the decode engine lends the context's KV, under a lease.
+ 2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens. Less than a block
+    is never worth a pull.
+ 3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
+    (kvshare_vllm/connector.py), wherever it stands.
+ 4. A loan that nobody reads is given back at once. If the read fails, the next turn computes what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+
+from kvshare.config import Base
+from kvshare.errors import PrefillShareError, PrefixLost
+from kvshare.handoff import Handoff, PrefillResult
+from kvshare.metrics import Metrics
+from router.cache_index import BlockKeys
+from router.pools import Placement, Pool
+from router.replicas import CALL_ERRORS, answer
+from router.service_rate import MeanRatio
+
+logger = logging.getLogger(__name__)
+
+
+class PullBack:
+    """`compute_s`: seconds that the prefill pool has lately taken to compute a token, None while that is not known."""
+
+    def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, compute_s: Callable[[], float | None]):
+        self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
+        self._compute_s, self._pull_s = compute_s, MeanRatio(time.monotonic)
+        self._running: set[asyncio.Task] = set()
+
+    def lent(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
+        """The context of a session that has just ended a turn, and what the decode engine lends of it."""
+        task = asyncio.create_task(self._take(token_ids[: lent.tokens + 1], lent, salt))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def stop(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _take(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
+        outcome, name = "failed", f"pull-{uuid.uuid4().hex}"
+        try:
+            async with asyncio.timeout(lent.lease_s):
+                keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
+                placement = await self._pool.choose(len(token_ids), keys)
+                if len(self._running) <= self._limit and self._worth(placement):
+                    result = await self._pull(placement, token_ids, lent, name, keys, salt)
+                    outcome = "done"
+                    self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
+                else:
+                    outcome = "needless"
+                    await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, name))
+        except (PrefillShareError, PrefixLost, TimeoutError, *CALL_ERRORS) as error:
+            logger.warning("KV of %d tokens was not pulled back: %s: %s", len(token_ids), type(error).__name__, error)
+        finally:
+            self._metrics["pull_backs_total"].labels(outcome).inc()
+
+    async def _pull(
+        self, placement: Placement, token_ids: list[int], lent: Handoff, name: str, keys: BlockKeys, salt: str | None
+    ) -> PrefillResult:
+        began = time.monotonic()
+        async with self._pool.calling(placement, keys=keys):
+            pull = self._pool.replicas.on(placement.replica.id).pull
+            result = await answer(pull.remote(token_ids, lent, name, cache_salt=salt))
+        self._pull_s.add(time.monotonic() - began, placement.missing_tokens)
+        return result
+
+    def _worth(self, placement: Placement) -> bool:
+        if placement.missing_tokens < self._base.block_size:
+            return False
+        compute_s, pull_s = self._compute_s(), self._pull_s.value
+        return compute_s is None or pull_s is None or pull_s < compute_s

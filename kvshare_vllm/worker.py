@@ -18,8 +18,7 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-from kvshare_vllm.connector import mode_of
-from kvshare_vllm.models.two_streams import follow_adapters
+from kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
 
 
 class ReplayGenerator(torch.Generator):
@@ -41,7 +40,7 @@ class ReplayGenerator(torch.Generator):
 class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        if mode_of(self.vllm_config).two_streams and self.vllm_config.lora_config:
+        if isinstance(self.model_runner.get_model(), TwoStreams) and self.vllm_config.lora_config:
             follow_adapters(self.model_runner)
 
     def execute_model(self, scheduler_output):

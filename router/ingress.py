@@ -78,8 +78,9 @@ class RouterIngress:
             self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
         self._pull_back: PullBack | None = None
         if shared := self._fleet.pools.get(SHARED_PREFILL):
+            rate = self._orchestrator.compute_s
             self._pull_back = PullBack(
-                shared, deployment.base, metrics, limit=config.pull_back_max, compute_s=lambda: self._orchestrator.compute_s.value
+                shared, deployment.base, metrics, limit=config.pull_back_max, compute_s=lambda: rate.value
             )
         turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager, self._pull_back)
         self._probed: dict[str, float] = {}

@@ -304,8 +304,8 @@ class Orchestrator:
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
             last = session.prefilled_on.get(pool.name) if session else None
-            grant = attempt.grant
-            placement = await pool.choose(len(prompt), attempt.prefix.keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
+            grant, keys = attempt.grant, attempt.prefix.keys
+            placement = await pool.choose(len(prompt), keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
             replica = usage.decode_replica = placement.replica.id
             if grant.fits(replica):
                 grant.on(replica)

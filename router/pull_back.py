@@ -39,7 +39,8 @@ class PullBack:
 
     def lent(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
         """The context of a session that has just ended a turn, and what the decode engine lends of it."""
-        task = asyncio.create_task(self._take(token_ids[: lent.tokens + 1], lent, salt))
+        room = len(self._running) < self._limit
+        task = asyncio.create_task(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -48,13 +49,13 @@ class PullBack:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _take(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
+    async def _take(self, token_ids: list[int], lent: Handoff, salt: str | None, room: bool) -> None:
         outcome, name = "failed", f"pull-{uuid.uuid4().hex}"
         try:
             async with asyncio.timeout(lent.lease_s):
                 keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
                 placement = await self._pool.choose(len(token_ids), keys)
-                if len(self._running) <= self._limit and self._worth(placement):
+                if room and self._worth(placement):
                     result = await self._pull(placement, token_ids, lent, name, keys, salt)
                     outcome = "done"
                     self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)

@@ -67,13 +67,14 @@ def model(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """make(name, base=folder or None for no contract, r=) -> folder of a LoRA adapter made for that base."""
+    """make(name, base=folder or None for no contract, r=, modules=) -> folder of a LoRA adapter made for that base."""
 
-    def make(name="planner", *, base: Path | None = None, r=8, **config) -> Path:
+    def make(name="planner", *, base: Path | None = None, r=8, modules=(), **config) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r} | config))
-        write_safetensors(folder / "adapter_model.safetensors", {"lora_A": b"12345678", "lora_B": b"abcdefgh"})
+        names = [f"base_model.model.model.layers.0.self_attn.{module}.lora_A.weight" for module in modules] or ["lora_A"]
+        write_safetensors(folder / "adapter_model.safetensors", dict.fromkeys(names, b"12345678"))
         if base:
             DecoderContract.of_base(base, trained_with="by hand").write(folder)
         return folder

@@ -235,3 +235,24 @@ def test_retagged_copy_of_the_base_is_the_same_base(deploy, adapter, model, base
     settings = json.loads((copy / "config.json").read_text()) | {"transformers_version": "4.40", "_name_or_path": "x"}
     (copy / "config.json").write_text(json.dumps(settings))
     decoders.check_files(deploy(adapters(adapter("planner", base=copy))))
+
+
+def test_an_adapter_that_makes_keys_or_values_is_refused_where_only_the_base_does(deploy, adapter, base):
+    queries = adapter("queries", base=base, modules=("q_proj", "o_proj"))
+    decoders.check_files(deploy(adapters(queries, sharing="icarus"), base_changes={}))
+    error = refusal(deploy(adapters(adapter("all", base=base, modules=("q_proj", "k_proj", "v_proj")), sharing="icarus")))
+    assert error.field == "decode.0.adapters.all"
+    assert "k_proj, v_proj" in str(error)
+
+
+def test_a_mode_that_cannot_run_the_bases_architecture_says_which_it_can(deploy, model, adapter):
+    other = model("other", architectures=["MambaForCausalLM"])
+    error = refusal(deploy(adapters(adapter("one", base=other), sharing="icarus"), base_changes={"model": str(other)}))
+    assert error.field == "decode.0.sharing"
+    assert "MambaForCausalLM" in str(error)
+    assert "LlamaForCausalLM" in error.fix
+
+
+def test_full_weights_are_refused_where_the_base_makes_all_kv(deploy, model):
+    with pytest.raises(ConfigError, match="icarus serves adapters only"):
+        deploy(full(model("coder"), sharing="icarus"))

@@ -2,11 +2,11 @@
 
 import pytest
 
-from kvshare.modes import SharingMode, get_mode, mode_names
+from kvshare.modes import SharingMode, get_mode, mode_names, modes
 
 
 def test_modes_are_listed_in_the_order_help_shows_them():
-    assert mode_names() == ("prefillshare", "none")
+    assert mode_names() == ("prefillshare", "icarus", "none")
 
 
 @pytest.mark.parametrize("name", mode_names())
@@ -16,12 +16,12 @@ def test_mode_declares_its_whole_policy(name):
     assert mode.name == name
     assert mode.summary
     assert "\n" not in mode.summary
-    for question in ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights"):
+    for question in ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "two_streams"):
         assert isinstance(getattr(mode, question), bool), question
 
 
 def test_unknown_mode_lists_the_known_ones():
-    with pytest.raises(KeyError, match="unknown sharing mode 'x'; known: prefillshare, none"):
+    with pytest.raises(KeyError, match="unknown sharing mode 'x'; known: prefillshare, icarus, none"):
         get_mode("x")
 
 
@@ -47,6 +47,19 @@ def test_prefillshare_offers_only_base_kv(prompt_tokens, computed_tokens, cachea
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 32, 33])
+def test_icarus_hands_over_all_but_the_last_token_and_offers_everything(prompt_tokens):
+    mode = get_mode("icarus")
+    assert mode.handoff_tokens(prompt_tokens) == prompt_tokens - 1
+    assert mode.handoff_tokens(prompt_tokens, 40) == prompt_tokens + 39  # a resumed request's own tokens are base KV, too
+    assert [mode.cacheable_tokens(prompt_tokens, computed) for computed in (0, 32, 500)] == [0, 32, 500]
+
+
+def test_only_base_kv_can_be_handed_over_for_generated_tokens():
+    for mode in modes():
+        assert mode.two_streams or mode.handoff_tokens(33, 40) == mode.handoff_tokens(33), mode.name
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 32, 33])
 def test_per_model_baseline_hands_over_and_offers_everything(prompt_tokens):
     mode = get_mode("none")
     assert mode.handoff_tokens(prompt_tokens) == prompt_tokens
@@ -62,6 +75,6 @@ def test_no_mode_offers_or_hands_over_what_does_not_exist(mode):
 
 
 def test_block_shared_between_adapters_never_holds_decoder_kv():
-    for mode in map(get_mode, mode_names()):
-        if mode.adapters_share_blocks:
+    for mode in modes():
+        if mode.adapters_share_blocks and not mode.two_streams:
             assert all(mode.cacheable_tokens(n, 10 * n) <= mode.handoff_tokens(n) for n in range(1, 200)), mode.name

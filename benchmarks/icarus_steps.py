@@ -1,0 +1,111 @@
+"""What a decode step costs: a plain model, the same with an adapter per request, and two streams with an adapter per request.
+
+Each model is an engine in a process of its own on the same cores; they take turns, so that only one computes at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+ADAPTERS = 4
+START_TIMEOUT_S, MEASURE_TIMEOUT_S, STOP_TIMEOUT_S = 240, 300, 20
+#: System -> (with adapters, with a decoder stream).
+SYSTEMS = {"plain": (False, False), "plain with adapters": (True, False), "two streams": (True, True)}
+
+
+class Stepper:
+    """An engine whose decode steps are timed; lives in a child process."""
+
+    def __init__(self, model: str, adapters: dict[str, str], two_streams: bool, cores: str, context: int, batch: int):
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        from kvshare_vllm.plugin import TWO_STREAMS
+
+        options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
+        if adapters:
+            options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 8}
+        self._llm = LLM(
+            model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=context + 512, max_num_seqs=batch,
+            kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False, disable_log_stats=True,
+            worker_cls="kvshare_vllm.worker.SharedKVWorker", **options,
+        )  # fmt: skip
+        self._adapters = [LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), 1)]
+        self._context, self._count = context, 0
+
+    def step_s(self, batch: int, steps: int) -> float:
+        """Median seconds of a decode step of `batch` requests, each with a context of `context` tokens and more."""
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        sampling = SamplingParams(max_tokens=steps + 4, temperature=0, ignore_eos=True, detokenize=False)
+        for number in range(batch):
+            self._count += 1
+            prompt = [(7 * i + 13 * self._count) % 40_000 for i in range(self._context)]
+            adapter = self._adapters[number % len(self._adapters)] if self._adapters else None
+            engine.add_request(str(self._count), {"prompt_token_ids": prompt}, sampling, lora_request=adapter)
+        began: dict[str, bool] = {}
+        while len(began) < batch:
+            began |= {output.request_id: True for output in engine.step() if output.outputs[0].token_ids}
+        times = []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:-4])
+
+
+def _serve(pipe, *args) -> None:
+    try:
+        stepper = Stepper(*args)
+        pipe.send("ready")
+        while (asked := pipe.recv()) is not None:
+            pipe.send(stepper.step_s(*asked))
+    except EOFError:
+        pass
+
+
+class Child:
+    def __init__(self, pipe, process):
+        self._pipe, self._process = pipe, process
+
+    def step_s(self, batch: int, steps: int) -> float:
+        self._pipe.send((batch, steps))
+        return self.answer(MEASURE_TIMEOUT_S)
+
+    def answer(self, timeout_s: float):
+        if not self._pipe.poll(timeout_s):
+            raise TimeoutError(f"the engine process {self._process.pid} does not answer within {timeout_s} s")
+        return self._pipe.recv()
+
+
+@contextmanager
+def children(model: Path, adapters: dict[str, Path], cores: str, context: int, batch: int):
+    """System -> Child, all started."""
+    spawn = get_context("spawn")
+    with ExitStack() as until_the_end:
+        started = {}
+        for name, (with_adapters, two_streams) in SYSTEMS.items():
+            ours, theirs = spawn.Pipe()
+            folders = {key: str(path) for key, path in adapters.items()} if with_adapters else {}
+            process = spawn.Process(target=_serve, args=(theirs, str(model), folders, two_streams, cores, context, batch))
+            process.start()
+            theirs.close()
+            until_the_end.callback(_end, ours, process)
+            started[name] = Child(ours, process)
+            started[name].answer(START_TIMEOUT_S)
+        yield started
+
+
+def _end(pipe, process) -> None:
+    pipe.close()
+    process.join(STOP_TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()

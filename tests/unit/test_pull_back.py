@@ -1,0 +1,129 @@
+"""Pull-back: what a decode engine lends is pulled where that pays, given back where not, and never waited for in vain."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from polling import until
+from prometheus_client import CollectorRegistry
+
+from kvshare.config import Base
+from kvshare.errors import Unavailable
+from kvshare.handoff import Handoff, PrefillResult
+from kvshare.metrics import Metrics
+from router.pull_back import PullBack
+
+BLOCK = 32
+
+
+class Pool:
+    """One replica that has 64 of a context's tokens."""
+
+    def __init__(self):
+        self.pulled, self.released, self.missing, self.error = [], 0, 90, None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        replica = SimpleNamespace(pull=SimpleNamespace(remote=self._pull), release=SimpleNamespace(remote=self._release))
+        self.replicas = SimpleNamespace(on=lambda _: replica)
+
+    async def choose(self, tokens, keys):
+        return SimpleNamespace(replica=SimpleNamespace(id="one"), cached_tokens=64, missing_tokens=self.missing)
+
+    @asynccontextmanager
+    async def calling(self, placement, queued_tokens=0, keys=None):
+        yield
+
+    async def _pull(self, token_ids, lent, request_id, cache_salt):
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        self.pulled.append((len(token_ids), cache_salt))
+        return PrefillResult(None, len(token_ids), 64 + self.missing, 0.1)
+
+    async def _release(self, lent, request_id):
+        self.released += 1
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture
+async def pool():
+    return Pool()
+
+
+@pytest.fixture
+async def pull_back(pool, metrics):
+    made = PullBack(pool, Base(model="m", block_size=BLOCK), metrics, limit=2, compute_s=lambda: made.known_compute_s)
+    made.known_compute_s = None
+    yield made
+    await made.stop()
+
+
+def loan(tokens: int, lease_s: float = 60) -> Handoff:
+    return Handoff(tokens, "contract", lease_s, {})
+
+
+async def counts(metrics, outcome: str, number: int) -> None:
+    async def counted():
+        return metrics["pull_backs_total"].labels(outcome)._value.get() == number
+
+    async with asyncio.timeout(2):
+        await until(counted)
+
+
+async def test_all_but_the_last_token_of_a_context_is_pulled(pull_back, pool, metrics):
+    pull_back.lent(list(range(155)), loan(154), "salt")
+    await counts(metrics, "done", 1)
+    assert pool.pulled == [(155, "salt")]
+    assert metrics["pulled_back_tokens_total"]._value.get() == 90
+
+
+async def test_a_context_longer_than_the_loan_is_cut(pull_back, pool, metrics):
+    pull_back.lent(list(range(170)), loan(154), None)
+    await counts(metrics, "done", 1)
+    assert pool.pulled == [(155, None)]
+
+
+async def test_less_than_a_block_is_given_back(pull_back, pool, metrics):
+    pool.missing = BLOCK - 1
+    pull_back.lent(list(range(95)), loan(94), None)
+    await counts(metrics, "needless", 1)
+    assert (pool.pulled, pool.released) == ([], 1)
+
+
+async def test_what_is_computed_faster_is_not_pulled(pull_back, pool, metrics):
+    pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "done", 1)  # now it is known how long a pull takes
+    pull_back.known_compute_s = 1e-12
+    pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "needless", 1)
+    pull_back.known_compute_s = 10.0
+    pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "done", 2)
+    assert pool.released == 1
+
+
+async def test_more_at_once_than_the_limit_are_given_back(pull_back, pool, metrics):
+    pool.gate.clear()
+    for _ in range(4):
+        pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "needless", 2)
+    pool.gate.set()
+    await counts(metrics, "done", 2)
+    assert pool.released == 2
+
+
+async def test_a_pull_that_fails_is_counted_and_does_no_more_harm(pull_back, pool, metrics):
+    pool.error = Unavailable("no")
+    pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "failed", 1)
+
+
+async def test_a_pull_that_hangs_ends_with_the_lease(pull_back, pool, metrics):
+    pool.gate.clear()
+    pull_back.lent(list(range(155)), loan(154, lease_s=0.1), None)
+    await counts(metrics, "failed", 1)

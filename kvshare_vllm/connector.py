@@ -68,8 +68,11 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         return (missing, True) if missing > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks, num_external_tokens: int) -> None:
-        loads_now = bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+        params = request.kv_transfer_params or {}
+        loads_now = bool(params.get("do_remote_prefill"))
         super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if params.get("lend"):  # the worker counts only leases of requests that it has been told of
+            self._reqs_in_batch.add(request.request_id)
         if not loads_now:
             return
         local = self.shared_tokens(request) - num_external_tokens
@@ -97,6 +100,7 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         given = request.kv_transfer_params or {}
         if not given.get("lend", True) and not given.get("do_remote_prefill"):
             self._stop_heartbeat(request.request_id)
+            self._reqs_not_processed.add(request.request_id)
             return False, load_cost
         delay, params = super().request_finished(request, block_ids)
         if request.request_id in self._reqs_need_send and params is not None:
@@ -136,6 +140,9 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
                 self.xfer_stats.record_kv_expired_req()
                 failed.add(request_id)
         return done, failed
+
+    def _is_turn2_read_expired(self, meta) -> bool:
+        return False  # vLLM's margin of seconds would refuse short leases; _read_was_late is what counts
 
     def _read_was_late(self, request_id: str, now: float) -> bool:
         meta = self._recving_metadata.get(request_id)

@@ -224,7 +224,7 @@ class PrefillEngine(Engine):
         """Cache base KV that a decode engine has lent, all but that of the last token read instead of computed.
 
         From the call on the loan is this engine's: it reads it or has the decode engine told that nobody will.
-        Raises Unavailable if it cannot be read.
+        Raises PrefixLost if it cannot be read.
         """
         wanted = len(token_ids) - 1
         if lent.contract != self.settings.contract or wanted > lent.tokens:
@@ -233,7 +233,11 @@ class PrefillEngine(Engine):
         # vLLM aligns both engines' blocks at the end, and a decode engine may have one more than the tokens fill.
         blocks = [group[: -(-wanted // self.settings.block_size)] for group in lent.transfer["remote_block_ids"]]
         ask = {**lent.transfer, "remote_block_ids": blocks, "do_remote_prefill": True, "do_remote_decode": False, "lend": False}
-        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, 0, ask)
+        try:
+            output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, 0, ask)
+        except InvalidInput:  # vLLM refused it before the engine saw it
+            await self.release(lent, request_id)
+            raise
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
     async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None):
@@ -244,7 +248,10 @@ class PrefillEngine(Engine):
         output = None
         async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
             output = latest
-        if output is None or output.outputs[0].finish_reason not in ("length", "stop"):
+        ended = output.outputs[0].finish_reason if output is not None else None
+        if ended == "error" and ask and ask.get("do_remote_prefill"):
+            raise PrefixLost(f"the KV lent for {request_id} could not be read", reason=ResumeReason.KV_LOAD_FAILED)
+        if ended not in ("length", "stop"):
             raise Unavailable(f"prefill of request {request_id} ended early")
         return output, time.perf_counter() - started
 

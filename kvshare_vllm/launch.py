@@ -21,7 +21,9 @@ from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from kvshare_vllm.plugin import CONNECTOR, TWO_STREAMS
 
+#: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
+_ROLE_OF_SHARED_PREFILL = "kv_both"
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
         connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        if s.role == "prefill":
+            connector["kv_role"] = _ROLE_OF_SHARED_PREFILL
         if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it
             connector["kv_connector_extra_config"] |= {
                 "bidirectional_kv_xfer": True,
@@ -48,6 +52,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
                 "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
             }
             if mode.two_streams:
+                # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
+                args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
                 stock = fingerprint.read_json(s.model, "config.json")["architectures"]
                 args["hf_overrides"] = {"architectures": [TWO_STREAMS + name for name in stock]}
     if current_platform.is_cpu():

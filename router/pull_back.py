@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from kvshare.config import Base
 from kvshare.errors import PrefillShareError, PrefixLost
@@ -24,9 +25,12 @@ from kvshare.metrics import Metrics
 from router.cache_index import BlockKeys
 from router.pools import Placement, Pool
 from router.replicas import CALL_ERRORS, answer
-from router.service_rate import MeanRatio
+from router.service_rate import MEMORY_S, MeanRatio
 
 logger = logging.getLogger(__name__)
+
+#: The decode engine keeps the blocks meanwhile, and the next turn's prefill waits.
+PATIENCE_S = 10.0
 
 
 class PullBack:
@@ -35,12 +39,22 @@ class PullBack:
     def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, compute_s: Callable[[], float | None]):
         self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
         self._compute_s, self._pull_s = compute_s, MeanRatio(time.monotonic)
+        self._measured_at = -math.inf
+        #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
+        self._met: set[tuple[str, str]] = set()
         self._running: set[asyncio.Task] = set()
 
     def lent(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
         """The context of a session that has just ended a turn, and what the decode engine lends of it."""
-        room = len(self._running) < self._limit
-        task = asyncio.create_task(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
+        room = len(self._running) < self._limit and len(token_ids) < self._base.max_model_len
+        self._start(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
+
+    def give_back(self, lent: Handoff) -> None:
+        """Nobody will pull this."""
+        self._start(self._take([0], lent, None, False))
+
+    def _start(self, work: Coroutine) -> None:
+        task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -52,7 +66,7 @@ class PullBack:
     async def _take(self, token_ids: list[int], lent: Handoff, salt: str | None, room: bool) -> None:
         outcome, name = "failed", f"pull-{uuid.uuid4().hex}"
         try:
-            async with asyncio.timeout(lent.lease_s):
+            async with asyncio.timeout(min(lent.lease_s, PATIENCE_S)):
                 keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
                 placement = await self._pool.choose(len(token_ids), keys)
                 if room and self._worth(placement):
@@ -74,11 +88,16 @@ class PullBack:
         async with self._pool.calling(placement, keys=keys):
             pull = self._pool.replicas.on(placement.replica.id).pull
             result = await answer(pull.remote(token_ids, lent, name, cache_salt=salt))
-        self._pull_s.add(time.monotonic() - began, placement.missing_tokens)
+        if (pair := (placement.replica.id, lent.transfer.get("remote_engine_id", ""))) in self._met:
+            self._measured_at = time.monotonic()
+            self._pull_s.add(self._measured_at - began, placement.missing_tokens)
+        self._met.add(pair)
         return result
 
     def _worth(self, placement: Placement) -> bool:
         if placement.missing_tokens < self._base.block_size:
             return False
         compute_s, pull_s = self._compute_s(), self._pull_s.value
-        return compute_s is None or pull_s is None or pull_s < compute_s
+        if compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
+            return True  # to know it
+        return pull_s < compute_s

@@ -87,7 +87,7 @@ class Turns:
         async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
-            key, eager = (tenant, session_id), self._eager_for(decoder)
+            key, eager, makes_base_kv = (tenant, session_id), self._eager_for(decoder), self._makes_base_kv(decoder)
             if self._eager:
                 self._eager.cancel(key)
             kept, seen = self._lay_out(session, given, suffix)
@@ -106,6 +106,8 @@ class Turns:
             with ExitStack() as unless_it_ends_well:
                 if eager:
                     unless_it_ends_well.callback(eager.cancel, key)
+                if self._pull_back:
+                    unless_it_ends_well.callback(lambda: context.lent and self._pull_back.give_back(context.lent))
                 outputs = self._frontend.run(request, decoder, context)
                 async with aclosing(outputs) as stream:
                     async for output in stream:
@@ -120,9 +122,9 @@ class Turns:
                             unless_it_ends_well.pop_all()
                             if context.lent:
                                 self._pull_back.lent(list(session.token_ids), context.lent, context.cache_salt)
-                        if eager:
+                        ended = bool(completion.finish_reason)
+                        if eager and (ended and not context.lent if makes_base_kv else True):
                             grown = partial(_joined, kept, response)
-                            ended = bool(completion.finish_reason)
                             eager.grew(key, len(kept) + len(response), grown, context.cache_salt, ended=ended)
                         yield TurnEvent(
                             completion.text,
@@ -133,10 +135,14 @@ class Turns:
                         )
 
     def _eager_for(self, decoder: str) -> EagerPrefill | None:
-        """Base KV of a response is of use only where turns draw on the shared pool, and need not be made where it is there."""
+        """Base KV of a response is of use only where turns draw on the shared pool."""
         served = self.decoders.get(decoder)
-        mode = get_mode(served.sharing) if served else None
-        return self._eager if mode and mode.shares_prefill and not mode.two_streams else None
+        return self._eager if served and get_mode(served.sharing).shares_prefill else None
+
+    def _makes_base_kv(self, decoder: str) -> bool:
+        """The decode engine has a response's base KV already, and lends it if it can."""
+        served = self.decoders.get(decoder)
+        return bool(served) and get_mode(served.sharing).two_streams
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""

@@ -57,7 +57,7 @@ async def pool():
 
 @pytest.fixture
 async def pull_back(pool, metrics):
-    made = PullBack(pool, Base(model="m", block_size=BLOCK), metrics, limit=2, compute_s=lambda: made.known_compute_s)
+    made = PullBack(pool, Base(model="m", block_size=BLOCK, max_model_len=4096), metrics, limit=2, compute_s=lambda: made.known_compute_s)
     made.known_compute_s = None
     yield made
     await made.stop()
@@ -96,15 +96,37 @@ async def test_less_than_a_block_is_given_back(pull_back, pool, metrics):
 
 
 async def test_what_is_computed_faster_is_not_pulled(pull_back, pool, metrics):
-    pull_back.lent(list(range(155)), loan(154), None)
-    await counts(metrics, "done", 1)  # now it is known how long a pull takes
     pull_back.known_compute_s = 1e-12
+    for number in (1, 2):  # the first time engines meet; the second says how long a pull takes
+        pull_back.lent(list(range(155)), loan(154), None)
+        await counts(metrics, "done", number)
     pull_back.lent(list(range(155)), loan(154), None)
     await counts(metrics, "needless", 1)
     pull_back.known_compute_s = 10.0
     pull_back.lent(list(range(155)), loan(154), None)
-    await counts(metrics, "done", 2)
+    await counts(metrics, "done", 3)
     assert pool.released == 1
+
+
+async def test_what_was_measured_long_ago_counts_no_more(pull_back, pool, metrics, monkeypatch):
+    pull_back.known_compute_s = 1e-12
+    for number in (1, 2):
+        pull_back.lent(list(range(155)), loan(154), None)
+        await counts(metrics, "done", number)
+    monkeypatch.setattr("router.pull_back.MEMORY_S", 0.0)
+    pull_back.lent(list(range(155)), loan(154), None)
+    await counts(metrics, "done", 3)
+
+
+async def test_a_loan_that_nobody_wants_is_given_back(pull_back, pool, metrics):
+    pull_back.give_back(loan(154))
+    await counts(metrics, "needless", 1)
+    assert (pool.pulled, pool.released) == ([], 1)
+
+
+async def test_a_context_that_fills_the_model_is_not_pulled(pull_back, pool, metrics):
+    pull_back.lent(list(range(4096)), loan(4095), None)
+    await counts(metrics, "needless", 1)
 
 
 async def test_more_at_once_than_the_limit_are_given_back(pull_back, pool, metrics):

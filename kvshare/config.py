@@ -221,8 +221,11 @@ class Router(_Node):
     """Most eager prefills one router has running at once."""
     eager_prefill_stride_tokens: int = Field(256, ge=1)
     """While a response streams, its KV is made every so many tokens."""
+    pull_back: Literal["cheaper", "always", "never"] = "cheaper"
+    """Have the prefill pool pull a response's KV from the decode engine, in modes whose generated KV is base KV. cheaper:
+    where that has lately taken less time than computing it; always: to spare the prefill pool; never: it is computed."""
     pull_back_max: int = Field(32, ge=1)
-    """Most responses whose KV one router has the prefill pool pull at once, in modes whose generated KV is base KV."""
+    """Most responses whose KV one router has the prefill pool pull at once."""
     placement: Placement = Field(default_factory=Placement)
     """How replicas are chosen."""
     auth: Auth | None = None

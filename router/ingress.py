@@ -77,11 +77,9 @@ class RouterIngress:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
         self._pull_back: PullBack | None = None
-        if shared := self._fleet.pools.get(SHARED_PREFILL):
-            rate = self._orchestrator.compute_s
-            self._pull_back = PullBack(
-                shared, deployment.base, metrics, limit=config.pull_back_max, compute_s=lambda: rate.value
-            )
+        if config.pull_back != "never" and (shared := self._fleet.pools.get(SHARED_PREFILL)):
+            rate, limits = self._orchestrator.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
+            self._pull_back = PullBack(shared, deployment.base, metrics, compute_s=lambda: rate.value, **limits)
         turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager, self._pull_back)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()

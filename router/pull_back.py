@@ -2,11 +2,12 @@
 
 In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it, wants what the decode engine already has:
  1. At the end of a session's turn the decode engine lends the context's KV, under a lease.
- 2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens. Less than a block
-    is never worth a pull.
+ 2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens, or always pulling
+    (`router.pull_back`). Less than a block is never worth a pull.
  3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
     (kvshare_vllm/connector.py), wherever it stands.
- 4. A loan that nobody reads is given back at once. If the read fails, the next turn computes what is missing.
+ 4. A next turn that comes meanwhile waits, at most as long as computing the context would take.
+ 5. A loan that nobody reads is given back at once. If the read fails, the next turn computes what is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 
 from kvshare.config import Base
 from kvshare.errors import PrefillShareError, PrefixLost
@@ -34,29 +35,44 @@ PATIENCE_S = 10.0
 
 
 class PullBack:
-    """`compute_s`: seconds that the prefill pool has lately taken to compute a token, None while that is not known."""
+    """`when`: as config.Router.pull_back. `compute_s`: seconds that the prefill pool has lately taken to compute a token, None
+    while that is not known."""
 
-    def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, compute_s: Callable[[], float | None]):
+    def __init__(
+        self, pool: Pool, base: Base, metrics: Metrics, *, when: str, limit: int, compute_s: Callable[[], float | None]
+    ):
         self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
+        self._always = when == "always"
         self._compute_s, self._pull_s = compute_s, MeanRatio(time.monotonic)
         self._measured_at = -math.inf
         #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
         self._met: set[tuple[str, str]] = set()
         self._running: set[asyncio.Task] = set()
+        #: Session -> the pull of its context.
+        self._of_session: dict[Hashable, asyncio.Task] = {}
 
-    def lent(self, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
+    def lent(self, session: Hashable, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
         """The context of a session that has just ended a turn, and what the decode engine lends of it."""
         room = len(self._running) < self._limit and len(token_ids) < self._base.max_model_len
-        self._start(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
+        task = self._start(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
+        self._of_session[session] = task
+        task.add_done_callback(lambda _: self._of_session.get(session) is task and self._of_session.pop(session))
+
+    async def settled(self, session: Hashable, tokens: int) -> None:
+        """Returns when nothing is being pulled for the session, or after as long as computing `tokens` takes."""
+        if task := self._of_session.get(session):
+            compute_s = self._compute_s()
+            await asyncio.wait({task}, timeout=PATIENCE_S if compute_s is None else min(PATIENCE_S, tokens * compute_s))
 
     def give_back(self, lent: Handoff) -> None:
         """Nobody will pull this."""
         self._start(self._take([0], lent, None, False))
 
-    def _start(self, work: Coroutine) -> None:
+    def _start(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        return task
 
     async def stop(self) -> None:
         for task in self._running:
@@ -98,6 +114,6 @@ class PullBack:
         if placement.missing_tokens < self._base.block_size:
             return False
         compute_s, pull_s = self._compute_s(), self._pull_s.value
-        if compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
+        if self._always or compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
             return True  # to know it
         return pull_s < compute_s

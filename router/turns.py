@@ -107,6 +107,7 @@ class Turns:
                 if eager:
                     unless_it_ends_well.callback(eager.cancel, key)
                 if self._pull_back:
+                    await self._pull_back.settled(key, len(session.token_ids))
                     unless_it_ends_well.callback(lambda: context.lent and self._pull_back.give_back(context.lent))
                 outputs = self._frontend.run(request, decoder, context)
                 async with aclosing(outputs) as stream:
@@ -121,7 +122,7 @@ class Turns:
                             context_tokens = len(session.token_ids)
                             unless_it_ends_well.pop_all()
                             if context.lent:
-                                self._pull_back.lent(list(session.token_ids), context.lent, context.cache_salt)
+                                self._pull_back.lent(key, list(session.token_ids), context.lent, context.cache_salt)
                         ended = bool(completion.finish_reason)
                         if eager and (ended and not context.lent if makes_base_kv else True):
                             grown = partial(_joined, kept, response)

@@ -37,7 +37,7 @@ def running(request, tmp_path_factory, smollm):
                     "adapters": {name: str(path) for name, path in adapters.items()},
                 }
             ],
-            "router": {"eager_prefill": False},
+            "router": {"pull_back": "always"},
         }
     ) as it:
         yield it

@@ -57,7 +57,14 @@ async def pool():
 
 @pytest.fixture
 async def pull_back(pool, metrics):
-    made = PullBack(pool, Base(model="m", block_size=BLOCK, max_model_len=4096), metrics, limit=2, compute_s=lambda: made.known_compute_s)
+    async with running(pool, metrics) as made:
+        yield made
+
+
+@asynccontextmanager
+async def running(pool, metrics, when="cheaper"):
+    base = Base(model="m", block_size=BLOCK, max_model_len=4096)
+    made = PullBack(pool, base, metrics, when=when, limit=2, compute_s=lambda: made.known_compute_s)
     made.known_compute_s = None
     yield made
     await made.stop()
@@ -76,21 +83,21 @@ async def counts(metrics, outcome: str, number: int) -> None:
 
 
 async def test_all_but_the_last_token_of_a_context_is_pulled(pull_back, pool, metrics):
-    pull_back.lent(list(range(155)), loan(154), "salt")
+    pull_back.lent("s", list(range(155)), loan(154), "salt")
     await counts(metrics, "done", 1)
     assert pool.pulled == [(155, "salt")]
     assert metrics["pulled_back_tokens_total"]._value.get() == 90
 
 
 async def test_a_context_longer_than_the_loan_is_cut(pull_back, pool, metrics):
-    pull_back.lent(list(range(170)), loan(154), None)
+    pull_back.lent("s", list(range(170)), loan(154), None)
     await counts(metrics, "done", 1)
     assert pool.pulled == [(155, None)]
 
 
 async def test_less_than_a_block_is_given_back(pull_back, pool, metrics):
     pool.missing = BLOCK - 1
-    pull_back.lent(list(range(95)), loan(94), None)
+    pull_back.lent("s", list(range(95)), loan(94), None)
     await counts(metrics, "needless", 1)
     assert (pool.pulled, pool.released) == ([], 1)
 
@@ -98,23 +105,31 @@ async def test_less_than_a_block_is_given_back(pull_back, pool, metrics):
 async def test_what_is_computed_faster_is_not_pulled(pull_back, pool, metrics):
     pull_back.known_compute_s = 1e-12
     for number in (1, 2):  # the first time engines meet; the second says how long a pull takes
-        pull_back.lent(list(range(155)), loan(154), None)
+        pull_back.lent("s", list(range(155)), loan(154), None)
         await counts(metrics, "done", number)
-    pull_back.lent(list(range(155)), loan(154), None)
+    pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "needless", 1)
     pull_back.known_compute_s = 10.0
-    pull_back.lent(list(range(155)), loan(154), None)
+    pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "done", 3)
     assert pool.released == 1
+
+
+async def test_what_is_computed_faster_is_pulled_where_the_prefill_pool_is_to_be_spared(pool, metrics):
+    async with running(pool, metrics, "always") as always:
+        always.known_compute_s = 1e-12
+        for number in (1, 2, 3):
+            always.lent("s", list(range(155)), loan(154), None)
+            await counts(metrics, "done", number)
 
 
 async def test_what_was_measured_long_ago_counts_no_more(pull_back, pool, metrics, monkeypatch):
     pull_back.known_compute_s = 1e-12
     for number in (1, 2):
-        pull_back.lent(list(range(155)), loan(154), None)
+        pull_back.lent("s", list(range(155)), loan(154), None)
         await counts(metrics, "done", number)
     monkeypatch.setattr("router.pull_back.MEMORY_S", 0.0)
-    pull_back.lent(list(range(155)), loan(154), None)
+    pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "done", 3)
 
 
@@ -125,14 +140,14 @@ async def test_a_loan_that_nobody_wants_is_given_back(pull_back, pool, metrics):
 
 
 async def test_a_context_that_fills_the_model_is_not_pulled(pull_back, pool, metrics):
-    pull_back.lent(list(range(4096)), loan(4095), None)
+    pull_back.lent("s", list(range(4096)), loan(4095), None)
     await counts(metrics, "needless", 1)
 
 
 async def test_more_at_once_than_the_limit_are_given_back(pull_back, pool, metrics):
     pool.gate.clear()
     for _ in range(4):
-        pull_back.lent(list(range(155)), loan(154), None)
+        pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "needless", 2)
     pool.gate.set()
     await counts(metrics, "done", 2)
@@ -141,11 +156,32 @@ async def test_more_at_once_than_the_limit_are_given_back(pull_back, pool, metri
 
 async def test_a_pull_that_fails_is_counted_and_does_no_more_harm(pull_back, pool, metrics):
     pool.error = Unavailable("no")
-    pull_back.lent(list(range(155)), loan(154), None)
+    pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "failed", 1)
 
 
 async def test_a_pull_that_hangs_ends_with_the_lease(pull_back, pool, metrics):
     pool.gate.clear()
-    pull_back.lent(list(range(155)), loan(154, lease_s=0.1), None)
+    pull_back.lent("s", list(range(155)), loan(154, lease_s=0.1), None)
     await counts(metrics, "failed", 1)
+
+
+async def test_the_next_turn_waits_for_the_pull(pull_back, pool, metrics):
+    await pull_back.settled("s", 155)
+    pool.gate.clear()
+    pull_back.lent("s", list(range(155)), loan(154), None)
+    waiting = asyncio.create_task(pull_back.settled("s", 155))
+    await asyncio.wait_for(pull_back.settled("another", 155), 1)
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    pool.gate.set()
+    await asyncio.wait_for(waiting, 1)
+    assert pool.pulled
+
+
+async def test_the_next_turn_waits_no_longer_than_computing_would_take(pull_back, pool, metrics):
+    pull_back.known_compute_s = 1e-4
+    pool.gate.clear()
+    pull_back.lent("s", list(range(155)), loan(154), None)
+    await asyncio.wait_for(pull_back.settled("s", 155), 1)
+    assert not pool.pulled

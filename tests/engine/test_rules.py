@@ -3,98 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from dataclasses import replace
 
 import pytest
 import pytest_asyncio
 from conftest import ids, wait_until
+from engines import (
+    BLOCK,
+    BLOCK_BYTES,
+    LEASE_S,
+    handed_over,
+    new_id,
+    nothing_held,
+    sampling,
+    settings_of,
+    started,
+    turn,
+)
 
-from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
-from prefillshare.seeded_adapters import make_seeded_adapters
-from prefillshare.tiny_models import make_base
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
-
-BLOCK = 32
-MAX_LEN = 320
-LEASE_S = 6
-# 16 usable blocks: one longest sequence fits, two do not.
-KV_BYTES = 17 * BLOCK * 4 * 2 * 2 * 32 * 4
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engines(tmp_path_factory, smollm):
-    from kvshare_vllm.engine import DecodeEngine, PrefillEngine
-
-    folder = tmp_path_factory.mktemp("rules")
-    base = make_base("llama", folder / "base", smollm)
-    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b"))
-    settings = EngineSettings(
-        role="prefill",
-        pool="prefill",
-        model=str(base),
-        mode="prefillshare",
-        contract="one",
-        dtype="float32",
-        max_model_len=MAX_LEN,
-        block_size=BLOCK,
-        kv_cache_bytes=KV_BYTES * 8,
-        lease_s=LEASE_S,
-        cpu_cores="0",
-        max_num_seqs=16,
-        max_num_batched_tokens=64,
-    )
-    decode = replace(
-        settings,
-        role="decode",
-        pool="decode",
-        kv_cache_bytes=KV_BYTES,
-        adapters={n: str(p) for n, p in adapters.items()},
-        max_lora_rank=8,
-        cpu_cores="1",
-    )
-    prefill = await PrefillEngine.start(settings)
-    decoder = await DecodeEngine.start(decode)
-    stranger = await DecodeEngine.start(replace(decode, pool="stranger", contract="two", adapters={}))
-    yield prefill, decoder, stranger
-    for engine in (stranger, decoder, prefill):
-        engine.close()
-
-
-def sampling(n: int, **kw):
-    from vllm import SamplingParams
-
-    return SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, **({"temperature": 0.0} | kw))
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
-
-
-async def turn(engines, prompt, n, adapter="a", **kw):
-    """One turn as the router takes it, resumed as often as it must be."""
-    prefill, decoder, _ = engines
-    tokens, logprobs, chunk, reasons = [], [], None, []
-    while True:
-        handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
-        try:
-            async for chunk in decoder.decode(
-                prompt + tokens, handoff, sampling(n, **kw), new_id(), adapter=adapter, replay=len(tokens)
-            ):
-                tokens += chunk.token_ids
-                logprobs += [row[0][1] for row in chunk.logprobs]
-            return tokens, logprobs, chunk, reasons
-        except PrefixLost as lost:
-            reasons.append(lost.reason)
-
-
-async def nothing_held(*engines, timeout_s=15.0):
-    def held():
-        return [s for s in (e.stats() for e in engines) if s.blocks_used or s.running or s.waiting]
-
-    await asyncio.to_thread(wait_until, lambda: not held(), timeout_s)
+    decode = settings_of(tmp_path_factory.mktemp("rules"), smollm, "prefillshare", ("a", "b"))
+    async with started(decode, replace(decode, pool="stranger", contract="two", adapters={})) as them:
+        yield them
 
 
 async def test_a_prompt_without_a_handoff_is_refused_not_recomputed(engines):
@@ -126,9 +62,8 @@ async def test_second_adapter_reuses_the_first_ones_prompt_blocks(engines):
     prompt = ids(2 * BLOCK + 9, salt=2)
     _, _, first, _ = await turn(engines, prompt, 2, adapter="a")
     _, _, second, _ = await turn(engines, prompt, 2, adapter="b")
-    block_bytes = KV_BYTES // 17
-    assert (first.local_tokens, first.kv_bytes) == (0, 3 * block_bytes)
-    assert (second.local_tokens, second.kv_bytes) == (2 * BLOCK, block_bytes)
+    assert (first.local_tokens, first.kv_bytes) == (0, 3 * BLOCK_BYTES)
+    assert (second.local_tokens, second.kv_bytes) == (2 * BLOCK, BLOCK_BYTES)
 
 
 async def test_two_adapters_at_once_load_a_prompt_once(engines):
@@ -150,10 +85,10 @@ async def test_preempted_requests_resume_exactly_with_seed_and_penalties(engines
 
 
 async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines):
-    prefill, decoder, _ = engines
+    _, decoder, _ = engines
     prompt, options = ids(80, salt=20), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
     whole, *_ = await turn(engines, prompt, 40, **options)
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     rest = []
     async for chunk in decoder.decode(prompt + whole[:15], handoff, sampling(40, **options), new_id(), adapter="a", replay=15):
         rest += chunk.token_ids
@@ -162,10 +97,10 @@ async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines):
 
 async def test_a_long_seeded_replay_in_chunks_continues_with_the_same_tokens(engines):
     """The replay is longer than a step's budget; vLLM samples once per chunk, and those draws must not count."""
-    prefill, decoder, _ = engines
+    _, decoder, _ = engines
     prompt, options = ids(40, salt=22), {"temperature": 1.0, "seed": 12}
     whole, *_ = await turn(engines, prompt, 170, **options)
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     rest = []
     async for chunk in decoder.decode(
         prompt + whole[:150], handoff, sampling(170, **options), new_id(), adapter="a", replay=150
@@ -177,14 +112,14 @@ async def test_a_long_seeded_replay_in_chunks_continues_with_the_same_tokens(eng
 async def test_a_resumed_grammar_continues_where_it_was(engines):
     from vllm.sampling_params import StructuredOutputsParams
 
-    prefill, decoder, _ = engines
+    _, decoder, _ = engines
     prompt = ids(50, salt=23)
     schema = {"type": "object", "properties": {"n": {"type": "string", "minLength": 24, "maxLength": 30}}, "required": ["n"]}
 
     async def generate(tokens, replay):
         params = sampling(60, structured_outputs=StructuredOutputsParams(json=schema))
         params.ignore_eos = False
-        handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+        handoff = await handed_over(engines, prompt)
         return [
             token
             async for chunk in decoder.decode(prompt + tokens, handoff, params, new_id(), adapter="a", replay=replay)
@@ -203,7 +138,7 @@ async def test_tokens_a_grammar_refuses_are_an_error_not_a_resume(engines):
     prefill, decoder, _ = engines
     prompt = ids(50, salt=24)
     params = sampling(20, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     with pytest.raises(InvalidInput, match="structured output"):
         async for _ in decoder.decode([*prompt, 5000, 5001], handoff, params, new_id(), adapter="a", replay=2):
             pass
@@ -224,11 +159,11 @@ async def test_prompts_of_different_salts_share_nothing(engines):
 
 async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines):
     """The response of a turn stands in the cache as base KV once it is part of a later prompt; a resume must not use it."""
-    prefill, decoder, _ = engines
+    _, decoder, _ = engines
     prompt = ids(40, salt=21)
     whole, logprobs, *_ = await turn(engines, prompt, 80)
     await turn(engines, prompt + whole, 2)  # now the response is base KV in the decode engine's cache
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     got, chunk = [], None
     async for chunk in decoder.decode(prompt + whole[:70], handoff, sampling(80), new_id(), adapter="a", replay=70):
         got += [row[0][1] for row in chunk.logprobs]
@@ -258,7 +193,7 @@ async def test_engines_of_different_contracts_do_not_shake_hands(engines):
 async def test_a_read_after_the_lease_is_void(engines):
     prefill, decoder, _ = engines
     prompt = ids(70, salt=31)
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     await asyncio.sleep(LEASE_S + 1)  # nothing to wait for: the lease must pass
     with pytest.raises(PrefixLost) as lost:
         async for _ in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a"):
@@ -280,7 +215,7 @@ async def test_a_released_handoff_frees_the_prefill_blocks_at_once(engines):
 async def test_a_reader_that_leaves_frees_both_sides(engines):
     prefill, decoder, _ = engines
     prompt = ids(90, salt=33)
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff
+    handoff = await handed_over(engines, prompt)
     stream = decoder.decode(prompt, handoff, sampling(200), new_id(), adapter="a")
     await anext(stream)
     assert decoder.stats().running == 1
@@ -290,8 +225,8 @@ async def test_a_reader_that_leaves_frees_both_sides(engines):
 
 @pytest.mark.parametrize("n", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])
 async def test_prompts_around_block_edges_are_handed_over_whole(engines, n):
-    prefill, decoder, _ = engines
+    _, decoder, _ = engines
     prompt = ids(n, salt=40 + n)
-    handoff = (await prefill.prefill(prompt[:-1], new_id())).handoff if n > 1 else None
+    handoff = await handed_over(engines, prompt)
     chunks = [chunk async for chunk in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a")]
-    assert chunks[-1].kv_bytes == -(-(n - 1) // BLOCK) * (KV_BYTES // 17)
+    assert chunks[-1].kv_bytes == -(-(n - 1) // BLOCK) * BLOCK_BYTES

@@ -54,7 +54,7 @@ async def started(decode: EngineSettings, *others: EngineSettings):
     from kvshare_vllm.engine import DecodeEngine, PrefillEngine
 
     prefill = replace(
-        decode, role="prefill", pool="prefill", adapters={}, cpu_cores="0", kv_cache_bytes=KV_BYTES * 8, max_lora_rank=16
+        decode, role="prefill", pool="prefill", adapters={}, cpu_cores="0", kv_cache_bytes=KV_BYTES * 8, tensor_parallel_size=1
     )
     engines = [await PrefillEngine.start(prefill)]
     try:

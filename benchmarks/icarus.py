@@ -1,0 +1,218 @@
+"""What ICaRus costs and saves: decode steps against a plain model, and five-turn sessions against the other modes.
+
+    python -m benchmarks.icarus [--adapters 2 4 8] [--sessions 3] [--repeats 2]
+
+ 1. A decode step of one plain model, of the same with an adapter per request, and of two streams with an adapter per request,
+    at several batch sizes. The engines take turns on the same cores.
+ 2. Sessions of five turns over N adapters, in turn: in mode icarus, prefillshare and none, on the same cores, with the same
+    KV memory over prefill and decode engines, for the same requests. Computed tokens, KV blocks in caches, latency.
+
+About 40 minutes on two cores. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import icarus_steps, small
+from benchmarks.result import write
+from benchmarks.small import ADDRESS, BLOCK, MODEL, VOCABULARY, bars
+from kvshare.config import Deployment
+from kvshare.modes import get_mode
+from kvshare.replica_info import KVEvents
+from prefillshare.app import running
+from prefillshare.client import Client
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
+
+MODES = ("icarus", "prefillshare", "none")
+TURNS, BEGINNING, INPUT, OUTPUT = 5, 128, 24, 48
+#: Of a prefill engine and of a decode engine.
+KV_GIB = 0.5
+#: Until a cache's whole state has arrived.
+STATE_S = 2.0
+
+
+def steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
+    """Batch size -> system -> seconds of a decode step: the median over repeats, and the ratio to the plain model's."""
+    batches = [str(batch) for batch in args.batches]
+    task = progress.add_task("decode steps", total=len(batches) * args.repeats * len(icarus_steps.SYSTEMS))
+    times: dict[str, dict[str, list[float]]] = {batch: {name: [] for name in icarus_steps.SYSTEMS} for batch in batches}
+    with icarus_steps.children(model, adapters, args.cores, args.context, max(args.batches)) as engines:
+        for repeat in range(args.repeats):
+            order = list(engines)[repeat % len(engines) :] + list(engines)[: repeat % len(engines)]
+            for batch in batches:
+                for name in order:
+                    times[batch][name].append(engines[name].step_s(int(batch), args.steps))
+                    progress.advance(task)
+    found = {}
+    for batch, by_system in times.items():
+        pairs = {name: list(zip(taken, by_system["plain"], strict=True)) for name, taken in by_system.items()}
+        found[batch] = {
+            name: {
+                "step_ms": round(1e3 * statistics.median(by_system[name]), 3),
+                "ratio": round(statistics.median(own / plain for own, plain in pairs[name]), 3),
+            }
+            for name in by_system
+        }
+    return found
+
+
+def deployment(model: Path, adapters: dict[str, Path], mode: str) -> Deployment:
+    sizes = {"kv_cache_gib": KV_GIB}
+    own = {} if get_mode(mode).shares_prefill else {"prefill": {**sizes, "cpu_cores": "0"}}
+    return small.deployment(model, adapters, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router={})
+
+
+def play(client: Client, names: list[str], sessions: int, at_once: int, seed: int, advance) -> dict[str, float]:
+    """`sessions` sessions, `at_once` at a time; their turns go round the decoders."""
+
+    def take(number: int) -> list[dict[str, float]]:
+        rng = random.Random(f"{seed} {number}")
+        session = client.create_session(token_ids=[rng.randrange(VOCABULARY) for _ in range(BEGINNING)])
+        turns = []
+        for turn in range(TURNS):
+            given = [rng.randrange(VOCABULARY) for _ in range(INPUT)]
+            started = time.monotonic()
+            result = session.turn(
+                names[(number + turn) % len(names)], token_ids=given, max_tokens=OUTPUT, ignore_eos=True, temperature=0.0
+            )
+            new = INPUT + (0 if turn else BEGINNING)
+            turns.append(
+                {
+                    "turn_s": time.monotonic() - started,
+                    "ttft_s": result.usage.time_to_first_token_s,
+                    "computed": result.usage.computed_tokens,
+                    "again": max(0, result.usage.computed_tokens - new),
+                }
+            )
+            advance()
+        session.delete()
+        return turns
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(at_once) as pool:
+        turns = list(chain.from_iterable(pool.map(take, range(sessions))))
+    elapsed = time.monotonic() - began
+    ttft = sorted(turn["ttft_s"] for turn in turns)
+    return {
+        "turns": len(turns),
+        "turns_per_s": round(len(turns) / elapsed, 4),
+        "turn_p50_s": round(statistics.median(turn["turn_s"] for turn in turns), 3),
+        "turn_p95_s": round(sorted(turn["turn_s"] for turn in turns)[int(len(turns) * 0.95)], 3),
+        "ttft_p50_s": round(statistics.median(ttft), 3),
+        "ttft_p95_s": round(ttft[int(len(ttft) * 0.95)], 3),
+        "computed_tokens_per_turn": round(statistics.mean(turn["computed"] for turn in turns), 1),
+        "computed_again_per_turn": round(statistics.mean(turn["again"] for turn in turns), 1),
+        "computed_again_most": max(turn["again"] for turn in turns),
+    }
+
+
+def blocks_cached(handle) -> dict[str, int]:
+    """Role -> blocks that stand in the caches of its engines, as their KV events say."""
+    replicas = [
+        (pool, KVEvents(**info["kv_events"]))
+        for pool, found in handle.replica_info.remote().result(timeout_s=30).items()
+        for info in found.values()
+    ]
+    held: dict[str, set] = {pool: set() for pool, _ in replicas}
+
+    def follow(pool: str):
+        def apply(events: list[Event]) -> None:
+            for event in events:
+                keys = {(hash_, event.medium) for hash_ in getattr(event, "block_hashes", ())}
+                if isinstance(event, BlockStored):
+                    held[pool] |= keys
+                elif isinstance(event, BlockRemoved):
+                    held[pool] -= keys
+                else:
+                    held[pool].clear()
+
+        return apply
+
+    async def learn() -> None:
+        followers = [Follower(pool, events, follow(pool)) for pool, events in replicas]
+        for follower in followers:
+            follower.start()
+        await asyncio.sleep(STATE_S)
+        for follower in followers:
+            await follower.stop()
+
+    asyncio.run(learn())
+    return {pool: len(keys) for pool, keys in held.items()}
+
+
+def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Console, progress: Progress) -> dict[str, dict]:
+    """N -> mode -> figures."""
+    found: dict[str, dict] = {}
+    modules = get_mode("icarus").adapter_modules
+    adapters = make_seeded_adapters(model, folder, names=[f"agent-{n}" for n in range(max(args.adapters))], modules=modules)
+    for count in args.adapters:
+        chosen = dict(list(adapters.items())[:count])
+        for mode in MODES:
+            task = progress.add_task(f"{count} adapters, {mode}", total=(args.sessions + 1) * TURNS)
+            with running(deployment(model, chosen, mode)) as handle, Client(ADDRESS) as client:
+                def advance(task=task) -> None:
+                    progress.advance(task)
+
+                names = list(chosen)
+                one = play(client, names, 1, 1, seed=1, advance=advance)
+                blocks = blocks_cached(handle)
+                loaded = play(client, names, args.sessions, args.at_once, seed=2, advance=advance)
+            kv = sum(blocks.values())
+            figures = {"one_session": one, "kv_blocks": blocks, "kv_blocks_total": kv, "loaded": loaded}
+            found.setdefault(str(count), {})[mode] = figures
+            console.print(f"{count} adapters, {mode}: {figures}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8], help="numbers of adapters (default: 2 4 8)")
+    parser.add_argument("--sessions", type=int, default=8, help="sessions under load (default: 8)")
+    parser.add_argument("--at-once", type=int, default=4, help="sessions at once under load (default: 4)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="batch sizes (default: 1 4 16 64)")
+    parser.add_argument("--context", type=int, default=128, help="context of a decode step, tokens (default: 128)")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps per measurement (default: 24)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each batch size (default: 3)")
+    parser.add_argument("--cores", default="0-1", help="cores of the decode steps (default: 0-1)")
+    args = parser.parse_args()
+    console, model = Console(stderr=True), fetch(MODEL)
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
+        names = [f"agent-{n}" for n in range(icarus_steps.ADAPTERS)]
+        modules = get_mode("icarus").adapter_modules
+        adapters = make_seeded_adapters(model, Path(folder) / "steps", names=names, modules=modules)
+        by_batch = steps(model, adapters, args, progress)
+        console.print(by_batch)
+        by_count = sessions(model, Path(folder) / "sessions", args, console, progress)
+    headline = {f"step_cost_ratio_b{batch}": systems["two streams"]["ratio"] for batch, systems in by_batch.items()}
+    for count, modes in by_count.items():
+        ours, one = modes["icarus"], modes["icarus"]["one_session"]
+        headline |= {
+            f"n{count}_computed_again_most": one["computed_again_most"],
+            f"n{count}_kv_blocks": ours["kv_blocks_total"],
+        }
+        for other in MODES[1:]:
+            against = modes[other]["loaded"]
+            headline[f"n{count}_throughput_to_{other}"] = round(ours["loaded"]["turns_per_s"] / against["turns_per_s"], 3)
+            headline[f"n{count}_ttft_p95_to_{other}"] = round(ours["loaded"]["ttft_p95_s"] / against["ttft_p95_s"], 3)
+    config = vars(args) | {
+        "turns": TURNS, "beginning": BEGINNING, "input": INPUT, "output": OUTPUT, "block": BLOCK, "kv_gib_per_engine": KV_GIB,
+    }  # fmt: skip
+    write("icarus", console, config, headline, steps=by_batch, sessions=by_count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""ICaRus under tensor parallelism: an engine of two ranks says what the reference says, and lends to an engine of one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import ids
+from engines import new_id, nothing_held, settings_of, started, turn
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+
+def model(folder: str | Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family):
+    decode = settings_of(tmp_path, smollm, "icarus", ("a", "b"), family)
+    base = model(decode.model)
+    decoders = {name: PeftModel.from_pretrained(model(decode.model), path).eval() for name, path in decode.adapters.items()}
+    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1")) as engines:
+        prefill, decoder = engines
+        context = ids(45)
+        for name in ("a", None, "b"):
+            tokens, logprobs, chunk, _ = await turn(engines, context, 40, name, lend=True)
+            want = reference.icarus(base, decoders.get(name, base), context, tokens)
+            assert reference.max_abs_diff(logprobs, want) <= 1e-3
+            context = context + tokens
+            result = await prefill.pull(context, chunk.lent, new_id())
+            assert result.computed_tokens == 1
+        await nothing_held(*engines)

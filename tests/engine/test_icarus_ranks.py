@@ -26,7 +26,7 @@ async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family):
     base = model(decode.model)
     decoders = {name: PeftModel.from_pretrained(model(decode.model), path).eval() for name, path in decode.adapters.items()}
     async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1")) as engines:
-        prefill, decoder = engines
+        prefill, _ = engines
         context = ids(45)
         for name in ("a", None, "b"):
             tokens, logprobs, chunk, _ = await turn(engines, context, 40, name, lend=True)

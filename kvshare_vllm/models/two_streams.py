@@ -1,0 +1,224 @@
+"""ICaRus in unforked vLLM: the base's stream writes all KV, an adapter's stream predicts (PAPERS: arXiv 2603.13281, 3.3).
+
+Of T scheduled tokens, rows [0, T) of every activation are the encoder stream: the frozen base. Behind them stand R rows of
+the decoder stream: base weights plus the request's adapter, for the last scheduled token of every request that has one. A
+linear layer reads its base weights once for both; the adapter's delta goes to the last R rows. Both streams' queries
+attend to the encoder's keys and values in one call, as twice the heads: per KV head, first the encoder's group, then the
+decoder's. A token that nobody predicts from has no row in the decoder stream, and a zero query in the call.
+
+CUDA graphs: in a batch of decodes with an adapter among them every row is predicted from (a base's request has no delta),
+so that nothing but T decides what is computed; vLLM captures such batches, and those without adapters, apart. Batches with
+prompt tokens run eagerly and choose their rows. Without graphs all batches choose.
+
+CPUs: vLLM's kernels copy an adapter's weights once per row. Rows are put in order of adapters, and each adapter's rows make
+one product with its weights where they lie.
+
+Seam: vllm/model_executor/models/{llama,qwen3}.py (module names and order of operations); vllm/lora/layers/base_linear.py
+(`_apply_lora_to_output`); vllm/v1/worker/lora_model_runner_mixin.py (`_set_active_loras`);
+vllm/lora/layers/base_linear.py (`lora_a_stacked`: [adapters, 1, rank, in], `lora_b_stacked`: [adapters, 1, out, rank])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """Consecutive rows of the decoder stream that have the same adapter, and its place among the loaded ones."""
+
+    first: int
+    end: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """`tokens`: rows of the encoder stream; `rows`: those of them, [R], that the decoder stream has, too. `by_adapter`: its
+    rows, where their deltas are made here; else vLLM's kernels make them."""
+
+    tokens: int
+    rows: torch.Tensor
+    by_adapter: Sequence[AdapterRows] | None
+
+    def add_deltas(self, layer: BaseLinearLayerWithLoRA, x: torch.Tensor, output: torch.Tensor) -> None:
+        """`x`: [R, in], `output`: [R, out] of the base's weights."""
+        if self.by_adapter is None:
+            layer._apply_lora_to_output(x, output)
+            return
+        for part in self.by_adapter:
+            place, begins = part.place, 0
+            for down, up, size in zip(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices, strict=True):
+                delta = x[part.first : part.end] @ down[place, 0].T @ up[place, 0].T
+                output[part.first : part.end, begins : begins + size] += delta
+                begins += size
+
+
+class TwoStreams:
+    """Mixed into a vLLM model of a family whose layers are `self_attn` and `mlp` between two norms."""
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("ICaRus engines have no pipeline stages; use tensor parallelism")
+        if vllm_config.speculative_config:
+            raise ValueError("ICaRus engines do not speculate: only a request's last row is predicted from")
+        if vllm_config.lora_config and vllm_config.lora_config.fully_sharded_loras:
+            raise ValueError("ICaRus engines keep adapters whole on every rank; leave out fully_sharded_loras")
+        for layer in self.model.layers:
+            _double_heads(layer.self_attn)
+        #: Requests of the batch that have an adapter, by their place in it; set before each step (`follow_adapters`).
+        self.with_adapter: torch.Tensor | None = None
+        #: Their rows by adapter, where the deltas are made here.
+        self.by_adapter: Sequence[AdapterRows] | None = None
+        #: The batch has decodes only, and runs as a graph.
+        self.every_row = False
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
+        """[T, hidden size]: at each row that is predicted from, the decoder stream's; the encoder's elsewhere."""
+        hidden = _embedding(self.model.embed_tokens)(input_ids) if inputs_embeds is None else inputs_embeds
+        rows = self._rows(positions.shape[-1])
+        step = Step(positions.shape[-1], rows, self.by_adapter)
+        encoder, decoder = _through_layers(self.model, hidden, positions, step)
+        return encoder.index_copy(0, rows, decoder) if len(rows) else encoder
+
+    def _rows(self, tokens: int) -> torch.Tensor:
+        """Where the decoder stream runs: each request's last scheduled token, if it has an adapter."""
+        chosen = self.with_adapter
+        if chosen is None:
+            return torch.empty(0, dtype=torch.long, device=next(self.parameters()).device)
+        if self.every_row:
+            return torch.arange(tokens, device=chosen.device)
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # a dummy run: any rows do, as long as they are as many
+            return torch.arange(tokens - len(chosen), tokens, device=chosen.device)
+        ends = next(iter(metadata.values())).query_start_loc[1:]
+        return (ends.long() - 1)[chosen]
+
+
+class IcarusLlamaForCausalLM(TwoStreams, LlamaForCausalLM):
+    pass
+
+
+class IcarusQwen3ForCausalLM(TwoStreams, Qwen3ForCausalLM):
+    pass
+
+
+def _embedding(layer) -> nn.Module:
+    """The base's; adapters have none of their own."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _double_heads(attention) -> None:
+    """The module keeps its projections, of H heads; its attention call takes 2 H over the same keys and values."""
+    stock = attention.attn
+    context, config = get_current_vllm_config().compilation_config.static_forward_context, get_current_vllm_config()
+    name = stock.layer_name
+    del context[name]
+    attention.attn = Attention(
+        2 * attention.num_heads,
+        attention.head_dim,
+        attention.scaling,
+        num_kv_heads=attention.num_kv_heads,
+        cache_config=config.cache_config,
+        quant_config=config.quant_config,
+        per_layer_sliding_window=getattr(stock, "sliding_window", None),
+        prefix=name,
+    )
+
+
+def _through_layers(model, hidden: torch.Tensor, positions: torch.Tensor, step: Step):
+    """All layers of a model and its last norm: the encoder stream's [T, hidden size] and the decoder stream's [R, ...]."""
+    hidden = torch.cat([hidden, hidden[step.rows]])
+    positions = torch.cat([positions, positions[step.rows]])
+    residual = hidden
+    hidden = model.layers[0].input_layernorm(hidden)
+    for number, layer in enumerate(model.layers):
+        if number:
+            hidden, residual = layer.input_layernorm(hidden, residual)
+        hidden = _attend(layer.self_attn, positions, hidden, step)
+        hidden, residual = layer.post_attention_layernorm(hidden, residual)
+        hidden = _mlp(layer.mlp, hidden, step)
+    hidden, _ = model.norm(hidden, residual)
+    return hidden[: step.tokens], hidden[step.tokens :]
+
+
+def _attend(attention, positions: torch.Tensor, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+    tokens, rows = step.tokens, step.rows
+    qkv = _linear(attention.qkv_proj, hidden, step)
+    q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+    if hasattr(attention, "q_norm"):
+        q, k = _per_head(attention.q_norm, q, attention.head_dim), _per_head(attention.k_norm, k, attention.head_dim)
+    q, k = attention.rotary_emb(positions, q, k)
+    per_kv_head = (attention.num_kv_heads, 1, attention.num_heads // attention.num_kv_heads, attention.head_dim)
+    encoder, decoder = q[:tokens].reshape(-1, *per_kv_head), q[tokens:].reshape(-1, *per_kv_head)
+    queries = torch.cat([encoder, torch.zeros_like(encoder).index_copy(0, rows, decoder)], dim=2)
+    seen = attention.attn(queries.reshape(tokens, -1), k[:tokens].contiguous(), v[:tokens].contiguous())
+    seen = seen.reshape(tokens, attention.num_kv_heads, 2, -1)
+    seen = torch.cat([seen[:, :, 0].reshape(tokens, -1), seen[rows, :, 1].reshape(-1, attention.q_size)])
+    return _linear(attention.o_proj, seen, step)
+
+
+def _mlp(mlp, hidden: torch.Tensor, step: Step) -> torch.Tensor:
+    return _linear(mlp.down_proj, mlp.act_fn(_linear(mlp.gate_up_proj, hidden, step)), step)
+
+
+def _per_head(norm, x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return norm(x.reshape(*x.shape[:-1], -1, head_dim)).reshape(x.shape)
+
+
+def _linear(layer, x: torch.Tensor, step: Step) -> torch.Tensor:
+    """One product with the base's weights over both streams; the adapters' deltas on the decoder's rows only."""
+    if not isinstance(layer, BaseLinearLayerWithLoRA):
+        return layer(x)[0]
+    base, split = layer.base_layer, isinstance(layer.base_layer, RowParallelLinear)
+    bias = None if split and layer.tp_rank else base.bias
+    output = base.quant_method.apply(base, x, bias)
+    if x.shape[0] > step.tokens:
+        step.add_deltas(layer, x[step.tokens :], output[step.tokens :])
+    # Every rank has a part of the sum, of the base's product as of the delta.
+    return tensor_model_parallel_all_reduce(output) if split and layer.tp_size > 1 else output
+
+
+def follow_adapters(runner) -> None:
+    """From now on, before each step the model learns which requests have an adapter, and the adapters' kernels are told of
+    the decoder stream's rows only."""
+    stock, on_cpu = runner._set_active_loras, runner.device.type == "cpu"
+
+    graphs = runner.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+
+    def set_active_loras(of_requests, of_tokens, adapters, *rest) -> None:
+        chosen = sorted((place for place, adapter in enumerate(of_requests) if adapter > 0), key=of_requests.__getitem__)
+        model = runner.get_model()
+        model.with_adapter = torch.tensor(chosen, dtype=torch.long, device=runner.device) if chosen else None
+        model.every_row = graphs and len(of_tokens) == len(of_requests)
+        rows = tuple(of_requests[place] for place in chosen) or (0,)  # the kernels cannot be told of no row at all
+        stock(of_requests, of_tokens if model.every_row and chosen else rows, adapters, *rest)
+        if on_cpu:
+            model.by_adapter = _by_adapter(rows, runner.lora_manager._adapter_manager.lora_index_to_id)
+
+    runner._set_active_loras = set_active_loras
+
+
+def _by_adapter(rows: Sequence[int], loaded: Sequence[int | None]) -> list[AdapterRows]:
+    """`rows`: adapters of the decoder stream's rows, in order; `loaded`: adapters in their places."""
+    parts, first = [], 0
+    for adapter, group in groupby(rows):
+        end = first + len(list(group))
+        if adapter:
+            parts.append(AdapterRows(first, end, loaded.index(adapter)))
+        first = end
+    return parts

@@ -1,13 +1,15 @@
 """What ICaRus costs and saves: decode steps against a plain model, and five-turn sessions against the other modes.
 
-    python -m benchmarks.icarus [--adapters 2 4 8] [--sessions 3] [--repeats 2]
+    python -m benchmarks.icarus [--adapters 2 4 8] [--sessions 8] [--repeats 3]
 
  1. A decode step of one plain model, of the same with an adapter per request, and of two streams with an adapter per request,
     at several batch sizes. The engines take turns on the same cores.
  2. Sessions of five turns over N adapters, in turn: in mode icarus, prefillshare and none, on the same cores, with the same
-    KV memory over prefill and decode engines, for the same requests. Computed tokens, KV blocks in caches, latency.
+    KV memory over prefill and decode engines, for the same requests. Computed tokens and latency; and, after one session in
+    which every adapter had its turn, of one length for every N, KV blocks in caches.
+    Nothing is prefilled ahead (eager prefill is off): a turn computes what no cache holds. Pull-back is always on.
 
-About 40 minutes on two cores. The last line is JSON.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import icarus_steps, small
+from benchmarks.load import quantile
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, BLOCK, MODEL, VOCABULARY, bars
 from kvshare.config import Deployment
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from prefillshare.app import running
-from prefillshare.client import Client
+from prefillshare.client import Client, collect
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
@@ -41,6 +44,7 @@ MODES = ("icarus", "prefillshare", "none")
 TURNS, BEGINNING, INPUT, OUTPUT = 5, 128, 24, 48
 #: Of a prefill engine and of a decode engine.
 KV_GIB = 0.5
+ROUTER = {"eager_prefill": False, "pull_back": "always"}
 #: Until a cache's whole state has arrived.
 STATE_S = 2.0
 
@@ -73,50 +77,44 @@ def steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, prog
 def deployment(model: Path, adapters: dict[str, Path], mode: str) -> Deployment:
     sizes = {"kv_cache_gib": KV_GIB}
     own = {} if get_mode(mode).shares_prefill else {"prefill": {**sizes, "cpu_cores": "0"}}
-    return small.deployment(model, adapters, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router={})
+    return small.deployment(model, adapters, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router=ROUTER)
 
 
-def play(client: Client, names: list[str], sessions: int, at_once: int, seed: int, advance) -> dict[str, float]:
-    """`sessions` sessions, `at_once` at a time; their turns go round the decoders."""
+def play(client: Client, names: list[str], turns: int, sessions: int, at_once: int, seed: int, advance) -> dict[str, float]:
+    """`sessions` sessions of `turns` turns, `at_once` at a time; their turns go round the decoders. Times are the client's."""
 
-    def take(number: int) -> list[dict[str, float]]:
+    def take(number: int) -> list[tuple[float, float, int, int]]:
         rng = random.Random(f"{seed} {number}")
         session = client.create_session(token_ids=[rng.randrange(VOCABULARY) for _ in range(BEGINNING)])
-        turns = []
-        for turn in range(TURNS):
+        taken = []
+        for turn in range(turns):
             given = [rng.randrange(VOCABULARY) for _ in range(INPUT)]
-            started = time.monotonic()
-            result = session.turn(
+            arrived, started = [], time.monotonic()
+            pieces = session.stream(
                 names[(number + turn) % len(names)], token_ids=given, max_tokens=OUTPUT, ignore_eos=True, temperature=0.0
             )
-            new = INPUT + (0 if turn else BEGINNING)
-            turns.append(
-                {
-                    "turn_s": time.monotonic() - started,
-                    "ttft_s": result.usage.time_to_first_token_s,
-                    "computed": result.usage.computed_tokens,
-                    "again": max(0, result.usage.computed_tokens - new),
-                }
-            )
+            computed = collect(pieces, lambda _, to=arrived: to.append(time.monotonic())).usage.computed_tokens
+            again = max(0, computed - INPUT - (0 if turn else BEGINNING))
+            taken.append((arrived[-1] - started, arrived[0] - started, computed, again))
             advance()
         session.delete()
-        return turns
+        return taken
 
     began = time.monotonic()
     with ThreadPoolExecutor(at_once) as pool:
-        turns = list(chain.from_iterable(pool.map(take, range(sessions))))
+        taken = list(chain.from_iterable(pool.map(take, range(sessions))))
     elapsed = time.monotonic() - began
-    ttft = sorted(turn["ttft_s"] for turn in turns)
+    turn_s, ttft_s, computed, again = zip(*taken, strict=True)
     return {
-        "turns": len(turns),
-        "turns_per_s": round(len(turns) / elapsed, 4),
-        "turn_p50_s": round(statistics.median(turn["turn_s"] for turn in turns), 3),
-        "turn_p95_s": round(sorted(turn["turn_s"] for turn in turns)[int(len(turns) * 0.95)], 3),
-        "ttft_p50_s": round(statistics.median(ttft), 3),
-        "ttft_p95_s": round(ttft[int(len(ttft) * 0.95)], 3),
-        "computed_tokens_per_turn": round(statistics.mean(turn["computed"] for turn in turns), 1),
-        "computed_again_per_turn": round(statistics.mean(turn["again"] for turn in turns), 1),
-        "computed_again_most": max(turn["again"] for turn in turns),
+        "turns": len(taken),
+        "turns_per_s": round(len(taken) / elapsed, 4),
+        "turn_p50_s": round(quantile(turn_s, 0.5), 3),
+        "turn_p95_s": round(quantile(turn_s, 0.95), 3),
+        "ttft_p50_s": round(quantile(ttft_s, 0.5), 3),
+        "ttft_p95_s": round(quantile(ttft_s, 0.95), 3),
+        "computed_tokens_per_turn": round(statistics.mean(computed), 1),
+        "computed_again_per_turn": round(statistics.mean(again), 1),
+        "computed_again_most": max(again),
     }
 
 
@@ -162,15 +160,17 @@ def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Conso
     for count in args.adapters:
         chosen = dict(list(adapters.items())[:count])
         for mode in MODES:
-            task = progress.add_task(f"{count} adapters, {mode}", total=(args.sessions + 1) * TURNS)
+            longest = max(args.adapters)
+            task = progress.add_task(f"{count} adapters, {mode}", total=longest + (args.sessions + 1) * TURNS)
             with running(deployment(model, chosen, mode)) as handle, Client(ADDRESS) as client:
                 def advance(task=task) -> None:
                     progress.advance(task)
 
                 names = list(chosen)
-                one = play(client, names, 1, 1, seed=1, advance=advance)
+                play(client, names, longest, 1, 1, seed=1, advance=advance)
                 blocks = blocks_cached(handle)
-                loaded = play(client, names, args.sessions, args.at_once, seed=2, advance=advance)
+                one = play(client, names, TURNS, 1, 1, seed=2, advance=advance)
+                loaded = play(client, names, TURNS, args.sessions, args.at_once, seed=3, advance=advance)
             kv = sum(blocks.values())
             figures = {"one_session": one, "kv_blocks": blocks, "kv_blocks_total": kv, "loaded": loaded}
             found.setdefault(str(count), {})[mode] = figures
@@ -198,6 +198,7 @@ def main() -> None:
         console.print(by_batch)
         by_count = sessions(model, Path(folder) / "sessions", args, console, progress)
     headline = {f"step_cost_ratio_b{batch}": systems["two streams"]["ratio"] for batch, systems in by_batch.items()}
+    headline |= {f"with_adapters_ratio_b{batch}": s["plain with adapters"]["ratio"] for batch, s in by_batch.items()}
     for count, modes in by_count.items():
         ours, one = modes["icarus"], modes["icarus"]["one_session"]
         headline |= {

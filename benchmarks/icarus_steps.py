@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
+from prefillshare.platform import engine_environment
+
 ADAPTERS = 4
 START_TIMEOUT_S, MEASURE_TIMEOUT_S, STOP_TIMEOUT_S = 240, 300, 20
 #: System -> (with adapters, with a decoder stream).
@@ -23,19 +25,25 @@ class Stepper:
 
     def __init__(self, model: str, adapters: dict[str, str], two_streams: bool, cores: str, context: int, batch: int):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
-        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
+        from vllm.utils.ompmultiprocessing import OMPProcessManager
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         from kvshare_vllm.plugin import TWO_STREAMS
 
         options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
         if adapters:
             options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 8}
-        self._llm = LLM(
+        args = EngineArgs(
             model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=context + 512, max_num_seqs=batch,
             kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False, disable_log_stats=True,
             worker_cls="kvshare_vllm.worker.SharedKVWorker", **options,
         )  # fmt: skip
+        config = args.create_engine_config()
+        config.parallel_config.distributed_executor_backend = "uni"
+        with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+            self._engine = LLMEngine.from_vllm_config(config)
         self._adapters = [LoRARequest(name, number, path) for number, (name, path) in enumerate(adapters.items(), 1)]
         self._context, self._count = context, 0
 
@@ -43,7 +51,7 @@ class Stepper:
         """Median seconds of a decode step of `batch` requests, each with a context of `context` tokens and more."""
         from vllm import SamplingParams
 
-        engine = self._llm.llm_engine
+        engine = self._engine
         sampling = SamplingParams(max_tokens=steps + 4, temperature=0, ignore_eos=True, detokenize=False)
         for number in range(batch):
             self._count += 1
@@ -89,6 +97,7 @@ class Child:
 def children(model: Path, adapters: dict[str, Path], cores: str, context: int, batch: int):
     """System -> Child, all started."""
     spawn = get_context("spawn")
+    os.environ |= engine_environment()
     with ExitStack() as until_the_end:
         started = {}
         for name, (with_adapters, two_streams) in SYSTEMS.items():

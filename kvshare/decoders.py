@@ -118,8 +118,16 @@ def _check_adapted(pool: DecodePool, folder: str, tensors: Iterable[str]) -> Non
 
 def _check_architecture(pool: DecodePool, base: str, field: str) -> None:
     served = get_mode(pool.sharing).architectures
-    for architecture in fingerprint.read_json(base, "config.json").get("architectures") or ():
-        if served is not None and architecture not in served:
+    if served is None:
+        return
+    if get_mode(pool.sharing).two_streams and "compilation_config" in pool.engine_args:
+        raise ConfigError(
+            f"mode {pool.sharing} sets compilation_config itself",
+            field=field.replace("sharing", "engine_args.compilation_config"),
+            fix="leave it out: which batches are captured as graphs depends on their adapters",
+        )
+    for architecture in fingerprint.read_json(base, "config.json").get("architectures") or ("a base without architectures",):
+        if architecture not in served:
             raise ConfigError(
                 f"mode {pool.sharing} cannot serve {architecture}",
                 field=field,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +101,8 @@ class TurnContext:
     #: The decode engine is to lend the context's KV at the end, where its mode lets it (True); what it lent.
     lend: bool = False
     lent: Handoff | None = None
+    #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
+    ready: Callable[[], Awaitable[None]] | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None
     #: Set where the text is made: the response is whole, although a stop text cut the tokens short.

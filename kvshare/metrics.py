@@ -85,9 +85,9 @@ DEFINITIONS = {
         Metric(
             "prefillshare_pull_backs_total",
             Counter,
-            "Loans of a response's KV by decode engines, by outcome (done, needless, failed).",
+            "Loans of a response's KV by decode engines, by outcome (done, needless, declined, dropped, unwanted, failed).",
             ("outcome",),
-            "failed rising: look at the network or raise cluster.kv_lease_s; needless: pulling takes longer than computing.",
+            "failed rising: look at the network; declined: computing is faster; dropped: raise router.pull_back_max.",
         ),
         Metric(
             "prefillshare_pulled_back_tokens_total",

@@ -58,14 +58,14 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         return self._mode.handoff_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        params, first = request.kv_transfer_params or {}, num_computed_tokens // self.block_size
-        loader = self._loading.get(request.block_hashes[first]) if first < len(request.block_hashes) else None
-        if loader not in (None, request.request_id):
+        loads = bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
+        missing = (self.shared_tokens(request) if loads else request.num_tokens) - num_computed_tokens
+        if missing <= 0:
+            return 0, False
+        first = num_computed_tokens // self.block_size
+        if missing >= self.block_size and self._loading.get(request.block_hashes[first]) not in (None, request.request_id):
             return None, False
-        if not params.get("do_remote_prefill"):
-            return super().get_num_new_matched_tokens(request, num_computed_tokens)
-        missing = self.shared_tokens(request) - num_computed_tokens
-        return (missing, True) if missing > 0 else (0, False)
+        return (missing, True) if loads else super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks, num_external_tokens: int) -> None:
         params = request.kv_transfer_params or {}

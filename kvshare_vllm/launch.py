@@ -26,6 +26,10 @@ _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ROLE_OF_SHARED_PREFILL = "kv_both"
 
 
+#: Longest that a decode engine keeps what it has lent. The router gives up before (router/pull_back.py, PATIENCE_S).
+LOAN_S = 15
+
+
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     mode = get_mode(s.mode)
     connector: dict[str, Any] = {
@@ -43,7 +47,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it
             connector["kv_connector_extra_config"] |= {
                 "bidirectional_kv_xfer": True,
-                "decoder_kv_blocks_ttl": s.lease_s,
+                "decoder_kv_blocks_ttl": min(s.lease_s, LOAN_S),
                 "kv_recompute_threshold": 0,  # the router decides
             }
         if s.role == "decode":

@@ -22,6 +22,8 @@ def register() -> None:
     for stock in {name for mode in modes() if mode.two_streams for name in mode.architectures}:
         ModelRegistry.register_model(TWO_STREAMS + stock, f"kvshare_vllm.models.two_streams:{TWO_STREAMS}{stock}")
     if current_platform.is_cpu():
+        from kvshare_vllm import cpu_adapters
         from kvshare_vllm.nixl_progress import wait_for_events
 
         wait_for_events()
+        cpu_adapters.use()

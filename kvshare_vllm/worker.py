@@ -18,6 +18,7 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
+from kvshare.modes import get_mode
 from kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
 
 
@@ -40,7 +41,11 @@ class ReplayGenerator(torch.Generator):
 class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        if isinstance(self.model_runner.get_model(), TwoStreams) and self.vllm_config.lora_config:
+        two_streams = isinstance(self.model_runner.get_model(), TwoStreams)
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer and get_mode(transfer.kv_connector_extra_config["sharing_mode"]).two_streams != two_streams:
+            raise RuntimeError("the engine's model is not the one its sharing mode runs")
+        if two_streams and self.vllm_config.lora_config:
             follow_adapters(self.model_runner)
 
     def execute_model(self, scheduler_output):

@@ -6,7 +6,7 @@ from kvshare import decoders
 from kvshare.config import Deployment, Engines
 from kvshare.contract import KVContract
 from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
-from kvshare.modes import get_mode
+from kvshare.modes import get_mode, modes
 from prefillshare.platform import vllm_build
 
 
@@ -42,8 +42,9 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
         ), engines
 
     result = {}
-    sharing = next((p.sharing for p in deployment.decode if get_mode(p.sharing).shares_prefill), None)
-    if sharing:
+    if any(get_mode(pool.sharing).shares_prefill for pool in deployment.decode):
+        # The same whichever modes draw on it: pools that come and go do not restart it.
+        sharing = next(mode.name for mode in modes() if mode.shares_prefill)
         result[SHARED_PREFILL] = settings("prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model)
     for pool in deployment.decode:
         model = pool.model or base.model

@@ -107,7 +107,7 @@ class Orchestrator:
         self._turn_ended = asyncio.Event()
         self.draining = False
         self._releases: set[asyncio.Task] = set()
-        #: Seconds per token that prefill replicas have lately computed.
+        #: Seconds per token that the shared pool has lately computed.
         self.compute_s = MeanRatio(time.monotonic)
 
     def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
@@ -146,6 +146,8 @@ class Orchestrator:
         usage.prompt_tokens = len(prompt)
         try:
             async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
+                if context.ready:
+                    await context.ready()
                 async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
                     async for chunk in chunks:
                         if chunk.token_ids and not usage.completion_tokens:
@@ -277,7 +279,8 @@ class Orchestrator:
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()
         elapsed = time.perf_counter() - started
-        self.compute_s.add(elapsed, result.computed_tokens)
+        if mode.shares_prefill and result.computed_tokens >= self._base.block_size:  # less says what a call costs
+            self.compute_s.add(result.prefill_s, result.computed_tokens)
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
         if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself
             usage.cached_tokens, usage.predicted_tokens = result.cached_tokens, predicted

@@ -6,8 +6,8 @@ In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it
     (`router.pull_back`). Less than a block is never worth a pull.
  3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
     (kvshare_vllm/connector.py), wherever it stands.
- 4. A next turn that comes meanwhile waits, at most as long as computing the context would take.
- 5. A loan that nobody reads is given back at once. If the read fails, the next turn computes what is missing.
+ 4. A next turn that comes meanwhile waits, at most as long as computing those tokens would take; then the pull is ended.
+ 5. A loan that nobody reads is given back at once. If it was not pulled, `otherwise` is called.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
 
 from kvshare.config import Base
 from kvshare.errors import PrefillShareError, PrefixLost
@@ -32,6 +33,20 @@ logger = logging.getLogger(__name__)
 
 #: The decode engine keeps the blocks meanwhile, and the next turn's prefill waits.
 PATIENCE_S = 10.0
+
+
+@dataclass(eq=False)
+class _Pull:
+    """`missing`: tokens that are to be pulled, at most all."""
+
+    token_ids: list[int]
+    lent: Handoff
+    salt: str | None
+    done: bool = False
+    task: asyncio.Task | None = None
+
+    def __post_init__(self) -> None:
+        self.name, self.missing = f"pull-{uuid.uuid4().hex}", len(self.token_ids)
 
 
 class PullBack:
@@ -49,24 +64,44 @@ class PullBack:
         self._met: set[tuple[str, str]] = set()
         self._running: set[asyncio.Task] = set()
         #: Session -> the pull of its context.
-        self._of_session: dict[Hashable, asyncio.Task] = {}
+        self._of_session: dict[Hashable, _Pull] = {}
 
-    def lent(self, session: Hashable, token_ids: list[int], lent: Handoff, salt: str | None) -> None:
+    def lent(
+        self,
+        session: Hashable,
+        token_ids: list[int],
+        lent: Handoff,
+        salt: str | None,
+        otherwise: Callable[[], object] | None = None,
+    ) -> None:
         """The context of a session that has just ended a turn, and what the decode engine lends of it."""
-        room = len(self._running) < self._limit and len(token_ids) < self._base.max_model_len
-        task = self._start(self._take(token_ids[: lent.tokens + 1], lent, salt, room))
-        self._of_session[session] = task
-        task.add_done_callback(lambda _: self._of_session.get(session) is task and self._of_session.pop(session))
+        pull = _Pull(token_ids[: lent.tokens + 1], lent, salt)
+        if len(self._of_session) >= self._limit:
+            self._start(self._release(pull, "dropped"))
+            return
+        task = pull.task = self._start(self._take(pull))
+        self._of_session[session] = pull
 
-    async def settled(self, session: Hashable, tokens: int) -> None:
-        """Returns when nothing is being pulled for the session, or after as long as computing `tokens` takes."""
-        if task := self._of_session.get(session):
-            compute_s = self._compute_s()
-            await asyncio.wait({task}, timeout=PATIENCE_S if compute_s is None else min(PATIENCE_S, tokens * compute_s))
+        def ended(_) -> None:
+            if self._of_session.get(session) is pull:
+                del self._of_session[session]
+            if otherwise and not pull.done:
+                otherwise()
+
+        task.add_done_callback(ended)
 
     def give_back(self, lent: Handoff) -> None:
-        """Nobody will pull this."""
-        self._start(self._take([0], lent, None, False))
+        """The turn that was lent to has failed: nobody will pull this."""
+        self._start(self._release(_Pull([0], lent, None), "unwanted"))
+
+    async def settled(self, session: Hashable) -> None:
+        """Returns when nothing is being pulled for the session. What takes longer than computing it would is ended."""
+        if pull := self._of_session.get(session):
+            compute_s = self._compute_s()
+            timeout = PATIENCE_S if compute_s is None else min(PATIENCE_S, pull.missing * compute_s)
+            _, unfinished = await asyncio.wait({pull.task}, timeout=timeout)
+            for task in unfinished:
+                task.cancel()
 
     def _start(self, work: Coroutine) -> asyncio.Task:
         task = asyncio.create_task(work)
@@ -79,40 +114,54 @@ class PullBack:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _take(self, token_ids: list[int], lent: Handoff, salt: str | None, room: bool) -> None:
-        outcome, name = "failed", f"pull-{uuid.uuid4().hex}"
+    async def _take(self, pull: _Pull) -> None:
+        outcome = "failed"
         try:
-            async with asyncio.timeout(min(lent.lease_s, PATIENCE_S)):
-                keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
-                placement = await self._pool.choose(len(token_ids), keys)
-                if room and self._worth(placement):
-                    result = await self._pull(placement, token_ids, lent, name, keys, salt)
-                    outcome = "done"
-                    self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
-                else:
+            async with asyncio.timeout(min(pull.lent.lease_s, PATIENCE_S)):
+                keys = BlockKeys(pull.token_ids, self._base.block_size, salt=pull.salt)
+                placement = await self._pool.choose(len(pull.token_ids), keys)
+                pull.missing = placement.missing_tokens
+                if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
                     outcome = "needless"
-                    await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, name))
+                elif not self._worth():
+                    outcome = "declined"
+                else:
+                    result = await self._pull(placement, pull, keys)
+                    outcome, pull.done = "done", True
+                    self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
         except (PrefillShareError, PrefixLost, TimeoutError, *CALL_ERRORS) as error:
-            logger.warning("KV of %d tokens was not pulled back: %s: %s", len(token_ids), type(error).__name__, error)
+            logger.warning("KV of %d tokens was not pulled back: %s: %s", len(pull.token_ids), type(error).__name__, error)
+        except asyncio.CancelledError:
+            self._metrics["pull_backs_total"].labels(outcome).inc()
+            raise
+        if outcome in ("needless", "declined"):
+            await self._release(pull, outcome, placement)
+        else:
+            self._metrics["pull_backs_total"].labels(outcome).inc()
+
+    async def _release(self, pull: _Pull, outcome: str, placement: Placement | None = None) -> None:
+        """Have a prefill replica, any, tell the decode engine that nobody will read."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                placement = placement or await self._pool.choose(1, BlockKeys([0], self._base.block_size))
+                await answer(self._pool.replicas.on(placement.replica.id).release.remote(pull.lent, pull.name))
+        except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
+            logger.warning("a loan of %d tokens ends by itself: %s: %s", pull.lent.tokens, type(error).__name__, error)
         finally:
             self._metrics["pull_backs_total"].labels(outcome).inc()
 
-    async def _pull(
-        self, placement: Placement, token_ids: list[int], lent: Handoff, name: str, keys: BlockKeys, salt: str | None
-    ) -> PrefillResult:
+    async def _pull(self, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
         began = time.monotonic()
         async with self._pool.calling(placement, keys=keys):
-            pull = self._pool.replicas.on(placement.replica.id).pull
-            result = await answer(pull.remote(token_ids, lent, name, cache_salt=salt))
-        if (pair := (placement.replica.id, lent.transfer.get("remote_engine_id", ""))) in self._met:
+            call = self._pool.replicas.on(placement.replica.id).pull
+            result = await answer(call.remote(pull.token_ids, pull.lent, pull.name, cache_salt=pull.salt))
+        if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:
             self._measured_at = time.monotonic()
             self._pull_s.add(self._measured_at - began, placement.missing_tokens)
         self._met.add(pair)
         return result
 
-    def _worth(self, placement: Placement) -> bool:
-        if placement.missing_tokens < self._base.block_size:
-            return False
+    def _worth(self) -> bool:
         compute_s, pull_s = self._compute_s(), self._pull_s.value
         if self._always or compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
             return True  # to know it

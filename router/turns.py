@@ -87,7 +87,7 @@ class Turns:
         async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
-            key, eager, makes_base_kv = (tenant, session_id), self._eager_for(decoder), self._makes_base_kv(decoder)
+            key, eager, lends = (tenant, session_id), self._eager_for(decoder), self._lends(decoder)
             if self._eager:
                 self._eager.cancel(key)
             kept, seen = self._lay_out(session, given, suffix)
@@ -100,14 +100,15 @@ class Turns:
                     field="sampling.min_tokens",
                     fix="ask for fewer, or raise sampling.max_tokens",
                 )
-            context.lend = self._pull_back is not None and seen == kept  # a suffix is no part of the context
+            if self._pull_back:
+                context.lend = seen == kept  # a suffix is no part of the context
+                context.ready = partial(self._pull_back.settled, key)
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             response: list[int] = []
             with ExitStack() as unless_it_ends_well:
                 if eager:
                     unless_it_ends_well.callback(eager.cancel, key)
                 if self._pull_back:
-                    await self._pull_back.settled(key, len(session.token_ids))
                     unless_it_ends_well.callback(lambda: context.lent and self._pull_back.give_back(context.lent))
                 outputs = self._frontend.run(request, decoder, context)
                 async with aclosing(outputs) as stream:
@@ -121,12 +122,16 @@ class Turns:
                             await self.sessions.commit(session, (*kept, *response), open_response=is_open)
                             context_tokens = len(session.token_ids)
                             unless_it_ends_well.pop_all()
-                            if context.lent:
-                                self._pull_back.lent(key, list(session.token_ids), context.lent, context.cache_salt)
                         ended = bool(completion.finish_reason)
-                        if eager and (ended and not context.lent if makes_base_kv else True):
-                            grown = partial(_joined, kept, response)
-                            eager.grew(key, len(kept) + len(response), grown, context.cache_salt, ended=ended)
+                        grown = partial(_joined, kept, response)
+                        compute = eager and partial(
+                            eager.grew, key, len(kept) + len(response), grown, context.cache_salt, ended=ended
+                        )
+                        if ended and context.lent:
+                            context_ids = list(session.token_ids)
+                            self._pull_back.lent(key, context_ids, context.lent, context.cache_salt, otherwise=compute)
+                        elif compute and (ended or not lends):
+                            compute()
                         yield TurnEvent(
                             completion.text,
                             list(completion.token_ids),
@@ -140,10 +145,10 @@ class Turns:
         served = self.decoders.get(decoder)
         return self._eager if served and get_mode(served.sharing).shares_prefill else None
 
-    def _makes_base_kv(self, decoder: str) -> bool:
-        """The decode engine has a response's base KV already, and lends it if it can."""
+    def _lends(self, decoder: str) -> bool:
+        """The decode engine has a response's base KV already, and lends it at the end."""
         served = self.decoders.get(decoder)
-        return bool(served) and get_mode(served.sharing).two_streams
+        return self._pull_back is not None and bool(served) and get_mode(served.sharing).two_streams
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""

@@ -10,19 +10,13 @@ CUDA graphs: in a batch of decodes with an adapter among them every row is predi
 so that nothing but T decides what is computed; vLLM captures such batches, and those without adapters, apart. Batches with
 prompt tokens run eagerly and choose their rows. Without graphs all batches choose.
 
-CPUs: vLLM's kernels copy an adapter's weights once per row. Rows are put in order of adapters, and each adapter's rows make
-one product with its weights where they lie.
-
 Seam: vllm/model_executor/models/{llama,qwen3}.py (module names and order of operations); vllm/lora/layers/base_linear.py
-(`_apply_lora_to_output`); vllm/v1/worker/lora_model_runner_mixin.py (`_set_active_loras`);
-vllm/lora/layers/base_linear.py (`lora_a_stacked`: [adapters, 1, rank, in], `lora_b_stacked`: [adapters, 1, out, rank])
+(`_apply_lora_to_output`); vllm/v1/worker/lora_model_runner_mixin.py (`_set_active_loras`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -37,34 +31,11 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 
 @dataclass(frozen=True)
-class AdapterRows:
-    """Consecutive rows of the decoder stream that have the same adapter, and its place among the loaded ones."""
-
-    first: int
-    end: int
-    place: int
-
-
-@dataclass(frozen=True)
 class Step:
-    """`tokens`: rows of the encoder stream; `rows`: those of them, [R], that the decoder stream has, too. `by_adapter`: its
-    rows, where their deltas are made here; else vLLM's kernels make them."""
+    """`tokens`: rows of the encoder stream; `rows`: those of them, [R], that the decoder stream has, too."""
 
     tokens: int
     rows: torch.Tensor
-    by_adapter: Sequence[AdapterRows] | None
-
-    def add_deltas(self, layer: BaseLinearLayerWithLoRA, x: torch.Tensor, output: torch.Tensor) -> None:
-        """`x`: [R, in], `output`: [R, out] of the base's weights."""
-        if self.by_adapter is None:
-            layer._apply_lora_to_output(x, output)
-            return
-        for part in self.by_adapter:
-            place, begins = part.place, 0
-            for down, up, size in zip(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices, strict=True):
-                delta = x[part.first : part.end] @ down[place, 0].T @ up[place, 0].T
-                output[part.first : part.end, begins : begins + size] += delta
-                begins += size
 
 
 class TwoStreams:
@@ -82,31 +53,30 @@ class TwoStreams:
             _double_heads(layer.self_attn)
         #: Requests of the batch that have an adapter, by their place in it; set before each step (`follow_adapters`).
         self.with_adapter: torch.Tensor | None = None
-        #: Their rows by adapter, where the deltas are made here.
-        self.by_adapter: Sequence[AdapterRows] | None = None
-        #: The batch has decodes only, and runs as a graph.
+        #: Instead: the batch has decodes only, adapters among them, and runs as a graph.
         self.every_row = False
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
         """[T, hidden size]: at each row that is predicted from, the decoder stream's; the encoder's elsewhere."""
         hidden = _embedding(self.model.embed_tokens)(input_ids) if inputs_embeds is None else inputs_embeds
         rows = self._rows(positions.shape[-1])
-        step = Step(positions.shape[-1], rows, self.by_adapter)
-        encoder, decoder = _through_layers(self.model, hidden, positions, step)
+        encoder, decoder = _through_layers(self.model, hidden, positions, Step(positions.shape[-1], rows))
         return encoder.index_copy(0, rows, decoder) if len(rows) else encoder
 
     def _rows(self, tokens: int) -> torch.Tensor:
         """Where the decoder stream runs: each request's last scheduled token, if it has an adapter."""
-        chosen = self.with_adapter
-        if chosen is None:
-            return torch.empty(0, dtype=torch.long, device=next(self.parameters()).device)
+        chosen, metadata, device = self.with_adapter, get_forward_context().attn_metadata, next(self.parameters()).device
         if self.every_row:
-            return torch.arange(tokens, device=chosen.device)
-        metadata = get_forward_context().attn_metadata
-        if metadata is None:  # a dummy run: any rows do, as long as they are as many
-            return torch.arange(tokens - len(chosen), tokens, device=chosen.device)
-        ends = next(iter(metadata.values())).query_start_loc[1:]
-        return (ends.long() - 1)[chosen]
+            return torch.arange(tokens, device=device)
+        ends = getattr(next(iter(metadata.values())), "query_start_loc", None) if metadata else None
+        if metadata and ends is None:  # said in the first step, which the engine takes before it is ready
+            raise RuntimeError("this attention backend does not say where requests begin (query_start_loc); ICaRus needs one "
+                               "that does, e.g. engine_args: {attention_backend: FLASH_ATTN}")  # fmt: skip
+        if chosen is None:
+            return torch.empty(0, dtype=torch.long, device=device)
+        if ends is None:  # a dummy run: any rows do, as long as they are as many
+            return torch.arange(tokens - len(chosen), tokens, device=device)
+        return (ends[1:].long() - 1)[chosen]
 
 
 class IcarusLlamaForCausalLM(TwoStreams, LlamaForCausalLM):
@@ -188,7 +158,7 @@ def _linear(layer, x: torch.Tensor, step: Step) -> torch.Tensor:
     bias = None if split and layer.tp_rank else base.bias
     output = base.quant_method.apply(base, x, bias)
     if x.shape[0] > step.tokens:
-        step.add_deltas(layer, x[step.tokens :], output[step.tokens :])
+        layer._apply_lora_to_output(x[step.tokens :], output[step.tokens :])
     # Every rank has a part of the sum, of the base's product as of the delta.
     return tensor_model_parallel_all_reduce(output) if split and layer.tp_size > 1 else output
 
@@ -196,29 +166,17 @@ def _linear(layer, x: torch.Tensor, step: Step) -> torch.Tensor:
 def follow_adapters(runner) -> None:
     """From now on, before each step the model learns which requests have an adapter, and the adapters' kernels are told of
     the decoder stream's rows only."""
-    stock, on_cpu = runner._set_active_loras, runner.device.type == "cpu"
-
+    stock = runner._set_active_loras
     graphs = runner.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
     def set_active_loras(of_requests, of_tokens, adapters, *rest) -> None:
         chosen = sorted((place for place, adapter in enumerate(of_requests) if adapter > 0), key=of_requests.__getitem__)
         model = runner.get_model()
-        model.with_adapter = torch.tensor(chosen, dtype=torch.long, device=runner.device) if chosen else None
-        model.every_row = graphs and len(of_tokens) == len(of_requests)
+        model.every_row = bool(chosen) and graphs and len(of_tokens) == len(of_requests)
+        model.with_adapter = None
+        if chosen and not model.every_row:
+            model.with_adapter = torch.tensor(chosen).to(runner.device, non_blocking=True)
         rows = tuple(of_requests[place] for place in chosen) or (0,)  # the kernels cannot be told of no row at all
-        stock(of_requests, of_tokens if model.every_row and chosen else rows, adapters, *rest)
-        if on_cpu:
-            model.by_adapter = _by_adapter(rows, runner.lora_manager._adapter_manager.lora_index_to_id)
+        stock(of_requests, of_tokens if model.every_row else rows, adapters, *rest)
 
     runner._set_active_loras = set_active_loras
-
-
-def _by_adapter(rows: Sequence[int], loaded: Sequence[int | None]) -> list[AdapterRows]:
-    """`rows`: adapters of the decoder stream's rows, in order; `loaded`: adapters in their places."""
-    parts, first = [], 0
-    for adapter, group in groupby(rows):
-        end = first + len(list(group))
-        if adapter:
-            parts.append(AdapterRows(first, end, loaded.index(adapter)))
-        first = end
-    return parts

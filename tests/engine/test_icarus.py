@@ -37,7 +37,7 @@ def running(request, tmp_path_factory, smollm):
                     "adapters": {name: str(path) for name, path in adapters.items()},
                 }
             ],
-            "router": {"pull_back": "always"},
+            "router": {"pull_back": "always", "eager_prefill": False},
         }
     ) as it:
         yield it

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
-from conftest import ids
+from conftest import ids, wait_until
 from engines import BLOCK, BLOCK_BYTES, LEASE_S, handed_over, new_id, nothing_held, sampling, settings_of, started, turn
 
 from kvshare.errors import Internal, PrefixLost, ResumeReason
+from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -165,3 +167,24 @@ async def test_a_loan_of_another_contract_is_refused_and_given_back(engines):
     with pytest.raises(Internal, match="contract"):
         await prefill.pull(prompt + tokens, replace(loan, contract="two"), new_id())
     await nothing_held(decoder, timeout_s=LEASE_S / 2)
+
+
+async def test_adapters_come_and_go_while_requests_run(engines, tmp_path, smollm):
+    """A request whose adapter is taken out of service ends with the tokens it would have had; a new one answers at once."""
+    _, decoder = engines
+    prompt, before = ids(45, salt=50), dict(decoder.settings.adapters)
+    whole, *_ = await turn(engines, prompt, 60, "d")
+    other = make_seeded_adapters(
+        Path(decoder.settings.model), tmp_path, names=("e",), modules=decoder.mode.adapter_modules
+    )
+    running = asyncio.create_task(turn(engines, prompt, 60, "d"))
+    await asyncio.to_thread(wait_until, lambda: decoder.stats().running == 1, 5, 0.01)
+    await decoder.set_adapters({name: before[name] for name in "abc"} | {"e": str(other["e"])})
+    with pytest.raises(Internal, match="holds no adapter 'd'"):
+        await turn(engines, prompt, 2, "d")
+    new = await asyncio.gather(*(turn(engines, prompt, 20, name) for name in ("a", "b", "c", "e")))
+    assert (await running)[0] == whole
+    assert len({tuple(tokens) for tokens, *_ in new}) == 4
+    await decoder.set_adapters(before)
+    assert (await turn(engines, prompt, 60, "d"))[0] == whole
+    await nothing_held(*engines)

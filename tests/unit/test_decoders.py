@@ -256,3 +256,10 @@ def test_a_mode_that_cannot_run_the_bases_architecture_says_which_it_can(deploy,
 def test_full_weights_are_refused_where_the_base_makes_all_kv(deploy, model):
     with pytest.raises(ConfigError, match="icarus serves adapters only"):
         deploy(full(model("coder"), sharing="icarus"))
+
+
+def test_the_graphs_of_two_streams_are_not_the_operators_to_choose(deploy, model, adapter):
+    other = model("llama", architectures=["LlamaForCausalLM"])
+    changes = {"sharing": "icarus", "engine_args": {"compilation_config": {"cudagraph_mode": "FULL"}}}
+    error = refusal(deploy(adapters(adapter("one", base=other), **changes), base_changes={"model": str(other)}))
+    assert error.field == "decode.0.engine_args.compilation_config"

@@ -11,6 +11,7 @@ from ray import serve
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
+from kvshare_vllm import vllm_logging
 
 
 class EngineReplica(ABC):
@@ -21,6 +22,7 @@ class EngineReplica(ABC):
     def engine_class() -> type: ...
 
     async def __init__(self, settings: EngineSettings):
+        vllm_logging.set_up()
         self._queued_tokens = 0
         self._engine = await self.engine_class().start(settings, host=ray.util.get_node_ip_address())
 

@@ -23,6 +23,7 @@ from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Overloaded, PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.metrics import Metrics
+from kvshare_vllm import vllm_logging
 from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class RouterIngress:
     """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
 
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
+        vllm_logging.set_up()
         from kvshare_vllm.openai_app import build_openai_app
         from router.eager import EagerPrefill
         from router.fleet import Fleet

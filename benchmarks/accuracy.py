@@ -44,8 +44,6 @@ RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")
 #: As in the sessions that the adapters serve.
 OTHERS = 1
-#: Answers are kept after every so many questions.
-CHUNK = 48
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,11 @@ class Asker:
         file = RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
         given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
         missing = [q for q in questions if (q.name, asked[q.name]) not in given]
+        missing.sort(key=lambda question: sum(len(message["content"]) for message in question.messages))
         title = f"{row.name}, {suite}" + (f", {share:.0%} base KV" if share < 1 else "")
         bar = progress.add_task(title, total=len(questions), completed=len(questions) - len(missing))
-        for first in range(0, len(missing), CHUNK):
-            part = missing[first : first + CHUNK]
+        for first in range(0, len(missing), self._batch):  # answers are kept after every batch
+            part = missing[first : first + self._batch]
             answers = offline_answers(
                 self._load(row, decoder), TASKS[suite], part, self._tokenizer, stop_ids=self._stops,
                 batch_size=self._batch, base_share=share, advance=lambda count: progress.advance(bar, count),

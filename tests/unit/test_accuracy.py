@@ -37,7 +37,7 @@ def study(tmp_path, monkeypatch):
 
 
 def test_no_question_is_asked_twice(study):
-    study.end_after = accuracy.CHUNK
+    study.end_after = 24
     with pytest.raises(KeyboardInterrupt):
         study.right()
     study.end_after = None
@@ -63,7 +63,7 @@ def test_answers_with_less_base_kv_are_others(study):
 
 def test_a_part_of_the_questions_is_spread_over_all_and_asked_once(study):
     study.right(most=5)
-    assert study.asked == [f"{SUITE}_{number}" for number in (0, 100, 200, 300, 400)]
+    assert set(study.asked) == {f"{SUITE}_{number}" for number in (0, 100, 200, 300, 400)}
     study.right()
     assert len(study.asked) == len(set(study.asked)) == 100
 

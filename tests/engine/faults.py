@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 import psutil
 from conftest import wait_until
+from oracle import TOLERANCE
+
+from prefillshare.client import collect
 
 
 def processes(running, pool: str, replica: str) -> list[psutil.Process]:
@@ -41,3 +44,29 @@ def kept_whole(running):
     yield
     wait_until(whole, 150)
     wait_until(lambda: not running.held(), 30)
+
+
+def kill(running, pool: str, replica: str) -> list[psutil.Process]:
+    """Its own process; what it had started is in the list, too."""
+    victims = processes(running, pool, replica)
+    victims[0].kill()
+    return victims
+
+
+def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, after: int = 8, **sampling):
+    """A turn during which `disturb()` is called once `after` tokens have come; checked by the oracle."""
+    session = running.client.create_session()
+
+    def watched():
+        seen, todo = 0, [disturb]
+        for piece in session.stream(decoder, token_ids=prompt, logprobs=0, ignore_eos=True, **sampling):
+            seen += len(piece.token_ids)
+            if seen >= after and todo:
+                todo.pop()()
+            yield piece
+        assert not todo
+
+    turn = collect(watched())
+    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs) <= TOLERANCE
+    assert list(session.get(with_token_ids=True).token_ids) == prompt + turn.token_ids
+    return turn

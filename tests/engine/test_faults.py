@@ -14,13 +14,12 @@ import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import kept_whole, processes, stopped
-from oracle import TOLERANCE, Oracle
+from faults import disturbed, kept_whole, kill, processes, stopped
+from oracle import Oracle
 
 from kvshare.config import parse
 from kvshare.errors import NotFound
 from prefillshare.app import apply
-from prefillshare.client import collect
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 
@@ -65,31 +64,6 @@ def oracle(running: System) -> Oracle:
 def _whole_before_and_after(running):
     with kept_whole(running):
         yield
-
-
-def kill(running, pool: str, replica: str) -> list[psutil.Process]:
-    victims = processes(running, pool, replica)
-    victims[0].kill()
-    return victims
-
-
-def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, after: int = 8, **sampling):
-    """A turn during which `disturb()` is called once `after` tokens have come; checked by the oracle."""
-    session = running.client.create_session()
-
-    def watched():
-        seen, todo = 0, [disturb]
-        for piece in session.stream(decoder, token_ids=prompt, logprobs=0, ignore_eos=True, **sampling):
-            seen += len(piece.token_ids)
-            if seen >= after and todo:
-                todo.pop()()
-            yield piece
-        assert not todo
-
-    turn = collect(watched())
-    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs) <= TOLERANCE
-    assert list(session.get(with_token_ids=True).token_ids) == prompt + turn.token_ids
-    return turn
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}])

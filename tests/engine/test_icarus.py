@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import System, system, wait_until
+from faults import disturbed, kept_whole, kill
 from oracle import Oracle
 
 from kvshare.modes import get_mode
@@ -31,6 +32,7 @@ def running(request, tmp_path_factory, smollm):
                 {
                     "pool": "agents",
                     "sharing": "icarus",
+                    "replicas": 2,
                     "kv_cache_gib": 0.05,
                     "cpu_cores": "1",
                     "max_lora_rank": 8,
@@ -76,3 +78,16 @@ def test_a_response_is_pulled_back_and_never_prefilled(running, oracle):
         result, _ = oracle.turn(session, name, token_ids=ids(10, salt=number), max_tokens=50, ignore_eos=True)
         assert result.usage.computed_tokens <= 10 + BLOCK
     wait_until(lambda: not running.held(), 10)
+
+
+def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
+    """Its turn goes on in another one, from base KV of prompt and response so far."""
+    with kept_whole(running):
+
+        def die():
+            (busy,) = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
+            kill(running, "agents", busy)
+
+        turn = disturbed(running, oracle, "c", ids(70, salt=60), die, max_tokens=60, temperature=0.0)
+        assert turn.usage.resumes >= 1
+        assert len(turn.token_ids) == 60

@@ -22,6 +22,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from kvshare.errors import ResumeReason
+from kvshare.layer_group import LayerGroup, OwnLayers
 from kvshare_vllm.block_keys import share_blocks_between_adapters
 from kvshare_vllm.connector import mode_of
 
@@ -43,6 +44,8 @@ class SharedKVScheduler(AsyncScheduler):
         # Requests put back with generated tokens, until they are first scheduled / until their grammar has caught up.
         self._replays: set[str] = set()
         self._grammars_behind: set[str] = set()
+        # Requests whose prefix has been loaded and whose own layers of it have not all been scheduled.
+        self._own_layers: dict[str, OwnLayers] = {}
 
     # R2 -------------------------------------------------------------------------------------------------------------
 
@@ -57,6 +60,8 @@ class SharedKVScheduler(AsyncScheduler):
         coordinator.cache_blocks = offer
 
     def _get_local_prefix_cache_hit(self, request: Request):
+        if request.request_id in self._own_layers:  # it has its blocks, and all of their tokens are to be scheduled
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, request.shared_prefix_boundary, False
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
@@ -108,8 +113,30 @@ class SharedKVScheduler(AsyncScheduler):
             request.status = RequestStatus.PREEMPTED
         return ready
 
+    # A shared prefix that passes through the decoder's own layers (modes that recompute) ----------------------------
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """It has been loaded. What was loaded is scheduled like a prompt; the worker runs it through its group's layers."""
+        params, failed = request.kv_transfer_params or {}, request.request_id in self.failed_recving_kv_req_ids
+        if (group := params.get("own_layers")) and not failed:
+            connector = self.connector.connector_scheduler
+            self._own_layers[request.request_id] = OwnLayers(connector.shared_tokens(request), LayerGroup.parse(group))
+            request.num_computed_tokens = connector.load_cost[request.request_id]["local_tokens"]
+        super()._update_waiting_for_remote_kv(request)
+
+    def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
+        """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
+        scheduled = {rid: own for rid, own in self._own_layers.items() if rid in scheduler_output.num_scheduled_tokens}
+        for request_id, own in scheduled.items():
+            computed = self.requests[request_id].num_computed_tokens
+            if computed + scheduler_output.num_scheduled_tokens[request_id] >= own.shared_tokens:
+                del self._own_layers[request_id]
+                self.connector.connector_scheduler.prefix_is_there(request_id)
+        return scheduled
+
     def _build_kv_connector_meta(self, connector, scheduler_output):
         meta = super()._build_kv_connector_meta(connector, scheduler_output)
+        meta.own_layers = self._own_layers_of(scheduler_output)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids & self._replays
         # The V1 model runner knows resumed requests only if it has run them before; ours it has not (worker.py).
         meta.restored_requests = [
@@ -164,6 +191,7 @@ class SharedKVScheduler(AsyncScheduler):
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False):
+        self._own_layers.pop(request.request_id, None)
         self._replays.discard(request.request_id)
         self._grammars_behind.discard(request.request_id)
         return super()._free_request(request, delay_free_blocks)

@@ -34,8 +34,7 @@ class AdapterRuns(PunicaWrapperCPU):
         for first, end, place in self._runs:
             rows, begins = x[first:end], 0
             for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                delta = (rows @ a[place, 0].T) @ b[place, 0].T
-                y[first:end, begins : begins + size] += delta if scale == 1.0 else delta * scale
+                y[first:end, begins : begins + size] += (rows @ a[place, 0].T * scale) @ b[place, 0].T
                 begins += size
 
 

@@ -334,4 +334,3 @@ class DecodeEngine(Engine):
             if handoff is not None and not taken:  # vLLM refused it before the engine saw it
                 await self.release(handoff, request_id)
             raise
-

@@ -48,6 +48,7 @@ class RouterIngress:
         from router.http_auth import ApiKeys
         from router.orchestrator import Orchestrator
         from router.pull_back import PullBack
+        from router.response_kv import ResponseKV
         from router.sessions import SessionGauge, open_sessions
         from router.turns import Turns
 
@@ -74,15 +75,16 @@ class RouterIngress:
             middleware=[partial(ApiKeys, tenants=tenants)],
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
-        self._eager: EagerPrefill | None = None
-        if config.eager_prefill and (shared := self._fleet.pools.get(SHARED_PREFILL)):
+        eager = pull_back = None
+        shared, base = self._fleet.pools.get(SHARED_PREFILL), deployment.base
+        if config.eager_prefill and shared:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
-            self._eager = EagerPrefill(shared, deployment.base, metrics, **limits)
-        self._pull_back: PullBack | None = None
-        if config.pull_back != "never" and (shared := self._fleet.pools.get(SHARED_PREFILL)):
+            eager = EagerPrefill(shared, base, metrics, **limits)
+        if config.pull_back != "never" and shared:
             rate, limits = self._orchestrator.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
-            self._pull_back = PullBack(shared, deployment.base, metrics, compute_s=lambda: rate.value, **limits)
-        turns = Turns(deployment.base, self._decoders, self._frontend, self._sessions, self._eager, self._pull_back)
+            pull_back = PullBack(shared, base, metrics, compute_s=lambda: rate.value, **limits)
+        self._response_kv = ResponseKV(eager, pull_back)
+        turns = Turns(base, self._decoders, self._frontend, self._sessions, self._response_kv)
         self._probed: dict[str, float] = {}
         self._probe_lock = asyncio.Lock()
         servicer = Servicer(turns, self.not_ready_because)
@@ -109,7 +111,7 @@ class RouterIngress:
         self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
         # Only then may engines drop what these turns still need.
-        await self._orchestrator.ended(before - set(self._decoders), GRACE_S)
+        await self._orchestrator.in_progress.ended(before - set(self._decoders), GRACE_S)
         await self._fleet.forget(deployment)
 
     async def deployment(self) -> dict:
@@ -170,9 +172,8 @@ class RouterIngress:
     async def __del__(self):
         if hasattr(self, "_grpc"):
             await self.drain(GRACE_S)
-        for background in (getattr(self, "_eager", None), getattr(self, "_pull_back", None)):
-            if background:
-                await background.stop()
+        if hasattr(self, "_response_kv"):
+            await self._response_kv.stop()
         if hasattr(self, "_fleet"):
             await self._fleet.stop()
         if hasattr(self, "_session_gauge"):

@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,6 +37,7 @@ from kvshare.modes import get_mode
 from router.admission import Admission, PoolSource
 from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
+from router.in_progress import InProgress
 from router.pools import Pool
 from router.replicas import CALL_ERRORS, answer
 from router.service_rate import MeanRatio
@@ -102,9 +102,7 @@ class Orchestrator:
         self._base = base
         self._admission = Admission(config, base.block_size, self._sources(), metrics)
         self._watch_capacity()
-        #: In progress, by decoder.
-        self._turns: Counter[str] = Counter()
-        self._turn_ended = asyncio.Event()
+        self.in_progress = InProgress(metrics)
         self.draining = False
         self._releases: set[asyncio.Task] = set()
         #: Seconds per token that the shared pool has lately computed.
@@ -142,20 +140,20 @@ class Orchestrator:
         self.admit(name)
         usage, deadline_s = context.usage, context.deadline_s
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
-        self._count(name, +1)
         usage.prompt_tokens = len(prompt)
         try:
-            async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
-                if context.ready:
-                    await context.ready()
-                async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
-                    async for chunk in chunks:
-                        if chunk.token_ids and not usage.completion_tokens:
-                            usage.ttft_s = time.perf_counter() - started
-                            self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
-                        usage.completion_tokens += len(chunk.token_ids)
-                        usage.total_s = time.perf_counter() - started
-                        yield chunk
+            with self.in_progress.turn(name):
+                async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
+                    if context.ready:
+                        await context.ready()
+                    async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
+                        async for chunk in chunks:
+                            if chunk.token_ids and not usage.completion_tokens:
+                                usage.ttft_s = time.perf_counter() - started
+                                self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
+                            usage.completion_tokens += len(chunk.token_ids)
+                            usage.total_s = time.perf_counter() - started
+                            yield chunk
             outcome = "ok"
         except TimeoutError:
             outcome = DeadlineExceeded.__name__
@@ -173,7 +171,6 @@ class Orchestrator:
             logger.exception("request %s failed", request_id)
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._count(name, -1)
             self._record(name, outcome, usage, time.perf_counter() - started)
 
     async def _attempts(
@@ -381,26 +378,10 @@ class Orchestrator:
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
-    async def ended(self, decoders: Collection[str], timeout_s: float) -> None:
-        """Until no turn of these decoders runs, at most `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while any(self._turns[name] for name in decoders):
-                    self._turn_ended.clear()
-                    await self._turn_ended.wait()
-        except TimeoutError:
-            running = ", ".join(name for name in sorted(decoders) if self._turns[name])
-            logger.warning("turns of %s still run after %g s", running, timeout_s)
-
-    def _count(self, decoder: str, change: int) -> None:
-        self._turns[decoder] += change
-        self._turn_ended.set()
-        self._metrics["turns_in_progress"].set(self._turns.total())
-
     async def drain(self, timeout_s: float) -> None:
         """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""
         self.draining = True
-        await self.ended(self._turns, timeout_s)
+        await self.in_progress.ended(None, timeout_s)
 
     def _record(self, name: str, outcome: str, usage: TurnUsage, elapsed: float) -> None:
         m = self._metrics

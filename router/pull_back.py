@@ -46,7 +46,7 @@ class _Pull:
     task: asyncio.Task | None = None
 
     def __post_init__(self) -> None:
-        self.name, self.missing = f"pull-{uuid.uuid4().hex}", len(self.token_ids)
+        self.missing = len(self.token_ids)
 
 
 class PullBack:
@@ -77,7 +77,7 @@ class PullBack:
         """The context of a session that has just ended a turn, and what the decode engine lends of it."""
         pull = _Pull(token_ids[: lent.tokens + 1], lent, salt)
         if len(self._of_session) >= self._limit:
-            self._start(self._release(pull, "dropped"))
+            self.give_back(lent, "dropped")
             return
         task = pull.task = self._start(self._take(pull))
         self._of_session[session] = pull
@@ -90,9 +90,10 @@ class PullBack:
 
         task.add_done_callback(ended)
 
-    def give_back(self, lent: Handoff) -> None:
-        """The turn that was lent to has failed: nobody will pull this."""
-        self._start(self._release(_Pull([0], lent, None), "unwanted"))
+    def give_back(self, lent: Handoff, outcome: str = "unwanted") -> None:
+        """Nobody will pull this; unless told otherwise, because the turn that made it has failed."""
+        self._start(self._release(lent))
+        self._count(outcome)
 
     async def settled(self, session: Hashable) -> None:
         """Returns when nothing is being pulled for the session. What takes longer than computing it would is ended."""
@@ -118,43 +119,45 @@ class PullBack:
         outcome = "failed"
         try:
             async with asyncio.timeout(min(pull.lent.lease_s, PATIENCE_S)):
-                keys = BlockKeys(pull.token_ids, self._base.block_size, salt=pull.salt)
-                placement = await self._pool.choose(len(pull.token_ids), keys)
-                pull.missing = placement.missing_tokens
-                if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
-                    outcome = "needless"
-                elif not self._worth():
-                    outcome = "declined"
-                else:
-                    result = await self._pull(placement, pull, keys)
-                    outcome, pull.done = "done", True
-                    self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
+                outcome = await self._pulled_or_not(pull)
         except (PrefillShareError, PrefixLost, TimeoutError, *CALL_ERRORS) as error:
             logger.warning("KV of %d tokens was not pulled back: %s: %s", len(pull.token_ids), type(error).__name__, error)
-        except asyncio.CancelledError:
-            self._metrics["pull_backs_total"].labels(outcome).inc()
-            raise
-        if outcome in ("needless", "declined"):
-            await self._release(pull, outcome, placement)
-        else:
-            self._metrics["pull_backs_total"].labels(outcome).inc()
+        finally:
+            self._count(outcome)
 
-    async def _release(self, pull: _Pull, outcome: str, placement: Placement | None = None) -> None:
+    async def _pulled_or_not(self, pull: _Pull) -> str:
+        """Returns the outcome."""
+        keys = BlockKeys(pull.token_ids, self._base.block_size, salt=pull.salt)
+        placement = await self._pool.choose(len(pull.token_ids), keys)
+        pull.missing = placement.missing_tokens
+        if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
+            self._start(self._release(pull.lent, placement))
+            return "needless"
+        if not self._worth():
+            self._start(self._release(pull.lent, placement))
+            return "declined"
+        result = await self._pull(placement, pull, keys)
+        pull.done = True
+        self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
+        return "done"
+
+    def _count(self, outcome: str) -> None:
+        self._metrics["pull_backs_total"].labels(outcome).inc()
+
+    async def _release(self, lent: Handoff, placement: Placement | None = None) -> None:
         """Have a prefill replica, any, tell the decode engine that nobody will read."""
         try:
             async with asyncio.timeout(PATIENCE_S):
                 placement = placement or await self._pool.choose(1, BlockKeys([0], self._base.block_size))
-                await answer(self._pool.replicas.on(placement.replica.id).release.remote(pull.lent, pull.name))
+                await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, _new_name()))
         except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
-            logger.warning("a loan of %d tokens ends by itself: %s: %s", pull.lent.tokens, type(error).__name__, error)
-        finally:
-            self._metrics["pull_backs_total"].labels(outcome).inc()
+            logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
 
     async def _pull(self, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
         began = time.monotonic()
         async with self._pool.calling(placement, keys=keys):
             call = self._pool.replicas.on(placement.replica.id).pull
-            result = await answer(call.remote(pull.token_ids, pull.lent, pull.name, cache_salt=pull.salt))
+            result = await answer(call.remote(pull.token_ids, pull.lent, _new_name(), cache_salt=pull.salt))
         if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:
             self._measured_at = time.monotonic()
             self._pull_s.add(self._measured_at - began, placement.missing_tokens)
@@ -166,3 +169,7 @@ class PullBack:
         if self._always or compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
             return True  # to know it
         return pull_s < compute_s
+
+
+def _new_name() -> str:
+    return f"pull-{uuid.uuid4().hex}"

@@ -9,9 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 
 from kvshare.caller import current_caller
 from kvshare.config import Base
@@ -22,8 +21,7 @@ from kvshare.modes import get_mode
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from router.chat import ChatLayout
-from router.eager import EagerPrefill
-from router.pull_back import PullBack
+from router.response_kv import ResponseKV
 from router.sessions import Session, SessionStore
 
 DEFAULT_MAX_TOKENS = 256
@@ -51,10 +49,9 @@ class Turns:
         decoders: Mapping[str, Decoder],
         frontend: Frontend,
         sessions: SessionStore,
-        eager: EagerPrefill | None = None,
-        pull_back: PullBack | None = None,
+        response_kv: ResponseKV,
     ):
-        self.decoders, self.sessions, self._eager, self._pull_back = decoders, sessions, eager, pull_back
+        self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
         # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
@@ -67,8 +64,7 @@ class Turns:
         return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
-        if self._eager:
-            self._eager.cancel((tenant, session_id))
+        self._response_kv.given_up((tenant, session_id))
         await self.sessions.delete(session_id, tenant=tenant)
 
     async def take(
@@ -87,9 +83,6 @@ class Turns:
         async with self.sessions.turn(session_id, tenant=tenant) as session:
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
-            key, eager, lends = (tenant, session_id), self._eager_for(decoder), self._lends(decoder)
-            if self._eager:
-                self._eager.cancel(key)
             kept, seen = self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -100,38 +93,24 @@ class Turns:
                     field="sampling.min_tokens",
                     fix="ask for fewer, or raise sampling.max_tokens",
                 )
-            if self._pull_back:
-                context.lend = seen == kept  # a suffix is no part of the context
-                context.ready = partial(self._pull_back.settled, key)
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
-            response: list[int] = []
-            with ExitStack() as unless_it_ends_well:
-                if eager:
-                    unless_it_ends_well.callback(eager.cancel, key)
-                if self._pull_back:
-                    unless_it_ends_well.callback(lambda: context.lent and self._pull_back.give_back(context.lent))
+            mode = get_mode(self.decoders[decoder].sharing)
+            turn = self._response_kv.of_turn((tenant, session_id), mode, kept, context, lendable=seen == kept)
+            with turn as response:
                 outputs = self._frontend.run(request, decoder, context)
                 async with aclosing(outputs) as stream:
                     async for output in stream:
                         completion = output.outputs[0]
-                        response += completion.token_ids
+                        response.token_ids += completion.token_ids
                         context_tokens = 0
                         if completion.finish_reason:
                             is_chat = (given or suffix or ("",))[0] == "messages"
                             is_open = is_chat or session.open_response
-                            await self.sessions.commit(session, (*kept, *response), open_response=is_open)
+                            await self.sessions.commit(session, (*kept, *response.token_ids), open_response=is_open)
                             context_tokens = len(session.token_ids)
-                            unless_it_ends_well.pop_all()
-                        ended = bool(completion.finish_reason)
-                        grown = partial(_joined, kept, response)
-                        compute = eager and partial(
-                            eager.grew, key, len(kept) + len(response), grown, context.cache_salt, ended=ended
-                        )
-                        if ended and context.lent:
-                            context_ids = list(session.token_ids)
-                            self._pull_back.lent(key, context_ids, context.lent, context.cache_salt, otherwise=compute)
-                        elif compute and (ended or not lends):
-                            compute()
+                            response.ended()
+                        else:
+                            response.grew()
                         yield TurnEvent(
                             completion.text,
                             list(completion.token_ids),
@@ -139,16 +118,6 @@ class Turns:
                             completion.finish_reason,
                             context_tokens,
                         )
-
-    def _eager_for(self, decoder: str) -> EagerPrefill | None:
-        """Base KV of a response is of use only where turns draw on the shared pool."""
-        served = self.decoders.get(decoder)
-        return self._eager if served and get_mode(served.sharing).shares_prefill else None
-
-    def _lends(self, decoder: str) -> bool:
-        """The decode engine has a response's base KV already, and lends it at the end."""
-        served = self.decoders.get(decoder)
-        return self._pull_back is not None and bool(served) and get_mode(served.sharing).two_streams
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""
@@ -215,7 +184,3 @@ class Turns:
                 field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
                 fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
             )
-
-
-def _joined(kept: list[int], response: list[int]) -> list[int]:
-    return [*kept, *response]

@@ -48,6 +48,7 @@ class Router:
         from kvshare_vllm.openai_app import build_openai_app
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
+        from router.response_kv import ResponseKV
         from router.sessions import MemorySessions
         from router.turns import Turns
 
@@ -58,7 +59,7 @@ class Router:
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
         self.sessions = MemorySessions(10, 100)
-        turns = Turns(base, decoders, frontend, self.sessions)
+        turns = Turns(base, decoders, frontend, self.sessions, ResponseKV())
         port = free_port()
         self.address = f"127.0.0.1:{port}"
         self.grpc = GrpcServer(Servicer(turns, None), "127.0.0.1", port, tenants)

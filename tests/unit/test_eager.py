@@ -1,10 +1,9 @@
 """Eager prefill: when a response's KV is asked for, and when not."""
 
 import asyncio
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
 
 import pytest
+from one_replica import OneReplica
 from prometheus_client import CollectorRegistry
 
 from kvshare.config import Base
@@ -15,22 +14,12 @@ from router.eager import PRIORITY, EagerPrefill
 BLOCK = 32
 
 
-class Pool:
-    """One replica that computes when told to."""
+class Pool(OneReplica):
+    """It computes when told to."""
 
     def __init__(self):
-        self.asked, self.cancelled, self.missing = [], 0, 90
-        self.finish = asyncio.Event()
-        warm = SimpleNamespace(remote=self._warm)
-        self.replicas = SimpleNamespace(on=lambda replica: SimpleNamespace(warm=warm))
-
-    async def choose(self, tokens, keys):
-        cached = max(0, tokens - self.missing)
-        return SimpleNamespace(replica=SimpleNamespace(id="one"), cached_tokens=cached, missing_tokens=self.missing)
-
-    @asynccontextmanager
-    async def calling(self, placement, queued_tokens=0, keys=None):
-        yield
+        super().__init__(warm=self._warm)
+        self.asked, self.cancelled, self.finish = [], 0, asyncio.Event()
 
     def _warm(self, token_ids, request_id, cache_salt, priority):
         self.asked.append((len(token_ids), cache_salt, priority))

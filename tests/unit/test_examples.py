@@ -11,6 +11,7 @@ import yaml
 from kvshare import config, decoders
 from kvshare.access import Auth, Tls, with_files
 from kvshare.contract import DecoderContract, KVShape
+from kvshare.modes import get_mode
 from router import tenants
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "configs"
@@ -51,7 +52,9 @@ def load(model, adapter, tmp_path, monkeypatch):
 
 def test_there_is_one_example_per_scenario():
     names = {file.stem for file in EXAMPLES}
-    assert names == {"demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "tenants"}
+    assert names == {
+        "demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "icarus", "tenants"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
@@ -126,6 +129,13 @@ def test_engines_on_one_gpu_fit_on_it(load):
     engines = (gpu.prefill, gpu.decode[0])
     assert sum(e.replicas * e.gpu_share for e in engines) == 1
     assert sum(e.engine_args["gpu_memory_utilization"] for e in engines) < 1
+
+
+def test_eight_icarus_adapters_stand_on_two_gpus(load):
+    tree = load(FOLDER / "icarus.yaml")
+    assert [e.replicas * e.gpu_share for e in (tree.prefill, *tree.decode)] == [1, 1]
+    assert get_mode(tree.decode[0].sharing).two_streams
+    assert len(tree.decode[0].adapters) == 8
 
 
 def test_four_decode_gpus_are_five_with_prefill(load):

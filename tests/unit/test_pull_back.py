@@ -2,9 +2,9 @@
 
 import asyncio
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 
 import pytest
+from one_replica import OneReplica
 from polling import until
 from prometheus_client import CollectorRegistry
 
@@ -17,36 +17,28 @@ from router.pull_back import PullBack
 BLOCK = 32
 
 
-def _method(function):
-    return SimpleNamespace(remote=lambda *args, **kwargs: asyncio.ensure_future(function(*args, **kwargs)))
-
-
-class Pool:
-    """One replica that has 64 of a context's tokens."""
+class Pool(OneReplica):
+    """It pulls all but the last token, when told to."""
 
     def __init__(self):
-        self.pulled, self.released, self.missing, self.error = [], 0, 90, None
+        super().__init__(pull=_task(self._pull), release=_task(self._release))
+        self.pulled, self.released, self.error = [], 0, None
         self.gate = asyncio.Event()
         self.gate.set()
-        replica = SimpleNamespace(pull=_method(self._pull), release=_method(self._release))
-        self.replicas = SimpleNamespace(on=lambda _: replica)
-
-    async def choose(self, tokens, keys):
-        return SimpleNamespace(replica=SimpleNamespace(id="one"), cached_tokens=64, missing_tokens=self.missing)
-
-    @asynccontextmanager
-    async def calling(self, placement, queued_tokens=0, keys=None):
-        yield
 
     async def _pull(self, token_ids, lent, request_id, cache_salt):
         await self.gate.wait()
         if self.error:
             raise self.error
         self.pulled.append((len(token_ids), cache_salt))
-        return PrefillResult(None, len(token_ids), 64 + self.missing, 0.1)
+        return PrefillResult(None, len(token_ids), len(token_ids) - 1, 0.1)
 
     async def _release(self, lent, request_id):
         self.released += 1
+
+
+def _task(function):
+    return lambda *args, **kwargs: asyncio.ensure_future(function(*args, **kwargs))
 
 
 @pytest.fixture
@@ -86,11 +78,19 @@ async def counts(metrics, outcome: str, number: int) -> None:
         await until(counted)
 
 
+async def given_back(pool, number: int) -> None:
+    async def released():
+        return pool.released == number
+
+    async with asyncio.timeout(2):
+        await until(released)
+
+
 async def test_all_but_the_last_token_of_a_context_is_pulled(pull_back, pool, metrics):
     pull_back.lent("s", list(range(155)), loan(154), "salt")
     await counts(metrics, "done", 1)
     assert pool.pulled == [(155, "salt")]
-    assert metrics["pulled_back_tokens_total"]._value.get() == 90
+    assert metrics["pulled_back_tokens_total"]._value.get() == 89
 
 
 async def test_a_context_longer_than_the_loan_is_cut(pull_back, pool, metrics):
@@ -103,7 +103,8 @@ async def test_less_than_a_block_is_given_back(pull_back, pool, metrics):
     pool.missing = BLOCK - 1
     pull_back.lent("s", list(range(95)), loan(94), None)
     await counts(metrics, "needless", 1)
-    assert (pool.pulled, pool.released) == ([], 1)
+    await given_back(pool, 1)
+    assert not pool.pulled
 
 
 async def test_what_is_computed_faster_is_not_pulled(pull_back, pool, metrics):
@@ -118,7 +119,7 @@ async def test_what_is_computed_faster_is_not_pulled(pull_back, pool, metrics):
     pull_back.known_compute_s = 10.0
     pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "done", 3)
-    assert pool.released == 1
+    await given_back(pool, 1)
 
 
 async def test_what_is_computed_faster_is_pulled_where_the_prefill_pool_is_to_be_spared(pool, metrics):
@@ -142,7 +143,8 @@ async def test_what_was_measured_long_ago_counts_no_more(pull_back, pool, metric
 async def test_a_loan_that_nobody_wants_is_given_back(pull_back, pool, metrics):
     pull_back.give_back(loan(154))
     await counts(metrics, "unwanted", 1)
-    assert (pool.pulled, pool.released) == ([], 1)
+    await given_back(pool, 1)
+    assert not pool.pulled
 
 
 async def test_a_context_that_fills_the_model_is_not_pulled(pull_back, pool, metrics):
@@ -157,7 +159,7 @@ async def test_more_at_once_than_the_limit_are_given_back(pull_back, pool, metri
     await counts(metrics, "dropped", 2)
     pool.gate.set()
     await counts(metrics, "done", 2)
-    assert pool.released == 2
+    await given_back(pool, 2)
 
 
 async def test_a_pull_that_fails_is_counted_and_does_no_more_harm(pull_back, pool, metrics):

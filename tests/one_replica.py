@@ -1,0 +1,22 @@
+"""A pool of one prefill replica that lacks `missing` tokens of whatever is asked for."""
+
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+
+class OneReplica:
+    """`methods`: of the replica, as Serve's handle has them: called with `.remote()`, what they return is awaited."""
+
+    missing = 90
+
+    def __init__(self, **methods):
+        replica = SimpleNamespace(**{name: SimpleNamespace(remote=method) for name, method in methods.items()})
+        self.replicas = SimpleNamespace(on=lambda _: replica)
+
+    async def choose(self, tokens, keys):
+        cached = max(0, tokens - self.missing)
+        return SimpleNamespace(replica=SimpleNamespace(id="one"), cached_tokens=cached, missing_tokens=self.missing)
+
+    @asynccontextmanager
+    async def calling(self, placement, queued_tokens=0, keys=None):
+        yield

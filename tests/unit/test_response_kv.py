@@ -1,0 +1,97 @@
+"""Which of eager prefill and pull-back a turn's response gets."""
+
+import pytest
+
+from kvshare.handoff import Handoff, TurnContext
+from kvshare.modes import modes
+from router.response_kv import ResponseKV
+
+SESSION = ("tenant", "session")
+LENT = Handoff(4, "contract", 60.0, {})
+LENDING = next(mode for mode in modes() if mode.two_streams)
+SHARING = next(mode for mode in modes() if mode.shares_prefill and not mode.two_streams)
+PER_MODEL = next(mode for mode in modes() if not mode.shares_prefill)
+
+
+class Recorder:
+    """Eager prefill and pull-back, which do nothing but say what was asked of them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def grew(self, session, tokens, context, salt, *, ended):
+        assert session == SESSION
+        assert len(context()) == tokens
+        self.calls.append(("ahead", tokens, salt, ended))
+
+    def cancel(self, session):
+        self.calls.append("cancel")
+
+    def lent(self, session, token_ids, lent, salt, otherwise):
+        self.calls.append(("pull", token_ids, lent, salt))
+        otherwise()
+
+    def give_back(self, lent):
+        self.calls.append(("give back", lent))
+
+    async def settled(self, session):
+        self.calls.append("settled")
+
+
+@pytest.fixture
+def asked():
+    return Recorder()
+
+
+def take(response_kv, mode, context, *, lent=None, ends=True):
+    with response_kv.of_turn(SESSION, mode, [1, 2], context, lendable=True) as response:
+        response.token_ids += [3, 4]
+        response.grew()
+        context.lent = lent
+        if not ends:
+            raise ConnectionError
+        response.token_ids += [5]
+        response.ended()
+
+
+def test_what_the_shared_pool_will_be_asked_for_is_prefilled_ahead_while_it_streams(asked):
+    context = TurnContext(cache_salt="salt")
+    take(ResponseKV(asked), SHARING, context)
+    assert asked.calls == ["cancel", ("ahead", 4, "salt", False), ("ahead", 5, "salt", True)]
+    assert not context.lend
+
+
+def test_a_pool_with_a_prefill_engine_of_its_own_gets_neither(asked):
+    take(ResponseKV(asked, asked), PER_MODEL, TurnContext())
+    assert asked.calls == ["cancel"]
+
+
+async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_where_it_is_not(asked):
+    context = TurnContext(cache_salt="salt")
+    take(ResponseKV(asked, asked), LENDING, context, lent=LENT)
+    assert asked.calls == ["cancel", ("pull", [1, 2, 3, 4, 5], LENT, "salt"), ("ahead", 5, "salt", True)]
+    assert context.lend
+    await context.ready()
+    assert asked.calls[-1] == "settled"
+
+
+def test_a_lending_engine_that_lends_nothing_is_prefilled_for(asked):
+    take(ResponseKV(asked, asked), LENDING, TurnContext())
+    assert asked.calls == ["cancel", ("ahead", 5, None, True)]
+
+
+def test_without_pull_back_a_lending_mode_is_prefilled_for_while_it_streams(asked):
+    take(ResponseKV(asked), LENDING, TurnContext())
+    assert asked.calls == ["cancel", ("ahead", 4, None, False), ("ahead", 5, None, True)]
+
+
+def test_a_turn_that_fails_leaves_nothing_behind(asked):
+    with pytest.raises(ConnectionError):
+        take(ResponseKV(asked, asked), LENDING, TurnContext(), lent=LENT, ends=False)
+    assert asked.calls == ["cancel", "cancel", ("give back", LENT)]
+
+
+def test_a_suffix_is_not_lent(asked):
+    context = TurnContext()
+    with ResponseKV(pull_back=asked).of_turn(SESSION, LENDING, [1], context, lendable=False):
+        assert not context.lend

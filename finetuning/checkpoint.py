@@ -15,8 +15,8 @@ from kvshare.contract import DecoderContract
 from kvshare.errors import ConfigError
 
 FILE = "checkpoint.pt"
-#: What may differ between a run and the one that goes on with it.
-_MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
+#: What of a recipe changes how fast a run is and what memory it takes, not what it learns.
+MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
 
 
 class Checkpoint:
@@ -26,7 +26,7 @@ class Checkpoint:
         self, folder: Path, recipe: Recipe, contract: DecoderContract, examples: Sequence[Example], decoder, optimizer
     ):
         self._file, self._decoder, self._optimizer = folder / FILE, decoder, optimizer
-        settings = recipe.model_dump(mode="json", exclude=_MAY_CHANGE)
+        settings = recipe.model_dump(mode="json", exclude=MAY_CHANGE)
         data = hashlib.sha256(repr([(e.token_ids, e.responses) for e in examples]).encode()).hexdigest()
         self._run = {**settings, "base's weights": contract.base.weights, "data": data}
 

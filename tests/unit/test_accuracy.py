@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from rich.console import Console
 
 from benchmarks import accuracy, accuracy_report
@@ -88,6 +89,21 @@ def test_every_training_is_a_recipe_with_a_folder_of_its_own(study, monkeypatch)
         ("prefillshare", "lora"), ("prefillshare", "full"), ("icarus", "lora"), ("ordinary", "full"),
     }  # fmt: skip
     assert len({(r.epochs, r.batch_size, r.max_tokens, r.train) for r in recipes.values()}) == 1
+
+
+@pytest.mark.parametrize(("changes", "taken"), [({"micro_batch_size": 2}, True), ({"learning_rate": 0.5}, False)])
+def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, monkeypatch, changes, taken):
+    recipe = accuracy.load(accuracy.STUDIES[0].recipe).model_copy(update={"output": str(tmp_path)})
+    monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("it was trained again"))
+    monkeypatch.setattr(accuracy.output, "contract", lambda recipe: "contract")
+    monkeypatch.setattr(accuracy.DecoderContract, "read", lambda folder: "contract")
+    (tmp_path / "kv_contract.json").touch()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json") | changes))
+    if taken:
+        assert accuracy.trained(recipe, Console(quiet=True)) == tmp_path
+    else:
+        with pytest.raises(SystemExit, match="another recipe"):
+            accuracy.trained(recipe, Console(quiet=True))
 
 
 def test_the_page_has_every_row_and_the_difference(tmp_path):

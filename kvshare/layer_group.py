@@ -39,6 +39,11 @@ class LayerGroup:
         return self.first or None
 
 
+def layer_group(text: str) -> LayerGroup | None:
+    """Of a configuration's text: None for "none". Raises ValueError."""
+    return None if text == "none" else LayerGroup.parse(text)
+
+
 @dataclass(frozen=True)
 class OwnLayers:
     """Of one request: its first `shared_tokens` tokens pass through the layers of `group` only."""

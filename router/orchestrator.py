@@ -32,6 +32,7 @@ from kvshare.errors import (
     Unavailable,
 )
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
+from kvshare.layer_group import block_salt
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.admission import Admission, PoolSource
@@ -59,10 +60,11 @@ class Route:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What is handed over: its tokens, and the keys of its blocks."""
+    """What is handed over: its tokens, and the keys of its blocks where they are made and where they are read."""
 
     token_ids: list[int]
     keys: BlockKeys
+    decode_keys: BlockKeys
 
 
 @dataclass
@@ -176,7 +178,8 @@ class Orchestrator:
     async def _attempts(
         self, decoder: Decoder, prompt, sampling, request_id: str, context: TurnContext
     ) -> AsyncIterator[TokenChunk]:
-        route = self.routes[decoder.pool]
+        route, context.own_layers = self.routes[decoder.pool], decoder.own_layers[0]
+        context.usage.own_layers = str(context.own_layers or "")
         prefix = self._prefix(decoder, prompt, [], context)
         shared = bool(prefix.token_ids)
         overlaps = route.prefill.overlaps(prefix.keys) if shared else {}
@@ -225,8 +228,14 @@ class Orchestrator:
     def _prefix(self, decoder: Decoder, prompt: list[int], generated: list[int], context: TurnContext) -> _Prefix:
         mode = get_mode(decoder.sharing)
         shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
-        adapter = None if mode.adapters_share_blocks else decoder.adapter
-        return _Prefix(shared, BlockKeys(shared, self._base.block_size, salt=context.cache_salt, adapter=adapter))
+        salt, own = context.cache_salt, context.own_layers
+        keys = self._keys(shared, salt, None if mode.shares_prefill else decoder.adapter)
+        if not mode.recomputes:
+            return _Prefix(shared, keys, keys)
+        return _Prefix(shared, keys, self._keys(shared, block_salt(salt, own), decoder.adapter))
+
+    def _keys(self, token_ids: list[int], salt: str | None, adapter: str | None) -> BlockKeys:
+        return BlockKeys(token_ids, self._base.block_size, salt=salt, adapter=adapter)
 
     async def _take_up_again(
         self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
@@ -304,7 +313,7 @@ class Orchestrator:
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
             last = session.prefilled_on.get(pool.name) if session else None
-            grant, keys = attempt.grant, attempt.prefix.keys
+            grant, keys = attempt.grant, attempt.prefix.decode_keys
             placement = await pool.choose(len(prompt), keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
             replica = usage.decode_replica = placement.replica.id
             if grant.fits(replica):
@@ -320,6 +329,7 @@ class Orchestrator:
                     replay=len(attempt.generated),
                     cache_salt=context.cache_salt,
                     lend=context.lend and get_mode(decoder.sharing).two_streams,
+                    own_layers=context.own_layers,
                 )
                 async for chunk in stream:
                     if loading.when() is not None and not loading.expired():

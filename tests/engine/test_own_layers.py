@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,24 @@ import pytest_asyncio
 import reference
 import torch
 from conftest import ids
-from engines import KV_BYTES, settings_of, started, turn
+from engines import (
+    BLOCK,
+    BLOCK_BYTES,
+    KV_BYTES,
+    LEASE_S,
+    handed_over,
+    new_id,
+    nothing_held,
+    sampling,
+    settings_of,
+    started,
+    turn,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from kvshare.errors import ResumeReason
+from kvshare.layer_group import LayerGroup
 from prefillshare.tiny_models import make_full_decoder
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -76,3 +91,94 @@ async def test_any_group_of_layers_is_the_decoders_own(running, group):
 async def test_weights_of_its_own_and_fewer_kept_layers_than_the_prefill_engine(running):
     for group in ("2-2", "2-3", "0-2"):
         await exact(running, ids(75, salt=10), 12, "full", group)
+
+
+@pytest.mark.parametrize("n", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 1, 250])
+async def test_prompts_of_all_lengths(running, n):
+    await exact(running, ids(n, salt=20 + n), 6, "b", "1-2")
+
+
+async def test_only_what_is_used_is_read(running):
+    """Of four layers and three kept inputs."""
+    for group, layers in (("1-2", 3), ("0-1", 2), ("3-3", 4), (None, 4)):
+        _, chunk, _ = await exact(running, ids(2 * BLOCK + 1, salt=30 + layers), 2, "a", group)
+        assert chunk.kv_bytes == 2 * BLOCK_BYTES * layers // LAYERS
+
+
+async def test_the_next_turn_computes_only_what_is_new(running):
+    """Its own blocks stand in the cache for this decoder and this group, and for nobody else."""
+    prompt = ids(70, salt=40)
+    tokens, *_ = await exact(running, prompt, 40, "a", "1-2")
+    context = prompt + tokens + ids(10, salt=41)
+    for decoder, group, local in (("a", "1-2", 64), ("a", "1-2", 96), ("a", "2-2", 0), ("b", "1-2", 0), ("a", None, 0)):
+        _, chunk, _ = await exact(running, context, 8, decoder, group)
+        assert chunk.local_tokens == local
+
+
+async def test_decoders_of_different_groups_are_exact_in_one_batch(running):
+    """Some recompute long prompts in chunks while others decode."""
+    asked = [("a", "1-2"), ("b", "2-3"), ("a", "0-1"), (None, None), ("b", "1-1"), ("a", None), ("b", "3-3")]
+    await asyncio.gather(
+        *(exact(running, ids(20 + 13 * n, salt=50 + n), 60 - 5 * n, name, group) for n, (name, group) in enumerate(asked))
+    )
+
+
+async def test_running_decodes_go_on_while_a_long_prompt_is_recomputed(running):
+    """The engine takes at most 64 tokens per step."""
+    (prefill, decoder, _), _ = running
+    order: list[str] = []
+    decodes = asyncio.Event()
+
+    async def watched(name: str, prompt: list[int], n: int):
+        handoff = await handed_over((prefill, decoder), prompt)
+        group = LayerGroup(1, 2)
+        async for chunk in decoder.decode(prompt, handoff, sampling(n), new_id(), adapter="a", own_layers=group):
+            order.extend(name for _ in chunk.token_ids)
+            if len(order) >= 10:
+                decodes.set()
+
+    first = asyncio.create_task(watched("short", ids(40, salt=60), 120))
+    await decodes.wait()
+    await watched("long", ids(260, salt=61), 1)
+    before = order.index("long")
+    await first
+    assert before - 10 >= 260 // 64, order
+
+
+async def test_a_prefix_that_is_being_recomputed_is_waited_for(running):
+    """Two requests at once: one load, one recomputation."""
+    prompt = ids(4 * BLOCK + 1, salt=70)
+    both = await asyncio.gather(*(exact(running, prompt, 4, "a", "1-2") for _ in range(2)))
+    assert sorted(chunk.local_tokens for _, chunk, _ in both) == [0, 4 * BLOCK]
+
+
+async def test_preempted_requests_resume_exactly(running):
+    prompts = [ids(100 + i, salt=80 + i) for i in range(5)]
+    asked = list(zip(prompts, ("a", "b", "a", "b", "a"), ("1-2", "0-1", "2-3", "3-3", "1-2"), strict=True))
+    together = await asyncio.gather(*(exact(running, p, 90, name, group) for p, name, group in asked))
+    assert ResumeReason.PREEMPTED in [reason for *_, reasons in together for reason in reasons]
+
+
+@pytest.mark.parametrize("done", [1, BLOCK - 8, BLOCK - 7, 50])
+async def test_a_turn_continues_elsewhere_with_the_same_tokens(running, done):
+    (prefill, decoder, _), _ = running
+    prompt, options = ids(40, salt=90 + done), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
+    whole, *_ = await turn((prefill, decoder), prompt, 60, "b", own_layers="1-2", **options)
+    handoff, rest = await handed_over((prefill, decoder), prompt, whole[:done]), []
+    async for chunk in decoder.decode(
+        prompt + whole[:done], handoff, sampling(60, **options), new_id(), adapter="b", replay=done, own_layers=LayerGroup(1, 2)
+    ):
+        rest += chunk.token_ids
+    assert whole[:done] + rest == whole
+
+
+async def test_nothing_is_held_after_turns_that_end_early(running):
+    (prefill, decoder, own), _ = running
+
+    async def left_after(delay: float, number: int):
+        task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=100 + number), 30, "a", own_layers="1-2"))
+        await asyncio.sleep(delay)
+        task.cancel()
+
+    await asyncio.gather(*(left_after(0.05 * number, number) for number in range(8)))
+    await nothing_held(prefill, decoder, own, timeout_s=LEASE_S + 4)

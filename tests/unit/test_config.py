@@ -95,7 +95,11 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ("decode/0/pool", "", "decode.0.pool: String should match pattern"),
         ("decode/0/adapters/a b", "x", "decode.0.adapters.a b: String should match pattern"),
         # Rules of our own.
-        ("decode/0/sharing", "share", "decode.0.sharing: unknown sharing mode 'share'; allowed: prefillshare, icarus, droidspeak, none"),
+        (
+            "decode/0/sharing",
+            "share",
+            "decode.0.sharing: unknown sharing mode 'share'; allowed: prefillshare, icarus, droidspeak, none",
+        ),
         ("decode/0/model", "x", f"decode.0: {ONE_KIND}"),
         ("decode/0/adapters", {}, f"decode.0: {ONE_KIND}"),
         ("decode/0/name", "n", "decode.0: `name` (n) goes with `model`; adapters are named by their keys, so remove it"),

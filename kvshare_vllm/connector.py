@@ -1,6 +1,7 @@
 """The KV connector: vLLM's NIXL pull connector, held to the rules of shared KV.
 
-Life of a load, on the decode side:
+Life of a load, on the decode side (a request that computes layers itself has two: what enters them first, so that it can
+begin, and the KV of the other layers):
  1. `get_num_new_matched_tokens`: the shared prefix minus what the local cache holds is to be loaded (R1). While
     another request loads the same blocks, wait for it instead of loading a second copy (R5).
  2. The worker shakes hands with the prefill engine once; both must have been started under one contract (R4).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+#: Behind the id of a request that computes layers itself: its load of the other layers' KV.
+REST = " rest"
 #: Slack for the error of the clock offset that the handshake measured (half a round trip) and for the worker's poll.
 LEASE_MARGIN_S = 0.5
 
@@ -62,6 +66,8 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         self._loads: dict[str, list[Any]] = {}
         # Loads of requests that compute these layers themselves.
         self._own_layers: dict[str, LayerGroup] = {}
+        # Their two loads, while they are under way.
+        self.loads_left: dict[str, set[str]] = {}
         # Request id -> what its load cost, reported with every output until the request ends.
         self.load_cost: dict[str, dict[str, int]] = {}
 
@@ -89,10 +95,13 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
             return
         local = self.shared_tokens(request) - num_external_tokens
         pulled = -(-num_external_tokens // self.block_size)
-        read = len(self._regions.read_for(own_layers(params))) / len(self._regions.names)
-        self.load_cost[request.request_id] = {"pulled_bytes": round(pulled * self._block_bytes * read), "local_tokens": local}
-        if group := own_layers(params):
+        group = own_layers(params)
+        read = len(self._regions.kv(group)) + (len(self._regions.hidden_states(group)) if group else 0)
+        pulled_bytes = pulled * self._block_bytes * read // len(self._regions.names)
+        self.load_cost[request.request_id] = {"pulled_bytes": pulled_bytes, "local_tokens": local}
+        if group and num_external_tokens:
             self._own_layers[request.request_id] = group
+            self.loads_left[request.request_id] = {request.request_id, request.request_id + REST}
         first, end = local // self.block_size, self.shared_tokens(request) // self.block_size
         if num_external_tokens and end > first:
             self._loads[request.request_id] = request.block_hashes[first:end]
@@ -170,12 +179,31 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         return super().add_remote_agent(nixl_agent_meta, *args, **kwargs)
 
     def start_load_kv(self, metadata) -> None:
-        self._own_layers |= getattr(metadata, "own_layers_of_loads", {})
+        for request_id, group in metadata.own_layers_of_loads.items():
+            meta = metadata.reqs_to_recv[request_id]
+            metadata.reqs_to_recv[request_id + REST] = replace(meta, remote=replace(meta.remote))
+            self._own_layers[request_id] = self._own_layers[request_id + REST] = group
         super().start_load_kv(metadata)
 
-    def _read_blocks(self, read_spec, dst_engine_id, request_id, *args, **kwargs) -> bool:
-        self._reading = self._regions.read_for(self._own_layers.pop(request_id, None))
-        return super()._read_blocks(read_spec, dst_engine_id, request_id, *args, **kwargs)
+    def _read_blocks(self, read_spec, dst_engine_id, request_id, *args, expected_consumers: int, **kwargs) -> bool:
+        group = self._own_layers.get(request_id)
+        self._reading = self._regions.kv(group)
+        if group and not request_id.endswith(REST):
+            self._reading = self._regions.hidden_states(group)
+            if not self._reading:  # nothing enters but the embedding: it can begin
+                self._recving_transfers.setdefault(request_id, [])
+                return True
+        if group and group.transition:
+            expected_consumers *= 2  # the prefill engine keeps its blocks until it has heard of both
+        return super()._read_blocks(
+            read_spec, dst_engine_id, request_id, *args, expected_consumers=expected_consumers, **kwargs
+        )
+
+    def get_transfer_results(self):
+        results = super().get_transfer_results()
+        for request_id in results.finished_recving:
+            self._own_layers.pop(request_id, None)
+        return results
 
     def _compute_desc_ids(self, *args, **kwargs):
         """Of the regions that the request reads; vLLM's are region by region."""

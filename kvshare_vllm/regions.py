@@ -34,12 +34,16 @@ class Regions:
         self._kv = [name for name in self.names if ECACHE not in name]
         self._parts = ecache_parts_of(vllm_config)
 
-    def read_for(self, group: LayerGroup | None) -> list[int]:
-        """Places of the regions that a request reads which computes `group` itself; None: it computes none."""
-        keep = {name for number, name in enumerate(self._kv) if group is None or number not in group}
-        if group and group.transition:
-            keep |= set(ecache_names(self._kv, group.transition, self._parts))
-        return [place for place, name in enumerate(self.names) if name in keep]
+    def kv(self, group: LayerGroup | None) -> list[int]:
+        """Places of the KV that a request reads which computes `group` itself; None: it computes none."""
+        return self._places(name for number, name in enumerate(self._kv) if group is None or number not in group)
+
+    def hidden_states(self, group: LayerGroup) -> list[int]:
+        """Places of what enters the group."""
+        return self._places(ecache_names(self._kv, group.transition, self._parts) if group.transition else ())
+
+    def _places(self, names: Iterable[str]) -> list[int]:
+        return [self.names.index(name) for name in names]
 
     def among(self, ecache_layers: Iterable[int]) -> list[int]:
         """Places of these regions among those of an engine that keeps `ecache_layers`."""

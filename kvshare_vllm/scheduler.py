@@ -14,6 +14,7 @@ Seam: vllm/v1/core/sched/{scheduler,async_scheduler}.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -24,7 +25,7 @@ from vllm.v1.request import RequestStatus
 from kvshare.errors import ResumeReason
 from kvshare.layer_group import LayerGroup, OwnLayers
 from kvshare_vllm.block_keys import share_blocks_between_adapters
-from kvshare_vllm.connector import mode_of
+from kvshare_vllm.connector import REST, mode_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -55,7 +56,10 @@ class SharedKVScheduler(AsyncScheduler):
         cache_blocks = coordinator.cache_blocks
 
         def offer(request: Request, num_computed_tokens: int) -> None:
-            cache_blocks(request, mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens))
+            offered = mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens)
+            if self._rest_is_loading(request):  # its blocks lack the other layers' KV
+                offered = min(offered, self.connector.connector_scheduler.load_cost[request.request_id]["local_tokens"])
+            cache_blocks(request, offered)
 
         coordinator.cache_blocks = offer
 
@@ -124,12 +128,50 @@ class SharedKVScheduler(AsyncScheduler):
             request.num_computed_tokens = connector.load_cost[request.request_id]["local_tokens"]
         super()._update_waiting_for_remote_kv(request)
 
+    def _rest_is_loading(self, request: Request) -> bool:
+        return request.request_id + REST in self.connector.connector_scheduler.loads_left.get(request.request_id, ())
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """What comes after the shared prefix passes through all layers: it waits for their KV."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self._rest_is_loading(request):
+            tokens = min(tokens, self._own_layers[request.request_id].shared_tokens - num_computed_tokens)
+        return tokens
+
+    def _request_blocks_can_be_freed(self, request: Request) -> bool:
+        return not self._rest_is_loading(request) and super()._request_blocks_can_be_freed(request)
+
+    def _handle_failed_recving(self, failed_req_ids):
+        loads = self.connector.connector_scheduler.loads_left
+        running = {name.removesuffix(REST) for name in failed_req_ids if name.endswith(REST)} & loads.keys()
+        failed = super()._handle_failed_recving(failed_req_ids) | {
+            request_id for request_id in running if self.requests[request_id].status == RequestStatus.RUNNING
+        }
+        self._failed_loads |= failed
+        return failed
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
+        """Of two loads, the first lets the request begin; blocks of one that has ended are freed after both."""
+        loads, ended = self.connector.connector_scheduler.loads_left, set()
+        for name in kv_connector_output.finished_recving or ():
+            request_id = name.removesuffix(REST)
+            if request_id not in loads:
+                ended.add(name)
+                continue
+            loads[request_id].remove(name)
+            both = not loads[request_id]
+            if both:
+                del loads[request_id]
+            if both if self.requests[request_id].is_finished() else name == request_id:
+                ended.add(request_id)
+        super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
+
     def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
         """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
         scheduled = {rid: own for rid, own in self._own_layers.items() if rid in scheduler_output.num_scheduled_tokens}
         for request_id, own in scheduled.items():
             computed = self.requests[request_id].num_computed_tokens
-            if computed + scheduler_output.num_scheduled_tokens[request_id] >= own.shared_tokens:
+            if computed + scheduler_output.num_scheduled_tokens[request_id] > own.shared_tokens:
                 del self._own_layers[request_id]
                 self.connector.connector_scheduler.prefix_is_there(request_id)
         return scheduled
@@ -162,11 +204,6 @@ class SharedKVScheduler(AsyncScheduler):
         self._preempted.clear()
         return output
 
-    def _handle_failed_recving(self, failed_req_ids):
-        failed = super()._handle_failed_recving(failed_req_ids)
-        self._failed_loads |= failed
-        return failed
-
     def _handle_invalid_blocks(self, invalid_block_ids, num_scheduled_tokens):
         failed = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
         self._failed_loads |= failed
@@ -194,6 +231,7 @@ class SharedKVScheduler(AsyncScheduler):
         self._own_layers.pop(request.request_id, None)
         self._replays.discard(request.request_id)
         self._grammars_behind.discard(request.request_id)
+        delay_free_blocks |= request.request_id in self.connector.connector_scheduler.loads_left
         return super()._free_request(request, delay_free_blocks)
 
 

@@ -69,8 +69,10 @@ async def running(request, tmp_path_factory, smollm):
     )
     full = make_full_decoder(Path(adapters.model), folder / "full", seed=5)
     own = replace(adapters, model=str(full), adapters={}, ecache_layers=(2,), pool="own")
-    async with started(adapters, own) as engines:
-        yield engines, Oracle(adapters, full)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function goes to the workers: `delay_rests`
+        async with started(adapters, own) as engines:
+            yield engines, Oracle(adapters, full)
 
 
 async def exact(running, prompt: list[int], n: int, decoder: str | None = "a", own_layers: str | None = "1-2", **kw):
@@ -182,3 +184,83 @@ async def test_nothing_is_held_after_turns_that_end_early(running):
 
     await asyncio.gather(*(left_after(0.05 * number, number) for number in range(8)))
     await nothing_held(prefill, decoder, own, timeout_s=LEASE_S + 4)
+
+
+def delay_rests(worker, seconds: float, *, fail: int = 0) -> None:
+    """Loads of the KV of other layers take so long; the first `fail` of them fail then. Runs in the engine's worker."""
+    import time
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group().connector_worker
+    stock, began, to_fail = type(connector)._pop_done_transfers, {}, [fail]
+
+    def pop_done_transfers(transfers):
+        now = time.monotonic()
+        rests = [name for name in transfers if name.endswith(" rest")]
+        held = {name: transfers.pop(name) for name in rests if now - began.setdefault(name, now) < seconds}
+        done, failed = stock(connector, transfers)
+        transfers.update(held)
+        failures = [name for name in done if name.endswith(" rest")][: to_fail[0]]
+        to_fail[0] -= len(failures)
+        return done, failed | set(failures)
+
+    connector._pop_done_transfers = pop_done_transfers
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def rests(running):
+    """rests(seconds, fail=0): as `delay_rests`, until the test has ended."""
+    (_, decoder, _), _ = running
+
+    async def set_delay(seconds: float, **kw):
+        await decoder._llm.collective_rpc(delay_rests, args=(seconds,), kwargs=kw)
+
+    yield set_delay
+    await set_delay(0)
+
+
+async def test_layers_are_recomputed_while_other_layers_are_still_loading(running, rests):
+    """Its tokens run meanwhile; nobody may find its blocks, and nothing comes out, before all is there."""
+    (_, decoder, _), _ = running
+    await rests(1.5)
+    prompt, began = ids(4 * BLOCK + 1, salt=110), asyncio.get_running_loop().time()
+    first = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
+    await asyncio.sleep(0.7)
+    assert decoder.stats().running == 1
+    other = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
+    await exact(running, ids(20, salt=111), 4, None, None)
+    assert not first.done()
+    assert asyncio.get_running_loop().time() - began < 1.5
+    chunks = [chunk for _, chunk, _ in await asyncio.gather(first, other)]
+    assert asyncio.get_running_loop().time() - began >= 1.5
+    assert [chunk.local_tokens for chunk in chunks] == [0, 4 * BLOCK]
+
+
+@pytest.mark.parametrize("group", ["1-2", "0-1"])
+async def test_a_load_that_fails_behind_recomputed_layers_is_made_again(running, rests, group):
+    await rests(0.3, fail=1)
+    _, _, reasons = await exact(running, ids(100, salt=112), 8, "a", group)
+    assert reasons == [ResumeReason.KV_LOAD_FAILED]
+    _, chunk, _ = await exact(running, ids(100, salt=112), 8, "a", group)
+    assert chunk.local_tokens == 96
+
+
+async def test_blocks_are_kept_until_both_loads_have_ended(running, rests):
+    """A request that is given up while its rest is loading, and others that would like its blocks."""
+    (prefill, decoder, _), _ = running
+    await rests(1.5)
+    task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=113), 8, "a", own_layers="1-2"))
+    await asyncio.sleep(0.7)
+    task.cancel()
+    await asyncio.sleep(0.1)
+    assert decoder.stats().blocks_used >= 9
+    await asyncio.gather(*(exact(running, ids(150 + n, salt=114 + n), 30, "b", "2-3") for n in range(3)))
+    await nothing_held(prefill, decoder)
+
+
+async def test_running_requests_are_preempted_around_one_whose_rest_is_loading(running, rests):
+    await rests(0.5)
+    asked = [(ids(100 + n, salt=120 + n), ("a", "b")[n % 2], ("1-2", "0-1", "2-3")[n % 3]) for n in range(5)]
+    await asyncio.gather(*(exact(running, prompt, 90, name, group) for prompt, name, group in asked))
+    await nothing_held(*running[0])

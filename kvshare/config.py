@@ -118,6 +118,9 @@ class DecodePool(Engines):
     own_layers: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
     """Mode droidspeak only: decoder name -> groups of layers that it may compute itself over a prompt, most layers first, like
     ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: "none"."""
+    ttft_objective_s: float | None = Field(None, gt=0)
+    """Mode droidspeak only: of several groups, a turn takes the one of most layers with which its first token is expected
+    within so many seconds. Unset: always the first."""
     prefill: Engines | None = None
     """Modes that do not share prefill only: the pool's own prefill engines; default: one, with the pool's sizes."""
 
@@ -146,8 +149,10 @@ class DecodePool(Engines):
 
     @model_validator(mode="after")
     def _own_layers_have_decoders(self) -> DecodePool:
-        if self.own_layers and not get_mode(self.sharing).recomputes:
-            raise ValueError(f"`own_layers`: mode {self.sharing} computes no layers of a prompt again; remove it")
+        if not get_mode(self.sharing).recomputes:
+            for field in ("own_layers", "ttft_objective_s"):
+                if getattr(self, field):
+                    raise ValueError(f"`{field}`: mode {self.sharing} computes no layers of a prompt again; remove it")
         if unknown := sorted(self.own_layers.keys() - self.decoders):
             raise ValueError(f"`own_layers` names {', '.join(unknown)}; this pool's decoders are {', '.join(self.decoders)}")
         return self

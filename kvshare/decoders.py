@@ -29,6 +29,8 @@ class Decoder:
     kind: str
     #: Layers it may compute itself over a prompt, most first; None: none.
     own_layers: tuple[LayerGroup | None, ...] = (None,)
+    #: Seconds to the first token with which it takes as many of them as it can; None: always most.
+    ttft_objective_s: float | None = None
 
 
 def served(deployment: Deployment) -> dict[str, Decoder]:
@@ -37,13 +39,17 @@ def served(deployment: Deployment) -> dict[str, Decoder]:
     for pool in deployment.decode:
         if pool.model:
             name = pool.name or pool.pool
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name))
+            decoders[name] = Decoder(
+                name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), pool.ttft_objective_s
+            )
             continue
         if pool.serve_base and deployment.base.name not in decoders:
             base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base")
             decoders = {base.name: base, **decoders}
         for name in pool.adapters:
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name))
+            decoders[name] = Decoder(
+                name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), pool.ttft_objective_s
+            )
     return decoders
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvshare.caller import Caller
-from kvshare.layer_group import LayerGroup
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,6 @@ class TurnContext:
     #: The decode engine is to lend the context's KV at the end, where its mode lets it (True); what it lent.
     lend: bool = False
     lent: Handoff | None = None
-    #: Layers the decoder computes itself over the prompt, the same in all attempts at a turn (modes that recompute).
-    own_layers: LayerGroup | None = None
     #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
     ready: Callable[[], Awaitable[None]] | None = None
     #: Seconds the client waits; None: the deployment's default.

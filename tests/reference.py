@@ -46,11 +46,12 @@ def icarus(base, decoder, prompt: list[int], response: list[int]) -> list[float]
 
 
 @torch.no_grad()
-def droidspeak(base, decoder, prompt: list[int], response: list[int], first: int, last: int) -> list[float]:
-    """KV of all prompt tokens but the last: layers `first` to `last` are the decoder's, over what enters them in the base; the
-    others are the base's. The decoder runs from there on its own KV (arXiv 2411.02820)."""
-    if len(prompt) == 1:
-        return none(base, decoder, prompt, response)
+def droidspeak(base, decoder, prompt: list[int], response: list[int], own_layers: str = "") -> list[float]:
+    """KV of all prompt tokens but the last: of layers like "4-9" it is the decoder's, over what enters them in the base; of the
+    others the base's. The decoder runs from there on its own KV (arXiv 2411.02820)."""
+    if len(prompt) == 1 or not own_layers:
+        return prefillshare(base, decoder, prompt, response)
+    first, last = map(int, own_layers.split("-"))
     shared = torch.tensor([prompt[:-1]])
     of_base = base(shared, use_cache=True, output_hidden_states=True)
     past, own = of_base.past_key_values, transformers.DynamicCache()

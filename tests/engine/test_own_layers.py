@@ -46,10 +46,7 @@ class Oracle:
 
     def diff(self, decoder: str | None, prompt: list[int], tokens: list[int], logprobs: list[float], group: str | None):
         model = self._full if decoder == "full" else self._adapters.get(decoder, self._base)
-        if group is None:
-            return reference.max_abs_diff(logprobs, reference.prefillshare(self._base, model, prompt, tokens))
-        first, last = map(int, group.split("-"))
-        return reference.max_abs_diff(logprobs, reference.droidspeak(self._base, model, prompt, tokens, first, last))
+        return reference.max_abs_diff(logprobs, reference.droidspeak(self._base, model, prompt, tokens, group or ""))
 
 
 def _load(folder):

@@ -14,11 +14,14 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from finetuning import conditioned
 from finetuning.conditioned import SharedKV, hidden_states, plain
 from finetuning.methods import Method
+from kvshare.layer_group import LayerGroup
 
-#: Runs the frozen base: called with input ids, positions, mask and cache, it fills the cache.
-Base = Callable[..., None]
+#: Runs the frozen base: called with input ids, positions, mask and cache, it fills the cache. Asked for `hidden_states`, it
+#: returns what enters each layer.
+Base = Callable[..., Sequence[torch.Tensor] | None]
 
 
 class _Context:
@@ -58,13 +61,15 @@ def generate(
     stop_ids: Sequence[int],
     device: torch.device | str = "cpu",
     base_share: float = 1.0,
+    own_layers: LayerGroup | None = None,
 ) -> list[list[int]]:
-    """Tokens generated after each prompt, its stop token included if it came."""
+    """Tokens generated after each prompt, its stop token included if it came. `own_layers`: the decoder computes these itself
+    over the base's part of the prompt (DroidSpeak)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
     if method.own_kv:
-        step = _OwnKV(decoder, base, ids, lengths, base_share if method.base_prompt else 0.0)
+        step = _OwnKV(decoder, base, ids, lengths, base_share if method.base_prompt else 0.0, own_layers)
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths)
     stops, answers = set(stop_ids), [[] for _ in prompts]
@@ -98,15 +103,26 @@ class _Steps:
 class _OwnKV(_Steps):
     """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
 
-    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, base_share: float):
+    def __init__(
+        self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, base_share: float, own_layers: LayerGroup | None
+    ):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._context = _Context(len(ids), ids.device)
         self._given = ((lengths - 1) * base_share).long()
         if columns := int(self._given.max()):
             given = torch.arange(columns, device=ids.device) < self._given[:, None]
             positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
-            base(ids[:, :columns], positions, self._context.mask(given), self._context.cache)
+            mask = self._context.mask(given)
+            hidden = base(ids[:, :columns], positions, mask, self._context.cache, hidden_states=own_layers is not None)
+            if own_layers:
+                self._recompute(own_layers, hidden, ids[:, :columns], positions, mask)
             self._context.append(given)
+
+    def _recompute(self, group: LayerGroup, hidden, ids, positions, mask) -> None:
+        entering = hidden[group.first] if group.first else plain(self._decoder).model.embed_tokens(ids)
+        kv = conditioned.own_layers(self._decoder, entering, group, mask, positions)
+        for layer, (keys, values) in zip(self._context.cache.layers[group.first :], kv, strict=False):
+            layer.keys, layer.values = keys, values
 
     def first(self) -> torch.Tensor:
         rest = self._lengths - self._given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,5 +56,6 @@ def _decoder(base: Path, folder: Path, dtype):
 
 
 @torch.no_grad()
-def _fill(base, ids, positions, mask, cache) -> None:
-    base.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+def _fill(base, ids, positions, mask, cache, *, hidden_states: bool = False) -> Sequence[torch.Tensor] | None:
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+    return base.model(**inputs, use_cache=True, output_hidden_states=hidden_states).hidden_states

@@ -1,4 +1,4 @@
-"""DroidSpeak through the whole system: decoders that were never trained for sharing, beside one that was, over one prefill pool."""
+"""DroidSpeak through the whole system: decoders never trained for sharing, and one that was, over one prefill pool."""
 
 from __future__ import annotations
 

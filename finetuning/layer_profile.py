@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,12 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from finetuning.conditioned import own_layers, plain
+from finetuning.evaluate import offline_answers
 from finetuning.log import bars
+from finetuning.subjects import Subject
 from finetuning.transcripts import Example
-from kvshare.layer_group import LayerGroup
-from kvshare.layer_profile import Point
+from kvshare.layer_group import LayerGroup, layer_group
+from kvshare.layer_profile import LayerProfile, Point
 
 #: Of the examples, for what is only a candidate; and at least so many.
 PART, LEAST = 4, 4
@@ -194,3 +196,24 @@ def _layers(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def run_of(base: str, decoder: str, examples: Sequence[Example]) -> str:
     """What a file of measurements belongs to."""
     return hashlib.sha256(repr((base, decoder, [(e.token_ids, e.responses[-1]) for e in examples])).encode()).hexdigest()
+
+
+def scored(
+    profile: LayerProfile, subject: Subject, suites, limit: int, tokenizer, stops: Sequence[int], device: str, console: Console
+) -> LayerProfile:
+    """The same with the frontier's shares of right answers on these suites."""
+    points = {point.layers: point for point in profile.points}
+    with bars(console) as progress:
+        for point in profile.frontier:
+            scores = {}
+            for task in suites:
+                questions = task.questions()[:limit]
+                bar = progress.add_task(f"{point.layers}, {task.name}", total=len(questions))
+                answers = offline_answers(
+                    subject, task, questions, tokenizer, stop_ids=stops, own_layers=layer_group(point.layers), device=device,
+                    advance=lambda count, bar=bar: progress.advance(bar, count),
+                )  # fmt: skip
+                right = [question.is_right(answer) for question, answer in zip(questions, answers, strict=True)]
+                scores[task.name] = sum(right) / len(right)
+            points[point.layers] = replace(point, scores=scores)
+    return replace(profile, points=tuple(points.values()))

@@ -25,6 +25,7 @@ class Subject:
     method: Method
     decoder: torch.nn.Module
     base: Base
+    frozen: torch.nn.Module
 
 
 def trained_for(decoder: Path | None) -> str:
@@ -44,7 +45,7 @@ def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torc
     if decoder is not None:
         DecoderContract.read(decoder).check(DecoderContract.of_base(base), str(decoder))
         model = _decoder(base, decoder, dtype).to(device).eval()
-    return Subject(name, METHODS[method], model, partial(_fill, frozen))
+    return Subject(name, METHODS[method], model, partial(_fill, frozen), frozen)
 
 
 def _decoder(base: Path, folder: Path, dtype):

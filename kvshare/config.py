@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kvshare import redis_url
-from kvshare.access import Auth, Tls, with_files
+from kvshare.access import Auth, Tls
 from kvshare.config_errors import as_config_error, shown
+from kvshare.config_files import with_files_found
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.layer_group import layer_group
@@ -117,7 +118,10 @@ class DecodePool(Engines):
     """Name the full-weight decoder is served under; default: the pool's name."""
     own_layers: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
     """Mode droidspeak only: decoder name -> groups of layers that it may compute itself over a prompt, most layers first, like
-    ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: "none"."""
+    ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: by quality_floor, else "none"."""
+    quality_floor: float | None = Field(None, gt=0)
+    """Mode droidspeak only: largest divergence from the decoder's own prefill, nats per token. Decoders without own_layers get
+    the groups within it from the layer_profile.json beside them (prefillshare profile)."""
     ttft_objective_s: float | None = Field(None, gt=0)
     """Mode droidspeak only: of several groups, a turn takes the one of most layers with which its first token is expected
     within so many seconds. Unset: always the first."""
@@ -150,7 +154,7 @@ class DecodePool(Engines):
     @model_validator(mode="after")
     def _own_layers_have_decoders(self) -> DecodePool:
         if not get_mode(self.sharing).recomputes:
-            for field in ("own_layers", "ttft_objective_s"):
+            for field in ("own_layers", "quality_floor", "ttft_objective_s"):
                 if getattr(self, field):
                     raise ValueError(f"`{field}`: mode {self.sharing} computes no layers of a prompt again; remove it")
         if unknown := sorted(self.own_layers.keys() - self.decoders):
@@ -375,7 +379,7 @@ def parse(data: Any, folder: Path | None = None) -> Deployment:
         deployment = Deployment.model_validate(data)
     except ValidationError as error:
         raise as_config_error(error, Deployment) from None
-    return _with_absolute_paths(deployment, folder or Path.cwd())
+    return with_files_found(deployment, folder or Path.cwd())
 
 
 def load(path: str | Path) -> Deployment:
@@ -383,27 +387,3 @@ def load(path: str | Path) -> Deployment:
     path = Path(path)
     data = read(path, "deployment file", fix="deploy/configs/ holds one example per scenario")
     return parse(data, path.resolve().parent)
-
-
-def _with_absolute_paths(deployment: Deployment, folder: Path) -> Deployment:
-    def resolve(field: str, text: str, kind: str = "a model in Hugging Face format") -> str:
-        candidates = (Path(text).expanduser(), folder / text)
-        for candidate in candidates:
-            if candidate.is_dir():
-                return str(candidate.resolve())
-        tried = " or ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
-        raise ConfigError(f"no such folder: {text!r} (looked for {tried})", field=field, fix=f"give the folder of {kind}")
-
-    pools = []
-    for number, pool in enumerate(deployment.decode):
-        adapters = {
-            name: resolve(f"decode.{number}.adapters.{name}", text, "a LoRA adapter in PEFT format")
-            for name, text in pool.adapters.items()
-        }
-        update: dict[str, Any] = {"adapters": adapters}
-        if pool.model:
-            update["model"] = resolve(f"decode.{number}.model", pool.model)
-        pools.append(pool.model_copy(update=update))
-    base = deployment.base.model_copy(update={"model": resolve("base.model", deployment.base.model)})
-    router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
-    return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})

@@ -54,7 +54,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         connector["kv_connector_extra_config"] |= {
             "sharing_mode": s.mode,
             "kv_contract": s.contract,
-            "prefill_ecache_layers": list(s.prefill_ecache_layers),
+            "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
         }
         if s.role == "prefill":
             connector["kv_role"] = _ROLE_OF_SHARED_PREFILL

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
 from finetuning import conditioned
 from finetuning.conditioned import SharedKV, hidden_states, plain
@@ -24,11 +23,44 @@ from kvshare.layer_group import LayerGroup
 Base = Callable[..., Sequence[torch.Tensor] | None]
 
 
+class _KV:
+    """Stands for a transformers cache: keys and values with room for all columns, so that appending copies nothing again."""
+
+    def __init__(self, columns: int):
+        self._columns, self._used = columns, []
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, KV heads, new columns, head size] both; returns all columns so far."""
+        if layer == len(self._layers):
+            rows, heads, _, size = keys.shape
+            self._layers.append(tuple(keys.new_empty(rows, heads, self._columns, size) for _ in range(2)))
+            self._used.append(0)
+        begin, end = self._used[layer], self._used[layer] + keys.shape[2]
+        for kept, new in zip(self._layers[layer], (keys, values), strict=True):
+            kept[:, :, begin:end] = new
+        self._used[layer] = end
+        return self.layer(layer)
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._layers[number]
+        return keys[:, :, : self._used[number]], values[:, :, : self._used[number]]
+
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [self.layer(number) for number in range(len(self._layers))]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._used[layer] if layer < len(self._used) else 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self._layers = [(keys[rows], values[rows]) for keys, values in self._layers]
+
+
 class _Context:
     """KV of a batch whose rows differ in length. Columns are appended; `valid` says which count in which row."""
 
-    def __init__(self, rows: int, device):
-        self.cache = DynamicCache()
+    def __init__(self, rows: int, columns: int, device):
+        self.cache = _KV(columns)
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
 
     def mask(self, new: torch.Tensor) -> torch.Tensor:
@@ -43,11 +75,8 @@ class _Context:
         self.valid = torch.cat([self.valid, new], dim=1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.keep(rows)
         self.valid = self.valid[rows]
-
-    def layers(self):
-        return [(layer.keys, layer.values) for layer in self.cache.layers]
 
 
 @torch.no_grad()
@@ -69,9 +98,10 @@ def generate(
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
     if method.own_kv:
-        step = _OwnKV(decoder, base, ids, lengths, base_share if method.base_prompt else 0.0, own_layers)
+        base_share = base_share if method.base_prompt else 0.0
+        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share, own_layers)
     else:
-        step = _BaseKVOnly(decoder, base, ids, lengths)
+        step = _BaseKVOnly(decoder, base, ids, lengths, max_tokens)
     stops, answers = set(stop_ids), [[] for _ in prompts]
     rows = list(range(len(prompts)))  # whose answer each row of the batch is
     logits = step.first()
@@ -104,11 +134,19 @@ class _OwnKV(_Steps):
     """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
 
     def __init__(
-        self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, base_share: float, own_layers: LayerGroup | None
+        self,
+        decoder,
+        base: Base,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        max_tokens: int,
+        base_share: float,
+        own_layers: LayerGroup | None,
     ):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
-        self._context = _Context(len(ids), ids.device)
         self._given = ((lengths - 1) * base_share).long()
+        prompt = int(self._given.max()) + int((lengths - self._given).max())
+        self._context = _Context(len(ids), prompt + max_tokens, ids.device)
         if columns := int(self._given.max()):
             given = torch.arange(columns, device=ids.device) < self._given[:, None]
             positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
@@ -121,8 +159,9 @@ class _OwnKV(_Steps):
     def _recompute(self, group: LayerGroup, hidden, ids, positions, mask) -> None:
         entering = hidden[group.first] if group.first else plain(self._decoder).model.embed_tokens(ids)
         kv = conditioned.own_layers(self._decoder, entering, group, mask, positions)
-        for layer, (keys, values) in zip(self._context.cache.layers[group.first :], kv, strict=False):
-            layer.keys, layer.values = keys, values
+        for layer, own in enumerate(kv, group.first):
+            for kept, new in zip(self._context.cache.layer(layer), own, strict=True):
+                kept.copy_(new)
 
     def first(self) -> torch.Tensor:
         rest = self._lengths - self._given
@@ -146,9 +185,9 @@ class _OwnKV(_Steps):
 class _BaseKVOnly(_Steps):
     """The base writes KV of every token; the decoder sees it and makes none."""
 
-    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor):
+    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
         self._decoder, self._base, self._ids, self._lengths = decoder, base, ids, lengths
-        self._context = _Context(len(ids), ids.device)
+        self._context = _Context(len(ids), ids.shape[1] + max_tokens, ids.device)
         columns = ids.shape[1]
         valid = torch.arange(columns, device=ids.device) < lengths[:, None]
         positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
@@ -166,7 +205,7 @@ class _BaseKVOnly(_Steps):
         return self._predict(ids, positions)
 
     def _predict(self, ids, positions) -> torch.Tensor:
-        kv = SharedKV(self._context.layers(), own_is_seen=False)
+        kv = SharedKV(self._context.cache.layers(), own_is_seen=False)
         mask = self._context.valid[:, None, None]
         hidden = hidden_states(self._decoder, ids, positions, mask, kv)
         return plain(self._decoder).lm_head(hidden[:, -1])

@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from finetuning import grouped_attention
 from finetuning.generate import Base
 from finetuning.methods import METHODS, Method
 from kvshare.contract import DecoderContract
@@ -40,7 +41,7 @@ def trained_for(decoder: Path | None) -> str:
 
 def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu") -> Subject:
     """`decoder`: folder of an adapter or of full weights, None: the base itself. Raises ContractMismatch for another base's."""
-    frozen = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(device).eval()
+    frozen = grouped_attention.use(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)).to(device).eval()
     model = frozen
     if decoder is not None:
         DecoderContract.read(decoder).check(DecoderContract.of_base(base), str(decoder))
@@ -50,10 +51,10 @@ def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torc
 
 def _decoder(base: Path, folder: Path, dtype):
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return grouped_attention.use(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
+    return PeftModel.from_pretrained(grouped_attention.use(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)), folder)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import reference
 import torch
 from tiny_in_memory import KINDS, SIZES, model, with_adapter
 
+from finetuning import grouped_attention
 from finetuning.generate import generate
 from finetuning.methods import METHODS
 from finetuning.subjects import _fill
@@ -37,7 +38,9 @@ def likeliest(method, base, decoder, prompt, answer) -> list[int]:
 def test_every_token_is_the_references_choice(kind, method):
     base = model(kind, 1)
     decoder = with_adapter(model(kind, 1), METHODS[method].lora_modules)
-    for prompt, answer in zip(PROMPTS, answers(method, base, decoder, PROMPTS), strict=True):
+    grouped = [grouped_attention.use(model(kind, 1)) for _ in range(2)]
+    grouped[1] = with_adapter(grouped[1], METHODS[method].lora_modules)
+    for prompt, answer in zip(PROMPTS, answers(method, *grouped, PROMPTS), strict=True):
         assert answer == likeliest(method, base, decoder, prompt, answer)
 
 
@@ -51,6 +54,18 @@ def test_layers_of_its_own_over_the_bases_hidden_states_are_the_references(kind,
         for place in range(len(answer)):
             likely = max(vocabulary, key=lambda t: reference.droidspeak(base, decoder, prompt, [*answer[:place], t], group)[-1])
             assert answer[place] == likely
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_attention_changes_no_logits(kind):
+    ids = torch.tensor([[5, 9, 2, 11], [7, 1, 3, 3]])
+    mask = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 1, 4, 4).clone()
+    mask[1, 0, :, 0] = torch.tensor([True, False, False, False])
+    with torch.no_grad():
+        for given in (None, mask):
+            stock = model(kind, 1)(ids, attention_mask=given).logits
+            grouped = grouped_attention.use(model(kind, 1))(ids, attention_mask=given).logits
+            assert (stock - grouped).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("ending", [1, 2])

@@ -8,16 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
 
 from finetuning.conditioned import SharedKV, hidden_states, plain
 from finetuning.methods import Method
-
-#: Runs the frozen base: called with input ids, positions, mask and cache, it fills the cache.
-Base = Callable[..., None]
+from finetuning.subjects import FrozenBase
 
 
 class _KV:
@@ -80,7 +78,7 @@ class _Context:
 def generate(
     method: Method,
     decoder,
-    base: Base,
+    base: FrozenBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -127,15 +125,14 @@ class _Steps:
 class _OwnKV(_Steps):
     """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
 
-    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int, base_share: float):
+    def __init__(self, decoder, base: FrozenBase, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int, base_share: float):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._given = ((lengths - 1) * base_share).long()
         prompt = int(self._given.max()) + int((lengths - self._given).max())
         self._context = _Context(len(ids), prompt + max_tokens, ids.device)
         if columns := int(self._given.max()):
             given = torch.arange(columns, device=ids.device) < self._given[:, None]
-            positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
-            base(ids[:, :columns], positions, self._context.mask(given), self._context.cache)
+            base.prompts(ids, self._context.cache, columns)
             self._context.append(given)
 
     def first(self) -> torch.Tensor:
@@ -160,13 +157,12 @@ class _OwnKV(_Steps):
 class _BaseKVOnly(_Steps):
     """The base writes KV of every token; the decoder sees it and makes none."""
 
-    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
+    def __init__(self, decoder, base: FrozenBase, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
         self._decoder, self._base, self._ids, self._lengths = decoder, base, ids, lengths
         self._context = _Context(len(ids), ids.shape[1] + max_tokens, ids.device)
         columns = ids.shape[1]
         valid = torch.arange(columns, device=ids.device) < lengths[:, None]
-        positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
-        base(ids, positions, self._context.mask(valid), self._context.cache)
+        base.prompts(ids, self._context.cache, columns)
         self._context.append(valid)
 
     def first(self) -> torch.Tensor:

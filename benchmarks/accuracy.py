@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import Progress
@@ -45,6 +46,10 @@ RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")
 #: As in the sessions that the adapters serve.
 OTHERS = 1
+#: As decoders are served on GPUs; half the time of float32 here.
+DTYPE = torch.bfloat16
+#: Memory for the base's KV of the questions, which all rows but one are asked over.
+KEPT_BYTES = 6 * 2**30
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Asker:
         self._base, self._most, self._batch = base, questions, batch_size
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._stops = stop_ids(base, self._tokenizer)
+        self._frozen = subjects.load_base(base, DTYPE, kept_bytes=KEPT_BYTES)
         self._subject: tuple[tuple, subjects.Subject] | None = None
 
     def questions(self, suite: str, most: int | None = None) -> list[Question]:
@@ -143,7 +149,8 @@ class Asker:
         """Per question, whether its answer is right."""
         questions = self.questions(suite, most)
         seen = row.method if share == 1.0 else f"{row.method}-{share:g}"
-        key = _digest(fingerprint.weights(self._base), fingerprint.weights(decoder or self._base), TASKS[suite].max_tokens)
+        weights = fingerprint.weights(self._base), fingerprint.weights(decoder or self._base)
+        key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
         file = RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
         given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
         missing = [q for q in questions if (q.name, asked[q.name]) not in given]
@@ -168,7 +175,8 @@ class Asker:
     def _load(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._subject is None or self._subject[0] != (decoder, row.method):
             self._subject = None  # two would not fit everywhere
-            self._subject = ((decoder, row.method), subjects.load(row.name, self._base, decoder, row.method))
+            loaded = subjects.load(row.name, self._base, decoder, row.method, dtype=DTYPE, frozen=self._frozen)
+            self._subject = ((decoder, row.method), loaded)
         return self._subject[1]
 
 
@@ -242,7 +250,7 @@ def main() -> None:
     names = [study.name for study in STUDIES]
     parser.add_argument("--studies", nargs="+", choices=names, default=names, help="kinds of task (default: all)")
     parser.add_argument("--questions", type=int, help="ask so many of each suite, evenly spread (default: all)")
-    parser.add_argument("--curve-questions", type=int, default=150, help="questions per point of the curve (default: 150)")
+    parser.add_argument("--curve-questions", type=int, default=96, help="questions per point of the curve (default: 96)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     args = parser.parse_args()
     console = Console(stderr=True)

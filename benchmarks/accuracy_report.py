@@ -20,7 +20,7 @@ _INTRO = """\
 
 <!-- Made by `make accuracy`; change benchmarks/accuracy_report.py instead. -->
 
-Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in float32. Shares of right answers
+Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
 are in percent, with 95 % intervals (Wilson). The difference from full fine-tuning is over the same questions, with the
 95 % interval for paired shares (Agresti and Min). Intervals are over questions like these, for one training each: another
 seed's decoder is not in them. What the suites are: [training.md](training.md); the arithmetic ones use templates that

@@ -128,7 +128,7 @@ def profile(
     weights = fingerprint.weights(base), fingerprint.weights(decoder)
     file = decoder / f".{FILE}.measured"
     measured = layer_profile.Measured(file, layer_profile.run_of(*weights, chosen))
-    profiler = layer_profile.Profiler(subject.frozen, subject.decoder, chosen, measured, console)
+    profiler = layer_profile.Profiler(subject.base.model, subject.decoder, chosen, measured, console)
     made = LayerProfile(*weights, str(data), profiler.layers, tuple(profiler.search()), tuple(profiler.sensitivity()))
     if suites:
         made = layer_profile.scored(made, subject, suites, limit, tokenizer, stops, where, console)

@@ -67,15 +67,13 @@ def base_kv(base, token_ids: Sequence[int]) -> LayersKV:
 
 
 @torch.no_grad()
-def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup, mask=None, positions=None) -> LayersKV:
+def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup) -> LayersKV:
     """The decoder's own KV of a group of layers over `hidden` [B, S, hidden size], what enters the first of them (DroidSpeak).
-    `mask`: [B, 1, S, S]; None: causal. Keys and values as [B, KV heads, S, head size]."""
+    Keys and values as [B, KV heads, S, head size]."""
     model, own = plain(decoder).model, DynamicCache()
-    if positions is None:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    rope = model.rotary_emb(hidden, positions)
+    rope = model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
     for layer in model.layers[group.first : group.last + 1]:
-        hidden = layer(hidden, attention_mask=mask, past_key_values=own, use_cache=True, position_embeddings=rope)
+        hidden = layer(hidden, attention_mask=None, past_key_values=own, use_cache=True, position_embeddings=rope)
     return [(layer.keys, layer.values) for layer in own.layers[group.first :]]
 
 

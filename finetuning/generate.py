@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -16,11 +16,8 @@ from torch.nn.functional import pad
 from finetuning import conditioned
 from finetuning.conditioned import SharedKV, hidden_states, plain
 from finetuning.methods import Method
+from finetuning.subjects import FrozenBase
 from kvshare.layer_group import LayerGroup
-
-#: Runs the frozen base: called with input ids, positions, mask and cache, it fills the cache. Asked for `hidden_states`, it
-#: returns what enters each layer.
-Base = Callable[..., Sequence[torch.Tensor] | None]
 
 
 class _KV:
@@ -83,7 +80,7 @@ class _Context:
 def generate(
     method: Method,
     decoder,
-    base: Base,
+    base: FrozenBase,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -136,7 +133,7 @@ class _OwnKV(_Steps):
     def __init__(
         self,
         decoder,
-        base: Base,
+        base: FrozenBase,
         ids: torch.Tensor,
         lengths: torch.Tensor,
         max_tokens: int,
@@ -149,17 +146,14 @@ class _OwnKV(_Steps):
         self._context = _Context(len(ids), prompt + max_tokens, ids.device)
         if columns := int(self._given.max()):
             given = torch.arange(columns, device=ids.device) < self._given[:, None]
-            positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
-            mask = self._context.mask(given)
-            hidden = base(ids[:, :columns], positions, mask, self._context.cache, hidden_states=own_layers is not None)
+            base.prompts(ids, self._context.cache, columns)
             if own_layers:
-                self._recompute(own_layers, hidden, ids[:, :columns], positions, mask)
+                self._recompute(base, ids[:, :columns], own_layers)
             self._context.append(given)
 
-    def _recompute(self, group: LayerGroup, hidden, ids, positions, mask) -> None:
-        entering = hidden[group.first] if group.first else plain(self._decoder).model.embed_tokens(ids)
-        kv = conditioned.own_layers(self._decoder, entering, group, mask, positions)
-        for layer, own in enumerate(kv, group.first):
+    def _recompute(self, base: FrozenBase, ids: torch.Tensor, group: LayerGroup) -> None:
+        entering = base.entering(ids, group.first) if group.first else plain(self._decoder).model.embed_tokens(ids)
+        for layer, own in enumerate(conditioned.own_layers(self._decoder, entering, group), group.first):
             for kept, new in zip(self._context.cache.layer(layer), own, strict=True):
                 kept.copy_(new)
 
@@ -185,13 +179,12 @@ class _OwnKV(_Steps):
 class _BaseKVOnly(_Steps):
     """The base writes KV of every token; the decoder sees it and makes none."""
 
-    def __init__(self, decoder, base: Base, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
+    def __init__(self, decoder, base: FrozenBase, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
         self._decoder, self._base, self._ids, self._lengths = decoder, base, ids, lengths
         self._context = _Context(len(ids), ids.shape[1] + max_tokens, ids.device)
         columns = ids.shape[1]
         valid = torch.arange(columns, device=ids.device) < lengths[:, None]
-        positions = torch.arange(columns, device=ids.device).expand(len(ids), -1)
-        base(ids, positions, self._context.mask(valid), self._context.cache)
+        base.prompts(ids, self._context.cache, columns)
         self._context.append(valid)
 
     def first(self) -> torch.Tensor:

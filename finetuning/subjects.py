@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from finetuning import grouped_attention
-from finetuning.generate import Base
 from finetuning.methods import METHODS, Method
 from kvshare.contract import DecoderContract
 from kvshare.errors import InvalidInput
@@ -25,8 +23,7 @@ class Subject:
     name: str
     method: Method
     decoder: torch.nn.Module
-    base: Base
-    frozen: torch.nn.Module
+    base: FrozenBase
 
 
 def trained_for(decoder: Path | None) -> str:
@@ -39,25 +36,72 @@ def trained_for(decoder: Path | None) -> str:
         raise InvalidInput(f"{decoder} does not say by which method it was trained", field="--method", fix="name it") from None
 
 
-def load(name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu") -> Subject:
-    """`decoder`: folder of an adapter or of full weights, None: the base itself. Raises ContractMismatch for another base's."""
-    frozen = grouped_attention.use(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)).to(device).eval()
-    model = frozen
+def load_base(base: Path, dtype=torch.float32, device: str = "cpu", *, kept_bytes: int = 0) -> FrozenBase:
+    return FrozenBase(_plain(base, dtype).to(device).eval(), kept_bytes)
+
+
+def load(
+    name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu", frozen=None
+) -> Subject:
+    """`decoder`: folder of an adapter or of full weights, None: the base itself. `frozen`: the base, if it is loaded already.
+    Raises ContractMismatch for another base's."""
+    frozen = frozen or load_base(base, dtype, device)
+    model = frozen.model
     if decoder is not None:
         DecoderContract.read(decoder).check(DecoderContract.of_base(base), str(decoder))
         model = _decoder(base, decoder, dtype).to(device).eval()
-    return Subject(name, METHODS[method], model, partial(_fill, frozen), frozen)
+    return Subject(name, METHODS[method], model, frozen)
+
+
+def _plain(folder: Path, dtype):
+    return grouped_attention.use(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
 
 def _decoder(base: Path, folder: Path, dtype):
     if not (folder / "adapter_config.json").is_file():
-        return grouped_attention.use(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        return _plain(folder, dtype)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(grouped_attention.use(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)), folder)
+    return PeftModel.from_pretrained(_plain(base, dtype), folder)
 
 
-@torch.no_grad()
-def _fill(base, ids, positions, mask, cache, *, hidden_states: bool = False) -> Sequence[torch.Tensor] | None:
-    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
-    return base.model(**inputs, use_cache=True, output_hidden_states=hidden_states).hidden_states
+class FrozenBase:
+    """The base as generation asks for it. Its KV of prompts never changes: what several decoders are asked is computed once,
+    and kept within `kept_bytes`."""
+
+    def __init__(self, model: torch.nn.Module, kept_bytes: int = 0):
+        self.model, self._kept_bytes = model, kept_bytes
+        self._kept: dict[bytes, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, ids, positions, mask, cache) -> None:
+        """Append the base's KV of these inputs to the cache."""
+        self.model.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    def prompts(self, ids: torch.Tensor, cache, columns: int) -> None:
+        """Append KV of the first columns of prompts [B, S] that begin in column 0; what stands behind a prompt's end is
+        anything."""
+        key = hashlib.sha256(repr(ids.tolist()).encode()).digest()
+        if (layers := self._kept.get(key)) is None:
+            whole = DynamicCache()
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+            mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+            self(ids, positions, mask.expand(len(ids), 1, -1, -1), whole)
+            layers = [(layer.keys, layer.values) for layer in whole.layers]
+            self._keep(key, layers)
+        for number, (keys, values) in enumerate(layers):
+            cache.update(keys[:, :, :columns], values[:, :, :columns], number)
+
+    @torch.no_grad()
+    def entering(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Hidden states that enter a layer, [B, S, hidden size]."""
+        return self.model.model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
+
+    def _keep(self, key: bytes, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        def size(of) -> int:
+            return sum(tensor.nbytes for pair in of for tensor in pair)
+
+        if size(layers) <= self._kept_bytes:
+            self._kept[key] = layers
+        while sum(map(size, self._kept.values())) > self._kept_bytes:
+            del self._kept[next(iter(self._kept))]

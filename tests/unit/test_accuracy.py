@@ -28,7 +28,8 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "RUNS", tmp_path)
     monkeypatch.setattr(accuracy.AutoTokenizer, "from_pretrained", lambda base: None)
     monkeypatch.setattr(accuracy, "stop_ids", lambda *_: ())
-    monkeypatch.setattr(accuracy.subjects, "load", lambda *_: None)
+    monkeypatch.setattr(accuracy.subjects, "load", lambda *_, **__: None)
+    monkeypatch.setattr(accuracy.subjects, "load_base", lambda *_, **__: None)
     monkeypatch.setattr(accuracy.fingerprint, "weights", lambda folder: study.weights)
     monkeypatch.setattr(accuracy, "offline_answers", answers)
     study.right = lambda **more: accuracy.Asker(Path("base"), 100, 8).right(

@@ -1,7 +1,6 @@
 """Offline answers are what the definition of each mode gives, token by token, whatever they are batched with."""
 
 import random
-from functools import partial
 
 import pytest
 import reference
@@ -11,7 +10,7 @@ from tiny_in_memory import KINDS, SIZES, model, with_adapter
 from finetuning import grouped_attention
 from finetuning.generate import generate
 from finetuning.methods import METHODS
-from finetuning.subjects import _fill
+from finetuning.subjects import FrozenBase
 from kvshare.layer_group import LayerGroup
 
 PROMPTS = [[random.Random(n).randrange(SIZES["vocab_size"]) for _ in range(length)] for n, length in enumerate((11, 4, 1))]
@@ -20,7 +19,7 @@ NO_TOKEN = SIZES["vocab_size"]
 
 def answers(method, base, decoder, prompts, max_tokens=4, **options):
     options = {"stop_ids": [NO_TOKEN]} | options
-    return generate(METHODS[method], decoder, partial(_fill, base), prompts, max_tokens=max_tokens, **options)
+    return generate(METHODS[method], decoder, FrozenBase(base), prompts, max_tokens=max_tokens, **options)
 
 
 def likeliest(method, base, decoder, prompt, answer) -> list[int]:
@@ -100,3 +99,17 @@ def test_a_share_of_the_prompt_is_base_kv_and_the_rest_the_decoders():
             (answer,) = answers("prefillshare", base, decoder, [prompt], tokens, base_share=share)
             assert answer == by_hand(int((len(prompt) - 1) * share))
     assert answers("prefillshare", base, decoder, PROMPTS, base_share=0.0) == answers("ordinary", base, decoder, PROMPTS)
+
+
+def test_the_bases_kv_of_a_batch_of_prompts_is_computed_once():
+    base, decoder = model("llama", 1), model("llama", 2)
+    frozen, calls = FrozenBase(base, kept_bytes=10**6), []
+    base.model.register_forward_hook(lambda *_: calls.append(1))
+
+    def ask(base_kv, **options):
+        return generate(METHODS["prefillshare"], decoder, base_kv, PROMPTS, max_tokens=4, stop_ids=[NO_TOKEN], **options)
+
+    first = ask(frozen), ask(frozen, base_share=0.5)
+    assert len(calls) == 1
+    assert first == (ask(FrozenBase(base)), ask(FrozenBase(base), base_share=0.5))
+    assert len(calls) == 3

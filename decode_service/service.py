@@ -11,6 +11,7 @@ A request's life here:
 from __future__ import annotations
 
 from kvshare.handoff import Handoff
+from kvshare.layer_group import LayerGroup
 from kvshare_vllm.replica import EngineReplica
 
 
@@ -33,10 +34,19 @@ class DecodeService(EngineReplica):
         replay: int = 0,
         cache_salt: str | None = None,
         lend: bool = False,
+        own_layers: LayerGroup | None = None,
     ):
         """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
         async for chunk in self._engine.decode(
-            token_ids, handoff, sampling, request_id, adapter=adapter, replay=replay, cache_salt=cache_salt, lend=lend
+            token_ids,
+            handoff,
+            sampling,
+            request_id,
+            adapter=adapter,
+            replay=replay,
+            cache_salt=cache_salt,
+            lend=lend,
+            own_layers=own_layers,
         ):
             yield chunk
 

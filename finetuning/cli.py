@@ -92,6 +92,53 @@ def evaluate(
     print(json.dumps(figures))
 
 
+def profile(
+    decoder: Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Transcripts like those it will serve (JSONL, docs/training.md).")],
+    base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    examples: Annotated[int, typer.Option(min=2, help="Transcripts to measure with, evenly spread over the file.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
+    task: Annotated[list[str] | None, typer.Option(metavar="SUITE", help="Also score the frontier on this suite.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --task: questions to ask.")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: as it is served.")] = "float32",
+) -> None:
+    """Find which layers of a prompt a decoder should compute itself over the base's KV (sharing mode droidspeak).
+
+    Writes layer_profile.json, and a plot, beside the decoder's KV contract. One that was ended goes on when it is started
+    again. The last line of output is one JSON object: the frontier, layers -> divergence.
+    """
+    suites = _tasks(task or [])
+    import torch
+    from transformers import AutoTokenizer
+
+    from finetuning import layer_profile, layer_profile_report, subjects, transcripts
+    from finetuning.recipe import DTYPES, device_of
+    from kvshare import fingerprint
+    from kvshare.layer_profile import FILE, LayerProfile
+
+    if dtype not in DTYPES:
+        raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+    console, tokenizer = Console(stderr=True), AutoTokenizer.from_pretrained(base)
+    stops = transcripts.stop_ids(base, tokenizer)
+    found, _ = transcripts.read(data, tokenizer, stops, max_tokens, field="--data")
+    chosen = [found[number * len(found) // min(examples, len(found))] for number in range(min(examples, len(found)))]
+    where = device_of(device)
+    subject = subjects.load(decoder.name, base, decoder, "prefillshare", dtype=getattr(torch, dtype), device=where)
+    weights = fingerprint.weights(base), fingerprint.weights(decoder)
+    file = decoder / f".{FILE}.measured"
+    measured = layer_profile.Measured(file, layer_profile.run_of(*weights, chosen))
+    profiler = layer_profile.Profiler(subject.base.model, subject.decoder, chosen, measured, console)
+    made = LayerProfile(*weights, str(data), profiler.layers, tuple(profiler.search()), tuple(profiler.sensitivity()))
+    if suites:
+        made = layer_profile.scored(made, subject, suites, limit, tokenizer, stops, where, console)
+    made.write(decoder)
+    file.unlink()
+    console.print(layer_profile_report.table(made))
+    console.print(f"{decoder / FILE}, {layer_profile_report.plot(made, decoder)}")
+    print(json.dumps({point.layers: round(point.divergence, 5) for point in made.frontier}))
+
+
 def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: int, device: str, dtype: str):
     if not (base / "config.json").is_file():
         raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")

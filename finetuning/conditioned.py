@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy, pad
+from transformers import DynamicCache
 
 from finetuning.methods import Method, View
 from finetuning.transcripts import Example
+from kvshare.layer_group import LayerGroup
 
 #: Keys and values per layer, each [KV heads, tokens, head size].
 LayersKV = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -62,6 +64,17 @@ def base_kv(base, token_ids: Sequence[int]) -> LayersKV:
     device = next(base.parameters()).device
     cache = plain(base).model(torch.tensor([list(token_ids)], device=device), use_cache=True).past_key_values
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+@torch.no_grad()
+def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup) -> LayersKV:
+    """The decoder's own KV of a group of layers over `hidden` [B, S, hidden size], what enters the first of them (DroidSpeak).
+    Keys and values as [B, KV heads, S, head size]."""
+    model, own = plain(decoder).model, DynamicCache()
+    rope = model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+    for layer in model.layers[group.first : group.last + 1]:
+        hidden = layer(hidden, attention_mask=None, past_key_values=own, use_cache=True, position_embeddings=rope)
+    return [(layer.keys, layer.values) for layer in own.layers[group.first :]]
 
 
 def make_batch(method: Method, examples: Sequence[Example], kvs: Sequence[LayersKV], device: torch.device | str) -> Batch:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from finetuning.generate import generate
 from finetuning.subjects import Subject
 from finetuning.tasks import Question, Task
+from kvshare.layer_group import LayerGroup
 from prefillshare.client import Client
 from router.chat import ChatLayout
 
@@ -82,6 +83,7 @@ def offline_answers(
     stop_ids: Sequence[int],
     batch_size: int = 16,
     base_share: float = 1.0,
+    own_layers: LayerGroup | None = None,
     device: str = "cpu",
     advance: Advance = lambda count: None,
 ) -> list[str]:
@@ -101,6 +103,7 @@ def offline_answers(
             stop_ids=stop_ids,
             device=device,
             base_share=base_share,
+            own_layers=own_layers,
         )
         for number, ids in zip(part, made, strict=True):
             answers[number] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from finetuning import conditioned
 from finetuning.conditioned import SharedKV, hidden_states, plain
 from finetuning.methods import Method
 from finetuning.subjects import FrozenBase
+from kvshare.layer_group import LayerGroup
 
 
 class _KV:
@@ -85,13 +87,16 @@ def generate(
     stop_ids: Sequence[int],
     device: torch.device | str = "cpu",
     base_share: float = 1.0,
+    own_layers: LayerGroup | None = None,
 ) -> list[list[int]]:
-    """Tokens generated after each prompt, its stop token included if it came."""
+    """Tokens generated after each prompt, its stop token included if it came. `own_layers`: the decoder computes these itself
+    over the base's part of the prompt (DroidSpeak)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
     if method.own_kv:
-        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share if method.base_prompt else 0.0)
+        base_share = base_share if method.base_prompt else 0.0
+        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share, own_layers)
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths, max_tokens)
     stops, answers = set(stop_ids), [[] for _ in prompts]
@@ -125,7 +130,16 @@ class _Steps:
 class _OwnKV(_Steps):
     """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
 
-    def __init__(self, decoder, base: FrozenBase, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int, base_share: float):
+    def __init__(
+        self,
+        decoder,
+        base: FrozenBase,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        max_tokens: int,
+        base_share: float,
+        own_layers: LayerGroup | None,
+    ):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._given = ((lengths - 1) * base_share).long()
         prompt = int(self._given.max()) + int((lengths - self._given).max())
@@ -133,7 +147,15 @@ class _OwnKV(_Steps):
         if columns := int(self._given.max()):
             given = torch.arange(columns, device=ids.device) < self._given[:, None]
             base.prompts(ids, self._context.cache, columns)
+            if own_layers:
+                self._recompute(base, ids[:, :columns], own_layers)
             self._context.append(given)
+
+    def _recompute(self, base: FrozenBase, ids: torch.Tensor, group: LayerGroup) -> None:
+        entering = base.entering(ids, group.first) if group.first else plain(self._decoder).model.embed_tokens(ids)
+        for layer, own in enumerate(conditioned.own_layers(self._decoder, entering, group), group.first):
+            for kept, new in zip(self._context.cache.layer(layer), own, strict=True):
+                kept.copy_(new)
 
     def first(self) -> torch.Tensor:
         rest = self._lengths - self._given

@@ -92,6 +92,11 @@ class FrozenBase:
         for number, (keys, values) in enumerate(layers):
             cache.update(keys[:, :, :columns], values[:, :, :columns], number)
 
+    @torch.no_grad()
+    def entering(self, ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Hidden states that enter a layer, [B, S, hidden size]."""
+        return self.model.model(input_ids=ids, output_hidden_states=True).hidden_states[layer]
+
     def _keep(self, key: bytes, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         def size(of) -> int:
             return sum(tensor.nbytes for pair in of for tensor in pair)

@@ -13,10 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from kvshare import redis_url
-from kvshare.access import Auth, Tls, with_files
+from kvshare.access import Auth, Tls
 from kvshare.config_errors import as_config_error, shown
+from kvshare.config_files import with_files_found
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
+from kvshare.layer_group import layer_group
 from kvshare.modes import get_mode, mode_names
 from kvshare.yaml_tree import Name, read
 from kvshare.yaml_tree import Node as _Node
@@ -114,6 +116,15 @@ class DecodePool(Engines):
     """Folder of a decoder with full weights."""
     name: Name | None = None
     """Name the full-weight decoder is served under; default: the pool's name."""
+    own_layers: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
+    """Mode droidspeak only: decoder name -> groups of layers that it may compute itself over a prompt, most layers first, like
+    ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: by quality_floor, else "none"."""
+    quality_floor: float | None = Field(None, gt=0)
+    """Mode droidspeak only: largest divergence from the decoder's own prefill, nats per token. Decoders without own_layers get
+    the groups within it from the layer_profile.json beside them (prefillshare profile)."""
+    ttft_objective_s: float | None = Field(None, gt=0)
+    """Mode droidspeak only: of several groups, a turn takes the one of most layers with which its first token is expected
+    within so many seconds. Unset: always the first."""
     prefill: Engines | None = None
     """Modes that do not share prefill only: the pool's own prefill engines; default: one, with the pool's sizes."""
 
@@ -123,6 +134,37 @@ class DecodePool(Engines):
         if value not in mode_names():
             raise ValueError(f"unknown sharing mode {value!r}; allowed: {', '.join(mode_names())}")
         return value
+
+    @field_validator("own_layers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: [groups] if isinstance(groups, str) else groups for name, groups in value.items()}
+
+    @field_validator("own_layers")
+    @classmethod
+    def _groups_of_layers(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for name, groups in value.items():
+            sizes = [len(group) if group else 0 for group in map(layer_group, groups)]
+            if not groups or sizes != sorted(sizes, reverse=True):
+                raise ValueError(f"{name}: give at least one group of layers, the one of most layers first; got {list(groups)}")
+        return value
+
+    @model_validator(mode="after")
+    def _own_layers_have_decoders(self) -> DecodePool:
+        if not get_mode(self.sharing).recomputes:
+            for field in ("own_layers", "quality_floor", "ttft_objective_s"):
+                if getattr(self, field):
+                    raise ValueError(f"`{field}`: mode {self.sharing} computes no layers of a prompt again; remove it")
+        if unknown := sorted(self.own_layers.keys() - self.decoders):
+            raise ValueError(f"`own_layers` names {', '.join(unknown)}; this pool's decoders are {', '.join(self.decoders)}")
+        return self
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of those with files of their own."""
+        return tuple(self.adapters) or (self.name or self.pool,)
 
     @model_validator(mode="after")
     def _one_kind(self) -> DecodePool:
@@ -305,7 +347,7 @@ class Deployment(_Node):
         # Pools, the router and prefill engines are named in one space: logs, metrics and Ray Serve.
         if taken := sorted({"router", SHARED_PREFILL, *map(own_prefill, pools)} & set(pools)):
             raise ValueError(f"decode: pool name {', '.join(taken)} is taken by another part of the system; rename the pool")
-        names = [n for p in self.decode for n in (p.adapters or [p.name or p.pool])]
+        names = [n for p in self.decode for n in p.decoders]
         if self.base.name in names:
             raise ValueError(f"decode: decoder {self.base.name!r} is named like the base; rename it or set base.name")
         if again := sorted({n for n in names if names.count(n) > 1}):
@@ -337,7 +379,7 @@ def parse(data: Any, folder: Path | None = None) -> Deployment:
         deployment = Deployment.model_validate(data)
     except ValidationError as error:
         raise as_config_error(error, Deployment) from None
-    return _with_absolute_paths(deployment, folder or Path.cwd())
+    return with_files_found(deployment, folder or Path.cwd())
 
 
 def load(path: str | Path) -> Deployment:
@@ -345,27 +387,3 @@ def load(path: str | Path) -> Deployment:
     path = Path(path)
     data = read(path, "deployment file", fix="deploy/configs/ holds one example per scenario")
     return parse(data, path.resolve().parent)
-
-
-def _with_absolute_paths(deployment: Deployment, folder: Path) -> Deployment:
-    def resolve(field: str, text: str, kind: str = "a model in Hugging Face format") -> str:
-        candidates = (Path(text).expanduser(), folder / text)
-        for candidate in candidates:
-            if candidate.is_dir():
-                return str(candidate.resolve())
-        tried = " or ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
-        raise ConfigError(f"no such folder: {text!r} (looked for {tried})", field=field, fix=f"give the folder of {kind}")
-
-    pools = []
-    for number, pool in enumerate(deployment.decode):
-        adapters = {
-            name: resolve(f"decode.{number}.adapters.{name}", text, "a LoRA adapter in PEFT format")
-            for name, text in pool.adapters.items()
-        }
-        update: dict[str, Any] = {"adapters": adapters}
-        if pool.model:
-            update["model"] = resolve(f"decode.{number}.model", pool.model)
-        pools.append(pool.model_copy(update=update))
-    base = deployment.base.model_copy(update={"model": resolve("base.model", deployment.base.model)})
-    router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
-    return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})

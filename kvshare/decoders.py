@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import get_args
 
 from kvshare import fingerprint
-from kvshare.config import DecodePool, Deployment
+from kvshare.config import DecodePool, Deployment, Engines
 from kvshare.contract import DecoderContract, KVShape
 from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
+from kvshare.layer_group import LayerGroup, ecache_parts, layer_group
 from kvshare.modes import get_mode
 
 
@@ -26,6 +27,10 @@ class Decoder:
     adapter: str | None
     #: "base", "lora" or "full".
     kind: str
+    #: Layers it may compute itself over a prompt, most first; None: none.
+    own_layers: tuple[LayerGroup | None, ...] = (None,)
+    #: Seconds to the first token with which it takes as many of them as it can; None: always most.
+    ttft_objective_s: float | None = None
 
 
 def served(deployment: Deployment) -> dict[str, Decoder]:
@@ -34,14 +39,28 @@ def served(deployment: Deployment) -> dict[str, Decoder]:
     for pool in deployment.decode:
         if pool.model:
             name = pool.name or pool.pool
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full")
+            decoders[name] = Decoder(
+                name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), pool.ttft_objective_s
+            )
             continue
         if pool.serve_base and deployment.base.name not in decoders:
             base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base")
             decoders = {base.name: base, **decoders}
         for name in pool.adapters:
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora")
+            decoders[name] = Decoder(
+                name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), pool.ttft_objective_s
+            )
     return decoders
+
+
+def _own_layers(pool: DecodePool, name: str) -> tuple[LayerGroup | None, ...]:
+    return tuple(map(layer_group, pool.own_layers.get(name, ("none",))))
+
+
+def ecache_layers(pools: Iterable[DecodePool]) -> tuple[int, ...]:
+    """Layers whose inputs the prefill pool keeps for these pools' decoders."""
+    groups = {group for pool in pools for name in pool.own_layers for group in _own_layers(pool, name) if group}
+    return tuple(sorted({group.transition for group in groups if group.transition}))
 
 
 def check_files(deployment: Deployment) -> DecoderContract:
@@ -54,6 +73,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
         base = DecoderContract.of_base(deployment.base.model)
         _check_positions(deployment.base.model, length)
     _check_kv_cache(deployment, base.shape)
+    _check_own_layers(deployment, base.shape)
     for number, pool in enumerate(deployment.decode):
         if pool.model:
             with _about(f"decode.{number}.model"):
@@ -89,12 +109,15 @@ def _check_positions(folder: str, length: int) -> None:
 
 def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
     blocks = -(-deployment.base.max_model_len // deployment.base.block_size) + 1
-    need_gib = blocks * deployment.base.block_size * shape.bytes_per_token(deployment.base.dtype) / 2**30
-    fields = [(f"decode.{n}", pool) for n, pool in enumerate(deployment.decode)]
-    fields += [(f"decode.{n}.prefill", pool.prefill) for n, pool in enumerate(deployment.decode) if pool.prefill]
+    kv_gib = blocks * deployment.base.block_size * shape.bytes_per_token(deployment.base.dtype) / 2**30
+    fields: list[tuple[str, Engines, tuple[int, ...]]] = [
+        (f"decode.{n}", pool, ecache_layers([pool])) for n, pool in enumerate(deployment.decode)
+    ]
+    fields += [(f"decode.{n}.prefill", pool.prefill, ()) for n, pool in enumerate(deployment.decode) if pool.prefill]
     if deployment.shares_prefill:
-        fields.append(("prefill", deployment.prefill))
-    for field, engines in fields:
+        fields.append(("prefill", deployment.prefill, ecache_layers(deployment.decode)))
+    for field, engines, kept in fields:
+        need_gib = kv_gib * (1 + len(kept) * ecache_share(deployment.base.model, shape))
         have_gib = engines.kv_cache_gib * engines.tensor_parallel_size
         if have_gib < need_gib:
             least = math.ceil(need_gib / engines.tensor_parallel_size * 1e4) / 1e4
@@ -102,6 +125,34 @@ def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
                 f"{engines.kv_cache_gib:g} GiB do not hold one sequence of {deployment.base.max_model_len} tokens",
                 field=f"{field}.kv_cache_gib",
                 fix=f"use at least {least:.4f}, or lower base.max_model_len",
+            )
+
+
+def ecache_share(base: str, shape: KVShape) -> float:
+    """Cache that the inputs of one layer take, as a part of what a token's KV takes."""
+    hidden_size = fingerprint.read_json(base, "config.json")["hidden_size"]
+    return ecache_parts(hidden_size, shape.kv_heads, shape.head_size) / shape.layers
+
+
+def _check_own_layers(deployment: Deployment, shape: KVShape) -> None:
+    for number, pool in enumerate(deployment.decode):
+        for name in pool.own_layers:
+            field = f"decode.{number}.own_layers.{name}"
+            for group in filter(None, _own_layers(pool, name)):
+                if group.last >= shape.layers:
+                    raise ConfigError(
+                        f"{group} ends after layer {shape.layers - 1}, the base's last", field=field, fix="count from 0"
+                    )
+                if len(group) == shape.layers:
+                    raise ConfigError(
+                        f"{group} are all layers: nothing of the base would be used", field=field, fix="use sharing: none"
+                    )
+        sizes = {pool.tensor_parallel_size, deployment.prefill.tensor_parallel_size}
+        if ecache_layers([pool]) and len(sizes) > 1:
+            raise ConfigError(
+                f"mode {pool.sharing} hands over hidden states rank by rank; {sizes} are different sizes",
+                field=f"decode.{number}.tensor_parallel_size",
+                fix=f"use prefill.tensor_parallel_size, {deployment.prefill.tensor_parallel_size}",
             )
 
 

@@ -23,6 +23,11 @@ class EngineSettings:
     max_model_len: int
     block_size: int
     kv_cache_bytes: int
+    #: Layers whose inputs (hidden states) the engine's cache has room for beside the KV, in order: a prefill engine keeps them,
+    #: a decode engine begins with them.
+    ecache_layers: tuple[int, ...] = ()
+    #: Decode engines: those of the prefill engines that they read from.
+    prefill_ecache_layers: tuple[int, ...] = ()
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_lora_rank: int = 16

@@ -82,6 +82,8 @@ class TurnUsage:
     total_s: float = 0.0
     prefill_replica: str = ""
     decode_replica: str = ""
+    #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
+    own_layers: str = ""
 
 
 @dataclass

@@ -107,6 +107,13 @@ DEFINITIONS = {
             "Rising faster than prefill tokens: decode caches are too small to keep shared prefixes.",
         ),
         Metric(
+            "prefillshare_own_layer_turns_total",
+            Counter,
+            "Turns by the layers of the prompt that the decoder computed itself (none, or like 4-9).",
+            ("decoder", "layers"),
+            "Fewer layers than before: the pool cannot keep ttft_objective_s with more; add decode replicas.",
+        ),
+        Metric(
             "prefillshare_resumes_total",
             Counter,
             "Turns taken up again, by reason (preempted, kv_load_failed, gone, wedged, unavailable).",

@@ -5,6 +5,8 @@ Pinned to vLLM 0.32. One seam per file:
     plugin.py      entry point `vllm.general_plugins`: registers the connector
     connector.py   NIXL pull connector: contract handshake (R4), loads up to the shared prefix (R1), late reads (R6)
     scheduler.py   prefix cache limits (R2), preemption and resumption (R3)
+    regions.py     which cache layers move, and which of a prefill engine's a decode engine has
+    models/        two_streams.py (ICaRus); own_layers.py and ecache.py (DroidSpeak)
     worker.py      worker that restores a resumed request's state
     block_keys.py  block keys that do not name the adapter (R5)
     launch.py      what an engine process is started with

@@ -1,6 +1,7 @@
 """The KV connector: vLLM's NIXL pull connector, held to the rules of shared KV.
 
-Life of a load, on the decode side:
+Life of a load, on the decode side (a request that computes layers itself has two: what enters them first, so that it can
+begin, and the KV of the other layers):
  1. `get_num_new_matched_tokens`: the shared prefix minus what the local cache holds is to be loaded (R1). While
     another request loads the same blocks, wait for it instead of loading a second copy (R5).
  2. The worker shakes hands with the prefill engine once; both must have been started under one contract (R4).
@@ -13,6 +14,8 @@ Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/{connector,pull_schedule
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -22,7 +25,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
 
+from kvshare.layer_group import LayerGroup
 from kvshare.modes import SharingMode, get_mode
+from kvshare_vllm import regions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,8 +36,15 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+#: Behind the id of a request that computes layers itself: its load of the other layers' KV.
+REST = " rest"
 #: Slack for the error of the clock offset that the handshake measured (half a round trip) and for the worker's poll.
 LEASE_MARGIN_S = 0.5
+
+
+def own_layers(params: Mapping[str, Any]) -> LayerGroup | None:
+    """What a request's kv_transfer_params say of them."""
+    return LayerGroup.parse(params["own_layers"]) if params.get("own_layers") else None
 
 
 def mode_of(vllm_config: VllmConfig) -> SharingMode:
@@ -46,10 +58,16 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._mode = mode_of(vllm_config)
         self._block_bytes = sum(t.size for t in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
+        names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
+        self._regions = regions.Regions(names, vllm_config)
         # Block hash -> id of the request that is loading this block now. A request's entries live from
         # update_state_after_alloc until its load ends or the request does.
         self._loading: dict[Any, str] = {}
         self._loads: dict[str, list[Any]] = {}
+        # Loads of requests that compute these layers themselves.
+        self._own_layers: dict[str, LayerGroup] = {}
+        # Their two loads, while they are under way.
+        self.loads_left: dict[str, set[str]] = {}
         # Request id -> what its load cost, reported with every output until the request ends.
         self.load_cost: dict[str, dict[str, int]] = {}
 
@@ -77,7 +95,13 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
             return
         local = self.shared_tokens(request) - num_external_tokens
         pulled = -(-num_external_tokens // self.block_size)
-        self.load_cost[request.request_id] = {"pulled_bytes": pulled * self._block_bytes, "local_tokens": local}
+        group = own_layers(params)
+        read = len(self._regions.kv(group)) + (len(self._regions.hidden_states(group)) if group else 0)
+        pulled_bytes = pulled * self._block_bytes * read // len(self._regions.names)
+        self.load_cost[request.request_id] = {"pulled_bytes": pulled_bytes, "local_tokens": local}
+        if group and num_external_tokens:
+            self._own_layers[request.request_id] = group
+            self.loads_left[request.request_id] = {request.request_id, request.request_id + REST}
         first, end = local // self.block_size, self.shared_tokens(request) // self.block_size
         if num_external_tokens and end > first:
             self._loads[request.request_id] = request.block_hashes[first:end]
@@ -92,10 +116,21 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
     def update_connector_output(self, connector_output) -> None:
         super().update_connector_output(connector_output)
         for request_id in connector_output.finished_recving or ():
-            self._load_ended(request_id)
+            if request_id not in self._own_layers:
+                self._load_ended(request_id)
+
+    def prefix_is_there(self, request_id: str) -> None:
+        """Of a request whose own layers were still to be computed: others may find its blocks in the cache."""
+        self._own_layers.pop(request_id, None)
+        self._load_ended(request_id)
+
+    def build_connector_meta(self, scheduler_output):
+        meta = super().build_connector_meta(scheduler_output)
+        meta.own_layers_of_loads = {rid: self._own_layers[rid] for rid in meta.reqs_to_recv if rid in self._own_layers}
+        return meta
 
     def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
-        self._load_ended(request.request_id)
+        self.prefix_is_there(request.request_id)
         load_cost = self.load_cost.pop(request.request_id, None)
         given = request.kv_transfer_params or {}
         if not given.get("lend", True) and not given.get("do_remote_prefill"):
@@ -130,6 +165,50 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
             super().register_kv_caches(kv_caches)
         finally:
             base_worker.compute_nixl_compatibility_hash = stock
+        transferred = [name for name in kv_caches if name in self._layer_specs]
+        self._regions = regions.Regions(transferred, self.vllm_config)
+        self._remote_regions = self._regions.among(self.kv_transfer_config.get_from_extra_config("prefill_ecache_layers", []))
+        self._own_layers: dict[str, LayerGroup] = {}
+        self._reading: list[int] = []
+
+    def add_remote_agent(self, nixl_agent_meta, *args, **kwargs) -> str:
+        """A prefill engine may keep more E-caches than this engine reads."""
+        for field in regions.PER_REGION:
+            if values := getattr(nixl_agent_meta, field):
+                setattr(nixl_agent_meta, field, [values[place] for place in self._remote_regions])
+        return super().add_remote_agent(nixl_agent_meta, *args, **kwargs)
+
+    def start_load_kv(self, metadata) -> None:
+        for request_id, group in metadata.own_layers_of_loads.items():
+            meta = metadata.reqs_to_recv[request_id]
+            metadata.reqs_to_recv[request_id + REST] = replace(meta, remote=replace(meta.remote))
+            self._own_layers[request_id] = self._own_layers[request_id + REST] = group
+        super().start_load_kv(metadata)
+
+    def _read_blocks(self, read_spec, dst_engine_id, request_id, *args, expected_consumers: int, **kwargs) -> bool:
+        group = self._own_layers.get(request_id)
+        self._reading = self._regions.kv(group)
+        if group and not request_id.endswith(REST):
+            self._reading = self._regions.hidden_states(group)
+            if not self._reading:  # nothing enters but the embedding: it can begin
+                self._recving_transfers.setdefault(request_id, [])
+                return True
+        if group and group.transition:
+            expected_consumers *= 2  # the prefill engine keeps its blocks until it has heard of both
+        return super()._read_blocks(
+            read_spec, dst_engine_id, request_id, *args, expected_consumers=expected_consumers, **kwargs
+        )
+
+    def get_transfer_results(self):
+        results = super().get_transfer_results()
+        for request_id in results.finished_recving:
+            self._own_layers.pop(request_id, None)
+        return results
+
+    def _compute_desc_ids(self, *args, **kwargs):
+        """Of the regions that the request reads; vLLM's are region by region."""
+        ids = super()._compute_desc_ids(*args, **kwargs)
+        return ids.reshape(len(self._regions.names), -1)[self._reading].ravel()
 
     def _pop_done_transfers(self, transfers):
         done, failed = super()._pop_done_transfers(transfers)

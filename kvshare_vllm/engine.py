@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
@@ -280,9 +281,11 @@ class DecodeEngine(Engine):
         cache_salt: str | None = None,
         priority: int = 0,
         lend: bool = False,
+        own_layers: LayerGroup | None = None,
     ) -> AsyncIterator[TokenChunk]:
         """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere. `lend`: at the end
-        hold the KV for the prefill pool (modes whose generated KV is base KV).
+        hold the KV for the prefill pool (modes whose generated KV is base KV). `own_layers`: computed here over the shared
+        prefix, instead of taken from the base (modes that recompute).
 
         From the call on the handoff is this engine's: it reads it or has the prefill engine told that nobody will.
 
@@ -304,6 +307,9 @@ class DecodeEngine(Engine):
         elif self.mode.handoff_tokens(prompt_tokens, replay) > 0:
             raise Internal("a prompt of several tokens came without a handoff (R1)")
         transfer |= {"replay_tokens": replay, "lend": lend}
+        if own_layers:
+            transfer["own_layers"] = str(own_layers)
+        cache_salt = block_salt(cache_salt, own_layers)
         sampling = sampling.clone()
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []

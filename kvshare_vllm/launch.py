@@ -19,7 +19,7 @@ from kvshare import fingerprint
 from kvshare.engine_settings import EngineSettings
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.plugin import CONNECTOR, TWO_STREAMS
+from kvshare_vllm.plugin import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
 
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -39,9 +39,23 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
     }
     args: dict[str, Any] = {"scheduling_policy": "priority"}
+    decodes_partly = s.role == "decode" and mode.recomputes
+    if s.ecache_layers or decodes_partly:
+        # Prompts run eagerly, layer by layer; what is captured are decodes, which run as in the stock model.
+        args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        stock = fingerprint.read_json(s.model, "config.json")["architectures"]
+        args["hf_overrides"] = {
+            "architectures": [PARTIAL_LAYERS + name for name in stock],
+            "ecache_layers": list(s.ecache_layers),
+            "keeps_ecache": s.role == "prefill",
+        }
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
-        connector["kv_connector_extra_config"] |= {"sharing_mode": s.mode, "kv_contract": s.contract}
+        connector["kv_connector_extra_config"] |= {
+            "sharing_mode": s.mode,
+            "kv_contract": s.contract,
+            "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
+        }
         if s.role == "prefill":
             connector["kv_role"] = _ROLE_OF_SHARED_PREFILL
         if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it

@@ -7,6 +7,8 @@ from kvshare.modes import modes
 CONNECTOR = "SharedKVConnector"
 #: Before a base's architecture: the model that runs it with a decoder stream beside.
 TWO_STREAMS = "Icarus"
+#: ... the model in which tokens may pass through a few layers only.
+PARTIAL_LAYERS = "DroidSpeak"
 
 
 def register() -> None:
@@ -21,6 +23,8 @@ def register() -> None:
     kv_events.register()
     for stock in {name for mode in modes() if mode.two_streams for name in mode.architectures}:
         ModelRegistry.register_model(TWO_STREAMS + stock, f"kvshare_vllm.models.two_streams:{TWO_STREAMS}{stock}")
+    for stock in {name for mode in modes() if mode.recomputes for name in mode.architectures}:
+        ModelRegistry.register_model(PARTIAL_LAYERS + stock, f"kvshare_vllm.models.own_layers:{PARTIAL_LAYERS}{stock}")
     if current_platform.is_cpu():
         from kvshare_vllm import cpu_adapters
         from kvshare_vllm.nixl_progress import wait_for_events

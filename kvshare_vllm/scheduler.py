@@ -14,6 +14,7 @@ Seam: vllm/v1/core/sched/{scheduler,async_scheduler}.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -22,8 +23,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from kvshare.errors import ResumeReason
+from kvshare.layer_group import LayerGroup, OwnLayers
 from kvshare_vllm.block_keys import share_blocks_between_adapters
-from kvshare_vllm.connector import mode_of
+from kvshare_vllm.connector import REST, mode_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,6 +45,8 @@ class SharedKVScheduler(AsyncScheduler):
         # Requests put back with generated tokens, until they are first scheduled / until their grammar has caught up.
         self._replays: set[str] = set()
         self._grammars_behind: set[str] = set()
+        # Requests whose prefix has been loaded and whose own layers of it have not all been scheduled.
+        self._own_layers: dict[str, OwnLayers] = {}
 
     # R2 -------------------------------------------------------------------------------------------------------------
 
@@ -52,11 +56,16 @@ class SharedKVScheduler(AsyncScheduler):
         cache_blocks = coordinator.cache_blocks
 
         def offer(request: Request, num_computed_tokens: int) -> None:
-            cache_blocks(request, mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens))
+            offered = mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens)
+            if self._rest_is_loading(request):  # its blocks lack the other layers' KV
+                offered = min(offered, self.connector.connector_scheduler.load_cost[request.request_id]["local_tokens"])
+            cache_blocks(request, offered)
 
         coordinator.cache_blocks = offer
 
     def _get_local_prefix_cache_hit(self, request: Request):
+        if request.request_id in self._own_layers:  # it has its blocks, and all of their tokens are to be scheduled
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, request.shared_prefix_boundary, False
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
@@ -108,8 +117,68 @@ class SharedKVScheduler(AsyncScheduler):
             request.status = RequestStatus.PREEMPTED
         return ready
 
+    # A shared prefix that passes through the decoder's own layers (modes that recompute) ----------------------------
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """It has been loaded. What was loaded is scheduled like a prompt; the worker runs it through its group's layers."""
+        params, failed = request.kv_transfer_params or {}, request.request_id in self.failed_recving_kv_req_ids
+        if (group := params.get("own_layers")) and not failed:
+            connector = self.connector.connector_scheduler
+            self._own_layers[request.request_id] = OwnLayers(connector.shared_tokens(request), LayerGroup.parse(group))
+            request.num_computed_tokens = connector.load_cost[request.request_id]["local_tokens"]
+        super()._update_waiting_for_remote_kv(request)
+
+    def _rest_is_loading(self, request: Request) -> bool:
+        return request.request_id + REST in self.connector.connector_scheduler.loads_left.get(request.request_id, ())
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        """What comes after the shared prefix passes through all layers: it waits for their KV."""
+        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        if self._rest_is_loading(request):
+            tokens = min(tokens, self._own_layers[request.request_id].shared_tokens - num_computed_tokens)
+        return tokens
+
+    def _request_blocks_can_be_freed(self, request: Request) -> bool:
+        return not self._rest_is_loading(request) and super()._request_blocks_can_be_freed(request)
+
+    def _handle_failed_recving(self, failed_req_ids):
+        loads = self.connector.connector_scheduler.loads_left
+        running = {name.removesuffix(REST) for name in failed_req_ids if name.endswith(REST)} & loads.keys()
+        failed = super()._handle_failed_recving(failed_req_ids) | {
+            request_id for request_id in running if self.requests[request_id].status == RequestStatus.RUNNING
+        }
+        self._failed_loads |= failed
+        return failed
+
+    def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
+        """Of two loads, the first lets the request begin; blocks of one that has ended are freed after both."""
+        loads, ended = self.connector.connector_scheduler.loads_left, set()
+        for name in kv_connector_output.finished_recving or ():
+            request_id = name.removesuffix(REST)
+            if request_id not in loads:
+                ended.add(name)
+                continue
+            loads[request_id].remove(name)
+            both = not loads[request_id]
+            if both:
+                del loads[request_id]
+            if both if self.requests[request_id].is_finished() else name == request_id:
+                ended.add(request_id)
+        super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
+
+    def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
+        """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
+        scheduled = {rid: own for rid, own in self._own_layers.items() if rid in scheduler_output.num_scheduled_tokens}
+        for request_id, own in scheduled.items():
+            computed = self.requests[request_id].num_computed_tokens
+            if computed + scheduler_output.num_scheduled_tokens[request_id] > own.shared_tokens:
+                del self._own_layers[request_id]
+                self.connector.connector_scheduler.prefix_is_there(request_id)
+        return scheduled
+
     def _build_kv_connector_meta(self, connector, scheduler_output):
         meta = super()._build_kv_connector_meta(connector, scheduler_output)
+        meta.own_layers = self._own_layers_of(scheduler_output)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids & self._replays
         # The V1 model runner knows resumed requests only if it has run them before; ours it has not (worker.py).
         meta.restored_requests = [
@@ -135,11 +204,6 @@ class SharedKVScheduler(AsyncScheduler):
         self._preempted.clear()
         return output
 
-    def _handle_failed_recving(self, failed_req_ids):
-        failed = super()._handle_failed_recving(failed_req_ids)
-        self._failed_loads |= failed
-        return failed
-
     def _handle_invalid_blocks(self, invalid_block_ids, num_scheduled_tokens):
         failed = super()._handle_invalid_blocks(invalid_block_ids, num_scheduled_tokens)
         self._failed_loads |= failed
@@ -164,8 +228,10 @@ class SharedKVScheduler(AsyncScheduler):
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False):
+        self._own_layers.pop(request.request_id, None)
         self._replays.discard(request.request_id)
         self._grammars_behind.discard(request.request_id)
+        delay_free_blocks |= request.request_id in self.connector.connector_scheduler.loads_left
         return super()._free_request(request, delay_free_blocks)
 
 

@@ -19,6 +19,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from kvshare.modes import get_mode
+from kvshare_vllm.models.own_layers import follow_plans
 from kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
 
 
@@ -47,9 +48,12 @@ class SharedKVWorker(PlatformWorker):
             raise RuntimeError("the engine's model is not the one its sharing mode runs")
         if two_streams and self.vllm_config.lora_config:
             follow_adapters(self.model_runner)
+        if transfer and get_mode(transfer.kv_connector_extra_config["sharing_mode"]).recomputes:
+            follow_plans(self.model_runner)
 
     def execute_model(self, scheduler_output):
         meta = scheduler_output.kv_connector_metadata
+        self.model_runner.own_layers = getattr(meta, "own_layers", {})
         if not self.use_v2_model_runner:
             for data in getattr(meta, "restored_requests", ()):
                 drawn = _drawn(scheduler_output, data.req_id)

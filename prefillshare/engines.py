@@ -13,13 +13,13 @@ from prefillshare.platform import vllm_build
 def kv_contract(deployment: Deployment) -> KVContract:
     """Check every decoder's files and return the contract all engines of the deployment start under."""
     base = decoders.check_files(deployment)
-    return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build())
+    kept = decoders.ecache_layers(deployment.decode)
+    return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build(), kept)
 
 
 def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, Engines]]:
     """Serve deployment name -> what its engines start with, and how many."""
-    contract = kv_contract(deployment).digest
-    base = deployment.base
+    contract, base = kv_contract(deployment), deployment.base
 
     def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
         return EngineSettings(
@@ -27,7 +27,7 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
             pool=pool,
             model=model,
             mode=mode,
-            contract=contract,
+            contract=contract.digest,
             dtype=base.dtype,
             max_model_len=base.max_model_len,
             block_size=base.block_size,
@@ -45,12 +45,15 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
     if any(get_mode(pool.sharing).shares_prefill for pool in deployment.decode):
         # The same whichever modes draw on it: pools that come and go do not restart it.
         sharing = next(mode.name for mode in modes() if mode.shares_prefill)
-        result[SHARED_PREFILL] = settings("prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model)
+        result[SHARED_PREFILL] = settings(
+            "prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model, ecache_layers=contract.ecache_layers
+        )
     for pool in deployment.decode:
         model = pool.model or base.model
         lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank}
         if not get_mode(pool.sharing).shares_prefill:
             name = own_prefill(pool.pool)
             result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
-        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora)
+        kept = {"ecache_layers": decoders.ecache_layers([pool]), "prefill_ecache_layers": contract.ecache_layers}
+        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora, **kept)
     return result

@@ -7,9 +7,9 @@ import os
 import socket
 from pathlib import Path
 
-from kvshare import fingerprint
+from kvshare import decoders, fingerprint
 from kvshare.config import Deployment, load
-from kvshare.contract import DTYPE_BYTES
+from kvshare.contract import DTYPE_BYTES, KVShape
 from kvshare.errors import ConfigError
 from kvshare.modes import get_mode
 from prefillshare.platform import on_cpu
@@ -92,11 +92,26 @@ def _weights_gib(folder: str, dtype_bytes: int) -> float:
     return elements * dtype_bytes / 2**30
 
 
+def ecache_cost(deployment: Deployment, shape: KVShape) -> list[str]:
+    """What keeping hidden states for decoders that recompute layers costs, a line per pool; none where no decoder does."""
+    kept, share = decoders.ecache_layers(deployment.decode), decoders.ecache_share(deployment.base.model, shape)
+    kv_bytes = shape.bytes_per_token(deployment.base.dtype)
+    if not any(pool.own_layers for pool in deployment.decode):
+        return []
+    lines = [f"prefill keeps the inputs of layers {', '.join(map(str, kept)) or 'none'}: "
+             f"{kv_bytes * len(kept) * share:,.0f} bytes per token beside {kv_bytes:,} of KV"]  # fmt: skip
+    for decoder in decoders.served(deployment).values():
+        for group in filter(None, decoder.own_layers):
+            read = kv_bytes * (1 - len(group) / shape.layers + (share if group.transition else 0))
+            lines.append(f"{decoder.name} with layers {group}: reads {read:,.0f} bytes per token, computes "
+                         f"{100 * len(group) / shape.layers:.0f} % of the layers")  # fmt: skip
+    return lines
+
+
 def check_command(file: Path) -> None:
     """`prefillshare check FILE`: everything `serve` would refuse, without starting anything."""
     from rich.console import Console
 
-    from kvshare import decoders
     from prefillshare.engines import kv_contract
     from router import tenants
 
@@ -108,6 +123,8 @@ def check_command(file: Path) -> None:
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
+    for line in ecache_cost(deployment, contract.shape):
+        console.print(f"  {line}")
     console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): everybody may call")
     if known and deployment.router.tls is None:
         console.print("  no TLS (router.tls): API keys can be read on their way here")

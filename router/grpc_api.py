@@ -214,6 +214,7 @@ def _usage(u: TurnUsage) -> pb.Usage:
         prefill_replica=u.prefill_replica,
         decode_replica=u.decode_replica,
         predicted_tokens=u.predicted_tokens,
+        own_layers=u.own_layers,
     )
 
 

@@ -80,7 +80,8 @@ class RouterIngress:
         if config.eager_prefill and shared:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             eager = EagerPrefill(shared, base, metrics, **limits)
-        if config.pull_back != "never" and shared:
+        # What a decode engine lends has no hidden states beside it.
+        if config.pull_back != "never" and shared and not served_decoders.ecache_layers(deployment.decode):
             rate, limits = self._orchestrator.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
             pull_back = PullBack(shared, base, metrics, compute_s=lambda: rate.value, **limits)
         self._response_kv = ResponseKV(eager, pull_back)

@@ -32,13 +32,16 @@ from kvshare.errors import (
     Unavailable,
 )
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
+from kvshare.layer_group import LayerGroup
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.admission import Admission, PoolSource
 from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
 from router.in_progress import InProgress
+from router.layer_choice import LayerChoice
 from router.pools import Pool
+from router.prefix import Prefix
 from router.replicas import CALL_ERRORS, answer
 from router.service_rate import MeanRatio
 
@@ -57,14 +60,6 @@ class Route:
     prefill: Pool
 
 
-@dataclass(frozen=True)
-class _Prefix:
-    """What is handed over: its tokens, and the keys of its blocks."""
-
-    token_ids: list[int]
-    keys: BlockKeys
-
-
 @dataclass
 class _Attempt:
     """What a turn's attempts hand on to each other."""
@@ -72,7 +67,7 @@ class _Attempt:
     route: Route
     #: What the turn holds of the pool's room; given back when it ends.
     grant: Grant
-    prefix: _Prefix
+    prefix: Prefix
     generated: list[int] = field(default_factory=list)
     number: int = 0
     failures: int = 0
@@ -80,6 +75,9 @@ class _Attempt:
     avoid: set[str] = field(default_factory=set)
     #: Where the KV the decode engine loads comes from.
     source: str = ""
+    #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
+    own_layers: LayerGroup | None = None
+    is_chosen: bool = False
 
 
 class Orchestrator:
@@ -105,6 +103,7 @@ class Orchestrator:
         self.in_progress = InProgress(metrics)
         self.draining = False
         self._releases: set[asyncio.Task] = set()
+        self.layer_choice = LayerChoice()
         #: Seconds per token that the shared pool has lately computed.
         self.compute_s = MeanRatio(time.monotonic)
 
@@ -222,11 +221,24 @@ class Orchestrator:
                 await self._take_up_again(decoder, request_id, context, attempt, lost)
                 attempt.prefix = self._prefix(decoder, prompt, attempt.generated, context)
 
-    def _prefix(self, decoder: Decoder, prompt: list[int], generated: list[int], context: TurnContext) -> _Prefix:
-        mode = get_mode(decoder.sharing)
-        shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
-        adapter = None if mode.adapters_share_blocks else decoder.adapter
-        return _Prefix(shared, BlockKeys(shared, self._base.block_size, salt=context.cache_salt, adapter=adapter))
+    def _prefix(self, decoder: Decoder, prompt: list[int], generated: list[int], context: TurnContext) -> Prefix:
+        return Prefix.of(decoder, prompt, generated, self._base.block_size, context.cache_salt)
+
+    def _decode_keys(self, decoder: Decoder, context: TurnContext, attempt: _Attempt) -> BlockKeys:
+        """Keys of the prefix's blocks where they are read. The first time, this decides which layers the turn has the decoder
+        compute: each group's blocks have keys of their own."""
+        prefix, pool, usage = attempt.prefix, attempt.route.decode, context.usage
+
+        def cached_tokens(group: LayerGroup | None) -> int:
+            return max(pool.overlaps(prefix.decode_keys(group)).values(), default=0)
+
+        if not attempt.is_chosen:
+            spent_s = usage.queue_s + usage.prefill_s
+            attempt.own_layers = self.layer_choice.choose(decoder, len(prefix.token_ids), spent_s, cached_tokens)
+            attempt.is_chosen, usage.own_layers = True, str(attempt.own_layers or "")
+            if get_mode(decoder.sharing).recomputes:
+                self._metrics["own_layer_turns_total"].labels(decoder.name, usage.own_layers or "none").inc()
+        return prefix.decode_keys(attempt.own_layers)
 
     async def _take_up_again(
         self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
@@ -304,7 +316,7 @@ class Orchestrator:
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
         try:
             last = session.prefilled_on.get(pool.name) if session else None
-            grant, keys = attempt.grant, attempt.prefix.keys
+            grant, keys = attempt.grant, self._decode_keys(decoder, context, attempt)
             placement = await pool.choose(len(prompt), keys, fits=grant.fits, last_replica=last, without=attempt.avoid)
             replica = usage.decode_replica = placement.replica.id
             if grant.fits(replica):
@@ -320,10 +332,14 @@ class Orchestrator:
                     replay=len(attempt.generated),
                     cache_salt=context.cache_salt,
                     lend=context.lend and get_mode(decoder.sharing).two_streams,
+                    own_layers=attempt.own_layers,
                 )
+                called = time.perf_counter()
                 async for chunk in stream:
                     if loading.when() is not None and not loading.expired():
                         loading.reschedule(None)
+                        computed = len(attempt.prefix.token_ids) - chunk.local_tokens
+                        self.layer_choice.took(decoder.pool, computed, attempt.own_layers, time.perf_counter() - called)
                         route.prefill.replicas.succeeded(attempt.source)
                         pool.replicas.succeeded(replica)
                         if session is not None:

@@ -5,6 +5,7 @@ computed in float32 from the definition of the mode, with nothing cached, batche
 """
 
 import torch
+import transformers
 
 
 @torch.no_grad()
@@ -41,6 +42,26 @@ def icarus(base, decoder, prompt: list[int], response: list[int]) -> list[float]
         hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     logits = model.lm_head(model.model.norm(hidden))[0, len(prompt) - 1 :]
+    return _chosen(logits, response)
+
+
+@torch.no_grad()
+def droidspeak(base, decoder, prompt: list[int], response: list[int], own_layers: str = "") -> list[float]:
+    """KV of all prompt tokens but the last: of layers like "4-9" it is the decoder's, over what enters them in the base; of the
+    others the base's. The decoder runs from there on its own KV (arXiv 2411.02820)."""
+    if len(prompt) == 1 or not own_layers:
+        return prefillshare(base, decoder, prompt, response)
+    first, last = map(int, own_layers.split("-"))
+    shared = torch.tensor([prompt[:-1]])
+    of_base = base(shared, use_cache=True, output_hidden_states=True)
+    past, own = of_base.past_key_values, transformers.DynamicCache()
+    model = getattr(decoder, "get_base_model", lambda: decoder)().model
+    hidden = of_base.hidden_states[first] if first else model.embed_tokens(shared)
+    rope = model.rotary_emb(hidden, torch.arange(shared.shape[1])[None])
+    for layer in model.layers[first : last + 1]:
+        hidden = layer(hidden, attention_mask=None, past_key_values=own, use_cache=True, position_embeddings=rope)
+    past.layers[first : last + 1] = own.layers[first : last + 1]
+    logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
     return _chosen(logits, response)
 
 

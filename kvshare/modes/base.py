@@ -27,6 +27,8 @@ class SharingMode(ABC):
     #: True: the decode engine runs base and adapter side by side; the base makes all KV, of generated tokens too. Then any
     #: decoder may use that KV, and the prefill pool may pull it instead of computing it.
     two_streams: bool = False
+    #: True: the decoder computes some layers of the shared prefix itself (kvshare/layer_group.py).
+    recomputes: bool = False
     #: LoRA modules an adapter may have; None: any. Others would stay without effect.
     adapter_modules: frozenset[str] | None = None
     #: Architectures of bases (config.json) that it can serve; None: any that vLLM serves.

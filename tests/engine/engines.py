@@ -13,6 +13,7 @@ from conftest import wait_until
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import PrefixLost
+from kvshare.layer_group import LayerGroup
 from kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -54,7 +55,13 @@ async def started(decode: EngineSettings, *others: EngineSettings):
     from kvshare_vllm.engine import DecodeEngine, PrefillEngine
 
     prefill = replace(
-        decode, role="prefill", pool="prefill", adapters={}, cpu_cores="0", kv_cache_bytes=KV_BYTES * 8, tensor_parallel_size=1
+        decode,
+        role="prefill",
+        pool="prefill",
+        adapters={},
+        cpu_cores="0",
+        kv_cache_bytes=decode.kv_cache_bytes * 8,
+        tensor_parallel_size=1,
     )
     engines = [await PrefillEngine.start(prefill)]
     try:
@@ -83,15 +90,25 @@ async def handed_over(engines, prompt: list[int], generated: list[int] = []):  #
     return (await prefill.prefill(shared, new_id())).handoff if shared else None
 
 
-async def turn(engines, prompt: list[int], n: int, adapter: str | None = "a", *, lend: bool = False, **kw):
+async def turn(
+    engines, prompt: list[int], n: int, adapter: str | None = "a", *, lend: bool = False, own_layers: str | None = None, **kw
+):
     """One turn, resumed as often as it must be: (tokens, log-probabilities, last chunk, reasons of resumes)."""
+    group = LayerGroup.parse(own_layers) if own_layers else None
     _, decoder, *_ = engines
     tokens, logprobs, chunk, reasons = [], [], None, []
     while True:
         handoff = await handed_over(engines, prompt, tokens)
         try:
             async for chunk in decoder.decode(
-                prompt + tokens, handoff, sampling(n, **kw), new_id(), adapter=adapter, replay=len(tokens), lend=lend
+                prompt + tokens,
+                handoff,
+                sampling(n, **kw),
+                new_id(),
+                adapter=adapter,
+                replay=len(tokens),
+                lend=lend,
+                own_layers=group,
             ):
                 tokens += chunk.token_ids
                 logprobs += [row[0][1] for row in chunk.logprobs]

@@ -67,6 +67,7 @@ def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, afte
         assert not todo
 
     turn = collect(watched())
-    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs) <= TOLERANCE
+    own_layers = turn.usage.own_layers
+    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs, own_layers=own_layers) <= TOLERANCE
     assert list(session.get(with_token_ids=True).token_ids) == prompt + turn.token_ids
     return turn

@@ -47,10 +47,18 @@ class Oracle:
                 self._models[name] = PeftModel.from_pretrained(_load(self.deployment.base.model), pool.adapters[name]).eval()
         return self._models[name]
 
-    def diff(self, name: str, prompt: list[int], tokens: list[int], logprobs: list[float], mode: str | None = None) -> float:
-        """Largest difference to what `mode` (default: the decoder's own) says."""
-        function = getattr(reference, mode or self.served[name].sharing)
-        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens))
+    def diff(
+        self,
+        name: str,
+        prompt: list[int],
+        tokens: list[int],
+        logprobs: list[float],
+        mode: str | None = None,
+        own_layers: str = "",
+    ) -> float:
+        """Largest difference to what `mode` (default: the decoder's own) says. `own_layers`: as the turn's usage has them."""
+        function, more = getattr(reference, mode or self.served[name].sharing), (own_layers,) if own_layers else ()
+        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens, *more))
 
     def turn(
         self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs
@@ -63,7 +71,8 @@ class Oracle:
         prompt = kept[: len(kept) - len(result.token_ids)] + (suffix_ids or [])
         assert kept[len(kept) - len(result.token_ids) :] == result.token_ids
         assert result.usage.prompt_tokens == len(prompt)
-        assert self.diff(name, prompt, result.token_ids, result.logprobs) <= TOLERANCE
+        own_layers = result.usage.own_layers
+        assert self.diff(name, prompt, result.token_ids, result.logprobs, own_layers=own_layers) <= TOLERANCE
         return result, prompt
 
 

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from kvshare import config, modes
 from kvshare.errors import ConfigError
+from kvshare.layer_profile import LayerProfile, Point
 
 ONE_KIND = "give either `adapters` (LoRA on the base) or `model` (full weights), and not both"
 
@@ -95,10 +96,16 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ("decode/0/pool", "", "decode.0.pool: String should match pattern"),
         ("decode/0/adapters/a b", "x", "decode.0.adapters.a b: String should match pattern"),
         # Rules of our own.
-        ("decode/0/sharing", "share", "decode.0.sharing: unknown sharing mode 'share'; allowed: prefillshare, icarus, none"),
+        (
+            "decode/0/sharing",
+            "share",
+            "decode.0.sharing: unknown sharing mode 'share'; allowed: prefillshare, icarus, droidspeak, none",
+        ),
         ("decode/0/model", "x", f"decode.0: {ONE_KIND}"),
         ("decode/0/adapters", {}, f"decode.0: {ONE_KIND}"),
         ("decode/0/name", "n", "decode.0: `name` (n) goes with `model`; adapters are named by their keys, so remove it"),
+        ("decode/0/own_layers", {"planner": "4-9"}, "mode prefillshare computes no layers of a prompt again; remove it"),
+        ("decode/0/quality_floor", 0.1, "`quality_floor`: mode prefillshare computes no layers of a prompt again"),
         ("decode/0/prefill", {}, "engines of their own; prefillshare uses the shared pool, so remove it"),
         (
             "prefill",
@@ -252,6 +259,49 @@ def test_relative_folders_are_tried_from_the_current_folder_then_from_the_files(
     deployment = config.parse(plain, there)
     assert deployment.base.model == str(here / "both")
     assert deployment.decode[0].adapters == {"planner": str(there / "only")}
+
+
+@pytest.fixture
+def droidspeak(plain):
+    return put(plain, "decode/0/sharing", "droidspeak")
+
+
+@pytest.mark.parametrize(
+    ("own_layers", "text"),
+    [
+        ({"planner": "9-4"}, "layers 9-4 are no group"),
+        ({"planner": "all"}, "'all' is no group of layers; write the first and the last, like 4-9"),
+        ({"planner": ["4-7", "4-9"]}, "planner: give at least one group of layers, the one of most layers first"),
+        ({"planner": []}, "planner: give at least one group of layers"),
+        ({"coder": "4-9"}, "`own_layers` names coder; this pool's decoders are planner"),
+    ],
+)
+def test_what_is_no_group_of_layers_is_refused(droidspeak, own_layers, text):
+    assert text in str(refusal(put(droidspeak, "decode/0/own_layers", own_layers)))
+
+
+def test_one_group_may_be_written_without_a_list(droidspeak):
+    deployment = config.parse(put(droidspeak, "decode/0/own_layers", {"planner": "4-9"}))
+    assert deployment.decode[0].own_layers == {"planner": ("4-9",)}
+
+
+def test_groups_come_from_the_profile_by_the_quality_floor(droidspeak, monkeypatch):
+    points = tuple(Point(layers, kl, kl, kl, 0.9, 8) for layers, kl in (("none", 0.9), ("2-3", 0.2), ("2-5", 0.1)))
+    profile = LayerProfile("b", "d", "data", 8, points, ())
+    monkeypatch.setattr(LayerProfile, "read", lambda decoder, base: profile)
+    put(droidspeak, "decode/0/quality_floor", 0.25)
+    assert config.parse(droidspeak).decode[0].own_layers == {"planner": ("2-5", "2-3")}
+    put(droidspeak, "decode/0/own_layers", {"planner": "1-1"})
+    assert config.parse(droidspeak).decode[0].own_layers == {"planner": ("1-1",)}
+    del droidspeak["decode"][0]["own_layers"]
+    error = refusal(put(droidspeak, "decode/0/quality_floor", 0.01))
+    assert (error.field, "within 0.01; the best measured has 0.1" in error.message) == ("decode.0.quality_floor", True)
+
+
+def test_a_floor_without_a_profile_says_how_to_measure_one(droidspeak):
+    error = refusal(put(droidspeak, "decode/0/quality_floor", 0.25))
+    assert error.field == "decode.0.quality_floor"
+    assert "prefillshare profile" in error.fix
 
 
 def test_missing_file_is_refused_by_path(tmp_path):

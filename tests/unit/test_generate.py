@@ -11,6 +11,7 @@ from finetuning import grouped_attention
 from finetuning.generate import generate
 from finetuning.methods import METHODS
 from finetuning.subjects import FrozenBase
+from kvshare.layer_group import LayerGroup
 
 PROMPTS = [[random.Random(n).randrange(SIZES["vocab_size"]) for _ in range(length)] for n, length in enumerate((11, 4, 1))]
 NO_TOKEN = SIZES["vocab_size"]
@@ -40,6 +41,18 @@ def test_every_token_is_the_references_choice(kind, method):
     grouped[1] = with_adapter(grouped[1], METHODS[method].lora_modules)
     for prompt, answer in zip(PROMPTS, answers(method, *grouped, PROMPTS), strict=True):
         assert answer == likeliest(method, base, decoder, prompt, answer)
+
+
+@pytest.mark.parametrize(("kind", "group"), [("llama", "1-1"), ("qwen3", "0-1")])
+def test_layers_of_its_own_over_the_bases_hidden_states_are_the_references(kind, group):
+    base, decoder = model(kind, 1), model(kind, 2)
+    for prompt, answer in zip(
+        PROMPTS, answers("prefillshare", base, decoder, PROMPTS, own_layers=LayerGroup.parse(group)), strict=True
+    ):
+        vocabulary = range(SIZES["vocab_size"])
+        for place in range(len(answer)):
+            likely = max(vocabulary, key=lambda t: reference.droidspeak(base, decoder, prompt, [*answer[:place], t], group)[-1])
+            assert answer[place] == likely
 
 
 @pytest.mark.parametrize("kind", KINDS)

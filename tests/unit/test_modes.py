@@ -6,7 +6,7 @@ from kvshare.modes import SharingMode, get_mode, mode_names, modes
 
 
 def test_modes_are_listed_in_the_order_help_shows_them():
-    assert mode_names() == ("prefillshare", "icarus", "none")
+    assert mode_names() == ("prefillshare", "icarus", "droidspeak", "none")
 
 
 @pytest.mark.parametrize("name", mode_names())
@@ -16,20 +16,22 @@ def test_mode_declares_its_whole_policy(name):
     assert mode.name == name
     assert mode.summary
     assert "\n" not in mode.summary
-    for question in ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "two_streams"):
+    for question in ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "two_streams", "recomputes"):
         assert isinstance(getattr(mode, question), bool), question
 
 
 def test_unknown_mode_lists_the_known_ones():
-    with pytest.raises(KeyError, match="unknown sharing mode 'x'; known: prefillshare, icarus, none"):
+    with pytest.raises(KeyError, match="unknown sharing mode 'x'; known: prefillshare, icarus, droidspeak, none"):
         get_mode("x")
 
 
+@pytest.mark.parametrize("mode", ["prefillshare", "droidspeak"])
 @pytest.mark.parametrize(("prompt_tokens", "handed_over"), [(1, 0), (2, 1), (32, 31), (33, 32), (4096, 4095)])
-def test_prefillshare_hands_over_all_but_the_last_prompt_token(prompt_tokens, handed_over):
-    assert get_mode("prefillshare").handoff_tokens(prompt_tokens) == handed_over
+def test_all_but_the_last_prompt_token_is_handed_over(mode, prompt_tokens, handed_over):
+    assert get_mode(mode).handoff_tokens(prompt_tokens) == handed_over
 
 
+@pytest.mark.parametrize("mode", ["prefillshare", "droidspeak"])
 @pytest.mark.parametrize(
     ("prompt_tokens", "computed_tokens", "cacheable"),
     [
@@ -42,8 +44,8 @@ def test_prefillshare_hands_over_all_but_the_last_prompt_token(prompt_tokens, ha
         (32, 500, 31),  # the last block of a prompt of whole blocks is not offered
     ],
 )
-def test_prefillshare_offers_only_base_kv(prompt_tokens, computed_tokens, cacheable):
-    assert get_mode("prefillshare").cacheable_tokens(prompt_tokens, computed_tokens) == cacheable
+def test_only_the_shared_prefix_is_offered(mode, prompt_tokens, computed_tokens, cacheable):
+    assert get_mode(mode).cacheable_tokens(prompt_tokens, computed_tokens) == cacheable
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 32, 33])

@@ -7,9 +7,10 @@ import psutil
 import pytest
 
 from kvshare.config import parse
+from kvshare.contract import KVShape
 from kvshare.errors import ConfigError
 from prefillshare import platform
-from prefillshare.preflight import check_machine
+from prefillshare.preflight import check_machine, ecache_cost
 
 
 def deployment(model, **changes):
@@ -80,3 +81,19 @@ def test_one_openmp_runtime_is_preloaded(monkeypatch, tmp_path):
     preloaded = platform.engine_environment()["LD_PRELOAD"].split(":")
     assert [p for p in preloaded if "omp" in p] == [str(intel)]
     assert preloaded[0] == "/one.so"
+
+
+def test_what_hidden_states_cost_is_said_before_the_start(folder):
+    """Two layers of 128 bytes of KV each; hidden states take 128."""
+    shape = KVShape.of(folder)
+    assert ecache_cost(deployment(folder), shape) == []
+    own = {"decode__0__sharing": "droidspeak", "decode__0__own_layers": {"d": "1-1"}}
+    assert ecache_cost(deployment(folder, **own), shape) == [
+        "prefill keeps the inputs of layers 1: 128 bytes per token beside 256 of KV",
+        "d with layers 1-1: reads 256 bytes per token, computes 50 % of the layers",
+    ]
+    own["decode__0__own_layers"] = {"d": "0-0"}
+    assert ecache_cost(deployment(folder, **own), shape) == [
+        "prefill keeps the inputs of layers none: 0 bytes per token beside 256 of KV",
+        "d with layers 0-0: reads 128 bytes per token, computes 50 % of the layers",
+    ]

@@ -1,0 +1,219 @@
+"""Which layers of a prompt a decoder should compute itself: measured, not guessed (DroidSpeak, arXiv 2411.02820, section 4.2).
+
+ 1. Per example (a transcript's last response and all that is before it) the decoder's next-token distributions with its own
+    prefill are what others are compared with.
+ 2. For a group [a, b] the decoder's own KV of these layers comes from the base's hidden states at layer a. One pass from a
+    to the last layer that is asked for serves every b; what each group costs beyond is the response's tokens.
+ 3. Coarse to fine: groups whose ends stand on a grid, on a part of the examples; then the neighbours of what is best for its
+    number of layers, on ever finer grids; then the best, and the longer groups that begin with them, on all examples.
+ 4. Every measurement is written down at once: a profile that was ended goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import DynamicCache
+
+from finetuning.conditioned import own_layers, plain
+from finetuning.evaluate import offline_answers
+from finetuning.log import bars
+from finetuning.subjects import Subject
+from finetuning.transcripts import Example
+from kvshare.layer_group import LayerGroup, layer_group
+from kvshare.layer_profile import LayerProfile, Point
+
+#: Of the examples, for what is only a candidate; and at least so many.
+PART, LEAST = 4, 4
+#: Of the layers: the first grid.
+GRID = 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one example: mean divergence per response token, and the share of tokens whose likeliest is the same."""
+
+    divergence: float
+    agreement: float
+
+
+class Measured:
+    """Measurements by example and group, in a file. One of another run is not gone on with but begun anew."""
+
+    def __init__(self, file: Path, run: str):
+        self._file, self._seen = file, {}
+        lines = file.read_text().splitlines() if file.is_file() else []
+        if lines[:1] != [run]:
+            file.write_text(run + "\n")
+            return
+        for line in lines[1:]:
+            try:
+                example, group, divergence, agreement = json.loads(line)
+            except ValueError:  # it was being written
+                continue
+            self._seen[example, group] = Seen(divergence, agreement)
+
+    def get(self, example: int, group: str) -> Seen | None:
+        return self._seen.get((example, group))
+
+    def add(self, example: int, seen: dict[str, Seen]) -> None:
+        self._seen |= {(example, group): it for group, it in seen.items()}
+        lines = (json.dumps([example, group, it.divergence, it.agreement]) for group, it in seen.items())
+        with self._file.open("a") as stream:
+            stream.write("".join(line + "\n" for line in lines))
+
+
+class Profiler:
+    """`base`, `decoder`: transformers' models. `examples`: their last response counts."""
+
+    def __init__(self, base, decoder, examples: Sequence[Example], measured: Measured, console: Console):
+        self._base, self._decoder, self._examples = plain(base), plain(decoder), examples
+        self._measured, self._console = measured, console
+        self.layers = len(self._decoder.model.layers)
+
+    def search(self) -> list[Point]:
+        """Of groups measured on all examples, "none" among them; fewest layers first."""
+        part = self._part()
+        step = max(1, self.layers // GRID)
+        candidates = {None} | {
+            LayerGroup(first, end - 1)
+            for first in range(0, self.layers, step)
+            for end in (*range(first + step, self.layers, step), self.layers)
+            if end - first < self.layers
+        }
+        while True:
+            self._measure(candidates, part, f"groups on a grid of {step}")
+            best = self._best(candidates, part)
+            if step == 1:
+                break
+            step = max(1, step // 2)
+            candidates |= {near for group in best if group for near in self._near(group, step)}
+        begins = {group.first for group in best if group}
+        ends = {group.last for group in best if group}
+        final = {None, *best} | {LayerGroup(a, b) for a in begins for b in ends if b >= a and b - a + 1 < self.layers}
+        everything = range(len(self._examples))
+        self._measure(final, everything, "the best groups on all examples")
+        return sorted((self._point(group, everything) for group in final), key=lambda point: (point.size, point.divergence))
+
+    def sensitivity(self) -> list[float]:
+        """Per layer: the divergence if its KV alone is the base's."""
+        part = self._part()
+        self._measure([f"base {layer}" for layer in range(self.layers)], part, "single layers")
+        return [self._mean(f"base {layer}", part) for layer in range(self.layers)]
+
+    def _part(self) -> range:
+        wanted = min(len(self._examples), max(LEAST, len(self._examples) // PART))
+        return range(0, len(self._examples), max(1, len(self._examples) // wanted))
+
+    def _near(self, group: LayerGroup, step: int) -> Iterable[LayerGroup]:
+        for first in (group.first - step, group.first, group.first + step):
+            for last in (group.last - step, group.last, group.last + step):
+                if 0 <= first <= last < self.layers and last - first + 1 < self.layers:
+                    yield LayerGroup(first, last)
+
+    def _best(self, groups: Iterable[LayerGroup | None], part: Sequence[int]) -> list[LayerGroup | None]:
+        """Those to which none of as few layers is better."""
+        best: list[LayerGroup | None] = []
+        least = math.inf
+        for group in sorted(groups, key=lambda group: (len(group or ()), self._mean(_name(group), part))):
+            if (divergence := self._mean(_name(group), part)) < least:
+                least = divergence
+                best.append(group)
+        return best
+
+    def _mean(self, name: str, part: Sequence[int]) -> float:
+        return sum(self._measured.get(number, name).divergence for number in part) / len(part)
+
+    def _point(self, group: LayerGroup | None, part: Sequence[int]) -> Point:
+        seen = [self._measured.get(number, _name(group)) for number in part]
+        mean = sum(it.divergence for it in seen) / len(seen)
+        spread = math.sqrt(sum((it.divergence - mean) ** 2 for it in seen) / max(1, len(seen) - 1) / len(seen))
+        agreement = sum(it.agreement for it in seen) / len(seen)
+        return Point(_name(group), mean, max(0.0, mean - 1.96 * spread), mean + 1.96 * spread, agreement, len(seen))
+
+    def _measure(self, wanted: Iterable[LayerGroup | str | None], part: Sequence[int], title: str) -> None:
+        names = {_name(what): what for what in wanted}
+        with bars(self._console) as progress:
+            bar = progress.add_task(title, total=len(part))
+            for number in part:
+                if missing := {name: what for name, what in names.items() if self._measured.get(number, name) is None}:
+                    self._measured.add(number, self._compare(self._examples[number], missing))
+                progress.advance(bar)
+
+    @torch.no_grad()
+    def _compare(self, example: Example, wanted: dict[str, LayerGroup | str | None]) -> dict[str, Seen]:
+        start, end = example.responses[-1]
+        device = self._base.device
+        prefix = torch.tensor([example.token_ids[: start - 1]], device=device)
+        rest = torch.tensor([example.token_ids[start - 1 : end - 1]], device=device)
+        of_base = self._base(prefix, use_cache=True, output_hidden_states=True)
+        base_kv, hidden = _layers(of_base.past_key_values), of_base.hidden_states
+        own_kv = _layers(self._decoder(prefix, use_cache=True).past_key_values)
+        own = self._log_probabilities(rest, own_kv)
+        seen, longest = {}, {}
+        for group in sorted(what for what in wanted.values() if isinstance(what, LayerGroup)):
+            longest[group.first] = group
+        recomputed = {}
+        for first, group in longest.items():
+            entering = hidden[first] if first else self._decoder.model.embed_tokens(prefix)
+            recomputed[first] = own_layers(self._decoder, entering, group)
+        for name, what in wanted.items():
+            if isinstance(what, str):
+                layer = int(what.removeprefix("base "))
+                kv = [*own_kv[:layer], base_kv[layer], *own_kv[layer + 1 :]]
+            else:
+                kv = list(base_kv)
+                if what:
+                    kv[what.first : what.last + 1] = recomputed[what.first][: len(what)]
+            other = self._log_probabilities(rest, kv)
+            divergence = (own.exp() * (own - other)).sum(-1).clamp(min=0).mean().item()
+            seen[name] = Seen(divergence, (own.argmax(-1) == other.argmax(-1)).float().mean().item())
+        return seen
+
+    def _log_probabilities(self, ids: torch.Tensor, kv) -> torch.Tensor:
+        """[tokens, vocabulary]"""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(kv):
+            cache.update(keys, values, layer)
+        return self._decoder(ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+
+
+def _name(what: LayerGroup | str | None) -> str:
+    return str(what or "none")
+
+
+def _layers(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def run_of(base: str, decoder: str, examples: Sequence[Example]) -> str:
+    """What a file of measurements belongs to."""
+    return hashlib.sha256(repr((base, decoder, [(e.token_ids, e.responses[-1]) for e in examples])).encode()).hexdigest()
+
+
+def scored(
+    profile: LayerProfile, subject: Subject, suites, limit: int, tokenizer, stops: Sequence[int], device: str, console: Console
+) -> LayerProfile:
+    """The same with the frontier's shares of right answers on these suites."""
+    points = {point.layers: point for point in profile.points}
+    with bars(console) as progress:
+        for point in profile.frontier:
+            scores = {}
+            for task in suites:
+                questions = task.questions()[:limit]
+                bar = progress.add_task(f"{point.layers}, {task.name}", total=len(questions))
+                answers = offline_answers(
+                    subject, task, questions, tokenizer, stop_ids=stops, own_layers=layer_group(point.layers), device=device,
+                    advance=lambda count, bar=bar: progress.advance(bar, count),
+                )  # fmt: skip
+                right = [question.is_right(answer) for question, answer in zip(questions, answers, strict=True)]
+                scores[task.name] = sum(right) / len(right)
+            points[point.layers] = replace(point, scores=scores)
+    return replace(profile, points=tuple(points.values()))

@@ -1,0 +1,66 @@
+"""What a deployment names on disk: folders become absolute, profiles beside decoders become groups of layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvshare.access import with_files
+from kvshare.errors import ConfigError, InvalidInput
+from kvshare.layer_profile import LayerProfile
+
+if TYPE_CHECKING:
+    from kvshare.config import DecodePool, Deployment
+
+
+def with_files_found(deployment: Deployment, folder: Path) -> Deployment:
+    """Relative paths are tried from the current folder, then from `folder`. Raises ConfigError for what is not there."""
+
+    def resolve(field: str, text: str, kind: str = "a model in Hugging Face format") -> str:
+        candidates = (Path(text).expanduser(), folder / text)
+        for candidate in candidates:
+            if candidate.is_dir():
+                return str(candidate.resolve())
+        tried = " or ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
+        raise ConfigError(f"no such folder: {text!r} (looked for {tried})", field=field, fix=f"give the folder of {kind}")
+
+    pools = []
+    for number, pool in enumerate(deployment.decode):
+        adapters = {
+            name: resolve(f"decode.{number}.adapters.{name}", text, "a LoRA adapter in PEFT format")
+            for name, text in pool.adapters.items()
+        }
+        update: dict[str, Any] = {"adapters": adapters}
+        if pool.model:
+            update["model"] = resolve(f"decode.{number}.model", pool.model)
+        pools.append(pool.model_copy(update=update))
+    base_folder = resolve("base.model", deployment.base.model)
+    pools = [_with_profiles(number, pool, base_folder) for number, pool in enumerate(pools)]
+    base = deployment.base.model_copy(update={"model": base_folder})
+    router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
+    return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})
+
+
+def _with_profiles(number: int, pool: DecodePool, base: str) -> DecodePool:
+    """Its decoders' own layers as their profiles and the pool's floor have them."""
+    if pool.quality_floor is None:
+        return pool
+    own_layers = dict(pool.own_layers)
+    for name in pool.decoders:
+        if name in own_layers:
+            continue
+        field = f"decode.{number}.quality_floor"
+        try:
+            profile = LayerProfile.read(pool.model or pool.adapters[name], base)
+        except InvalidInput as error:
+            error.field = error.field or field
+            raise
+        if not (groups := profile.within(pool.quality_floor)):
+            least = min(point.divergence for point in profile.points)
+            raise ConfigError(
+                f"no group of layers of {name} is within {pool.quality_floor:g}; the best measured has {least:.4g}",
+                field=field,
+                fix="raise it, or serve this decoder in mode none",
+            )
+        own_layers[name] = groups
+    return pool.model_copy(update={"own_layers": own_layers})

@@ -1,0 +1,107 @@
+"""`layer_profile.json` beside a decoder's KV contract: what recomputing which layers is worth, as `prefillshare profile` has
+measured it (DroidSpeak, arXiv 2411.02820, section 4.2).
+
+Divergence: mean Kullback-Leibler divergence, in nats per response token, of the next-token distribution over shared KV from the
+decoder's own with its own prefill. 0 is no difference.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvshare import fingerprint
+from kvshare.errors import ConfigError, ContractMismatch
+from kvshare.layer_group import layer_group
+
+FILE = "layer_profile.json"
+VERSION = 1
+#: Groups a decoder may choose from at run time; more would hardly differ.
+MOST_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """`layers`: "4-9" or "none". `low`, `high`: 95 % interval of the divergence over examples. `agreement`: share of response
+    tokens whose likeliest token is the same. `scores`: share of right answers by task suite, where they were asked."""
+
+    layers: str
+    divergence: float
+    low: float
+    high: float
+    agreement: float
+    examples: int
+    scores: dict[str, float] | None = None
+
+    @property
+    def size(self) -> int:
+        group = layer_group(self.layers)
+        return len(group) if group else 0
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """`points`: all that were measured on all examples, fewest layers first. `sensitivity`: per layer, the divergence if that
+    layer alone is the base's."""
+
+    base: str
+    decoder: str
+    data: str
+    layers: int
+    points: tuple[Point, ...]
+    sensitivity: tuple[float, ...]
+
+    @property
+    def frontier(self) -> tuple[Point, ...]:
+        """Points to which no other of as few layers is better."""
+        best: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (p.size, p.divergence)):
+            if not best or point.divergence < best[-1].divergence:
+                best.append(point)
+        return tuple(best)
+
+    def within(self, floor: float) -> tuple[str, ...]:
+        """Groups of at most that divergence, most layers first: the smallest, and larger ones that begin at the same layer and
+        are better, so that the prefill pool keeps the inputs of one layer only. Empty if there is none."""
+        good = [point for point in self.frontier if point.divergence <= floor]
+        if not good:
+            return ()
+        groups, begin = good[:1], _begin(good[0])
+        longer = (point for point in self.points if begin is not None and _begin(point) == begin)
+        for point in sorted(longer, key=lambda point: point.size):
+            if point.size > groups[-1].size and point.divergence < groups[-1].divergence:
+                groups.append(point)
+        step = -(-len(groups) // MOST_GROUPS)
+        return tuple(point.layers for point in reversed(groups[::step]))
+
+    def write(self, decoder: str | Path) -> Path:
+        path = Path(decoder) / FILE
+        path.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, decoder: str | Path, base: str | Path) -> LayerProfile:
+        """Raises ConfigError if there is none that can be read, ContractMismatch if it is of other weights."""
+        again = f"measure it: prefillshare profile {decoder} --base {base} --data FILE"
+        if not (Path(decoder) / FILE).is_file():
+            raise ConfigError(f"{decoder} has no {FILE}, so nothing says which layers to recompute", fix=again)
+        try:
+            data = fingerprint.read_json(decoder, FILE)
+            if data.pop("version") != VERSION:
+                raise ValueError("another version")
+            points = tuple(Point(**point) for point in data.pop("points"))
+            profile = cls(points=points, sensitivity=tuple(data.pop("sensitivity")), **data)
+            for point in points:
+                layer_group(point.layers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{decoder}/{FILE} is not a layer profile: {error}", fix=again) from None
+        for what, measured, folder in (("base", profile.base, base), ("decoder", profile.decoder, decoder)):
+            if measured != (here := fingerprint.weights(folder)):
+                raise ContractMismatch(f"{decoder}/{FILE} was measured with {what} {measured}, {folder} is {here}", fix=again)
+        return profile
+
+
+def _begin(point: Point) -> int | None:
+    group = layer_group(point.layers)
+    return group.first if group else None

@@ -1,0 +1,23 @@
+"""DroidSpeak (arXiv 2411.02820): base KV in most layers, the decoder's own in a few, for decoders not trained for sharing."""
+
+from __future__ import annotations
+
+from kvshare.modes.base import SharingMode
+
+
+class DroidSpeak(SharingMode):
+    name = "droidspeak"
+    summary = "prompt KV from the base but for a few layers, which the decoder computes itself; nothing is trained for it"
+    shares_prefill = True
+    guards_prefix = True
+    adapters_share_blocks = False
+    full_weights = True
+    recomputes = True
+    architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
+
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+        # The last prompt token is the decoder's first input in all layers.
+        return prompt_tokens - 1
+
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+        return min(computed_tokens, prompt_tokens - 1)

@@ -1,0 +1,225 @@
+"""DroidSpeak in unforked vLLM: prompt tokens that pass through a few layers only (arXiv 2411.02820, sections 4.2 and 4.3).
+
+The same model serves both sides:
+ - Prefill: all tokens pass through all layers; what enters the layers in `ecache_layers` is kept beside the KV.
+ - Decode: a request's shared prefix is scheduled as vLLM schedules a prompt, in chunks, beside running decodes. Its tokens
+   enter at the first layer of the request's group, as the base's hidden states (or as embeddings, at layer 0), and leave
+   after the last: that makes the decoder's own K and V there. In all other layers they are no rows at all; their KV has
+   been loaded. Every other token, from the last one of the prompt on, passes through all layers.
+
+A step whose tokens all pass through all layers is the stock model's. Otherwise layers fall into segments in each of which the
+same rows run, and each segment gets attention metadata for just these rows.
+
+Seam: vllm/model_executor/models/{llama,qwen3}.py (layers take and give hidden states and residual);
+vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`, `_set_active_loras`); vllm/v1/worker/utils.py (AttentionGroup)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from kvshare.layer_group import LayerGroup, OwnLayers
+from kvshare_vllm.models.ecache import ECache
+from kvshare_vllm.regions import ecache_names, ecache_parts_of
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers [first, end) and the rows that run there; `rows` None: all."""
+
+    first: int
+    end: int
+    rows: torch.Tensor | None
+    metadata: object
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. `enter`: layer -> (rows, their cache slots) that begin there with what the E-cache holds."""
+
+    segments: Sequence[Segment]
+    enter: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+class PartialLayers:
+    """Mixed into a vLLM model. `ecache_layers`, `keeps_ecache` come with its config (`hf_overrides`)."""
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise ValueError("DroidSpeak engines have no pipeline stages; use tensor parallelism")
+        if vllm_config.speculative_config:
+            raise ValueError("DroidSpeak engines do not speculate")
+        config, attention = vllm_config.model_config.hf_config, [layer.self_attn.attn for layer in self.model.layers]
+        names, parts = [a.layer_name for a in attention], ecache_parts_of(vllm_config)
+        self.ecaches = nn.ModuleDict({
+            str(layer): ECache(ecache_names(names, layer, parts), attention[0], vllm_config, config.hidden_size)
+            for layer in config.ecache_layers
+        })
+        self._keep_at = tuple(config.ecache_layers) if config.keeps_ecache else ()
+        #: Set before each step whose tokens do not all pass through all layers (`follow_plans`).
+        self.plan: Plan | None = None
+        #: Has the adapters' kernels told which rows run now: (rows or None).
+        self.run_adapters_on = lambda rows: None
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
+        """[T, hidden size]; of tokens that do not pass through the last layer, anything."""
+        if self.plan is None and not self._keep_at:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        stream = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        stream = self._keeping(stream, positions) if self.plan is None else self._planned(self.plan, stream, positions)
+        return self.model.norm(stream)
+
+    def _keeping(self, stream: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        bounds = [0, *self._keep_at, len(self.model.layers)]
+        for first, end in itertools.pairwise(bounds):
+            if first:
+                self.ecaches[str(first)].store(stream)
+            stream = self._through(first, end, stream, positions)
+        return stream
+
+    def _planned(self, plan: Plan, stream: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        for segment in plan.segments:
+            if segment.first in plan.enter:
+                rows, slots = plan.enter[segment.first]
+                stream = stream.index_copy(0, rows, self.ecaches[str(segment.first)].load(slots))
+            self.run_adapters_on(segment.rows)
+            self._attend_with(segment)
+            if segment.rows is None:
+                stream = self._through(segment.first, segment.end, stream, positions)
+            else:
+                part = self._through(segment.first, segment.end, stream[segment.rows], positions[segment.rows])
+                stream = stream.index_copy(0, segment.rows, part)
+        self.run_adapters_on(None)
+        return stream
+
+    def _through(self, first: int, end: int, stream: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What leaves layer end - 1, of what enters layer `first`; [rows, hidden size] both."""
+        residual = None
+        for layer in self.model.layers[first:end]:
+            stream, residual = layer(positions, stream, residual)
+        return stream if residual is None else stream + residual
+
+    def _attend_with(self, segment: Segment) -> None:
+        context = get_forward_context()
+        for layer in self.model.layers[segment.first : segment.end]:
+            name = layer.self_attn.attn.layer_name
+            context.attn_metadata[name], context.slot_mapping[name] = segment.metadata, segment.slots
+
+
+class DroidSpeakLlamaForCausalLM(PartialLayers, LlamaForCausalLM):
+    pass
+
+
+class DroidSpeakQwen3ForCausalLM(PartialLayers, Qwen3ForCausalLM):
+    pass
+
+
+def follow_plans(runner) -> None:
+    """From now on `runner.own_layers` (request id -> OwnLayers, set before a step) decides which layers tokens pass through."""
+    runner.own_layers: dict[str, OwnLayers] = {}
+    model, of_adapters = runner.get_model(), []
+    set_adapters = runner._set_active_loras
+
+    def set_active_loras(of_requests, of_tokens, adapters, *rest) -> None:
+        of_adapters[:] = [of_requests, of_tokens, adapters, *rest]
+        set_adapters(of_requests, of_tokens, adapters, *rest)
+
+    def run_adapters_on(rows: torch.Tensor | None) -> None:
+        if of_adapters and any(of_adapters[0]):
+            of_requests, of_tokens, *rest = of_adapters
+            chosen = of_tokens if rows is None else tuple(of_tokens[row] for row in rows.tolist())
+            set_adapters(of_requests, chosen, *rest)
+
+    runner._set_active_loras, model.run_adapters_on = set_active_loras, run_adapters_on
+    stock = runner._build_attention_metadata
+
+    def build_attention_metadata(*args, **kwargs):
+        model.plan = None
+        if not runner.own_layers:
+            return stock(*args, **kwargs)
+        (group,) = [group for groups in runner.attn_groups for group in groups]
+        build, seen = group.build_metadata, []
+
+        def build_and_look(metadata, *rest, **more):
+            seen.append(metadata)
+            return build(metadata, *rest, **more)
+
+        group.build_metadata = build_and_look
+        try:
+            built = stock(*args, **kwargs)
+        finally:
+            del group.build_metadata
+        model.plan = plan(runner, model, seen[0], build)
+        return built
+
+    runner._build_attention_metadata = build_attention_metadata
+
+
+def plan(runner, model: PartialLayers, metadata, build) -> Plan:
+    """Of a step in which a shared prefix is scheduled. `metadata`: vLLM's CommonAttentionMetadata of the whole step."""
+    starts, batch = metadata.query_start_loc_cpu.tolist(), runner.input_batch
+    partial: list[tuple[int, int, LayerGroup | None]] = []  # per request: first row, rows that pass through its group only
+    for place, request in enumerate(batch.req_ids):
+        own, rows = runner.own_layers.get(request), starts[place + 1] - starts[place]
+        left = min(max(0, own.shared_tokens - int(batch.num_computed_tokens_cpu[place])), rows) if own else 0
+        partial.append((starts[place], left, own.group if own else None))
+    groups = {group for _, left, group in partial if left and group}
+    bounds = sorted({0, len(model.model.layers)} | {group.first for group in groups} | {group.last + 1 for group in groups})
+    segments = []
+    for first, end in itertools.pairwise(bounds):
+        begins = [start + (0 if group and first in group else left) for start, left, group in partial]
+        if segment := _segment(first, end, begins, starts, metadata, build):
+            segments.append(segment)
+    enter: dict[int, list[torch.Tensor]] = {}
+    for start, left, group in partial:
+        if left and group and group.transition:
+            enter.setdefault(group.transition, []).append(torch.arange(start, start + left))
+    rows = {layer: torch.cat(of).to(metadata.slot_mapping.device) for layer, of in enter.items()}
+    return Plan(segments, {layer: (of, metadata.slot_mapping[of]) for layer, of in rows.items()})
+
+
+def _segment(first: int, end: int, begins: list[int], starts: list[int], metadata, build) -> Segment | None:
+    """Where row `begins[i]` is the first of request i that runs; None where no row does."""
+    requests = len(begins)
+    if begins == starts[:requests]:
+        return Segment(first, end, None, build(metadata), metadata.slot_mapping)
+    lengths = [starts[place + 1] - begins[place] for place in range(requests)]
+    there = [place for place in range(requests) if lengths[place]]
+    if not there:
+        return None
+    device = metadata.slot_mapping.device
+    rows = torch.cat([torch.arange(begins[place], starts[place + 1]) for place in there]).to(device)
+    ends = torch.tensor([0, *(lengths[place] for place in there)], dtype=metadata.query_start_loc_cpu.dtype).cumsum(0)
+    ends = ends.to(metadata.query_start_loc_cpu.dtype)
+    at, slots = torch.tensor(there, device=device), metadata.slot_mapping[rows]
+
+    def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[at.to(tensor.device)]
+
+    chosen = replace(
+        metadata,
+        query_start_loc=ends.to(device),
+        query_start_loc_cpu=ends,
+        seq_lens=of(metadata.seq_lens),
+        seq_lens_cpu_upper_bound=of(metadata.seq_lens_cpu_upper_bound),
+        num_reqs=len(there),
+        num_actual_tokens=len(rows),
+        max_query_len=max(lengths),
+        block_table_tensor=of(metadata.block_table_tensor),
+        slot_mapping=slots,
+        positions=None if metadata.positions is None else metadata.positions[rows],
+        is_prefilling=of(metadata.is_prefilling),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+    return Segment(first, end, rows, build(chosen), slots)

@@ -1,0 +1,263 @@
+"""DroidSpeak on real engines with a tiny model: the decoder's own layers over the base's hidden states, exact everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import reference
+import torch
+from conftest import ids
+from engines import (
+    BLOCK,
+    BLOCK_BYTES,
+    KV_BYTES,
+    LEASE_S,
+    handed_over,
+    new_id,
+    nothing_held,
+    sampling,
+    settings_of,
+    started,
+    turn,
+)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from kvshare.errors import ResumeReason
+from kvshare.layer_group import LayerGroup
+from prefillshare.tiny_models import make_full_decoder
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+TOLERANCE = 1e-3
+LAYERS = 4
+#: Of four layers: none before, none behind, one of its own at either end, and in the middle.
+GROUPS = ("0-1", "2-3", "1-2", "0-0", "3-3")
+
+
+class Oracle:
+    def __init__(self, settings, full: Path):
+        self._base, self._full = _load(settings.model), _load(full)
+        self._adapters = {n: PeftModel.from_pretrained(_load(settings.model), f).eval() for n, f in settings.adapters.items()}
+
+    def diff(self, decoder: str | None, prompt: list[int], tokens: list[int], logprobs: list[float], group: str | None):
+        model = self._full if decoder == "full" else self._adapters.get(decoder, self._base)
+        return reference.max_abs_diff(logprobs, reference.droidspeak(self._base, model, prompt, tokens, group or ""))
+
+
+def _load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "qwen3"])
+async def running(request, tmp_path_factory, smollm):
+    """(prefill engine, one that serves two adapters, one with weights of its own), the oracle"""
+    folder = tmp_path_factory.mktemp(f"own-layers-{request.param}")
+    kept = (1, 2, 3)
+    adapters = replace(
+        settings_of(folder, smollm, "droidspeak", ("a", "b"), request.param),
+        ecache_layers=kept,
+        prefill_ecache_layers=kept,
+        kv_cache_bytes=KV_BYTES * (LAYERS + len(kept)) // LAYERS,
+    )
+    full = make_full_decoder(Path(adapters.model), folder / "full", seed=5)
+    own = replace(adapters, model=str(full), adapters={}, ecache_layers=(2,), pool="own")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function goes to the workers: `delay_rests`
+        async with started(adapters, own) as engines:
+            yield engines, Oracle(adapters, full)
+
+
+async def exact(running, prompt: list[int], n: int, decoder: str | None = "a", own_layers: str | None = "1-2", **kw):
+    """A turn that agrees with the reference; its last chunk and the reasons of its resumes."""
+    (prefill, of_adapters, own), oracle = running
+    engines = (prefill, own) if decoder == "full" else (prefill, of_adapters)
+    adapter = None if decoder == "full" else decoder
+    tokens, logprobs, chunk, reasons = await turn(engines, prompt, n, adapter, own_layers=own_layers, **kw)
+    assert oracle.diff(decoder, prompt, tokens, logprobs, own_layers) <= TOLERANCE
+    return tokens, chunk, reasons
+
+
+@pytest.mark.parametrize("group", GROUPS)
+async def test_any_group_of_layers_is_the_decoders_own(running, group):
+    await exact(running, ids(70, salt=GROUPS.index(group)), 12, "a", group)
+
+
+async def test_weights_of_its_own_and_fewer_kept_layers_than_the_prefill_engine(running):
+    for group in ("2-2", "2-3", "0-2"):
+        await exact(running, ids(75, salt=10), 12, "full", group)
+
+
+@pytest.mark.parametrize("n", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK + 1, 250])
+async def test_prompts_of_all_lengths(running, n):
+    await exact(running, ids(n, salt=20 + n), 6, "b", "1-2")
+
+
+async def test_only_what_is_used_is_read(running):
+    """Of four layers and three kept inputs."""
+    for group, layers in (("1-2", 3), ("0-1", 2), ("3-3", 4), (None, 4)):
+        _, chunk, _ = await exact(running, ids(2 * BLOCK + 1, salt=30 + layers), 2, "a", group)
+        assert chunk.kv_bytes == 2 * BLOCK_BYTES * layers // LAYERS
+
+
+async def test_the_next_turn_computes_only_what_is_new(running):
+    """Its own blocks stand in the cache for this decoder and this group, and for nobody else."""
+    prompt = ids(70, salt=40)
+    tokens, *_ = await exact(running, prompt, 40, "a", "1-2")
+    context = prompt + tokens + ids(10, salt=41)
+    for decoder, group, local in (("a", "1-2", 64), ("a", "1-2", 96), ("a", "2-2", 0), ("b", "1-2", 0), ("a", None, 0)):
+        _, chunk, _ = await exact(running, context, 8, decoder, group)
+        assert chunk.local_tokens == local
+
+
+async def test_decoders_of_different_groups_are_exact_in_one_batch(running):
+    """Some recompute long prompts in chunks while others decode."""
+    asked = [("a", "1-2"), ("b", "2-3"), ("a", "0-1"), (None, None), ("b", "1-1"), ("a", None), ("b", "3-3")]
+    await asyncio.gather(
+        *(exact(running, ids(20 + 13 * n, salt=50 + n), 60 - 5 * n, name, group) for n, (name, group) in enumerate(asked))
+    )
+
+
+async def test_running_decodes_go_on_while_a_long_prompt_is_recomputed(running):
+    """The engine takes at most 64 tokens per step."""
+    (prefill, decoder, _), _ = running
+    order: list[str] = []
+    decodes = asyncio.Event()
+
+    async def watched(name: str, prompt: list[int], n: int):
+        handoff = await handed_over((prefill, decoder), prompt)
+        group = LayerGroup(1, 2)
+        async for chunk in decoder.decode(prompt, handoff, sampling(n), new_id(), adapter="a", own_layers=group):
+            order.extend(name for _ in chunk.token_ids)
+            if len(order) >= 10:
+                decodes.set()
+
+    first = asyncio.create_task(watched("short", ids(40, salt=60), 120))
+    await decodes.wait()
+    await watched("long", ids(260, salt=61), 1)
+    before = order.index("long")
+    await first
+    assert before - 10 >= 260 // 64, order
+
+
+async def test_a_prefix_that_is_being_recomputed_is_waited_for(running):
+    """Two requests at once: one load, one recomputation."""
+    prompt = ids(4 * BLOCK + 1, salt=70)
+    both = await asyncio.gather(*(exact(running, prompt, 4, "a", "1-2") for _ in range(2)))
+    assert sorted(chunk.local_tokens for _, chunk, _ in both) == [0, 4 * BLOCK]
+
+
+async def test_preempted_requests_resume_exactly(running):
+    prompts = [ids(100 + i, salt=80 + i) for i in range(5)]
+    asked = list(zip(prompts, ("a", "b", "a", "b", "a"), ("1-2", "0-1", "2-3", "3-3", "1-2"), strict=True))
+    together = await asyncio.gather(*(exact(running, p, 90, name, group) for p, name, group in asked))
+    assert ResumeReason.PREEMPTED in [reason for *_, reasons in together for reason in reasons]
+
+
+@pytest.mark.parametrize("done", [1, BLOCK - 8, BLOCK - 7, 50])
+async def test_a_turn_continues_elsewhere_with_the_same_tokens(running, done):
+    (prefill, decoder, _), _ = running
+    prompt, options = ids(40, salt=90 + done), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
+    whole, *_ = await turn((prefill, decoder), prompt, 60, "b", own_layers="1-2", **options)
+    handoff, rest = await handed_over((prefill, decoder), prompt, whole[:done]), []
+    async for chunk in decoder.decode(
+        prompt + whole[:done], handoff, sampling(60, **options), new_id(), adapter="b", replay=done, own_layers=LayerGroup(1, 2)
+    ):
+        rest += chunk.token_ids
+    assert whole[:done] + rest == whole
+
+
+async def test_nothing_is_held_after_turns_that_end_early(running):
+    (prefill, decoder, own), _ = running
+
+    async def left_after(delay: float, number: int):
+        task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=100 + number), 30, "a", own_layers="1-2"))
+        await asyncio.sleep(delay)
+        task.cancel()
+
+    await asyncio.gather(*(left_after(0.05 * number, number) for number in range(8)))
+    await nothing_held(prefill, decoder, own, timeout_s=LEASE_S + 4)
+
+
+def delay_rests(worker, seconds: float, *, fail: int = 0) -> None:
+    """Loads of the KV of other layers take so long; the first `fail` of them fail then. Runs in the engine's worker."""
+    import time
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group().connector_worker
+    stock, began, to_fail = type(connector)._pop_done_transfers, {}, [fail]
+
+    def pop_done_transfers(transfers):
+        now = time.monotonic()
+        rests = [name for name in transfers if name.endswith(" rest")]
+        held = {name: transfers.pop(name) for name in rests if now - began.setdefault(name, now) < seconds}
+        done, failed = stock(connector, transfers)
+        transfers.update(held)
+        failures = [name for name in done if name.endswith(" rest")][: to_fail[0]]
+        to_fail[0] -= len(failures)
+        return done, failed | set(failures)
+
+    connector._pop_done_transfers = pop_done_transfers
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def rests(running):
+    """rests(seconds, fail=0): as `delay_rests`, until the test has ended."""
+    (_, decoder, _), _ = running
+
+    async def set_delay(seconds: float, **kw):
+        await decoder._llm.collective_rpc(delay_rests, args=(seconds,), kwargs=kw)
+
+    yield set_delay
+    await set_delay(0)
+
+
+async def test_layers_are_recomputed_while_other_layers_are_still_loading(running, rests):
+    """Its tokens run meanwhile; nobody may find its blocks, and nothing comes out, before all is there."""
+    (_, decoder, _), _ = running
+    await rests(1.5)
+    prompt, began = ids(4 * BLOCK + 1, salt=110), asyncio.get_running_loop().time()
+    first = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
+    await asyncio.sleep(0.7)
+    assert decoder.stats().running == 1
+    other = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
+    await exact(running, ids(20, salt=111), 4, None, None)
+    assert not first.done()
+    assert asyncio.get_running_loop().time() - began < 1.5
+    chunks = [chunk for _, chunk, _ in await asyncio.gather(first, other)]
+    assert asyncio.get_running_loop().time() - began >= 1.5
+    assert [chunk.local_tokens for chunk in chunks] == [0, 4 * BLOCK]
+
+
+@pytest.mark.parametrize("group", ["1-2", "0-1"])
+async def test_a_load_that_fails_behind_recomputed_layers_is_made_again(running, rests, group):
+    await rests(0.3, fail=1)
+    _, _, reasons = await exact(running, ids(100, salt=112), 8, "a", group)
+    assert reasons == [ResumeReason.KV_LOAD_FAILED]
+    _, chunk, _ = await exact(running, ids(100, salt=112), 8, "a", group)
+    assert chunk.local_tokens == 96
+
+
+async def test_blocks_are_kept_until_both_loads_have_ended(running, rests):
+    """A request that is given up while its rest is loading, and others that would like its blocks."""
+    (prefill, decoder, _), _ = running
+    await rests(1.5)
+    task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=113), 8, "a", own_layers="1-2"))
+    await asyncio.sleep(0.7)
+    task.cancel()
+    await asyncio.sleep(0.1)
+    assert decoder.stats().blocks_used >= 9
+    await asyncio.gather(*(exact(running, ids(150 + n, salt=114 + n), 30, "b", "2-3") for n in range(3)))
+    await nothing_held(prefill, decoder)
+
+
+async def test_running_requests_are_preempted_around_one_whose_rest_is_loading(running, rests):
+    await rests(0.5)
+    asked = [(ids(100 + n, salt=120 + n), ("a", "b")[n % 2], ("1-2", "0-1", "2-3")[n % 3]) for n in range(5)]
+    await asyncio.gather(*(exact(running, prompt, 90, name, group) for prompt, name, group in asked))
+    await nothing_held(*running[0])

@@ -156,6 +156,8 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
         # Block keys must agree between processes that exchange KV events.
         "PYTHONHASHSEED": "0",
     }
+    if s.role == "decode" and get_mode(s.mode).recomputes:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the V2 runner has no `_build_attention_metadata` (models/own_layers.py)
     if s.cpu_cores is not None and current_platform.is_cpu():
         env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before this engine's own size

@@ -3,8 +3,8 @@
     make accuracy          (python -m benchmarks.accuracy [--studies tools arithmetic] [--questions N])
 
  1. Trains, by the recipes in finetuning/recipes/, what is not there yet. The adapters in adapters/ count as PrefillShare's.
- 2. Asks every test question, offline: by the definition that tests/engine/test_system_smollm.py finds the served system
-    to agree with.
+ 2. Asks test questions, 200 of each suite unless told otherwise, offline: by the definition that
+    tests/engine/test_system_smollm.py finds the served system to agree with.
  3. Asks again with only a part of the prompt as base KV: the collapse curve.
  4. Writes docs/accuracy.md and its plot. The last line is JSON.
 
@@ -249,12 +249,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     names = [study.name for study in STUDIES]
     parser.add_argument("--studies", nargs="+", choices=names, default=names, help="kinds of task (default: all)")
-    parser.add_argument("--questions", type=int, help="ask so many of each suite, evenly spread (default: all)")
-    parser.add_argument("--curve-questions", type=int, default=96, help="questions per point of the curve (default: 96)")
+    parser.add_argument("--questions", type=int, default=200, help="of each suite, evenly spread; 0: all (default: 200)")
+    parser.add_argument("--curve-questions", type=int, default=100, help="per point of the curve (default: 100)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     args = parser.parse_args()
     console = Console(stderr=True)
-    asker = Asker(fetch(MODEL), args.questions, args.batch_size)
+    asker = Asker(fetch(MODEL), args.questions or None, args.batch_size)
     studies = {s.name: study_of(s, asker, args.curve_questions, console) for s in STUDIES if s.name in args.studies}
     headline = {
         f"{suite}: {name}": round(100 * figures["accuracy"], 1)
@@ -262,7 +262,7 @@ def main() -> None:
         for suite, found in study["suites"].items()
         for name, figures in found["rows"].items()
     }
-    if args.questions or len(studies) < len(STUDIES):
+    if len(studies) < len(STUDIES):
         console.print("A part of the study: docs/accuracy.md and benchmarks/results/accuracy.json stay as they are.")
         print(json.dumps(headline))
         return

@@ -153,15 +153,23 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
     if old.router.tls != new.router.tls:
         raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
-    _check_names(old, new)
+    check_change(old, new)
     both = _union(old, new)
     for application in (build(both, old), build(both, new), build(new)):
         serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(new, progress)
 
 
-def _check_names(old: Deployment, new: Deployment) -> None:
-    """A name means the same before and after: a turn that runs meanwhile must not meet other weights."""
+def check_change(old: Deployment, new: Deployment) -> None:
+    """A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other weights, nor
+    engines of two contracts. Raises ConfigError."""
+    kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
+    if kept != wanted:
+        raise ConfigError(
+            f"the prefill pool keeps the inputs of layers {list(kept)}, the new own_layers need those of {list(wanted)}",
+            field="decode",
+            fix="start anew, or a second deployment; groups that begin at the same layers can change while it runs",
+        )
     before = {pool.pool: pool for pool in old.decode}
     for number, pool in enumerate(new.decode):
         known = before.get(pool.pool)

@@ -263,3 +263,47 @@ def test_the_graphs_of_two_streams_are_not_the_operators_to_choose(deploy, model
     changes = {"sharing": "icarus", "engine_args": {"compilation_config": {"cudagraph_mode": "FULL"}}}
     error = refusal(deploy(adapters(adapter("one", base=other), **changes), base_changes={"model": str(other)}))
     assert error.field == "decode.0.engine_args.compilation_config"
+
+
+def droidspeak(folder, group, **pool):
+    return adapters(folder, sharing="droidspeak", own_layers={folder.name: group}, **pool)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("1-2", r"decode\.0\.own_layers\.a: 1-2 ends after layer 1, the base's last"),
+        ("0-1", r"decode\.0\.own_layers\.a: 0-1 are all layers: nothing of the base would be used \(fix: use sharing: none\)"),
+    ],
+)
+def test_a_group_that_the_base_does_not_have_is_refused(deploy, adapter, base, group, message):
+    with pytest.raises(ConfigError, match=message):
+        decoders.check_files(deploy(droidspeak(adapter("a", base=base), group)))
+
+
+def test_hidden_states_are_handed_over_between_engines_of_one_size(deploy, adapter, base):
+    pool = droidspeak(adapter("a", base=base), "1-1", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"decode\.0\.tensor_parallel_size"):
+        decoders.check_files(deploy(pool))
+    decoders.check_files(deploy(pool, prefill={"tensor_parallel_size": 2}))
+    decoders.check_files(deploy(pool | {"own_layers": {"a": "0-0"}}))
+
+
+def test_a_cache_must_hold_the_hidden_states_too(deploy, adapter, base):
+    """What enters one of the two layers takes half as much as the KV of both."""
+    folder = adapter("a", base=base)
+    decoders.check_files(deploy(droidspeak(folder, "0-0", kv_cache_gib=NEED_GIB), prefill={"kv_cache_gib": NEED_GIB}))
+    pool = droidspeak(folder, "1-1", kv_cache_gib=1.5 * NEED_GIB)
+    with pytest.raises(ConfigError, match=r"prefill\.kv_cache_gib"):
+        decoders.check_files(deploy(pool, prefill={"kv_cache_gib": NEED_GIB}))
+    decoders.check_files(deploy(pool, prefill={"kv_cache_gib": 1.5 * NEED_GIB}))
+
+
+def test_the_prefill_pool_keeps_what_all_decoders_need(deploy, adapter, base):
+    pools = [droidspeak(adapter(name, base=base), group, pool=name) for name, group in (("a", ["1-1", "none"]), ("b", "0-0"))]
+    tree = deploy(*pools)
+    assert [decoders.ecache_layers([pool]) for pool in tree.decode] == [(1,), ()]
+    assert decoders.ecache_layers(tree.decode) == (1,)
+    served = decoders.served(tree)
+    assert [str(group) for group in served["a"].own_layers] == ["1-1", "None"]
+    assert served["base"].own_layers == (None,)

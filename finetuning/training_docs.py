@@ -38,7 +38,16 @@ say what is seen. `tests/unit/test_conditioned.py` compares its log-probabilitie
 responses are base KV.
 
 **The base is frozen, so its KV of a prompt never changes**: it is computed once, kept on disk within `base_kv_gib`, and read
-in later epochs. Only response tokens are computed and back-propagated over.
+in later epochs. Only response tokens are computed and back-propagated over. What that is worth beside ordinary fine-tuning on
+the same data, in tokens per second: [benchmarks/results/training.json](../benchmarks/results/training.json)
+(`python -m benchmarks.training`).
+
+## Layers for DroidSpeak
+
+A fine-tune that was trained without any of this can be served in mode `droidspeak`: it computes a few layers of each prompt
+itself. `prefillshare profile DECODER --data FILE` measures which (a search from coarse to fine; it goes on where it was ended),
+writes `layer_profile.json` and a plot beside the contract, and prints the frontier of (layers recomputed, divergence). The
+deployment names groups (`own_layers`) or a limit to the divergence (`quality_floor`).
 
 ## Data
 

@@ -50,5 +50,9 @@ class DecodeService(EngineReplica):
         ):
             yield chunk
 
+    async def own_next(self, token_ids: list[int], adapter: str | None, top: int, priority: int):
+        """As DecodeEngine.own_next."""
+        return await self._engine.own_next(token_ids, adapter=adapter, top=top, priority=priority)
+
     async def release(self, handoff: Handoff, request_id: str) -> None:
         await self._engine.release(handoff, request_id)

@@ -268,6 +268,9 @@ class Router(_Node):
     where that has lately taken less time than computing it; always: to spare the prefill pool; never: it is computed."""
     pull_back_max: int = Field(32, ge=1)
     """Most responses whose KV one router has the prefill pool pull at once."""
+    canary_share: float = Field(0.001, ge=0, le=1)
+    """Part of the turns in mode droidspeak of which one token is predicted again with the decoder's own prefill, at the lowest
+    priority; prefillshare_canary_divergence says how far apart the two are."""
     placement: Placement = Field(default_factory=Placement)
     """How replicas are chosen."""
     auth: Auth | None = None

@@ -114,6 +114,21 @@ DEFINITIONS = {
             "Fewer layers than before: the pool cannot keep ttft_objective_s with more; add decode replicas.",
         ),
         Metric(
+            "prefillshare_canary_divergence",
+            Histogram,
+            "Divergence of a token's distribution from the decoder's own with its own prefill, nats, on sampled turns.",
+            ("decoder",),
+            "Its mean above the pool's quality_floor: other layers matter for this data; run prefillshare profile with it.",
+            (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+        ),
+        Metric(
+            "prefillshare_canary_turns_total",
+            Counter,
+            "Sampled turns, by outcome (done, dropped, failed).",
+            ("decoder", "outcome"),
+            "dropped: lower router.canary_share; failed: read the router's log.",
+        ),
+        Metric(
             "prefillshare_resumes_total",
             Counter,
             "Turns taken up again, by reason (preempted, kv_load_failed, gone, wedged, unavailable).",

@@ -260,6 +260,20 @@ class PrefillEngine(Engine):
 class DecodeEngine(Engine):
     _probe_logprobs = 1  # vLLM compiles how it ranks them
 
+    async def own_next(
+        self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0
+    ) -> list[tuple[int, float, int]]:
+        """What the decoder would say next with its own KV of all of `token_ids`, as a row of TokenChunk.logprobs: for
+        comparison with what it says over shared KV (modes that recompute). Nothing of it is shared with anybody."""
+        extra = {"kv_transfer_params": {"own_prefill": True}}
+        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=top, detokenize=False, extra_args=extra)
+        name, row = f"own-{uuid.uuid4().hex}", None
+        async for output in self._generate(token_ids, sampling, name, adapter, name, priority):
+            row = logprob_rows(output.outputs[0])
+        if not row:
+            raise Unavailable(f"request {name} ended early")
+        return row[0]
+
     def check(self, handoff: Handoff) -> None:
         """The contract again, at handoff (R4): an engine may have been replaced since start-up."""
         if handoff.contract != self.settings.contract:

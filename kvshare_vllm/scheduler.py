@@ -81,7 +81,8 @@ class SharedKVScheduler(AsyncScheduler):
         if not request.abort_immediately:
             replay = params.get("replay_tokens", 0)
             shared = self._mode.handoff_tokens(request.num_prompt_tokens - replay, replay)
-            if shared > 0 and not params.get("do_remote_prefill"):
+            own_prefill = params.get("own_prefill") and self._mode.recomputes
+            if shared > 0 and not params.get("do_remote_prefill") and not own_prefill:
                 return self._refuse(request, "it came without a KV handoff (R1)")
             if request.skip_reading_prefix_cache:
                 return self._refuse(request, "it asks to recompute its prompt, as prompt_logprobs does (R1)")

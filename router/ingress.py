@@ -42,6 +42,7 @@ class RouterIngress:
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         vllm_logging.set_up()
         from kvshare_vllm.openai_app import build_openai_app
+        from router.canary import Canary
         from router.eager import EagerPrefill
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
@@ -67,10 +68,11 @@ class RouterIngress:
             tenants.shares(),
             deployment.cluster.kv_load_timeout_s,
         )
+        self._canary = Canary(self._orchestrator, metrics, config.canary_share)
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
-            self._orchestrator.run,
+            self._canary.run,
             self._orchestrator.admit,
             middleware=[partial(ApiKeys, tenants=tenants)],
         )
@@ -173,8 +175,9 @@ class RouterIngress:
     async def __del__(self):
         if hasattr(self, "_grpc"):
             await self.drain(GRACE_S)
-        if hasattr(self, "_response_kv"):
-            await self._response_kv.stop()
+        for background in (getattr(self, "_response_kv", None), getattr(self, "_canary", None)):
+            if background:
+                await background.stop()
         if hasattr(self, "_fleet"):
             await self._fleet.stop()
         if hasattr(self, "_session_gauge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -50,6 +51,7 @@ def running(tmp_path_factory, smollm):
                 },
                 {"pool": "trained", "max_lora_rank": 8, "adapters": {"c": str(adapters["c"])}, "serve_base": False, **small},
             ],
+            "router": {"canary_share": 0.5},
         }
     ) as it:
         yield it
@@ -98,8 +100,22 @@ def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle
         assert (len(turn.token_ids), turn.usage.own_layers) == (60, "0-1")
 
 
+def metrics(running) -> str:
+    return httpx.get(running.http_url.removesuffix("/v1") + "/metrics", timeout=10).text
+
+
 def test_metrics_say_which_layers_turns_had(running):
     session = running.client.create_session(token_ids=ids(40, salt=70))
     session.turn("a", token_ids=ids(3), max_tokens=1)
-    text = httpx.get(running.http_url.removesuffix("/v1") + "/metrics", timeout=10).text
-    assert 'prefillshare_own_layer_turns_total{decoder="a",layers="1-2"}' in text
+    assert 'prefillshare_own_layer_turns_total{decoder="a",layers="1-2"}' in metrics(running)
+
+
+def test_the_canary_measures_how_far_answers_are_from_the_decoders_own(running):
+    def measured() -> bool:
+        running.client.create_session(token_ids=ids(40, salt=71)).turn("coder", token_ids=ids(3), max_tokens=4)
+        return re.search(r'prefillshare_canary_turns_total{decoder="coder",outcome="done"} [1-9]', metrics(running)) is not None
+
+    wait_until(measured, 30)
+    total = re.search(r'prefillshare_canary_divergence_sum{decoder="coder"} (\S+)', metrics(running))
+    assert float(total[1]) > 0
+    wait_until(lambda: not running.held(), 10)

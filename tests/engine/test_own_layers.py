@@ -44,8 +44,15 @@ class Oracle:
         self._base, self._full = _load(settings.model), _load(full)
         self._adapters = {n: PeftModel.from_pretrained(_load(settings.model), f).eval() for n, f in settings.adapters.items()}
 
+    def _model(self, decoder: str | None):
+        return self._full if decoder == "full" else self._adapters.get(decoder, self._base)
+
+    def own(self, decoder: str | None, prompt: list[int], tokens: list[int]) -> list[float]:
+        """Log-probabilities over the decoder's own KV."""
+        return reference.none(self._base, self._model(decoder), prompt, tokens)
+
     def diff(self, decoder: str | None, prompt: list[int], tokens: list[int], logprobs: list[float], group: str | None):
-        model = self._full if decoder == "full" else self._adapters.get(decoder, self._base)
+        model = self._model(decoder)
         return reference.max_abs_diff(logprobs, reference.droidspeak(self._base, model, prompt, tokens, group or ""))
 
 
@@ -261,3 +268,16 @@ async def test_running_requests_are_preempted_around_one_whose_rest_is_loading(r
     asked = [(ids(100 + n, salt=120 + n), ("a", "b")[n % 2], ("1-2", "0-1", "2-3")[n % 3]) for n in range(5)]
     await asyncio.gather(*(exact(running, prompt, 90, name, group) for prompt, name, group in asked))
     await nothing_held(*running[0])
+
+
+@pytest.mark.parametrize("decoder", ["a", "full", None])
+async def test_what_a_decoder_would_say_over_its_own_kv_is_kept_to_itself(running, decoder):
+    (_, of_adapters, own), oracle = running
+    engine, adapter = (own, None) if decoder == "full" else (of_adapters, decoder)
+    prompt = ids(3 * BLOCK + 5, salt=130)
+    for _ in range(2):
+        (token, logprob, rank), *others = await engine.own_next(prompt, adapter=adapter, top=20)
+        assert oracle.own(decoder, prompt, [token]) == pytest.approx([logprob], abs=TOLERANCE)
+        assert (rank, len(others)) == (1, 19)
+    _, chunk, _ = await exact(running, prompt, 6, decoder, "2-2")
+    assert chunk.local_tokens == 0

@@ -1,0 +1,137 @@
+"""What DroidSpeak saves: time to the first token of a decoder that has not seen a context, against its own full prefill.
+
+    python -m benchmarks.droidspeak [--decoder FOLDER] [--layers 4-7] [--tokens 512 1024 2048 4096] [--repeats 3]
+
+A decoder with weights of its own is served twice on the same cores, in mode droidspeak and in mode none. Per length and repeat:
+ - droidspeak: the shared pool has prefilled the context for somebody else (the base answers one token); then the decoder, whose
+   engine has never seen it, takes a turn.
+ - none: the decoder takes the same turn, and its own prefill engine computes all of it.
+Then sessions whose turns go round `--decoders` such decoders, adapters over one engine per role, with the same KV memory.
+
+The arithmetic limit of the first is layers / layers recomputed. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.icarus import play
+from benchmarks.result import write
+from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
+from kvshare.config import Deployment, parse
+from kvshare.contract import KVShape
+from kvshare.layer_group import LayerGroup
+from prefillshare.app import running
+from prefillshare.client import Client
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_full_decoder
+
+MODES = ("droidspeak", "none")
+KV_GIB = 1.0
+TURNS = 5
+
+
+def one_decoder(base: Path, decoder: Path, adapter: Path, mode: str, layers: str, longest: int) -> Deployment:
+    """Prefill on the first core, decode on the second. The base is served in the shared pool, to fill it."""
+    own = {"own_layers": {"own": layers}} if mode == "droidspeak" else {"prefill": {"kv_cache_gib": KV_GIB, "cpu_cores": "0"}}
+    size = {"kv_cache_gib": KV_GIB, "cpu_cores": "1"}
+    pools = [{"pool": "own", "sharing": mode, "model": str(decoder), **size, **own}]
+    if mode == "droidspeak":
+        pools.append({"pool": "others", "sharing": mode, "adapters": {"other": str(adapter)}, "max_lora_rank": 8, **size})
+    return parse({
+        "base": {"model": str(base), "dtype": "float32", "max_model_len": longest + 2 * BLOCK, "block_size": BLOCK},
+        "prefill": {"kv_cache_gib": KV_GIB, "cpu_cores": "0"},
+        "decode": pools,
+        "router": {"http_port": HTTP_PORT, "grpc_port": GRPC_PORT, "eager_prefill": False, "canary_share": 0.0},
+    })  # fmt: skip
+
+
+def first_tokens(client: Client, mode: str, lengths: list[int], repeats: int, advance) -> dict[str, dict[str, float]]:
+    """Context length -> medians: seconds to the first token, and of them the prefill pool's."""
+    found = {}
+    for tokens in lengths:
+        ttft, prefill = [], []
+        for repeat in range(repeats):
+            rng = random.Random(f"{tokens} {repeat}")
+            context = [rng.randrange(VOCABULARY) for _ in range(tokens)]
+            if mode == "droidspeak":
+                client.create_session(token_ids=context).turn("base", token_ids=[1], max_tokens=1)
+            usage = client.create_session(token_ids=context).turn("own", token_ids=[2], max_tokens=1).usage
+            ttft.append(usage.time_to_first_token_s)
+            prefill.append(usage.prefill_s)
+            advance()
+        found[str(tokens)] = {"ttft_s": round(statistics.median(ttft), 4), "prefill_s": round(statistics.median(prefill), 4)}
+    return found
+
+
+def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace, progress: Progress) -> dict[str, dict]:
+    """Number of decoders -> mode -> figures of sessions."""
+    adapters = make_seeded_adapters(model, folder, names=[f"agent-{n}" for n in range(max(args.decoders))])
+    found: dict[str, dict] = {}
+    for count in args.decoders:
+        chosen = dict(list(adapters.items())[:count])
+        for mode in MODES:
+            sizes = {"kv_cache_gib": KV_GIB}
+            own = {"prefill": {**sizes, "cpu_cores": "0"}}
+            if mode == "droidspeak":
+                own = {"own_layers": dict.fromkeys(chosen, layers)}
+            tree = deployment(
+                model, chosen, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router={"canary_share": 0.0}
+            )
+            task = progress.add_task(f"{count} decoders, {mode}", total=args.sessions * TURNS)
+            with running(tree), Client(ADDRESS) as client:
+                def advance(task=task) -> None:
+                    progress.advance(task)
+
+                figures = play(client, list(chosen), TURNS, args.sessions, args.at_once, seed=7, advance=advance)
+            found.setdefault(str(count), {})[mode] = figures
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--decoder", type=Path, help="folder of a fine-tune with all weights (default: made from a seed)")
+    parser.add_argument("--layers", default="13-16", help="group that it computes itself (default: 13-16, of 30)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="context lengths")
+    parser.add_argument("--repeats", type=int, default=3, help="contexts of each length (default: 3)")
+    parser.add_argument("--decoders", type=int, nargs="+", default=[2, 4], help="numbers of decoders (default: 2 4)")
+    parser.add_argument("--sessions", type=int, default=8, help="sessions (default: 8)")
+    parser.add_argument("--at-once", type=int, default=4, help="sessions at once (default: 4)")
+    args = parser.parse_args()
+    console, model, group = Console(stderr=True), fetch(MODEL), LayerGroup.parse(args.layers)
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
+        decoder = args.decoder or make_full_decoder(model, Path(folder) / "full", seed=1, noise=0.02)
+        adapter = make_seeded_adapters(model, Path(folder) / "unused", names=["adapter"])["adapter"]
+        by_mode = {}
+        for mode in MODES:
+            tree = one_decoder(model, decoder, adapter, mode, args.layers, max(args.tokens))
+            task = progress.add_task(f"first tokens, {mode}", total=len(args.tokens) * args.repeats)
+            with running(tree), Client(ADDRESS) as client:
+                def advance(task=task) -> None:
+                    progress.advance(task)
+
+                by_mode[mode] = first_tokens(client, mode, args.tokens, args.repeats, advance)
+            console.print(f"{mode}: {by_mode[mode]}")
+        sessions = throughput(model, Path(folder) / "adapters", args.layers, args, progress)
+    limit = KVShape.of(model).layers / len(group)
+    headline = {"arithmetic_limit": round(limit, 2)}
+    for tokens in map(str, args.tokens):
+        ours, own = by_mode["droidspeak"][tokens]["ttft_s"], by_mode["none"][tokens]["ttft_s"]
+        headline[f"ttft_speedup_{tokens}"] = round(own / ours, 2)
+    for count, modes in sessions.items():
+        ratio = modes["droidspeak"]["turns_per_s"] / modes["none"]["turns_per_s"]
+        headline[f"n{count}_throughput_to_none"] = round(ratio, 3)
+    config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB, "turns": TURNS}
+    write("droidspeak", console, config, headline, first_tokens=by_mode, sessions=sessions)
+
+
+if __name__ == "__main__":
+    main()

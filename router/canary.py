@@ -1,0 +1,110 @@
+"""The canary: how far answers over shared KV are from the decoder's own, measured on live turns (DroidSpeak drifts with data).
+
+Of a sampled share of the turns of decoders that recompute layers, one place in the response is looked at again:
+ 1. The turn runs as always, but its likeliest tokens are asked for, too; the client gets what it asked for.
+ 2. When it has ended, a decode replica predicts the same place from the decoder's own prefill of prompt and response so far,
+    at the lowest priority. One at a time; what comes meanwhile is left out.
+ 3. The divergence of the two is exported. Where it grows, the layers that matter have changed: profile again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+
+from kvshare.decoders import Decoder
+from kvshare.errors import PrefillShareError
+from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.metrics import Metrics
+from kvshare.modes import get_mode
+from router.cache_index import BlockKeys
+from router.eager import PRIORITY
+from router.orchestrator import Orchestrator, Route
+from router.replicas import CALL_ERRORS, answer
+
+logger = logging.getLogger(__name__)
+
+#: Likeliest tokens that are compared one by one; vLLM gives at most so many unless told otherwise.
+TOP = 20
+
+Row = list[tuple[int, float, int]]
+
+
+class Canary:
+    """Takes turns as the orchestrator does. `share`: of the turns that are looked at."""
+
+    def __init__(self, orchestrator: Orchestrator, metrics: Metrics, share: float, rng: random.Random | None = None):
+        self._orchestrator, self._metrics, self._share = orchestrator, metrics, share
+        self._rng = rng or random.Random()
+        self._task: asyncio.Task | None = None
+
+    async def run(
+        self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext
+    ) -> AsyncIterator[TokenChunk]:
+        """As Orchestrator.run."""
+        decoder = self._orchestrator.decoders.get(name)
+        looked_at = decoder and get_mode(decoder.sharing).recomputes and self._rng.random() < self._share
+        asked, tokens, rows = sampling.logprobs, [], []
+        if looked_at:
+            route, sampling = self._orchestrator.routes[decoder.pool], sampling.clone()
+            sampling.logprobs = max(TOP, asked or 0)
+        async with aclosing(self._orchestrator.run(name, prompt, sampling, request_id, context)) as chunks:
+            async for chunk in chunks:
+                if looked_at:
+                    tokens += chunk.token_ids
+                    rows += chunk.logprobs or ()
+                    chunk = replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
+                    if chunk.finish_reason and rows:
+                        self._look(decoder, route, prompt, tokens, rows)
+                yield chunk
+
+    def _look(self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row]) -> None:
+        if self._task and not self._task.done():
+            self._metrics["canary_turns_total"].labels(decoder.name, "dropped").inc()
+            return
+        place = self._rng.randrange(len(rows))
+        self._task = asyncio.create_task(self._compare(decoder, route, [*prompt, *tokens[:place]], rows[place]))
+
+    async def _compare(self, decoder: Decoder, route: Route, context: list[int], shared: Row) -> None:
+        outcome = "failed"
+        try:
+            placement = await route.decode.choose(len(context), BlockKeys([0], 1))
+            async with route.decode.calling(placement):
+                call = route.decode.replicas.on(placement.replica.id).own_next
+                own = await answer(call.remote(context, adapter=decoder.adapter, top=TOP, priority=PRIORITY))
+            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(shared), _likely(own)))
+            outcome = "done"
+        except (PrefillShareError, *CALL_ERRORS) as error:
+            logger.warning("the canary of %s: %s: %s", decoder.name, type(error).__name__, error)
+        finally:
+            self._metrics["canary_turns_total"].labels(decoder.name, outcome).inc()
+
+    async def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+def as_asked(rows: list[Row] | None, asked: int | None) -> list[Row] | None:
+    """Of rows with more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
+    if rows is None or asked is None:
+        return None
+    return [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
+
+
+def divergence(shared: Mapping[int, float], own: Mapping[int, float]) -> float:
+    """Kullback-Leibler divergence of `own` from `shared`, in nats, both tokens -> log-probabilities of the likeliest: those in
+    both one by one, all others as one. Never more than the divergence over all tokens."""
+    both = shared.keys() & own.keys()
+    parts = [(math.exp(shared[token]), math.exp(own[token])) for token in both]
+    parts.append(tuple(max(1e-9, 1 - sum(part[side] for part in parts)) for side in (0, 1)))
+    return max(0.0, sum(p * math.log(p / q) for p, q in parts if p > 0))
+
+
+def _likely(row: Row) -> dict[int, float]:
+    return {token: logprob for token, logprob, _ in row}

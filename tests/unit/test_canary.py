@@ -1,0 +1,136 @@
+"""The canary: what it compares, whom it asks, and that clients see nothing of it."""
+
+import asyncio
+import math
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import pytest
+from polling import until
+from prometheus_client import CollectorRegistry
+
+from kvshare.decoders import Decoder
+from kvshare.errors import Unavailable
+from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.metrics import Metrics
+from router.canary import TOP, Canary, as_asked, divergence
+
+
+def logs(**probabilities):
+    return {int(token[1:]): math.log(p) for token, p in probabilities.items()}
+
+
+def test_equal_distributions_do_not_diverge():
+    assert divergence(logs(t1=0.5, t2=0.3), logs(t1=0.5, t2=0.3)) == pytest.approx(0)
+
+
+def test_it_is_the_divergence_where_all_tokens_are_known():
+    p, q = logs(t1=0.5, t2=0.3, t3=0.2), logs(t1=0.2, t2=0.3, t3=0.5)
+    assert divergence(p, q) == pytest.approx(0.5 * math.log(2.5) + 0.2 * math.log(0.4), abs=1e-6)
+
+
+def test_what_is_in_one_list_only_counts_among_the_rest():
+    """Over all tokens it would be more."""
+    p, q = logs(t1=0.6, t2=0.3), logs(t1=0.3, t3=0.6)
+    assert divergence(p, q) == pytest.approx(0.6 * math.log(2) + 0.4 * math.log(0.4 / 0.7))
+
+
+def test_the_client_gets_the_rows_it_asked_for():
+    rows = [[(9, -2.0, 3), (1, -0.1, 1), (2, -1.0, 2), (4, -3.0, 4)]]
+    assert as_asked(rows, None) is None
+    assert as_asked(rows, 0) == [[(9, -2.0, 3)]]
+    assert as_asked(rows, 2) == [[(9, -2.0, 3), (1, -0.1, 1), (2, -1.0, 2)]]
+
+
+class Sampling:
+    def __init__(self, logprobs=None):
+        self.logprobs = logprobs
+
+    def clone(self):
+        return Sampling(self.logprobs)
+
+
+class World:
+    """An orchestrator whose turns have three tokens, and a decode replica that is asked again."""
+
+    def __init__(self, sharing="droidspeak"):
+        self.decoders = {"d": Decoder("d", "pool", sharing, "adapter", "lora")}
+        self.asked, self.samplings, self.error, self.gate = [], [], None, asyncio.Event()
+        self.gate.set()
+        remote = SimpleNamespace(remote=lambda *args, **kw: asyncio.ensure_future(self.own_next(*args, **kw)))
+        replica = SimpleNamespace(own_next=remote)
+        decode = SimpleNamespace(choose=self.choose, calling=self.calling, replicas=SimpleNamespace(on=lambda _: replica))
+        self.routes = {"pool": SimpleNamespace(decode=decode)}
+
+    async def run(self, name, prompt, sampling, request_id, context):
+        self.samplings.append(sampling.logprobs)
+        for token in (5, 6, 7):
+            row = [(token, math.log(0.9), 1), (8, math.log(0.05), 2)] if sampling.logprobs is not None else None
+            yield TokenChunk([token], logprobs=row and [row], finish_reason="length" if token == 7 else None)
+
+    async def choose(self, tokens, keys):
+        return SimpleNamespace(replica=SimpleNamespace(id="one"))
+
+    @asynccontextmanager
+    async def calling(self, placement):
+        yield
+
+    async def own_next(self, token_ids, adapter, top, priority):
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+        self.asked.append((token_ids, adapter, top))
+        return [(token, math.log(0.3), 1) for token in (5, 6, 7)] + [(8, math.log(0.05), 4)]
+
+
+@pytest.fixture
+def metrics():
+    return Metrics(CollectorRegistry())
+
+
+async def turn(canary, asked=None):
+    return [chunk async for chunk in canary.run("d", [1, 2], Sampling(asked), "r", TurnContext())]
+
+
+async def counted(metrics, outcome, number):
+    async def is_so():
+        return metrics["canary_turns_total"].labels("d", outcome)._value.get() == number
+
+    async with asyncio.timeout(2):
+        await until(is_so)
+
+
+async def test_one_place_of_a_sampled_turn_is_predicted_again(metrics):
+    world = World()
+    canary = Canary(world, metrics, 1.0)
+    chunks = await turn(canary)
+    assert [chunk.token_ids for chunk in chunks] == [[5], [6], [7]]
+    assert all(chunk.logprobs is None for chunk in chunks)
+    assert world.samplings == [TOP]
+    await counted(metrics, "done", 1)
+    ((context, adapter, top),) = world.asked
+    assert (context, adapter, top) in [([1, 2, 5, 6, 7][: 2 + place], "adapter", TOP) for place in range(3)]
+    assert metrics["canary_divergence"].labels("d")._sum.get() > 0
+    await canary.stop()
+
+
+@pytest.mark.parametrize(("sharing", "share"), [("droidspeak", 0.0), ("prefillshare", 1.0)])
+async def test_other_turns_are_left_alone(metrics, sharing, share):
+    world = World(sharing)
+    chunks = await turn(Canary(world, metrics, share), 0)
+    assert world.samplings == [0]
+    assert chunks[0].logprobs
+    assert not world.asked
+
+
+async def test_one_at_a_time_and_failures_harm_nobody(metrics):
+    world = World()
+    canary = Canary(world, metrics, 1.0)
+    world.gate.clear()
+    await turn(canary)
+    await turn(canary)
+    await counted(metrics, "dropped", 1)
+    world.error = Unavailable("gone")
+    world.gate.set()
+    await counted(metrics, "failed", 1)
+    await canary.stop()

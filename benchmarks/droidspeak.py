@@ -28,6 +28,7 @@ from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABU
 from kvshare.config import Deployment, parse
 from kvshare.contract import KVShape
 from kvshare.layer_group import LayerGroup
+from kvshare.modes import get_mode
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
@@ -41,10 +42,12 @@ TURNS = 5
 
 def one_decoder(base: Path, decoder: Path, adapter: Path, mode: str, layers: str, longest: int) -> Deployment:
     """Prefill on the first core, decode on the second. The base is served in the shared pool, to fill it."""
-    own = {"own_layers": {"own": layers}} if mode == "droidspeak" else {"prefill": {"kv_cache_gib": KV_GIB, "cpu_cores": "0"}}
+    own = {"prefill": {"kv_cache_gib": KV_GIB, "cpu_cores": "0"}}
+    if get_mode(mode).recomputes:
+        own = {"own_layers": {"own": layers}}
     size = {"kv_cache_gib": KV_GIB, "cpu_cores": "1"}
     pools = [{"pool": "own", "sharing": mode, "model": str(decoder), **size, **own}]
-    if mode == "droidspeak":
+    if get_mode(mode).recomputes:
         pools.append({"pool": "others", "sharing": mode, "adapters": {"other": str(adapter)}, "max_lora_rank": 8, **size})
     return parse({
         "base": {"model": str(base), "dtype": "float32", "max_model_len": longest + 2 * BLOCK, "block_size": BLOCK},
@@ -62,7 +65,7 @@ def first_tokens(client: Client, mode: str, lengths: list[int], repeats: int, ad
         for repeat in range(repeats):
             rng = random.Random(f"{tokens} {repeat}")
             context = [rng.randrange(VOCABULARY) for _ in range(tokens)]
-            if mode == "droidspeak":
+            if get_mode(mode).recomputes:
                 client.create_session(token_ids=context).turn("base", token_ids=[1], max_tokens=1)
             usage = client.create_session(token_ids=context).turn("own", token_ids=[2], max_tokens=1).usage
             ttft.append(usage.time_to_first_token_s)
@@ -81,7 +84,7 @@ def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace,
         for mode in MODES:
             sizes = {"kv_cache_gib": KV_GIB}
             own = {"prefill": {**sizes, "cpu_cores": "0"}}
-            if mode == "droidspeak":
+            if get_mode(mode).recomputes:
                 own = {"own_layers": dict.fromkeys(chosen, layers)}
             tree = deployment(
                 model, chosen, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router={"canary_share": 0.0}

@@ -28,7 +28,7 @@ from finetuning.log import bars
 from finetuning.subjects import Subject
 from finetuning.transcripts import Example
 from kvshare.layer_group import LayerGroup, layer_group
-from kvshare.layer_profile import LayerProfile, Point
+from kvshare.layer_profile import LayerProfile, Point, frontier_of
 
 #: Of the examples, for what is only a candidate; and at least so many.
 PART, LEAST = 4, 4
@@ -120,13 +120,7 @@ class Profiler:
 
     def _best(self, groups: Iterable[LayerGroup | None], part: Sequence[int]) -> list[LayerGroup | None]:
         """Those to which none of as few layers is better."""
-        best: list[LayerGroup | None] = []
-        least = math.inf
-        for group in sorted(groups, key=lambda group: (len(group or ()), self._mean(_name(group), part))):
-            if (divergence := self._mean(_name(group), part)) < least:
-                least = divergence
-                best.append(group)
-        return best
+        return frontier_of(groups, lambda group: (len(group or ()), self._mean(_name(group), part)))
 
     def _mean(self, name: str, part: Sequence[int]) -> float:
         return sum(self._measured.get(number, name).divergence for number in part) / len(part)

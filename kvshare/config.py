@@ -146,7 +146,7 @@ class DecodePool(Engines):
     @classmethod
     def _groups_of_layers(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         for name, groups in value.items():
-            sizes = [len(group) if group else 0 for group in map(layer_group, groups)]
+            sizes = [len(group or ()) for group in map(layer_group, groups)]
             if not groups or sizes != sorted(sizes, reverse=True):
                 raise ValueError(f"{name}: give at least one group of layers, the one of most layers first; got {list(groups)}")
         return value

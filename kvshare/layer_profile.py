@@ -8,12 +8,17 @@ decoder's own with its own prefill. 0 is no difference.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvshare import fingerprint
 from kvshare.errors import ConfigError, ContractMismatch
 from kvshare.layer_group import layer_group
+
+T = TypeVar("T")
 
 FILE = "layer_profile.json"
 VERSION = 1
@@ -36,8 +41,7 @@ class Point:
 
     @property
     def size(self) -> int:
-        group = layer_group(self.layers)
-        return len(group) if group else 0
+        return len(layer_group(self.layers) or ())
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,7 @@ class LayerProfile:
     @property
     def frontier(self) -> tuple[Point, ...]:
         """Points to which no other of as few layers is better."""
-        best: list[Point] = []
-        for point in sorted(self.points, key=lambda p: (p.size, p.divergence)):
-            if not best or point.divergence < best[-1].divergence:
-                best.append(point)
-        return tuple(best)
+        return tuple(frontier_of(self.points, lambda point: (point.size, point.divergence)))
 
     def within(self, floor: float) -> tuple[str, ...]:
         """Groups of at most that divergence, most layers first: the smallest, and larger ones that begin at the same layer and
@@ -100,6 +100,17 @@ class LayerProfile:
             if measured != (here := fingerprint.weights(folder)):
                 raise ContractMismatch(f"{decoder}/{FILE} was measured with {what} {measured}, {folder} is {here}", fix=again)
         return profile
+
+
+def frontier_of(items: Iterable[T], size_and_divergence: Callable[[T], tuple[int, float]]) -> list[T]:
+    """Smallest first: those to which none of at most their size is better."""
+    best: list[T] = []
+    least = math.inf
+    for item in sorted(items, key=size_and_divergence):
+        if (divergence := size_and_divergence(item)[1]) < least:
+            least = divergence
+            best.append(item)
+    return best
 
 
 def _begin(point: Point) -> int | None:

@@ -42,13 +42,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     decodes_partly = s.role == "decode" and mode.recomputes
     if s.ecache_layers or decodes_partly:
         # Prompts run eagerly, layer by layer; what is captured are decodes, which run as in the stock model.
-        args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-        stock = fingerprint.read_json(s.model, "config.json")["architectures"]
-        args["hf_overrides"] = {
-            "architectures": [PARTIAL_LAYERS + name for name in stock],
-            "ecache_layers": list(s.ecache_layers),
-            "keeps_ecache": s.role == "prefill",
-        }
+        args |= _model_of_ours(s, PARTIAL_LAYERS, ecache_layers=list(s.ecache_layers), keeps_ecache=s.role == "prefill")
     if mode.guards_prefix:
         connector["kv_connector"] = CONNECTOR
         connector["kv_connector_extra_config"] |= {
@@ -71,9 +65,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             }
             if mode.two_streams:
                 # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
-                args["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-                stock = fingerprint.read_json(s.model, "config.json")["architectures"]
-                args["hf_overrides"] = {"architectures": [TWO_STREAMS + name for name in stock]}
+                args |= _model_of_ours(s, TWO_STREAMS)
     if current_platform.is_cpu():
         connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
@@ -104,6 +96,15 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         }
         | dict(s.engine_args)
     )
+
+
+def _model_of_ours(s: EngineSettings, prefix: str, **config: Any) -> dict[str, Any]:
+    """Run the model called `prefix` + the stock one's name; batches of decodes are captured as graphs, nothing is compiled."""
+    stock = fingerprint.read_json(s.model, "config.json")["architectures"]
+    return {
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "hf_overrides": {"architectures": [prefix + name for name in stock], **config},
+    }
 
 
 @contextmanager

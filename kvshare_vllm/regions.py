@@ -31,6 +31,7 @@ class Regions:
 
     def __init__(self, names: Iterable[str], vllm_config: VllmConfig):
         self.names = sorted(names, key=_region_sort_key)
+        self._place = {name: place for place, name in enumerate(self.names)}
         self._kv = [name for name in self.names if ECACHE not in name]
         self._parts = ecache_parts_of(vllm_config)
 
@@ -43,7 +44,7 @@ class Regions:
         return self._places(ecache_names(self._kv, group.transition, self._parts) if group.transition else ())
 
     def _places(self, names: Iterable[str]) -> list[int]:
-        return [self.names.index(name) for name in names]
+        return [self._place[name] for name in names]
 
     def among(self, ecache_layers: Iterable[int]) -> list[int]:
         """Places of these regions among those of an engine that keeps `ecache_layers`."""

@@ -43,25 +43,26 @@ class Canary:
         self._rng = rng or random.Random()
         self._task: asyncio.Task | None = None
 
-    async def run(
-        self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext
-    ) -> AsyncIterator[TokenChunk]:
+    def run(self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext) -> AsyncIterator[TokenChunk]:
         """As Orchestrator.run."""
         decoder = self._orchestrator.decoders.get(name)
-        looked_at = decoder and get_mode(decoder.sharing).recomputes and self._rng.random() < self._share
-        asked, tokens, rows = sampling.logprobs, [], []
-        if looked_at:
-            route, sampling = self._orchestrator.routes[decoder.pool], sampling.clone()
-            sampling.logprobs = max(TOP, asked or 0)
-        async with aclosing(self._orchestrator.run(name, prompt, sampling, request_id, context)) as chunks:
+        if decoder and get_mode(decoder.sharing).recomputes and self._rng.random() < self._share:
+            return self._looked_at(decoder, prompt, sampling, request_id, context)
+        return self._orchestrator.run(name, prompt, sampling, request_id, context)
+
+    async def _looked_at(
+        self, decoder: Decoder, prompt: list[int], sampling, request_id: str, context: TurnContext
+    ) -> AsyncIterator[TokenChunk]:
+        route, asked, tokens, rows = self._orchestrator.routes[decoder.pool], sampling.logprobs, [], []
+        sampling = sampling.clone()
+        sampling.logprobs = max(TOP, asked or 0)
+        async with aclosing(self._orchestrator.run(decoder.name, prompt, sampling, request_id, context)) as chunks:
             async for chunk in chunks:
-                if looked_at:
-                    tokens += chunk.token_ids
-                    rows += chunk.logprobs or ()
-                    chunk = replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
-                    if chunk.finish_reason and rows:
-                        self._look(decoder, route, prompt, tokens, rows)
-                yield chunk
+                tokens += chunk.token_ids
+                rows += chunk.logprobs or ()
+                if chunk.finish_reason and rows:
+                    self._look(decoder, route, prompt, tokens, rows)
+                yield replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
 
     def _look(self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row]) -> None:
         if self._task and not self._task.done():

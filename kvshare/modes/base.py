@@ -42,3 +42,14 @@ class SharingMode(ABC):
     @abstractmethod
     def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
         """How many leading tokens the decode side may offer for reuse under the block's key (R2)."""
+
+
+class PromptShared(SharingMode):
+    """Modes in which the prompt alone is shared, up to its last token: that one is the decoder's first input, and its KV and
+    all after it the decoder's."""
+
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+        return prompt_tokens - 1
+
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+        return min(computed_tokens, prompt_tokens - 1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvshare.modes.base import SharingMode
+from kvshare.modes.base import PromptShared
 
 
-class DroidSpeak(SharingMode):
+class DroidSpeak(PromptShared):
     name = "droidspeak"
     summary = "prompt KV from the base but for a few layers, which the decoder computes itself; nothing is trained for it"
     shares_prefill = True
@@ -14,10 +14,3 @@ class DroidSpeak(SharingMode):
     full_weights = True
     recomputes = True
     architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
-
-    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
-        # The last prompt token is the decoder's first input in all layers.
-        return prompt_tokens - 1
-
-    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
-        return min(computed_tokens, prompt_tokens - 1)

@@ -32,14 +32,21 @@ from kvshare_vllm.regions import ecache_names, ecache_parts_of
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some of a step's rows, and what attention is told of them."""
+
+    rows: torch.Tensor
+    metadata: object
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Segment:
-    """Layers [first, end) and the rows that run there; `rows` None: all."""
+    """Layers [first, end) and what runs there; None: all rows, as vLLM has told attention."""
 
     first: int
     end: int
-    rows: torch.Tensor | None
-    metadata: object
-    slots: torch.Tensor
+    some: Rows | None
 
 
 @dataclass(frozen=True)
@@ -92,13 +99,14 @@ class PartialLayers:
             if segment.first in plan.enter:
                 rows, slots = plan.enter[segment.first]
                 stream = stream.index_copy(0, rows, self.ecaches[str(segment.first)].load(slots))
-            self.run_adapters_on(segment.rows)
-            self._attend_with(segment)
-            if segment.rows is None:
+            if (some := segment.some) is None:
+                self.run_adapters_on(None)
                 stream = self._through(segment.first, segment.end, stream, positions)
             else:
-                part = self._through(segment.first, segment.end, stream[segment.rows], positions[segment.rows])
-                stream = stream.index_copy(0, segment.rows, part)
+                self.run_adapters_on(some.rows)
+                self._attend_with(segment.first, segment.end, some)
+                part = self._through(segment.first, segment.end, stream[some.rows], positions[some.rows])
+                stream = stream.index_copy(0, some.rows, part)
         self.run_adapters_on(None)
         return stream
 
@@ -109,11 +117,11 @@ class PartialLayers:
             stream, residual = layer(positions, stream, residual)
         return stream if residual is None else stream + residual
 
-    def _attend_with(self, segment: Segment) -> None:
+    def _attend_with(self, first: int, end: int, some: Rows) -> None:
         context = get_forward_context()
-        for layer in self.model.layers[segment.first : segment.end]:
+        for layer in self.model.layers[first:end]:
             name = layer.self_attn.attn.layer_name
-            context.attn_metadata[name], context.slot_mapping[name] = segment.metadata, segment.slots
+            context.attn_metadata[name], context.slot_mapping[name] = some.metadata, some.slots
 
 
 class DroidSpeakLlamaForCausalLM(PartialLayers, LlamaForCausalLM):
@@ -175,11 +183,16 @@ def plan(runner, model: PartialLayers, metadata, build) -> Plan:
         partial.append((starts[place], left, own.group if own else None))
     groups = {group for _, left, group in partial if left and group}
     bounds = sorted({0, len(model.model.layers)} | {group.first for group in groups} | {group.last + 1 for group in groups})
+    # Layers on either side of a group often run the same rows.
+    made: dict[tuple[int, ...], Rows | None] = {tuple(starts[:-1]): None}
     segments = []
     for first, end in itertools.pairwise(bounds):
-        begins = [start + (0 if group and first in group else left) for start, left, group in partial]
-        if segment := _segment(first, end, begins, starts, metadata, build):
-            segments.append(segment)
+        begins = tuple(start + (0 if group and first in group else left) for start, left, group in partial)
+        if begins == tuple(starts[1:]):  # nothing runs there
+            continue
+        if begins not in made:
+            made[begins] = _rows(begins, starts, metadata, build)
+        segments.append(Segment(first, end, made[begins]))
     enter: dict[int, list[torch.Tensor]] = {}
     for start, left, group in partial:
         if left and group and group.transition:
@@ -188,19 +201,14 @@ def plan(runner, model: PartialLayers, metadata, build) -> Plan:
     return Plan(segments, {layer: (of, metadata.slot_mapping[of]) for layer, of in rows.items()})
 
 
-def _segment(first: int, end: int, begins: list[int], starts: list[int], metadata, build) -> Segment | None:
-    """Where row `begins[i]` is the first of request i that runs; None where no row does."""
-    requests = len(begins)
-    if begins == starts[:requests]:
-        return Segment(first, end, None, build(metadata), metadata.slot_mapping)
-    lengths = [starts[place + 1] - begins[place] for place in range(requests)]
-    there = [place for place in range(requests) if lengths[place]]
-    if not there:
-        return None
+def _rows(begins: Sequence[int], starts: list[int], metadata, build) -> Rows:
+    """Those from `begins[i]` to the end of request i."""
+    lengths = [end - begin for begin, end in zip(begins, starts[1:], strict=True)]
+    there = [place for place, length in enumerate(lengths) if length]
     device = metadata.slot_mapping.device
     rows = torch.cat([torch.arange(begins[place], starts[place + 1]) for place in there]).to(device)
-    ends = torch.tensor([0, *(lengths[place] for place in there)], dtype=metadata.query_start_loc_cpu.dtype).cumsum(0)
-    ends = ends.to(metadata.query_start_loc_cpu.dtype)
+    dtype = metadata.query_start_loc_cpu.dtype
+    ends = torch.tensor([0, *(lengths[place] for place in there)]).cumsum(0, dtype=dtype)
     at, slots = torch.tensor(there, device=device), metadata.slot_mapping[rows]
 
     def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -222,4 +230,4 @@ def _segment(first: int, end: int, begins: list[int], starts: list[int], metadat
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
-    return Segment(first, end, rows, build(chosen), slots)
+    return Rows(rows, build(chosen), slots)

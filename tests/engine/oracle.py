@@ -25,7 +25,7 @@ class Oracle:
 
     @cached_property
     def base(self):
-        return _load(self.deployment.base.model)
+        return load(self.deployment.base.model)
 
     @cached_property
     def tokenizer(self):
@@ -38,13 +38,13 @@ class Oracle:
             kind = self.served[name]
             pool = next(p for p in self.deployment.decode if p.pool == kind.pool)
             if kind.kind == "full":
-                self._models[name] = _load(pool.model)
+                self._models[name] = load(pool.model)
             elif kind.kind == "base":
                 self._models[name] = self.base
             else:
                 from peft import PeftModel
 
-                self._models[name] = PeftModel.from_pretrained(_load(self.deployment.base.model), pool.adapters[name]).eval()
+                self._models[name] = PeftModel.from_pretrained(load(self.deployment.base.model), pool.adapters[name]).eval()
         return self._models[name]
 
     def diff(
@@ -76,7 +76,8 @@ class Oracle:
         return result, prompt
 
 
-def _load(folder: str | Path):
+def load(folder: str | Path):
+    """A model in plain transformers."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import reference
-import torch
-from conftest import ids
+from conftest import ids, wait_until
 from engines import (
     BLOCK,
     BLOCK_BYTES,
@@ -24,8 +23,8 @@ from engines import (
     started,
     turn,
 )
+from oracle import TOLERANCE, load
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from kvshare.errors import ResumeReason
 from kvshare.layer_group import LayerGroup
@@ -33,7 +32,6 @@ from prefillshare.tiny_models import make_full_decoder
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
-TOLERANCE = 1e-3
 LAYERS = 4
 #: Of four layers: none before, none behind, one of its own at either end, and in the middle.
 GROUPS = ("0-1", "2-3", "1-2", "0-0", "3-3")
@@ -41,8 +39,8 @@ GROUPS = ("0-1", "2-3", "1-2", "0-0", "3-3")
 
 class Oracle:
     def __init__(self, settings, full: Path):
-        self._base, self._full = _load(settings.model), _load(full)
-        self._adapters = {n: PeftModel.from_pretrained(_load(settings.model), f).eval() for n, f in settings.adapters.items()}
+        self._base, self._full = load(settings.model), load(full)
+        self._adapters = {n: PeftModel.from_pretrained(load(settings.model), f).eval() for n, f in settings.adapters.items()}
 
     def _model(self, decoder: str | None):
         return self._full if decoder == "full" else self._adapters.get(decoder, self._base)
@@ -54,10 +52,6 @@ class Oracle:
     def diff(self, decoder: str | None, prompt: list[int], tokens: list[int], logprobs: list[float], group: str | None):
         model = self._model(decoder)
         return reference.max_abs_diff(logprobs, reference.droidspeak(self._base, model, prompt, tokens, group or ""))
-
-
-def _load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "qwen3"])
@@ -230,8 +224,7 @@ async def test_layers_are_recomputed_while_other_layers_are_still_loading(runnin
     await rests(1.5)
     prompt, began = ids(4 * BLOCK + 1, salt=110), asyncio.get_running_loop().time()
     first = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
-    await asyncio.sleep(0.7)
-    assert decoder.stats().running == 1
+    await asyncio.to_thread(wait_until, lambda: decoder.stats().running == 1, 1.2, 0.01)
     other = asyncio.create_task(exact(running, prompt, 4, "a", "1-2"))
     await exact(running, ids(20, salt=111), 4, None, None)
     assert not first.done()
@@ -255,9 +248,9 @@ async def test_blocks_are_kept_until_both_loads_have_ended(running, rests):
     (prefill, decoder, _), _ = running
     await rests(1.5)
     task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=113), 8, "a", own_layers="1-2"))
-    await asyncio.sleep(0.7)
+    await asyncio.to_thread(wait_until, lambda: decoder.stats().running == 1, 1.2, 0.01)
     task.cancel()
-    await asyncio.sleep(0.1)
+    await asyncio.to_thread(wait_until, lambda: decoder.stats().running == 0, 0.5, 0.01)
     assert decoder.stats().blocks_used >= 9
     await asyncio.gather(*(exact(running, ids(150 + n, salt=114 + n), 30, "b", "2-3") for n in range(3)))
     await nothing_held(prefill, decoder)

@@ -73,11 +73,13 @@ STUDIES = (
 )
 
 #: What is trained -> what its recipe has that the study's has not.
-FULL_WEIGHTS = {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # of 8: half the memory
+TWO_EPOCHS = {"epochs": 2, "learning_rate": 7e-4, "lora": {"rank": 8, "alpha": 16, "saved_as": "bfloat16"}}
+FULL_WEIGHTS = TWO_EPOCHS | {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # of 8: half the memory
 TRAININGS: dict[str, dict] = {
     "PrefillShare, LoRA": {},
+    "PrefillShare, LoRA, 2 epochs": TWO_EPOCHS,
     "PrefillShare, full": FULL_WEIGHTS,
-    "ICaRus": {"method": "icarus"},
+    "ICaRus, 2 epochs": TWO_EPOCHS | {"method": "icarus"},
     "full fine-tuning": FULL_WEIGHTS | {"method": "ordinary"},
 }
 
@@ -97,8 +99,9 @@ ROWS = (
     Row(REFERENCE, REFERENCE, "ordinary"),
     Row("naive sharing", REFERENCE, "prefillshare"),
     Row("PrefillShare, LoRA", "PrefillShare, LoRA", "prefillshare"),
+    Row("PrefillShare, LoRA, 2 epochs", "PrefillShare, LoRA, 2 epochs", "prefillshare"),
     Row("PrefillShare, full", "PrefillShare, full", "prefillshare"),
-    Row("ICaRus", "ICaRus", "icarus"),
+    Row("ICaRus, 2 epochs", "ICaRus, 2 epochs", "icarus"),
 )
 #: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.
 CURVE = ("base", "naive sharing", "PrefillShare, LoRA")
@@ -205,7 +208,7 @@ def study_of(study: Study, asker: Asker, curve_questions: int, console: Console)
     for training in TRAININGS:
         recipe = recipe_of(study, training)
         decoders[training] = trained(recipe, console)
-        trainings[training] = json.loads((decoders[training] / "figures.json").read_text())
+        trainings[training] = json.loads((decoders[training] / "figures.json").read_text()) | {"epochs": recipe.epochs}
     suites = {}
     if len({training["transcripts"] for training in trainings.values()}) > 1:
         raise SystemExit(f"the decoders of {study.name} have learnt from unequal data: {trainings}")

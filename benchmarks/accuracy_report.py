@@ -10,9 +10,10 @@ _WHAT = {
     "base": "the base itself, no training",
     "full fine-tuning": "all weights trained in the ordinary way; its own KV",
     "naive sharing": "the same weights, fed base KV of the prompt",
-    "PrefillShare, LoRA": "an adapter trained over base KV of the prompt",
+    "PrefillShare, LoRA": "an adapter trained over base KV of the prompt; the one in adapters/",
+    "PrefillShare, LoRA, 2 epochs": "the same with a third of the epochs and of the rate times alpha",
     "PrefillShare, full": "all weights trained over base KV of the prompt",
-    "ICaRus": "an adapter on q, o and the MLP, trained over base KV of everything",
+    "ICaRus, 2 epochs": "an adapter on q, o and the MLP, trained over base KV of everything",
 }
 
 _INTRO = """\
@@ -80,11 +81,12 @@ def _trainings(found: dict) -> str:
         f"Trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}` the "
         f"{first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
         "",
-        "| | loss at the end | minutes | KV bytes kept |",
-        "| --- | ---: | ---: | ---: |",
+        "| | epochs | loss at the end | minutes | KV bytes kept |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, figures in found["trainings"].items():
-        lines.append(f"| {name} | {figures['loss']:.3f} | {figures['seconds'] / 60:.0f} | {figures['base_kv_bytes']:,} |")
+        taken = f"{figures['loss']:.3f} | {figures['seconds'] / 60:.0f}"
+        lines.append(f"| {name} | {figures['epochs']} | {taken} | {figures['base_kv_bytes']:,} |")
     return "\n".join(lines)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.icarus import play
 from benchmarks.result import write
+from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
 from kvshare.config import Deployment, parse
 from kvshare.contract import KVShape
@@ -37,7 +37,7 @@ from prefillshare.tiny_models import make_full_decoder
 
 MODES = ("droidspeak", "none")
 KV_GIB = 1.0
-TURNS = 5
+TURNS, LENGTHS = 5, Lengths(beginning=512, given=64, answer=16)
 
 
 def one_decoder(base: Path, decoder: Path, adapter: Path, mode: str, layers: str, longest: int) -> Deployment:
@@ -94,7 +94,7 @@ def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace,
                 def advance(task=task) -> None:
                     progress.advance(task)
 
-                figures = play(client, list(chosen), TURNS, args.sessions, args.at_once, seed=7, advance=advance)
+                figures = play(client, list(chosen), TURNS, args.sessions, args.at_once, LENGTHS, seed=7, advance=advance)
             found.setdefault(str(count), {})[mode] = figures
     return found
 
@@ -132,7 +132,8 @@ def main() -> None:
     for count, modes in sessions.items():
         ratio = modes["droidspeak"]["turns_per_s"] / modes["none"]["turns_per_s"]
         headline[f"n{count}_throughput_to_none"] = round(ratio, 3)
-    config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB, "turns": TURNS}
+    config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB}
+    config |= {"turns": TURNS, **LENGTHS._asdict()}
     write("droidspeak", console, config, headline, first_tokens=by_mode, sessions=sessions)
 
 

@@ -16,32 +16,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import icarus_steps, small
-from benchmarks.load import quantile
 from benchmarks.result import write
-from benchmarks.small import ADDRESS, BLOCK, MODEL, VOCABULARY, bars
+from benchmarks.sessions import Lengths, play
+from benchmarks.small import ADDRESS, BLOCK, MODEL, bars
 from kvshare.config import Deployment
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from prefillshare.app import running
-from prefillshare.client import Client, collect
+from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 MODES = ("icarus", "prefillshare", "none")
-TURNS, BEGINNING, INPUT, OUTPUT = 5, 128, 24, 48
+TURNS, LENGTHS = 5, Lengths(beginning=128, given=24, answer=48)
 #: Of a prefill engine and of a decode engine.
 KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
@@ -78,44 +74,6 @@ def deployment(model: Path, adapters: dict[str, Path], mode: str) -> Deployment:
     sizes = {"kv_cache_gib": KV_GIB}
     own = {} if get_mode(mode).shares_prefill else {"prefill": {**sizes, "cpu_cores": "0"}}
     return small.deployment(model, adapters, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router=ROUTER)
-
-
-def play(client: Client, names: list[str], turns: int, sessions: int, at_once: int, seed: int, advance) -> dict[str, float]:
-    """`sessions` sessions of `turns` turns, `at_once` at a time; their turns go round the decoders. Times are the client's."""
-
-    def take(number: int) -> list[tuple[float, float, int, int]]:
-        rng = random.Random(f"{seed} {number}")
-        session = client.create_session(token_ids=[rng.randrange(VOCABULARY) for _ in range(BEGINNING)])
-        taken = []
-        for turn in range(turns):
-            given = [rng.randrange(VOCABULARY) for _ in range(INPUT)]
-            arrived, started = [], time.monotonic()
-            pieces = session.stream(
-                names[(number + turn) % len(names)], token_ids=given, max_tokens=OUTPUT, ignore_eos=True, temperature=0.0
-            )
-            computed = collect(pieces, lambda _, to=arrived: to.append(time.monotonic())).usage.computed_tokens
-            again = max(0, computed - INPUT - (0 if turn else BEGINNING))
-            taken.append((arrived[-1] - started, arrived[0] - started, computed, again))
-            advance()
-        session.delete()
-        return taken
-
-    began = time.monotonic()
-    with ThreadPoolExecutor(at_once) as pool:
-        taken = list(chain.from_iterable(pool.map(take, range(sessions))))
-    elapsed = time.monotonic() - began
-    turn_s, ttft_s, computed, again = zip(*taken, strict=True)
-    return {
-        "turns": len(taken),
-        "turns_per_s": round(len(taken) / elapsed, 4),
-        "turn_p50_s": round(quantile(turn_s, 0.5), 3),
-        "turn_p95_s": round(quantile(turn_s, 0.95), 3),
-        "ttft_p50_s": round(quantile(ttft_s, 0.5), 3),
-        "ttft_p95_s": round(quantile(ttft_s, 0.95), 3),
-        "computed_tokens_per_turn": round(statistics.mean(computed), 1),
-        "computed_again_per_turn": round(statistics.mean(again), 1),
-        "computed_again_most": max(again),
-    }
 
 
 def blocks_cached(handle) -> dict[str, int]:
@@ -167,10 +125,10 @@ def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Conso
                     progress.advance(task)
 
                 names = list(chosen)
-                play(client, names, longest, 1, 1, seed=1, advance=advance)
+                play(client, names, longest, 1, 1, LENGTHS, seed=1, advance=advance)
                 blocks = blocks_cached(handle)
-                one = play(client, names, TURNS, 1, 1, seed=2, advance=advance)
-                loaded = play(client, names, TURNS, args.sessions, args.at_once, seed=3, advance=advance)
+                one = play(client, names, TURNS, 1, 1, LENGTHS, seed=2, advance=advance)
+                loaded = play(client, names, TURNS, args.sessions, args.at_once, LENGTHS, seed=3, advance=advance)
             kv = sum(blocks.values())
             figures = {"one_session": one, "kv_blocks": blocks, "kv_blocks_total": kv, "loaded": loaded}
             found.setdefault(str(count), {})[mode] = figures
@@ -209,9 +167,7 @@ def main() -> None:
             against = modes[other]["loaded"]
             headline[f"n{count}_throughput_to_{other}"] = round(ours["loaded"]["turns_per_s"] / against["turns_per_s"], 3)
             headline[f"n{count}_ttft_p95_to_{other}"] = round(ours["loaded"]["ttft_p95_s"] / against["ttft_p95_s"], 3)
-    config = vars(args) | {
-        "turns": TURNS, "beginning": BEGINNING, "input": INPUT, "output": OUTPUT, "block": BLOCK, "kv_gib_per_engine": KV_GIB,
-    }  # fmt: skip
+    config = vars(args) | {"turns": TURNS, **LENGTHS._asdict(), "block": BLOCK, "kv_gib_per_engine": KV_GIB}
     write("icarus", console, config, headline, steps=by_batch, sessions=by_count)
 
 

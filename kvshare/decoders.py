@@ -74,6 +74,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
         _check_positions(deployment.base.model, length)
     _check_kv_cache(deployment, base.shape)
     _check_own_layers(deployment, base.shape)
+    _check_graphs(deployment)
     for number, pool in enumerate(deployment.decode):
         if pool.model:
             with _about(f"decode.{number}.model"):
@@ -171,18 +172,27 @@ def _check_architecture(pool: DecodePool, base: str, field: str) -> None:
     served = get_mode(pool.sharing).architectures
     if served is None:
         return
-    if get_mode(pool.sharing).two_streams and "compilation_config" in pool.engine_args:
-        raise ConfigError(
-            f"mode {pool.sharing} sets compilation_config itself",
-            field=field.replace("sharing", "engine_args.compilation_config"),
-            fix="leave it out: which batches are captured as graphs depends on their adapters",
-        )
     for architecture in fingerprint.read_json(base, "config.json").get("architectures") or ("a base without architectures",):
         if architecture not in served:
             raise ConfigError(
                 f"mode {pool.sharing} cannot serve {architecture}",
                 field=field,
                 fix=f"use a base of {', '.join(sorted(served))}",
+            )
+
+
+def _check_graphs(deployment: Deployment) -> None:
+    ours: list[tuple[str, Engines]] = [
+        (f"decode.{number}", pool) for number, pool in enumerate(deployment.decode) if get_mode(pool.sharing).architectures
+    ]
+    if ecache_layers(deployment.decode):
+        ours.append(("prefill", deployment.prefill))
+    for field, engines in ours:
+        if "compilation_config" in engines.engine_args:
+            raise ConfigError(
+                "engines that do not run vLLM's own model set compilation_config themselves",
+                field=f"{field}.engine_args.compilation_config",
+                fix="leave it out: which batches can be captured as graphs depends on the requests in them",
             )
 
 

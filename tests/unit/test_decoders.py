@@ -258,13 +258,6 @@ def test_full_weights_are_refused_where_the_base_makes_all_kv(deploy, model):
         deploy(full(model("coder"), sharing="icarus"))
 
 
-def test_the_graphs_of_two_streams_are_not_the_operators_to_choose(deploy, model, adapter):
-    other = model("llama", architectures=["LlamaForCausalLM"])
-    changes = {"sharing": "icarus", "engine_args": {"compilation_config": {"cudagraph_mode": "FULL"}}}
-    error = refusal(deploy(adapters(adapter("one", base=other), **changes), base_changes={"model": str(other)}))
-    assert error.field == "decode.0.engine_args.compilation_config"
-
-
 def droidspeak(folder, group, **pool):
     return adapters(folder, sharing="droidspeak", own_layers={folder.name: group}, **pool)
 
@@ -287,6 +280,21 @@ def test_hidden_states_are_handed_over_between_engines_of_one_size(deploy, adapt
         decoders.check_files(deploy(pool))
     decoders.check_files(deploy(pool, prefill={"tensor_parallel_size": 2}))
     decoders.check_files(deploy(pool | {"own_layers": {"a": "0-0"}}))
+
+
+GRAPHS = {"engine_args": {"compilation_config": {"cudagraph_mode": "FULL"}}}
+
+
+@pytest.mark.parametrize("mode", ["icarus", "droidspeak"])
+def test_the_graphs_of_our_models_are_not_the_operators_to_choose(deploy, adapter, base, mode):
+    error = refusal(deploy(adapters(adapter("one", base=base, modules=("q_proj",)), sharing=mode, **GRAPHS)))
+    assert error.field == "decode.0.engine_args.compilation_config"
+
+
+def test_nor_those_of_a_prefill_pool_that_keeps_hidden_states(deploy, adapter, base):
+    folder = adapter("a", base=base)
+    decoders.check_files(deploy(droidspeak(folder, "0-0"), prefill=GRAPHS))
+    assert refusal(deploy(droidspeak(folder, "1-1"), prefill=GRAPHS)).field == "prefill.engine_args.compilation_config"
 
 
 def test_a_cache_must_hold_the_hidden_states_too(deploy, adapter, base):

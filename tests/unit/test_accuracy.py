@@ -89,7 +89,8 @@ def test_every_training_is_a_recipe_with_a_folder_of_its_own(study, monkeypatch)
     assert {(r.method, r.weights) for r in recipes.values()} == {
         ("prefillshare", "lora"), ("prefillshare", "full"), ("icarus", "lora"), ("ordinary", "full"),
     }  # fmt: skip
-    assert len({(r.epochs, r.batch_size, r.max_tokens, r.train) for r in recipes.values()}) == 1
+    assert len({(r.batch_size, r.max_tokens, r.train) for r in recipes.values()}) == 1
+    assert {r.epochs for training, r in recipes.items() if training != "PrefillShare, LoRA"} == {2}
 
 
 @pytest.mark.parametrize(("changes", "taken"), [({"micro_batch_size": 2}, True), ({"learning_rate": 0.5}, False)])
@@ -110,7 +111,8 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
 def test_the_page_has_every_row_and_the_difference(tmp_path):
     reference = [True] * 6 + [False] * 4
     rows = {row.name: accuracy._figures(reference[::-1], reference) for row in accuracy.ROWS}
-    trainings = {name: {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9} for name in accuracy.TRAININGS}
+    figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2}
+    trainings = dict.fromkeys(accuracy.TRAININGS, figures)
     curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
     curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
     result = {
@@ -124,4 +126,4 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     for row in accuracy.ROWS:
         assert f"| {row.name} | 60.0 |" in page
-    assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page
+    assert "| ICaRus, 2 epochs | 60.0 | 31.3 to 83.2 | +0.0 (" in page

@@ -6,6 +6,8 @@ A decoder with weights of its own is served twice on the same cores, in mode dro
  - droidspeak: the shared pool has prefilled the context for somebody else (the base answers one token); then the decoder, whose
    engine has never seen it, takes a turn.
  - none: the decoder takes the same turn, and its own prefill engine computes all of it.
+Then one turn at a time without a router, whose decode engine begins with its own layers while the other layers' KV is still
+loading, or waits for all of it: what that is worth, and a trace of it beside the result, for chrome://tracing or Perfetto.
 Then sessions whose turns go round `--decoders` such decoders, adapters over one engine per role, with the same KV memory.
 
 The arithmetic limit of the first is layers / layers recomputed. The last line is JSON.
@@ -22,7 +24,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.result import write
+from benchmarks import droidspeak_overlap
+from benchmarks.result import RESULTS, write
 from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
 from kvshare.config import Deployment, parse
@@ -123,18 +126,25 @@ def main() -> None:
 
                 by_mode[mode] = first_tokens(client, mode, args.tokens, args.repeats, advance)
             console.print(f"{mode}: {by_mode[mode]}")
+        task = progress.add_task("overlap", total=len(args.tokens) * (args.repeats + 1) * len(droidspeak_overlap.WAYS))
+        overlap = droidspeak_overlap.measure(
+            model, decoder, group, args.tokens, args.repeats, lambda: progress.advance(task)
+        )
+        droidspeak_overlap.write_trace(overlap, RESULTS / "droidspeak_trace.json")
+        console.print(by_overlap := droidspeak_overlap.summary(overlap))
         sessions = throughput(model, Path(folder) / "adapters", args.layers, args, progress)
     limit = KVShape.of(model).layers / len(group)
     headline = {"arithmetic_limit": round(limit, 2)}
     for tokens in map(str, args.tokens):
         ours, own = by_mode["droidspeak"][tokens]["ttft_s"], by_mode["none"][tokens]["ttft_s"]
         headline[f"ttft_speedup_{tokens}"] = round(own / ours, 2)
+        headline[f"overlap_speedup_{tokens}"] = by_overlap[tokens]["speedup"]
     for count, modes in sessions.items():
         ratio = modes["droidspeak"]["turns_per_s"] / modes["none"]["turns_per_s"]
         headline[f"n{count}_throughput_to_none"] = round(ratio, 3)
     config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB}
     config |= {"turns": TURNS, **LENGTHS._asdict()}
-    write("droidspeak", console, config, headline, first_tokens=by_mode, sessions=sessions)
+    write("droidspeak", console, config, headline, first_tokens=by_mode, overlap=by_overlap, sessions=sessions)
 
 
 if __name__ == "__main__":

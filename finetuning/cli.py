@@ -114,28 +114,20 @@ def profile(
 
     from finetuning import layer_profile, layer_profile_report, subjects, transcripts
     from finetuning.recipe import DTYPES, device_of
-    from kvshare import fingerprint
-    from kvshare.layer_profile import FILE, LayerProfile
 
     if dtype not in DTYPES:
         raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     console, tokenizer = Console(stderr=True), AutoTokenizer.from_pretrained(base)
     stops = transcripts.stop_ids(base, tokenizer)
     found, _ = transcripts.read(data, tokenizer, stops, max_tokens, field="--data")
-    chosen = [found[number * len(found) // min(examples, len(found))] for number in range(min(examples, len(found)))]
     where = device_of(device)
     subject = subjects.load(decoder.name, base, decoder, "prefillshare", dtype=getattr(torch, dtype), device=where)
-    weights = fingerprint.weights(base), fingerprint.weights(decoder)
-    file = decoder / f".{FILE}.measured"
-    measured = layer_profile.Measured(file, layer_profile.run_of(*weights, chosen))
-    profiler = layer_profile.Profiler(subject.base.model, subject.decoder, chosen, measured, console)
-    made = LayerProfile(*weights, str(data), profiler.layers, tuple(profiler.search()), tuple(profiler.sensitivity()))
+    made = layer_profile.profile(base, decoder, subject, data, found, examples, console)
     if suites:
         made = layer_profile.scored(made, subject, suites, limit, tokenizer, stops, where, console)
-    made.write(decoder)
-    file.unlink()
+    file = layer_profile.keep(made, decoder)
     console.print(layer_profile_report.table(made))
-    console.print(f"{decoder / FILE}, {layer_profile_report.plot(made, decoder)}")
+    console.print(f"{file}, {layer_profile_report.plot(made, decoder)}")
     print(json.dumps({point.layers: round(point.divergence, 5) for point in made.frontier}))
 
 

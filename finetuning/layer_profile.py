@@ -27,8 +27,9 @@ from finetuning.evaluate import offline_answers
 from finetuning.log import bars
 from finetuning.subjects import Subject
 from finetuning.transcripts import Example
+from kvshare import fingerprint
 from kvshare.layer_group import LayerGroup, layer_group
-from kvshare.layer_profile import LayerProfile, Point, frontier_of
+from kvshare.layer_profile import FILE, LayerProfile, Point, frontier_of
 
 #: Of the examples, for what is only a candidate; and at least so many.
 PART, LEAST = 4, 4
@@ -190,6 +191,29 @@ def _layers(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def run_of(base: str, decoder: str, examples: Sequence[Example]) -> str:
     """What a file of measurements belongs to."""
     return hashlib.sha256(repr((base, decoder, [(e.token_ids, e.responses[-1]) for e in examples])).encode()).hexdigest()
+
+
+def profile(
+    base: Path, decoder: Path, subject: Subject, data: Path, found: Sequence[Example], most: int, console: Console
+) -> LayerProfile:
+    """Of `decoder`, loaded as `subject`, on at most so many of the transcripts that were `found` in `data`, evenly spread. What
+    has been measured stands beside the decoder until `keep`."""
+    count = min(most, len(found))
+    examples = [found[number * len(found) // count] for number in range(count)]
+    weights = fingerprint.weights(base), fingerprint.weights(decoder)
+    measured = Measured(_measured(decoder), run_of(*weights, examples))
+    profiler = Profiler(subject.base.model, subject.decoder, examples, measured, console)
+    return LayerProfile(*weights, str(data), profiler.layers, tuple(profiler.search()), tuple(profiler.sensitivity()))
+
+
+def keep(made: LayerProfile, decoder: Path) -> Path:
+    file = made.write(decoder)
+    _measured(decoder).unlink(missing_ok=True)
+    return file
+
+
+def _measured(decoder: Path) -> Path:
+    return decoder / f".{FILE}.measured"
 
 
 def scored(

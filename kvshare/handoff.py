@@ -57,6 +57,10 @@ class TokenChunk:
     #: engine's own cache. The same on every chunk of a request.
     kv_bytes: int = 0
     local_tokens: int = 0
+    #: Seconds from asking for the KV until the request could begin with it, and, where it began with layers of its own, until
+    #: that of the other layers was there, too.
+    load_s: float = 0.0
+    rest_load_s: float = 0.0
     #: On the last chunk of a request that was asked to lend: the KV of all its tokens but the last, to be pulled.
     lent: Handoff | None = None
 
@@ -78,6 +82,9 @@ class TurnUsage:
     #: Waited for room before the prefill.
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    #: The decode engine's, as in TokenChunk.
+    load_s: float = 0.0
+    rest_load_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
     prefill_replica: str = ""

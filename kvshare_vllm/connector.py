@@ -69,7 +69,8 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         # Their two loads, while they are under way.
         self.loads_left: dict[str, set[str]] = {}
         # Request id -> what its load cost, reported with every output until the request ends.
-        self.load_cost: dict[str, dict[str, int]] = {}
+        self.load_cost: dict[str, dict[str, int | float]] = {}
+        self._load_began: dict[str, float] = {}
 
     def shared_tokens(self, request: Request) -> int:
         """Length of the prefix that must be base KV, in tokens (R1)."""
@@ -99,6 +100,8 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         read = len(self._regions.kv(group)) + (len(self._regions.hidden_states(group)) if group else 0)
         pulled_bytes = pulled * self._block_bytes * read // len(self._regions.names)
         self.load_cost[request.request_id] = {"pulled_bytes": pulled_bytes, "local_tokens": local}
+        if num_external_tokens:
+            self._load_began[request.request_id] = time.perf_counter()
         if group and num_external_tokens:
             self._own_layers[request.request_id] = group
             self.loads_left[request.request_id] = {request.request_id, request.request_id + REST}
@@ -115,7 +118,11 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def update_connector_output(self, connector_output) -> None:
         super().update_connector_output(connector_output)
-        for request_id in connector_output.finished_recving or ():
+        for name in connector_output.finished_recving or ():
+            request_id = name.removesuffix(REST)
+            if began := self._load_began.get(request_id):
+                what = "load_s" if name == request_id else "rest_load_s"
+                self.load_cost[request_id][what] = time.perf_counter() - began
             if request_id not in self._own_layers:
                 self._load_ended(request_id)
 
@@ -132,6 +139,7 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
     def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
         self.prefix_is_there(request.request_id)
         load_cost = self.load_cost.pop(request.request_id, None)
+        self._load_began.pop(request.request_id, None)
         given = request.kv_transfer_params or {}
         if not given.get("lend", True) and not given.get("do_remote_prefill"):
             self._stop_heartbeat(request.request_id)

@@ -348,6 +348,8 @@ class DecodeEngine(Engine):
                     stop_reason=completion.stop_reason,
                     kv_bytes=params.get("pulled_bytes", 0),
                     local_tokens=params.get("local_tokens", 0),
+                    load_s=params.get("load_s", 0.0),
+                    rest_load_s=params.get("rest_load_s", 0.0),
                     lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
                 )
         except InvalidInput:

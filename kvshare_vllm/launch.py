@@ -49,6 +49,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "sharing_mode": s.mode,
             "kv_contract": s.contract,
             "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
+            "overlap_loads": s.overlap_loads,
         }
         if s.role == "prefill":
             connector["kv_role"] = _ROLE_OF_SHARED_PREFILL

@@ -35,6 +35,7 @@ class SharedKVScheduler(AsyncScheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._mode = mode_of(self.vllm_config)
+        self._overlaps_loads = self.vllm_config.kv_transfer_config.get_from_extra_config("overlap_loads", True)
         if self._mode.adapters_share_blocks:
             share_blocks_between_adapters()
         self._limit_offered_blocks()
@@ -163,7 +164,8 @@ class SharedKVScheduler(AsyncScheduler):
             both = not loads[request_id]
             if both:
                 del loads[request_id]
-            if both if self.requests[request_id].is_finished() else name == request_id:
+            waits = self.requests[request_id].is_finished() or not self._overlaps_loads
+            if both if waits else name == request_id:
                 ended.add(request_id)
         super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
 

@@ -215,6 +215,8 @@ def _usage(u: TurnUsage) -> pb.Usage:
         decode_replica=u.decode_replica,
         predicted_tokens=u.predicted_tokens,
         own_layers=u.own_layers,
+        kv_load_s=u.load_s,
+        kv_rest_load_s=u.rest_load_s,
     )
 
 

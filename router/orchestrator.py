@@ -340,6 +340,7 @@ class Orchestrator:
                         loading.reschedule(None)
                         computed = len(attempt.prefix.token_ids) - chunk.local_tokens
                         self.layer_choice.took(decoder.pool, computed, attempt.own_layers, time.perf_counter() - called)
+                        usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
                         route.prefill.replicas.succeeded(attempt.source)
                         pool.replicas.succeeded(replica)
                         if session is not None:

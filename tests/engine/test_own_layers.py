@@ -232,6 +232,9 @@ async def test_layers_are_recomputed_while_other_layers_are_still_loading(runnin
     chunks = [chunk for _, chunk, _ in await asyncio.gather(first, other)]
     assert asyncio.get_running_loop().time() - began >= 1.5
     assert [chunk.local_tokens for chunk in chunks] == [0, 4 * BLOCK]
+    assert 0 < chunks[0].load_s < 1.2
+    assert chunks[0].rest_load_s >= 1.5
+    assert (chunks[1].load_s, chunks[1].rest_load_s) == (0, 0)
 
 
 @pytest.mark.parametrize("group", ["1-2", "0-1"])

@@ -1,0 +1,117 @@
+"""What it is worth to compute a decoder's own layers while the other layers' KV is still loading (DroidSpeak's pipelining).
+
+A prefill engine and two decode engines without a router, the decode engines in turn: one begins when what enters its layers is
+there, the other waits for all KV. The times of one turn at a time, from the decode engine's being asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import time
+import uuid
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.small import BLOCK, VOCABULARY
+from kvshare.contract import KVShape
+from kvshare.decoders import ecache_share
+from kvshare.engine_settings import EngineSettings
+from kvshare.layer_group import LayerGroup
+
+WAYS = {"overlapped": True, "one after another": False}
+
+
+async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, advance) -> list[dict]:
+    """Per length, repeat and way: seconds until the loads had ended, and until the first token."""
+    from vllm import SamplingParams
+
+    from kvshare_vllm.engine import DecodeEngine, PrefillEngine
+
+    one = SamplingParams(max_tokens=1, temperature=0.0)
+    prefill_settings = _settings(model, group, max(lengths))
+    decode = replace(prefill_settings, role="decode", model=str(decoder), cpu_cores="1")
+    found = []
+    async with AsyncExitStack() as stack:
+        prefill = await PrefillEngine.start(prefill_settings)
+        stack.callback(prefill.close)
+        engines = {}
+        for way, overlaps in WAYS.items():
+            engines[way] = await DecodeEngine.start(replace(decode, pool=way, overlap_loads=overlaps))
+            stack.callback(engines[way].close)
+        for tokens in lengths:
+            for repeat in range(-1, repeats):  # the first, which shakes hands, does not count
+                rng = random.Random(f"{tokens} {repeat}")
+                prompt = [rng.randrange(VOCABULARY) for _ in range(tokens)]
+                for way in sorted(engines, reverse=bool(repeat % 2)):
+                    handoff = (await prefill.prefill(prompt[:-1], uuid.uuid4().hex)).handoff
+                    began = time.perf_counter()
+                    stream = engines[way].decode(prompt, handoff, one, uuid.uuid4().hex, own_layers=group)
+                    (chunk,) = [chunk async for chunk in stream]
+                    first = time.perf_counter() - began
+                    if repeat >= 0:
+                        times = {"load_s": chunk.load_s, "rest_load_s": chunk.rest_load_s, "first_token_s": first}
+                        found.append({"tokens": tokens, "repeat": repeat, "way": way} | times)
+                    advance()
+    return found
+
+
+def _settings(model: Path, group: LayerGroup, longest: int) -> EngineSettings:
+    shape, kept = KVShape.of(str(model)), (group.transition,) if group.transition else ()
+    token_bytes = shape.bytes_per_token("float32") * (1 + len(kept) * ecache_share(str(model), shape))
+    return EngineSettings(
+        role="prefill",
+        pool="prefill",
+        model=str(model),
+        mode="droidspeak",
+        contract="overlap",
+        dtype="float32",
+        max_model_len=longest + BLOCK,
+        block_size=BLOCK,
+        kv_cache_bytes=int(4 * (longest + BLOCK) * token_bytes),
+        ecache_layers=kept,
+        prefill_ecache_layers=kept,
+        cpu_cores="0",
+        max_num_seqs=4,
+    )
+
+
+def summary(found: list[dict]) -> dict[str, dict]:
+    """Per length: medians by way, and of the pairs, what overlapping took off the time to the first token."""
+    summed: dict[str, dict] = {}
+    for tokens in sorted({turn["tokens"] for turn in found}):
+        of = {way: [turn for turn in found if (turn["tokens"], turn["way"]) == (tokens, way)] for way in WAYS}
+        pairs = list(zip(*([turn["first_token_s"] for turn in of[way]] for way in WAYS), strict=True))
+        times = ("load_s", "rest_load_s", "first_token_s")
+        summed[str(tokens)] = {
+            way: {what: round(statistics.median(turn[what] for turn in of[way]), 4) for what in times} for way in WAYS
+        } | {
+            "gain_s": round(statistics.median(waited - overlapped for overlapped, waited in pairs), 4),
+            "speedup": round(statistics.median(waited / overlapped for overlapped, waited in pairs), 3),
+        }
+    return summed
+
+
+def write_trace(found: list[dict], file: Path) -> None:
+    """The last turn of each length and way, as Chrome trace events (chrome://tracing, Perfetto)."""
+    last = {(turn["tokens"], turn["way"]): turn for turn in found}
+    events: list[dict] = []
+    for process, ((tokens, way), turn) in enumerate(last.items()):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"{tokens} tokens, {way}"}})
+        begins = turn["load_s"] if WAYS[way] else turn["rest_load_s"]
+        spans = [
+            ("load what enters the own layers", 0.0, turn["load_s"]),
+            ("load the other layers' KV", 0.0, turn["rest_load_s"]),
+            ("own layers over the prompt, first token", begins, turn["first_token_s"]),
+        ]
+        for thread, (name, begin, end) in enumerate(spans):
+            place = {"pid": process, "tid": thread, "ts": round(1e6 * begin), "dur": round(1e6 * (end - begin))}
+            events.append({"ph": "X", "name": name, **place})
+    file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, indent=1) + "\n")
+
+
+def measure(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, advance) -> list[dict]:
+    return asyncio.run(turns(model, decoder, group, lengths, repeats, advance))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
+#: What people make of the figures: written by hand, put into the page.
+NOTES = Path(__file__).parent / "accuracy_notes.md"
 
 _WHAT = {
     "base": "the base itself, no training",
@@ -19,7 +21,7 @@ _WHAT = {
 _INTRO = """\
 # What sharing costs in right answers
 
-<!-- Made by `make accuracy`; change benchmarks/accuracy_report.py instead. -->
+<!-- Made by `make accuracy`; change benchmarks/accuracy_report.py or accuracy_notes.md instead. -->
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
 are in percent, with 95 % intervals (Wilson). The difference from full fine-tuning is over the same questions, with the
@@ -50,6 +52,7 @@ def markdown(result: dict) -> str:
         "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be, at 100 % "
         f"it is naive sharing. {result['config']['curve_questions']} questions per point, the same for all; bars: 95 %."
     )
+    parts.append(NOTES.read_text().strip())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     hardware = result["hardware"]
     parts.append(

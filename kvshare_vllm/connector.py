@@ -118,13 +118,16 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def update_connector_output(self, connector_output) -> None:
         super().update_connector_output(connector_output)
-        for name in connector_output.finished_recving or ():
-            request_id = name.removesuffix(REST)
-            if began := self._load_began.get(request_id):
-                what = "load_s" if name == request_id else "rest_load_s"
-                self.load_cost[request_id][what] = time.perf_counter() - began
+        for request_id in connector_output.finished_recving or ():
             if request_id not in self._own_layers:
                 self._load_ended(request_id)
+
+    def time_load(self, name: str) -> None:
+        """One has ended."""
+        request_id = name.removesuffix(REST)
+        if began := self._load_began.get(request_id):
+            what = "load_s" if name == request_id else "rest_load_s"
+            self.load_cost[request_id][what] = time.perf_counter() - began
 
     def prefix_is_there(self, request_id: str) -> None:
         """Of a request whose own layers were still to be computed: others may find its blocks in the cache."""

@@ -156,6 +156,7 @@ class SharedKVScheduler(AsyncScheduler):
         """Of two loads, the first lets the request begin; blocks of one that has ended are freed after both."""
         loads, ended = self.connector.connector_scheduler.loads_left, set()
         for name in kv_connector_output.finished_recving or ():
+            self.connector.connector_scheduler.time_load(name)
             request_id = name.removesuffix(REST)
             if request_id not in loads:
                 ended.add(name)

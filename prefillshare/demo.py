@@ -98,8 +98,8 @@ TURNS = (
            "Give the result as your final answer. Do not include units.", 13),
     _use(BOOK, "Book a ticket from Ullapool to Stornoway for 3 passengers.",
          origin="Ullapool", destination="Stornoway", passengers=3),
-    _solve("There are 50 girls in the park. If there are 2 times the number of boys in the park, how many kids are in the "
-           "park? Give the result as your final answer. Do not include units.", 150),
+    _solve("A ferry carried half as many cars as bicycles. If there were 200 bicycles, calculate the total number of "
+           "vehicles on the ferry. Give the result as your final answer. Do not include units.", 300),
     _use(CANCEL, "Cancel the departure of the ferry Skua on 2026-05-03.", ferry="Skua", date="2026-05-03"),
     Turn("base", "Say in one sentence what this team does."),
 )  # fmt: skip

@@ -32,7 +32,7 @@ from benchmarks.result import write
 from benchmarks.small import MODEL, bars
 from finetuning import output, subjects
 from finetuning.checkpoint import MAY_CHANGE
-from finetuning.evaluate import Difference, difference, offline_answers, score
+from finetuning.evaluate import Difference, difference, evenly, offline_answers, score
 from finetuning.recipe import Recipe, load, parse
 from finetuning.tasks import TASKS, Question, write_transcripts
 from finetuning.train import train
@@ -143,8 +143,7 @@ class Asker:
     def questions(self, suite: str, most: int | None = None) -> list[Question]:
         """`most`: so many of them, evenly spread."""
         questions = TASKS[suite].questions()
-        wanted = min(filter(None, (self._most, most, len(questions))))
-        return [questions[number * len(questions) // wanted] for number in range(wanted)]
+        return evenly(questions, min(filter(None, (self._most, most, len(questions)))))
 
     def right(
         self, row: Row, decoder: Path | None, suite: str, progress: Progress, share: float = 1.0, most: int | None = None

@@ -16,6 +16,7 @@ The arithmetic limit of the first is layers / layers recomputed. The last line i
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import statistics
 import tempfile
@@ -127,9 +128,8 @@ def main() -> None:
                 by_mode[mode] = first_tokens(client, mode, args.tokens, args.repeats, advance)
             console.print(f"{mode}: {by_mode[mode]}")
         task = progress.add_task("overlap", total=len(args.tokens) * (args.repeats + 1) * len(droidspeak_overlap.WAYS))
-        overlap = droidspeak_overlap.measure(
-            model, decoder, group, args.tokens, args.repeats, lambda: progress.advance(task)
-        )
+        turns = droidspeak_overlap.turns(model, decoder, group, args.tokens, args.repeats, lambda: progress.advance(task))
+        overlap = asyncio.run(turns)
         droidspeak_overlap.write_trace(overlap, RESULTS / "droidspeak_trace.json")
         console.print(by_overlap := droidspeak_overlap.summary(overlap))
         sessions = throughput(model, Path(folder) / "adapters", args.layers, args, progress)

@@ -6,7 +6,6 @@ there, the other waits for all KV. The times of one turn at a time, from the dec
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import statistics
@@ -111,7 +110,3 @@ def write_trace(found: list[dict], file: Path) -> None:
             place = {"pid": process, "tid": thread, "ts": round(1e6 * begin), "dur": round(1e6 * (end - begin))}
             events.append({"ph": "X", "name": name, **place})
     file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, indent=1) + "\n")
-
-
-def measure(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, advance) -> list[dict]:
-    return asyncio.run(turns(model, decoder, group, lengths, repeats, advance))

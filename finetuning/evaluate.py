@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from finetuning.generate import generate
 from finetuning.subjects import Subject
@@ -17,6 +18,8 @@ from finetuning.tasks import Question, Task
 from kvshare.layer_group import LayerGroup
 from prefillshare.client import Client
 from router.chat import ChatLayout
+
+T = TypeVar("T")
 
 Advance = Callable[[int], None]
 
@@ -72,6 +75,12 @@ class Difference:
 def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     pairs = list(zip(first, second, strict=True))
     return Difference(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly spread, in order."""
+    count = min(most, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def offline_answers(

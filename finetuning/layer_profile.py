@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers import DynamicCache
 
 from finetuning.conditioned import own_layers, plain
-from finetuning.evaluate import offline_answers
+from finetuning.evaluate import evenly, offline_answers
 from finetuning.log import bars
 from finetuning.subjects import Subject
 from finetuning.transcripts import Example
@@ -198,8 +198,7 @@ def profile(
 ) -> LayerProfile:
     """Of `decoder`, loaded as `subject`, on at most so many of the transcripts that were `found` in `data`, evenly spread. What
     has been measured stands beside the decoder until `keep`."""
-    count = min(most, len(found))
-    examples = [found[number * len(found) // count] for number in range(count)]
+    examples = evenly(found, most)
     weights = fingerprint.weights(base), fingerprint.weights(decoder)
     measured = Measured(_measured(decoder), run_of(*weights, examples))
     profiler = Profiler(subject.base.model, subject.decoder, examples, measured, console)

@@ -42,7 +42,8 @@ from router.in_progress import InProgress
 from router.layer_choice import LayerChoice
 from router.pools import Pool
 from router.prefix import Prefix
-from router.replicas import CALL_ERRORS, answer
+from router.releases import Releases
+from router.replicas import answer
 from router.service_rate import MeanRatio
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Orchestrator:
         self._watch_capacity()
         self.in_progress = InProgress(metrics)
         self.draining = False
-        self._releases: set[asyncio.Task] = set()
+        self._releases = Releases()
         self.layer_choice = LayerChoice()
         #: Seconds per token that the shared pool has lately computed.
         self.compute_s = MeanRatio(time.monotonic)
@@ -362,7 +363,7 @@ class Orchestrator:
             if stream is not None:
                 stream.cancel()
             elif handoff is not None:
-                self._release_later(pool, handoff, request_id)
+                self._releases.have_released(pool, handoff, request_id)
 
     @asynccontextmanager
     async def _loading(self) -> AsyncIterator[asyncio.Timeout]:
@@ -377,23 +378,6 @@ class Orchestrator:
                 raise
             text = f"no token within {self._load_timeout_s:g} s of the handoff (cluster.kv_load_timeout_s)"
             raise PrefixLost(text, reason=ResumeReason.KV_LOAD_FAILED) from None
-
-    def _release_later(self, pool: Pool, handoff: Handoff, request_id: str) -> None:
-        """Nobody will read this handoff: have any decode replica say so. If none can, the lease ends by itself."""
-        usable = pool.replicas.usable()
-        if not usable:
-            return
-
-        async def release() -> None:
-            try:
-                async with asyncio.timeout(handoff.lease_s):
-                    await pool.replicas.on(usable[0].id).release.remote(handoff, request_id)
-            except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
-                logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error)
-
-        task = asyncio.create_task(release())
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""

@@ -1,0 +1,32 @@
+"""Handoffs that nobody will read: their leases are ended early, behind the turn's back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvshare.errors import PrefillShareError
+from kvshare.handoff import Handoff
+from router.pools import Pool
+from router.replicas import CALL_ERRORS
+
+logger = logging.getLogger(__name__)
+
+
+class Releases:
+    def __init__(self):
+        self._under_way: set[asyncio.Task] = set()
+
+    def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
+        """Have any decode replica say that nobody will read it. If none can, the lease ends by itself."""
+        if usable := decode.replicas.usable():
+            task = asyncio.create_task(self._release(decode, usable[0].id, handoff, request_id))
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+    async def _release(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
+        try:
+            async with asyncio.timeout(handoff.lease_s):
+                await decode.replicas.on(replica).release.remote(handoff, request_id)
+        except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
+            logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error)

@@ -1,7 +1,8 @@
 """Base KV of the training prompts, computed once: the base is frozen, so an example's KV is the same in every epoch.
 
 One file per example, up to a budget; the first that come are kept, as every epoch asks for all of them once. What has no
-room is computed again. Each is computed alone, so that it does not depend on what it is batched with.
+room is computed again. Each is computed alone, so that it does not depend on what it is batched with; only where nothing is
+kept at all, those of a batch are computed side by side (much faster on a GPU, the same but for rounding).
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _SUFFIX = ".safetensors"
 
 
 class BaseKVStore:
-    """`compute`: token ids -> KV of all of them. `folder`: of this base and dtype only; what is there already counts."""
+    """`compute`: contexts -> KV of each. `folder`: of this base and dtype only; what is there already counts."""
 
-    def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[int]], LayersKV]):
+    def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[Sequence[int]]], list[LayersKV]]):
         self._folder, self._budget, self._compute = folder, budget_bytes, compute
+        self._keeps = budget_bytes > 0
         folder.mkdir(parents=True, exist_ok=True)
         self._sizes = {file.stem: file.stat().st_size for file in folder.glob(f"*{_SUFFIX}")}
         self._used = sum(self._sizes.values())
@@ -39,7 +41,14 @@ class BaseKVStore:
     def used_bytes(self) -> int:
         return self._used
 
-    def get(self, token_ids: Sequence[int]) -> LayersKV:
+    def get(self, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
+        """Of each context, given as token ids."""
+        if not self._keeps and not self._sizes:
+            self.computed_tokens += sum(map(len, contexts))
+            return self._compute(contexts)
+        return [self._one(context) for context in contexts]
+
+    def _one(self, token_ids: Sequence[int]) -> LayersKV:
         name = hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16).hexdigest()
         file = self._folder / f"{name}{_SUFFIX}"
         if name in self._sizes:
@@ -47,7 +56,7 @@ class BaseKVStore:
             kv = load_file(file)["kv"]
             return [(layer[0], layer[1]) for layer in kv]
         self.computed_tokens += len(token_ids)
-        kv = self._compute(token_ids)
+        (kv,) = self._compute([token_ids])
         self._keep(name, file, kv)
         return kv
 

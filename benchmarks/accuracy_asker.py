@@ -1,0 +1,112 @@
+"""Answers of rows on suites, kept in files: one per decoder's weights, way of seeing, and questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks import accuracy_rows
+from benchmarks.accuracy_rows import Row
+from finetuning import subjects
+from finetuning.evaluate import evenly, offline_answers
+from finetuning.tasks import TASKS, Question
+from finetuning.transcripts import stop_ids
+from kvshare import fingerprint
+from kvshare.layer_group import LayerGroup, layer_group
+from kvshare.layer_profile import LayerProfile
+
+#: As decoders are served on GPUs; half the time of float32 on CPUs.
+DTYPE = torch.bfloat16
+#: Memory for the base's KV of the questions, which all rows but one are asked over.
+KEPT_BYTES = 6 * 2**30
+
+
+class Asker:
+    """`questions`: of each suite, at most, evenly spread."""
+
+    def __init__(self, base: Path, questions: int | None, batch_size: int, device: str):
+        self._base, self._most, self._batch, self._device = base, questions, batch_size, device
+        self._tokenizer = AutoTokenizer.from_pretrained(base)
+        self._stops = stop_ids(base, self._tokenizer)
+        self._frozen: subjects.FrozenBase | None = None
+        self._subject: tuple[tuple, subjects.Subject] | None = None
+
+    def questions(self, suite: str, most: int | None = None) -> list[Question]:
+        """`most`: so many of them, evenly spread."""
+        questions = TASKS[suite].questions()
+        return evenly(questions, min(filter(None, (self._most, most, len(questions)))))
+
+    def right(
+        self,
+        row: Row,
+        decoder: Path | None,
+        suite: str,
+        share: float = 1.0,
+        most: int | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[bool]:
+        """Per question, whether its answer is right."""
+        questions, group = self.questions(suite, most), self._group(row, decoder)
+        seen = row.method + (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
+        weights = fingerprint.weights(self._base), fingerprint.weights(decoder or self._base)
+        key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
+        file = accuracy_rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
+        given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
+        missing = [q for q in questions if (q.name, asked[q.name]) not in given]
+        missing.sort(key=lambda question: sum(len(message["content"]) for message in question.messages))
+        advance(len(questions) - len(missing))
+        for first in range(0, len(missing), self._batch):  # answers are kept after every batch
+            part = missing[first : first + self._batch]
+            answers = offline_answers(
+                self._load(row, decoder), TASKS[suite], part, self._tokenizer, stop_ids=self._stops, device=self._device,
+                batch_size=self._batch, base_share=share, own_layers=group, advance=advance,
+            )  # fmt: skip
+            new = {(q.name, asked[q.name]): answer for q, answer in zip(part, answers, strict=True)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as stream:
+                lines = [{"question": name, "messages": digest, "answer": answer} for (name, digest), answer in new.items()]
+                stream.write("".join(json.dumps(line) + "\n" for line in lines))
+            given |= new
+        return [q.is_right(given[q.name, asked[q.name]]) for q in questions]
+
+    def subject(self, row: Row, decoder: Path | None) -> subjects.Subject:
+        if self._frozen is None:
+            self._frozen = subjects.load_base(self._base, DTYPE, self._device, kept_bytes=KEPT_BYTES)
+        return subjects.load(
+            row.name, self._base, decoder, row.method, dtype=DTYPE, device=self._device, frozen=self._frozen
+        )
+
+    def _load(self, row: Row, decoder: Path | None) -> subjects.Subject:
+        if self._subject is None or self._subject[0] != (decoder, row.method):
+            self._subject = None  # two would not fit everywhere
+            self._subject = ((decoder, row.method), self.subject(row, decoder))
+        return self._subject[1]
+
+    def _group(self, row: Row, decoder: Path | None) -> LayerGroup | None:
+        return layer_group(best_group(LayerProfile.read(decoder, self._base), row.layers)) if row.layers else None
+
+
+def best_group(profile: LayerProfile, share: float) -> str:
+    """Of at most that share of the layers, the group of least divergence."""
+    return [point for point in profile.frontier if point.size <= share * profile.layers][-1].layers
+
+
+def _lines(file: Path) -> dict[tuple[str, str], str]:
+    """Question and digest of its messages -> answer. A run may have been ended while it wrote a line: it is cut off."""
+    if not file.is_file():
+        return {}
+    text = file.read_text()
+    if rest := text[text.rfind("\n") + 1 :]:
+        os.truncate(file, len((text[: -len(rest)]).encode()))
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+    return {(line["question"], line["messages"]): line["answer"] for line in lines}
+
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ Many hours on two cores, minutes on a GPU with --jobs 8. Whatever is done stays 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -31,8 +32,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks import accuracy_report
-from benchmarks.accuracy_asker import Asker
-from benchmarks.accuracy_rows import CURVE, OTHERS, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study
+from benchmarks.accuracy_asker import KEPT_BYTES, Asker
+from benchmarks.accuracy_rows import CURVE, OTHERS, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, UNTRAINED, Row, Study
 from benchmarks.result import write
 from benchmarks.small import MODEL, bars
 from finetuning import layer_profile, layer_profile_report, output, transcripts
@@ -47,7 +48,7 @@ from kvshare.layer_profile import FILE as PROFILE_FILE
 from prefillshare.models import fetch
 
 #: Transcripts by which a decoder's layers are profiled; of another seed than its training data.
-PROFILED, PROFILE_SEED = 32, 1
+PROFILED, PROFILE_SEED = 12, 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Settings:
     questions: int | None
     curve_questions: int
     batch_size: int
+    jobs: int
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,27 @@ def all_done(work: Iterable[Work], settings: Settings, pool: Executor | None, co
         return
     with bars(console) as progress:
         bar = progress.add_task("pieces of work", total=len(work))
-        begun = {pool.submit(piece.function, settings, Console(quiet=True), *piece.arguments): piece for piece in work}
+        begun = {pool.submit(_quietly, piece, settings): piece for piece in work}
         for future in as_completed(begun):
             future.result()
             progress.console.print(f"done: {begun[future].title}")
             progress.advance(bar)
 
 
+def _quietly(piece: Work, settings: Settings) -> None:
+    """In a process of the pool; a GPU's memory is given back to the others."""
+    piece.function(settings, Console(quiet=True), *piece.arguments)
+    if settings.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def made_data(study: Study, console: Console) -> None:
-    """The study's transcripts, and the parts of them that trainings see."""
+    """The study's transcripts."""
     file = Path(load(study.recipe).train)
     if not file.is_file():
         made = write_transcripts([TASKS[study.data]], file, study.transcripts, others=OTHERS)
         console.print(f"{made} transcripts in {file}")
-    for training in TRAININGS.values():
-        part = Path(training.recipe(study).train)
-        if study.name in training.studies and not part.is_file():
-            part.write_text("".join(file.read_text().splitlines(keepends=True)[:: training.part]))
 
 
 def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
@@ -117,12 +123,12 @@ def _for(device: str, recipe: Recipe) -> dict:
     """A GPU computes KV faster than a disk gives it back, and steps of more transcripts at once."""
     if device != "cuda":
         return {}
-    return {"base_kv_gib": 0.0, "micro_batch_size": min(recipe.batch_size, 16 if recipe.weights == "lora" else 8)}
+    return {"base_kv_gib": 0.0, "micro_batch_size": recipe.batch_size // (1 if recipe.how.base_prompt else 2)}
 
 
 def profiled(settings: Settings, console: Console, study: Study) -> None:
-    """Measures which layers the ordinary fine-tune should compute itself, on transcripts it has not learnt from."""
-    recipe = TRAININGS[REFERENCE].recipe(study)
+    """Measures which layers the ordinary adapter should compute itself, on transcripts it has not learnt from."""
+    recipe = TRAININGS[UNTRAINED].recipe(study)
     folder, file = Path(recipe.output), Path(recipe.train).with_name(f"{study.name}-profile.jsonl")
     if (folder / PROFILE_FILE).is_file():
         return
@@ -131,7 +137,7 @@ def profiled(settings: Settings, console: Console, study: Study) -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     stops = transcripts.stop_ids(settings.base, tokenizer)
     found, _ = transcripts.read(file, tokenizer, stops, recipe.max_tokens)
-    subject = _asker(settings).subject(Row("profile", "", REFERENCE, "prefillshare"), folder)
+    subject = _asker(settings).subject(Row("profile", "", UNTRAINED, "prefillshare"), folder)
     made = layer_profile.profile(settings.base, folder, subject, file, found, PROFILED, console)
     layer_profile.keep(made, folder)
     console.print(layer_profile_report.table(made))
@@ -151,16 +157,12 @@ def answer(settings: Settings, study: Study, row: Row, suite: str, share: float 
 
 @cache
 def _asker(settings: Settings) -> Asker:
-    return Asker(settings.base, settings.questions, settings.batch_size, settings.device)
-
-
-def rows_of(study: Study) -> list[Row]:
-    return [row for row in ROWS if row.is_of(study)]
+    return Asker(settings.base, settings.questions, settings.batch_size, settings.device, KEPT_BYTES // settings.jobs)
 
 
 def points_of(study: Study) -> list[tuple[Row, float]]:
     """Of the collapse curve, asked of the study's first suite."""
-    return [(row, share) for row in rows_of(study) if row.name in CURVE for share in (SHARES if row.training else SHARES[-1:])]
+    return [(row, share) for row in ROWS if row.name in CURVE for share in (SHARES if row.training else SHARES[-1:])]
 
 
 def trainings_of(study: Study, console: Console) -> list[Work]:
@@ -168,16 +170,15 @@ def trainings_of(study: Study, console: Console) -> list[Work]:
     return [
         Work(f"{study.name}: {training.name}", trained, (training.recipe(study),))
         for training in TRAININGS.values()
-        if study.name in training.studies
     ]
 
 
 def questions_of(study: Study, settings: Settings) -> list[Work]:
-    whole = [(row, suite, 1.0, None) for suite in study.suites for row in rows_of(study)]
+    whole = [(row, suite, 1.0, None) for suite in study.suites for row in ROWS]
     parts = [(row, study.suites[0], share, settings.curve_questions) for row, share in points_of(study)]
     return [
         Work(f"{study.name}: {row.name}, {suite}, {share:.0%}", asked, (study, row, suite, share, most))
-        for row, suite, share, most in whole + parts
+        for row, suite, share, most in sorted(whole + parts, key=lambda asked: not asked[0].all_weights)
     ]
 
 
@@ -185,22 +186,21 @@ def figures_of(study: Study, settings: Settings) -> dict:
     """Per suite: rows and curves, from what has been done. Raises SystemExit for decoders that are not comparable."""
     trainings = {}
     for training in TRAININGS.values():
-        if study.name in training.studies:
-            recipe = training.recipe(study)
-            figures = json.loads((Path(recipe.output) / "figures.json").read_text())
-            trainings[training.name] = figures | {"epochs": recipe.epochs, "part": training.part}
-    if len({figures["transcripts"] for figures in trainings.values() if figures["part"] == 1}) > 1:
+        recipe = training.recipe(study)
+        figures = json.loads((Path(recipe.output) / "figures.json").read_text())
+        trainings[training.name] = figures | {"epochs": recipe.epochs}
+    if len({figures["transcripts"] for figures in trainings.values()}) > 1:
         raise SystemExit(f"the decoders of {study.name} have learnt from unequal data: {trainings}")
     suites = {}
     for suite in study.suites:
-        answers = {row.name: answer(settings, study, row, suite) for row in rows_of(study)}
+        answers = {row.name: answer(settings, study, row, suite) for row in ROWS}
         suites[suite] = {"rows": {name: _figures(right, answers[REFERENCE]) for name, right in answers.items()}}
     curve: dict[str, list[dict]] = {}
     for row, share in points_of(study):
         right = answer(settings, study, row, study.suites[0], share, settings.curve_questions)
         curve.setdefault(row.name, []).append({"share": share} | _shares(right))
     suites[study.suites[0]]["curve"] = curve
-    profile = json.loads((Path(TRAININGS[REFERENCE].recipe(study).output) / PROFILE_FILE).read_text())
+    profile = json.loads((Path(TRAININGS[UNTRAINED].recipe(study).output) / PROFILE_FILE).read_text())
     data = {"suite": study.data, "transcripts": study.transcripts}
     return {"suites": suites, "trainings": trainings, "data": data, "profile": profile}
 
@@ -230,7 +230,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings, and rows asked, at the same time (default: 1)")
     args = parser.parse_args()
     console = Console(stderr=True)
-    settings = Settings(fetch(MODEL), device_of(args.device), args.questions or None, args.curve_questions, args.batch_size)
+    settings = Settings(
+        fetch(MODEL), device_of(args.device), args.questions or None, args.curve_questions, args.batch_size, args.jobs
+    )
     studies = [STUDIES[name] for name in args.studies]
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     pool = None
@@ -238,9 +240,11 @@ def main() -> None:
         pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
         all_done([work for study in studies for work in trainings_of(study, console)], settings, pool, console)
-        profiles = [Work(f"{study.name}: layers of {REFERENCE}", profiled, (study,)) for study in studies]
-        all_done(profiles, settings, pool, console)
-        all_done([work for study in studies for work in questions_of(study, settings)], settings, pool, console)
+        profiles = [Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,)) for study in studies]
+        questions = [work for study in studies for work in questions_of(study, settings)]
+        needs_profile = [work for work in questions if work.arguments[1].layers]
+        all_done([*profiles, *(work for work in questions if work not in needs_profile)], settings, pool, console)
+        all_done(needs_profile, settings, pool, console)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)

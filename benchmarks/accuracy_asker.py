@@ -25,13 +25,15 @@ from kvshare.layer_profile import LayerProfile
 DTYPE = torch.bfloat16
 #: Memory for the base's KV of the questions, which all rows but one are asked over.
 KEPT_BYTES = 6 * 2**30
+WEIGHTS = "weights.fingerprint"
 
 
 class Asker:
     """`questions`: of each suite, at most, evenly spread."""
 
-    def __init__(self, base: Path, questions: int | None, batch_size: int, device: str):
+    def __init__(self, base: Path, questions: int | None, batch_size: int, device: str, kept_bytes: int = KEPT_BYTES):
         self._base, self._most, self._batch, self._device = base, questions, batch_size, device
+        self._kept_bytes = kept_bytes
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._stops = stop_ids(base, self._tokenizer)
         self._frozen: subjects.FrozenBase | None = None
@@ -54,7 +56,7 @@ class Asker:
         """Per question, whether its answer is right."""
         questions, group = self.questions(suite, most), self._group(row, decoder)
         seen = row.method + (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
-        weights = fingerprint.weights(self._base), fingerprint.weights(decoder or self._base)
+        weights = weights_of(self._base), weights_of(decoder or self._base)
         key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
         file = accuracy_rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
         given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
@@ -77,7 +79,7 @@ class Asker:
 
     def subject(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._frozen is None:
-            self._frozen = subjects.load_base(self._base, DTYPE, self._device, kept_bytes=KEPT_BYTES)
+            self._frozen = subjects.load_base(self._base, DTYPE, self._device, kept_bytes=self._kept_bytes)
         return subjects.load(
             row.name, self._base, decoder, row.method, dtype=DTYPE, device=self._device, frozen=self._frozen
         )
@@ -90,6 +92,18 @@ class Asker:
 
     def _group(self, row: Row, decoder: Path | None) -> LayerGroup | None:
         return layer_group(best_group(LayerProfile.read(decoder, self._base), row.layers)) if row.layers else None
+
+
+def weights_of(folder: Path) -> str:
+    """Fingerprint of a model's or an adapter's weights. It is kept beside them: they are large, and may be removed once they
+    have answered all questions."""
+    file = folder / WEIGHTS
+    if not any(folder.glob("*.safetensors")):
+        return file.read_text()
+    found = fingerprint.weights(folder)
+    if folder.is_relative_to(accuracy_rows.RUNS) and (not file.is_file() or file.read_text() != found):
+        file.write_text(found)
+    return found
 
 
 def best_group(profile: LayerProfile, share: float) -> str:

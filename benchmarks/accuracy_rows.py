@@ -31,52 +31,38 @@ class Study:
 STUDIES = {
     study.name: study
     for study in (
-        Study("tools", "bfcl_simple_python", 5000, ("bfcl_simple_python", "bfcl_multiple")),
-        Study("arithmetic", "arithmetic", 4000, ("arithmetic",)),
+        Study("tools", "bfcl_simple_python", 3600, ("bfcl_simple_python", "bfcl_multiple")),
+        Study("arithmetic", "arithmetic", 2600, ("arithmetic",)),
     )
 }
 
 
 @dataclass(frozen=True)
 class Training:
-    """`changes`: what its recipe has that the study's has not; none: the adapter in adapters/. `part`: of the study's data it
-    sees only one in so many transcripts, so many times as often. `studies`: those it is made for."""
+    """`changes`: what its recipe has that the study's has not; none: the adapter in adapters/."""
 
     name: str
     changes: dict = field(default_factory=dict)
-    part: int = 1
-    studies: tuple[str, ...] = tuple(STUDIES)
 
     def recipe(self, study: Study) -> Recipe:
         recipe = load(study.recipe)
-        if not self.changes and self.part == 1:
+        if not self.changes:
             return recipe
         folder = RUNS / study.name / self.name.replace(", ", "-").replace(" ", "-").lower()
-        settings = recipe.model_dump(mode="json") | self.changes | {"output": str(folder)}
-        if self.part > 1:
-            whole = Path(recipe.train)
-            part = whole.with_name(f"{whole.stem}-part-{self.part}{whole.suffix}")
-            settings |= {"train": str(part), "epochs": recipe.epochs * self.part}
-        return parse(settings)
+        return parse(recipe.model_dump(mode="json") | self.changes | {"output": str(folder)})
 
 
 FULL = {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # small steps at a time: half the memory
-RANK = {"lora": {"rank": 64, "alpha": 128, "saved_as": "bfloat16"}, "learning_rate": 5e-4}
-ICARUS = {"method": "icarus"}
 ORDINARY = {"method": "ordinary"}
-PART = 6
 
 TRAININGS = {
     training.name: training
     for training in (
         Training("full fine-tuning", FULL | ORDINARY),
+        Training("LoRA fine-tuning", ORDINARY),
         Training("PrefillShare, LoRA"),
         Training("PrefillShare, full", FULL),
-        Training("ICaRus", ICARUS),
-        Training("PrefillShare, LoRA of rank 64", RANK),
-        Training("ICaRus of rank 64", ICARUS | RANK),
-        Training("full fine-tuning, a sixth of the data", FULL | ORDINARY, PART, ("tools",)),
-        Training("PrefillShare, LoRA, a sixth of the data", {}, PART, ("tools",)),
+        Training("ICaRus", {"method": "icarus"}),
     )
 }
 
@@ -92,33 +78,31 @@ class Row:
     method: str
     layers: float = 0.0
 
-    def is_of(self, study: Study) -> bool:
-        return self.training is None or study.name in TRAININGS[self.training].studies
+    @property
+    def all_weights(self) -> bool:
+        return self.training is not None and "weights" in TRAININGS[self.training].changes
 
 
 REFERENCE = "full fine-tuning"
 NAIVE = "naive sharing"
-#: Shares of the layers, each a row.
+#: The ordinary fine-tune that DroidSpeak serves, and the shares of the layers that it computes itself, each a row.
+UNTRAINED = "LoRA fine-tuning"
 LAYERS = (0.1, 0.25, 0.5)
 ROWS = (
     Row("base", "the base itself, no training", None, "ordinary"),
     Row(REFERENCE, "all weights trained in the ordinary way; its own KV", REFERENCE, "ordinary"),
-    Row(NAIVE, "the same weights, fed base KV of the prompt (DroidSpeak's full reuse)", REFERENCE, "prefillshare"),
-    *(
-        Row(f"DroidSpeak, {share:.0%} of the layers", "the same weights: their own KV of the prompt in the best group of at "
-            "most so many layers, the base's in the others", REFERENCE, "prefillshare", share)
-        for share in LAYERS
-    ),
+    Row(NAIVE, "the same weights, fed base KV of the prompt", REFERENCE, "prefillshare"),
     Row("PrefillShare, LoRA", "an adapter of rank 8 trained over base KV of the prompt; the one in adapters/",
         "PrefillShare, LoRA", "prefillshare"),
-    Row("PrefillShare, LoRA of rank 64", "the same, eight times as large", "PrefillShare, LoRA of rank 64", "prefillshare"),
     Row("PrefillShare, full", "all weights trained over base KV of the prompt", "PrefillShare, full", "prefillshare"),
     Row("ICaRus", "an adapter of rank 8 on q, o and the MLP, trained over base KV of everything", "ICaRus", "icarus"),
-    Row("ICaRus of rank 64", "the same, eight times as large", "ICaRus of rank 64", "icarus"),
-    Row("full fine-tuning, a sixth of the data", f"as many steps over one transcript in {PART}",
-        "full fine-tuning, a sixth of the data", "ordinary"),
-    Row("PrefillShare, LoRA, a sixth of the data", f"as many steps over one transcript in {PART}",
-        "PrefillShare, LoRA, a sixth of the data", "prefillshare"),
+    Row(UNTRAINED, "an adapter of rank 8 trained in the ordinary way; its own KV", UNTRAINED, "ordinary"),
+    *(
+        Row(f"DroidSpeak, {share:.0%} of the layers", "the same adapter: its own KV of the prompt in the best group of at most "
+            "so many layers, the base's in the others", UNTRAINED, "prefillshare", share)
+        for share in LAYERS
+    ),
+    Row("DroidSpeak, full reuse", "the same adapter, fed base KV of the prompt", UNTRAINED, "prefillshare"),
 )  # fmt: skip
 
 #: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.

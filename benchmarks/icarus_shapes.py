@@ -111,6 +111,7 @@ def step(model: Model, system: str, tokens: torch.Tensor, cache: list) -> torch.
 
 def captured(function: Callable[[], torch.Tensor]) -> torch.cuda.CUDAGraph:
     warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
         for _ in range(3):
             function()

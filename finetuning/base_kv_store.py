@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finetuning.conditioned import LayersKV
+from finetuning.conditioned import LayersKV, side_by_side
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ _SUFFIX = ".safetensors"
 
 
 class BaseKVStore:
-    """`compute`: contexts -> KV of each. `folder`: of this base and dtype only; what is there already counts."""
+    """`compute`: contexts -> their KV, side by side. `folder`: of this base and dtype only; what is there already counts."""
 
-    def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[Sequence[int]]], list[LayersKV]]):
+    def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[Sequence[int]]], LayersKV]):
         self._folder, self._budget, self._compute = folder, budget_bytes, compute
         self._keeps = budget_bytes > 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,27 +41,26 @@ class BaseKVStore:
     def used_bytes(self) -> int:
         return self._used
 
-    def get(self, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
-        """Of each context, given as token ids."""
+    def get(self, contexts: Sequence[Sequence[int]]) -> LayersKV:
+        """Of contexts, given as token ids: [contexts, KV heads, tokens of the longest, head size]."""
         if not self._keeps and not self._sizes:
             self.computed_tokens += sum(map(len, contexts))
             return self._compute(contexts)
-        return [self._one(context) for context in contexts]
+        return side_by_side([self._one(context) for context in contexts])
 
     def _one(self, token_ids: Sequence[int]) -> LayersKV:
         name = hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16).hexdigest()
         file = self._folder / f"{name}{_SUFFIX}"
         if name in self._sizes:
             self.read_tokens += len(token_ids)
-            kv = load_file(file)["kv"]
-            return [(layer[0], layer[1]) for layer in kv]
+            return [(keys, values) for keys, values in load_file(file)["kv"]]
         self.computed_tokens += len(token_ids)
-        (kv,) = self._compute([token_ids])
+        kv = self._compute([token_ids])
         self._keep(name, file, kv)
-        return kv
+        return [(keys.cpu(), values.cpu()) for keys, values in kv]
 
     def _keep(self, name: str, file: Path, kv: LayersKV) -> None:
-        """[layers, 2, KV heads, tokens, head size], if there is room. By rename: a file is whole or not there."""
+        """[layers, 2, 1, KV heads, tokens, head size], if there is room. By rename: a file is whole or not there."""
         size = 2 * len(kv) * kv[0][0].nbytes
         if self._used + size > self._budget:
             return

@@ -19,7 +19,7 @@ from finetuning.methods import Method, View
 from finetuning.transcripts import Example
 from kvshare.layer_group import LayerGroup
 
-#: Keys and values per layer, each [KV heads, tokens, head size].
+#: Keys and values per layer, each [contexts, KV heads, tokens, head size].
 LayersKV = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -59,15 +59,23 @@ class Batch:
 
 
 @torch.no_grad()
-def base_kv(base, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
-    """The frozen base's KV of each context, in one forward pass without its language-model head."""
+def base_kv(base, contexts: Sequence[Sequence[int]]) -> LayersKV:
+    """The frozen base's KV of contexts, in one forward pass without its language-model head: [contexts, KV heads, tokens of the
+    longest, head size]; what stands behind a context's end is anything."""
     longest = max(map(len, contexts))
     ids = torch.stack([pad(torch.tensor(list(context)), (0, longest - len(context))) for context in contexts])
     cache = plain(base).model(ids.to(next(base.parameters()).device), use_cache=True).past_key_values
-    return [
-        [(layer.keys[row, :, : len(context)], layer.values[row, :, : len(context)]) for layer in cache.layers]
-        for row, context in enumerate(contexts)
-    ]
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def side_by_side(kvs: Sequence[LayersKV]) -> LayersKV:
+    """Of contexts, each [1, KV heads, tokens, head size], as `base_kv` gives it."""
+    longest = max(kv[0][0].shape[2] for kv in kvs)
+
+    def stack(layer, which: int) -> torch.Tensor:
+        return torch.cat([pad(kv[which], (0, 0, 0, longest - kv[which].shape[2])) for kv in layer])
+
+    return [(stack(layer, 0), stack(layer, 1)) for layer in zip(*kvs, strict=True)]
 
 
 @torch.no_grad()
@@ -81,17 +89,17 @@ def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup) -> LayersKV:
     return [(layer.keys, layer.values) for layer in own.layers[group.first :]]
 
 
-def make_batch(method: Method, examples: Sequence[Example], kvs: Sequence[LayersKV], device: torch.device | str) -> Batch:
-    """`kvs`: base KV of each example's leading `base_tokens` at least; not looked at by methods that see none."""
+def make_batch(method: Method, examples: Sequence[Example], kv: LayersKV | None, device: torch.device | str) -> Batch:
+    """`kv`: the base's of the examples' leading `base_tokens` at least; not looked at by methods that see none."""
     views = [method.view(example) for example in examples]
     most_inputs, most_base = max(len(v.inputs) for v in views), max(v.base_tokens for v in views)
     rows = [_row(example, view, most_inputs, most_base) for example, view in zip(examples, views, strict=True)]
     input_ids, positions, labels, mask = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
-    kv = None
+    seen = None
     if most_base:
-        kv = SharedKV([_side_by_side(layer, most_base, device) for layer in zip(*kvs, strict=True)],
-                      own_is_seen=views[0].own_seen is not None)  # fmt: skip
-    return Batch(input_ids, positions, labels, mask[:, None], kv)
+        layers = [tuple(of[:, :, :most_base].to(device, non_blocking=True) for of in layer) for layer in kv]
+        seen = SharedKV(layers, own_is_seen=views[0].own_seen is not None)
+    return Batch(input_ids, positions, labels, mask[:, None], seen)
 
 
 def _row(example: Example, view: View, inputs: int, base: int) -> tuple[torch.Tensor, ...]:
@@ -104,15 +112,6 @@ def _row(example: Example, view: View, inputs: int, base: int) -> tuple[torch.Te
     mask = torch.cat(seen, dim=1)
     mask[len(view.inputs) :, 0] = True  # a row that sees nothing would be no number
     return pad(ids[view.inputs], (0, missing)), pad(view.inputs, (0, missing)), pad(labels, (0, missing), value=-100), mask
-
-
-def _side_by_side(layer: Sequence[tuple[torch.Tensor, torch.Tensor]], tokens: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's KV of all examples: [B, KV heads, tokens, head size]."""
-    def stack(which: int) -> torch.Tensor:
-        there = [kv[which][:, :tokens].to(device, non_blocking=True) for kv in layer]
-        return torch.stack([pad(kv, (0, 0, 0, tokens - kv.shape[1])) for kv in there])
-
-    return stack(0), stack(1)
 
 
 def hidden_states(decoder, input_ids, positions, mask, kv, *, use_cache: bool = False) -> torch.Tensor:

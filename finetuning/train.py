@@ -46,8 +46,8 @@ class Decoder:
         if recipe.gradient_checkpointing:
             conditioned.allow_checkpointing(self.model)
 
-    def base_kv(self, contexts: Sequence[Sequence[int]]) -> list[LayersKV]:
-        """KV of the frozen base, of each context."""
+    def base_kv(self, contexts: Sequence[Sequence[int]]) -> LayersKV:
+        """KV of the frozen base."""
         if not self._adapter:
             return conditioned.base_kv(self._base, contexts)
         training = self.model.training
@@ -74,11 +74,11 @@ class Feeder:
     def micro_batches(self, examples: Sequence[Example]):
         for first in range(0, len(examples), self._size):
             part = examples[first : first + self._size]
-            yield conditioned.make_batch(self._method, part, self._kvs(part), self._decoder.device)
+            yield conditioned.make_batch(self._method, part, self._kv(part), self._decoder.device)
 
-    def _kvs(self, examples: Sequence[Example]) -> list[LayersKV]:
+    def _kv(self, examples: Sequence[Example]) -> LayersKV | None:
         if not self._method.base_prompt:
-            return [[] for _ in examples]
+            return None
         return self._store.get([e.token_ids[: max(1, self._method.view(e).base_tokens)] for e in examples])
 
 

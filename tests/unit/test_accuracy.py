@@ -1,5 +1,8 @@
 """The accuracy study goes on where it was ended, and its page says what was found."""
 
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,10 +10,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from benchmarks import accuracy, accuracy_report
-from benchmarks.small import bars
+from benchmarks import accuracy, accuracy_asker, accuracy_report, accuracy_rows
 
 SUITE = "arithmetic"
+SETTINGS = accuracy.Settings(Path("base"), "cpu", 100, 10, 8, 1)
 BASE = next(row for row in accuracy.ROWS if row.training is None)
 
 
@@ -25,16 +28,14 @@ def study(tmp_path, monkeypatch):
         study.asked += [question.name for question in questions]
         return ["no idea"] * len(questions)
 
-    monkeypatch.setattr(accuracy, "RUNS", tmp_path)
-    monkeypatch.setattr(accuracy.AutoTokenizer, "from_pretrained", lambda base: None)
-    monkeypatch.setattr(accuracy, "stop_ids", lambda *_: ())
-    monkeypatch.setattr(accuracy.subjects, "load", lambda *_, **__: None)
-    monkeypatch.setattr(accuracy.subjects, "load_base", lambda *_, **__: None)
-    monkeypatch.setattr(accuracy.fingerprint, "weights", lambda folder: study.weights)
-    monkeypatch.setattr(accuracy, "offline_answers", answers)
-    study.right = lambda **more: accuracy.Asker(Path("base"), 100, 8).right(
-        BASE, None, SUITE, bars(Console(quiet=True)), **more
-    )
+    monkeypatch.setattr(accuracy_rows, "RUNS", tmp_path)
+    monkeypatch.setattr(accuracy_asker.AutoTokenizer, "from_pretrained", lambda base: None)
+    monkeypatch.setattr(accuracy_asker, "stop_ids", lambda *_: ())
+    monkeypatch.setattr(accuracy_asker.subjects, "load", lambda *_, **__: None)
+    monkeypatch.setattr(accuracy_asker.subjects, "load_base", lambda *_, **__: None)
+    monkeypatch.setattr(accuracy_asker, "weights_of", lambda folder: study.weights)
+    monkeypatch.setattr(accuracy_asker, "offline_answers", answers)
+    study.right = lambda **more: accuracy.Asker(Path("base"), 100, 8, "cpu").right(BASE, None, SUITE, **more)
     return study
 
 
@@ -80,32 +81,31 @@ def test_other_weights_or_other_words_are_asked_again(study, monkeypatch):
     assert len(study.asked) == 15
 
 
-@pytest.mark.parametrize("study", accuracy.STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", accuracy.STUDIES.values(), ids=lambda study: study.name)
 def test_every_training_is_a_recipe_with_a_folder_of_its_own(study, monkeypatch):
     monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)  # the base need not be there
-    recipes = {training: accuracy.recipe_of(study, training) for training in accuracy.TRAININGS}
+    recipes = {name: training.recipe(study) for name, training in accuracy.TRAININGS.items()}
     assert len({recipe.output for recipe in recipes.values()}) == len(recipes)
     assert recipes["PrefillShare, LoRA"].output == f"adapters/{study.name}"
     assert {(r.method, r.weights) for r in recipes.values()} == {
-        ("prefillshare", "lora"), ("prefillshare", "full"), ("icarus", "lora"), ("ordinary", "full"),
+        ("prefillshare", "lora"), ("prefillshare", "full"), ("icarus", "lora"), ("ordinary", "full"), ("ordinary", "lora"),
     }  # fmt: skip
-    assert len({(r.batch_size, r.max_tokens, r.train) for r in recipes.values()}) == 1
-    assert {r.epochs for training, r in recipes.items() if training != "PrefillShare, LoRA"} == {2}
+    assert len({(r.batch_size, r.max_tokens, r.train, r.epochs) for r in recipes.values()}) == 1
 
 
 @pytest.mark.parametrize(("changes", "taken"), [({"micro_batch_size": 2}, True), ({"learning_rate": 0.5}, False)])
 def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, monkeypatch, changes, taken):
-    recipe = accuracy.load(accuracy.STUDIES[0].recipe).model_copy(update={"output": str(tmp_path)})
+    recipe = accuracy.load(accuracy.STUDIES["tools"].recipe).model_copy(update={"output": str(tmp_path)})
     monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("it was trained again"))
     monkeypatch.setattr(accuracy.output, "contract", lambda recipe: "contract")
     monkeypatch.setattr(accuracy.DecoderContract, "read", lambda folder: "contract")
     (tmp_path / "kv_contract.json").touch()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json") | changes))
     if taken:
-        assert accuracy.trained(recipe, Console(quiet=True)) == tmp_path
+        assert accuracy.trained(SETTINGS, Console(quiet=True), recipe) == tmp_path
     else:
         with pytest.raises(SystemExit, match="another recipe"):
-            accuracy.trained(recipe, Console(quiet=True))
+            accuracy.trained(SETTINGS, Console(quiet=True), recipe)
 
 
 def test_the_page_has_every_row_and_the_difference(tmp_path):
@@ -115,8 +115,10 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     trainings = dict.fromkeys(accuracy.TRAININGS, figures)
     curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
     curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
+    profile = {"layers": 30, "points": [{"layers": layers, "divergence": d, "low": 0.0, "high": 1.0, "agreement": 0.5}
+                                        for layers, d in (("none", 0.9), ("3-5", 0.4), ("2-5", 0.5))]}  # fmt: skip
     result = {
-        "studies": {"tools": {"suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
+        "studies": {"tools": {"profile": profile, "suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
                               "data": {"suite": SUITE, "transcripts": 10}}},
         "config": {"curve_questions": 5}, "versions": {"torch": "2"}, "hardware": {"cpu": "a CPU", "cores": 2},
         "command": "make accuracy", "date": "2026-01-01T00:00", "revision": "abc",
@@ -126,4 +128,32 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     for row in accuracy.ROWS:
         assert f"| {row.name} | 60.0 |" in page
-    assert "| ICaRus, 2 epochs | 60.0 | 31.3 to 83.2 | +0.0 (" in page
+    assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page
+    assert "| 3-5 | 3 | 0.4000 |" in page
+    assert "2-5" not in page  # fewer layers are better
+
+
+def _mark(settings, console, folder, name):
+    (folder / name).write_text(settings.device)
+
+
+@pytest.mark.parametrize("pool", [None, 2])
+def test_every_piece_of_work_is_done(tmp_path, pool):
+    pieces = [accuracy.Work(name, _mark, (tmp_path, name)) for name in "abc"]
+    with ProcessPoolExecutor(pool, get_context("spawn")) if pool else nullcontext() as running:
+        accuracy.all_done(pieces, SETTINGS, running, Console(quiet=True))
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("abc", "cpu")
+
+
+def test_a_failing_piece_of_work_is_not_passed_over(tmp_path):
+    with pytest.raises(FileNotFoundError), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        accuracy.all_done([accuracy.Work("a", _mark, (tmp_path / "absent", "a"))], SETTINGS, pool, Console(quiet=True))
+
+
+def test_the_weights_of_a_decoder_that_has_answered_may_be_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_rows, "RUNS", tmp_path)
+    monkeypatch.setattr(accuracy_asker.fingerprint, "weights", lambda folder: "these")
+    (tmp_path / "model.safetensors").touch()
+    assert accuracy_asker.weights_of(tmp_path) == "these"
+    (tmp_path / "model.safetensors").unlink()
+    assert accuracy_asker.weights_of(tmp_path) == "these"

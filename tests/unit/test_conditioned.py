@@ -29,8 +29,8 @@ EXAMPLES = [example(1, 9, 5), example(2, 6, 4, 3, 7, 1, 2), example(3, 1, 3), ex
 
 
 def log_probabilities(method, decoder, base, examples):
-    kvs = conditioned.base_kv(base, [e.token_ids[: max(1, METHODS[method].view(e).base_tokens)] for e in examples])
-    return conditioned.log_probabilities(decoder, conditioned.make_batch(METHODS[method], examples, kvs, "cpu"))
+    kv = conditioned.base_kv(base, [e.token_ids[: max(1, METHODS[method].view(e).base_tokens)] for e in examples])
+    return conditioned.log_probabilities(decoder, conditioned.make_batch(METHODS[method], examples, kv, "cpu"))
 
 
 def wanted(method, base, decoder, one: Example) -> list[float]:
@@ -70,8 +70,8 @@ def test_checkpointed_layers_give_the_same_gradients(method):
         decoder = with_adapter(model("llama", 1), METHODS[method].lora_modules).train()
         if checkpointing:
             conditioned.allow_checkpointing(decoder)
-        kvs = conditioned.base_kv(base, [e.token_ids for e in EXAMPLES])
-        conditioned.loss_sum(decoder, conditioned.make_batch(METHODS[method], EXAMPLES, kvs, "cpu")).backward()
+        kv = conditioned.base_kv(base, [e.token_ids for e in EXAMPLES])
+        conditioned.loss_sum(decoder, conditioned.make_batch(METHODS[method], EXAMPLES, kv, "cpu")).backward()
         return {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad and p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -82,6 +82,6 @@ def test_checkpointed_layers_give_the_same_gradients(method):
 def test_no_gradient_reaches_the_base():
     base = model("llama", 1)
     decoder = model("llama", 2).train()
-    kvs = conditioned.base_kv(base, [e.token_ids for e in EXAMPLES])
-    conditioned.loss_sum(decoder, conditioned.make_batch(METHODS["prefillshare"], EXAMPLES, kvs, "cpu")).backward()
+    kv = conditioned.base_kv(base, [e.token_ids for e in EXAMPLES])
+    conditioned.loss_sum(decoder, conditioned.make_batch(METHODS["prefillshare"], EXAMPLES, kv, "cpu")).backward()
     assert all(p.grad is None for p in base.parameters())

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import accuracy_report
 from benchmarks.accuracy_asker import KEPT_BYTES, Asker
-from benchmarks.accuracy_rows import CURVE, OTHERS, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, UNTRAINED, Row, Study
+from benchmarks.accuracy_rows import CURVE, OTHERS, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, UNTRAINED, Row, Study, Training
 from benchmarks.result import write
 from benchmarks.small import MODEL, bars
 from finetuning import layer_profile, layer_profile_report, output, transcripts
@@ -160,9 +160,24 @@ def _asker(settings: Settings) -> Asker:
     return Asker(settings.base, settings.questions, settings.batch_size, settings.device, KEPT_BYTES // settings.jobs)
 
 
+def trained_for(study: Study) -> list[Training]:
+    """Those whose decoders are there."""
+    return [training for training in TRAININGS.values() if (_folder(training, study) / CONTRACT_FILE).is_file()]
+
+
+def rows_of(study: Study) -> list[Row]:
+    """Those whose decoders are there."""
+    there = {None, *(training.name for training in trained_for(study))}
+    return [row for row in ROWS if row.training in there]
+
+
 def points_of(study: Study) -> list[tuple[Row, float]]:
     """Of the collapse curve, asked of the study's first suite."""
-    return [(row, share) for row in ROWS if row.name in CURVE for share in (SHARES if row.training else SHARES[-1:])]
+    return [(row, share) for row in rows_of(study) if row.name in CURVE for share in (SHARES if row.training else SHARES[-1:])]
+
+
+def _folder(training: Training, study: Study) -> Path:
+    return Path(training.recipe(study).output)
 
 
 def trainings_of(study: Study, console: Console) -> list[Work]:
@@ -174,7 +189,7 @@ def trainings_of(study: Study, console: Console) -> list[Work]:
 
 
 def questions_of(study: Study, settings: Settings) -> list[Work]:
-    whole = [(row, suite, 1.0, None) for suite in study.suites for row in ROWS]
+    whole = [(row, suite, 1.0, None) for suite in study.suites for row in rows_of(study)]
     parts = [(row, study.suites[0], share, settings.curve_questions) for row, share in points_of(study)]
     return [
         Work(f"{study.name}: {row.name}, {suite}, {share:.0%}", asked, (study, row, suite, share, most))
@@ -185,7 +200,7 @@ def questions_of(study: Study, settings: Settings) -> list[Work]:
 def figures_of(study: Study, settings: Settings) -> dict:
     """Per suite: rows and curves, from what has been done. Raises SystemExit for decoders that are not comparable."""
     trainings = {}
-    for training in TRAININGS.values():
+    for training in trained_for(study):
         recipe = training.recipe(study)
         figures = json.loads((Path(recipe.output) / "figures.json").read_text())
         trainings[training.name] = figures | {"epochs": recipe.epochs}
@@ -193,16 +208,18 @@ def figures_of(study: Study, settings: Settings) -> dict:
         raise SystemExit(f"the decoders of {study.name} have learnt from unequal data: {trainings}")
     suites = {}
     for suite in study.suites:
-        answers = {row.name: answer(settings, study, row, suite) for row in ROWS}
+        answers = {row.name: answer(settings, study, row, suite) for row in rows_of(study)}
         suites[suite] = {"rows": {name: _figures(right, answers[REFERENCE]) for name, right in answers.items()}}
     curve: dict[str, list[dict]] = {}
     for row, share in points_of(study):
         right = answer(settings, study, row, study.suites[0], share, settings.curve_questions)
         curve.setdefault(row.name, []).append({"share": share} | _shares(right))
     suites[study.suites[0]]["curve"] = curve
-    profile = json.loads((Path(TRAININGS[UNTRAINED].recipe(study).output) / PROFILE_FILE).read_text())
+    file = _folder(TRAININGS[UNTRAINED], study) / PROFILE_FILE
+    profile = json.loads(file.read_text()) if file.is_file() else None
     data = {"suite": study.data, "transcripts": study.transcripts}
-    return {"suites": suites, "trainings": trainings, "data": data, "profile": profile}
+    missing = [name for name in TRAININGS if name not in trainings]
+    return {"suites": suites, "trainings": trainings, "missing": missing, "data": data, "profile": profile}
 
 
 def _figures(right: Sequence[bool], reference: Sequence[bool]) -> dict:
@@ -227,6 +244,7 @@ def main() -> None:
     parser.add_argument("--curve-questions", type=int, default=100, help="per point of the curve (default: 100)")
     parser.add_argument("--batch-size", type=int, default=32, help="questions answered together (default: 32)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--only-trained", action="store_true", help="train nothing: the page names the rows that are missing")
     parser.add_argument("--jobs", type=int, default=1, help="trainings, and rows asked, at the same time (default: 1)")
     args = parser.parse_args()
     console = Console(stderr=True)
@@ -239,8 +257,13 @@ def main() -> None:
     if args.jobs > 1:
         pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
-        all_done([work for study in studies for work in trainings_of(study, console)], settings, pool, console)
-        profiles = [Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,)) for study in studies]
+        if not args.only_trained:
+            all_done([work for study in studies for work in trainings_of(study, console)], settings, pool, console)
+        profiles = [
+            Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,))
+            for study in studies
+            if TRAININGS[UNTRAINED] in trained_for(study)
+        ]
         questions = [work for study in studies for work in questions_of(study, settings)]
         needs_profile = [work for work in questions if work.arguments[1].layers]
         all_done([*profiles, *(work for work in questions if work not in needs_profile)], settings, pool, console)

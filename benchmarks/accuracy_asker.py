@@ -56,6 +56,7 @@ class Asker:
         """Per question, whether its answer is right."""
         questions, group = self.questions(suite, most), self._group(row, decoder)
         seen = row.method + (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
+        seen += f"-tokens-{row.tokens:g}" if row.tokens else ""
         weights = weights_of(self._base), weights_of(decoder or self._base)
         key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
         file = accuracy_rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
@@ -67,7 +68,7 @@ class Asker:
             part = missing[first : first + self._batch]
             answers = offline_answers(
                 self._load(row, decoder), TASKS[suite], part, self._tokenizer, stop_ids=self._stops, device=self._device,
-                batch_size=self._batch, base_share=share, own_layers=group, advance=advance,
+                batch_size=self._batch, base_share=share, own_layers=group, own_tokens=row.tokens, advance=advance,
             )  # fmt: skip
             new = {(q.name, asked[q.name]): answer for q, answer in zip(part, answers, strict=True)}
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.accuracy_rows import NAIVE, REFERENCE, ROWS
+from benchmarks.accuracy_rows import REFERENCE, REUSE, ROWS, UNTRAINED
 from kvshare.layer_group import layer_group
 from kvshare.layer_profile import frontier_of
 
@@ -39,7 +39,9 @@ def markdown(result: dict) -> str:
         parts.append(f"## {study.capitalize()}")
         for suite, figures in found["suites"].items():
             parts.append(_scores(suite, figures["rows"]))
-        parts += [_trainings(found), _frontier(found)]
+        parts.append(_trainings(found))
+        if found["profile"]:
+            parts.append(_frontier(found))
     parts.append(
         "## Accuracy against the share of the prompt that is base KV\n\n"
         f"![accuracy by share]({PLOT.name})\n\n"
@@ -78,12 +80,15 @@ def _trainings(found: dict) -> str:
         f"Trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}` the "
         f"{first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
         "",
-        "| | transcripts | epochs | loss at the end | minutes |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | transcripts | epochs | loss at the end | minutes | on |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, figures in found["trainings"].items():
         seen = f"{figures['transcripts']:,} | {figures['epochs']}"
-        lines.append(f"| {name} | {seen} | {figures['loss']:.3f} | {figures['seconds'] / 60:.1f} |")
+        taken = f"{figures['loss']:.3f} | {figures['seconds'] / 60:.1f} | {figures['device']}"
+        lines.append(f"| {name} | {seen} | {taken} |")
+    if found["missing"]:
+        lines += ["", f"Not trained for this study: {'; '.join(found['missing'])}."]
     return "\n".join(lines)
 
 
@@ -121,7 +126,7 @@ def plot(result: dict, path: Path) -> None:
                 ax.axhline(right[0], color="grey", linestyle=":", label=name)
                 continue
             either = [[100 * abs(point["accuracy"] - point[end]) for point in points] for end in ("low", "high")]
-            label = REFERENCE if name == NAIVE else name
+            label = UNTRAINED if name == REUSE else name
             ax.errorbar([100 * p["share"] for p in points], right, either, marker="o", capsize=3, label=label)
         ax.set(title=f"{study}: {suite}", ylim=(0, None))
         ax.set(xlabel="share of the prompt that is base KV, %", ylabel="right answers, %")

@@ -69,14 +69,15 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A decoder (None: the base) and how it sees context. `layers`: the share of the layers whose KV of the prompt it computes
-    itself: the group of at most so many that its profile finds best (DroidSpeak)."""
+    """A decoder (None: the base) and how it sees context. What it computes itself in the base's KV of the prompt: `layers`, the
+    group of at most such a share of them that its profile finds best (DroidSpeak); `tokens`, a share of them (CacheBlend)."""
 
     name: str
     about: str
     training: str | None
     method: str
     layers: float = 0.0
+    tokens: float = 0.0
 
     @property
     def all_weights(self) -> bool:
@@ -86,7 +87,7 @@ class Row:
 REFERENCE = "full fine-tuning"
 NAIVE = "naive sharing"
 #: The ordinary fine-tune that DroidSpeak serves, and the shares of the layers that it computes itself, each a row.
-UNTRAINED = "LoRA fine-tuning"
+UNTRAINED, REUSE = "LoRA fine-tuning", "DroidSpeak, full reuse"
 LAYERS = (0.1, 0.25, 0.5)
 ROWS = (
     Row("base", "the base itself, no training", None, "ordinary"),
@@ -102,9 +103,11 @@ ROWS = (
             "so many layers, the base's in the others", UNTRAINED, "prefillshare", share)
         for share in LAYERS
     ),
-    Row("DroidSpeak, full reuse", "the same adapter, fed base KV of the prompt", UNTRAINED, "prefillshare"),
+    Row("CacheBlend, 15 % of the tokens", "the same adapter: its own KV of two layers, and in the others of the tokens whose "
+        "KV differ most there", UNTRAINED, "prefillshare", tokens=0.15),
+    Row(REUSE, "the same adapter, fed base KV of the prompt: naive sharing", UNTRAINED, "prefillshare"),
 )  # fmt: skip
 
 #: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.
-CURVE = ("base", NAIVE, "PrefillShare, LoRA")
+CURVE = ("base", REUSE, "PrefillShare, LoRA")
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -7,7 +7,8 @@ A decoder with weights of its own is served twice on the same cores, in mode dro
    engine has never seen it, takes a turn.
  - none: the decoder takes the same turn, and its own prefill engine computes all of it.
 Then one turn at a time without a router, whose decode engine begins with its own layers while the other layers' KV is still
-loading, or waits for all of it: what that is worth, and a trace of it beside the result, for chrome://tracing or Perfetto.
+loading, or waits for all of it: what that is worth through shared memory and over a link of `--link-mbit`, and a trace of the
+latter beside the result, for chrome://tracing or Perfetto.
 Then sessions whose turns go round `--decoders` such decoders, adapters over one engine per role, with the same KV memory.
 
 The arithmetic limit of the first is layers / layers recomputed. The last line is JSON.
@@ -16,7 +17,6 @@ The arithmetic limit of the first is layers / layers recomputed. The last line i
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
 import statistics
 import tempfile
@@ -103,12 +103,34 @@ def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace,
     return found
 
 
+def overlaps(
+    model: Path, decoder: Path, group: LayerGroup, args: argparse.Namespace, console: Console, progress: Progress
+) -> dict[str, dict]:
+    """Link -> context length -> what overlapping is worth."""
+    found = {}
+    for link in (None, args.link_mbit) if args.link_mbit else (None,):
+        name = f"{link} Mbit/s" if link else "shared memory"
+        if link and not droidspeak_overlap.links():
+            console.print(f"No link of {name} here: that needs root and iproute2. Left out.")
+            continue
+        total = len(args.tokens) * (args.repeats + 1) * len(droidspeak_overlap.WAYS)
+        task = progress.add_task(f"overlap, {name}", total=total)
+        turns = droidspeak_overlap.measured(
+            model, decoder, group, args.tokens, args.repeats, link, lambda task=task: progress.advance(task)
+        )
+        droidspeak_overlap.write_trace(turns, RESULTS / "droidspeak_trace.json")
+        console.print(f"{name}: {(summary := droidspeak_overlap.summary(turns))}")
+        found[name] = summary
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--decoder", type=Path, help="folder of a fine-tune with all weights (default: made from a seed)")
     parser.add_argument("--layers", default="13-16", help="group that it computes itself (default: 13-16, of 30)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="context lengths")
     parser.add_argument("--repeats", type=int, default=3, help="contexts of each length (default: 3)")
+    parser.add_argument("--link-mbit", type=int, default=1000, help="speed of the slower link; 0: none (default: 1000)")
     parser.add_argument("--decoders", type=int, nargs="+", default=[2, 4], help="numbers of decoders (default: 2 4)")
     parser.add_argument("--sessions", type=int, default=8, help="sessions (default: 8)")
     parser.add_argument("--at-once", type=int, default=4, help="sessions at once (default: 4)")
@@ -127,24 +149,21 @@ def main() -> None:
 
                 by_mode[mode] = first_tokens(client, mode, args.tokens, args.repeats, advance)
             console.print(f"{mode}: {by_mode[mode]}")
-        task = progress.add_task("overlap", total=len(args.tokens) * (args.repeats + 1) * len(droidspeak_overlap.WAYS))
-        turns = droidspeak_overlap.turns(model, decoder, group, args.tokens, args.repeats, lambda: progress.advance(task))
-        overlap = asyncio.run(turns)
-        droidspeak_overlap.write_trace(overlap, RESULTS / "droidspeak_trace.json")
-        console.print(by_overlap := droidspeak_overlap.summary(overlap))
+        by_link = overlaps(model, decoder, group, args, console, progress)
         sessions = throughput(model, Path(folder) / "adapters", args.layers, args, progress)
     limit = KVShape.of(model).layers / len(group)
     headline = {"arithmetic_limit": round(limit, 2)}
     for tokens in map(str, args.tokens):
         ours, own = by_mode["droidspeak"][tokens]["ttft_s"], by_mode["none"][tokens]["ttft_s"]
         headline[f"ttft_speedup_{tokens}"] = round(own / ours, 2)
-        headline[f"overlap_speedup_{tokens}"] = by_overlap[tokens]["speedup"]
+        for link, by_length in by_link.items():
+            headline[f"overlap_speedup_{tokens}, {link}"] = by_length[tokens]["speedup"]
     for count, modes in sessions.items():
         ratio = modes["droidspeak"]["turns_per_s"] / modes["none"]["turns_per_s"]
         headline[f"n{count}_throughput_to_none"] = round(ratio, 3)
     config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB}
     config |= {"turns": TURNS, **LENGTHS._asdict()}
-    write("droidspeak", console, config, headline, first_tokens=by_mode, overlap=by_overlap, sessions=sessions)
+    write("droidspeak", console, config, headline, first_tokens=by_mode, overlap=by_link, sessions=sessions)
 
 
 if __name__ == "__main__":

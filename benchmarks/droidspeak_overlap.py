@@ -2,19 +2,31 @@
 
 A prefill engine and two decode engines without a router, the decode engines in turn: one begins when what enters its layers is
 there, the other waits for all KV. The times of one turn at a time, from the decode engine's being asked.
+
+Between two processes of one machine KV moves through shared memory, faster than any network. With a link of so many Mbit/s the
+engines run in a network namespace of their own, whose loopback is held to that, and UCX takes TCP (needs root and iproute2).
+
+    python -m benchmarks.droidspeak_overlap MODEL DECODER 13-16    (started by benchmarks.droidspeak)
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import random
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.children import events
 from benchmarks.small import BLOCK, VOCABULARY
 from kvshare.contract import KVShape
 from kvshare.decoders import ecache_share
@@ -22,10 +34,40 @@ from kvshare.engine_settings import EngineSettings
 from kvshare.layer_group import LayerGroup
 
 WAYS = {"overlapped": True, "one after another": False}
+LIMIT_S = 1800.0
+#: What a link lets through at once, and how long a packet may wait: enough for loopback's large segments.
+SHAPE = "ip link set lo up && tc qdisc add dev lo root tbf rate {mbit}mbit burst 512kb latency 100ms && exec \"$@\""
 
 
-async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, advance) -> list[dict]:
-    """Per length, repeat and way: seconds until the loads had ended, and until the first token."""
+def measured(
+    model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, link_mbit: int | None, advance: Callable
+) -> list[dict]:
+    """`turns`, in a process of its own, over a link of that speed. Raises RuntimeError where there can be none."""
+    command = [sys.executable, "-m", __spec__.name, str(model), str(decoder), str(group)]
+    command += ["--tokens", *map(str, lengths), "--repeats", str(repeats)]
+    if link_mbit:
+        if not links():
+            raise RuntimeError("a slower link needs root, unshare, ip and tc (Debian: apt-get install iproute2)")
+        command = ["unshare", "-n", "sh", "-c", SHAPE.format(mbit=link_mbit), "sh", "env", "UCX_TLS=tcp", *command]
+    found = []
+    for turn in events(command, LIMIT_S):
+        advance()
+        if turn["repeat"] >= 0:
+            found.append(turn)
+    return found
+
+
+def links() -> bool:
+    """Whether this machine lets us make a slower link."""
+    if not all(map(shutil.which, ("unshare", "ip", "tc"))):
+        return False
+    shaped = ["unshare", "-n", "sh", "-c", SHAPE.format(mbit=1000), "sh", "true"]
+    return subprocess.run(shaped, capture_output=True, timeout=10).returncode == 0
+
+
+async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int) -> AsyncIterator[dict]:
+    """Per length, repeat and way: seconds until the loads had ended, and until the first token. Repeat -1 shakes hands and does
+    not count."""
     from vllm import SamplingParams
 
     from kvshare_vllm.engine import DecodeEngine, PrefillEngine
@@ -33,7 +75,6 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
     one = SamplingParams(max_tokens=1, temperature=0.0)
     prefill_settings = _settings(model, group, max(lengths))
     decode = replace(prefill_settings, role="decode", model=str(decoder), cpu_cores="1")
-    found = []
     async with AsyncExitStack() as stack:
         prefill = await PrefillEngine.start(prefill_settings)
         stack.callback(prefill.close)
@@ -42,7 +83,7 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
             engines[way] = await DecodeEngine.start(replace(decode, pool=way, overlap_loads=overlaps))
             stack.callback(engines[way].close)
         for tokens in lengths:
-            for repeat in range(-1, repeats):  # the first, which shakes hands, does not count
+            for repeat in range(-1, repeats):
                 rng = random.Random(f"{tokens} {repeat}")
                 prompt = [rng.randrange(VOCABULARY) for _ in range(tokens)]
                 for way in sorted(engines, reverse=bool(repeat % 2)):
@@ -51,11 +92,8 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
                     stream = engines[way].decode(prompt, handoff, one, uuid.uuid4().hex, own_layers=group)
                     (chunk,) = [chunk async for chunk in stream]
                     first = time.perf_counter() - began
-                    if repeat >= 0:
-                        times = {"load_s": chunk.load_s, "rest_load_s": chunk.rest_load_s, "first_token_s": first}
-                        found.append({"tokens": tokens, "repeat": repeat, "way": way} | times)
-                    advance()
-    return found
+                    times = {"load_s": chunk.load_s, "rest_load_s": chunk.rest_load_s, "first_token_s": first}
+                    yield {"tokens": tokens, "repeat": repeat, "way": way} | times
 
 
 def _settings(model: Path, group: LayerGroup, longest: int) -> EngineSettings:
@@ -110,3 +148,18 @@ def write_trace(found: list[dict], file: Path) -> None:
             place = {"pid": process, "tid": thread, "ts": round(1e6 * begin), "dur": round(1e6 * (end - begin))}
             events.append({"ph": "X", "name": name, **place})
     file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, indent=1) + "\n")
+
+
+async def _print(args: argparse.Namespace) -> None:
+    async for turn in turns(args.model, args.decoder, LayerGroup.parse(args.layers), args.tokens, args.repeats):
+        print(json.dumps(turn), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One turn at a time, with and without overlapped loads; a JSON object each.")
+    parser.add_argument("model", type=Path, help="folder of the base")
+    parser.add_argument("decoder", type=Path, help="folder of a fine-tune with all weights")
+    parser.add_argument("layers", help="group that it computes itself, like 13-16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024], help="context lengths (default: 512 1024)")
+    parser.add_argument("--repeats", type=int, default=3, help="contexts of each length (default: 3)")
+    asyncio.run(_print(parser.parse_args()))

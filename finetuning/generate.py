@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import pad
 
 from finetuning import conditioned
-from finetuning.conditioned import SharedKV, hidden_states, plain
+from finetuning.conditioned import LayersKV, SharedKV, hidden_states, plain
 from finetuning.methods import Method
 from finetuning.subjects import FrozenBase
+from finetuning.token_blend import blended
 from kvshare.layer_group import LayerGroup
 
 
@@ -88,15 +89,16 @@ def generate(
     device: torch.device | str = "cpu",
     base_share: float = 1.0,
     own_layers: LayerGroup | None = None,
+    own_tokens: float = 0.0,
 ) -> list[list[int]]:
-    """Tokens generated after each prompt, its stop token included if it came. `own_layers`: the decoder computes these itself
-    over the base's part of the prompt (DroidSpeak)."""
+    """Tokens generated after each prompt, its stop token included if it came. What the decoder computes itself in the base's
+    part of the prompt: `own_layers` (DroidSpeak), or a share of the tokens (CacheBlend)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
     if method.own_kv:
         base_share = base_share if method.base_prompt else 0.0
-        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share, own_layers)
+        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share, own_layers, own_tokens)
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths, max_tokens)
     stops, answers = set(stop_ids), [[] for _ in prompts]
@@ -139,6 +141,7 @@ class _OwnKV(_Steps):
         max_tokens: int,
         base_share: float,
         own_layers: LayerGroup | None,
+        own_tokens: float,
     ):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
         self._given = ((lengths - 1) * base_share).long()
@@ -149,12 +152,18 @@ class _OwnKV(_Steps):
             base.prompts(ids, self._context.cache, columns)
             if own_layers:
                 self._recompute(base, ids[:, :columns], own_layers)
+            if own_tokens:
+                own = blended(decoder, self._context.cache.layers(), ids[:, :columns], self._given, own_tokens)
+                self._put(own, 0)
             self._context.append(given)
 
     def _recompute(self, base: FrozenBase, ids: torch.Tensor, group: LayerGroup) -> None:
         entering = base.entering(ids, group.first) if group.first else plain(self._decoder).model.embed_tokens(ids)
-        for layer, own in enumerate(conditioned.own_layers(self._decoder, entering, group), group.first):
-            for kept, new in zip(self._context.cache.layer(layer), own, strict=True):
+        self._put(conditioned.own_layers(self._decoder, entering, group), group.first)
+
+    def _put(self, layers: LayersKV, first: int) -> None:
+        for number, own in enumerate(layers, first):
+            for kept, new in zip(self._context.cache.layer(number), own, strict=True):
                 kept.copy_(new)
 
     def first(self) -> torch.Tensor:

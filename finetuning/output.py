@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +108,7 @@ A decoder of `{Path(recipe.base).name}`, trained by method `{recipe.method}` ({r
 | data | `{recipe.train}` ({_digest(recipe.train)}): {len(examples):,} transcripts, {learnt:,} response tokens{left_out} |
 | training | {figures['steps']:,} steps in {recipe.epochs} epochs of batches of {recipe.batch_size}, {recipe.dtype} |
 | loss | {figures['loss']:.4f} at the last step{validation} |
-| made in | {figures['seconds']:,} s on {platform.machine()}, {versions} |
+| made in | {figures['seconds']:,} s on {figures['device']}, {versions} |
 
 Serve it (deployment file): `decode: [{{pool: agents, sharing: {recipe.how.sharing}, {where}}}]`.
 Make it again: `prefillshare train recipe.yaml --output FOLDER`, with the recipe in this folder, which has every setting.

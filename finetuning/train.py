@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -155,6 +156,7 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
         "base_kv_tokens_read": store.read_tokens,
         "base_kv_tokens_computed": store.computed_tokens,
         "base_kv_bytes": store.used_bytes,
+        "device": torch.cuda.get_device_name(decoder.device) if decoder.device.type == "cuda" else platform.machine(),
     }
     output.write(folder, recipe, contract, decoder.model, examples, figures)
     return folder

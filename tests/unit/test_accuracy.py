@@ -111,14 +111,16 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
 def test_the_page_has_every_row_and_the_difference(tmp_path):
     reference = [True] * 6 + [False] * 4
     rows = {row.name: accuracy._figures(reference[::-1], reference) for row in accuracy.ROWS}
-    figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2}
+    figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2,
+               "device": "a GPU"}  # fmt: skip
     trainings = dict.fromkeys(accuracy.TRAININGS, figures)
     curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
     curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
     profile = {"layers": 30, "points": [{"layers": layers, "divergence": d, "low": 0.0, "high": 1.0, "agreement": 0.5}
                                         for layers, d in (("none", 0.9), ("3-5", 0.4), ("2-5", 0.5))]}  # fmt: skip
     result = {
-        "studies": {"tools": {"profile": profile, "suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
+        "studies": {"tools": {"suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
+                              "profile": profile, "missing": ["ICaRus of rank 64"],
                               "data": {"suite": SUITE, "transcripts": 10}}},
         "config": {"curve_questions": 5}, "versions": {"torch": "2"}, "hardware": {"cpu": "a CPU", "cores": 2},
         "command": "make accuracy", "date": "2026-01-01T00:00", "revision": "abc",
@@ -130,6 +132,7 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
         assert f"| {row.name} | 60.0 |" in page
     assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page
     assert "| 3-5 | 3 | 0.4000 |" in page
+    assert "Not trained for this study: ICaRus of rank 64." in page
     assert "2-5" not in page  # fewer layers are better
 
 

@@ -92,6 +92,26 @@ class TurnUsage:
     #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
     own_layers: str = ""
 
+    def report(self) -> dict[str, int | float | str]:
+        """As clients see it: names and meanings of message Usage (protos/prefillshare/v1)."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+            "computed_tokens": self.computed_tokens,
+            "kv_bytes_transferred": self.kv_bytes,
+            "time_to_first_token_s": self.ttft_s,
+            "total_s": self.total_s,
+            "prefill_s": self.prefill_s,
+            "resumes": self.resumes,
+            "prefill_replica": self.prefill_replica,
+            "decode_replica": self.decode_replica,
+            "predicted_tokens": self.predicted_tokens,
+            "own_layers": self.own_layers,
+            "kv_load_s": self.load_s,
+            "kv_rest_load_s": self.rest_load_s,
+        }
+
 
 @dataclass
 class TurnContext:

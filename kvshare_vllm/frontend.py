@@ -39,6 +39,9 @@ from kvshare_vllm.http_refusals import note_retry_after
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
+#: Key of a turn's usage in an OpenAI response's `kv_transfer_params`.
+USAGE = "prefillshare"
+
 #: Runs one turn: (decoder, prompt ids, sampling, request id, context with the usage to fill) -> chunks of tokens.
 TurnRunner = Callable[[str, list[int], SamplingParams, str, TurnContext], AsyncIterator[TokenChunk]]
 
@@ -168,7 +171,7 @@ class Frontend(EngineClient):
             turn = self._run_turn(decoder, list(request.prompt_token_ids), request.sampling_params, request.request_id, context)
             async with aclosing(turn) as chunks:
                 async for chunk in chunks:
-                    output = _core_output(request, chunk, context.usage.cached_tokens if first else None)
+                    output = _core_output(request, chunk, context.usage, first)
                     first = False
                     done = self.output_processor.process_outputs([output])
                     if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
@@ -241,8 +244,10 @@ class Frontend(EngineClient):
     pause_generation = resume_generation = _not_served
 
 
-def _core_output(request: EngineCoreRequest, chunk: TokenChunk, cached_tokens: int | None) -> EngineCoreOutput:
+def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool) -> EngineCoreOutput:
+    """The turn's usage goes where vLLM's server has room for what a KV connector reports; it shows the last output's."""
     logprobs, k = None, request.sampling_params.num_logprobs
+    may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
     if chunk.logprobs is not None and k is not None and chunk.token_ids:
         # vLLM wants the sampled token first, then the k likeliest in order, every row equally long.
         rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])[:k]] for row in chunk.logprobs]
@@ -258,7 +263,8 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, cached_tokens: i
         new_logprobs=logprobs,
         finish_reason=_FINISH[chunk.finish_reason] if chunk.finish_reason else None,
         stop_reason=chunk.stop_reason,
-        prefill_stats=None if cached_tokens is None else PrefillStats(num_cached_tokens=cached_tokens),
+        prefill_stats=PrefillStats(num_cached_tokens=usage.cached_tokens) if is_first else None,
+        kv_transfer_params={USAGE: usage.report()} if may_be_last else None,
     )
 
 

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from kvshare.access import Tls
 from kvshare.caller import current_caller
 from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
-from kvshare.handoff import TurnContext, TurnUsage
+from kvshare.handoff import TurnContext
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from router.grpc_auth import ApiKeys
@@ -139,7 +139,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                         response.done.CopyFrom(
                             pb.Done(
                                 finish_reason=event.finish_reason,
-                                usage=_usage(turn_context.usage),
+                                usage=pb.Usage(**turn_context.usage.report()),
                                 context_tokens=event.context_tokens,
                             )
                         )
@@ -198,26 +198,6 @@ def _input(message: pb.Input):
     if kind == "token_ids":
         return kind, list(message.token_ids.ids)
     return kind, message.text
-
-
-def _usage(u: TurnUsage) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=u.prompt_tokens,
-        completion_tokens=u.completion_tokens,
-        cached_tokens=u.cached_tokens,
-        computed_tokens=u.computed_tokens,
-        kv_bytes_transferred=u.kv_bytes,
-        time_to_first_token_s=u.ttft_s,
-        total_s=u.total_s,
-        prefill_s=u.prefill_s,
-        resumes=u.resumes,
-        prefill_replica=u.prefill_replica,
-        decode_replica=u.decode_replica,
-        predicted_tokens=u.predicted_tokens,
-        own_layers=u.own_layers,
-        kv_load_s=u.load_s,
-        kv_rest_load_s=u.rest_load_s,
-    )
 
 
 __all__ = ["ERROR_METADATA", "SERVICE", "GrpcServer", "Servicer"]

@@ -211,6 +211,20 @@ def test_openai_chat_equals_the_grpc_turn(running, http):
     assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == want.text
     assert whole.usage.prompt_tokens == want.usage.prompt_tokens == pieces[-1].usage.prompt_tokens
     assert whole.usage.prompt_tokens_details.cached_tokens == pieces[-1].usage.prompt_tokens_details.cached_tokens > 0
+    usage = whole.kv_transfer_params["prefillshare"]
+    assert usage["computed_tokens"] + usage["cached_tokens"] == usage["prompt_tokens"] - 1 == whole.usage.prompt_tokens - 1
+    assert usage["completion_tokens"] == whole.usage.completion_tokens
+    assert usage["decode_replica"] == want.usage.decode_replica
+    assert usage["total_s"] >= usage["time_to_first_token_s"] > 0
+
+
+def test_openai_usage_is_whole_where_a_stop_string_ends_the_turn(running, http):
+    asked = {"messages": ask(QUESTIONS[1]), "max_tokens": 16}
+    stop = running.client.create_session().turn("coder", **asked).text[4:9]
+    answer = http.chat.completions.create(model="coder", **asked, temperature=0, stop=[stop])
+    usage = answer.kv_transfer_params["prefillshare"]
+    assert 0 < usage["completion_tokens"] < 16
+    assert usage["completion_tokens"] == answer.usage.completion_tokens
 
 
 def test_openai_completions_take_token_ids_and_give_logprobs(http, oracle):

@@ -15,7 +15,7 @@ prompt is base KV, the worse it answers. `prefillshare train` makes decoders tha
 them.
 
 ```bash
-prefillshare data bfcl_simple_python --count 1000 --others 1 --output data/tools.jsonl  # or your own
+prefillshare data bfcl_simple_python --count 3600 --others 1 --output data/tools.jsonl  # or your own
 prefillshare train finetuning/recipes/tools.yaml --output adapters/my-tools
 prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 ```
@@ -40,7 +40,7 @@ responses are base KV.
 **The base is frozen, so its KV of a prompt never changes**: it is computed once, kept on disk within `base_kv_gib`, and read
 in later epochs. Only response tokens are computed and back-propagated over. What that is worth beside ordinary fine-tuning on
 the same data, in tokens per second: [benchmarks/results/training.json](../benchmarks/results/training.json)
-(`python -m benchmarks.training`).
+(`python -m benchmarks.training`). On a GPU set `base_kv_gib: 0`: it computes KV faster than a disk gives it back.
 
 ## Layers for DroidSpeak
 

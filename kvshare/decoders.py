@@ -31,25 +31,24 @@ class Decoder:
     own_layers: tuple[LayerGroup | None, ...] = (None,)
     #: Seconds to the first token with which it takes as many of them as it can; None: always most.
     ttft_objective_s: float | None = None
+    #: Divergence from its own prefill that is good enough; None: nobody has said.
+    quality_floor: float | None = None
 
 
 def served(deployment: Deployment) -> dict[str, Decoder]:
     """Every served name, the base first if a pool serves it."""
     decoders: dict[str, Decoder] = {}
     for pool in deployment.decode:
+        promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor}
         if pool.model:
             name = pool.name or pool.pool
-            decoders[name] = Decoder(
-                name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), pool.ttft_objective_s
-            )
+            decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), **promised)
             continue
         if pool.serve_base and deployment.base.name not in decoders:
             base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base")
             decoders = {base.name: base, **decoders}
         for name in pool.adapters:
-            decoders[name] = Decoder(
-                name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), pool.ttft_objective_s
-            )
+            decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), **promised)
     return decoders
 
 

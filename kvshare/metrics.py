@@ -118,8 +118,15 @@ DEFINITIONS = {
             Histogram,
             "Divergence of a token's distribution from the decoder's own with its own prefill, nats, on sampled turns.",
             ("decoder",),
-            "Its mean above the pool's quality_floor: other layers matter for this data; run prefillshare profile with it.",
+            "Its mean above prefillshare_quality_floor: other layers matter for this data; run prefillshare profile with it.",
             (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+        ),
+        Metric(
+            "prefillshare_quality_floor",
+            Gauge,
+            "Divergence from its own prefill that the deployment allows a decoder (quality_floor of its pool), nats.",
+            ("decoder",),
+            "It moves only when the deployment changes.",
         ),
         Metric(
             "prefillshare_canary_turns_total",

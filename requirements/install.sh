@@ -107,5 +107,8 @@ fi
 if ! command -v redis-server >/dev/null && ! apt redis-server; then
     echo "  note: no redis-server; the tests of sessions in Redis fail without it (apt-get install redis-server)"
 fi
+if ! command -v promtool >/dev/null && ! apt prometheus; then
+    echo "  note: no promtool; the tests of Prometheus rules fail without it (apt-get install prometheus)"
+fi
 touch .venv/.installed
 echo "Ready: . .venv/bin/activate && prefillshare --help"

@@ -43,6 +43,14 @@ class Canary:
         self._rng = rng or random.Random()
         self._task: asyncio.Task | None = None
 
+    def expect(self, decoders: Mapping[str, Decoder]) -> None:
+        """Export what these decoders are measured against."""
+        floor = self._metrics["quality_floor"]
+        floor.clear()
+        for decoder in decoders.values():
+            if decoder.quality_floor is not None:
+                floor.labels(decoder.name).set(decoder.quality_floor)
+
     def run(self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext) -> AsyncIterator[TokenChunk]:
         """As Orchestrator.run."""
         decoder = self._orchestrator.decoders.get(name)
@@ -78,7 +86,7 @@ class Canary:
             async with route.decode.calling(placement):
                 call = route.decode.replicas.on(placement.replica.id).own_next
                 own = await answer(call.remote(context, adapter=decoder.adapter, top=TOP, priority=PRIORITY))
-            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(shared), _likely(own)))
+            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(own), _likely(shared)))
             outcome = "done"
         except (PrefillShareError, *CALL_ERRORS) as error:
             logger.warning("the canary of %s: %s: %s", decoder.name, type(error).__name__, error)
@@ -98,11 +106,11 @@ def as_asked(rows: list[Row] | None, asked: int | None) -> list[Row] | None:
     return [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
 
 
-def divergence(shared: Mapping[int, float], own: Mapping[int, float]) -> float:
-    """Kullback-Leibler divergence of `own` from `shared`, in nats, both tokens -> log-probabilities of the likeliest: those in
-    both one by one, all others as one. Never more than the divergence over all tokens."""
-    both = shared.keys() & own.keys()
-    parts = [(math.exp(shared[token]), math.exp(own[token])) for token in both]
+def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:
+    """Kullback-Leibler divergence of `shared` from `own`, in nats, as a layer profile has it. Both: tokens -> log-probabilities
+    of the likeliest; those in both one by one, all others as one. Never more than the divergence over all tokens."""
+    both = own.keys() & shared.keys()
+    parts = [(math.exp(own[token]), math.exp(shared[token])) for token in both]
     parts.append(tuple(max(1e-9, 1 - sum(part[side] for part in parts)) for side in (0, 1)))
     return max(0.0, sum(p * math.log(p / q) for p, q in parts if p > 0))
 

@@ -69,6 +69,7 @@ class RouterIngress:
             deployment.cluster.kv_load_timeout_s,
         )
         self._canary = Canary(self._orchestrator, metrics, config.canary_share)
+        self._canary.expect(self._decoders)
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
@@ -112,6 +113,7 @@ class RouterIngress:
         self._deployment = deployment
         before = set(self._decoders)
         self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
+        self._canary.expect(self._decoders)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
         # Only then may engines drop what these turns still need.
         await self._orchestrator.in_progress.ended(before - set(self._decoders), GRACE_S)

@@ -92,6 +92,15 @@ async def turn(canary, asked=None):
     return [chunk async for chunk in canary.run("d", [1, 2], Sampling(asked), "r", TurnContext())]
 
 
+def test_what_a_decoder_is_measured_against_is_exported(metrics):
+    canary, floor = Canary(World(), metrics, 1.0), metrics["quality_floor"]
+    floors = {"d": 0.3, "e": None}
+    canary.expect({name: Decoder(name, "p", "droidspeak", None, "full", quality_floor=at) for name, at in floors.items()})
+    assert [(sample.labels, sample.value) for sample in floor.collect()[0].samples] == [({"decoder": "d"}, 0.3)]
+    canary.expect({})
+    assert floor.collect()[0].samples == []
+
+
 async def counted(metrics, outcome, number):
     async def is_so():
         return metrics["canary_turns_total"].labels("d", outcome)._value.get() == number

@@ -1,0 +1,1 @@
+"""Agent workloads: what sharing is worth to models that take turns over one context."""

@@ -1,0 +1,154 @@
+"""Plays sessions against a system: closed loop (so many at once) or open loop (each at its arrival), and keeps what it saw.
+
+ 1. A thread per session that is under way. It opens a conversation and takes the session's turns, with their pauses.
+ 2. Of each turn: when it was asked, when tokens came, and what the system says it cost.
+ 3. A turn that fails ends its session; the record says why. Nothing is tried again: that would hide it.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from benchmarks.agents.workload import Session
+from benchmarks.small import VOCABULARY
+from kvshare.errors import PrefillShareError
+from prefillshare.client import Client
+
+#: Sessions under way in an open loop; more wait, and their waiting counts.
+MOST_AT_ONCE = 256
+
+
+@dataclass
+class Cost:
+    """What a system says of a turn. Prompt tokens found cached and computed at prefill; bytes of KV moved."""
+
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    kv_bytes: int = 0
+    resumes: int = 0
+
+
+@dataclass
+class TurnRecord:
+    """Seconds on one clock. `token_s`: when each token came."""
+
+    session: int
+    turn: int
+    agent: int
+    asked_s: float
+    token_s: list[float] = field(default_factory=list)
+    end_s: float = 0.0
+    cost: Cost = field(default_factory=Cost)
+    error: str = ""
+
+    @property
+    def latency_s(self) -> float:
+        return self.end_s - self.asked_s
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.asked_s
+
+    @property
+    def inter_token_s(self) -> list[float]:
+        return [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
+
+
+class Conversation(ABC):
+    """One session with a system."""
+
+    @abstractmethod
+    def turn(self, agent: int, given: list[int], answer_tokens: int, arrived: Callable[[int], None]) -> Cost:
+        """`arrived` is told how many tokens have come, whenever some do. Raises PrefillShareError."""
+
+    @abstractmethod
+    def end(self) -> None: ...
+
+
+class Ours(Conversation):
+    """A session of prefillshare over gRPC. `names`: the decoder of each agent."""
+
+    def __init__(self, client: Client, names: Sequence[str], context: list[int]):
+        self._names, self._session = names, client.create_session(token_ids=context)
+
+    def turn(self, agent: int, given: list[int], answer_tokens: int, arrived: Callable[[int], None]) -> Cost:
+        stream = self._session.stream(
+            self._names[agent], token_ids=given, max_tokens=answer_tokens, ignore_eos=True, temperature=0.0
+        )
+        usage = None
+        for piece in stream:
+            if piece.token_ids:
+                arrived(len(piece.token_ids))
+            if piece.HasField("done"):
+                usage = piece.done.usage
+        if usage is None:
+            raise PrefillShareError("the stream ended without a result")
+        return Cost(usage.cached_tokens, usage.computed_tokens, usage.kv_bytes_transferred, usage.resumes)
+
+    def end(self) -> None:
+        self._session.delete()
+
+
+def closed(
+    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], at_once: int, seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[TurnRecord]:  # fmt: skip
+    """`at_once` sessions are under way until none is left. `converse`: context -> a conversation."""
+    with ThreadPoolExecutor(at_once) as pool:
+        played = pool.map(lambda session: _play(session, converse, seed, time.monotonic(), advance), sessions)
+        return [record for records in played for record in records]
+
+
+def opened(
+    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[TurnRecord]:  # fmt: skip
+    """Each session begins at its arrival, whatever has become of the others."""
+    began, futures = time.monotonic(), []
+    with ThreadPoolExecutor(min(MOST_AT_ONCE, len(sessions))) as pool:
+        for session in sessions:
+            due = began + session.arrival_s
+            time.sleep(max(0.0, due - time.monotonic()))  # an arrival is a time: nothing else is waited for
+            futures.append(pool.submit(_play, session, converse, seed, due, advance))
+        return [record for future in futures for record in future.result()]
+
+
+def _play(
+    session: Session, converse: Callable[[list[int]], Conversation], seed: int, due_s: float, advance: Callable[[], None]
+) -> list[TurnRecord]:
+    """The first turn is asked when the session is due: opening it, and waiting for a thread, is a part of its latency."""
+    context, given = session.given(VOCABULARY, seed)
+    records: list[TurnRecord] = []
+    conversation = None
+    try:
+        for number, turn in enumerate(session.turns):
+            time.sleep(turn.pause_s)  # the tool's time
+            record = TurnRecord(session.number, number, turn.agent, time.monotonic() if number else due_s)
+            records.append(record)
+            try:
+                conversation = conversation or converse(context)
+                record.cost = conversation.turn(turn.agent, given[number], turn.answer_tokens, _noting(record.token_s))
+            except PrefillShareError as error:
+                record.error = type(error).__name__
+            record.end_s = time.monotonic()
+            advance()
+            if record.error:
+                break
+    finally:
+        if conversation:
+            _end(conversation)
+    return records
+
+
+def _noting(times: list[float]) -> Callable[[int], None]:
+    return lambda count: times.extend([time.monotonic()] * count)
+
+
+def _end(conversation: Conversation) -> None:
+    with suppress(PrefillShareError):  # the session expires by itself
+        conversation.end()

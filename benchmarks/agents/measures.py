@@ -1,0 +1,94 @@
+"""What records of turns say: latency, throughput, goodput, hit ratio, each with a 95 % interval over sessions."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.agents.driver import TurnRecord
+from benchmarks.load import quantile
+
+#: Resamples of the sessions for an interval (bootstrap).
+RESAMPLES = 200
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A session is good if every turn's first token came within `ttft_s`, and its tokens after that `inter_token_s` apart on
+    the mean, and no turn failed."""
+
+    ttft_s: float
+    inter_token_s: float
+
+    def holds(self, turns: Sequence[TurnRecord]) -> bool:
+        return all(not t.error and t.ttft_s <= self.ttft_s and _mean(t.inter_token_s) <= self.inter_token_s for t in turns)
+
+
+def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0) -> dict:
+    """Figure -> {"value", "low", "high"}; counts are plain. Seconds in which the sessions were played: from the first asked to
+    the last ended."""
+    by_session: dict[int, list[TurnRecord]] = defaultdict(list)
+    for record in records:
+        by_session[record.session].append(record)
+    sessions = list(by_session.values())
+    seconds = max(r.end_s for r in records) - min(r.asked_s for r in records)
+    figures = _figures(seconds, objective)
+    rng = random.Random(seed)
+    resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(RESAMPLES)]
+    found = {name: _with_interval(figure, sessions, resampled) for name, figure in figures.items()}
+    return found | {
+        "sessions": len(sessions),
+        "turns": len(records),
+        "failed_turns": sum(bool(record.error) for record in records),
+        "resumes": sum(record.cost.resumes for record in records),
+        "seconds": round(seconds, 3),
+    }
+
+
+Sessions = Sequence[Sequence[TurnRecord]]
+
+
+def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessions], float]]:
+    def turns(sessions: Sessions) -> list[TurnRecord]:
+        return [turn for session in sessions for turn in session if not turn.error]
+
+    def session_s(session: Sequence[TurnRecord]) -> float:
+        """Without the tools' time between turns."""
+        return sum(turn.latency_s for turn in session)
+
+    def hit_ratio(sessions: Sessions) -> float:
+        cached = sum(turn.cost.cached_tokens for turn in turns(sessions))
+        return cached / max(1, cached + sum(turn.cost.computed_tokens for turn in turns(sessions)))
+
+    values: dict[str, Callable[[Sessions], list[float]]] = {
+        "session_s": lambda sessions: [session_s(session) for session in sessions if not session[-1].error],
+        "turn_s": lambda sessions: [turn.latency_s for turn in turns(sessions)],
+        "ttft_s": lambda sessions: [turn.ttft_s for turn in turns(sessions)],
+        "inter_token_s": lambda sessions: [gap for turn in turns(sessions) for gap in turn.inter_token_s],
+    }
+    figures: dict[str, Callable[[Sessions], float]] = {
+        f"{name}_{quantile_name}": lambda sessions, of=of, at=at: quantile(of(sessions), at) if of(sessions) else float("nan")
+        for name, of in values.items()
+        for quantile_name, at in QUANTILES.items()
+    }
+    return figures | {
+        "turns_per_s": lambda sessions: len(turns(sessions)) / seconds,
+        "tokens_per_s": lambda sessions: sum(len(turn.token_s) for turn in turns(sessions)) / seconds,
+        "good_sessions_per_s": lambda sessions: sum(map(objective.holds, sessions)) / seconds,
+        "hit_ratio": hit_ratio,
+        "computed_tokens_per_turn": lambda sessions: _mean([turn.cost.computed_tokens for turn in turns(sessions)]),
+        "kv_bytes_per_turn": lambda sessions: _mean([turn.cost.kv_bytes for turn in turns(sessions)]),
+    }
+
+
+def _with_interval(figure: Callable[[Sessions], float], sessions: Sessions, resampled: Sequence[Sessions]) -> dict[str, float]:
+    drawn = sorted(figure(sample) for sample in resampled)
+    low, high = drawn[int(0.025 * len(drawn))], drawn[int(0.975 * len(drawn))]
+    return {"value": round(figure(sessions), 5), "low": round(low, 5), "high": round(high, 5)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -106,17 +106,23 @@ def made_data(study: Study, console: Console) -> None:
 
 
 def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
-    """The decoder's folder; made if it is not there. Raises SystemExit where one of another recipe, data or base is."""
+    """The decoder's folder; made if it is not there."""
     folder = Path(recipe.output)
     if not (folder / CONTRACT_FILE).is_file():
         return train(recipe.model_copy(update={"device": settings.device} | _for(settings.device, recipe)), console)
+    check_made(recipe)
+    return folder
+
+
+def check_made(recipe: Recipe) -> None:
+    """Raises SystemExit where the decoder that is there is of another recipe, data or base."""
+    folder = Path(recipe.output)
     made_by, wanted = (
         {key: value for key, value in settings.items() if key not in MAY_CHANGE}
         for settings in (yaml.safe_load((folder / "recipe.yaml").read_text()), recipe.model_dump(mode="json"))
     )
     if made_by != wanted or DecoderContract.read(folder) != output.contract(recipe):
         raise SystemExit(f"{folder} was made by another recipe, from other data or another base; remove it to train it again")
-    return folder
 
 
 def _for(device: str, recipe: Recipe) -> dict:
@@ -165,6 +171,15 @@ def trained_for(study: Study) -> list[Training]:
     return [training for training in TRAININGS.values() if (_folder(training, study) / CONTRACT_FILE).is_file()]
 
 
+def check_comparable(studies: Iterable[Study]) -> None:
+    """Raises SystemExit for what is there and of another recipe, or where there is nothing to compare with."""
+    for study in studies:
+        if TRAININGS[REFERENCE] not in (there := trained_for(study)):
+            raise SystemExit(f"{study.name}: {REFERENCE} has not been trained, and all else is compared with it")
+        for training in there:
+            check_made(training.recipe(study))
+
+
 def rows_of(study: Study) -> list[Row]:
     """Those whose decoders are there."""
     there = {None, *(training.name for training in trained_for(study))}
@@ -190,7 +205,8 @@ def trainings_of(study: Study, console: Console) -> list[Work]:
 
 def questions_of(study: Study, settings: Settings) -> list[Work]:
     whole = [(row, suite, 1.0, None) for suite in study.suites for row in rows_of(study)]
-    parts = [(row, study.suites[0], share, settings.curve_questions) for row, share in points_of(study)]
+    # All base KV: the row has been asked all questions.
+    parts = [(row, study.suites[0], share, settings.curve_questions) for row, share in points_of(study) if share < 1]
     return [
         Work(f"{study.name}: {row.name}, {suite}, {share:.0%}", asked, (study, row, suite, share, most))
         for row, suite, share, most in sorted(whole + parts, key=lambda asked: not asked[0].all_weights)
@@ -259,6 +275,7 @@ def main() -> None:
     try:
         if not args.only_trained:
             all_done([work for study in studies for work in trainings_of(study, console)], settings, pool, console)
+        check_comparable(studies)
         profiles = [
             Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,))
             for study in studies

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,6 +62,12 @@ class Asker:
         weights = weights_of(self._base), weights_of(decoder or self._base)
         key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
         file = accuracy_rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
+        with _alone_with(file):
+            given = self._answered(row, decoder, suite, questions, group, share, file, advance)
+        return [question.is_right(given[question.name]) for question in questions]
+
+    def _answered(self, row, decoder, suite, questions, group, share, file, advance) -> dict[str, str]:
+        """Question -> answer; those that are not in the file are asked."""
         given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
         missing = [q for q in questions if (q.name, asked[q.name]) not in given]
         missing.sort(key=lambda question: sum(len(message["content"]) for message in question.messages))
@@ -71,12 +79,11 @@ class Asker:
                 batch_size=self._batch, base_share=share, own_layers=group, own_tokens=row.tokens, advance=advance,
             )  # fmt: skip
             new = {(q.name, asked[q.name]): answer for q, answer in zip(part, answers, strict=True)}
-            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a") as stream:
                 lines = [{"question": name, "messages": digest, "answer": answer} for (name, digest), answer in new.items()]
                 stream.write("".join(json.dumps(line) + "\n" for line in lines))
             given |= new
-        return [q.is_right(given[q.name, asked[q.name]]) for q in questions]
+        return {q.name: given[q.name, asked[q.name]] for q in questions}
 
     def subject(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._frozen is None:
@@ -93,6 +100,15 @@ class Asker:
 
     def _group(self, row: Row, decoder: Path | None) -> LayerGroup | None:
         return layer_group(best_group(LayerProfile.read(decoder, self._base), row.layers)) if row.layers else None
+
+
+@contextmanager
+def _alone_with(file: Path) -> Iterator[None]:
+    """Two rows may see the same (two shares of the layers, the same best group): one process asks, the other reads."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def weights_of(folder: Path) -> str:

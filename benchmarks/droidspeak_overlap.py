@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import statistics
@@ -32,6 +33,7 @@ from kvshare.contract import KVShape
 from kvshare.decoders import ecache_share
 from kvshare.engine_settings import EngineSettings
 from kvshare.layer_group import LayerGroup
+from prefillshare.platform import engine_environment
 
 WAYS = {"overlapped": True, "one after another": False}
 LIMIT_S = 1800.0
@@ -43,7 +45,8 @@ def measured(
     model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, link_mbit: int | None, advance: Callable
 ) -> list[dict]:
     """`turns`, in a process of its own, over a link of that speed. Raises RuntimeError where there can be none."""
-    command = [sys.executable, "-m", __spec__.name, str(model), str(decoder), str(group)]
+    environment = [f"{name}={value}" for name, value in engine_environment().items()]
+    command = ["env", *environment, sys.executable, "-m", __spec__.name, str(model), str(decoder), str(group)]
     command += ["--tokens", *map(str, lengths), "--repeats", str(repeats)]
     if link_mbit:
         if not links():
@@ -151,8 +154,10 @@ def write_trace(found: list[dict], file: Path) -> None:
 
 
 async def _print(args: argparse.Namespace) -> None:
+    told = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM logs to it
     async for turn in turns(args.model, args.decoder, LayerGroup.parse(args.layers), args.tokens, args.repeats):
-        print(json.dumps(turn), flush=True)
+        told.write(json.dumps(turn) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Model:
 def step(model: Model, system: str, tokens: torch.Tensor, cache: list) -> torch.Tensor:
     """Logits [batch, vocabulary] after one token of each request; the new token's KV is written into the cache.
 
-    Rows are the decoder's, or the base's and then the decoder's. Request i has adapter i * ADAPTERS // batch.
+    Rows are the decoder's, or the base's and then the decoder's. Each adapter has as many requests, side by side.
     """
     batch, streams, s = len(tokens), 1 + (system == "two streams"), model.shapes
     adapted = system != "plain"
@@ -159,6 +159,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each system, in turn (default: 9)")
     parser.add_argument("--replays", type=int, default=10, help="steps per measurement (default: 10)")
     args = parser.parse_args()
+    if wrong := [batch for batch in args.batches if batch % min(batch, ADAPTERS)]:
+        parser.error(f"argument --batches: {wrong[0]} requests do not spread evenly over {ADAPTERS} adapters")
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; benchmarks.icarus measures engines on CPUs")
     console, found = Console(stderr=True), {}

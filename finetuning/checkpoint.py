@@ -15,7 +15,7 @@ from kvshare.contract import DecoderContract
 from kvshare.errors import ConfigError
 
 FILE = "checkpoint.pt"
-#: What of a recipe changes how fast a run is and what memory it takes, not what it learns.
+#: What of a recipe changes how fast a run is and what memory it takes, not what it learns (but for rounding).
 MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
 
 

@@ -102,7 +102,7 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
     parameters = list(decoder.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batches = Batches([len(e.token_ids) for e in examples], recipe.batch_size, recipe.epochs, recipe.seed)
-    made_by = f"{contract.base.weights[:16]}-{recipe.dtype}"
+    made_by = f"{contract.base.weights[:16]}-{recipe.dtype}-v2"  # 2: a context's KV has its own axis
     store = BaseKVStore(folder / output.KV_FOLDER / made_by, _kv_budget(recipe), decoder.base_kv)
     feeder = Feeder(recipe, decoder, store)
     checkpoint = Checkpoint(folder, recipe, contract, examples, decoder, optimizer)

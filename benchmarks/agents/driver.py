@@ -99,8 +99,9 @@ def closed(
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
     """`at_once` sessions are under way until none is left. `converse`: context -> a conversation."""
+    texts = [session.given(VOCABULARY, seed) for session in sessions]
     with ThreadPoolExecutor(at_once) as pool:
-        played = pool.map(lambda session: _play(session, converse, seed, time.monotonic(), advance), sessions)
+        played = pool.map(lambda session, text: _play(session, text, converse, None, advance), sessions, texts)
         return [record for records in played for record in records]
 
 
@@ -109,26 +110,34 @@ def opened(
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
     """Each session begins at its arrival, whatever has become of the others."""
+    texts = [session.given(VOCABULARY, seed) for session in sessions]
     began, futures = time.monotonic(), []
     with ThreadPoolExecutor(min(MOST_AT_ONCE, len(sessions))) as pool:
-        for session in sessions:
+        for session, text in zip(sessions, texts, strict=True):
             due = began + session.arrival_s
             time.sleep(max(0.0, due - time.monotonic()))  # an arrival is a time: nothing else is waited for
-            futures.append(pool.submit(_play, session, converse, seed, due, advance))
+            futures.append(pool.submit(_play, session, text, converse, due, advance))
         return [record for future in futures for record in future.result()]
 
 
 def _play(
-    session: Session, converse: Callable[[list[int]], Conversation], seed: int, due_s: float, advance: Callable[[], None]
+    session: Session,
+    texts: tuple[list[int], list[list[int]]],
+    converse: Callable[[list[int]], Conversation],
+    due_s: float | None,
+    advance: Callable[[], None],
 ) -> list[TurnRecord]:
-    """The first turn is asked when the session is due: opening it, and waiting for a thread, is a part of its latency."""
-    context, given = session.given(VOCABULARY, seed)
+    """The first turn is asked when the session is due (None: now): opening it, and waiting for a thread, is a part of its
+    latency."""
+    context, given = texts
     records: list[TurnRecord] = []
     conversation = None
     try:
         for number, turn in enumerate(session.turns):
-            time.sleep(turn.pause_s)  # the tool's time
-            record = TurnRecord(session.number, number, turn.agent, time.monotonic() if number else due_s)
+            if number:
+                time.sleep(turn.pause_s)  # the tool's time
+            asked_s = time.monotonic() if number or due_s is None else due_s
+            record = TurnRecord(session.number, number, turn.agent, asked_s)
             records.append(record)
             try:
                 conversation = conversation or converse(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ class Objective:
 
 
 def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0) -> dict:
-    """Figure -> {"value", "low", "high"}; counts are plain. Seconds in which the sessions were played: from the first asked to
-    the last ended."""
+    """Figure -> {"value", "low", "high"}, None where no turn says anything of it; counts are plain. `seconds` in which the
+    sessions were played: from the first asked to the last ended."""
     by_session: dict[int, list[TurnRecord]] = defaultdict(list)
     for record in records:
         by_session[record.session].append(record)
@@ -84,8 +85,10 @@ def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessio
     }
 
 
-def _with_interval(figure: Callable[[Sessions], float], sessions: Sessions, resampled: Sequence[Sessions]) -> dict[str, float]:
-    drawn = sorted(figure(sample) for sample in resampled)
+def _with_interval(figure: Callable[[Sessions], float], sessions: Sessions, resampled: Sequence[Sessions]) -> dict:
+    drawn = sorted(value for sample in resampled if not math.isnan(value := figure(sample)))
+    if math.isnan(figure(sessions)):
+        return dict.fromkeys(("value", "low", "high"))
     low, high = drawn[int(0.025 * len(drawn))], drawn[int(0.975 * len(drawn))]
     return {"value": round(figure(sessions), 5), "low": round(low, 5), "high": round(high, 5)}
 

@@ -105,6 +105,9 @@ SCALES = {
     ),
 }
 
+#: Of the rate in a burst: the rate between bursts.
+BETWEEN = 0.05
+
 Draw = Callable[[random.Random, int, Scale], Sequence[Turn]]
 
 
@@ -177,10 +180,11 @@ def poisson(of: Iterable[Session], per_s: float, seed: int) -> list[Session]:
 def bursts(of: Iterable[Session], per_s: float, seed: int, factor: float = 4.0, period_s: float = 30.0) -> list[Session]:
     """Poisson whose rate is `factor` times the mean in the first `1 / factor` of every period, and almost none in the rest."""
     rng, now, arriving = random.Random(f"bursts {seed}"), 0.0, []
+    highest = per_s * factor / (1 + BETWEEN * (factor - 1))
     for session in of:
         while True:  # thinning: draw at the highest rate, keep what the present rate allows
-            now += rng.expovariate(per_s * factor)
-            if now % period_s < period_s / factor or rng.random() < 0.05:
+            now += rng.expovariate(highest)
+            if now % period_s < period_s / factor or rng.random() < BETWEEN:
                 break
         arriving.append(replace(session, arrival_s=now))
     return arriving
@@ -192,19 +196,25 @@ def write_trace(of: Iterable[Session], file: Path) -> None:
 
 
 def read_trace(file: Path, agents: int) -> list[Session]:
-    """Raises ConfigError naming the line that is not a session, or an agent that is not there."""
+    """In order of arrival. Raises ConfigError naming the line that is not a session, or an agent that is not there."""
     read = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            turns = tuple(Turn(**turn) for turn in record["turns"])
-            session = Session(len(read), int(record["context_tokens"]), turns, float(record.get("arrival_s", 0.0)))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}, line {number}: {error}", fix="give a session per line, as the module says") from None
+            turns = tuple(
+                Turn(int(t["agent"]), int(t["given_tokens"]), int(t["answer_tokens"]), float(t.get("pause_s", 0.0)))
+                for t in record["turns"]
+            )
+            session = Session(0, int(record["context_tokens"]), turns, float(record.get("arrival_s", 0.0)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file}, line {number}: {error!r}", fix="give a session per line, as the module says") from None
         least = min((min(turn.given_tokens, turn.answer_tokens) for turn in turns), default=0)
         if least < 1 or session.context_tokens < 1:
             raise ConfigError(f"{file}, line {number}: turns need at least one token given and one answered")
-        if (most := max(turn.agent for turn in turns)) >= agents:
-            raise ConfigError(f"{file}, line {number}: agent {most} of {agents}", fix="agents are counted from 0; use more")
+        if session.arrival_s < 0 or any(turn.pause_s < 0 for turn in turns):
+            raise ConfigError(f"{file}, line {number}: a time below zero")
+        if wrong := [turn.agent for turn in turns if not 0 <= turn.agent < agents]:
+            raise ConfigError(f"{file}, line {number}: agent {wrong[0]} of {agents}", fix="agents are counted from 0; use more")
         read.append(session)
-    return read
+    read.sort(key=lambda session: session.arrival_s)
+    return [replace(session, number=number) for number, session in enumerate(read)]

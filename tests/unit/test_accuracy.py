@@ -52,7 +52,7 @@ def test_no_question_is_asked_twice(study):
 
 def test_a_half_written_answer_is_asked_again(study, tmp_path):
     study.right()
-    (file,) = (tmp_path / "answers").iterdir()
+    (file,) = (tmp_path / "answers").glob("*.jsonl")
     file.write_text(file.read_text()[:-5])
     study.right()
     assert study.asked[100:] == [study.asked[99]]
@@ -160,3 +160,29 @@ def test_the_weights_of_a_decoder_that_has_answered_may_be_removed(tmp_path, mon
     assert accuracy_asker.weights_of(tmp_path) == "these"
     (tmp_path / "model.safetensors").unlink()
     assert accuracy_asker.weights_of(tmp_path) == "these"
+
+
+def test_without_the_reference_nothing_is_compared(monkeypatch):
+    monkeypatch.setattr(accuracy, "trained_for", lambda study: [accuracy.TRAININGS["ICaRus"]])
+    with pytest.raises(SystemExit, match="full fine-tuning has not been trained"):
+        accuracy.check_comparable(accuracy.STUDIES.values())
+
+
+def test_what_is_there_of_another_recipe_is_not_compared(monkeypatch):
+    def another(recipe):
+        raise SystemExit(f"{recipe.output} was made by another recipe")
+
+    monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
+    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)
+    monkeypatch.setattr(accuracy, "check_made", another)
+    with pytest.raises(SystemExit, match="another recipe"):
+        accuracy.check_comparable(accuracy.STUDIES.values())
+
+
+def test_rows_without_a_decoder_are_left_out_and_nothing_is_asked_twice(monkeypatch):
+    study = accuracy.STUDIES["arithmetic"]
+    there = [accuracy.TRAININGS[name] for name in ("full fine-tuning", "ICaRus")]
+    monkeypatch.setattr(accuracy, "trained_for", lambda study: there)
+    assert [row.name for row in accuracy.rows_of(study)] == ["base", "full fine-tuning", "naive sharing", "ICaRus"]
+    asked = [(work.arguments[1].name, *work.arguments[2:4]) for work in accuracy.questions_of(study, SETTINGS)]
+    assert len(asked) == len(set(asked)) == 4

@@ -1,6 +1,7 @@
 """What benchmarks.agents plays: the same for the same seed, within its bounds, and as its pattern says."""
 
 import random
+import re
 import statistics
 from itertools import pairwise
 
@@ -78,10 +79,9 @@ def test_lengths_have_the_median_they_say():
 
 @pytest.mark.parametrize("arrivals", [workload.poisson, workload.bursts])
 def test_arrivals_have_the_rate_asked_for(arrivals):
-    played = arrivals(workload.sessions("low-sharing", 3000, 2, 1, SCALE), 5.0, seed=4)
-    times = [session.arrival_s for session in played]
+    times = [session.arrival_s for session in arrivals([Session(n, 1, ()) for n in range(20_000)], 5.0, seed=4)]
     assert times == sorted(times)
-    assert len(times) / times[-1] == pytest.approx(5.0, rel=0.25)
+    assert len(times) / times[-1] == pytest.approx(5.0, rel=0.04)
 
 
 def test_bursts_are_bursts():
@@ -96,14 +96,17 @@ def test_bursts_are_bursts():
 
 def test_a_trace_is_read_as_it_was_written(tmp_path):
     played = workload.poisson(workload.sessions("react", 10, 3, 1, SCALE), 2.0, seed=1)
-    workload.write_trace(played, tmp_path / "trace.jsonl")
-    assert workload.read_trace(tmp_path / "trace.jsonl", agents=3) == played
+    workload.write_trace(played[::-1], tmp_path / "trace.jsonl")
+    assert workload.read_trace(tmp_path / "trace.jsonl", agents=3) == played  # in order of arrival
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [("{", "line 2"), ('{"turns": []}', "line 2: 'context_tokens'"),
+    [("{", "line 2"), ('{"turns": []}', "line 2: KeyError('context_tokens')"),
      ('{"context_tokens": 5, "turns": [{"agent": 0}]}', "line 2"),
+     ('{"context_tokens": 5, "turns": [{"agent": "x", "given_tokens": 1, "answer_tokens": 1}]}', "line 2"),
+     ('{"context_tokens": 5, "turns": [{"agent": -1, "given_tokens": 1, "answer_tokens": 1}]}', "agent -1 of 3"),
+     ('{"context_tokens": 5, "turns": [{"agent": 0, "given_tokens": 1, "answer_tokens": 1, "pause_s": -1}]}', "below zero"),
      ('{"context_tokens": 5, "turns": []}', "at least one token"),
      ('{"context_tokens": 5, "turns": [{"agent": 3, "given_tokens": 1, "answer_tokens": 1}]}', "agent 3 of 3")],
 )  # fmt: skip
@@ -111,7 +114,7 @@ def test_a_trace_that_is_none_is_refused_with_its_line(tmp_path, line, says):
     workload.write_trace([Session(0, 9, (Turn(0, 1, 1),))], tmp_path / "trace.jsonl")
     with (tmp_path / "trace.jsonl").open("a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
         workload.read_trace(tmp_path / "trace.jsonl", agents=3)
 
 

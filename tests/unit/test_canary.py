@@ -119,7 +119,9 @@ async def test_one_place_of_a_sampled_turn_is_predicted_again(metrics):
     await counted(metrics, "done", 1)
     ((context, adapter, top),) = world.asked
     assert (context, adapter, top) in [([1, 2, 5, 6, 7][: 2 + place], "adapter", TOP) for place in range(3)]
-    assert metrics["canary_divergence"].labels("d")._sum.get() > 0
+    own, rest = 0.3, 0.65  # of the sampled token, and of all that is in neither list or in one
+    wanted = own * math.log(own / 0.9) + 0.05 * math.log(0.05 / 0.05) + rest * math.log(rest / 0.05)
+    assert metrics["canary_divergence"].labels("d")._sum.get() == pytest.approx(wanted)
     await canary.stop()
 
 

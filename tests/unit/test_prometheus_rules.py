@@ -42,23 +42,23 @@ def test_every_alert_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("mean", "turns_per_minute", "fires"), [(0.4, 1, True), (0.2, 1, False), (0.4, 0.1, False)]
+    ("mean", "turns_per_hour", "fires"), [(0.4, 2, True), (0.2, 2, False), (0.4, 0.5, False)]
 )
-def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_minute, fires):
-    """`quality_floor` 0.3; two hours of samples; two routers each see a half of them."""
-    half = turns_per_minute / 2
+def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_hour, fires):
+    """`quality_floor` 0.3; two days of samples; two routers each see a half of them."""
+    half = turns_per_hour / 2 / 6
     series = [
-        {"series": f'prefillshare_canary_divergence_{what}{{decoder="a", pod="{pod}"}}', "values": f"0+{each}x120"}
+        {"series": f'prefillshare_canary_divergence_{what}{{decoder="a", pod="{pod}"}}', "values": f"0+{each}x288"}
         for pod in "xy"
         for what, each in (("sum", half * mean), ("count", half))
     ]
-    series += [{"series": f'prefillshare_quality_floor{{decoder="a", pod="{pod}"}}', "values": "0.3x120"} for pod in "xy"]
+    series += [{"series": f'prefillshare_quality_floor{{decoder="a", pod="{pod}"}}', "values": "0.3x288"} for pod in "xy"]
     expected = [
         {
             "exp_labels": {"severity": "warning", "decoder": "a"},
             "exp_annotations": {
                 "summary": "a is farther from its own prefill than its quality_floor allows",
-                "description": "Over the last hour the sampled turns of a diverged by 0.4 nats on the mean. "
+                "description": "Over the last day the sampled turns of a diverged by 0.4 nats on the mean. "
                 "Other layers matter for the data it sees now.",
                 "runbook": yaml.safe_load(RULES.read_text())["groups"][0]["rules"][1]["annotations"]["runbook"],
             },
@@ -66,13 +66,13 @@ def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_minute, fir
     ]
     test = {
         "rule_files": [str(RULES)],
-        "evaluation_interval": "1m",
+        "evaluation_interval": "10m",
         "tests": [
             {
-                "interval": "1m",
+                "interval": "10m",
                 "input_series": series,
                 "alert_rule_test": [
-                    {"eval_time": "110m", "alertname": "PrefillShareDecoderDrifted", "exp_alerts": expected if fires else []}
+                    {"eval_time": "47h", "alertname": "PrefillShareDecoderDrifted", "exp_alerts": expected if fires else []}
                 ],
             }
         ],

@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest, nsmallest
+from operator import attrgetter
+from typing import Protocol, TypeVar
 
 from kvshare.config import Placement as PlacementConfig
 from kvshare.errors import Unavailable
@@ -49,6 +52,19 @@ class Demand:
     last_replica: str | None = None
     next_replica: str | None = None
 
+
+class Member(Protocol):
+    """A replica of a pool. `load`: whatever orders them by how much they have to do."""
+
+    id: str
+
+    @property
+    def load(self) -> object: ...
+
+
+M = TypeVar("M", bound=Member)
+#: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
+SHORTLIST = 8
 
 Scorer = Callable[[Sequence[Candidate], Demand], Sequence[float]]
 Weights = Mapping[str, float]
@@ -128,3 +144,16 @@ def place(candidates: Sequence[Candidate], demand: Demand, weights: Weights, poo
     candidates = sorted(with_room(candidates), key=lambda c: c.replica)
     scores = score(candidates, demand, weights)
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
+
+
+def shortlist(
+    replicas: Sequence[M], overlaps: Mapping[str, int], demand: Demand, fits: Callable[[str], bool]
+) -> Sequence[M]:
+    """The replicas a placement can fall on; what it costs does not grow with the pool."""
+    if len(replicas) <= 2 * SHORTLIST:
+        return replicas
+    held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])
+    idle = nsmallest(SHORTLIST, replicas, key=attrgetter("load"))
+    named = [r for r in replicas if r.id in (demand.last_replica, demand.next_replica)]
+    short = list({r.id: r for r in (*held, *idle, *named)}.values())
+    return short if any(fits(r.id) for r in short) else replicas

@@ -9,23 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from heapq import nlargest, nsmallest
-from operator import attrgetter
 
 from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
 from router.decode_room import ReplicaCapacity
-from router.placement import Candidate, Demand, Weights, place
+from router.placement import Candidate, Demand, Weights, place, shortlist
 from router.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
 COMING_S = 2.0
-#: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
-SHORTLIST = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Pool:
         overlaps = self._with_what_is_coming(self.overlaps(keys), keys)
         candidates = [
             Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
-            for r in _shortlist(replicas, overlaps, demand, fits)
+            for r in shortlist(replicas, overlaps, demand, fits)
         ]
         chosen = place(candidates, demand, self.weights, self.name)
         cached = min(chosen.overlap_tokens, prompt_tokens)
@@ -153,16 +149,3 @@ class Pool:
             await self._index.add(self.name, replica, info.kv_events)
         else:
             await self._index.remove(self.name, replica)
-
-
-def _shortlist(
-    replicas: Sequence[Replica], overlaps: Mapping[str, int], demand: Demand, fits: Callable[[str], bool]
-) -> Sequence[Replica]:
-    """The replicas a placement can fall on; what it costs does not grow with the pool."""
-    if len(replicas) <= 2 * SHORTLIST:
-        return replicas
-    held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])
-    idle = nsmallest(SHORTLIST, replicas, key=attrgetter("load"))
-    named = [r for r in replicas if r.id in (demand.last_replica, demand.next_replica)]
-    short = list({r.id: r for r in (*held, *idle, *named)}.values())
-    return short if any(fits(r.id) for r in short) else replicas

@@ -1,0 +1,270 @@
+"""Agent sessions on pools of replicas, simulated: what a deployment of any size would do, at measured costs.
+
+Discrete events (simpy). What is the product's own: the choice of replicas (router/placement.py) and what a sharing mode keeps
+for whom (kvshare/modes). What is a model:
+ - A prefill replica computes one prompt at a time: a fixed time, a time per token, and one per token and context token.
+ - A decode replica runs its requests side by side; a step takes a time, one per request and one per token of their contexts.
+ - KV crosses a link at a rate, beside all else.
+ - A cache holds so many tokens and gives up the contexts that were not asked for longest. No two contexts share a part.
+Not modelled: chunked prefill (a prompt that has begun is not interrupted, by an eager one neither), failures, preemption (a
+request waits until its whole context has room), queue limits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import simpy
+
+from benchmarks.agents.driver import Cost, TurnRecord
+from benchmarks.agents.workload import Session
+from kvshare.modes import get_mode
+from router.placement import POLICIES, Candidate, Demand, place, shortlist
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one replica of each kind. Seconds; `kv_bytes`: of a token in all layers. `second_stream`: what a decode step of two
+    streams takes of one's (ICaRus); `own_layers`: the share of the layers that the decode side computes itself (DroidSpeak)."""
+
+    prefill_s: float
+    prefill_token_s: float
+    prefill_token_context_s: float
+    step_s: float
+    step_request_s: float
+    step_context_token_s: float
+    kv_bytes: int
+    link_bytes_per_s: float
+    second_stream: float = 1.0
+    own_layers: float = 0.0
+
+    def prefill(self, computed: int, prompt: int) -> float:
+        """Of the last `computed` tokens of a prompt: each attends to what is before it."""
+        seen = computed * (prompt - (computed - 1) / 2)
+        return self.prefill_s + computed * self.prefill_token_s + seen * self.prefill_token_context_s
+
+    def step(self, requests: int, context_tokens: float) -> float:
+        return self.step_s + requests * self.step_request_s + context_tokens * self.step_context_token_s
+
+
+@dataclass(frozen=True)
+class Site:
+    """Replicas, KV tokens that each has room for, and requests a decode replica runs at most."""
+
+    prefill: int
+    decode: int
+    kv_tokens: int
+    max_running: int = 64
+    block: int = 32
+    eager_prefill: bool = True
+    policy: str = "prefix_aware"
+
+
+class _Cache:
+    """Contexts by key, the least recently asked for first. `reserved`: tokens of what runs, which nothing evicts."""
+
+    def __init__(self, tokens: int):
+        self._room, self._held, self._used, self.reserved = tokens, OrderedDict(), 0, 0
+
+    def held(self, key: Hashable) -> int:
+        return self._held.get(key, 0)
+
+    def touch(self, key: Hashable) -> int:
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self.held(key)
+
+    def put(self, key: Hashable, tokens: int) -> None:
+        self._used += max(tokens, self.held(key)) - self.held(key)
+        self._held[key] = max(tokens, self.held(key))
+        self._held.move_to_end(key)
+        self.evict()
+
+    def evict(self) -> None:
+        while self._used + self.reserved > self._room and self._held:
+            self._used -= self._held.popitem(last=False)[1]
+
+
+@dataclass
+class _Prefill:
+    id: str
+    computes: simpy.PriorityResource
+    cache: _Cache
+    queued_tokens: int = 0
+    filled_tokens: float = 0.0
+    active: int = 0
+
+    @property
+    def load(self) -> tuple[int, float]:
+        return self.queued_tokens, self.filled_tokens
+
+
+@dataclass
+class _Request:
+    left: float
+    context: float
+    done: simpy.Event
+    first_s: float = 0.0
+
+
+@dataclass
+class _Decode:
+    id: str
+    cache: _Cache
+    changed: simpy.Event
+    running: list[_Request] = field(default_factory=list)
+    admitted: int = 0
+    queued_tokens: int = 0
+
+    @property
+    def load(self) -> int:
+        return self.admitted
+
+
+class Simulation:
+    """`run` plays the sessions by their arrivals; records have the times and costs that benchmarks.agents.driver's have."""
+
+    def __init__(self, mode: str, site: Site, costs: Costs):
+        self._mode, self._site, self._costs = get_mode(mode), site, costs
+        self._env = env = simpy.Environment()
+        self._prefill = [
+            _Prefill(f"prefill-{n:05}", simpy.PriorityResource(env), _Cache(site.kv_tokens)) for n in range(site.prefill)
+        ]
+        self._decode = [_Decode(f"decode-{n:05}", _Cache(site.kv_tokens), env.event()) for n in range(site.decode)]
+        self._prefill_weights, self._decode_weights = POLICIES[site.policy]
+        self._freed = env.event()
+        #: Key of a context -> replicas that may hold it: what the router's index knows.
+        self._holders: dict[Hashable, set[str]] = {}
+        self._records: list[TurnRecord] = []
+        for replica in self._decode:
+            env.process(self._steps(replica))
+
+    def run(self, sessions: Sequence[Session], at_once: int | None = None) -> list[TurnRecord]:
+        """Open loop, or with so many sessions under way (closed loop)."""
+        places = simpy.Resource(self._env, at_once or len(sessions))
+        everything = self._env.all_of([self._env.process(self._session(session, places)) for session in sessions])
+        self._env.run(everything)
+        return sorted(self._records, key=lambda record: (record.session, record.turn))
+
+    def _session(self, session: Session, places: simpy.Resource):
+        env, context, last = self._env, session.context_tokens, (None, None)
+        yield env.timeout(session.arrival_s)
+        with places.request() as place_taken:
+            yield place_taken
+            for number, turn in enumerate(session.turns):
+                if number:
+                    yield env.timeout(turn.pause_s)
+                record = TurnRecord(session.number, number, turn.agent, env.now)
+                prompt = context + turn.given_tokens
+                last = yield env.process(self._turn(record, session.number, prompt, turn.answer_tokens, last))
+                context = prompt + turn.answer_tokens
+                self._records.append(record)
+
+    def _turn(self, record: TurnRecord, session: int, prompt: int, answer: int, last: tuple):
+        env, mode, costs, whole = self._env, self._mode, self._costs, prompt + answer
+        handed = mode.handoff_tokens(prompt)
+        base_key = session if mode.shares_prefill else (record.agent, session)
+        decode_key = session if mode.adapters_share_blocks else (record.agent, session)
+
+        while not (fitting := [r for r in self._decode if self._fits(r, whole)]):
+            yield self._freed
+        decode = self._place(fitting, decode_key, handed, self._decode_weights, last[1])
+        decode.admitted += 1
+        decode.cache.reserved += whole
+        decode.cache.evict()
+
+        prefill = self._place(self._prefill, base_key, handed, self._prefill_weights, last[0])
+        record.cost = yield env.process(self._computed(prefill, base_key, handed))
+
+        lacking = max(0, handed - self._cached(decode.cache, decode_key, handed))
+        record.cost.kv_bytes = lacking * costs.kv_bytes
+        own_s = costs.own_layers * costs.prefill(lacking, handed) if mode.recomputes and lacking else 0.0
+        yield env.timeout(record.cost.kv_bytes / costs.link_bytes_per_s + own_s)
+
+        request = _Request(answer, prompt, env.event())
+        self._change(decode, request)
+        yield request.done
+        record.end_s = env.now
+        spread = (record.end_s - request.first_s) / max(1, answer - 1)
+        record.token_s = [request.first_s + spread * n for n in range(answer)]
+
+        decode.admitted -= 1
+        decode.cache.reserved -= whole
+        self._keep(decode, decode_key, mode.cacheable_tokens(prompt, whole - 1))
+        freed, self._freed = self._freed, env.event()
+        freed.succeed()
+        if mode.two_streams:
+            env.process(self._pulled_back(prefill, base_key, whole - 1, answer))
+        elif mode.shares_prefill and self._site.eager_prefill:
+            env.process(self._computed(prefill, base_key, whole - 1, priority=1))
+        return prefill.id, decode.id
+
+    def _fits(self, replica: _Decode, tokens: int) -> bool:
+        """An idle replica takes what is larger than its room: nothing else ever would."""
+        room = replica.cache.reserved + tokens <= self._site.kv_tokens or not replica.admitted
+        return room and replica.admitted < self._site.max_running
+
+    def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None):
+        holders = self._holders.get(key, ())
+        overlaps = {r.id: self._cached(r.cache, key, tokens) for r in replicas if r.id in holders}
+        demand = Demand(tokens, last)
+        candidates = [
+            Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, getattr(r, "admitted", 0), getattr(r, "filled_tokens", 0.0))
+            for r in shortlist(replicas, overlaps, demand, lambda _: True)
+        ]
+        chosen = place(candidates, demand, weights).replica
+        return next(r for r in replicas if r.id == chosen)
+
+    def _cached(self, cache: _Cache, key: Hashable, tokens: int) -> int:
+        """Whole blocks."""
+        return min(tokens, cache.held(key)) // self._site.block * self._site.block
+
+    def _keep(self, replica, key: Hashable, tokens: int) -> None:
+        replica.cache.put(key, tokens)
+        self._holders.setdefault(key, set()).add(replica.id)
+
+    def _computed(self, replica: _Prefill, key: Hashable, tokens: int, priority: int = 0):
+        """What the prompt lacks on this replica is computed there, in its turn."""
+        expected = max(0, tokens - self._cached(replica.cache, key, tokens))
+        replica.queued_tokens += expected
+        replica.filled_tokens += expected
+        with replica.computes.request(priority) as turn:
+            yield turn
+            replica.cache.touch(key)
+            cached = self._cached(replica.cache, key, tokens)
+            yield self._env.timeout(self._costs.prefill(tokens - cached, tokens))
+        replica.queued_tokens -= expected
+        self._keep(replica, key, tokens)
+        return Cost(cached, tokens - cached)
+
+    def _pulled_back(self, replica: _Prefill, key: Hashable, tokens: int, answer: int):
+        yield self._env.timeout(answer * self._costs.kv_bytes / self._costs.link_bytes_per_s)
+        self._keep(replica, key, tokens)
+
+    def _change(self, replica: _Decode, request: _Request) -> None:
+        replica.running.append(request)
+        changed, replica.changed = replica.changed, self._env.event()
+        changed.succeed()
+
+    def _steps(self, replica: _Decode):
+        """All running requests gain a token a step, until one has all of its or another comes."""
+        env = self._env
+        while True:
+            if not replica.running:
+                yield replica.changed
+            batch = list(replica.running)
+            step = self._costs.step(len(batch), sum(request.context for request in batch))
+            step *= self._costs.second_stream if self._mode.two_streams else 1.0
+            began, changed = env.now, replica.changed
+            for request in batch:
+                request.first_s = request.first_s or began + step
+            yield env.timeout(step * min(request.left for request in batch)) | changed
+            gained = (env.now - began) / step
+            for request in batch:
+                request.left -= gained
+                request.context += gained
+                if request.left < 1e-6:
+                    replica.running.remove(request)
+                    request.done.succeed()

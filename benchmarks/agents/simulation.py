@@ -137,6 +137,8 @@ class Simulation:
         self._freed = env.event()
         #: Key of a context -> replicas that may hold it: what the router's index knows.
         self._holders: dict[Hashable, set[str]] = {}
+        #: The last pull of a context's response: its next turn waits for it, as the product's does.
+        self._pulls: dict[Hashable, simpy.Process] = {}
         self._records: list[TurnRecord] = []
         for replica in self._decode:
             env.process(self._steps(replica))
@@ -175,6 +177,8 @@ class Simulation:
         decode.cache.reserved += whole
         decode.cache.evict()
 
+        if base_key in self._pulls:
+            yield self._pulls.pop(base_key)
         prefill = self._place(self._prefill, base_key, handed, self._prefill_weights, last[0])
         record.cost = yield env.process(self._computed(prefill, base_key, handed))
 
@@ -196,7 +200,7 @@ class Simulation:
         freed, self._freed = self._freed, env.event()
         freed.succeed()
         if mode.two_streams:
-            env.process(self._pulled_back(prefill, base_key, whole - 1, answer))
+            self._pulls[base_key] = env.process(self._pulled_back(prefill, base_key, whole - 1, answer))
         elif mode.shares_prefill and self._site.eager_prefill:
             env.process(self._computed(prefill, base_key, whole - 1, priority=1))
         return prefill.id, decode.id

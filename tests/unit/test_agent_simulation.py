@@ -98,3 +98,9 @@ def test_a_closed_loop_begins_a_session_when_another_has_ended():
     site = replace(SITE, prefill=3, decode=3, eager_prefill=False)
     records = Simulation("prefillshare", site, COSTS).run(sessions, at_once=1)
     assert [record.asked_s for record in records] == pytest.approx([0.0, 130.0, 260.0])
+
+
+def test_a_turn_that_comes_at_once_waits_for_the_pull_of_the_response():
+    records = play("icarus", [Session(0, 100, (Turn(0, 1, 10), Turn(1, 20, 10)))])
+    assert records[1].cost.computed_tokens == 20
+    assert records[1].ttft_s == pytest.approx(10 / 10 + 20 + 20 / 10 + 2)  # pull, prefill, transfer, step

@@ -1,7 +1,6 @@
 """The accuracy study goes on where it was ended, and its page says what was found."""
 
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,16 +139,25 @@ def _mark(settings, console, folder, name):
     (folder / name).write_text(settings.device)
 
 
-@pytest.mark.parametrize("pool", [None, 2])
+@pytest.fixture(scope="module")
+def processes():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(params=["here", "in processes"])
+def pool(request):
+    return request.getfixturevalue("processes") if request.param == "in processes" else None
+
+
 def test_every_piece_of_work_is_done(tmp_path, pool):
     pieces = [accuracy.Work(name, _mark, (tmp_path, name)) for name in "abc"]
-    with ProcessPoolExecutor(pool, get_context("spawn")) if pool else nullcontext() as running:
-        accuracy.all_done(pieces, SETTINGS, running, Console(quiet=True))
+    accuracy.all_done(pieces, SETTINGS, pool, Console(quiet=True))
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("abc", "cpu")
 
 
-def test_a_failing_piece_of_work_is_not_passed_over(tmp_path):
-    with pytest.raises(FileNotFoundError), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+def test_a_failing_piece_of_work_is_not_passed_over(tmp_path, pool):
+    with pytest.raises(FileNotFoundError):
         accuracy.all_done([accuracy.Work("a", _mark, (tmp_path / "absent", "a"))], SETTINGS, pool, Console(quiet=True))
 
 

@@ -157,7 +157,7 @@ def asked(settings: Settings, console: Console, study: Study, row: Row, suite: s
 
 
 def answer(settings: Settings, study: Study, row: Row, suite: str, share: float = 1.0, most=None, advance=lambda _: None):
-    decoder = Path(TRAININGS[row.training].recipe(study).output) if row.training else None
+    decoder = _folder(TRAININGS[row.training], study) if row.training else None
     return _asker(settings).right(row, decoder, suite, share, most, advance)
 
 
@@ -195,12 +195,8 @@ def _folder(training: Training, study: Study) -> Path:
     return Path(training.recipe(study).output)
 
 
-def trainings_of(study: Study, console: Console) -> list[Work]:
-    made_data(study, console)
-    return [
-        Work(f"{study.name}: {training.name}", trained, (training.recipe(study),))
-        for training in TRAININGS.values()
-    ]
+def trainings_of(study: Study) -> list[Work]:
+    return [Work(f"{study.name}: {name}", trained, (training.recipe(study),)) for name, training in TRAININGS.items()]
 
 
 def questions_of(study: Study, settings: Settings) -> list[Work]:
@@ -273,8 +269,10 @@ def main() -> None:
     if args.jobs > 1:
         pool = ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
+        for study in studies:
+            made_data(study, console)
         if not args.only_trained:
-            all_done([work for study in studies for work in trainings_of(study, console)], settings, pool, console)
+            all_done([work for study in studies for work in trainings_of(study)], settings, pool, console)
         check_comparable(studies)
         profiles = [
             Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,))

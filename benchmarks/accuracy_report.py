@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.accuracy_rows import REFERENCE, REUSE, ROWS, UNTRAINED
-from kvshare.layer_group import layer_group
-from kvshare.layer_profile import frontier_of
+from kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
 #: What people make of the figures: written by hand, put into the page.
@@ -94,7 +93,7 @@ def _trainings(found: dict) -> str:
 
 def _frontier(found: dict) -> str:
     profile = found["profile"]
-    points = frontier_of(profile["points"], lambda point: (len(layer_group(point["layers"]) or ()), point["divergence"]))
+    points = frontier_of([Point(**point) for point in profile["points"]], lambda point: (point.size, point.divergence))
     lines = [
         f"Which layers the ordinary fine-tune should compute itself, by `prefillshare profile`, of {profile['layers']} "
         "(divergence from its own prefill, nats per response token):",
@@ -104,8 +103,8 @@ def _frontier(found: dict) -> str:
     ]
     for point in points:
         lines.append(
-            f"| {point['layers']} | {len(layer_group(point['layers']) or ())} | {point['divergence']:.4f} "
-            f"| {point['low']:.4f} to {point['high']:.4f} | {100 * point['agreement']:.1f} |"
+            f"| {point.layers} | {point.size} | {point.divergence:.4f} | {point.low:.4f} to {point.high:.4f} "
+            f"| {100 * point.agreement:.1f} |"
         )
     return "\n".join(lines)
 

@@ -55,9 +55,9 @@ class BaseKVStore:
             self.read_tokens += len(token_ids)
             return [(keys, values) for keys, values in load_file(file)["kv"]]
         self.computed_tokens += len(token_ids)
-        kv = self._compute([token_ids])
+        kv = [(keys.cpu(), values.cpu()) for keys, values in self._compute([token_ids])]
         self._keep(name, file, kv)
-        return [(keys.cpu(), values.cpu()) for keys, values in kv]
+        return kv
 
     def _keep(self, name: str, file: Path, kv: LayersKV) -> None:
         """[layers, 2, 1, KV heads, tokens, head size], if there is room. By rename: a file is whole or not there."""
@@ -66,7 +66,7 @@ class BaseKVStore:
             return
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
-            save_file({"kv": torch.stack([torch.stack(layer) for layer in kv]).cpu()}, part)
+            save_file({"kv": torch.stack([torch.stack(layer) for layer in kv])}, part)
             part.replace(file)
         except (OSError, SafetensorError) as error:
             logger.warning("base KV is not kept any more: %s", error)

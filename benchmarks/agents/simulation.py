@@ -71,10 +71,9 @@ class _Cache:
     def held(self, key: Hashable) -> int:
         return self._held.get(key, 0)
 
-    def touch(self, key: Hashable) -> int:
+    def touch(self, key: Hashable) -> None:
         if key in self._held:
             self._held.move_to_end(key)
-        return self.held(key)
 
     def put(self, key: Hashable, tokens: int) -> None:
         self._used += max(tokens, self.held(key)) - self.held(key)
@@ -87,18 +86,24 @@ class _Cache:
             self._used -= self._held.popitem(last=False)[1]
 
 
-@dataclass
-class _Prefill:
+@dataclass(kw_only=True)
+class _Replica:
+    """What placement asks of a replica."""
+
     id: str
-    computes: simpy.PriorityResource
     cache: _Cache
     queued_tokens: int = 0
-    filled_tokens: float = 0.0
     active: int = 0
+    filled_tokens: float = 0.0
 
     @property
     def load(self) -> tuple[int, float]:
-        return self.queued_tokens, self.filled_tokens
+        return self.active + self.queued_tokens, self.filled_tokens
+
+
+@dataclass(kw_only=True)
+class _Prefill(_Replica):
+    computes: simpy.PriorityResource
 
 
 @dataclass
@@ -109,18 +114,12 @@ class _Request:
     first_s: float = 0.0
 
 
-@dataclass
-class _Decode:
-    id: str
-    cache: _Cache
+@dataclass(kw_only=True)
+class _Decode(_Replica):
+    """`active`: requests that have been given room, `running` or on their way there."""
+
     changed: simpy.Event
     running: list[_Request] = field(default_factory=list)
-    admitted: int = 0
-    queued_tokens: int = 0
-
-    @property
-    def load(self) -> int:
-        return self.admitted
 
 
 class Simulation:
@@ -130,9 +129,12 @@ class Simulation:
         self._mode, self._site, self._costs = get_mode(mode), site, costs
         self._env = env = simpy.Environment()
         self._prefill = [
-            _Prefill(f"prefill-{n:05}", simpy.PriorityResource(env), _Cache(site.kv_tokens)) for n in range(site.prefill)
+            _Prefill(id=f"prefill-{n:05}", cache=_Cache(site.kv_tokens), computes=simpy.PriorityResource(env))
+            for n in range(site.prefill)
         ]
-        self._decode = [_Decode(f"decode-{n:05}", _Cache(site.kv_tokens), env.event()) for n in range(site.decode)]
+        self._decode = [
+            _Decode(id=f"decode-{n:05}", cache=_Cache(site.kv_tokens), changed=env.event()) for n in range(site.decode)
+        ]
         self._prefill_weights, self._decode_weights = POLICIES[site.policy]
         self._freed = env.event()
         #: Key of a context -> replicas that may hold it: what the router's index knows.
@@ -173,7 +175,7 @@ class Simulation:
         while not (fitting := [r for r in self._decode if self._fits(r, whole)]):
             yield self._freed
         decode = self._place(fitting, decode_key, handed, self._decode_weights, last[1])
-        decode.admitted += 1
+        decode.active += 1
         decode.cache.reserved += whole
         decode.cache.evict()
 
@@ -194,7 +196,7 @@ class Simulation:
         spread = (record.end_s - request.first_s) / max(1, answer - 1)
         record.token_s = [request.first_s + spread * n for n in range(answer)]
 
-        decode.admitted -= 1
+        decode.active -= 1
         decode.cache.reserved -= whole
         self._keep(decode, decode_key, mode.cacheable_tokens(prompt, whole - 1))
         freed, self._freed = self._freed, env.event()
@@ -207,19 +209,18 @@ class Simulation:
 
     def _fits(self, replica: _Decode, tokens: int) -> bool:
         """An idle replica takes what is larger than its room: nothing else ever would."""
-        room = replica.cache.reserved + tokens <= self._site.kv_tokens or not replica.admitted
-        return room and replica.admitted < self._site.max_running
+        room = replica.cache.reserved + tokens <= self._site.kv_tokens or not replica.active
+        return room and replica.active < self._site.max_running
 
     def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None):
         holders = self._holders.get(key, ())
         overlaps = {r.id: self._cached(r.cache, key, tokens) for r in replicas if r.id in holders}
         demand = Demand(tokens, last)
+        short = {r.id: r for r in shortlist(replicas, overlaps, demand, lambda _: True)}
         candidates = [
-            Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, getattr(r, "admitted", 0), getattr(r, "filled_tokens", 0.0))
-            for r in shortlist(replicas, overlaps, demand, lambda _: True)
+            Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, r.active, r.filled_tokens) for r in short.values()
         ]
-        chosen = place(candidates, demand, weights).replica
-        return next(r for r in replicas if r.id == chosen)
+        return short[place(candidates, demand, weights).replica]
 
     def _cached(self, cache: _Cache, key: Hashable, tokens: int) -> int:
         """Whole blocks."""

@@ -115,7 +115,8 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     trainings = dict.fromkeys(accuracy.TRAININGS, figures)
     curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
     curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
-    profile = {"layers": 30, "points": [{"layers": layers, "divergence": d, "low": 0.0, "high": 1.0, "agreement": 0.5}
+    profile = {"layers": 30, "points": [{"layers": layers, "divergence": d, "low": 0.0, "high": 1.0, "agreement": 0.5,
+                                         "examples": 8}
                                         for layers, d in (("none", 0.9), ("3-5", 0.4), ("2-5", 0.5))]}  # fmt: skip
     result = {
         "studies": {"tools": {"suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,

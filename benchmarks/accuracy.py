@@ -172,12 +172,20 @@ def trained_for(study: Study) -> list[Training]:
 
 
 def check_comparable(studies: Iterable[Study]) -> None:
-    """Raises SystemExit for what is there and of another recipe, or where there is nothing to compare with."""
+    """Before anything is asked. Raises SystemExit for what is there and of another recipe or other data, or where there is
+    nothing to compare with."""
     for study in studies:
         if TRAININGS[REFERENCE] not in (there := trained_for(study)):
             raise SystemExit(f"{study.name}: {REFERENCE} has not been trained, and all else is compared with it")
         for training in there:
             check_made(training.recipe(study))
+        seen = {training.name: _learnt(training, study)["transcripts"] for training in there}
+        if len(set(seen.values())) > 1:
+            raise SystemExit(f"the decoders of {study.name} have learnt from unequal data; transcripts: {seen}")
+
+
+def _learnt(training: Training, study: Study) -> dict:
+    return json.loads((_folder(training, study) / "figures.json").read_text())
 
 
 def rows_of(study: Study) -> list[Row]:
@@ -210,14 +218,10 @@ def questions_of(study: Study, settings: Settings) -> list[Work]:
 
 
 def figures_of(study: Study, settings: Settings) -> dict:
-    """Per suite: rows and curves, from what has been done. Raises SystemExit for decoders that are not comparable."""
+    """Per suite: rows and curves, from what has been done."""
     trainings = {}
     for training in trained_for(study):
-        recipe = training.recipe(study)
-        figures = json.loads((Path(recipe.output) / "figures.json").read_text())
-        trainings[training.name] = figures | {"epochs": recipe.epochs}
-    if len({figures["transcripts"] for figures in trainings.values()}) > 1:
-        raise SystemExit(f"the decoders of {study.name} have learnt from unequal data: {trainings}")
+        trainings[training.name] = _learnt(training, study) | {"epochs": training.recipe(study).epochs}
     suites = {}
     for suite in study.suites:
         answers = {row.name: answer(settings, study, row, suite) for row in rows_of(study)}

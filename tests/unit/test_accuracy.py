@@ -195,3 +195,13 @@ def test_rows_without_a_decoder_are_left_out_and_nothing_is_asked_twice(monkeypa
     assert [row.name for row in accuracy.rows_of(study)] == ["base", "full fine-tuning", "naive sharing", "ICaRus"]
     asked = [(work.arguments[1].name, *work.arguments[2:4]) for work in accuracy.questions_of(study, SETTINGS)]
     assert len(asked) == len(set(asked)) == 4
+
+
+def test_decoders_of_unequal_data_are_not_compared(monkeypatch):
+    transcripts = iter([2229, 545, 2229, 2229, 2229])
+    monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
+    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)
+    monkeypatch.setattr(accuracy, "check_made", lambda recipe: None)
+    monkeypatch.setattr(accuracy, "_learnt", lambda training, study: {"transcripts": next(transcripts)})
+    with pytest.raises(SystemExit, match="'LoRA fine-tuning': 545"):
+        accuracy.check_comparable([accuracy.STUDIES["tools"]])

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import accuracy_report
 from benchmarks.accuracy_asker import KEPT_BYTES, Asker
-from benchmarks.accuracy_rows import CURVE, OTHERS, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, UNTRAINED, Row, Study, Training
+from benchmarks.accuracy_rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
 from benchmarks.result import write
 from benchmarks.small import MODEL, bars
 from finetuning import layer_profile, layer_profile_report, output, transcripts
@@ -48,7 +48,7 @@ from kvshare.layer_profile import FILE as PROFILE_FILE
 from prefillshare.models import fetch
 
 #: Transcripts by which a decoder's layers are profiled; of another seed than its training data.
-PROFILED, PROFILE_SEED = 12, 1
+PROFILE_TRANSCRIPTS, PROFILE_SEED = 12, 1
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,17 @@ def _quietly(piece: Work, settings: Settings) -> None:
 
 
 def made_data(study: Study, console: Console) -> None:
-    """The study's transcripts."""
-    file = Path(load(study.recipe).train)
+    """The study's transcripts: to train on, and to profile with."""
+    tasks, file = [TASKS[study.data]], Path(load(study.recipe).train)
     if not file.is_file():
-        made = write_transcripts([TASKS[study.data]], file, study.transcripts, others=OTHERS)
+        made = write_transcripts(tasks, file, study.transcripts, others=OTHERS)
         console.print(f"{made} transcripts in {file}")
+    if not (file := _profile_data(study)).is_file():
+        write_transcripts(tasks, file, 2 * PROFILE_TRANSCRIPTS, PROFILE_SEED, "validation", OTHERS)
+
+
+def _profile_data(study: Study) -> Path:
+    return Path(load(study.recipe).train).with_name(f"{study.name}-profile.jsonl")
 
 
 def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
@@ -132,19 +138,17 @@ def _for(device: str, recipe: Recipe) -> dict:
     return {"base_kv_gib": 0.0, "micro_batch_size": recipe.batch_size // (1 if recipe.how.base_prompt else 2)}
 
 
-def profiled(settings: Settings, console: Console, study: Study) -> None:
-    """Measures which layers the ordinary adapter should compute itself, on transcripts it has not learnt from."""
-    recipe = TRAININGS[UNTRAINED].recipe(study)
-    folder, file = Path(recipe.output), Path(recipe.train).with_name(f"{study.name}-profile.jsonl")
+def profiled(settings: Settings, console: Console, study: Study, training: Training) -> None:
+    """Measures which layers an ordinary fine-tune should compute itself, on transcripts it has not learnt from."""
+    recipe = training.recipe(study)
+    folder, file = Path(recipe.output), _profile_data(study)
     if (folder / PROFILE_FILE).is_file():
         return
-    if not file.is_file():
-        write_transcripts([TASKS[study.data]], file, 2 * PROFILED, PROFILE_SEED, "validation", OTHERS)
     tokenizer = AutoTokenizer.from_pretrained(settings.base)
     stops = transcripts.stop_ids(settings.base, tokenizer)
     found, _ = transcripts.read(file, tokenizer, stops, recipe.max_tokens)
-    subject = _asker(settings).subject(Row("profile", "", UNTRAINED, "prefillshare"), folder)
-    made = layer_profile.profile(settings.base, folder, subject, file, found, PROFILED, console)
+    subject = _asker(settings).subject(Row("profile", "", training.name, "prefillshare"), folder)
+    made = layer_profile.profile(settings.base, folder, subject, file, found, PROFILE_TRANSCRIPTS, console)
     layer_profile.keep(made, folder)
     console.print(layer_profile_report.table(made))
 
@@ -231,11 +235,14 @@ def figures_of(study: Study, settings: Settings) -> dict:
         right = answer(settings, study, row, study.suites[0], share, settings.curve_questions)
         curve.setdefault(row.name, []).append({"share": share} | _shares(right))
     suites[study.suites[0]]["curve"] = curve
-    file = _folder(TRAININGS[UNTRAINED], study) / PROFILE_FILE
-    profile = json.loads(file.read_text()) if file.is_file() else None
+    profiles = {
+        training.name: json.loads((_folder(training, study) / PROFILE_FILE).read_text())
+        for training in trained_for(study)
+        if training.name in PROFILED
+    }
     data = {"suite": study.data, "transcripts": study.transcripts}
     missing = [name for name in TRAININGS if name not in trainings]
-    return {"suites": suites, "trainings": trainings, "missing": missing, "data": data, "profile": profile}
+    return {"suites": suites, "trainings": trainings, "missing": missing, "data": data, "profiles": profiles}
 
 
 def _figures(right: Sequence[bool], reference: Sequence[bool]) -> dict:
@@ -279,9 +286,10 @@ def main() -> None:
             all_done([work for study in studies for work in trainings_of(study)], settings, pool, console)
         check_comparable(studies)
         profiles = [
-            Work(f"{study.name}: layers of {UNTRAINED}", profiled, (study,))
+            Work(f"{study.name}: layers of {training.name}", profiled, (study, training))
             for study in studies
-            if TRAININGS[UNTRAINED] in trained_for(study)
+            for training in trained_for(study)
+            if training.name in PROFILED
         ]
         questions = [work for study in studies for work in questions_of(study, settings)]
         needs_profile = [work for work in questions if work.arguments[1].layers]

@@ -99,7 +99,9 @@ class Asker:
         return self._subject[1]
 
     def _group(self, row: Row, decoder: Path | None) -> LayerGroup | None:
-        return layer_group(best_group(LayerProfile.read(decoder, self._base), row.layers)) if row.layers else None
+        if not row.layers:
+            return None
+        return layer_group(best_group(LayerProfile.read(decoder, self._base, weights_of), row.layers))
 
 
 @contextmanager

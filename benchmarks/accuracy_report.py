@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.accuracy_rows import REFERENCE, REUSE, ROWS, UNTRAINED
+from benchmarks.accuracy_rows import REFERENCE, ROWS
 from kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
@@ -39,8 +39,7 @@ def markdown(result: dict) -> str:
         for suite, figures in found["suites"].items():
             parts.append(_scores(suite, figures["rows"]))
         parts.append(_trainings(found))
-        if found["profile"]:
-            parts.append(_frontier(found))
+        parts += [_frontier(training, profile) for training, profile in found["profiles"].items()]
     parts.append(
         "## Accuracy against the share of the prompt that is base KV\n\n"
         f"![accuracy by share]({PLOT.name})\n\n"
@@ -91,12 +90,11 @@ def _trainings(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _frontier(found: dict) -> str:
-    profile = found["profile"]
+def _frontier(training: str, profile: dict) -> str:
     points = frontier_of([Point(**point) for point in profile["points"]], lambda point: (point.size, point.divergence))
     lines = [
-        f"Which layers the ordinary fine-tune should compute itself, by `prefillshare profile`, of {profile['layers']} "
-        "(divergence from its own prefill, nats per response token):",
+        f"{training[0].upper() + training[1:]}, served by DroidSpeak: which of {profile['layers']} layers it should compute "
+        "itself, by `prefillshare profile` (divergence from its own prefill, nats per response token):",
         "",
         "| layers | of them | divergence | 95 % | same likeliest token, % |",
         "| --- | ---: | ---: | --- | ---: |",
@@ -125,8 +123,7 @@ def plot(result: dict, path: Path) -> None:
                 ax.axhline(right[0], color="grey", linestyle=":", label=name)
                 continue
             either = [[100 * abs(point["accuracy"] - point[end]) for point in points] for end in ("low", "high")]
-            label = UNTRAINED if name == REUSE else name
-            ax.errorbar([100 * p["share"] for p in points], right, either, marker="o", capsize=3, label=label)
+            ax.errorbar([100 * p["share"] for p in points], right, either, marker="o", capsize=3, label=name)
         ax.set(title=f"{study}: {suite}", ylim=(0, None))
         ax.set(xlabel="share of the prompt that is base KV, %", ylabel="right answers, %")
         ax.grid(alpha=0.3)

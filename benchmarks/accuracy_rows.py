@@ -86,28 +86,36 @@ class Row:
 
 REFERENCE = "full fine-tuning"
 NAIVE = "naive sharing"
-#: The ordinary fine-tune that DroidSpeak serves, and the shares of the layers that it computes itself, each a row.
-UNTRAINED, REUSE = "LoRA fine-tuning", "DroidSpeak, full reuse"
+UNTRAINED, REUSE = "LoRA fine-tuning", "LoRA fine-tuning, naive sharing"
+#: The ordinary fine-tunes that DroidSpeak serves, and the shares of the layers that each computes itself, each a row.
+PROFILED = {REFERENCE: "the same weights", UNTRAINED: "the same adapter"}
 LAYERS = (0.1, 0.25, 0.5)
+
+
+def _droidspeak(training: str) -> list[Row]:
+    return [
+        Row(f"DroidSpeak, {training}, {share:.0%} of the layers", f"{PROFILED[training]}: its own KV of the prompt in the best "
+            "group of at most so many layers, the base's in the others", training, "prefillshare", share)
+        for share in LAYERS
+    ]  # fmt: skip
+
+
 ROWS = (
     Row("base", "the base itself, no training", None, "ordinary"),
     Row(REFERENCE, "all weights trained in the ordinary way; its own KV", REFERENCE, "ordinary"),
     Row(NAIVE, "the same weights, fed base KV of the prompt", REFERENCE, "prefillshare"),
+    *_droidspeak(REFERENCE),
     Row("PrefillShare, LoRA", "an adapter of rank 8 trained over base KV of the prompt; the one in adapters/",
         "PrefillShare, LoRA", "prefillshare"),
     Row("PrefillShare, full", "all weights trained over base KV of the prompt", "PrefillShare, full", "prefillshare"),
     Row("ICaRus", "an adapter of rank 8 on q, o and the MLP, trained over base KV of everything", "ICaRus", "icarus"),
     Row(UNTRAINED, "an adapter of rank 8 trained in the ordinary way; its own KV", UNTRAINED, "ordinary"),
-    *(
-        Row(f"DroidSpeak, {share:.0%} of the layers", "the same adapter: its own KV of the prompt in the best group of at most "
-            "so many layers, the base's in the others", UNTRAINED, "prefillshare", share)
-        for share in LAYERS
-    ),
-    Row("CacheBlend, 15 % of the tokens", "the same adapter: its own KV of two layers, and in the others of the tokens whose "
-        "KV differ most there", UNTRAINED, "prefillshare", tokens=0.15),
-    Row(REUSE, "the same adapter, fed base KV of the prompt: naive sharing", UNTRAINED, "prefillshare"),
+    Row(REUSE, "the same adapter, fed base KV of the prompt", UNTRAINED, "prefillshare"),
+    *_droidspeak(UNTRAINED),
+    Row("CacheBlend, LoRA fine-tuning, 15 % of the tokens", "the same adapter: its own KV of two layers, and in the others of "
+        "the tokens whose KV differ most there", UNTRAINED, "prefillshare", tokens=0.15),
 )  # fmt: skip
 
 #: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.
-CURVE = ("base", REUSE, "PrefillShare, LoRA")
+CURVE = ("base", NAIVE, "PrefillShare, LoRA")
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -81,8 +81,11 @@ class LayerProfile:
         return path
 
     @classmethod
-    def read(cls, decoder: str | Path, base: str | Path) -> LayerProfile:
-        """Raises ConfigError if there is none that can be read, ContractMismatch if it is of other weights."""
+    def read(
+        cls, decoder: str | Path, base: str | Path, weights: Callable[[str | Path], str] = fingerprint.weights
+    ) -> LayerProfile:
+        """`weights`: a folder's fingerprint. Raises ConfigError if there is none that can be read, ContractMismatch if it is
+        of other weights."""
         again = f"measure it: prefillshare profile {decoder} --base {base} --data FILE"
         if not (Path(decoder) / FILE).is_file():
             raise ConfigError(f"{decoder} has no {FILE}, so nothing says which layers to recompute", fix=again)
@@ -97,7 +100,7 @@ class LayerProfile:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{decoder}/{FILE} is not a layer profile: {error}", fix=again) from None
         for what, measured, folder in (("base", profile.base, base), ("decoder", profile.decoder, decoder)):
-            if measured != (here := fingerprint.weights(folder)):
+            if measured != (here := weights(folder)):
                 raise ContractMismatch(f"{decoder}/{FILE} was measured with {what} {measured}, {folder} is {here}", fix=again)
         return profile
 

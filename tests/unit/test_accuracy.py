@@ -120,7 +120,7 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
                                         for layers, d in (("none", 0.9), ("3-5", 0.4), ("2-5", 0.5))]}  # fmt: skip
     result = {
         "studies": {"tools": {"suites": {SUITE: {"rows": rows, "curve": curve}}, "trainings": trainings,
-                              "profile": profile, "missing": ["ICaRus of rank 64"],
+                              "profiles": {"full fine-tuning": profile}, "missing": ["ICaRus of rank 64"],
                               "data": {"suite": SUITE, "transcripts": 10}}},
         "config": {"curve_questions": 5}, "versions": {"torch": "2"}, "hardware": {"cpu": "a CPU", "cores": 2},
         "command": "make accuracy", "date": "2026-01-01T00:00", "revision": "abc",
@@ -131,6 +131,7 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     for row in accuracy.ROWS:
         assert f"| {row.name} | 60.0 |" in page
     assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page
+    assert "Full fine-tuning, served by DroidSpeak" in page
     assert "| 3-5 | 3 | 0.4000 |" in page
     assert "Not trained for this study: ICaRus of rank 64." in page
     assert "2-5" not in page  # fewer layers are better
@@ -192,9 +193,12 @@ def test_rows_without_a_decoder_are_left_out_and_nothing_is_asked_twice(monkeypa
     study = accuracy.STUDIES["arithmetic"]
     there = [accuracy.TRAININGS[name] for name in ("full fine-tuning", "ICaRus")]
     monkeypatch.setattr(accuracy, "trained_for", lambda study: there)
-    assert [row.name for row in accuracy.rows_of(study)] == ["base", "full fine-tuning", "naive sharing", "ICaRus"]
+    rows = {row.name for row in accuracy.rows_of(study)}
+    assert {"base", "full fine-tuning", "naive sharing", "ICaRus"} < rows
+    assert not rows & {"PrefillShare, LoRA", "PrefillShare, full", "LoRA fine-tuning"}
     asked = [(work.arguments[1].name, *work.arguments[2:4]) for work in accuracy.questions_of(study, SETTINGS)]
-    assert len(asked) == len(set(asked)) == 4
+    parts_of_the_curve = len(accuracy.SHARES) - 1
+    assert len(asked) == len(set(asked)) == len(rows) + parts_of_the_curve
 
 
 def test_decoders_of_unequal_data_are_not_compared(monkeypatch):

@@ -24,6 +24,11 @@ from kvshare.modes import get_mode
 from router.placement import POLICIES, Candidate, Demand, place, shortlist
 
 
+def attended(computed: int, prompt: int) -> float:
+    """Pairs of tokens: each of the last `computed` of a prompt attends to what is before it, and to itself."""
+    return computed * (prompt - (computed - 1) / 2)
+
+
 @dataclass(frozen=True)
 class Costs:
     """Of one replica of each kind. Seconds; `kv_bytes`: of a token in all layers. `second_stream`: what a decode step of two
@@ -41,8 +46,8 @@ class Costs:
     own_layers: float = 0.0
 
     def prefill(self, computed: int, prompt: int) -> float:
-        """Of the last `computed` tokens of a prompt: each attends to what is before it."""
-        seen = computed * (prompt - (computed - 1) / 2)
+        """Of the last `computed` tokens of a prompt."""
+        seen = attended(computed, prompt)
         return self.prefill_s + computed * self.prefill_token_s + seen * self.prefill_token_context_s
 
     def step(self, requests: int, context_tokens: float) -> float:

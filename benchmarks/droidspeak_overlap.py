@@ -1,7 +1,8 @@
 """What it is worth to compute a decoder's own layers while the other layers' KV is still loading (DroidSpeak's pipelining).
 
 A prefill engine and two decode engines without a router, the decode engines in turn: one begins when what enters its layers is
-there, the other waits for all KV. The times of one turn at a time, from the decode engine's being asked.
+there, where it expects that to pay (kvshare_vllm/load_overlap.py); the other waits for all KV. The times of one turn at a time,
+from the decode engine's being asked.
 
 Between two processes of one machine KV moves through shared memory, faster than any network. With a link of so many Mbit/s the
 engines run in a network namespace of their own, whose loopback is held to that, and UCX takes TCP (needs root and iproute2).
@@ -35,7 +36,7 @@ from kvshare.engine_settings import EngineSettings
 from kvshare.layer_group import LayerGroup
 from prefillshare.platform import engine_environment
 
-WAYS = {"overlapped": True, "one after another": False}
+WAYS = {"overlapped": "pays", "one after another": "never"}
 LIMIT_S = 1800.0
 #: What a link lets through at once, and how long a packet may wait: enough for loopback's large segments.
 SHAPE = "ip link set lo up && tc qdisc add dev lo root tbf rate {mbit}mbit burst 512kb latency 100ms && exec \"$@\""
@@ -69,13 +70,13 @@ def links() -> bool:
 
 
 async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int) -> AsyncIterator[dict]:
-    """Per length, repeat and way: seconds until the loads had ended, and until the first token. Repeat -1 shakes hands and does
-    not count."""
+    """Per length, repeat and way: seconds until the loads had ended, and until the first token. Repeat -1 shakes hands, shows
+    the engine how long a step takes, and does not count."""
     from vllm import SamplingParams
 
     from kvshare_vllm.engine import DecodeEngine, PrefillEngine
 
-    one = SamplingParams(max_tokens=1, temperature=0.0)
+    some, one = (SamplingParams(max_tokens=tokens, temperature=0.0) for tokens in (8, 1))
     prefill_settings = _settings(model, group, max(lengths))
     decode = replace(prefill_settings, role="decode", model=str(decoder), cpu_cores="1")
     async with AsyncExitStack() as stack:
@@ -92,8 +93,9 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
                 for way in sorted(engines, reverse=bool(repeat % 2)):
                     handoff = (await prefill.prefill(prompt[:-1], uuid.uuid4().hex)).handoff
                     began = time.perf_counter()
-                    stream = engines[way].decode(prompt, handoff, one, uuid.uuid4().hex, own_layers=group)
-                    (chunk,) = [chunk async for chunk in stream]
+                    params = some if repeat < 0 else one
+                    stream = engines[way].decode(prompt, handoff, params, uuid.uuid4().hex, own_layers=group)
+                    chunk, *_ = [chunk async for chunk in stream]
                     first = time.perf_counter() - began
                     times = {"load_s": chunk.load_s, "rest_load_s": chunk.rest_load_s, "first_token_s": first}
                     yield {"tokens": tokens, "repeat": repeat, "way": way} | times
@@ -141,7 +143,7 @@ def write_trace(found: list[dict], file: Path) -> None:
     events: list[dict] = []
     for process, ((tokens, way), turn) in enumerate(last.items()):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"{tokens} tokens, {way}"}})
-        begins = turn["load_s"] if WAYS[way] else turn["rest_load_s"]
+        begins = turn["load_s"] if WAYS[way] == "pays" else turn["rest_load_s"]
         spans = [
             ("load what enters the own layers", 0.0, turn["load_s"]),
             ("load the other layers' KV", 0.0, turn["rest_load_s"]),

@@ -15,7 +15,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,25 +23,22 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import icarus_steps, small
+from benchmarks.cache_watch import CacheWatch
 from benchmarks.result import write
 from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, MODEL, bars
 from kvshare.config import Deployment
 from kvshare.modes import get_mode
-from kvshare.replica_info import KVEvents
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
-from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 MODES = ("icarus", "prefillshare", "none")
 TURNS, LENGTHS = 5, Lengths(beginning=128, given=24, answer=48)
 #: Of a prefill engine and of a decode engine.
 KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
-#: Until a cache's whole state has arrived.
-STATE_S = 2.0
 
 
 def steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
@@ -77,37 +73,9 @@ def deployment(model: Path, adapters: dict[str, Path], mode: str) -> Deployment:
 
 
 def blocks_cached(handle) -> dict[str, int]:
-    """Role -> blocks that stand in the caches of its engines, as their KV events say."""
-    replicas = [
-        (pool, KVEvents(**info["kv_events"]))
-        for pool, found in handle.replica_info.remote().result(timeout_s=30).items()
-        for info in found.values()
-    ]
-    held: dict[str, set] = {pool: set() for pool, _ in replicas}
-
-    def follow(pool: str):
-        def apply(events: list[Event]) -> None:
-            for event in events:
-                keys = {(hash_, event.medium) for hash_ in getattr(event, "block_hashes", ())}
-                if isinstance(event, BlockStored):
-                    held[pool] |= keys
-                elif isinstance(event, BlockRemoved):
-                    held[pool] -= keys
-                else:
-                    held[pool].clear()
-
-        return apply
-
-    async def learn() -> None:
-        followers = [Follower(pool, events, follow(pool)) for pool, events in replicas]
-        for follower in followers:
-            follower.start()
-        await asyncio.sleep(STATE_S)
-        for follower in followers:
-            await follower.stop()
-
-    asyncio.run(learn())
-    return {pool: len(keys) for pool, keys in held.items()}
+    """Role -> blocks that stand in the caches of its engines."""
+    with CacheWatch(handle) as caches:
+        return caches.held
 
 
 def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Console, progress: Progress) -> dict[str, dict]:

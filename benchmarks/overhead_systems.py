@@ -84,13 +84,13 @@ async def stock_pd(model: str, server: str = "vllm.entrypoints.openai.api_server
         for name, role, cores in (("prefill server", "producer", PREFILL_CORES), ("decode server", "consumer", DECODE_CORES)):
             side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
             flags = ["--host", "127.0.0.1", *_flags(model, role)]
-            processes[name], urls[name] = _spawn(server, flags, environment(cores) | side_channel)
+            processes[name], urls[name] = spawn(server, flags, environment(cores) | side_channel)
         targets = ["--prefill-url", urls["prefill server"], "--decode-url", urls["decode server"]]
-        processes["proxy"], urls["proxy"] = _spawn("benchmarks.stock_pd_proxy", targets, {})
-        await _healthy(urls.values(), processes)
+        processes["proxy"], urls["proxy"] = spawn("benchmarks.stock_pd_proxy", targets, {})
+        await healthy(urls.values(), processes)
         yield Started({"http": Http(urls["proxy"], "base")}, {p.pid: name for name, p in processes.items()})
     finally:
-        _stop(processes.values())
+        stop(processes.values())
 
 
 @asynccontextmanager
@@ -144,7 +144,7 @@ def _vouched_copy(model: str, folder: Path) -> None:
     DecoderContract.of_base(model).write(folder)
 
 
-def _spawn(module: str, flags: list[str], env: dict[str, str]) -> tuple[subprocess.Popen, str]:
+def spawn(module: str, flags: list[str], env: dict[str, str]) -> tuple[subprocess.Popen, str]:
     """Start a server of ours or vLLM's on a free port; returns it and its address."""
     port = free_port()
     command = [sys.executable, "-m", module, "--port", str(port), *flags]
@@ -159,7 +159,8 @@ def _flags(model: str, role: str) -> list[str]:
     return [*flags, "--kv-transfer-config", json.dumps(connector), "--disable-uvicorn-access-log"]
 
 
-async def _healthy(urls, processes: dict[str, subprocess.Popen]) -> None:
+async def healthy(urls, processes: dict[str, subprocess.Popen]) -> None:
+    """Returns when all answer. Raises RuntimeError if one ends, TimeoutError."""
     deadline = time.monotonic() + START_TIMEOUT_S
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as client:
         for url in urls:
@@ -177,7 +178,8 @@ async def _healthy(urls, processes: dict[str, subprocess.Popen]) -> None:
                 await asyncio.sleep(0.5)
 
 
-def _stop(processes) -> None:
+def stop(processes) -> None:
+    """Asks them to end, and ends them."""
     for process in processes:
         process.terminate()
     for process in processes:

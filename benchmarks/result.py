@@ -14,8 +14,9 @@ from benchmarks.environment import hardware, revision, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def write(name: str, console: Console, config: dict, headline: dict, **parts) -> dict:
-    """Write results/NAME.json and print the headline; returns all of it. `parts`: what else the benchmark found."""
+def write(name: str, console: Console, config: dict, headline: dict, file: str = "", **parts) -> dict:
+    """Write results/NAME.json, or results/FILE.json, and print the headline; returns all of it. `parts`: what else the
+    benchmark found."""
     result = {
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -27,7 +28,8 @@ def write(name: str, console: Console, config: dict, headline: dict, **parts) ->
         "headline": headline,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written: benchmarks/results/{name}.json")
+    file = f"{file or name}.json"
+    (RESULTS / file).write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"written: benchmarks/results/{file}")
     print(json.dumps(headline))
     return result

@@ -18,11 +18,12 @@ ADDRESS = f"127.0.0.1:{GRPC_PORT}"
 
 
 def deployment(
-    model: Path, adapters: Mapping[str, Path], *, prefill: dict, decode: dict, router: dict, cluster: dict | None = None
-) -> Deployment:
+    model: Path, adapters: Mapping[str, Path], *, prefill: dict, decode: dict, router: dict, cluster: dict | None = None,
+    max_model_len: int = 1024,
+) -> Deployment:  # fmt: skip
     """Prefill engines on the first core, decode engines on the second. The rest as given."""
     return parse({
-        "base": {"model": str(model), "dtype": "float32", "max_model_len": 1024, "block_size": BLOCK},
+        "base": {"model": str(model), "dtype": "float32", "max_model_len": max_model_len, "block_size": BLOCK},
         "prefill": {"cpu_cores": "0", **prefill},
         "decode": [{
             "pool": "agents",

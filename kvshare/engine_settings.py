@@ -29,7 +29,8 @@ class EngineSettings:
     #: Decode engines: those of the prefill engines that they read from.
     prefill_ecache_layers: tuple[int, ...] = ()
     #: Decode engines that compute layers themselves: begin with them while the other layers' KV is still being loaded.
-    overlap_loads: bool = True
+    #: "pays": where that is expected to be faster (kvshare_vllm/load_overlap.py); "always"; "never".
+    overlap_loads: str = "pays"
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_lora_rank: int = 16

@@ -28,9 +28,11 @@ from vllm.logger import init_logger
 from kvshare.layer_group import LayerGroup
 from kvshare.modes import SharingMode, get_mode
 from kvshare_vllm import regions
+from kvshare_vllm.load_overlap import LoadOverlap
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import ReqMeta
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -66,8 +68,9 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         self._loads: dict[str, list[Any]] = {}
         # Loads of requests that compute these layers themselves.
         self._own_layers: dict[str, LayerGroup] = {}
-        # Their two loads, while they are under way.
-        self.loads_left: dict[str, set[str]] = {}
+        # Their two loads, while they are under way, and the bytes of each.
+        self.loads_left: dict[str, dict[str, int]] = {}
+        self.overlap = LoadOverlap(self.vllm_config.kv_transfer_config.get_from_extra_config("overlap_loads", "pays"))
         # Request id -> what its load cost, reported with every output until the request ends.
         self.load_cost: dict[str, dict[str, int | float]] = {}
         self._load_began: dict[str, float] = {}
@@ -97,17 +100,18 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         local = self.shared_tokens(request) - num_external_tokens
         pulled = -(-num_external_tokens // self.block_size)
         group = own_layers(params)
-        read = len(self._regions.kv(group)) + (len(self._regions.hidden_states(group)) if group else 0)
-        pulled_bytes = pulled * self._block_bytes * read // len(self._regions.names)
-        self.load_cost[request.request_id] = {"pulled_bytes": pulled_bytes, "local_tokens": local}
+        region_bytes = pulled * self._block_bytes // len(self._regions.names)
+        rest = len(self._regions.kv(group)) * region_bytes
+        first = len(self._regions.hidden_states(group)) * region_bytes if group else 0
+        self.load_cost[request.request_id] = {"pulled_bytes": first + rest, "local_tokens": local}
         if num_external_tokens:
             self._load_began[request.request_id] = time.perf_counter()
         if group and num_external_tokens:
             self._own_layers[request.request_id] = group
-            self.loads_left[request.request_id] = {request.request_id, request.request_id + REST}
-        first, end = local // self.block_size, self.shared_tokens(request) // self.block_size
-        if num_external_tokens and end > first:
-            self._loads[request.request_id] = request.block_hashes[first:end]
+            self.loads_left[request.request_id] = {request.request_id: first, request.request_id + REST: rest}
+        begin, end = local // self.block_size, self.shared_tokens(request) // self.block_size
+        if num_external_tokens and end > begin:
+            self._loads[request.request_id] = request.block_hashes[begin:end]
             for block_hash in self._loads[request.request_id]:
                 self._loading[block_hash] = request.request_id
 
@@ -123,11 +127,14 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
                 self._load_ended(request_id)
 
     def time_load(self, name: str) -> None:
-        """One has ended."""
-        request_id = name.removesuffix(REST)
-        if began := self._load_began.get(request_id):
-            what = "load_s" if name == request_id else "rest_load_s"
-            self.load_cost[request_id][what] = time.perf_counter() - began
+        """One has ended. Of two, the second has begun with the first's end (or with the first, where that reads nothing)."""
+        request_id, now = name.removesuffix(REST), time.perf_counter()
+        if (began := self._load_began.get(request_id)) is None:
+            return
+        cost = self.load_cost[request_id]
+        cost["load_s" if name == request_id else "rest_load_s"] = now - began
+        size = self.loads_left.get(request_id, {}).get(name, 0)
+        self.overlap.loaded(size, now - began - (cost.get("load_s", 0.0) if name != request_id else 0.0))
 
     def prefix_is_there(self, request_id: str) -> None:
         """Of a request whose own layers were still to be computed: others may find its blocks in the cache."""
@@ -181,6 +188,8 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         self._remote_regions = self._regions.among(self.kv_transfer_config.get_from_extra_config("prefill_ecache_layers", []))
         self._own_layers: dict[str, LayerGroup] = {}
         self._reading: list[int] = []
+        # Of requests that still read what enters their layers: the other layers' KV, which is read after it.
+        self._rest: dict[str, ReqMeta] = {}
 
     def add_remote_agent(self, nixl_agent_meta, *args, **kwargs) -> str:
         """A prefill engine may keep more E-caches than this engine reads."""
@@ -192,8 +201,12 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
     def start_load_kv(self, metadata) -> None:
         for request_id, group in metadata.own_layers_of_loads.items():
             meta = metadata.reqs_to_recv[request_id]
-            metadata.reqs_to_recv[request_id + REST] = replace(meta, remote=replace(meta.remote))
+            rest = replace(meta, remote=replace(meta.remote))
             self._own_layers[request_id] = self._own_layers[request_id + REST] = group
+            if self._regions.hidden_states(group):  # reads of one link end together if they begin together
+                self._rest[request_id] = rest
+            else:
+                metadata.reqs_to_recv[request_id + REST] = rest
         super().start_load_kv(metadata)
 
     def _read_blocks(self, read_spec, dst_engine_id, request_id, *args, expected_consumers: int, **kwargs) -> bool:
@@ -214,7 +227,17 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         results = super().get_transfer_results()
         for request_id in results.finished_recving:
             self._own_layers.pop(request_id, None)
+            if rest := self._rest.pop(request_id, None):  # failed or not: the prefill engine waits to hear of both
+                self._begin_rest(request_id + REST, rest)
         return results
+
+    def _begin_rest(self, name: str, rest: ReqMeta) -> None:
+        """At once: what `start_load_kv` is told begins only after the next step."""
+        rest.local_physical_block_ids = self._logical_to_kernel_block_ids(
+            rest.local_block_ids, self._physical_blocks_per_logical_kv_block
+        )
+        self._recving_metadata[name] = rest
+        self._read_blocks_for_req(name, rest)
 
     def _compute_desc_ids(self, *args, **kwargs):
         """Of the regions that the request reads; vLLM's are region by region."""

@@ -14,6 +14,7 @@ Seam: vllm/v1/core/sched/{scheduler,async_scheduler}.py
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,6 @@ class SharedKVScheduler(AsyncScheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._mode = mode_of(self.vllm_config)
-        self._overlaps_loads = self.vllm_config.kv_transfer_config.get_from_extra_config("overlap_loads", True)
         if self._mode.adapters_share_blocks:
             share_blocks_between_adapters()
         self._limit_offered_blocks()
@@ -153,7 +153,7 @@ class SharedKVScheduler(AsyncScheduler):
         return failed
 
     def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
-        """Of two loads, the first lets the request begin; blocks of one that has ended are freed after both."""
+        """Of two loads, the first lets the request begin where that pays; blocks of one that has ended are freed after both."""
         loads, ended = self.connector.connector_scheduler.loads_left, set()
         for name in kv_connector_output.finished_recving or ():
             self.connector.connector_scheduler.time_load(name)
@@ -161,14 +161,20 @@ class SharedKVScheduler(AsyncScheduler):
             if request_id not in loads:
                 ended.add(name)
                 continue
-            loads[request_id].remove(name)
-            both = not loads[request_id]
-            if both:
+            del loads[request_id][name]
+            if name == request_id and self._begins_early(request_id):
+                ended.add(name)
+            if not loads[request_id]:
                 del loads[request_id]
-            waits = self.requests[request_id].is_finished() or not self._overlaps_loads
-            if both if waits else name == request_id:
-                ended.add(request_id)
+                request = self.requests[request_id]
+                if request.is_finished() or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                    ended.add(request_id)
         super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
+
+    def _begins_early(self, request_id: str) -> bool:
+        loads = self.connector.connector_scheduler
+        rest = loads.loads_left[request_id].get(request_id + REST, 0)
+        return not self.requests[request_id].is_finished() and loads.overlap.begins(rest)
 
     def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
         """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
@@ -214,8 +220,8 @@ class SharedKVScheduler(AsyncScheduler):
         return failed
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        load_cost = self.connector.connector_scheduler.load_cost
+        outputs, loads = super().update_from_output(scheduler_output, model_runner_output), self.connector.connector_scheduler
+        loads.overlap.stepped(scheduler_output.num_scheduled_tokens, time.perf_counter())
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if output.finish_reason == FinishReason.ERROR and output.request_id in self._failed_loads:
@@ -224,7 +230,7 @@ class SharedKVScheduler(AsyncScheduler):
                     output.kv_transfer_params = {"refused": "its structured output did not compile or refused its tokens"}
                 elif not output.finished:
                     # On every output: the front end merges outputs and keeps the last one's.
-                    output.kv_transfer_params = load_cost.get(output.request_id)
+                    output.kv_transfer_params = loads.load_cost.get(output.request_id)
         for client_index, output in self._given_back:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         self._given_back.clear()

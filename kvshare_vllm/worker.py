@@ -1,7 +1,8 @@
 """The decode engine's worker: restores the state of a resumed request that this process has not run before.
 
 vLLM's V2 model runner takes a resumed request as new, tokens and all, and draws its noise from (seed, position):
-nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table: we put it there first.
+nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table: we put it there first. Its seeded
+requests get generators that a prompt may come to in chunks.
 
 Seam: vllm/v1/worker/gpu_model_runner.py, `_update_states`; vllm/v1/sample/ops/topk_topp_sampler.py (draws per token).
 """
@@ -24,13 +25,23 @@ from kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
 
 
 class ReplayGenerator(torch.Generator):
-    """A CPU generator that can take back the draw of a replay's unfinished chunk.
+    """A CPU generator that can take back the draw of an unfinished chunk, of a prompt or of a replay.
 
     vLLM samples once per chunk and undoes what it will not use through the offset, which CPU generators do not have.
-    It does so only until the replay is done, that is, before the first draw that counts.
+    It does so only until the prompt or the replay is done, that is, before the first draw that counts.
     """
 
     start: torch.Tensor
+
+    @classmethod
+    def after(cls, drawn: int, seed: int) -> ReplayGenerator:
+        """As it stands after so many sampled tokens: on CPUs one integer per token seeds the fused kernel."""
+        made = cls()
+        made.manual_seed(seed)
+        for _ in range(drawn):
+            torch.randint(0, 2**31, (1,), generator=made, dtype=torch.long)
+        made.start = made.get_state()
+        return made
 
     def get_offset(self) -> int:
         return 0
@@ -50,6 +61,8 @@ class SharedKVWorker(PlatformWorker):
             follow_adapters(self.model_runner)
         if transfer and get_mode(transfer.kv_connector_extra_config["sharing_mode"]).recomputes:
             follow_plans(self.model_runner)
+        if current_platform.is_cpu():
+            take_back_draws(self.model_runner)
 
     def execute_model(self, scheduler_output):
         meta = scheduler_output.kv_connector_metadata
@@ -74,18 +87,30 @@ class SharedKVWorker(PlatformWorker):
         """The request's generator as it stands after `drawn` sampled tokens."""
         if params.sampling_type != SamplingType.RANDOM_SEED:
             return None
-        generator = (ReplayGenerator if current_platform.is_cpu() else torch.Generator)(device=self.model_runner.device)
+        if current_platform.is_cpu():
+            return ReplayGenerator.after(drawn, params.seed)
+        generator = torch.Generator(device=self.model_runner.device)
         generator.manual_seed(params.seed)
-        if current_platform.is_cpu():  # one integer per token seeds the fused kernel
-            for _ in range(drawn):
-                torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
-        else:  # one exponential per vocabulary entry and token
-            row = torch.empty(self.model_runner.input_batch.vocab_size, device=self.model_runner.device)
-            for _ in range(drawn):
-                row.exponential_(generator=generator)
-        if isinstance(generator, ReplayGenerator):
-            generator.start = generator.get_state()
+        row = torch.empty(self.model_runner.input_batch.vocab_size, device=self.model_runner.device)
+        for _ in range(drawn):  # one exponential per vocabulary entry and token
+            row.exponential_(generator=generator)
         return generator
+
+
+def take_back_draws(runner) -> None:
+    """From now on the V1 runner's new requests that are seeded have generators that can."""
+    stock = runner._update_states
+
+    def update_states(scheduler_output):
+        corrections, batch = stock(scheduler_output), runner.input_batch
+        for data in scheduler_output.scheduled_new_reqs:
+            state = runner.requests[data.req_id]
+            if state.generator is not None:
+                state.generator = ReplayGenerator.after(0, state.sampling_params.seed)
+                batch.generators[batch.req_id_to_index[data.req_id]] = state.generator
+        return corrections
+
+    runner._update_states = update_states
 
 
 def _drawn(scheduler_output, request_id: str) -> int:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import httpx
+
 from benchmarks.agents.workload import Session
 from benchmarks.small import VOCABULARY
-from kvshare.errors import PrefillShareError
+from kvshare.errors import PrefillShareError, Unavailable
 from prefillshare.client import Client
 
 #: Sessions under way in an open loop; more wait, and their waiting counts.
@@ -25,12 +28,14 @@ MOST_AT_ONCE = 256
 
 @dataclass
 class Cost:
-    """What a system says of a turn. Prompt tokens found cached and computed at prefill; bytes of KV moved."""
+    """What a system says of a turn. Prompt tokens found cached and computed at prefill, and the seconds until they were; bytes
+    of KV moved; how often the turn was taken up again."""
 
     cached_tokens: int = 0
     computed_tokens: int = 0
     kv_bytes: int = 0
     resumes: int = 0
+    prefill_s: float = 0.0
 
 
 @dataclass
@@ -88,10 +93,50 @@ class Ours(Conversation):
                 usage = piece.done.usage
         if usage is None:
             raise PrefillShareError("the stream ended without a result")
-        return Cost(usage.cached_tokens, usage.computed_tokens, usage.kv_bytes_transferred, usage.resumes)
+        return Cost(
+            usage.cached_tokens, usage.computed_tokens, usage.kv_bytes_transferred, usage.resumes, usage.prefill_s
+        )
 
     def end(self) -> None:
         self._session.delete()
+
+
+class Stock(Conversation):
+    """A context kept by the client and sent whole with each turn, to vLLM's own OpenAI server. `names`: the model of each
+    agent."""
+
+    def __init__(self, client: httpx.Client, names: Sequence[str], context: list[int]):
+        self._client, self._names, self._context = client, names, list(context)
+
+    def turn(self, agent: int, given: list[int], answer_tokens: int, arrived: Callable[[int], None]) -> Cost:
+        prompt = self._context + given
+        asked = {
+            "model": self._names[agent], "prompt": prompt, "max_tokens": answer_tokens, "ignore_eos": True, "temperature": 0.0,
+            "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True,
+        }  # fmt: skip
+        answer, usage = [], None
+        try:
+            with self._client.stream("POST", "/v1/completions", json=asked) as response:
+                if response.status_code != 200:
+                    raise Unavailable(response.read().decode(errors="replace"))
+                for line in response.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    piece = json.loads(line.removeprefix("data: "))
+                    usage = piece.get("usage") or usage
+                    if tokens := [token for choice in piece["choices"] for token in choice.get("token_ids") or ()]:
+                        arrived(len(tokens))
+                        answer += tokens
+        except httpx.HTTPError as error:
+            raise Unavailable(f"the server broke off: {error!r}") from error
+        if usage is None or len(answer) != answer_tokens:
+            raise Unavailable(f"the stream ended after {len(answer)} of {answer_tokens} tokens")
+        self._context = prompt + answer
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return Cost(cached, len(prompt) - cached)
+
+    def end(self) -> None:
+        """The server keeps no sessions."""
 
 
 def closed(

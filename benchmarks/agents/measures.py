@@ -81,6 +81,9 @@ def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessio
         "good_sessions_per_s": lambda sessions: sum(map(objective.holds, sessions)) / seconds,
         "hit_ratio": hit_ratio,
         "computed_tokens_per_turn": lambda sessions: _mean([turn.cost.computed_tokens for turn in turns(sessions)]),
+        "prefill_s_mean": lambda sessions: _mean([turn.cost.prefill_s for turn in turns(sessions)]),
+        "ttft_s_mean": lambda sessions: _mean([turn.ttft_s for turn in turns(sessions)]),
+        "turn_s_mean": lambda sessions: _mean([turn.latency_s for turn in turns(sessions)]),
         "kv_bytes_per_turn": lambda sessions: _mean([turn.cost.kv_bytes for turn in turns(sessions)]),
     }
 

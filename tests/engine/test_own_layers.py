@@ -56,7 +56,7 @@ class Oracle:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "qwen3"])
 async def running(request, tmp_path_factory, smollm):
-    """(prefill engine, one that serves two adapters, one with weights of its own), the oracle"""
+    """(prefill engine, one that serves two adapters, one with weights of its own that waits for all loads), the oracle"""
     folder = tmp_path_factory.mktemp(f"own-layers-{request.param}")
     kept = (1, 2, 3)
     adapters = replace(
@@ -64,9 +64,10 @@ async def running(request, tmp_path_factory, smollm):
         ecache_layers=kept,
         prefill_ecache_layers=kept,
         kv_cache_bytes=KV_BYTES * (LAYERS + len(kept)) // LAYERS,
+        overlap_loads="always",
     )
     full = make_full_decoder(Path(adapters.model), folder / "full", seed=5)
-    own = replace(adapters, model=str(full), adapters={}, ecache_layers=(2,), pool="own")
+    own = replace(adapters, model=str(full), adapters={}, ecache_layers=(2,), pool="own", overlap_loads="never")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function goes to the workers: `delay_rests`
         async with started(adapters, own) as engines:
@@ -209,10 +210,11 @@ def delay_rests(worker, seconds: float, *, fail: int = 0) -> None:
 @pytest_asyncio.fixture(loop_scope="module")
 async def rests(running):
     """rests(seconds, fail=0): as `delay_rests`, until the test has ended."""
-    (_, decoder, _), _ = running
+    (_, *decoders), _ = running
 
     async def set_delay(seconds: float, **kw):
-        await decoder._llm.collective_rpc(delay_rests, args=(seconds,), kwargs=kw)
+        for decoder in decoders:
+            await decoder._llm.collective_rpc(delay_rests, args=(seconds,), kwargs=kw)
 
     yield set_delay
     await set_delay(0)
@@ -237,13 +239,24 @@ async def test_layers_are_recomputed_while_other_layers_are_still_loading(runnin
     assert (chunks[1].load_s, chunks[1].rest_load_s) == (0, 0)
 
 
-@pytest.mark.parametrize("group", ["1-2", "0-1"])
-async def test_a_load_that_fails_behind_recomputed_layers_is_made_again(running, rests, group):
+@pytest.mark.parametrize(("decoder", "group"), [("a", "1-2"), ("a", "0-1"), ("full", "2-3"), ("full", "0-1")])
+async def test_a_load_of_the_other_layers_that_fails_is_made_again(running, rests, decoder, group):
+    """Behind recomputed layers, and before they are."""
     await rests(0.3, fail=1)
-    _, _, reasons = await exact(running, ids(100, salt=112), 8, "a", group)
+    _, _, reasons = await exact(running, ids(100, salt=112), 8, decoder, group)
     assert reasons == [ResumeReason.KV_LOAD_FAILED]
-    _, chunk, _ = await exact(running, ids(100, salt=112), 8, "a", group)
+    _, chunk, _ = await exact(running, ids(100, salt=112), 8, decoder, group)
     assert chunk.local_tokens == 96
+
+
+async def test_where_loads_are_waited_for_nothing_runs_before_they_have_ended(running, rests):
+    (_, _, own), _ = running
+    await rests(1.0)
+    asked = asyncio.create_task(exact(running, ids(4 * BLOCK + 1, salt=116), 4, "full", "2-3"))
+    await asyncio.sleep(0.7)
+    assert own.stats().running == 0
+    _, chunk, _ = await asked
+    assert chunk.load_s < chunk.rest_load_s >= 1.0
 
 
 async def test_blocks_are_kept_until_both_loads_have_ended(running, rests):

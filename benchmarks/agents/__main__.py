@@ -1,0 +1,150 @@
+"""What sharing is worth to agents that take turns over one context: our modes, the per-model baseline and stock vLLM, with the
+same budget and the same requests.
+
+    python -m benchmarks.agents [--short] [--systems prefillshare none ...] [--sessions N] [--trace FILE --agents N --at-once N]
+
+Each system is started once and plays all experiments (benchmarks/agents/experiments.py) after a warm-up that does not count.
+Of our modes the costs of prefill, steps and transfers are measured too, and the same sessions simulated with them: how far the
+simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. Results: agents.json, a
+report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1 is better.
+
+`--short`: two experiments, about ten minutes; results agents_short.*. The full form takes about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.agents import costs, driver, experiments, report
+from benchmarks.agents.experiments import Experiment
+from benchmarks.agents.measures import Objective, summary
+from benchmarks.agents.simulation import Simulation, Site
+from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, Budget, Running
+from benchmarks.agents.workload import Scale, sessions
+from benchmarks.result import write
+from benchmarks.small import BLOCK, MODEL, bars
+from kvshare.contract import KVShape
+from kvshare.layer_group import LayerGroup
+from kvshare.modes import get_mode
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+#: Seed of the warm-up: its sessions are no experiment's.
+WARM_UP_SEED = 10_000
+OBJECTIVE = Objective(ttft_s=5.0, inter_token_s=0.4)
+
+
+def played(system: Running, experiment: Experiment, seed: int, scale: Scale, advance) -> list[driver.TurnRecord]:
+    of = experiment.played(seed, scale)
+    if experiment.at_once:
+        return driver.closed(of, system.converse, experiment.at_once, seed, advance)
+    return driver.opened(of, system.converse, seed, advance)
+
+
+def figures(system: Running, experiment: Experiment, repeats: int, scale: Scale, progress: Progress) -> dict:
+    """Of all repeats together; each has other sessions."""
+    lengths = [len(session.turns) for seed in range(repeats) for session in experiment.played(seed, scale)]
+    task = progress.add_task(experiment.name, total=sum(lengths))
+    records, before = [], system.counters()
+    for seed in range(repeats):
+        of = played(system, experiment, seed, scale, lambda: progress.advance(task))
+        records += [_apart(record, seed) for record in of]
+    progress.remove_task(task)
+    counted = {name: count - before.get(name, 0) for name, count in system.counters().items()}
+    return summary(records, OBJECTIVE) | counted
+
+
+def _apart(record: driver.TurnRecord, repeat: int, later_s: float = 0.0) -> driver.TurnRecord:
+    """Sessions of one repeat are not those of another."""
+    return replace(
+        record, session=record.session + repeat * 10_000, asked_s=record.asked_s + later_s, end_s=record.end_s + later_s,
+        token_s=[at + later_s for at in record.token_s],
+    )  # fmt: skip
+
+
+def simulated(mode: str, of: costs.Measured, budget: Budget, experiment: Experiment, repeats: int, scale: Scale) -> dict:
+    kv_tokens = int(budget.kv_gib / 2 * 2**30) // of.costs.kv_bytes
+    site = Site(prefill=1, decode=1, kv_tokens=kv_tokens, block=BLOCK)
+    records, ended = [], 0.0
+    for seed in range(repeats):
+        seen = Simulation(mode, site, of.costs).run(experiment.played(seed, scale), experiment.at_once)
+        records += [_apart(record, seed, ended) for record in seen]
+        ended = max(record.end_s for record in records)
+    return summary(records, OBJECTIVE)
+
+
+def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Experiment], args, console, progress) -> dict:
+    """Experiment -> figures; of ours "costs" and "simulated" beside."""
+    scale = Scale.named("small")
+    starting = progress.add_task(f"{name}: starting", total=None)
+    with SYSTEMS[name](model, adapters, budget) as system:
+        progress.update(starting, description=f"{name}: warm-up")
+        warm = sessions("react", 2, len(adapters), WARM_UP_SEED, scale)
+        driver.closed(warm, system.converse, 2, WARM_UP_SEED)
+        progress.remove_task(starting)
+        found: dict = {"experiments": {}}
+        for experiment in chosen:
+            seen = found["experiments"][experiment.name] = figures(system, experiment, args.repeats, scale, progress)
+            shown = {what: seen[what]["value"] for what in report.SHOWN}
+            console.print(f"{name}, {experiment.name}: {shown}")
+        if system.client:
+            task = progress.add_task(f"{name}: costs", total=costs.MEASUREMENTS)
+            recomputed = len(LayerGroup.parse(OWN_LAYERS)) / KVShape.of(model).layers if get_mode(name).recomputes else 0.0
+            of = costs.measured(system, list(adapters), KVShape.of(model), recomputed, lambda: progress.advance(task))
+            found["costs"] = asdict(of)
+    if "costs" in found:
+        found["simulated"] = {e.name: simulated(name, of, budget, e, args.repeats, scale) for e in chosen}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--short", action="store_true", help="two experiments only")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what is compared")
+    parser.add_argument("--sessions", type=int, help="of the larger experiments (full: 10, short: 6)")
+    parser.add_argument("--repeats", type=int, default=1, help="of each experiment, with other sessions")
+    parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of a system, over all its engines")
+    parser.add_argument("--trace", type=Path, help="play this trace file instead (benchmarks/agents/workload.py)")
+    parser.add_argument("--agents", type=int, default=4, help="with --trace: number of models")
+    parser.add_argument("--at-once", type=int, help="with --trace: sessions under way (default: each at its arrival)")
+    args = parser.parse_args()
+    console, budget = Console(stderr=True), Budget(args.kv_gib)
+    if args.trace:
+        rate = None if args.at_once else 0.0
+        chosen = [Experiment("trace", args.agents, 0, at_once=args.at_once, per_s=rate, trace=args.trace)]
+    else:
+        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 10)
+    for experiment in chosen:
+        experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
+    model, found = fetch(MODEL), {}
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
+        names = tuple(f"agent-{n}" for n in range(max(experiment.agents for experiment in chosen)))
+        modules = get_mode("icarus").adapter_modules  # such as all modes can serve
+        adapters = make_seeded_adapters(model, folder, names, RANK, modules)
+        bar = progress.add_task("systems", total=len(args.systems))
+        for name in args.systems:
+            found[name] = of_system(name, model, adapters, budget, chosen, args, console, progress)
+            progress.advance(bar)
+    name = "agents" if not (args.short or args.trace) else "agents_short" if args.short else "agents_trace"
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config |= {
+        "experiments": [e.name for e in chosen], "scale": asdict(Scale.named("small")), "objective": asdict(OBJECTIVE),
+        "budget": {"kv_gib": budget.kv_gib, "prefill_cores": "0", "decode_cores": "1", "one_engine_cores": "0-1"},
+        "own_layers": OWN_LAYERS, "adapter_rank": RANK, "block": BLOCK,
+    }  # fmt: skip
+    baselines = [baseline for baseline in BASELINES if baseline in found]
+    headline = report.headline(found, baselines)
+    result = write("agents", console, config, headline, file=name, systems=found)
+    report.write(result, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What is played against every system: workloads and loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.agents.workload import Scale, Session, bursts, poisson, read_trace, sessions
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`at_once`: sessions under way (closed loop); or `per_s`: sessions that arrive a second, in bursts or not (open loop).
+    `trace`: sessions from a file instead of drawn ones."""
+
+    pattern: str
+    agents: int
+    sessions: int
+    at_once: int | None = None
+    per_s: float | None = None
+    bursty: bool = False
+    trace: Path | None = None
+
+    @property
+    def name(self) -> str:
+        load = f"{self.at_once} at once" if self.at_once else f"{self.per_s:g}/s{' in bursts' if self.bursty else ''}"
+        return f"{self.trace.name if self.trace else self.pattern}, {self.agents} models, {load}"
+
+    def played(self, seed: int, scale: Scale) -> list[Session]:
+        """In order of arrival."""
+        if self.trace:
+            return read_trace(self.trace, self.agents)
+        drawn = sessions(self.pattern, self.sessions, self.agents, seed, scale)
+        if self.per_s is None:
+            return drawn
+        return (bursts if self.bursty else poisson)(drawn, self.per_s, seed)
+
+
+#: ReAct at these loads with this number of models; at the highest with the others, too.
+LOADS, MODELS, OTHER_MODELS = (2, 5, 10), 4, (2, 8)
+
+
+def full(count: int) -> list[Experiment]:
+    """`count`: sessions of the larger ones."""
+    return [
+        *(Experiment("react", MODELS, count, at_once=load) for load in LOADS),
+        *(Experiment("react", models, count, at_once=LOADS[-1]) for models in OTHER_MODELS),
+        Experiment("reflexion", MODELS, max(4, count // 2), at_once=LOADS[1]),
+        Experiment("react", MODELS, count, per_s=0.08),
+        Experiment("unbalanced", MODELS, count, per_s=0.08, bursty=True),
+        Experiment("low-sharing", MODELS, 2 * count, at_once=LOADS[1]),
+    ]
+
+
+def short(count: int) -> list[Experiment]:
+    return [
+        Experiment("react", MODELS, count, at_once=count),
+        Experiment("low-sharing", MODELS, 2 * count, at_once=count),
+    ]

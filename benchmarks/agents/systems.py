@@ -1,0 +1,123 @@
+"""The systems that are compared. Each is started whole, on the same cores, with the same KV memory and the same adapters.
+
+    prefillshare, icarus, droidspeak, none
+            ours in that mode: a prefill engine on the first core, a decode engine on the second, half of the KV memory each;
+            `none` is the per-model baseline, adapters on both legs
+    vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
+            KV memory; scheduler and model in one process, as in ours
+
+All engines run on this project's plugin, whose adapter kernels for CPUs vLLM's own server gets, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks import small
+from benchmarks.agents.driver import Conversation, Ours, Stock
+from benchmarks.cache_watch import CacheWatch
+from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
+from benchmarks.small import ADDRESS, BLOCK
+from kvshare.config import Deployment
+from kvshare.modes import get_mode
+from prefillshare.app import running
+from prefillshare.client import Client
+
+RANK = 8
+#: DroidSpeak: what every decoder computes itself, of SmolLM2's 30 layers.
+OWN_LAYERS = "13-16"
+TURN_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`kv_gib`: over all engines of a system."""
+
+    kv_gib: float
+    max_model_len: int = 2048
+
+
+@dataclass(frozen=True)
+class Running:
+    """A started system. `converse`: context -> a conversation in which agent n is the n-th name. `counters`: what has been
+    counted since the start: "evicted_blocks", "preemptions", where the system says so."""
+
+    converse: Callable[[list[int]], Conversation]
+    counters: Callable[[], dict[str, int]]
+    client: Client | None = None
+
+
+def deployment(mode: str, model: Path, adapters: Mapping[str, Path], budget: Budget) -> Deployment:
+    size = {"kv_cache_gib": budget.kv_gib / 2}
+    own: dict = {}
+    if not get_mode(mode).shares_prefill:
+        own = {"prefill": {**size, "cpu_cores": "0"}}
+    elif get_mode(mode).recomputes:
+        own = {"own_layers": dict.fromkeys(adapters, OWN_LAYERS)}
+    return small.deployment(
+        model,
+        adapters,
+        prefill=size,
+        decode={**size, "sharing": mode, "max_lora_rank": RANK, **own},
+        router={"canary_share": 0.0},
+        max_model_len=budget.max_model_len,
+    )
+
+
+def ours(mode: str):
+    @contextmanager
+    def start(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[Running]:
+        names = list(adapters)
+        with (
+            running(deployment(mode, model, adapters, budget)) as handle,
+            Client(ADDRESS, timeout_s=TURN_TIMEOUT_S) as client,
+            CacheWatch(handle) as caches,
+        ):
+            yield Running(
+                lambda context: Ours(client, names, context),
+                lambda: {"evicted_blocks": sum(caches.evicted.values())},
+                client,
+            )
+
+    return start
+
+
+@contextmanager
+def vllm(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[Running]:
+    names = list(adapters)
+    flags = [
+        "--host", "127.0.0.1", "--model", str(model), "--dtype", "float32", "--block-size", str(BLOCK), "--enforce-eager",
+        "--max-model-len", str(budget.max_model_len), "--kv-cache-memory-bytes", str(int(budget.kv_gib * 2**30)),
+        "--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log",
+        "--generation-config", "vllm", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(len(names)),
+        "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items()),
+    ]  # fmt: skip
+    process, url = spawn("benchmarks.one_process_server", flags, environment(BOTH_CORES))
+    try:
+        asyncio.run(healthy([url], {"vLLM's server": process}))
+        with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
+            yield Running(lambda context: Stock(client, names, context), lambda: _counters(client))
+    finally:
+        stop([process])
+
+
+def _counters(client: httpx.Client) -> dict[str, int]:
+    text = client.get("/metrics").text
+    return {"preemptions": round(_metric(text, "vllm:num_preemptions_total"))}
+
+
+def _metric(text: str, name: str) -> float:
+    """Over all its labels."""
+    lines = (line for line in text.splitlines() if line.startswith((name + "{", name + " ")))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+#: In the order they are run.
+SYSTEMS = {mode: ours(mode) for mode in ("prefillshare", "none", "icarus", "droidspeak")} | {"vllm": vllm}
+BASELINES: Sequence[str] = ("none", "vllm")

@@ -1,6 +1,6 @@
 # Every target that runs something sets up the virtual environment first.
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-unit accuracy lint protos lock
+.PHONY: help setup model demo test test-unit accuracy bench lint protos lock
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -33,6 +33,9 @@ test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (se
 
 accuracy: model ## train what is compared in docs/accuracy.md, ask the test questions, write the page (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.accuracy
+
+bench: model ## sessions of agents: our modes, a cache per model, stock vLLM (about 10 minutes; all: python -m benchmarks.agents)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.agents --short
 
 lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto files
 	@$(BIN)/ruff check .

@@ -1,14 +1,16 @@
 """What sharing is worth to agents that take turns over one context: our modes, the per-model baseline and stock vLLM, with the
 same budget and the same requests.
 
-    python -m benchmarks.agents [--short] [--systems prefillshare none ...] [--sessions N] [--trace FILE --agents N --at-once N]
+    python -m benchmarks.agents [--short] [--systems prefillshare none ...] [--sessions N]
+    python -m benchmarks.agents --pattern reflexion --agents 3 --per-s 0.05     (or --trace FILE; --at-once N)
 
 Each system is started once and plays all experiments (benchmarks/agents/experiments.py) after a warm-up that does not count.
 Of our modes the costs of prefill, steps and transfers are measured too, and the same sessions simulated with them: how far the
 simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. Results: agents.json, a
 report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1 is better.
 
-`--short`: two experiments, about ten minutes; results agents_short.*. The full form takes about an hour on two cores.
+`--short`: two experiments, about ten minutes; results agents_short.*; one of your own: agents_own.*. The full form takes about
+an hour on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.agents.experiments import Experiment
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
 from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, Budget, Running
-from benchmarks.agents.workload import Scale, sessions
+from benchmarks.agents.workload import PATTERNS, Scale, sessions
 from benchmarks.result import write
 from benchmarks.small import BLOCK, MODEL, bars
 from kvshare.contract import KVShape
@@ -41,10 +43,10 @@ OBJECTIVE = Objective(ttft_s=5.0, inter_token_s=0.4)
 
 
 def played(system: Running, experiment: Experiment, seed: int, scale: Scale, advance) -> list[driver.TurnRecord]:
-    of = experiment.played(seed, scale)
+    of, texts = experiment.played(seed, scale), f"{experiment.name} {seed}"  # no experiment finds another's contexts cached
     if experiment.at_once:
-        return driver.closed(of, system.converse, experiment.at_once, seed, advance)
-    return driver.opened(of, system.converse, seed, advance)
+        return driver.closed(of, system.converse, experiment.at_once, texts, advance)
+    return driver.opened(of, system.converse, texts, advance)
 
 
 def figures(system: Running, experiment: Experiment, repeats: int, scale: Scale, progress: Progress) -> dict:
@@ -105,23 +107,31 @@ def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Exp
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.agents",
+        description=__doc__.split("\n\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--short", action="store_true", help="two experiments only")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what is compared")
-    parser.add_argument("--sessions", type=int, help="of the larger experiments (full: 10, short: 6)")
+    parser.add_argument("--sessions", type=int, help="of the larger experiments (full: 8, short: 6)")
     parser.add_argument("--repeats", type=int, default=1, help="of each experiment, with other sessions")
-    parser.add_argument("--kv-gib", type=float, default=1.0, help="KV memory of a system, over all its engines")
-    parser.add_argument("--trace", type=Path, help="play this trace file instead (benchmarks/agents/workload.py)")
-    parser.add_argument("--agents", type=int, default=4, help="with --trace: number of models")
-    parser.add_argument("--at-once", type=int, help="with --trace: sessions under way (default: each at its arrival)")
+    parser.add_argument("--kv-gib", type=float, default=1.5, help="KV memory of a system, over all its engines")
+    one = parser.add_argument_group("one experiment of your own instead")
+    one.add_argument("--pattern", choices=PATTERNS, help="of its sessions")
+    one.add_argument("--trace", type=Path, help="a file with its sessions (format: benchmarks/agents/workload.py)")
+    one.add_argument("--agents", type=int, default=4, help="number of models")
+    one.add_argument("--at-once", type=int, help="sessions under way")
+    one.add_argument("--per-s", type=float, help="sessions that arrive a second")
+    one.add_argument("--bursts", action="store_true", help="they arrive in bursts")
     args = parser.parse_args()
-    console, budget = Console(stderr=True), Budget(args.kv_gib)
-    if args.trace:
-        rate = None if args.at_once else 0.0
-        chosen = [Experiment("trace", args.agents, 0, at_once=args.at_once, per_s=rate, trace=args.trace)]
+    console, budget, own = Console(stderr=True), Budget(args.kv_gib), args.trace or args.pattern
+    if own and not (args.trace or args.at_once or args.per_s):
+        parser.error("argument --pattern: needs a load, --at-once or --per-s")
+    if own:
+        chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions or 8, args.at_once, args.per_s, args.bursts,
+                             args.trace)]  # fmt: skip
     else:
-        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 10)
+        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 8)
     for experiment in chosen:
         experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
     model, found = fetch(MODEL), {}
@@ -133,7 +143,7 @@ def main() -> None:
         for name in args.systems:
             found[name] = of_system(name, model, adapters, budget, chosen, args, console, progress)
             progress.advance(bar)
-    name = "agents" if not (args.short or args.trace) else "agents_short" if args.short else "agents_trace"
+    name = "agents_own" if own else "agents_short" if args.short else "agents"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {
         "experiments": [e.name for e in chosen], "scale": asdict(Scale.named("small")), "objective": asdict(OBJECTIVE),

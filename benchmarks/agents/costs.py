@@ -21,9 +21,9 @@ from kvshare.contract import KVShape
 from prefillshare.client import Client
 
 #: Tokens: contexts that are prefilled whole, and what is then given to them.
-CONTEXTS, GIVEN = (64, 256, 512, 1024), (32, 128, 256)
+CONTEXTS, GIVEN = (64, 256, 512, 1024), (32, 256)
 #: Turns at once, and contexts of a decode step.
-AT_ONCE, STEP_CONTEXTS, STEP_TOKENS = (1, 2, 4, 8), (64, 768), 20
+AT_ONCE, STEP_CONTEXTS, STEP_TOKENS = (1, 4, 8), (64, 512), 16
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _steps(system: Running, agents: int, advance) -> list[fit.StepTime]:
             played = [Session(number, context, (Turn(number % agents, 1, STEP_TOKENS),)) for number in range(count)]
             # Twice: the second time all contexts are cached, so that all decode at once.
             for _ in range(2):
-                records = driver.closed(played, system.converse, count, seed=context * 100 + count)
+                records = driver.closed(played, system.converse, count, seed=f"steps {context} {count}")
             gaps = [gap for record in records for gap in record.inter_token_s[2:-2]]
             found.append(fit.StepTime(count, count * (context + STEP_TOKENS // 2), statistics.median(gaps)))
             advance()

@@ -140,7 +140,7 @@ class Stock(Conversation):
 
 
 def closed(
-    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], at_once: int, seed: int,
+    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], at_once: int, seed: int | str,
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
     """`at_once` sessions are under way until none is left. `converse`: context -> a conversation."""
@@ -151,7 +151,7 @@ def closed(
 
 
 def opened(
-    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], seed: int,
+    sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], seed: int | str,
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
     """Each session begins at its arrival, whatever has become of the others."""

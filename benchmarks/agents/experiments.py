@@ -23,7 +23,9 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        load = f"{self.at_once} at once" if self.at_once else f"{self.per_s:g}/s{' in bursts' if self.bursty else ''}"
+        load = f"{self.at_once} at once" if self.at_once else "as recorded"
+        if self.per_s:
+            load = f"{self.per_s:g}/s" + (" in bursts" if self.bursty else "")
         return f"{self.trace.name if self.trace else self.pattern}, {self.agents} models, {load}"
 
     def played(self, seed: int, scale: Scale) -> list[Session]:
@@ -31,24 +33,24 @@ class Experiment:
         if self.trace:
             return read_trace(self.trace, self.agents)
         drawn = sessions(self.pattern, self.sessions, self.agents, seed, scale)
-        if self.per_s is None:
+        if not self.per_s:
             return drawn
         return (bursts if self.bursty else poisson)(drawn, self.per_s, seed)
 
 
 #: ReAct at these loads with this number of models; at the highest with the others, too.
-LOADS, MODELS, OTHER_MODELS = (2, 5, 10), 4, (2, 8)
+LOADS, MODELS, OTHER_MODELS = (2, 4, 8), 4, (2, 8)
 
 
 def full(count: int) -> list[Experiment]:
     """`count`: sessions of the larger ones."""
+    half = max(4, count // 2)
     return [
-        *(Experiment("react", MODELS, count, at_once=load) for load in LOADS),
+        *(Experiment("react", MODELS, max(half, load), at_once=load) for load in LOADS),
         *(Experiment("react", models, count, at_once=LOADS[-1]) for models in OTHER_MODELS),
-        Experiment("reflexion", MODELS, max(4, count // 2), at_once=LOADS[1]),
-        Experiment("react", MODELS, count, per_s=0.08),
-        Experiment("unbalanced", MODELS, count, per_s=0.08, bursty=True),
-        Experiment("low-sharing", MODELS, 2 * count, at_once=LOADS[1]),
+        Experiment("reflexion", MODELS, half, at_once=half),
+        Experiment("unbalanced", MODELS, count, per_s=0.05, bursty=True),
+        Experiment("low-sharing", MODELS, 2 * count, at_once=count),
     ]
 
 

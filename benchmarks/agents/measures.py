@@ -28,17 +28,14 @@ class Objective:
         return all(not t.error and t.ttft_s <= self.ttft_s and _mean(t.inter_token_s) <= self.inter_token_s for t in turns)
 
 
-def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0) -> dict:
+def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0, resamples: int = RESAMPLES) -> dict:
     """Figure -> {"value", "low", "high"}, None where no turn says anything of it; counts are plain. `seconds` in which the
-    sessions were played: from the first asked to the last ended."""
-    by_session: dict[int, list[TurnRecord]] = defaultdict(list)
-    for record in records:
-        by_session[record.session].append(record)
-    sessions = list(by_session.values())
+    sessions were played: from the first asked to the last ended. Without `resamples` there are no intervals."""
+    sessions = _by_session(records)
     seconds = max(r.end_s for r in records) - min(r.asked_s for r in records)
     figures = _figures(seconds, objective)
     rng = random.Random(seed)
-    resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(RESAMPLES)]
+    resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(resamples)]
     found = {name: _with_interval(figure, sessions, resampled) for name, figure in figures.items()}
     return found | {
         "sessions": len(sessions),
@@ -49,7 +46,20 @@ def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0) 
     }
 
 
+def share_good(records: Sequence[TurnRecord], objective: Objective) -> float:
+    """Of the sessions."""
+    sessions = _by_session(records)
+    return sum(map(objective.holds, sessions)) / len(sessions)
+
+
 Sessions = Sequence[Sequence[TurnRecord]]
+
+
+def _by_session(records: Sequence[TurnRecord]) -> list[list[TurnRecord]]:
+    found: dict[int, list[TurnRecord]] = defaultdict(list)
+    for record in records:
+        found[record.session].append(record)
+    return list(found.values())
 
 
 def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessions], float]]:
@@ -92,8 +102,8 @@ def _with_interval(figure: Callable[[Sessions], float], sessions: Sessions, resa
     drawn = sorted(value for sample in resampled if not math.isnan(value := figure(sample)))
     if math.isnan(figure(sessions)):
         return dict.fromkeys(("value", "low", "high"))
-    low, high = drawn[int(0.025 * len(drawn))], drawn[int(0.975 * len(drawn))]
-    return {"value": round(figure(sessions), 5), "low": round(low, 5), "high": round(high, 5)}
+    low, high = (round(drawn[int(at * len(drawn))], 5) if drawn else None for at in (0.025, 0.975))
+    return {"value": round(figure(sessions), 5), "low": low, "high": high}
 
 
 def _mean(values: Sequence[float]) -> float:

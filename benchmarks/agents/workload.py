@@ -43,12 +43,12 @@ class Scale:
     """What sessions are drawn from. `context`: system prompt, tools and task, before the first turn. `steps`: of think, act and
     observe. `trials`: at most so many of Reflexion's, each good enough with `success`."""
 
-    context: Lengths = Lengths(512, 0.4, 128, 1024)
-    thought: Lengths = Lengths(32, 0.4, 8, 96)
-    call: Lengths = Lengths(16, 0.4, 4, 48)
+    context: Lengths = Lengths(1024, 0.3, 512, 1400)
+    thought: Lengths = Lengths(24, 0.4, 8, 64)
+    call: Lengths = Lengths(12, 0.4, 4, 32)
     observation: Lengths = Lengths(64, 0.7, 8, 256)
     tool_s: Lengths = Lengths(0.05, 0.5, 0.0, 0.5)
-    steps: tuple[int, int] = (2, 4)
+    steps: tuple[int, int] = (3, 5)
     trials: int = 3
     success: float = 0.5
     longest: int = 2048
@@ -83,7 +83,7 @@ class Session:
         """Of the context at its end."""
         return self.context_tokens + sum(turn.given_tokens + turn.answer_tokens for turn in self.turns)
 
-    def given(self, vocabulary: int, seed: int) -> tuple[list[int], list[list[int]]]:
+    def given(self, vocabulary: int, seed: int | str) -> tuple[list[int], list[list[int]]]:
         """Token ids of the context and of each turn's input: the same for every system."""
         rng = random.Random(f"text {seed} {self.number}")
         draw = lambda count: [rng.randrange(vocabulary) for _ in range(count)]  # noqa: E731
@@ -91,7 +91,7 @@ class Session:
 
 
 SCALES = {
-    #: Minutes on two cores.
+    #: Two cores and a small model.
     "small": Scale(),
     #: The papers' lengths: thousands of tokens of context, tens of turns.
     "papers": Scale(

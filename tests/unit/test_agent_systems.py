@@ -7,7 +7,7 @@ import json
 import httpx
 import pytest
 
-from benchmarks.agents import driver, experiments, report, systems
+from benchmarks.agents import crosscheck, driver, experiments, report, systems
 from benchmarks.agents.driver import Cost, Stock, TurnRecord
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.workload import Scale, write_trace
@@ -147,3 +147,20 @@ def test_a_turn_that_fails_ends_its_session_and_says_why():
     played = experiments.short(2)[0].played(0, Scale.named("small"))
     seen = driver.closed(played, lambda context: Stock(client, ("a", "b", "c", "d"), context), 2, "text")
     assert [record.error for record in seen] == ["Unavailable"] * len(played)
+
+
+def guidellm_report(well: int) -> dict:
+    def seen(value: float) -> dict:
+        return {"successful": {"median": value, "mean": value, "count": well}}
+
+    names = ("time_to_first_token_ms", "inter_token_latency_ms", "request_latency", "prompt_token_count")
+    metrics = dict(zip(names, map(seen, (500.0, 50.0, 2.0, 512.0)), strict=True))
+    return {"benchmarks": [{"metrics": metrics, "duration": 8.0}]}
+
+
+def test_guidellms_report_is_read_in_seconds():
+    assert crosscheck.figures_of(guidellm_report(4), 4) == {
+        "ttft_p50_s": 0.5, "inter_token_p50_s": 0.05, "requests_per_s": 0.5, "prompt_tokens": 512.0,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="3 of 4 requests went well"):
+        crosscheck.figures_of(guidellm_report(3), 4)

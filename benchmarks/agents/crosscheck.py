@@ -68,7 +68,8 @@ def by_guidellm(tool: str, model: Path, args: argparse.Namespace) -> dict[str, f
             "--data", f"kind=synthetic_text,prompt_tokens={args.prompt},output_tokens={args.answer}",
             "--output", f"kind=json,path={file}",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=offline)
         if done.returncode or not file.is_file():
             raise RuntimeError(f"guidellm ended with {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
         return figures_of(json.loads(file.read_text()), args.requests)

@@ -44,8 +44,8 @@ class Scale:
     observe. `trials`: at most so many of Reflexion's, each good enough with `success`."""
 
     context: Lengths = Lengths(1024, 0.3, 512, 1400)
-    thought: Lengths = Lengths(24, 0.4, 8, 64)
-    call: Lengths = Lengths(12, 0.4, 4, 32)
+    thought: Lengths = Lengths(10, 0.4, 4, 24)
+    call: Lengths = Lengths(6, 0.4, 3, 16)
     observation: Lengths = Lengths(64, 0.7, 8, 256)
     tool_s: Lengths = Lengths(0.05, 0.5, 0.0, 0.5)
     steps: tuple[int, int] = (3, 5)
@@ -91,7 +91,8 @@ class Session:
 
 
 SCALES = {
-    #: Two cores and a small model.
+    #: Two cores and a small model. A CPU's decode step costs more with every request in it, a GPU's hardly: answers are shorter
+    #: for their contexts than in "papers", so that a turn's prefill and decoding are to each other as there.
     "small": Scale(),
     #: The papers' lengths: thousands of tokens of context, tens of turns.
     "papers": Scale(

@@ -113,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="two experiments only")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what is compared")
-    parser.add_argument("--sessions", type=int, help="of the larger experiments (full: 8, short: 6)")
+    parser.add_argument("--sessions", type=int, help="of the larger experiments (default: 6)")
     parser.add_argument("--repeats", type=int, default=1, help="of each experiment, with other sessions")
     parser.add_argument("--kv-gib", type=float, default=1.5, help="KV memory of a system, over all its engines")
     one = parser.add_argument_group("one experiment of your own instead")
@@ -131,7 +131,7 @@ def main() -> None:
         chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions or 8, args.at_once, args.per_s, args.bursts,
                              args.trace)]  # fmt: skip
     else:
-        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 8)
+        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 6)
     for experiment in chosen:
         experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
     model, found = fetch(MODEL), {}

@@ -39,17 +39,17 @@ class Experiment:
 
 
 #: ReAct at these loads with this number of models; at the highest with the others, too.
-LOADS, MODELS, OTHER_MODELS = (2, 4, 8), 4, (2, 8)
+LOADS, MODELS, OTHER_MODELS = (2, 6), 4, (2, 8)
 
 
 def full(count: int) -> list[Experiment]:
     """`count`: sessions of the larger ones."""
-    half = max(4, count // 2)
+    half = max(3, count // 2)
     return [
         *(Experiment("react", MODELS, max(half, load), at_once=load) for load in LOADS),
         *(Experiment("react", models, count, at_once=LOADS[-1]) for models in OTHER_MODELS),
         Experiment("reflexion", MODELS, half, at_once=half),
-        Experiment("unbalanced", MODELS, count, per_s=0.05, bursty=True),
+        Experiment("unbalanced", MODELS, count, per_s=0.1, bursty=True),
         Experiment("low-sharing", MODELS, 2 * count, at_once=count),
     ]
 

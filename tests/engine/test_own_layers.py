@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,18 @@ async def exact(running, prompt: list[int], n: int, decoder: str | None = "a", o
     tokens, logprobs, chunk, reasons = await turn(engines, prompt, n, adapter, own_layers=own_layers, **kw)
     assert oracle.diff(decoder, prompt, tokens, logprobs, own_layers) <= TOLERANCE
     return tokens, chunk, reasons
+
+
+def cores_of(worker) -> set[int]:
+    """That the thread which runs the model may run on. Runs in the engine's worker."""
+    return os.sched_getaffinity(0)
+
+
+async def test_each_engine_computes_on_its_own_core(running):
+    """Where there are two, and the engines' settings name them."""
+    (prefill, decoder, own), _ = running
+    cores = [await engine._llm.collective_rpc(cores_of) for engine in (prefill, decoder, own)]
+    assert cores == [[{0}], [{1}], [{1}]]
 
 
 @pytest.mark.parametrize("group", GROUPS)

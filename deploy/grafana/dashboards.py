@@ -1,0 +1,230 @@
+"""Grafana dashboards as code: `python deploy/grafana/dashboards.py` writes a JSON file each beside this one.
+
+Queries use the router's metrics (docs/metrics.md); `$datasource`, and `$decoder` or `$pool`, are chosen above the panels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+
+from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
+
+HERE = Path(__file__).parent
+#: Rates are over this; Grafana makes it at least four scrapes.
+RATE = "$__rate_interval"
+SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+HEIGHT, WIDTH = 8, 8
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`unit`: Grafana's. `queries`: PromQL -> legend. `about`: what it shows, and what to do when it moves."""
+
+    title: str
+    unit: str
+    queries: dict[str, str]
+    about: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """`label`: by what its queries may be narrowed ("decoder" or "pool")."""
+
+    uid: str
+    title: str
+    label: str
+    rows: dict[str, tuple[Panel, ...]]
+
+    @property
+    def panels(self) -> Iterator[Panel]:
+        for panels in self.rows.values():
+            yield from panels
+
+
+def _of(metric: str, **labels: str) -> str:
+    """The metric of the chosen decoders or pools."""
+    matched = ",".join(f'{label}=~"{value}"' for label, value in labels.items())
+    return f"{metric}{{{matched}}}" if matched else metric
+
+
+def _rate(metric: str, by: str = "", **labels: str) -> str:
+    return f"sum{f' by ({by})' if by else ''} (rate({_of(metric, **labels)}[{RATE}]))"
+
+
+def _quantiles(metric: str, **labels: str) -> dict[str, str]:
+    return {
+        f"histogram_quantile({q}, {_rate(metric + '_bucket', 'le', **labels)})": f"p{q * 100:g}" for q in (0.5, 0.95, 0.99)
+    }
+
+
+def _mean(metric: str, by: str, **labels: str) -> str:
+    return f"{_rate(metric + '_sum', by, **labels)} / {_rate(metric + '_count', by, **labels)}"
+
+
+DECODER, POOL = {"decoder": "$decoder"}, {"pool": "$pool"}
+TOKENS = "prefillshare_prefill_tokens_total"
+HIT = f'{_rate(TOKENS, source="cached", **DECODER)} / {_rate(TOKENS, **DECODER)}'
+HIT_BY_DECODER = f'{_rate(TOKENS, "decoder", source="cached", **DECODER)} / {_rate(TOKENS, "decoder", **DECODER)}'
+
+BOARDS = (
+    Board("prefillshare-overview", "prefillshare: overview", "decoder", {
+        "What users feel": (
+            Panel("Turns", "reqps", {_rate("prefillshare_turns_total", "outcome", **DECODER): "{{outcome}}"},
+                  "Turns that ended, by outcome. Errors rising: read the router's log for that one; Overloaded: add replicas."),
+            Panel("Latency of a turn", "s", _quantiles("prefillshare_turn_seconds", **DECODER),
+                  "From arrival to the last token."),
+            Panel("Time to first token", "s", _quantiles("prefillshare_time_to_first_token_seconds", **DECODER),
+                  "Compare with prefill, below, to see which side waits."),
+        ),
+        "What sharing saves": (
+            Panel("Prefix-cache hit ratio", "percentunit", {HIT: "all", HIT_BY_DECODER: "{{decoder}}"},
+                  "Share of prompt tokens found cached at prefill. Falling: contexts are evicted (more KV memory for prefill), "
+                  "or sessions lose their replica."),
+            Panel("Prompt tokens at prefill", "short", {_rate(TOKENS, "source", **DECODER): "{{source}} a second"},
+                  "Cached ones cost nothing."),
+            Panel("Errors", "percentunit",
+                  {f'{_rate("prefillshare_turns_total", outcome="[A-Z].*", **DECODER)} / '
+                   f'{_rate("prefillshare_turns_total", **DECODER)}': "of all turns"},
+                  "Share of turns that ended with an error."),
+        ),
+        "Under way": (
+            Panel("Turns in progress", "short", {"sum (prefillshare_turns_in_progress)": "in progress"},
+                  "Near router.max_queued turns are refused: add decode replicas."),
+            Panel("Sessions", "short", {"max (prefillshare_sessions)": "sessions"},
+                  "Near router.max_sessions: lower the TTL or raise the limit."),
+            Panel("Tokens generated", "short",
+                  {_rate("prefillshare_completion_tokens_total", "decoder", **DECODER): "{{decoder}}"},
+                  "A second, by decoder."),
+        ),
+    }),
+    Board("prefillshare-cache", "prefillshare: cache and sharing", "decoder", {
+        "Hits": (
+            Panel("Hit ratio by decoder", "percentunit", {HIT_BY_DECODER: "{{decoder}}"},
+                  "A decoder far below the others has contexts of its own, or is asked first in its sessions."),
+            Panel("Computed tokens", "short", {_rate(TOKENS, "decoder", source="computed", **DECODER): "{{decoder}}"},
+                  "A second; the prefill pool's work."),
+            Panel("Index: predicted against actual", "short",
+                  {_rate("prefillshare_predicted_cached_tokens_total", "pool"): "predicted, {{pool}}",
+                   _rate("prefillshare_actual_cached_tokens_total", "pool"): "actual, {{pool}}"},
+                  "What the router's index said the replica had, and what it had. Apart: KV events arrive late or never."),
+        ),
+        "KV made ahead": (
+            Panel("Eager prefills", "reqps", {_rate("prefillshare_eager_prefills_total", "outcome"): "{{outcome}}"},
+                  "cancelled rising: sessions go on faster than the pool can; dropped: raise router.eager_prefill_max."),
+            Panel("Pull-backs", "reqps", {_rate("prefillshare_pull_backs_total", "outcome"): "{{outcome}}"},
+                  "Mode icarus. failed rising: look at the network; declined: computing is faster."),
+            Panel("Tokens that no turn waits for", "short",
+                  {_rate("prefillshare_eager_prefill_tokens_total"): "computed ahead",
+                   _rate("prefillshare_pulled_back_tokens_total"): "pulled back"},
+                  "A second."),
+        ),
+        "Decoders' own layers (DroidSpeak)": (
+            Panel("Layers computed", "reqps",
+                  {_rate("prefillshare_own_layer_turns_total", "decoder, layers", **DECODER): "{{decoder}}: {{layers}}"},
+                  "Fewer than before: the pool cannot keep ttft_objective_s with more; add decode replicas."),
+            Panel("Divergence of sampled turns", "short",
+                  {_mean("prefillshare_canary_divergence", "decoder", **DECODER): "{{decoder}}",
+                   f'max by (decoder) ({_of("prefillshare_quality_floor", **DECODER)})': "{{decoder}}: floor"},
+                  "Nats from the decoder's own prefill. Above its floor: run prefillshare profile with present data."),
+            Panel("Sampled turns", "reqps", {_rate("prefillshare_canary_turns_total", "outcome", **DECODER): "{{outcome}}"},
+                  "dropped: lower router.canary_share; failed: read the router's log."),
+        ),
+    }),
+    Board("prefillshare-transfer", "prefillshare: KV transfer", "decoder", {
+        "From prefill to decode": (
+            Panel("KV moved", "Bps", {_rate("prefillshare_kv_transfer_bytes_total", "decoder", **DECODER): "{{decoder}}"},
+                  "Rising faster than prefill tokens: decode caches are too small to keep shared prefixes."),
+            Panel("KV moved per turn", "bytes",
+                  {f'{_rate("prefillshare_kv_transfer_bytes_total", "decoder", **DECODER)} / '
+                   f'{_rate("prefillshare_turns_total", "decoder", **DECODER)}': "{{decoder}}"},
+                  "Falls where a session's turns go back to the same decode replica."),
+            Panel("Turns taken up again", "reqps", {_rate("prefillshare_resumes_total", "reason", **DECODER): "{{reason}}"},
+                  "preempted: more KV memory on decode; kv_load_failed: look at the network or the lease; others: a replica "
+                  "fails."),
+        ),
+    }),
+    Board("prefillshare-pools", "prefillshare: pools and router", "pool", {
+        "Admission": (
+            Panel("Turns waiting", "short", {f'sum by (pool) ({_of("prefillshare_turns_waiting", **POOL)})': "{{pool}}"},
+                  "Above zero for long: the pool is at its limit."),
+            Panel("Time in the queue", "s", _quantiles("prefillshare_queue_seconds", **POOL),
+                  "Near router.max_wait_s turns are refused."),
+            Panel("Turns refused", "reqps",
+                  {_rate("prefillshare_turns_refused_total", "pool, reason", **POOL): "{{pool}}: {{reason}}"},
+                  "too_late: add replicas; queue_full: raise router.max_queued; never_fits: raise kv_cache_gib."),
+        ),
+        "Replicas": (
+            Panel("Replicas", "short",
+                  {f'max by (pool, state) ({_of("prefillshare_replicas", **POOL)})': "{{pool}}: {{state}}"},
+                  "ejected above 0: that replica fails or does not answer; read its log."),
+            Panel("Prefill leg", "s", _quantiles("prefillshare_prefill_seconds"),
+                  "As the router sees it. Rising: add prefill replicas, or look for lost cache hits."),
+            Panel("Prediction error", "short", {_mean("prefillshare_prediction_error_tokens", "pool", **POOL): "{{pool}}"},
+                  "Mean tokens by which the index was wrong. Growing: look at the network between engines and routers."),
+        ),
+    }),
+)  # fmt: skip
+
+
+def built(board: Board) -> dashboard.Dashboard:
+    made = (
+        dashboard.Dashboard(board.title)
+        .uid(board.uid)
+        .tags(["prefillshare"])
+        .refresh("30s")
+        .time("now-1h", "now")
+        .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
+        .with_variable(
+            dashboard.QueryVariable(board.label)
+            .datasource(SOURCE)
+            .query(f"label_values({_values_of(board.label)}, {board.label})")
+            .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+            .multi(True)
+            .include_all(True)
+            .all_value(".*")
+        )
+    )
+    for title, panels in board.rows.items():
+        made = made.with_row(dashboard.Row(title))
+        for panel in panels:
+            made = made.with_panel(_panel(panel))
+    return made
+
+
+def _values_of(label: str) -> str:
+    return {"decoder": "prefillshare_turns_total", "pool": "prefillshare_replicas"}[label]
+
+
+def _panel(panel: Panel) -> timeseries.Panel:
+    made = (
+        timeseries.Panel()
+        .title(panel.title)
+        .description(panel.about)
+        .unit(panel.unit)
+        .min(0)
+        .datasource(SOURCE)
+        .height(HEIGHT)
+        .span(WIDTH)
+    )
+    for name, (query, legend) in zip(ascii_uppercase, panel.queries.items(), strict=False):
+        made = made.with_target(prometheus.Dataquery().ref_id(name).expr(query).legend_format(legend))
+    return made
+
+
+def rendered(board: Board) -> str:
+    return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(built(board).build())), indent=1) + "\n"
+
+
+def main() -> None:
+    for board in BOARDS:
+        (HERE / f"{board.uid}.json").write_text(rendered(board))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,11 @@ def promtool(*arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def alert(name: str) -> dict:
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    return next(rule for rule in rules if rule.get("alert") == name)
+
+
 def test_promtool_finds_nothing_wrong():
     promtool("check", "rules", RULES)
 
@@ -60,7 +65,7 @@ def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_hour, fires
                 "summary": "a is farther from its own prefill than its quality_floor allows",
                 "description": "Over the last day the sampled turns of a diverged by 0.4 nats on the mean. "
                 "Other layers matter for the data it sees now.",
-                "runbook": yaml.safe_load(RULES.read_text())["groups"][0]["rules"][1]["annotations"]["runbook"],
+                "runbook": alert("PrefillShareDecoderDrifted")["annotations"]["runbook"],
             },
         }
     ]
@@ -77,5 +82,57 @@ def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_hour, fires
             }
         ],
     }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    promtool("test", "rules", tmp_path / "test.yaml")
+
+
+TURNS = 'prefillshare_turns_total{decoder="a",outcome="%s"}'
+TOKENS = 'prefillshare_prefill_tokens_total{decoder="a",source="%s"}'
+CACHED = 'prefillshare_%s_cached_tokens_total{pool="prefill"}'
+REFUSED = 'prefillshare_turns_refused_total{pool="agents",reason="%s"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "series", "labels"),
+    [
+        # Per minute: one error of ten turns, of a hundred; a client's cancelling is none.
+        ("PrefillShareErrors", {TURNS % "ok": "0+9x60", TURNS % "Unavailable": "0+1x60"}, {}),
+        ("PrefillShareErrors", {TURNS % "ok": "0+99x60", TURNS % "Unavailable": "0+1x60"}, None),
+        ("PrefillShareErrors", {TURNS % "ok": "0+9x60", TURNS % "cancelled": "0+1x60"}, None),
+        ("PrefillShareRefusing", {REFUSED % "too_late": "0+1x60"}, {"pool": "agents", "reason": "too_late"}),
+        ("PrefillShareRefusing", {REFUSED % "tenant_limit": "0+1x60"}, None),
+        ("PrefillShareReplicaEjected", {'prefillshare_replicas{pool="agents",state="ejected"}': "1x60"}, {"pool": "agents"}),
+        ("PrefillShareReplicaEjected", {'prefillshare_replicas{pool="agents",state="ejected"}': "0x58 1 1"}, None),
+        ("PrefillShareKVLoadsFail", {'prefillshare_resumes_total{decoder="a",reason="kv_load_failed"}': "0+2x60"}, {}),
+        ("PrefillShareKVLoadsFail", {'prefillshare_resumes_total{decoder="a",reason="preempted"}': "0+2x60"}, None),
+        ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6000x60", CACHED % "actual": "0+9000x60"}, {"pool": "prefill"}),
+        ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+8500x60", CACHED % "actual": "0+9000x60"}, None),
+        ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6x60", CACHED % "actual": "0+9x60"}, None),
+        # From 90 to 30 %, an hour ago or just now; and where there are hardly any prompts.
+        ("PrefillShareHitRatioFell",
+         {TOKENS % "cached": "0+9000x240 2160000+3000x60", TOKENS % "computed": "0+1000x240 240000+7000x60"}, {"decoder": "a"}),
+        ("PrefillShareHitRatioFell",
+         {TOKENS % "cached": "0+9000x285 2565000+3000x15", TOKENS % "computed": "0+1000x285 285000+7000x15"}, None),
+        ("PrefillShareHitRatioFell", {TOKENS % "cached": "0+9x240 2160+3x60", TOKENS % "computed": "0+1x240 240+7x60"}, None),
+    ],
+)  # fmt: skip
+def test_an_alert_fires_when_it_should_and_not_else(tmp_path, name, series, labels):
+    """A sample a minute. `labels`: of the alert that fires; None: none does."""
+    told = {"alertname": name, "alertstate": "firing", "severity": alert(name)["labels"]["severity"], **(labels or {})}
+    shown = "ALERTS{" + ",".join(f'{label}="{value}"' for label, value in sorted(told.items())) + "}"
+    minutes = 300 if "x240" in str(series) or "x285" in str(series) else 59
+    test = {
+        "rule_files": [str(RULES)],
+        "evaluation_interval": "1m",
+        "tests": [{
+            "interval": "1m",
+            "input_series": [{"series": metric, "values": values} for metric, values in series.items()],
+            "promql_expr_test": [{
+                "expr": f'ALERTS{{alertname="{name}",alertstate="firing"}}',
+                "eval_time": f"{minutes}m",
+                "exp_samples": [] if labels is None else [{"labels": shown, "value": 1}],
+            }],
+        }],
+    }  # fmt: skip
     (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
     promtool("test", "rules", tmp_path / "test.yaml")

@@ -144,10 +144,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     """
     from ray import serve
 
-    try:
-        handle = serve.get_app_handle(APP)
-    except Exception as error:
-        raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error
+    handle = running_handle()
     old = Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
     if (old.base, old.cluster) != (new.base, new.cluster):
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
@@ -286,22 +283,38 @@ def serve_command(file: Path) -> None:
 
 def apply_command(file: Path) -> None:
     """`prefillshare apply FILE`: change the deployment that runs, and return when it has changed."""
-    import ray
     from rich.console import Console
 
     from prefillshare.progress import startup_progress
 
     console = Console(stderr=True)
     deployment = load(file)
-    address = deployment.cluster.address or "auto"
+    with connected(deployment.cluster.address or "auto"), startup_progress(console) as progress:
+        apply(deployment, progress)
+        progress.done()
+    console.print(f"decoders: {', '.join(decoders.served(deployment))}")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """To the Ray cluster in which a deployment runs. Raises ConfigError if there is none."""
+    import ray
+
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, namespace=APP, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"no Ray cluster runs at {address}: {error}", fix="start it: prefillshare serve FILE") from error
     try:
-        with startup_progress(console) as progress:
-            apply(deployment, progress)
-            progress.done()
-        console.print(f"decoders: {', '.join(decoders.served(deployment))}")
+        yield
     finally:
         ray.shutdown()
+
+
+def running_handle():
+    """The router's, of the application that runs. Raises ConfigError if none does."""
+    from ray import serve
+
+    try:
+        return serve.get_app_handle(APP)
+    except Exception as error:
+        raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error

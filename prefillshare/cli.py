@@ -99,6 +99,18 @@ def apply(file: File) -> None:
 
 
 @app.command()
+def status(
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one on this machine.")] = "auto",
+    watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again every so many seconds, until Ctrl-C.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show what runs: decoders with their contracts, replicas with their queues and KV caches."""
+    from prefillshare.status import status_command
+
+    status_command(address, watch, as_json)
+
+
+@app.command()
 def check(file: File) -> None:
     """Check a deployment file, its models and this machine, without starting an engine."""
     from prefillshare.preflight import check_command

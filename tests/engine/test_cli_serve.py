@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero
                     return False
 
             wait_until(ready, timeout_s=180, step_s=1)
+            told = subprocess.run([command, "status", "--json"], capture_output=True, text=True, timeout=120)
+            assert told.returncode == 0, told.stderr
+            found = json.loads(told.stdout)
+            assert {decoder["decoder"] for decoder in found["decoders"]} == {d.name for d in client.decoders()}
+            assert len({decoder["base_fingerprint"] for decoder in found["decoders"]}) == 1
+            assert {replica["pool"] for replica in found["replicas"]} == {"prefill", data["decode"][0]["pool"]}
+            assert all(replica["usable"] and replica["stats"]["blocks_total"] for replica in found["replicas"])
+
             stream = client.create_session().stream("a", token_ids=ids(40), max_tokens=120, ignore_eos=True)
             pieces = [next(stream)]
             reader = threading.Thread(target=lambda: pieces.extend(stream))

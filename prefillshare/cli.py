@@ -119,6 +119,19 @@ def check(file: File) -> None:
 
 
 @app.command()
+def doctor(
+    file: Annotated[Path | None, typer.Argument(help="A deployment file to check, too.", dir_okay=False)] = None,
+) -> None:
+    """Check this machine: versions, NIXL by a read, shared memory, limits, GPUs and their peer access; say what to fix.
+
+    Ends with status 1 if something is wrong.
+    """
+    from prefillshare.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(file))
+
+
+@app.command()
 def key() -> None:
     """Make a new API key for a tenant: the key itself, for the tenant, and its line for the keys file.
 

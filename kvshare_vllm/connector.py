@@ -13,10 +13,8 @@ Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/{connector,pull_schedule
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +51,6 @@ def own_layers(params: Mapping[str, Any]) -> LayerGroup | None:
 
 def mode_of(vllm_config: VllmConfig) -> SharingMode:
     return get_mode(vllm_config.kv_transfer_config.get_from_extra_config("sharing_mode", ""))
-
-
-@contextmanager
-def _kept_affinity() -> Iterator[None]:
-    """vLLM's connector moves the thread that makes it to each NUMA node's last core, to load KV there. On CPUs that is the
-    thread that runs the model: engines that were bound to different cores would all run on that one. What the connector
-    starts stays there."""
-    bound = os.sched_getaffinity(0)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, bound)
 
 
 class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
@@ -179,10 +165,6 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
 class SharedKVConnectorWorker(NixlPullConnectorWorker):
     """Worker side: shakes hands only under our contract, and voids reads that may have outlived their lease."""
-
-    def __init__(self, *args, **kwargs):
-        with _kept_affinity():
-            super().__init__(*args, **kwargs)
 
     def register_kv_caches(self, kv_caches) -> None:
         contract = self.kv_transfer_config.get_from_extra_config("kv_contract", None)

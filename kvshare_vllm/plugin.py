@@ -26,8 +26,8 @@ def register() -> None:
     for stock in {name for mode in modes() if mode.recomputes for name in mode.architectures}:
         ModelRegistry.register_model(PARTIAL_LAYERS + stock, f"kvshare_vllm.models.own_layers:{PARTIAL_LAYERS}{stock}")
     if current_platform.is_cpu():
-        from kvshare_vllm import cpu_adapters
-        from kvshare_vllm.nixl_progress import wait_for_events
+        from kvshare_vllm import cpu_adapters, nixl_cores
 
-        wait_for_events()
+        nixl_cores.wait_for_events()
+        nixl_cores.keep_affinity()
         cpu_adapters.use()

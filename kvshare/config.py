@@ -73,6 +73,9 @@ class Engines(_Node):
     """Most tokens one replica processes per step; unset: vLLM's default."""
     cpu_cores: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
     """CPU build only: cores every replica of this pool computes on, like "0" or "0-3,6". Unset: vLLM chooses."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom Ray resources that a replica takes, like {prefill-node: 0.01}: it is placed on machines that offer them. Unset:
+    wherever there is room."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Those this system sets itself are refused."""
 
@@ -214,6 +217,8 @@ class Router(_Node):
 
     replicas: int = Field(1, ge=1)
     """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom Ray resources that a router takes, as for engines."""
     host: str = "127.0.0.1"
     """Address both surfaces listen on; "0.0.0.0" for all."""
     http_port: int = Field(8000, ge=1, le=65535)

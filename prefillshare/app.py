@@ -64,6 +64,7 @@ def build(deployment: Deployment, served: Deployment | None = None):
             ray_actor_options={
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
+                "resources": dict(engines.resources),
                 "runtime_env": {"env_vars": env},
             },
         )
@@ -81,11 +82,18 @@ def build(deployment: Deployment, served: Deployment | None = None):
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={
             "num_cpus": 0.01,
+            "resources": dict(router.resources),
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
     )
     known = tenants.load(router.auth)
     return _kept_while(ingress, (_fixed(deployment), known.fingerprint)).bind(served or deployment, handles, known)
+
+
+def application(args: dict[str, str]):
+    """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
+    {deployment: FILE}`. Raises as `build` does."""
+    return build(load(Path(args["deployment"])))
 
 
 def _kept_while(part, settings: object):

@@ -1,0 +1,196 @@
+{{- define "prefillshare.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "prefillshare.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else if contains (include "prefillshare.name" .) .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "prefillshare.name" .) | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "prefillshare.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "prefillshare.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "prefillshare.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{ include "prefillshare.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- define "prefillshare.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-gpu" .Chart.AppVersion) }}
+{{- end }}
+
+{{- define "prefillshare.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "prefillshare.fullname" .) "default" .Values.serviceAccount.create) }}
+{{- end }}
+
+{{- define "prefillshare.httpPort" -}}
+{{ dig "router" "http_port" 8000 .Values.deployment | int }}
+{{- end }}
+
+{{- define "prefillshare.grpcPort" -}}
+{{ dig "router" "grpc_port" 9000 .Values.deployment | int }}
+{{- end }}
+
+{{- /* What every pod mounts. */ -}}
+{{- define "prefillshare.volumes" -}}
+{{- $root := .root }}
+- name: deployment
+  configMap: {name: {{ include "prefillshare.fullname" $root }}}
+- name: models
+  {{- if $root.Values.models.existingClaim }}
+  persistentVolumeClaim: {claimName: {{ $root.Values.models.existingClaim }}, readOnly: true}
+  {{- else if $root.Values.models.hostPath }}
+  hostPath: {path: {{ $root.Values.models.hostPath }}, type: Directory}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ $root.Values.models.downloadSize }}}
+  {{- end }}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ .group.shmSize }}}
+- name: tmp
+  emptyDir: {}
+- name: home
+  emptyDir: {}
+{{- with $root.Values.auth.keysFile.secretName }}
+- name: keys
+  secret: {secretName: {{ . }}, items: [{key: {{ $root.Values.auth.keysFile.secretKey }}, path: keys.yaml}]}
+{{- end }}
+{{- with $root.Values.tls.secretName }}
+- name: tls
+  secret: {secretName: {{ . }}}
+{{- end }}
+{{- end }}
+
+{{- define "prefillshare.volumeMounts" -}}
+- {name: deployment, mountPath: /etc/prefillshare/deployment, readOnly: true}
+- {name: models, mountPath: {{ .Values.models.mountPath }}, readOnly: true}
+- {name: shm, mountPath: /dev/shm}
+- {name: tmp, mountPath: /tmp}
+- {name: home, mountPath: /home/ray}
+{{- if .Values.auth.keysFile.secretName }}
+- {name: keys, mountPath: /etc/prefillshare/keys, readOnly: true}
+{{- end }}
+{{- if .Values.tls.secretName }}
+- {name: tls, mountPath: /etc/prefillshare/tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- /* Models that are downloaded, a container each, one after the other. */ -}}
+{{- define "prefillshare.downloads" -}}
+{{- $root := . }}
+{{- range $number, $one := .Values.models.download }}
+- name: download-{{ $number }}
+  image: {{ include "prefillshare.image" $root }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  securityContext: {{- toYaml $root.Values.securityContext | nindent 4 }}
+  {{- if $one.repo }}
+  command: [hf, download, {{ $one.repo | quote }}, --revision, {{ $one.revision | default "main" | quote }}, --local-dir, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
+  {{- else }}
+  command: [python, -c, "import sys; from pyarrow import fs; fs.copy_files(sys.argv[1], sys.argv[2])", {{ $one.url | quote }}, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
+  {{- end }}
+  env:
+    - {name: HOME, value: /home/ray}
+    {{- with $root.Values.models.hubToken.secretName }}
+    - name: HF_TOKEN
+      valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.models.hubToken.secretKey }}}}
+    {{- end }}
+  volumeMounts:
+    - {name: models, mountPath: {{ $root.Values.models.mountPath }}}
+    - {name: tmp, mountPath: /tmp}
+    - {name: home, mountPath: /home/ray}
+{{- end }}
+{{- end }}
+
+{{- /* A pod of the cluster. Takes root, group, name, head (bool). */ -}}
+{{- define "prefillshare.pod" -}}
+{{- $root := .root }}
+{{- $group := .group }}
+{{- $gpus := get $group "gpus" | default dict }}
+{{- $rdma := get $group "rdma" | default dict }}
+metadata:
+  labels:
+    {{- include "prefillshare.selectorLabels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .name }}
+    {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
+  annotations:
+    # A change of the file starts pods anew where Ray Serve does not see it.
+    checksum/deployment: {{ toYaml $root.Values.deployment | sha256sum }}
+    {{- with $group.annotations }}{{ toYaml . | nindent 4 }}{{ end }}
+spec:
+  serviceAccountName: {{ include "prefillshare.serviceAccount" $root }}
+  automountServiceAccountToken: {{ and .head $root.Values.autoscaling.enabled }}
+  securityContext: {{- toYaml $root.Values.podSecurityContext | nindent 4 }}
+  {{- with $root.Values.imagePullSecrets }}
+  imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with get $group "runtimeClassName" }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  {{- with $group.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $group.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $group.affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  # Longer than engines and routers take to finish what they have (prefillshare/app.py).
+  terminationGracePeriodSeconds: 120
+  {{- with include "prefillshare.downloads" $root }}
+  initContainers: {{- . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: {{ ternary "ray-head" "ray-worker" .head }}
+      image: {{ include "prefillshare.image" $root }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      securityContext:
+        {{- $security := deepCopy $root.Values.securityContext }}
+        {{- if $rdma.enabled }}
+        {{- $_ := set $security "capabilities" (merge (dict "add" (list "IPC_LOCK")) (get $security "capabilities" | default dict)) }}
+        {{- end }}
+        {{- toYaml $security | nindent 8 }}
+      ports:
+        {{- if .head }}
+        - {name: gcs, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: grpc, containerPort: {{ include "prefillshare.grpcPort" $root }}}
+        {{- end }}
+        - {name: http, containerPort: {{ include "prefillshare.httpPort" $root }}}
+        - {name: metrics, containerPort: 8080}
+      env:
+        - {name: HOME, value: /home/ray}
+        - {name: HF_HUB_OFFLINE, value: "1"}
+        # Block keys must agree between pods.
+        - {name: PYTHONHASHSEED, value: "0"}
+        {{- with $root.Values.redis.password.secretName }}
+        - name: {{ dig "router" "redis_password_env" "PREFILLSHARE_REDIS_PASSWORD" $root.Values.deployment }}
+          valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.redis.password.secretKey }}}}
+        {{- end }}
+        {{- with $group.env }}{{ toYaml . | nindent 8 }}{{ end }}
+      resources:
+        requests:
+          {{- toYaml (get $group.resources "requests" | default dict) | nindent 10 }}
+        limits:
+          {{- $limits := deepCopy (get $group.resources "limits" | default dict) }}
+          {{- if $gpus.count }}{{- $_ := set $limits $gpus.resource $gpus.count }}{{ end }}
+          {{- if $rdma.enabled }}{{- $_ := set $limits $rdma.resource $rdma.count }}{{ end }}
+          {{- toYaml $limits | nindent 10 }}
+      volumeMounts:
+        {{- include "prefillshare.volumeMounts" $root | nindent 8 }}
+  volumes:
+    {{- include "prefillshare.volumes" (dict "root" $root "group" $group) | nindent 4 }}
+{{- end }}
+
+{{- /* {"prefill": 1} as ray start wants it inside KubeRay's rayStartParams. */ -}}
+{{- define "prefillshare.rayResources" -}}
+{{- toJson . | replace "\"" "\\\"" | printf "\"%s\"" | squote }}
+{{- end }}

@@ -1,0 +1,204 @@
+"""The chart: it lints, its examples render to what Kubernetes and KubeRay expect, and wrong values are refused with their place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helm_python import Chart, HelmError, lint
+
+from kvshare.config import Deployment
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy/helm/prefillshare"
+EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+SPEC = importlib.util.spec_from_file_location("values_schema", ROOT / "deploy/helm/values_schema.py")
+values_schema = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = values_schema  # pydantic looks there
+SPEC.loader.exec_module(values_schema)
+
+
+def values_of(example: Path) -> dict:
+    return yaml.safe_load(example.read_text())
+
+
+def rendered(values: dict) -> list[dict]:
+    with Chart.load(CHART) as chart:
+        files = chart.render(values=values, name="demo", namespace="agents")
+    texts = [text for name, text in files.items() if name.endswith(".yaml")]
+    return [document for text in texts for document in yaml.safe_load_all(text) if document]
+
+
+def of_kind(documents: list[dict], kind: str) -> list[dict]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+def pods(documents: list[dict]) -> dict[str, dict]:
+    """Component -> pod template."""
+    (service,) = of_kind(documents, "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    return {template["metadata"]["labels"]["app.kubernetes.io/component"]: template for template in templates}
+
+
+def test_the_schema_is_up_to_date():
+    file = CHART / "values.schema.json"
+    assert file.read_text() == values_schema.rendered(), "run: python deploy/helm/values_schema.py"
+
+
+def test_rules_and_dashboards_are_the_projects_own():
+    assert (CHART / "files/rules.yaml").resolve() == ROOT / "deploy/prometheus/rules.yaml"
+    assert (CHART / "files/grafana").resolve() == ROOT / "deploy/grafana"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_lints(example):
+    found = lint(CHART, values=values_of(example))
+    assert "ERROR" not in json.dumps(found), found
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_an_examples_deployment_is_the_file_that_serve_takes(example):
+    documents = rendered(values_of(example))
+    (file,) = [document for document in of_kind(documents, "ConfigMap") if "deployment.yaml" in document["data"]]
+    deployment = Deployment.model_validate(yaml.safe_load(file["data"]["deployment.yaml"]))
+    assert deployment.router.host == "0.0.0.0"
+    (service,) = of_kind(documents, "RayService")
+    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert serve["http_options"]["port"] == deployment.router.http_port
+    assert serve["applications"][0]["import_path"] == "prefillshare.app:application"
+    assert serve["applications"][0]["args"]["deployment"].startswith("/etc/prefillshare/deployment/")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_every_replica_finds_a_group_that_offers_what_it_takes(example):
+    values = values_of(example)
+    (service,) = of_kind(rendered(values), "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    offered = {name for group in groups for name in json.loads(json.loads(group["rayStartParams"]["resources"].strip("'")))}
+    deployment = Deployment.model_validate(values["deployment"])
+    taken = [deployment.router.resources, deployment.prefill.resources, *(pool.resources for pool in deployment.decode)]
+    assert all(taken)
+    assert {name for resources in taken for name in resources} <= offered
+    gpus = sum(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) * group["replicas"]
+               for group in cluster["workerGroupSpecs"])  # fmt: skip
+    engines = [deployment.prefill, *deployment.decode]
+    assert gpus >= sum(e.replicas * e.tensor_parallel_size * e.gpu_share for e in engines)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_pods_are_as_operators_expect_them(example):
+    for name, pod in pods(rendered(values_of(example))).items():
+        spec, (container,) = pod["spec"], pod["spec"]["containers"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+        assert container["name"] == ("ray-head" if name == "head" else "ray-worker")
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in spec["volumes"]}
+        writable = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
+        assert writable == {"/dev/shm", "/tmp", "/home/ray"}
+        assert {port["name"] for port in container["ports"]} >= {"http", "metrics"}
+
+
+def test_kv_stays_between_our_pods():
+    documents = rendered(values_of(CHART / "examples/one-gpu.yaml"))
+    (policy,) = of_kind(documents, "NetworkPolicy")
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    inside, outside, operator = policy["spec"]["ingress"]
+    assert inside == {"from": [{"podSelector": {"matchLabels": selected}}]}
+    assert [port["port"] for port in outside["ports"]] == ["http", "grpc", "metrics"]
+    assert [port["port"] for port in operator["ports"]] == ["dashboard"]
+    for pod in pods(documents).values():
+        assert selected.items() <= pod["metadata"]["labels"].items()
+
+
+def test_secrets_are_only_named():
+    documents = rendered(values_of(CHART / "examples/one-prefill-four-decode.yaml"))
+    assert not of_kind(documents, "Secret")
+    for pod in pods(documents).values():
+        secrets = {volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume}
+        assert secrets == {"prefillshare-keys", "prefillshare-tls"}
+    (service,) = of_kind(documents, "RayService")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]["ssl_certfile"] == "/etc/prefillshare/tls/tls.crt"
+
+
+def test_rdma_takes_a_device_and_may_lock_memory():
+    prefill = pods(rendered(values_of(CHART / "examples/one-prefill-four-decode.yaml")))["prefill"]["spec"]["containers"][0]
+    assert prefill["resources"]["limits"]["rdma/hca_shared_devices_a"] == 1
+    assert prefill["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"], "drop": ["ALL"]}
+    plain = pods(rendered(values_of(CHART / "examples/icarus-eight-adapters.yaml")))["prefill"]["spec"]["containers"][0]
+    assert "add" not in plain["securityContext"]["capabilities"]
+
+
+def test_models_are_downloaded_before_the_start():
+    for pod in pods(rendered(values_of(CHART / "examples/icarus-eight-adapters.yaml"))).values():
+        downloads = pod["spec"]["initContainers"]
+        assert [one["command"][2] for one in downloads][:2] == ["example/llama-3.1-8b-instruct", "example/agent-1"]
+        assert downloads[0]["command"][-1] == "/models/base"
+        assert downloads[0]["env"][-1]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+
+
+def test_monitoring_brings_the_rules_and_every_dashboard():
+    documents = rendered(values_of(CHART / "examples/one-prefill-four-decode.yaml"))
+    (rule,) = of_kind(documents, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())
+    boards = [d for d in of_kind(documents, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    made = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
+    assert made == {file.name: json.loads(file.read_text()) for file in (ROOT / "deploy/grafana").glob("*.json")}
+    (monitor,) = of_kind(documents, "PodMonitor")
+    assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["http", "metrics"]
+
+
+def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
+    documents = rendered(values_of(CHART / "examples/autoscaling.yaml"))
+    (service,) = of_kind(documents, "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert [(g["groupName"], g["minReplicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]] == [
+        ("decode", 1, 16), ("prefill", 1, 4),
+    ]  # fmt: skip
+    hosts = {i["spec"]["rules"][0]["host"]: i["metadata"].get("annotations", {}) for i in of_kind(documents, "Ingress")}
+    assert hosts["grpc.models.example.org"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
+    assert "nginx.ingress.kubernetes.io/backend-protocol" not in hosts["models.example.org"]
+    assert {pdb["metadata"]["name"] for pdb in of_kind(documents, "PodDisruptionBudget")} == {
+        "demo-prefillshare-prefill", "demo-prefillshare-decode",
+    }  # fmt: skip
+
+
+def test_further_objects_are_rendered():
+    values = values_of(CHART / "examples/one-gpu.yaml")
+    values["extraObjects"] = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}, "data": {}}
+    ]
+    names = {document["metadata"]["name"] for document in of_kind(rendered(values), "ConfigMap")}
+    assert "demo-more" in names
+
+
+@pytest.mark.parametrize(("path", "value", "named"), [
+    (("deployment", "prefill", "kv_cache_gb"), 48, "kv_cache_gb"),
+    (("deployment", "prefill", "kv_cache_gib"), -1, "kv_cache_gib"),
+    (("image", "pullPolicy"), "Sometimes", "pullPolicy"),
+    (("workers", "gpu", "replicas"), "two", "replicas"),
+    (("wrokers",), {}, "wrokers"),
+    (("auth", "keysFile"), {"secret": "keys"}, "secret"),
+])  # fmt: skip
+def test_a_wrong_value_is_refused_with_its_place(path, value, named):
+    values = values_of(CHART / "examples/one-gpu.yaml")
+    *above, last = path
+    place = values
+    for key in above:
+        place = place.setdefault(key, {})
+    place[last] = value
+    with pytest.raises(HelmError, match=named):
+        rendered(values)
+
+
+def test_without_a_deployment_nothing_is_installed():
+    with pytest.raises(HelmError, match="deployment"):
+        rendered({})

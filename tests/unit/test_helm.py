@@ -1,4 +1,4 @@
-"""The chart: it lints, its examples render to what Kubernetes and KubeRay expect, and wrong values are refused with their place."""
+"""The chart: it lints, its examples render to what Kubernetes and KubeRay expect, and wrong values are refused, named."""
 
 from __future__ import annotations
 

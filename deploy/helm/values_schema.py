@@ -50,11 +50,11 @@ class Models(_Values):
     hubToken: SecretKey
 
 
-class Auth(_Values):
+class Keys(_Values):
     keysFile: SecretKey
 
 
-class Tls(_Values):
+class Certificates(_Values):
     secretName: str = ""
     certKey: str = "tls.crt"
     keyKey: str = "tls.key"
@@ -176,8 +176,8 @@ class Values(_Values):
     rayVersion: str
     deployment: Deployment
     models: Models
-    auth: Auth
-    tls: Tls
+    auth: Keys
+    tls: Certificates
     redis: Redis
     head: Pods
     workers: Annotated[dict[Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9-]*$")], Workers], Field(min_length=1)]

@@ -111,13 +111,6 @@ class ServiceAccount(_Values):
     annotations: Labels
 
 
-class Probes(_Values):
-    initialDelaySeconds: Annotated[int, Field(ge=0)]
-    periodSeconds: Annotated[int, Field(ge=1)]
-    timeoutSeconds: Annotated[int, Field(ge=1)]
-    failureThreshold: Annotated[int, Field(ge=1)]
-
-
 class Service(_Values):
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"]
     annotations: Labels
@@ -185,7 +178,6 @@ class Values(_Values):
     serviceAccount: ServiceAccount
     podSecurityContext: Kubernetes
     securityContext: Kubernetes
-    probes: Probes
     service: Service
     ingress: Ingress
     networkPolicy: NetworkPolicy

@@ -6,8 +6,10 @@ same budget and the same requests.
 
 Each system is started once and plays all experiments (benchmarks/agents/experiments.py) after a warm-up that does not count.
 Of our modes the costs of prefill, steps and transfers are measured too, and the same sessions simulated with them: how far the
-simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. Results: agents.json, a
-report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1 is better.
+simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. What a system has shown is
+kept in runs/agents: started again at the same revision, with the same arguments, a run that was ended goes on. Results:
+agents.json, a report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1
+is better.
 
 `--short`: two experiments, about ten minutes; results agents_short.*; one of your own: agents_own.*. The full form takes about
 an hour on two cores.
@@ -16,6 +18,8 @@ an hour on two cores.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +33,7 @@ from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
 from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, Budget, Running
 from benchmarks.agents.workload import PATTERNS, Scale, sessions
+from benchmarks.environment import revision
 from benchmarks.result import write
 from benchmarks.small import BLOCK, MODEL, bars
 from kvshare.contract import KVShape
@@ -37,6 +42,7 @@ from kvshare.modes import get_mode
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
+KEPT = Path("runs/agents")
 #: Seed of the warm-up: its sessions are no experiment's.
 WARM_UP_SEED = 10_000
 OBJECTIVE = Objective(ttft_s=5.0, inter_token_s=0.4)
@@ -105,6 +111,10 @@ def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Exp
     return found
 
 
+def _digest(*what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.agents",
@@ -141,7 +151,12 @@ def main() -> None:
         adapters = make_seeded_adapters(model, folder, names, RANK, modules)
         bar = progress.add_task("systems", total=len(args.systems))
         for name in args.systems:
-            found[name] = of_system(name, model, adapters, budget, chosen, args, console, progress)
+            kept = KEPT / f"{name}-{_digest(revision(), budget, chosen, args.repeats, Scale.named('small'))}.json"
+            if not kept.is_file():
+                made = of_system(name, model, adapters, budget, chosen, args, console, progress)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(made))
+            found[name] = json.loads(kept.read_text())
             progress.advance(bar)
     name = "agents_own" if own else "agents_short" if args.short else "agents"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -22,6 +22,8 @@ from prefillshare.client import Client
 
 #: Tokens: contexts that are prefilled whole, and what is then given to them.
 CONTEXTS, GIVEN = (64, 256, 512, 1024), (32, 256)
+#: Bytes a second where the system does not say what it moves (mode none): as good as nothing.
+UNKNOWN_LINK = 1e12
 #: Turns at once, and contexts of a decode step.
 AT_ONCE, STEP_CONTEXTS, STEP_TOKENS = (1, 4, 8), (64, 512), 16
 
@@ -39,10 +41,10 @@ def measured(system: Running, names: list[str], shape: KVShape, own_layers: floa
     prefills, loads = _prefills(system.client, names[0], advance)
     prefill, step = fit.prefill(prefills), fit.step(_steps(system, len(names), advance))
     kv_bytes = shape.bytes_per_token("float32")
-    loads = sorted(loads)[len(loads) // 2 :]
+    largest = sorted(loads)[len(loads) // 2 :]
+    link = statistics.median(size / seconds for size, seconds in largest) if largest else UNKNOWN_LINK
     costs = Costs(
-        **prefill.costs, **step.costs, kv_bytes=kv_bytes, own_layers=own_layers,
-        link_bytes_per_s=statistics.median(size / seconds for size, seconds in loads),
+        **prefill.costs, **step.costs, kv_bytes=kv_bytes, own_layers=own_layers, link_bytes_per_s=link,
     )  # fmt: skip
     return Measured(costs, {"prefill": round(prefill.error, 4), "step": round(step.error, 4)})
 

@@ -48,9 +48,9 @@ def full(count: int) -> list[Experiment]:
     return [
         *(Experiment("react", MODELS, max(half, load), at_once=load) for load in LOADS),
         *(Experiment("react", models, count, at_once=LOADS[-1]) for models in OTHER_MODELS),
-        Experiment("reflexion", MODELS, half, at_once=half),
-        Experiment("unbalanced", MODELS, count, per_s=0.1, bursty=True),
+        Experiment("unbalanced", MODELS, half, per_s=0.1, bursty=True),
         Experiment("low-sharing", MODELS, 2 * count, at_once=count),
+        Experiment("reflexion", MODELS, half, at_once=half),
     ]
 
 

@@ -134,7 +134,9 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
         cost = self.load_cost[request_id]
         cost["load_s" if name == request_id else "rest_load_s"] = now - began
         size = self.loads_left.get(request_id, {}).get(name, 0)
-        self.overlap.loaded(size, now - began - (cost.get("load_s", 0.0) if name != request_id else 0.0))
+        group = self._own_layers.get(request_id)
+        before = cost.get("load_s", 0.0) if name != request_id and group and group.transition else 0.0
+        self.overlap.loaded(size, now - began - before)
 
     def prefix_is_there(self, request_id: str) -> None:
         """Of a request whose own layers were still to be computed: others may find its blocks in the cache."""

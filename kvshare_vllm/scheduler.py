@@ -144,10 +144,11 @@ class SharedKVScheduler(AsyncScheduler):
         return not self._rest_is_loading(request) and super()._request_blocks_can_be_freed(request)
 
     def _handle_failed_recving(self, failed_req_ids):
+        """A rest may fail when its request has begun, when it waits for both loads, and when it may begin and has no room."""
         loads = self.connector.connector_scheduler.loads_left
-        running = {name.removesuffix(REST) for name in failed_req_ids if name.endswith(REST)} & loads.keys()
+        of_rests = {name.removesuffix(REST) for name in failed_req_ids if name.endswith(REST)} & loads.keys()
         failed = super()._handle_failed_recving(failed_req_ids) | {
-            request_id for request_id in running if self.requests[request_id].status == RequestStatus.RUNNING
+            request_id for request_id in of_rests if not self.requests[request_id].is_finished()
         }
         self._failed_loads |= failed
         return failed

@@ -158,6 +158,11 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
     if old.router.tls != new.router.tls:
         raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
+    for field in ("host", "http_port"):
+        if getattr(old.router, field) != getattr(new.router, field):
+            raise ConfigError(
+                "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
+            )
     check_change(old, new)
     both = _union(old, new)
     for application in (build(both, old), build(both, new), build(new)):

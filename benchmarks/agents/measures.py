@@ -30,13 +30,17 @@ class Objective:
 
 def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0, resamples: int = RESAMPLES) -> dict:
     """Figure -> {"value", "low", "high"}, None where no turn says anything of it; counts are plain. `seconds` in which the
-    sessions were played: from the first asked to the last ended. Without `resamples` there are no intervals."""
+    sessions were played: from the first asked to the last ended. Without `resamples`, and for rates, there are
+    no intervals."""
     sessions = _by_session(records)
     seconds = max(r.end_s for r in records) - min(r.asked_s for r in records)
     figures = _figures(seconds, objective)
     rng = random.Random(seed)
     resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(resamples)]
-    found = {name: _with_interval(figure, sessions, resampled) for name, figure in figures.items()}
+    # A rate's time is that of all sessions together: drawing sessions says nothing of how it varies.
+    found = {
+        name: _with_interval(figure, sessions, () if name.endswith("_per_s") else resampled) for name, figure in figures.items()
+    }
     return found | {
         "sessions": len(sessions),
         "turns": len(records),

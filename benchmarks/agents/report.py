@@ -13,7 +13,6 @@ SHOWN = {
     "turns_per_s": ("turns/s", 1, 2),
     "session_s_p50": ("session p50, s", 1, 1),
     "session_s_p95": ("session p95, s", 1, 1),
-    "session_s_p99": ("p99", 1, 1),
     "turn_s_p95": ("turn p95, s", 1, 2),
     "ttft_s_p50": ("TTFT p50, s", 1, 2),
     "ttft_s_p95": ("TTFT p95, s", 1, 2),
@@ -77,7 +76,8 @@ def markdown(result: dict, plots: str) -> str:
         "benchmarks/agents/report.py instead. -->\n\n"
         f"Every system gets the same budget ({budget['kv_gib']:g} GiB of KV memory over all engines, two cores), the same "
         "adapters and the same sessions; what the systems are: benchmarks/agents/systems.py, what the workloads are: "
-        "benchmarks/agents/workload.py. 95 % intervals in parentheses are over sessions (bootstrap). A session is good if "
+        "benchmarks/agents/workload.py. 95 % intervals in parentheses are over sessions (bootstrap); rates have none. "
+        "Hit ratio and prefilled tokens are of the turns; what is prefilled ahead of them stands beside. A session is good if "
         f"each first token comes within {objective['ttft_s']:g} s and tokens {objective['inter_token_s']:g} s apart.",
         f"![plots]({plots})",
     ]
@@ -94,7 +94,7 @@ def markdown(result: dict, plots: str) -> str:
 
 
 def _table(experiment: str, systems: dict) -> str:
-    counted = [what for what in ("resumes", "evicted_blocks", "preemptions", "failed_turns")
+    counted = [what for what in ("tokens_prefilled_ahead", "resumes", "evicted_blocks", "preemptions", "failed_turns")
                if any(what in of["experiments"][experiment] for of in systems.values())]  # fmt: skip
     titles = [title for title, *_ in SHOWN.values()] + [what.replace("_", " ") for what in counted]
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
@@ -108,8 +108,8 @@ def _table(experiment: str, systems: dict) -> str:
 def _cell(figure: dict, factor: float, digits: int) -> str:
     if figure["value"] is None:
         return ""
-    value, low, high = (f"{factor * figure[part]:.{digits}f}" for part in ("value", "low", "high"))
-    return value if low == high else f"{value} ({low} to {high})"
+    value, *interval = (f"{factor * figure[part]:.{digits}f}" for part in ("value", "low", "high") if figure[part] is not None)
+    return f"{value} ({' to '.join(interval)})" if len(set(interval)) == 2 else value
 
 
 def _simulated(systems: dict, errors: dict[str, float]) -> str:
@@ -155,8 +155,10 @@ def _lines(ax, points: Sequence[tuple[int, str]], systems: dict, what: str, xlab
         seen = [(x, value) for x, value in seen if value["value"] is not None]
         values = [factor * value["value"] for _, value in seen]
         # A bootstrap interval of a small sample need not hold the value itself.
-        either = [[max(0.0, v - factor * s["low"]) for v, (_, s) in zip(values, seen, strict=True)],
-                  [max(0.0, factor * s["high"] - v) for v, (_, s) in zip(values, seen, strict=True)]]  # fmt: skip
+        either = [
+            [max(0.0, sign * (factor * s[end] - v)) if s[end] is not None else 0.0 for v, (_, s) in zip(values, seen)]
+            for sign, end in ((-1, "low"), (1, "high"))
+        ]
         ax.errorbar([x for x, _ in seen], values, either, marker="o", capsize=3, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     ax.grid(alpha=0.3)

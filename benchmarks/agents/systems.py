@@ -23,7 +23,7 @@ from benchmarks import small
 from benchmarks.agents.driver import Conversation, Ours, Stock
 from benchmarks.cache_watch import CacheWatch
 from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
-from benchmarks.small import ADDRESS, BLOCK
+from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
 from kvshare.config import Deployment
 from kvshare.modes import get_mode
 from prefillshare.app import running
@@ -46,7 +46,7 @@ class Budget:
 @dataclass(frozen=True)
 class Running:
     """A started system. `converse`: context -> a conversation in which agent n is the n-th name. `counters`: what has been
-    counted since the start: "evicted_blocks", "preemptions", where the system says so."""
+    counted since the start: "evicted_blocks", "preemptions", "tokens_prefilled_ahead", where the system says so."""
 
     converse: Callable[[list[int]], Conversation]
     counters: Callable[[], dict[str, int]]
@@ -81,11 +81,17 @@ def ours(mode: str):
         ):
             yield Running(
                 lambda context: Ours(client, names, context),
-                lambda: {"evicted_blocks": sum(caches.evicted.values())},
+                lambda: {"evicted_blocks": sum(caches.evicted.values()), "tokens_prefilled_ahead": _prefilled_ahead()},
                 client,
             )
 
     return start
+
+
+def _prefilled_ahead() -> int:
+    """Tokens of responses that were prefilled before a next turn asked: work that no turn's usage has."""
+    text = httpx.get(f"http://127.0.0.1:{HTTP_PORT}/metrics", timeout=30).text
+    return round(_metric(text, "prefillshare_eager_prefill_tokens_total"))
 
 
 @contextmanager

@@ -154,15 +154,20 @@ def _lines(ax, points: Sequence[tuple[int, str]], systems: dict, what: str, xlab
         seen = [(x, of["experiments"][experiment][what]) for x, experiment in points]
         seen = [(x, value) for x, value in seen if value["value"] is not None]
         values = [factor * value["value"] for _, value in seen]
-        # A bootstrap interval of a small sample need not hold the value itself.
-        either = [
-            [max(0.0, sign * (factor * s[end] - v)) if s[end] is not None else 0.0 for v, (_, s) in zip(values, seen)]
-            for sign, end in ((-1, "low"), (1, "high"))
-        ]
+        either = [[factor * _below(value) for _, value in seen], [factor * _above(value) for _, value in seen]]
         ax.errorbar([x for x, _ in seen], values, either, marker="o", capsize=3, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend()
+
+
+def _below(figure: dict) -> float:
+    """How far the interval reaches below the value; a bootstrap's of a small sample need not hold it."""
+    return 0.0 if figure["low"] is None else max(0.0, figure["value"] - figure["low"])
+
+
+def _above(figure: dict) -> float:
+    return 0.0 if figure["high"] is None else max(0.0, figure["high"] - figure["value"])
 
 
 def _times(ax, experiment: str, systems: dict) -> None:

@@ -134,7 +134,7 @@ class NetworkPolicy(_Values):
 
 class PodDisruptionBudget(_Values):
     enabled: bool
-    maxUnavailable: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+%$")]
+    maxUnavailable: Annotated[int, Field(ge=1)]
 
 
 class PodMonitor(_Values):

@@ -102,8 +102,8 @@ def test_pods_are_as_operators_expect_them(example):
         mounts = {mount["name"] for mount in container["volumeMounts"]}
         assert mounts == {volume["name"] for volume in spec["volumes"]}
         writable = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
-        assert writable == {"/dev/shm", "/tmp", "/home/ray"}
-        assert {port["name"] for port in container["ports"]} >= {"http", "metrics"}
+        assert writable == {"/dev/shm", "/tmp", "/home/prefillshare"}
+        assert {port["name"] for port in container["ports"]} >= {"serve", "metrics"}
 
 
 def test_kv_stays_between_our_pods():
@@ -112,7 +112,7 @@ def test_kv_stays_between_our_pods():
     selected = policy["spec"]["podSelector"]["matchLabels"]
     inside, outside, operator = policy["spec"]["ingress"]
     assert inside == {"from": [{"podSelector": {"matchLabels": selected}}]}
-    assert [port["port"] for port in outside["ports"]] == ["http", "grpc", "metrics"]
+    assert [port["port"] for port in outside["ports"]] == ["serve", "grpc", "metrics"]
     assert [port["port"] for port in operator["ports"]] == ["dashboard"]
     for pod in pods(documents).values():
         assert selected.items() <= pod["metadata"]["labels"].items()
@@ -151,8 +151,11 @@ def test_monitoring_brings_the_rules_and_every_dashboard():
     boards = [d for d in of_kind(documents, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard") == "1"]
     made = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
     assert made == {file.name: json.loads(file.read_text()) for file in (ROOT / "deploy/grafana").glob("*.json")}
-    (monitor,) = of_kind(documents, "PodMonitor")
-    assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == ["http", "metrics"]
+    router, everything = of_kind(documents, "PodMonitor")
+    assert router["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "head"
+    (endpoint,) = router["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["scheme"]) == ("serve", "https")
+    assert [endpoint["port"] for endpoint in everything["spec"]["podMetricsEndpoints"]] == ["metrics"]
 
 
 def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
@@ -166,9 +169,27 @@ def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
     hosts = {i["spec"]["rules"][0]["host"]: i["metadata"].get("annotations", {}) for i in of_kind(documents, "Ingress")}
     assert hosts["grpc.models.example.org"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
     assert "nginx.ingress.kubernetes.io/backend-protocol" not in hosts["models.example.org"]
-    assert {pdb["metadata"]["name"] for pdb in of_kind(documents, "PodDisruptionBudget")} == {
-        "demo-prefillshare-prefill", "demo-prefillshare-decode",
-    }  # fmt: skip
+    budgets = {pdb["metadata"]["name"]: pdb["spec"]["minAvailable"] for pdb in of_kind(documents, "PodDisruptionBudget")}
+    assert budgets == {"demo-prefillshare-prefill": 0, "demo-prefillshare-decode": 0}
+
+
+def test_a_change_of_the_deployment_changes_no_pod():
+    """KubeRay would make a second cluster for it; Ray Serve is told by the arguments of its application."""
+    values = values_of(CHART / "examples/one-gpu.yaml")
+    before = rendered(values)
+    values["deployment"]["prefill"]["kv_cache_gib"] = 20
+    after = rendered(values)
+    assert pods(before) == pods(after)
+    (old,), (new,) = of_kind(before, "RayService"), of_kind(after, "RayService")
+    assert old["spec"]["serveConfigV2"] != new["spec"]["serveConfigV2"]
+    assert new["spec"]["upgradeStrategy"] == {"type": "None"}
+
+
+def test_http_and_grpc_are_both_encrypted_or_neither():
+    values = values_of(CHART / "examples/one-prefill-four-decode.yaml")
+    del values["tls"]
+    with pytest.raises(HelmError, match="give both"):
+        rendered(values)
 
 
 def test_further_objects_are_rendered():

@@ -74,7 +74,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - {name: models, mountPath: {{ .Values.models.mountPath }}, readOnly: true}
 - {name: shm, mountPath: /dev/shm}
 - {name: tmp, mountPath: /tmp}
-- {name: home, mountPath: /home/ray}
+- {name: home, mountPath: /home/prefillshare}
 {{- if .Values.auth.keysFile.secretName }}
 - {name: keys, mountPath: /etc/prefillshare/keys, readOnly: true}
 {{- end }}
@@ -97,7 +97,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   command: [python, -c, "import sys; from pyarrow import fs; fs.copy_files(sys.argv[1], sys.argv[2])", {{ $one.url | quote }}, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
   {{- end }}
   env:
-    - {name: HOME, value: /home/ray}
+    - {name: HOME, value: /home/prefillshare}
     {{- with $root.Values.models.hubToken.secretName }}
     - name: HF_TOKEN
       valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.models.hubToken.secretKey }}}}
@@ -105,7 +105,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   volumeMounts:
     - {name: models, mountPath: {{ $root.Values.models.mountPath }}}
     - {name: tmp, mountPath: /tmp}
-    - {name: home, mountPath: /home/ray}
+    - {name: home, mountPath: /home/prefillshare}
 {{- end }}
 {{- end }}
 
@@ -121,8 +121,8 @@ metadata:
     app.kubernetes.io/component: {{ .name }}
     {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
   annotations:
-    # A change of the file starts pods anew where Ray Serve does not see it.
-    checksum/deployment: {{ toYaml $root.Values.deployment | sha256sum }}
+    {{- /* No checksum of the file here: KubeRay makes a second cluster beside the first when pods change. */}}
+    prefillshare/component: {{ .name }}
     {{- with $group.annotations }}{{ toYaml . | nindent 4 }}{{ end }}
 spec:
   serviceAccountName: {{ include "prefillshare.serviceAccount" $root }}
@@ -164,18 +164,30 @@ spec:
         - {name: dashboard, containerPort: 8265}
         - {name: grpc, containerPort: {{ include "prefillshare.grpcPort" $root }}}
         {{- end }}
-        - {name: http, containerPort: {{ include "prefillshare.httpPort" $root }}}
+        # "serve" is the name by which KubeRay finds Serve's proxy for its probes.
+        - {name: serve, containerPort: {{ include "prefillshare.httpPort" $root }}}
         - {name: metrics, containerPort: 8080}
       env:
-        - {name: HOME, value: /home/ray}
+        - {name: HOME, value: /home/prefillshare}
         - {name: HF_HUB_OFFLINE, value: "1"}
         # Block keys must agree between pods.
         - {name: PYTHONHASHSEED, value: "0"}
+        {{- if $root.Values.tls.clientCaKey }}
+        # Serve's proxies ask for client certificates (prefillshare/serve_http.py).
+        - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: prefillshare.serve_http.ask_for_client_certificates}
+        {{- end }}
         {{- with $root.Values.redis.password.secretName }}
         - name: {{ dig "router" "redis_password_env" "PREFILLSHARE_REDIS_PASSWORD" $root.Values.deployment }}
           valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.redis.password.secretKey }}}}
         {{- end }}
         {{- with $group.env }}{{ toYaml . | nindent 8 }}{{ end }}
+      {{- if $root.Values.tls.secretName }}
+      # KubeRay's own asks by plain HTTP. (No probe of a turn: the head has to be ready before it may start Serve.)
+      readinessProbe:
+        tcpSocket: {port: {{ ternary 6379 (include "prefillshare.httpPort" $root | int) .head }}}
+        periodSeconds: 10
+        failureThreshold: 12
+      {{- end }}
       resources:
         requests:
           {{- toYaml (get $group.resources "requests" | default dict) | nindent 10 }}

@@ -91,7 +91,8 @@ def serve(file: File) -> None:
 def apply(file: File) -> None:
     """Change a running deployment into FILE's: replicas, adapters, decode pools, the router's limits.
 
-    Turns go on meanwhile. The base and the cluster stay as they are; a change of ports or sessions replaces the router.
+    Turns go on meanwhile. The base and the cluster stay as they are; a change of the gRPC port or
+    of sessions replaces the router, one of the HTTP port or TLS needs a new start.
     """
     from prefillshare.app import apply_command
 

@@ -1,4 +1,4 @@
-"""What prefill and decode steps of a large model cost on the GPU that is here, in plain torch, fitted for the planner.
+"""What prefill and decode steps of a large model cost on the GPU that is here, in plain torch, fitted as the planner's are.
 
     python -m benchmarks.agents.gpu_costs [--computed 128 512 2048 8192] [--contexts 0 2048 8192] [--batches 1 4 16 64 256]
 

@@ -7,8 +7,9 @@
 
 Every mode gets the same replicas, the same KV memory and the same sessions. Per number of models and load (sessions under way,
 closed loop): throughput, p95 latency of a session, hit ratio, and the ratios to mode `none`, where every model's context is its
-own. With `--per-s`: the fewest replicas with which `--good` of the sessions meet the objective. Results: plan.json in
-benchmarks/results/ (with --per-s: plan_need.json). The last line is JSON.
+own. With `--per-s`: few replicas with which `--good` of the sessions meet the objective; play as many sessions as arrive in
+some minutes, for a short burst needs less. Results: plan.json in benchmarks/results/ for a preset as it is, else plan_own.json (with
+--costs NAME: plan_NAME.json; with --per-s: plan_need.json). The last line is JSON.
 
 The costs of the presets are worked out from data sheets, each with its source, not measured: the papers measured on A100, which
 this project has not run on. How far simulation and measurement are apart with measured costs, benchmarks.agents says.
@@ -101,16 +102,20 @@ def measured(name: str) -> Preset:
         raise ConfigError(f"{file} has no measured costs: {error!r}", field="--costs", fix=fix) from None
     if not costs:
         raise ConfigError(f"{file} has no measured costs", field="--costs", fix="measure one of our modes")
-    of_all = costs.get("prefillshare", next(iter(costs.values())))
+    if "none" not in costs:
+        raise ConfigError(f"{file} has no costs of mode none, which all are compared with", field="--costs",
+                          fix="measure it, too: python -m benchmarks.agents")  # fmt: skip
+    of_all = costs.get("prefillshare", costs["none"])
     site = Site(prefill=1, decode=1, kv_tokens=int(kv_gib * 2**30) // of_all.kv_bytes, block=BLOCK)
     what = f"costs as {result['command']} measured them on {result['hardware']['cpu']}, {result['hardware']['cores']} cores"
     return Preset(what, costs | {"": of_all}, site, "small", (1, 2, 4, 8, 16), sessions=60)
 
 
 def need(mode: str, preset: Preset, played: Sequence[Session], objective: Objective, good: float, advance) -> dict | None:
-    """The fewest prefill and decode replicas with which so large a share of the sessions is good; None: more than we try.
+    """Few prefill and decode replicas with which so large a share of the sessions is good; None: more than we try.
 
-    One is added where that helps more, until it is enough; then what is not needed is taken away again.
+    One is added where that helps more, until it is enough; then what is not needed is taken away again: no replica less of
+    either kind would do, but another mix of as many might.
     """
 
     def share(prefill: int, decode: int) -> float:
@@ -215,7 +220,10 @@ def main() -> None:
         console.print(_table(number, by_load))
     compared = against_none(found)
     console.print(_published(compared))
-    file = "plan" if args.preset == "papers" and not args.costs else f"plan_{args.costs or args.preset}"
+    as_it_is = (args.agents, args.at_once, args.sessions, args.prefill, args.decode) == (None,) * 5 and args.pattern == "react"
+    file = f"plan_{args.costs}" if args.costs else "plan_own"
+    if as_it_is and not args.costs:
+        file = "plan" if args.preset == "papers" else f"plan_{args.preset}"
     write("agents.plan", console, config, compared, file=file, loads=found)
 
 

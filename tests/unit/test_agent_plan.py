@@ -40,7 +40,7 @@ def test_a_thousand_replicas_are_a_thousand():
 
 def test_sharing_finds_more_cached_than_each_model_for_itself(planned):
     found, written = planned("--sessions", "6", "--agents", "4", "--at-once", "3")
-    modes = written["plan.json"]["loads"]["4"]["3"]
+    modes = written["plan_own.json"]["loads"]["4"]["3"]
     assert modes["none"]["hit_ratio"] < 0.7 < modes["prefillshare"]["hit_ratio"] <= modes["icarus"]["hit_ratio"]
     assert modes["none"]["session_s_p95"] > modes["prefillshare"]["session_s_p95"]
     ratios = found["prefillshare"]["4"]
@@ -80,6 +80,13 @@ def test_measured_costs_take_the_place_of_a_data_sheets(planned, tmp_path):
     found, written = planned("--costs", "agents", "--sessions", "4", "--agents", "2", "--at-once", "2")
     assert set(found) == {"prefillshare"}
     assert "a CPU" in written["plan_agents.json"]["config"]["what"]
+
+
+def test_costs_without_the_baselines_are_refused(planned, tmp_path):
+    of = {"costs": {"costs": vars(plan.PRESETS["papers"].of("none"))}}
+    (tmp_path / "agents.json").write_text(json.dumps({"systems": {"icarus": of}, "config": {"budget": {"kv_gib": 1}}}))
+    with pytest.raises(ConfigError, match="no costs of mode none"):
+        planned("--costs", "agents")
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"systems": {}, "config": {"budget": {"kv_gib": 1}}}'])

@@ -8,8 +8,8 @@
 Every mode gets the same replicas, the same KV memory and the same sessions. Per number of models and load (sessions under way,
 closed loop): throughput, p95 latency of a session, hit ratio, and the ratios to mode `none`, where every model's context is its
 own. With `--per-s`: few replicas with which `--good` of the sessions meet the objective; play as many sessions as arrive in
-some minutes, for a short burst needs less. Results: plan.json in benchmarks/results/ for a preset as it is, else plan_own.json (with
---costs NAME: plan_NAME.json; with --per-s: plan_need.json). The last line is JSON.
+some minutes, for a short burst needs less. Results: plan.json in benchmarks/results/ for a preset as it is, else
+plan_own.json (with --costs NAME: plan_NAME.json; with --per-s: plan_need.json). The last line is JSON.
 
 The costs of the presets are worked out from data sheets, each with its source, not measured: the papers measured on A100, which
 this project has not run on. How far simulation and measurement are apart with measured costs, benchmarks.agents says.

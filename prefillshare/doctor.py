@@ -150,15 +150,20 @@ def of_deployment(file: Path) -> Iterator[Finding]:
     from kvshare.config import load
     from prefillshare.engines import kv_contract
     from prefillshare.preflight import check_machine, ecache_cost
+    from router import tenants
 
     try:
         deployment = load(file)
+        tenants.load(deployment.router.auth)
         contract = kv_contract(deployment)
         check_machine(deployment)
     except PrefillShareError as error:
         yield Finding("deployment", Level.WRONG, f"{error.field or file}: {error.message}", error.fix or "")
         return
-    yield Finding("deployment", Level.OK, f"{file}: files, ports, cores and memory are as it needs them")
+    seen = "files, ports, cores" + (" and memory" if platform.on_cpu() else "; vLLM looks at the GPUs' memory itself")
+    if deployment.cluster.address:
+        seen = f"files; the machines of the Ray cluster at {deployment.cluster.address} are not seen from here"
+    yield Finding("deployment", Level.OK, f"{file}: {seen}")
     for line in ecache_cost(deployment, contract.shape):
         yield Finding("deployment", Level.OK, line)
 

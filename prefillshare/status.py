@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 
 from kvshare import decoders
 from kvshare.config import Deployment
 from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError
+from kvshare.errors import ConfigError, Unavailable
 
 ANSWER_S = 30.0
 #: Characters of a fingerprint that tables show.
@@ -21,10 +21,13 @@ SHORT = 12
 
 
 def seen(handle) -> dict:
-    """{"decoders": [...], "replicas": [...]}, as plain data. Asks the router, which asks the replicas."""
-    deployment, info, stats = (
-        call.remote().result(timeout_s=ANSWER_S) for call in (handle.deployment, handle.replica_info, handle.replica_stats)
-    )
+    """{"decoders": [...], "replicas": [...]}, as plain data. Asks the router, which asks the replicas. Raises Unavailable."""
+    try:
+        deployment, info, stats = (
+            call.remote().result(timeout_s=ANSWER_S) for call in (handle.deployment, handle.replica_info, handle.replica_stats)
+        )
+    except Exception as error:  # it hangs, dies or is being replaced: Ray has an exception for each
+        raise Unavailable(f"the router does not answer: {type(error).__name__}: {error}", fix="look at its log") from error
     return {"decoders": list(_decoders(Deployment.model_validate(deployment))), "replicas": list(_replicas(info, stats))}
 
 
@@ -91,19 +94,24 @@ def status_command(address: str, watch: float | None, as_json: bool) -> None:
     """Raises ConfigError if nothing runs there."""
     from prefillshare.app import connected, running_handle
 
+    console = Console()
+    show, tell = (json.dumps, partial(print, flush=True)) if as_json else (tables, console.print)
     with connected(address):
         handle = running_handle()
-        if as_json:
-            print(json.dumps(seen(handle)), flush=True)
-            while watch:
-                time.sleep(watch)
-                print(json.dumps(seen(handle)), flush=True)
-            return
-        console = Console()
         if watch is None:
-            console.print(tables(seen(handle)))
+            tell(show(seen(handle)))
             return
-        with Live(tables(seen(handle)), console=console, screen=console.is_terminal, auto_refresh=False) as live:
-            while True:
-                time.sleep(watch)
-                live.update(tables(seen(handle)), refresh=True)
+        for shown in _again(handle, show, watch):
+            if not as_json:
+                console.clear()
+            tell(shown)
+
+
+def _again(handle, show: Callable[[dict], object], watch: float) -> Iterator[object]:
+    """Without end. A router that does not answer is told of, and asked again."""
+    while True:
+        try:
+            yield show(seen(handle))
+        except Unavailable as error:
+            yield str(error)
+        time.sleep(watch)

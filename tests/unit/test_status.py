@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from kvshare.config import parse
+from kvshare.errors import Unavailable
 from kvshare.replica_info import ReplicaStats
 from prefillshare import status
 
@@ -64,6 +66,25 @@ def test_decoders_whose_files_are_elsewhere_are_shown_all_the_same(handle):
     assert [(d["decoder"], d["kind"], d["sharing"]) for d in found["decoders"]][-1] == ("planner", "lora", "prefillshare")
     assert found["decoders"][-1]["base_fingerprint"] is None
     assert "planner" in shown(found)
+
+
+def test_a_router_that_does_not_answer_is_told_of_and_asked_again(handle, monkeypatch):
+    monkeypatch.setattr(status.time, "sleep", lambda seconds: None)
+    answers = iter([TimeoutError("30 s"), None])
+
+    def result(timeout_s):
+        if error := next(answers, None):
+            raise error
+        return {}
+
+    stats = SimpleNamespace(remote=lambda: SimpleNamespace(result=result))
+    silent = SimpleNamespace(**{**vars(handle), "replica_stats": stats})
+    with pytest.raises(Unavailable, match="does not answer: TimeoutError"):
+        status.seen(silent)
+    answers = iter([TimeoutError("30 s"), None])
+    first, second = islice(status._again(silent, json.dumps, 1.0), 2)
+    assert "does not answer" in first
+    assert json.loads(second)["replicas"]
 
 
 def test_it_is_plain_data(handle):

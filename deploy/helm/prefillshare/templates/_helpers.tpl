@@ -120,10 +120,10 @@ metadata:
     {{- include "prefillshare.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .name }}
     {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
-  annotations:
-    {{- /* No checksum of the file here: KubeRay makes a second cluster beside the first when pods change. */}}
-    prefillshare/component: {{ .name }}
-    {{- with $group.annotations }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- /* No checksum of the file among them: KubeRay makes a second cluster beside the first when pods change. */}}
+  {{- with $group.annotations }}
+  annotations: {{- toYaml . | nindent 4 }}
+  {{- end }}
 spec:
   serviceAccountName: {{ include "prefillshare.serviceAccount" $root }}
   automountServiceAccountToken: {{ and .head $root.Values.autoscaling.enabled }}

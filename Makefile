@@ -35,7 +35,7 @@ accuracy: model ## train what is compared in docs/accuracy.md, ask the test ques
 	@$(BIN)/python -m benchmarks.accuracy
 
 bench: model ## sessions of agents: our modes, a cache per model, stock vLLM (about 10 minutes; all: python -m benchmarks.agents)
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.agents --short
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.agents --short --repeats 1
 
 lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto files
 	@$(BIN)/ruff check .

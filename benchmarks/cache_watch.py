@@ -14,8 +14,8 @@ STATE_S = 2.0
 
 
 class CacheWatch:
-    """Follows from `start` to `stop`. `held`: pool -> blocks that stand in its engines' caches; `evicted`: pool -> blocks that
-    were given up meanwhile."""
+    """Follows from `start` to `stop`. `held`: pool -> blocks that stand in its engines' caches; meanwhile `evicted`: pool ->
+    blocks that were given up, and `wanted`: pool -> blocks that would stand there if none ever were."""
 
     def __init__(self, handle):
         self._replicas = [
@@ -24,6 +24,7 @@ class CacheWatch:
             for info in found.values()
         ]
         self._held: dict[str, set] = {pool: set() for pool, _ in self._replicas}
+        self._stored: dict[str, set] = {pool: set() for pool in self._held}
         self.evicted: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -32,6 +33,10 @@ class CacheWatch:
     @property
     def held(self) -> dict[str, int]:
         return {pool: len(keys) for pool, keys in self._held.items()}
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        return {pool: len(keys) for pool, keys in self._stored.items()}
 
     def __enter__(self) -> CacheWatch:
         self._thread.start()
@@ -61,6 +66,7 @@ class CacheWatch:
                 keys = {(hash_, event.medium) for hash_ in getattr(event, "block_hashes", ())}
                 if isinstance(event, BlockStored):
                     held.update(keys)
+                    self._stored[pool].update(keys)
                 elif isinstance(event, BlockRemoved):
                     self.evicted[pool] += len(keys)
                     held.difference_update(keys)

@@ -11,8 +11,8 @@ kept in runs/agents: started again at the same revision, with the same arguments
 agents.json, a report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1
 is better.
 
-`--short`: two experiments, about ten minutes; results agents_short.*; one of your own: agents_own.*. The full form takes about
-an hour on two cores.
+`--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*; of one of your own:
+agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import argparse
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -59,32 +59,18 @@ def figures(system: Running, experiment: Experiment, repeats: int, scale: Scale,
     """Of all repeats together; each has other sessions."""
     lengths = [len(session.turns) for seed in range(repeats) for session in experiment.played(seed, scale)]
     task = progress.add_task(experiment.name, total=sum(lengths))
-    records, before = [], system.counters()
-    for seed in range(repeats):
-        of = played(system, experiment, seed, scale, lambda: progress.advance(task))
-        records += [_apart(record, seed) for record in of]
+    before = system.counters()
+    records = [played(system, experiment, seed, scale, lambda: progress.advance(task)) for seed in range(repeats)]
     progress.remove_task(task)
     counted = {name: count - before.get(name, 0) for name, count in system.counters().items()}
     return summary(records, OBJECTIVE) | counted
 
 
-def _apart(record: driver.TurnRecord, repeat: int, later_s: float = 0.0) -> driver.TurnRecord:
-    """Sessions of one repeat are not those of another."""
-    return replace(
-        record, session=record.session + repeat * 10_000, asked_s=record.asked_s + later_s, end_s=record.end_s + later_s,
-        token_s=[at + later_s for at in record.token_s],
-    )  # fmt: skip
-
-
 def simulated(mode: str, of: costs.Measured, budget: Budget, experiment: Experiment, repeats: int, scale: Scale) -> dict:
     kv_tokens = int(budget.kv_gib / 2 * 2**30) // of.costs.kv_bytes
     site = Site(prefill=1, decode=1, kv_tokens=kv_tokens, block=BLOCK)
-    records, ended = [], 0.0
-    for seed in range(repeats):
-        seen = Simulation(mode, site, of.costs).run(experiment.played(seed, scale), experiment.at_once)
-        records += [_apart(record, seed, ended) for record in seen]
-        ended = max(record.end_s for record in records)
-    return summary(records, OBJECTIVE)
+    runs = (Simulation(mode, site, of.costs).run(experiment.played(seed, scale), experiment.at_once) for seed in range(repeats))
+    return summary(list(runs), OBJECTIVE)
 
 
 def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Experiment], args, console, progress) -> dict:
@@ -123,8 +109,8 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="two experiments only")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what is compared")
-    parser.add_argument("--sessions", type=int, help="of the larger experiments (default: 6)")
-    parser.add_argument("--repeats", type=int, default=1, help="of each experiment, with other sessions")
+    parser.add_argument("--sessions", type=int, default=6, help="of the larger experiments")
+    parser.add_argument("--repeats", type=int, default=2, help="of each experiment, with other sessions")
     parser.add_argument("--kv-gib", type=float, default=1.5, help="KV memory of a system, over all its engines")
     one = parser.add_argument_group("one experiment of your own instead")
     one.add_argument("--pattern", choices=PATTERNS, help="of its sessions")
@@ -138,10 +124,10 @@ def main() -> None:
     if own and not (args.trace or args.at_once or args.per_s):
         parser.error("argument --pattern: needs a load, --at-once or --per-s")
     if own:
-        chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions or 8, args.at_once, args.per_s, args.bursts,
+        chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions, args.at_once, args.per_s, args.bursts,
                              args.trace)]  # fmt: skip
     else:
-        chosen = experiments.short(args.sessions or 6) if args.short else experiments.full(args.sessions or 6)
+        chosen = experiments.short(args.sessions) if args.short else experiments.full(args.sessions)
     for experiment in chosen:
         experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
     model, found = fetch(MODEL), {}

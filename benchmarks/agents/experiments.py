@@ -39,7 +39,7 @@ class Experiment:
 
 
 #: ReAct at these loads with this number of models; at the highest with the others, too.
-LOADS, MODELS, OTHER_MODELS = (2, 6), 4, (2, 8)
+LOADS, MODELS, OTHER_MODELS = (2, 4, 6), 4, (2, 8)
 
 
 def full(count: int) -> list[Experiment]:

@@ -1,4 +1,5 @@
-"""What records of turns say: latency, throughput, goodput, hit ratio, each with a 95 % interval over sessions."""
+"""What records of turns say: latency, throughput, goodput, hit ratio. 95 % intervals over sessions; of rates, the range over
+repeats."""
 
 from __future__ import annotations
 
@@ -28,25 +29,27 @@ class Objective:
         return all(not t.error and t.ttft_s <= self.ttft_s and _mean(t.inter_token_s) <= self.inter_token_s for t in turns)
 
 
-def summary(records: Sequence[TurnRecord], objective: Objective, seed: int = 0, resamples: int = RESAMPLES) -> dict:
-    """Figure -> {"value", "low", "high"}, None where no turn says anything of it; counts are plain. `seconds` in which the
-    sessions were played: from the first asked to the last ended. Without `resamples`, and for rates, there are
-    no intervals."""
-    sessions = _by_session(records)
-    seconds = max(r.end_s for r in records) - min(r.asked_s for r in records)
-    figures = _figures(seconds, objective)
+def summary(repeats: Sequence[Sequence[TurnRecord]], objective: Objective, seed: int = 0, resamples: int = RESAMPLES) -> dict:
+    """Of an experiment's repeats together: figure -> {"value", "low", "high"}, None where no turn says anything of it; counts
+    are plain. `seconds` in which the sessions were played: of each repeat, from the first asked to the last ended. Without
+    `resamples`, and for rates played once, there are no intervals."""
+    records = [record for of in repeats for record in of]
+    sessions = [session for of in repeats for session in _by_session(of)]
+    spans = [max(r.end_s for r in of) - min(r.asked_s for r in of) for of in repeats]
     rng = random.Random(seed)
     resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(resamples)]
+    found = {name: _with_interval(figure, sessions, resampled) for name, figure in _figures().items()}
     # A rate's time is that of all sessions together: drawing sessions says nothing of how it varies.
-    found = {
-        name: _with_interval(figure, sessions, () if name.endswith("_per_s") else resampled) for name, figure in figures.items()
-    }
+    for name, count in _counts(objective).items():
+        rates = [count(_by_session(of)) / span for of, span in zip(repeats, spans, strict=True)]
+        low, high = (round(f(rates), 5) if len(rates) > 1 else None for f in (min, max))
+        found[f"{name}_per_s"] = {"value": round(count(sessions) / sum(spans), 5), "low": low, "high": high}
     return found | {
         "sessions": len(sessions),
         "turns": len(records),
         "failed_turns": sum(bool(record.error) for record in records),
         "resumes": sum(record.cost.resumes for record in records),
-        "seconds": round(seconds, 3),
+        "seconds": round(sum(spans), 3),
     }
 
 
@@ -66,23 +69,33 @@ def _by_session(records: Sequence[TurnRecord]) -> list[list[TurnRecord]]:
     return list(found.values())
 
 
-def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessions], float]]:
-    def turns(sessions: Sessions) -> list[TurnRecord]:
-        return [turn for session in sessions for turn in session if not turn.error]
+def _turns(sessions: Sessions) -> list[TurnRecord]:
+    """Those that did not fail."""
+    return [turn for session in sessions for turn in session if not turn.error]
 
+
+def _counts(objective: Objective) -> dict[str, Callable[[Sessions], int]]:
+    return {
+        "turns": lambda sessions: len(_turns(sessions)),
+        "tokens": lambda sessions: sum(len(turn.token_s) for turn in _turns(sessions)),
+        "good_sessions": lambda sessions: sum(map(objective.holds, sessions)),
+    }
+
+
+def _figures() -> dict[str, Callable[[Sessions], float]]:
     def session_s(session: Sequence[TurnRecord]) -> float:
         """Without the tools' time between turns."""
         return sum(turn.latency_s for turn in session)
 
     def hit_ratio(sessions: Sessions) -> float:
-        cached = sum(turn.cost.cached_tokens for turn in turns(sessions))
-        return cached / max(1, cached + sum(turn.cost.computed_tokens for turn in turns(sessions)))
+        cached = sum(turn.cost.cached_tokens for turn in _turns(sessions))
+        return cached / max(1, cached + sum(turn.cost.computed_tokens for turn in _turns(sessions)))
 
     values: dict[str, Callable[[Sessions], list[float]]] = {
         "session_s": lambda sessions: [session_s(session) for session in sessions if not session[-1].error],
-        "turn_s": lambda sessions: [turn.latency_s for turn in turns(sessions)],
-        "ttft_s": lambda sessions: [turn.ttft_s for turn in turns(sessions)],
-        "inter_token_s": lambda sessions: [gap for turn in turns(sessions) for gap in turn.inter_token_s],
+        "turn_s": lambda sessions: [turn.latency_s for turn in _turns(sessions)],
+        "ttft_s": lambda sessions: [turn.ttft_s for turn in _turns(sessions)],
+        "inter_token_s": lambda sessions: [gap for turn in _turns(sessions) for gap in turn.inter_token_s],
     }
     figures: dict[str, Callable[[Sessions], float]] = {
         f"{name}_{quantile_name}": lambda sessions, of=of, at=at: quantile(of(sessions), at) if of(sessions) else float("nan")
@@ -90,15 +103,12 @@ def _figures(seconds: float, objective: Objective) -> dict[str, Callable[[Sessio
         for quantile_name, at in QUANTILES.items()
     }
     return figures | {
-        "turns_per_s": lambda sessions: len(turns(sessions)) / seconds,
-        "tokens_per_s": lambda sessions: sum(len(turn.token_s) for turn in turns(sessions)) / seconds,
-        "good_sessions_per_s": lambda sessions: sum(map(objective.holds, sessions)) / seconds,
         "hit_ratio": hit_ratio,
-        "computed_tokens_per_turn": lambda sessions: _mean([turn.cost.computed_tokens for turn in turns(sessions)]),
-        "prefill_s_mean": lambda sessions: _mean([turn.cost.prefill_s for turn in turns(sessions)]),
-        "ttft_s_mean": lambda sessions: _mean([turn.ttft_s for turn in turns(sessions)]),
-        "turn_s_mean": lambda sessions: _mean([turn.latency_s for turn in turns(sessions)]),
-        "kv_bytes_per_turn": lambda sessions: _mean([turn.cost.kv_bytes for turn in turns(sessions)]),
+        "computed_tokens_per_turn": lambda sessions: _mean([turn.cost.computed_tokens for turn in _turns(sessions)]),
+        "prefill_s_mean": lambda sessions: _mean([turn.cost.prefill_s for turn in _turns(sessions)]),
+        "ttft_s_mean": lambda sessions: _mean([turn.ttft_s for turn in _turns(sessions)]),
+        "turn_s_mean": lambda sessions: _mean([turn.latency_s for turn in _turns(sessions)]),
+        "kv_bytes_per_turn": lambda sessions: _mean([turn.cost.kv_bytes for turn in _turns(sessions)]),
     }
 
 

@@ -143,7 +143,7 @@ def need(mode: str, preset: Preset, played: Sequence[Session], objective: Object
 
 
 def seen(records: Sequence[TurnRecord], objective: Objective) -> dict[str, float]:
-    figures = summary(records, objective, resamples=0)
+    figures = summary([records], objective, resamples=0)
     return {name: figures[name]["value"] for name in SHOWN}
 
 

@@ -22,6 +22,8 @@ SHOWN = {
     "computed_tokens_per_turn": ("prefilled per turn", 1, 0),
     "kv_bytes_per_turn": ("KV moved per turn, MB", 1e-6, 1),
 }
+#: Counts that tables show where a system says them.
+COUNTED = ("tokens_prefilled_ahead", "resumes", "wanted_kv_mb", "evicted_blocks", "preemptions", "failed_turns")
 #: What simulation and measurement are compared in.
 COMPARED = ("turns_per_s", "session_s_p95", "hit_ratio")
 
@@ -76,7 +78,8 @@ def markdown(result: dict, plots: str) -> str:
         "benchmarks/agents/report.py instead. -->\n\n"
         f"Every system gets the same budget ({budget['kv_gib']:g} GiB of KV memory over all engines, two cores), the same "
         "adapters and the same sessions; what the systems are: benchmarks/agents/systems.py, what the workloads are: "
-        "benchmarks/agents/workload.py. 95 % intervals in parentheses are over sessions (bootstrap); rates have none. "
+        "benchmarks/agents/workload.py. In parentheses: 95 % intervals over sessions (bootstrap), and of rates the range over "
+        f"{config['repeats']} repeats with other sessions. Wanted KV: what its caches would hold if they gave up nothing. "
         "Hit ratio and prefilled tokens are of the turns; what is prefilled ahead of them stands beside. A session is good if "
         f"each first token comes within {objective['ttft_s']:g} s and tokens {objective['inter_token_s']:g} s apart.",
         f"![plots]({plots})",
@@ -94,8 +97,8 @@ def markdown(result: dict, plots: str) -> str:
 
 
 def _table(experiment: str, systems: dict) -> str:
-    counted = [what for what in ("tokens_prefilled_ahead", "resumes", "evicted_blocks", "preemptions", "failed_turns")
-               if any(what in of["experiments"][experiment] for of in systems.values())]  # fmt: skip
+    there = {what for of in systems.values() for what in of["experiments"][experiment]}
+    counted = [what for what in COUNTED if what in there]
     titles = [title for title, *_ in SHOWN.values()] + [what.replace("_", " ") for what in counted]
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for name, of in systems.items():

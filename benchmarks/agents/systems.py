@@ -25,6 +25,7 @@ from benchmarks.cache_watch import CacheWatch
 from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
 from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
 from kvshare.config import Deployment
+from kvshare.contract import KVShape
 from kvshare.modes import get_mode
 from prefillshare.app import running
 from prefillshare.client import Client
@@ -46,7 +47,8 @@ class Budget:
 @dataclass(frozen=True)
 class Running:
     """A started system. `converse`: context -> a conversation in which agent n is the n-th name. `counters`: what has been
-    counted since the start: "evicted_blocks", "preemptions", "tokens_prefilled_ahead", where the system says so."""
+    counted since the start: "wanted_kv_mb" (what its caches would hold if they gave up nothing), "evicted_blocks",
+    "preemptions", "tokens_prefilled_ahead", where the system says so."""
 
     converse: Callable[[list[int]], Conversation]
     counters: Callable[[], dict[str, int]]
@@ -71,6 +73,13 @@ def deployment(mode: str, model: Path, adapters: Mapping[str, Path], budget: Bud
 
 
 def ours(mode: str):
+    def counters(caches: CacheWatch, block_mb: float) -> dict[str, int]:
+        return {
+            "wanted_kv_mb": round(sum(caches.wanted.values()) * block_mb),
+            "evicted_blocks": sum(caches.evicted.values()),
+            "tokens_prefilled_ahead": _prefilled_ahead(),
+        }
+
     @contextmanager
     def start(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[Running]:
         names = list(adapters)
@@ -81,7 +90,7 @@ def ours(mode: str):
         ):
             yield Running(
                 lambda context: Ours(client, names, context),
-                lambda: {"evicted_blocks": sum(caches.evicted.values()), "tokens_prefilled_ahead": _prefilled_ahead()},
+                lambda: counters(caches, BLOCK * KVShape.of(model).bytes_per_token("float32") / 1e6),
                 client,
             )
 

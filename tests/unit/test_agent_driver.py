@@ -77,7 +77,7 @@ def record(session, turn, asked, first, end, cached=0, computed=1, tokens=3, err
 
 def test_the_figures_are_those_of_the_records():
     records = [record(0, 0, 0.0, 1.0, 2.0), record(0, 1, 5.0, 5.5, 6.0, cached=9), record(1, 0, 2.0, 6.0, 10.0)]
-    found = measures.summary(records, Objective(ttft_s=1.0, inter_token_s=1.0))
+    found = measures.summary([records], Objective(ttft_s=1.0, inter_token_s=1.0))
     assert found["turns_per_s"]["value"] == 0.3
     assert found["tokens_per_s"]["value"] == 0.9
     assert found["session_s_p99"]["value"] == pytest.approx(8.0, abs=0.2)
@@ -89,9 +89,17 @@ def test_the_figures_are_those_of_the_records():
     assert (found["sessions"], found["turns"], found["failed_turns"], found["seconds"]) == (2, 3, 0, 10.0)
 
 
+def test_of_repeats_rates_are_over_the_time_of_all_and_their_interval_is_the_range():
+    repeats = [[record(0, 0, 0.0, 1.0, 2.0)], [record(0, 0, 50.0, 51.0, 58.0)]]
+    found = measures.summary(repeats, Objective(ttft_s=1.0, inter_token_s=1.0))
+    assert found["turns_per_s"] == {"value": 0.2, "low": 0.125, "high": 0.5}
+    assert (found["sessions"], found["seconds"]) == (2, 10.0)
+    assert measures.summary(repeats[:1], Objective(1.0, 1.0))["turns_per_s"]["low"] is None
+
+
 def test_failed_turns_count_as_such_and_make_no_session_good():
     records = [record(0, 0, 0.0, 0.5, 1.0), record(0, 1, 1.0, 1.5, 2.0, error="Unavailable")]
-    found = measures.summary(records, Objective(ttft_s=1.0, inter_token_s=1.0))
+    found = measures.summary([records], Objective(ttft_s=1.0, inter_token_s=1.0))
     assert found["failed_turns"] == 1
     assert found["turns_per_s"]["value"] == 0.5
     assert found["good_sessions_per_s"]["value"] == 0.0
@@ -100,7 +108,7 @@ def test_failed_turns_count_as_such_and_make_no_session_good():
 def test_intervals_hold_the_value_and_shrink_with_more_sessions():
     def width(count):
         records = [record(n, 0, float(n), n + 0.1 + 0.05 * (n % 7), n + 1.0) for n in range(count)]
-        ttft = measures.summary(records, Objective(1.0, 1.0))["ttft_s_p50"]
+        ttft = measures.summary([records], Objective(1.0, 1.0))["ttft_s_p50"]
         assert ttft["low"] <= ttft["value"] <= ttft["high"]
         return ttft["high"] - ttft["low"]
 
@@ -108,6 +116,6 @@ def test_intervals_hold_the_value_and_shrink_with_more_sessions():
 
 
 def test_where_every_turn_failed_there_are_no_latencies():
-    found = measures.summary([record(0, 0, 0.0, 0.5, 1.0, error="Unavailable")], Objective(1.0, 1.0))
+    found = measures.summary([[record(0, 0, 0.0, 0.5, 1.0, error="Unavailable")]], Objective(1.0, 1.0))
     assert found["ttft_s_p50"] == {"value": None, "low": None, "high": None}
     assert found["turns_per_s"]["value"] == 0.0

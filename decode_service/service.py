@@ -10,6 +10,8 @@ A request's life here:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvshare.handoff import Handoff
 from kvshare.layer_group import LayerGroup
 from kvshare_vllm.replica import EngineReplica
@@ -35,6 +37,7 @@ class DecodeService(EngineReplica):
         cache_salt: str | None = None,
         lend: bool = False,
         own_layers: LayerGroup | None = None,
+        trace: Mapping[str, str] | None = None,
     ):
         """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
         async for chunk in self._engine.decode(
@@ -47,6 +50,7 @@ class DecodeService(EngineReplica):
             cache_salt=cache_salt,
             lend=lend,
             own_layers=own_layers,
+            trace=trace,
         ):
             yield chunk
 

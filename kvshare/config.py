@@ -32,7 +32,8 @@ OUR_ENGINE_ARGS = frozenset({
     "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
     "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
-    "disable_log_stats", "kv_events_config", "scheduling_policy",
+    "disable_log_stats", "kv_events_config", "scheduling_policy", "served_model_name", "otlp_traces_endpoint",
+    "logging_config", "log_level", "log_config_file", "worker_extension_cls",
 })
 
 
@@ -54,11 +55,29 @@ class Base(_Node):
     """vLLM tool parser of the base's family ("hermes", "llama3_json", ...). Unset: tools are refused unless named."""
 
 
+class Autoscale(_Node):
+    """Replicas by load (Ray Serve's autoscaling), between two bounds."""
+
+    min_replicas: int = Field(1, ge=1, le=4096)
+    """Fewest replicas."""
+    max_replicas: int = Field(ge=1, le=4096)
+    """Most replicas. Where the cluster has no room for them, its own autoscaler is asked for machines."""
+    target_calls: float = Field(8, gt=0)
+    """Calls that a replica should have under way on the mean: turns at decode, prompts at prefill. Turns that wait in the
+    router are none: keep it well below what one replica has room for."""
+    upscale_delay_s: float = Field(30, ge=0)
+    """Replicas are added when load has been above the target for so long, seconds."""
+    downscale_delay_s: float = Field(600, ge=0)
+    """They are taken away when it has been below for so long, seconds. Their caches go with them, running calls end first."""
+
+
 class Engines(_Node):
     """Replicas of one kind of engine and what each of them gets."""
 
     replicas: int = Field(1, ge=1, le=4096)
-    """Number of engine replicas."""
+    """Number of engine replicas; with autoscale, at the start."""
+    autoscale: Autoscale | None = None
+    """Have the number follow the load; unset: it stays."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache per replica, GiB; on each of its GPUs, if it has several. Must hold at least one sequence of
     base.max_model_len."""
@@ -78,6 +97,17 @@ class Engines(_Node):
     wherever there is room."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Those this system sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _begins_within_its_bounds(self):
+        if self.autoscale and not self.autoscale.min_replicas <= self.replicas <= self.autoscale.max_replicas:
+            bounds = f"{self.autoscale.min_replicas} to {self.autoscale.max_replicas}"
+            raise ValueError(f"replicas {self.replicas} is not within autoscale's {bounds}")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.autoscale.max_replicas if self.autoscale else self.replicas
 
     @model_validator(mode="after")
     def _share_of_one_gpu(self):
@@ -185,7 +215,8 @@ class DecodePool(Engines):
 
     def own_prefill(self) -> Engines:
         """Sizes of this pool's own prefill engines, in modes that have them."""
-        return self.prefill or Engines(**{name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1})
+        sizes = {name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1, "autoscale": None}
+        return self.prefill or Engines(**sizes)
 
 
 class Placement(_Node):
@@ -333,6 +364,26 @@ class Cluster(_Node):
     elsewhere. More than a load and a decode step may take under load."""
 
 
+class Logs(_Node):
+    """What routers and engines log: to their standard output, which Ray keeps in its session's folder of logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are written. It can change while the deployment runs (prefillshare apply)."""
+    format: Literal["text", "json"] = "text"
+    """json: an object a line, with the request's id where there is one."""
+
+
+class Tracing(_Node):
+    """OpenTelemetry traces: a span per turn, with one for each of its stages, from the router and the engines."""
+
+    otlp_endpoint: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
+    """Collector that takes OTLP: "http://HOST:4317" for gRPC, "http://HOST:4318/v1/traces" for HTTP."""
+    protocol: Literal["grpc", "http/protobuf"] = "grpc"
+    """How it is spoken to."""
+    sample_share: float = Field(1.0, ge=0, le=1)
+    """Part of the turns that are traced; of callers that send a W3C traceparent, those whose own trace is sampled."""
+
+
 class Deployment(_Node):
     """One deployment: a base, its prefill pool, decode pools, the router."""
 
@@ -346,6 +397,10 @@ class Deployment(_Node):
     """The ingress."""
     cluster: Cluster = Field(default_factory=Cluster)
     """The Ray cluster all of it runs on."""
+    logs: Logs = Field(default_factory=Logs)
+    """What is logged, and how."""
+    tracing: Tracing | None = None
+    """Where traces go; unset: none are made."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Deployment:

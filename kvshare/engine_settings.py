@@ -42,6 +42,12 @@ class EngineSettings:
     cpu_cores: str | None = None
     #: Port of the NIXL side channel; None takes a free one.
     side_channel_port: int | None = None
+    #: As Logs of the config. The level can change while the engine runs.
+    log_level: str = "info"
+    log_format: str = "text"
+    #: Where OpenTelemetry spans go, and how ("grpc" or "http/protobuf"); None: none are made.
+    traces_endpoint: str | None = None
+    traces_protocol: str = "grpc"
     #: Further vLLM engine arguments, as given in the config (`engine_args`).
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
 from kvshare.caller import Caller
 
 
@@ -134,6 +136,8 @@ class TurnContext:
     ready: Callable[[], Awaitable[None]] | None = None
     #: Seconds the client waits; None: the deployment's default.
     deadline_s: float | None = None
+    #: Its span (kvshare/tracing.py), while it runs.
+    span: Span = INVALID_SPAN
     #: Set where the text is made: the response is whole, although a stop text cut the tokens short.
     ended_well: bool = False
 

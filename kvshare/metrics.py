@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -20,6 +22,8 @@ class Metric:
     labels: tuple[str, ...]
     when: str
     buckets: tuple[float, ...] = _SECONDS
+    #: Values of the last label that are exported from the start, at 0: a rate needs a value before the first event.
+    known: tuple[str, ...] = ()
 
 
 DEFINITIONS = {
@@ -31,6 +35,7 @@ DEFINITIONS = {
             "Turns ended, by outcome (ok, cancelled, or the error's name).",
             ("decoder", "outcome"),
             "Errors rising: read the router's log for that error; Overloaded means add replicas.",
+            known=("ok", "cancelled", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
         ),
         Metric(
             "prefillshare_turns_in_progress",
@@ -60,6 +65,7 @@ DEFINITIONS = {
             ("pool", "reason"),
             "too_late: add replicas; queue_full: raise router.max_queued, or add replicas; never_fits: raise kv_cache_gib; "
             "waited_too_long beside few too_late: turns take longer than they did, look at the engines.",
+            known=("never_fits", "no_replica", "tenant_limit", "too_late", "queue_full", "waited_too_long"),
         ),
         Metric(
             "prefillshare_prefill_tokens_total",
@@ -67,6 +73,52 @@ DEFINITIONS = {
             "Prompt tokens at prefill, cached or computed.",
             ("decoder", "source"),
             "Computed rising against cached: contexts are evicted or sessions lose their replica.",
+            known=("cached", "computed"),
+        ),
+        Metric(
+            "prefillshare_prefill_tokens_saved_total",
+            Counter,
+            "Prompt tokens found cached that only other decoders had asked for: with a cache per model they would be computed.",
+            ("decoder",),
+            "What sharing is worth. Falling against prefillshare_prefill_tokens_total: agents no longer share their contexts.",
+        ),
+        Metric(
+            "prefillshare_cross_model_hits_total",
+            Counter,
+            "Turns that found something cached which only other decoders had asked for.",
+            ("decoder",),
+            "Falling against prefillshare_turns_total: sessions switch decoders less, or lose their replica.",
+        ),
+        Metric(
+            "prefillshare_placements_total",
+            Counter,
+            "Calls placed on replicas, by reason (only: there was no other; prefix: it held most of the prompt; load: another "
+            "held more and was busier; spread: none held any; policy: a placement that does not look at prefixes).",
+            ("pool", "reason"),
+            "load rising against prefix: hot replicas cost locality; add replicas, or weigh prefix more (router.placement).",
+            known=("only", "prefix", "load", "spread", "policy"),
+        ),
+        Metric(
+            "prefillshare_kv_blocks",
+            Gauge,
+            "KV blocks of a pool's replicas, by state (used: held by requests or leases, total), as they last told.",
+            ("pool", "state"),
+            "used near total: turns wait for room or are preempted; raise kv_cache_gib, or add replicas.",
+        ),
+        Metric(
+            "prefillshare_kv_load_seconds",
+            Histogram,
+            "From asking for a prompt's KV until all of it is in the decode replica, of turns that had to read some.",
+            ("decoder",),
+            "Rising at equal bytes: look at the network between prefill and decode, and at vllm_nixl_xfer_time_seconds.",
+        ),
+        Metric(
+            "prefillshare_lease_margin_seconds",
+            Histogram,
+            "What was left of the lease on a prompt's KV when it had been read.",
+            ("decoder",),
+            "Near zero: reads are about to be late, and made again (vllm_nixl_num_kv_expired_reqs_total); raise "
+            "cluster.kv_lease_s.",
         ),
         Metric(
             "prefillshare_eager_prefills_total",
@@ -74,6 +126,7 @@ DEFINITIONS = {
             "Eager prefills of a response, by outcome (done, needless, cancelled, dropped, failed).",
             ("outcome",),
             "cancelled rising: sessions go on faster than the pool has time for; dropped: raise router.eager_prefill_max.",
+            known=("done", "needless", "cancelled", "dropped", "failed"),
         ),
         Metric(
             "prefillshare_eager_prefill_tokens_total",
@@ -88,6 +141,7 @@ DEFINITIONS = {
             "Loans of a response's KV by decode engines, by outcome (done, needless, declined, dropped, unwanted, failed).",
             ("outcome",),
             "failed rising: look at the network; declined: computing is faster; dropped: raise router.pull_back_max.",
+            known=("done", "needless", "declined", "dropped", "unwanted", "failed"),
         ),
         Metric(
             "prefillshare_pulled_back_tokens_total",
@@ -134,6 +188,7 @@ DEFINITIONS = {
             "Sampled turns, by outcome (done, dropped, failed).",
             ("decoder", "outcome"),
             "dropped: lower router.canary_share; failed: read the router's log.",
+            known=("done", "dropped", "failed"),
         ),
         Metric(
             "prefillshare_resumes_total",
@@ -141,6 +196,7 @@ DEFINITIONS = {
             "Turns taken up again, by reason (preempted, kv_load_failed, gone, wedged, unavailable).",
             ("decoder", "reason"),
             "preempted: more KV memory on decode; kv_load_failed: look at the network or lease; others: a replica fails.",
+            known=("preempted", "kv_load_failed", "gone", "wedged", "unavailable"),
         ),
         Metric(
             "prefillshare_predicted_cached_tokens_total",
@@ -186,6 +242,21 @@ DEFINITIONS = {
             "Add prefill replicas, or look for lost cache hits.",
         ),
         Metric(
+            "prefillshare_inter_token_seconds",
+            Histogram,
+            "Between a turn's tokens, after the first; tokens that came together share the time.",
+            ("decoder",),
+            "Rising with running turns: the decode pool is busy; add replicas. Single long gaps: turns are preempted.",
+            (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+        ),
+        Metric(
+            "prefillshare_decode_seconds",
+            Histogram,
+            "From a turn's first token to its end.",
+            ("decoder",),
+            "Against prefillshare_completion_tokens_total: longer answers, or slower ones.",
+        ),
+        Metric(
             "prefillshare_turn_seconds", Histogram, "From a turn's arrival to its end.", ("decoder",), "The latency users feel."
         ),
         Metric(
@@ -209,6 +280,14 @@ class Metrics:
             )
             for name, m in DEFINITIONS.items()
         }
+
+    def expect(self, decoders: Iterable[str], pools: Iterable[str]) -> None:
+        """Have what these will be counted under exported from now on."""
+        values = {"decoder": list(decoders), "pool": list(pools)}
+        for name, m in DEFINITIONS.items():
+            choices = [values.get(label, m.known) for label in m.labels]
+            for chosen in product(*choices) if m.labels and m.kind is not Gauge else ():
+                self[name.removeprefix("prefillshare_")].labels(*chosen)
 
     def __getitem__(self, name: str):
         return self._metrics[name]

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
@@ -27,6 +27,7 @@ from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
+from kvshare_vllm import vllm_logging
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
@@ -74,7 +75,7 @@ class Engine:
         self._active, self._busy_since = 0, 0.0
 
     @classmethod
-    async def start(cls, settings: EngineSettings, host: str = "127.0.0.1"):
+    async def start(cls, settings: EngineSettings, host: str = "127.0.0.1", stat_loggers: Sequence[StatLoggerFactory] = ()):
         """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
         gauges: list[_Gauges] = []
 
@@ -90,7 +91,7 @@ class Engine:
                 kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
                 with one_process(config, settings):
-                    llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges])
+                    llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)
             async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at its first use is compiled before it is ready
@@ -116,6 +117,11 @@ class Engine:
             lora = LoRARequest(name, next(self._adapter_numbers), path)
             await self._llm.add_lora(lora)
             self._adapters[name] = lora
+
+    async def set_log_level(self, level: str) -> None:
+        """Of this process and the engine's own."""
+        vllm_logging.set_level(level)
+        await self._llm.collective_rpc("set_log_level", args=(level,))
 
     def close(self) -> None:
         self._llm.shutdown()
@@ -164,7 +170,7 @@ class Engine:
             raise Internal(f"pool {self.settings.pool!r} holds no adapter {name!r}; it holds {sorted(self._adapters)}")
         return self._adapters[name]
 
-    async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0):
+    async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0, trace=None):
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if cache_salt:
             prompt["cache_salt"] = cache_salt
@@ -173,7 +179,7 @@ class Engine:
         self._active += 1
         try:
             async for output in self._llm.generate(
-                prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority
+                prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority, trace_headers=trace
             ):
                 yield output
         except EngineDeadError as error:
@@ -203,10 +209,11 @@ class PrefillEngine(Engine):
         adapter: str | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        trace: Mapping[str, str] | None = None,
     ) -> PrefillResult:
-        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends."""
+        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends. `trace`: W3C headers."""
         ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
-        output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask)
+        output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask, trace)
         params = output.kv_transfer_params
         if not params:
             raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
@@ -241,13 +248,13 @@ class PrefillEngine(Engine):
             raise
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
-    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None):
+    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None, trace=None):
         """(the engine's last output, seconds)"""
         extra = {"kv_transfer_params": ask} if ask else None
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
         started = time.perf_counter()
         output = None
-        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
             output = latest
         ended = output.outputs[0].finish_reason if output is not None else None
         if ended == "error" and ask and ask.get("do_remote_prefill"):
@@ -296,10 +303,11 @@ class DecodeEngine(Engine):
         priority: int = 0,
         lend: bool = False,
         own_layers: LayerGroup | None = None,
+        trace: Mapping[str, str] | None = None,
     ) -> AsyncIterator[TokenChunk]:
         """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere. `lend`: at the end
         hold the KV for the prefill pool (modes whose generated KV is base KV). `own_layers`: computed here over the shared
-        prefix, instead of taken from the base (modes that recompute).
+        prefix, instead of taken from the base (modes that recompute). `trace`: W3C headers.
 
         From the call on the handoff is this engine's: it reads it or has the prefill engine told that nobody will.
 
@@ -329,7 +337,7 @@ class DecodeEngine(Engine):
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
         taken = False
         try:
-            async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority):
+            async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
                 taken = True
                 completion, params = output.outputs[0], output.kv_transfer_params or {}
                 if completion.finish_reason == "error":

@@ -19,6 +19,7 @@ from kvshare import fingerprint
 from kvshare.engine_settings import EngineSettings
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
+from kvshare_vllm import vllm_logging
 from kvshare_vllm.plugin import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
 
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
@@ -78,6 +79,10 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         args
         | {
             "model": s.model,
+            "served_model_name": s.pool,  # as vLLM's metrics name it
+            "otlp_traces_endpoint": s.traces_endpoint,
+            "logging_config": vllm_logging.config(s.log_level, s.log_format),
+            "worker_extension_cls": "kvshare_vllm.vllm_logging.LogLevel",
             "dtype": s.dtype,
             "max_model_len": s.max_model_len,
             "block_size": s.block_size,
@@ -162,5 +167,11 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
         env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the V2 runner has no `_build_attention_metadata` (models/own_layers.py)
     if s.cpu_cores is not None and current_platform.is_cpu():
         env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
+    if s.traces_endpoint:
+        env |= {
+            "OTEL_SERVICE_NAME": f"prefillshare-{s.pool}",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": s.traces_protocol,
+            "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # the router decides which turns are traced
+        }
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before this engine's own size
     os.environ.update(env)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 from kvshare.modes import modes
 
 CONNECTOR = "SharedKVConnector"
@@ -16,8 +18,10 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
 
-    from kvshare_vllm import kv_events
+    from kvshare_vllm import kv_events, vllm_logging
 
+    if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
+        vllm_logging.share_with_ours()
     if CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.connector", CONNECTOR)
     kv_events.register()

@@ -22,13 +22,17 @@ class EngineReplica(ABC):
     def engine_class() -> type: ...
 
     async def __init__(self, settings: EngineSettings):
-        vllm_logging.set_up()
+        vllm_logging.set_up(settings.log_level, settings.log_format)
         self._queued_tokens = 0
-        self._engine = await self.engine_class().start(settings, host=ray.util.get_node_ip_address())
+        from kvshare_vllm.engine_metrics import EngineMetrics
+
+        host = ray.util.get_node_ip_address()
+        self._engine = await self.engine_class().start(settings, host=host, stat_loggers=(EngineMetrics,))
 
     async def reconfigure(self, changeable: dict) -> None:
-        """Serve calls this at the start, and when the adapters to serve have changed."""
+        """Serve calls this at the start, and when the adapters to serve or the log's level have changed."""
         await self._engine.set_adapters(changeable["adapters"])
+        await self._engine.set_log_level(changeable["log_level"])
 
     async def describe(self) -> ReplicaInfo:
         engine = self._engine

@@ -11,6 +11,7 @@ A request's life here:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 from kvshare.handoff import Handoff, PrefillResult
@@ -34,11 +35,12 @@ class PrefillService(EngineReplica):
         cache_salt: str | None = None,
         queued_tokens: int = 0,
         priority: int = 0,
+        trace: Mapping[str, str] | None = None,
     ) -> PrefillResult:
         """`queued_tokens`: what the router expects to be computed, told to all routers as this replica's load."""
         with self._queued(queued_tokens):
             return await self._engine.prefill(
-                token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority
+                token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority, trace=trace
             )
 
     async def warm(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from kvshare import decoders
-from kvshare.config import Deployment, Router, load
+from kvshare.config import Deployment, Engines, Router, load
 from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
@@ -33,10 +33,10 @@ STOP_TIMEOUT_S = 40.0
 Progress = Callable[[float, dict[str, str]], None]
 
 
-def build(deployment: Deployment, served: Deployment | None = None):
+def build(deployment: Deployment, served: Deployment | None = None, scaled: Collection[str] = ()):
     """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts.
 
-    `served`: what the router serves of it, if that is not all.
+    `served`: what the router serves of it, if that is not all. `scaled`: engines that run and have followed their load.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -51,8 +51,8 @@ def build(deployment: Deployment, served: Deployment | None = None):
         engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
-            user_config={"adapters": dict(settings.adapters)},
-            num_replicas=engines.replicas,
+            user_config={"adapters": dict(settings.adapters), "log_level": settings.log_level},
+            **_replicas(engines, name in scaled),
             max_ongoing_requests=4 * engines.max_num_seqs,
             max_constructor_retry_count=1,
             health_check_period_s=1,
@@ -68,7 +68,8 @@ def build(deployment: Deployment, served: Deployment | None = None):
                 "runtime_env": {"env_vars": env},
             },
         )
-        handles[name] = _kept_while(engine, (replace(settings, adapters={}), bool(settings.adapters))).bind(settings)
+        fixed = replace(settings, adapters={}, log_level=""), bool(settings.adapters)
+        handles[name] = _kept_while(engine, fixed).bind(settings)
     router = deployment.router
     ingress = serve.deployment(
         RouterIngress,
@@ -90,6 +91,23 @@ def build(deployment: Deployment, served: Deployment | None = None):
     return _kept_while(ingress, (_fixed(deployment), known.fingerprint)).bind(served or deployment, handles, known)
 
 
+def _replicas(engines: Engines, as_scaled: bool) -> dict:
+    if engines.autoscale is None:
+        return {"num_replicas": engines.replicas}
+    scale = engines.autoscale
+    return {
+        "autoscaling_config": {
+            "min_replicas": scale.min_replicas,
+            # Serve would go back to it at every change.
+            "initial_replicas": None if as_scaled else engines.replicas,
+            "max_replicas": scale.max_replicas,
+            "target_ongoing_requests": scale.target_calls,
+            "upscale_delay_s": scale.upscale_delay_s,
+            "downscale_delay_s": scale.downscale_delay_s,
+        }
+    }
+
+
 def application(args: dict[str, str]):
     """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
     {deployment: FILE}`. Raises as `build` does."""
@@ -104,7 +122,8 @@ def _kept_while(part, settings: object):
 
 def _fixed(deployment: Deployment) -> object:
     """What of a deployment a running router cannot take over: it is replaced instead, turn by turn."""
-    return deployment.base, deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
+    router = deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
+    return deployment.base, deployment.logs.format, deployment.tracing, router
 
 
 @contextmanager
@@ -164,8 +183,8 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
                 "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
             )
     check_change(old, new)
-    both = _union(old, new)
-    for application in (build(both, old), build(both, new), build(new)):
+    both, scaled = _union(old, new), [name for name, (_, engines) in engine_settings(old).items() if engines.autoscale]
+    for application in (build(both, old, scaled), build(both, new, scaled), build(new, scaled=scaled)):
         serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
         _wait_until_running(new, progress)
 

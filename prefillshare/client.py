@@ -7,6 +7,8 @@ with Client("127.0.0.1:9000") as client:
     for piece in session.stream("coder", text=" Now the code:"):
         print(piece.text, end="")
 
+Calls carry the OpenTelemetry trace that is current in the calling code.
+
 With API keys and TLS: Client("router.example:9000", api_key=KEY, ca_file="ca.pem").
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvshare import errors
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
@@ -112,7 +115,13 @@ class Client:
 
     def _call(self, method, request):
         with _typed_errors():
-            return method(request, timeout=self.timeout_s, metadata=self._metadata)
+            return method(request, timeout=self.timeout_s, metadata=self.metadata())
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of a call: the key, and the OpenTelemetry trace that is current here, which the server continues."""
+        trace: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(trace)
+        return (*self._metadata, *trace.items())
 
 
 class RemoteSession:
@@ -158,7 +167,7 @@ class RemoteSession:
         )
         with _typed_errors():
             client = self._client
-            call = client._stub.Generate(request, timeout=timeout_s or client.timeout_s, metadata=client._metadata)
+            call = client._stub.Generate(request, timeout=timeout_s or client.timeout_s, metadata=client.metadata())
             try:
                 yield from call
             finally:

@@ -34,11 +34,14 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", config.Base),
     ("prefill", config.Prefill),
     ("decode[]", config.DecodePool),
+    ("prefill.autoscale, decode[].autoscale", config.Autoscale),
     ("router", config.Router),
     ("router.placement", config.Placement),
     ("router.auth", access.Auth),
     ("router.tls", access.Tls),
     ("cluster", config.Cluster),
+    ("logs", config.Logs),
+    ("tracing", config.Tracing),
 )
 
 

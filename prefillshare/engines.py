@@ -19,7 +19,8 @@ def kv_contract(deployment: Deployment) -> KVContract:
 
 def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, Engines]]:
     """Serve deployment name -> what its engines start with, and how many."""
-    contract, base = kv_contract(deployment), deployment.base
+    contract, base, tracing = kv_contract(deployment), deployment.base, deployment.tracing
+    traces = {"traces_endpoint": tracing.otlp_endpoint, "traces_protocol": tracing.protocol} if tracing else {}
 
     def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
         return EngineSettings(
@@ -37,6 +38,9 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
             max_num_batched_tokens=engines.max_num_batched_tokens,
             lease_s=deployment.cluster.kv_lease_s,
             cpu_cores=engines.cpu_cores,
+            log_level=deployment.logs.level,
+            log_format=deployment.logs.format,
+            **traces,
             engine_args=engines.engine_args,
             **more,
         ), engines

@@ -77,7 +77,7 @@ def _check_memory(deployment: Deployment) -> None:
     available = psutil.virtual_memory().available / 2**30
     total = 0.0
     for field, engines, model in need:
-        total += engines.replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale))
+        total += engines.most_replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale))
         if total > available:
             raise ConfigError(
                 f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, {available:.1f} are available",

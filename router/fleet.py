@@ -7,17 +7,23 @@ are gone are forgotten when the last turn that was sent there has ended.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
+from kvshare.replica_info import ReplicaStats
 from router.cache_index import CacheIndex
 from router.orchestrator import Route
 from router.placement import Weights, weights
 from router.pools import Pool
 from router.replicas import ReplicaSet
+
+BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
+    "used": lambda stats: stats.blocks_used,
+    "total": lambda stats: stats.blocks_total,
+}
 
 
 class Fleet:
@@ -58,6 +64,8 @@ class Fleet:
             await pool.close()
             for state in ("usable", "ejected"):
                 self._metrics["replicas"].remove(name, state)
+            for state in BLOCKS:
+                self._metrics["kv_blocks"].remove(name, state)
 
     def _open(self, name: str, deployment: Deployment) -> Pool:
         router = deployment.router
@@ -67,7 +75,11 @@ class Fleet:
     def _count(self, name: str, replicas: ReplicaSet) -> None:
         for state, usable in (("usable", True), ("ejected", False)):
             self._metrics["replicas"].labels(name, state).set_function(
-                lambda usable=usable: sum(r.health.usable is usable for r in replicas.members.values())
+                lambda usable=usable: sum(r.health.usable is usable for r in tuple(replicas.members.values()))
+            )
+        for state, blocks in BLOCKS.items():
+            self._metrics["kv_blocks"].labels(name, state).set_function(
+                lambda blocks=blocks: sum(blocks(r.stats) for r in tuple(replicas.members.values()))
             )
 
     async def stop(self) -> None:

@@ -27,6 +27,7 @@ from router.grpc_errors import abort as _abort
 from router.grpc_tls import credentials
 from router.sampling import to_sampling_params
 from router.tenants import Tenants
+from router.trace_context import GrpcTraces
 from router.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class GrpcServer:
             # Several routers on one machine share the port: the kernel spreads connections over those that live.
             ("grpc.so_reuseport", int(shared_port)),
         ]
-        self._server = grpc.aio.server(options=options, interceptors=[ApiKeys(tenants or Tenants())])
+        self._server = grpc.aio.server(options=options, interceptors=[GrpcTraces(), ApiKeys(tenants or Tenants())])
         self._health = health.aio.HealthServicer()
         pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -149,7 +150,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
 
     async def _create(self, request):

@@ -18,6 +18,7 @@ from fastapi import Response
 from ray import serve
 
 from kvshare import decoders as served_decoders
+from kvshare import tracing
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Overloaded, PrefillShareError
@@ -40,20 +41,29 @@ class RouterIngress:
     """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
 
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
-        vllm_logging.set_up()
+        vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         from kvshare_vllm.openai_app import build_openai_app
         from router.canary import Canary
         from router.eager import EagerPrefill
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
+        from router.node_metrics import NodeMetrics, agent_of_this_node
         from router.orchestrator import Orchestrator
         from router.pull_back import PullBack
+        from router.ray_metrics import RayMetrics
         from router.response_kv import ResponseKV
         from router.sessions import SessionGauge, open_sessions
+        from router.trace_context import HttpTraces
         from router.turns import Turns
 
         config, metrics = deployment.router, Metrics()
+        self._ray_metrics = RayMetrics()
+        self._ray_metrics.start()
+        self._traces = None
+        if deployment.tracing:
+            instance = serve.get_replica_context().replica_id.unique_id
+            self._traces = tracing.set_up(deployment.tracing, "prefillshare-router", instance)
         self._sessions = await open_sessions(config)
         self._deployment = deployment
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
@@ -70,12 +80,18 @@ class RouterIngress:
         )
         self._canary = Canary(self._orchestrator, metrics, config.canary_share)
         self._canary.expect(self._decoders)
+        self._metrics = metrics
+        metrics.expect(self._decoders, self._fleet.pools)
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
             self._canary.run,
             self._orchestrator.admit,
-            middleware=[partial(ApiKeys, tenants=tenants)],
+            middleware=[
+                partial(ApiKeys, tenants=tenants),
+                partial(NodeMetrics, agent=agent_of_this_node()),
+                HttpTraces,
+            ],
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
         eager = pull_back = None
@@ -109,11 +125,13 @@ class RouterIngress:
         deployment = Deployment.model_validate(plain)
         if deployment == self._deployment:
             return
+        vllm_logging.set_level(deployment.logs.level)
         routes = await self._fleet.adopt(deployment)
         self._deployment = deployment
         before = set(self._decoders)
         self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
         self._canary.expect(self._decoders)
+        self._metrics.expect(self._decoders, self._fleet.pools)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
         # Only then may engines drop what these turns still need.
         await self._orchestrator.in_progress.ended(before - set(self._decoders), GRACE_S)
@@ -186,6 +204,10 @@ class RouterIngress:
             await self._session_gauge.stop()
         if hasattr(self, "_sessions"):
             await self._sessions.close()
+        if hasattr(self, "_ray_metrics"):
+            await self._ray_metrics.stop()
+        if getattr(self, "_traces", None):
+            await asyncio.to_thread(self._traces.shutdown)  # it exports what is left, with a deadline
 
 
 def _handle_of(name: str):

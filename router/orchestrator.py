@@ -14,11 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from opentelemetry.trace import Span, SpanKind
+
+from kvshare import tracing
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
 from kvshare.errors import (
@@ -40,11 +43,12 @@ from router.cache_index import BlockKeys
 from router.grant import NOBODY, Demand, Grant, Tenant
 from router.in_progress import InProgress
 from router.layer_choice import LayerChoice
-from router.pools import Pool
+from router.pools import Placement, Pool
 from router.prefix import Prefix
 from router.releases import Releases
 from router.replicas import answer
 from router.service_rate import MeanRatio
+from router.sharing_credit import SharingCredit
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,8 @@ class _Attempt:
     avoid: set[str] = field(default_factory=set)
     #: Where the KV the decode engine loads comes from.
     source: str = ""
+    #: When its lease began, at the latest.
+    leased_at: float = 0.0
     #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
     own_layers: LayerGroup | None = None
     is_chosen: bool = False
@@ -105,6 +111,7 @@ class Orchestrator:
         self.draining = False
         self._releases = Releases()
         self.layer_choice = LayerChoice()
+        self._credit = SharingCredit(base.block_size)
         #: Seconds per token that the shared pool has lately computed.
         self.compute_s = MeanRatio(time.monotonic)
 
@@ -142,17 +149,13 @@ class Orchestrator:
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
         usage.prompt_tokens = len(prompt)
         try:
-            with self.in_progress.turn(name):
+            with _traced(name, request_id, context), self.in_progress.turn(name):
                 async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
                     if context.ready:
                         await context.ready()
                     async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
                         async for chunk in chunks:
-                            if chunk.token_ids and not usage.completion_tokens:
-                                usage.ttft_s = time.perf_counter() - started
-                                self._metrics["time_to_first_token_seconds"].labels(name).observe(usage.ttft_s)
-                            usage.completion_tokens += len(chunk.token_ids)
-                            usage.total_s = time.perf_counter() - started
+                            self._count(name, usage, len(chunk.token_ids), time.perf_counter() - started)
                             yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -168,10 +171,10 @@ class Orchestrator:
             raise
         except Exception as error:
             outcome = Internal.__name__
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._record(name, outcome, usage, time.perf_counter() - started)
+            self._record(name, request_id, outcome, usage, time.perf_counter() - started)
 
     async def _attempts(
         self, decoder: Decoder, prompt, sampling, request_id: str, context: TurnContext
@@ -189,7 +192,9 @@ class Orchestrator:
             priority=context.priority,
             deadline_s=context.deadline_s,
         )
-        with await self._admission.admit(demand) as grant:
+        with tracing.span("queue", tracing.inside(context.span)):
+            room = await self._admission.admit(demand)
+        with room as grant:
             context.usage.queue_s = grant.waited_s
             attempt = _Attempt(route, grant, prefix)
             attempts = self._until_it_ends(decoder, prompt, sampling, request_id, context, attempt)
@@ -247,6 +252,7 @@ class Orchestrator:
         """Count the loss and pause if a replica failed. Raises Unavailable where the turn has lost enough."""
         self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
         context.usage.resumes += 1
+        context.span.add_event("taken up again", {"reason": lost.reason.value})
         attempt.number += 1
         preempted = lost.reason is ResumeReason.PREEMPTED
         attempt.failures += not preempted
@@ -257,7 +263,8 @@ class Orchestrator:
             ) from lost
         if attempt.failures > self._config.max_retries:
             raise Unavailable(f"request {request_id} failed on {attempt.failures} replicas; the last: {lost}") from lost
-        logger.info("request %s resumes after %d tokens: %s", request_id, len(attempt.generated), lost.reason.value)
+        told = {"request_id": request_id, "decoder": decoder.name, "reason": lost.reason.value}
+        logger.info("request %s resumes after %d tokens: %s", request_id, len(attempt.generated), lost, extra=told)
         if lost.reason is ResumeReason.KV_LOAD_FAILED:
             attempt.avoid.add(attempt.source)
         await attempt.grant.readmit(len(attempt.generated))
@@ -281,14 +288,21 @@ class Orchestrator:
         adapter = None if mode.shares_prefill else decoder.adapter
         started = time.perf_counter()
         attempt.avoid.add(replica)
-        async with pool.calling(placement, queued, keys):
+        async with self._calling("prefill", pool, placement, context, queued, keys) as span:
             call = pool.replicas.on(replica).prefill.remote(
-                shared, request_id, adapter=adapter, cache_salt=context.cache_salt, queued_tokens=queued
+                shared,
+                request_id,
+                adapter=adapter,
+                cache_salt=context.cache_salt,
+                queued_tokens=queued,
+                trace=tracing.headers(span),
             )
             result: PrefillResult = await answer(call)
+            span.set_attributes({"prefillshare.prompt_tokens": len(shared), "prefillshare.cached_tokens": result.cached_tokens})
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()
-        elapsed = time.perf_counter() - started
+        attempt.leased_at = time.perf_counter()
+        elapsed = attempt.leased_at - started
         if mode.shares_prefill and result.computed_tokens >= self._base.block_size:  # less says what a call costs
             self.compute_s.add(result.prefill_s, result.computed_tokens)
         self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
@@ -298,6 +312,9 @@ class Orchestrator:
             self._metrics["predicted_cached_tokens_total"].labels(pool.name).inc(predicted)
             self._metrics["actual_cached_tokens_total"].labels(pool.name).inc(result.cached_tokens)
             self._metrics["prediction_error_tokens"].labels(pool.name).observe(abs(predicted - result.cached_tokens))
+            if mode.shares_prefill and (saved := self._credit.ask(keys, decoder.name, result.cached_tokens)):
+                self._metrics["prefill_tokens_saved_total"].labels(decoder.name).inc(saved)
+                self._metrics["cross_model_hits_total"].labels(decoder.name).inc()
         usage.computed_tokens += result.computed_tokens
         if session is not None:
             session.prefilled_on[pool.name] = replica
@@ -323,7 +340,7 @@ class Orchestrator:
             if grant.fits(replica):
                 grant.on(replica)
             attempt.avoid.add(replica)
-            async with pool.calling(placement), self._loading() as loading:
+            async with self._calling("decode", pool, placement, context) as span, self._loading() as loading:
                 stream = pool.replicas.streaming_on(replica).decode.remote(
                     prompt + attempt.generated,
                     handoff,
@@ -334,14 +351,21 @@ class Orchestrator:
                     cache_salt=context.cache_salt,
                     lend=context.lend and get_mode(decoder.sharing).two_streams,
                     own_layers=attempt.own_layers,
+                    trace=tracing.headers(span),
                 )
-                called = time.perf_counter()
+                called, called_ns = time.perf_counter(), time.time_ns()
                 async for chunk in stream:
                     if loading.when() is not None and not loading.expired():
                         loading.reschedule(None)
                         computed = len(attempt.prefix.token_ids) - chunk.local_tokens
                         self.layer_choice.took(decoder.pool, computed, attempt.own_layers, time.perf_counter() - called)
                         usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
+                        if handoff is not None and (load_s := max(chunk.load_s, chunk.rest_load_s)):
+                            left_s = attempt.leased_at + handoff.lease_s - called - load_s
+                            self._metrics["kv_load_seconds"].labels(decoder.name).observe(load_s)
+                            self._metrics["lease_margin_seconds"].labels(decoder.name).observe(max(0.0, left_s))
+                            read = {"prefillshare.kv_bytes": chunk.kv_bytes, "prefillshare.local_tokens": chunk.local_tokens}
+                            tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
                         route.prefill.replicas.succeeded(attempt.source)
                         pool.replicas.succeeded(replica)
                         if session is not None:
@@ -366,6 +390,16 @@ class Orchestrator:
                 self._releases.have_released(pool, handoff, request_id)
 
     @asynccontextmanager
+    async def _calling(self, stage: str, pool: Pool, placement: Placement, context: TurnContext, *work) -> AsyncIterator[Span]:
+        """As Pool.calling; counted, and a span of the turn's."""
+        self._metrics["placements_total"].labels(pool.name, placement.reason).inc()
+        where = {"pool": pool.name, "replica": placement.replica.id, "placed_by": placement.reason}
+        attributes = {f"prefillshare.{name}": value for name, value in where.items()}
+        with tracing.span(stage, tracing.inside(context.span), SpanKind.CLIENT, **attributes) as span:
+            async with pool.calling(placement, *work):
+                yield span
+
+    @asynccontextmanager
     async def _loading(self) -> AsyncIterator[asyncio.Timeout]:
         """Bounds the wait for a decode call's first token. A read that hangs is left to the engine, which keeps the
         blocks it may still write to; the turn goes on elsewhere."""
@@ -384,11 +418,46 @@ class Orchestrator:
         self.draining = True
         await self.in_progress.ended(None, timeout_s)
 
-    def _record(self, name: str, outcome: str, usage: TurnUsage, elapsed: float) -> None:
+    def _count(self, name: str, usage: TurnUsage, tokens: int, elapsed: float) -> None:
+        """New tokens, so long after the turn's arrival."""
+        if tokens and not usage.completion_tokens:
+            usage.ttft_s = elapsed
+            self._metrics["time_to_first_token_seconds"].labels(name).observe(elapsed)
+        else:
+            for _ in range(tokens):
+                self._metrics["inter_token_seconds"].labels(name).observe((elapsed - usage.total_s) / tokens)
+        usage.completion_tokens += tokens
+        usage.total_s = elapsed
+
+    def _record(self, name: str, request_id: str, outcome: str, usage: TurnUsage, elapsed: float) -> None:
         m = self._metrics
+        told = {"request_id": request_id, "decoder": name, "outcome": outcome, **usage.report(), "total_s": elapsed}
+        logger.info("request %s of %s: %s, %.3f s", request_id, name, outcome, elapsed, extra=told)
         m["turns_total"].labels(name, outcome).inc()
         m["turn_seconds"].labels(name).observe(elapsed)
+        if usage.completion_tokens:
+            m["decode_seconds"].labels(name).observe(usage.total_s - usage.ttft_s)
         m["prefill_tokens_total"].labels(name, "cached").inc(usage.cached_tokens)
         m["prefill_tokens_total"].labels(name, "computed").inc(usage.computed_tokens)
         m["completion_tokens_total"].labels(name).inc(usage.completion_tokens)
         m["kv_transfer_bytes_total"].labels(name).inc(usage.kv_bytes)
+
+
+@contextmanager
+def _traced(name: str, request_id: str, context: TurnContext) -> Iterator[None]:
+    """The turn's span, which tells at its end what the turn cost."""
+    usage = context.usage
+    asked = {"gen_ai.request.model": name, "prefillshare.request_id": request_id}
+    with tracing.span("turn", kind=SpanKind.SERVER, **asked) as context.span:
+        try:
+            yield
+        finally:
+            context.span.set_attributes(
+                {
+                    "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                    "gen_ai.usage.output_tokens": usage.completion_tokens,
+                    "prefillshare.cached_tokens": usage.cached_tokens,
+                    "prefillshare.kv_bytes": usage.kv_bytes,
+                    "prefillshare.resumes": usage.resumes,
+                }
+            )

@@ -146,6 +146,19 @@ def place(candidates: Sequence[Candidate], demand: Demand, weights: Weights, poo
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
 
 
+def reason(chosen: Candidate, candidates: Sequence[Candidate], weights: Weights) -> str:
+    """Why it was chosen, for metrics: "only" (there was no other), "policy" (the weights do not look at prefixes), "spread"
+    (none holds any of the prompt), "prefix" (it holds most), "load" (another holds more, and has more to do or no room)."""
+    most = max(c.overlap_tokens for c in candidates)
+    if len(candidates) == 1:
+        return "only"
+    if not weights.keys() & {"work", "prefix"}:
+        return "policy"
+    if not most:
+        return "spread"
+    return "prefix" if chosen.overlap_tokens == most else "load"
+
+
 def shortlist(
     replicas: Sequence[M], overlaps: Mapping[str, int], demand: Demand, fits: Callable[[str], bool]
 ) -> Sequence[M]:

@@ -17,7 +17,7 @@ from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
 from router.cache_index import BlockKeys, CacheIndex
 from router.decode_room import ReplicaCapacity
-from router.placement import Candidate, Demand, Weights, place, shortlist
+from router.placement import Candidate, Demand, Weights, place, reason, shortlist
 from router.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
@@ -30,6 +30,8 @@ class Placement:
     #: Leading prompt tokens the index says are cached there, and the rest.
     cached_tokens: int
     missing_tokens: int
+    #: As router.placement.reason.
+    reason: str
 
 
 class Pool:
@@ -83,7 +85,8 @@ class Pool:
         ]
         chosen = place(candidates, demand, self.weights, self.name)
         cached = min(chosen.overlap_tokens, prompt_tokens)
-        return Placement(self.replicas.members[chosen.replica], cached, prompt_tokens - cached)
+        why = reason(chosen, candidates, self.weights)
+        return Placement(self.replicas.members[chosen.replica], cached, prompt_tokens - cached, why)
 
     async def _wait(self) -> None:
         try:

@@ -29,4 +29,5 @@ class Releases:
             async with asyncio.timeout(handoff.lease_s):
                 await decode.replicas.on(replica).release.remote(handoff, request_id)
         except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
-            logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error)
+            told = {"request_id": request_id}
+            logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error, extra=told)

@@ -140,6 +140,7 @@ class Simulation:
         self._decode = [
             _Decode(id=f"decode-{n:05}", cache=_Cache(site.kv_tokens), changed=env.event()) for n in range(site.decode)
         ]
+        self._by_id = {replica.id: replica for replica in (*self._prefill, *self._decode)}
         self._prefill_weights, self._decode_weights = POLICIES[site.policy]
         self._freed = env.event()
         #: Key of a context -> replicas that may hold it: what the router's index knows.
@@ -177,9 +178,9 @@ class Simulation:
         base_key = session if mode.shares_prefill else (record.agent, session)
         decode_key = session if mode.adapters_share_blocks else (record.agent, session)
 
-        while not (fitting := [r for r in self._decode if self._fits(r, whole)]):
+        while not any(self._fits(replica, whole) for replica in self._decode):
             yield self._freed
-        decode = self._place(fitting, decode_key, handed, self._decode_weights, last[1])
+        decode = self._place(self._decode, decode_key, handed, self._decode_weights, last[1], whole)
         decode.active += 1
         decode.cache.reserved += whole
         decode.cache.evict()
@@ -217,15 +218,20 @@ class Simulation:
         room = replica.cache.reserved + tokens <= self._site.kv_tokens or not replica.active
         return room and replica.active < self._site.max_running
 
-    def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None):
-        holders = self._holders.get(key, ())
-        overlaps = {r.id: self._cached(r.cache, key, tokens) for r in replicas if r.id in holders}
-        demand = Demand(tokens, last)
-        short = {r.id: r for r in shortlist(replicas, overlaps, demand, lambda _: True)}
+    def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None, whole: int = 0):
+        """`whole`: tokens that need room there; 0: none do."""
+        kind, demand = type(replicas[0]), Demand(tokens, last)
+        holders = (self._by_id[holder] for holder in self._holders.get(key, ()))
+        overlaps = {r.id: self._cached(r.cache, key, tokens) for r in holders if type(r) is kind}
+
+        def fits(replica: str) -> bool:
+            return not whole or self._fits(self._by_id[replica], whole)
+
         candidates = [
-            Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, r.active, r.filled_tokens) for r in short.values()
+            Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, r.active, r.filled_tokens, fits(r.id))
+            for r in shortlist(replicas, overlaps, demand, fits)
         ]
-        return short[place(candidates, demand, weights).replica]
+        return self._by_id[place(candidates, demand, weights).replica]
 
     def _cached(self, cache: _Cache, key: Hashable, tokens: int) -> int:
         """Whole blocks."""

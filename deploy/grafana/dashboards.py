@@ -1,19 +1,20 @@
 """Grafana dashboards as code: `python deploy/grafana/dashboards.py` writes a JSON file each beside this one.
 
-Queries use the router's metrics (docs/metrics.md); `$datasource`, and `$decoder` or `$pool`, are chosen above the panels.
+Queries use the routers' metrics and vLLM's (docs/metrics.md); `$datasource`, and `$decoder` or `$pool`, are chosen above the
+panels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableOption, VariableRefresh
 
 HERE = Path(__file__).parent
 #: Rates are over this; Grafana makes it at least four scrapes.
@@ -40,6 +41,8 @@ class Board:
     title: str
     label: str
     rows: dict[str, tuple[Panel, ...]]
+    #: Further variables, each with its values.
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def panels(self) -> Iterator[Panel]:
@@ -57,10 +60,8 @@ def _rate(metric: str, by: str = "", **labels: str) -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({_of(metric, **labels)}[{RATE}]))"
 
 
-def _quantiles(metric: str, **labels: str) -> dict[str, str]:
-    return {
-        f"histogram_quantile({q}, {_rate(metric + '_bucket', 'le', **labels)})": f"p{q * 100:g}" for q in (0.5, 0.95, 0.99)
-    }
+def _quantiles(metric: str, of: tuple[float, ...] = (0.5, 0.95, 0.99), **labels: str) -> dict[str, str]:
+    return {f"histogram_quantile({q}, {_rate(metric + '_bucket', 'le', **labels)})": f"p{q * 100:g}" for q in of}
 
 
 def _mean(metric: str, by: str, **labels: str) -> str:
@@ -68,6 +69,8 @@ def _mean(metric: str, by: str, **labels: str) -> str:
 
 
 DECODER, POOL = {"decoder": "$decoder"}, {"pool": "$pool"}
+#: As vLLM's metrics name a pool.
+ENGINES = {"model_name": "$pool"}
 TOKENS = "prefillshare_prefill_tokens_total"
 HIT = f'{_rate(TOKENS, source="cached", **DECODER)} / {_rate(TOKENS, **DECODER)}'
 HIT_BY_DECODER = f'{_rate(TOKENS, "decoder", source="cached", **DECODER)} / {_rate(TOKENS, "decoder", **DECODER)}'
@@ -109,6 +112,13 @@ BOARDS = (
                   "A decoder far below the others has contexts of its own, or is asked first in its sessions."),
             Panel("Computed tokens", "short", {_rate(TOKENS, "decoder", source="computed", **DECODER): "{{decoder}}"},
                   "A second; the prefill pool's work."),
+            Panel("Saved by sharing", "short",
+                  {_rate("prefillshare_prefill_tokens_saved_total", "decoder", **DECODER): "{{decoder}}"},
+                  "Tokens a second that a cache per model would have computed: found cached, and asked for by others only."),
+            Panel("Turns with a hit across models", "percentunit",
+                  {f'{_rate("prefillshare_cross_model_hits_total", "decoder", **DECODER)} / '
+                   f'{_rate("prefillshare_turns_total", "decoder", **DECODER)}': "{{decoder}}"},
+                  "Falling: sessions switch decoders less, or lose their replica."),
             Panel("Index: predicted against actual", "short",
                   {_rate("prefillshare_predicted_cached_tokens_total", "pool"): "predicted, {{pool}}",
                    _rate("prefillshare_actual_cached_tokens_total", "pool"): "actual, {{pool}}"},
@@ -148,8 +158,72 @@ BOARDS = (
                   "preempted: more KV memory on decode; kv_load_failed: look at the network or the lease; others: a replica "
                   "fails."),
         ),
+        "Loads and leases": (
+            Panel("Time to load a prompt's KV", "s", _quantiles("prefillshare_kv_load_seconds", **DECODER),
+                  "Of turns that had to read some. Rising at equal bytes: look at the network."),
+            Panel("Left of the lease", "s", _quantiles("prefillshare_lease_margin_seconds", (0.01, 0.5), **DECODER),
+                  "When the KV had been read. Near zero: reads are about to be late; raise cluster.kv_lease_s."),
+            Panel("KV moved per turn, distribution", "bytes",
+                  {f'{_rate("vllm_nixl_bytes_transferred_sum", "model_name")} / '
+                   f'{_rate("vllm_nixl_bytes_transferred_count", "model_name")}': "{{model_name}}, per read"},
+                  "Mean size of NIXL's reads. Small ones cost more per byte."),
+        ),
+        "NIXL": (
+            Panel("Time of a read", "s", _quantiles("vllm_nixl_xfer_time_seconds"),
+                  "From posting to its end, as NIXL has it. Rising at equal sizes: the fabric is slow or shared."),
+            Panel("Failures", "reqps",
+                  {f"{_rate(f'vllm_nixl_num_{what}_total')} or vector(0)": what.replace("_", " ")
+                   for what in ("failed_transfers", "failed_notifications", "kv_expired_reqs")},
+                  "kv expired reqs: leases that ended before they were read; raise cluster.kv_lease_s. Others: the network."),
+        ),
     }),
-    Board("prefillshare-pools", "prefillshare: pools and router", "pool", {
+    Board("prefillshare-prefill", "prefillshare: prefill pools", "pool", {
+        "Work": (
+            Panel("Prefill leg", "s", _quantiles("prefillshare_prefill_seconds"),
+                  "As the router sees it. Rising: add prefill replicas, or look for lost cache hits."),
+            Panel("Tokens computed", "short", {_rate("vllm_prompt_tokens_total", "model_name", **ENGINES): "{{model_name}}"},
+                  "Prompt tokens a second, by the engines' own count."),
+            Panel("Requests in the engines", "short",
+                  {f'sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}, running",
+                   f'sum by (model_name) ({_of("vllm_num_requests_waiting", **ENGINES)})': "{{model_name}}, waiting"},
+                  "Waiting for long in a prefill pool: lower router.max_queued_prefill_tokens, or add replicas."),
+        ),
+        "Cache": (
+            Panel("KV cache in use", "percentunit",
+                  {f'max by (model_name) ({_of("vllm_kv_cache_usage_perc", **ENGINES)})': "{{model_name}}, fullest replica"},
+                  "Held by requests and leases. Near 1: raise kv_cache_gib, or add replicas."),
+            Panel("Engines' own hit ratio", "percentunit",
+                  {f'{_rate("vllm_prefix_cache_hits_total", "model_name", **ENGINES)} / '
+                   f'{_rate("vllm_prefix_cache_queries_total", "model_name", **ENGINES)}': "{{model_name}}"},
+                  "Of tokens looked up, eager prefills and probes included."),
+            Panel("Prediction error", "short", {_mean("prefillshare_prediction_error_tokens", "pool", **POOL): "{{pool}}"},
+                  "Mean tokens by which the index was wrong. Growing: look at the network between engines and routers."),
+        ),
+    }),
+    Board("prefillshare-decode", "prefillshare: decode pools", "pool", {
+        "Speed": (
+            Panel("Between tokens", "s", _quantiles("prefillshare_inter_token_seconds"),
+                  "Rising with running turns: the pools are busy; add replicas. Single long gaps: turns are preempted."),
+            Panel("Decoding of a turn", "s", _quantiles("prefillshare_decode_seconds"), "From its first token to its end."),
+            Panel("Tokens generated", "short",
+                  {_rate("vllm_generation_tokens_total", "model_name", **ENGINES): "{{model_name}}"},
+                  "A second, by the engines' own count."),
+        ),
+        "Room": (
+            Panel("KV blocks", "short",
+                  {f'max by (pool, state) ({_of("prefillshare_kv_blocks", **POOL)})': "{{pool}}: {{state}}"},
+                  "used near total: turns wait for room or are preempted; raise kv_cache_gib, or add replicas."),
+            Panel("Requests in the engines", "short",
+                  {f'sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}, running",
+                   f'sum by (model_name) ({_of("vllm_num_requests_waiting", **ENGINES)})': "{{model_name}}, waiting"},
+                  "Running near max_num_seqs: add replicas."),
+            Panel("Preemptions", "reqps",
+                  {f'{_rate("vllm_num_preemptions_total", "model_name", **ENGINES)} '
+                   f'or 0 * sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}"},
+                  "More KV memory on decode, or a higher router.expected_output_tokens."),
+        ),
+    }),
+    Board("prefillshare-router", "prefillshare: router", "pool", {
         "Admission": (
             Panel("Turns waiting", "short", {f'sum by (pool) ({_of("prefillshare_turns_waiting", **POOL)})': "{{pool}}"},
                   "Above zero for long: the pool is at its limit."),
@@ -159,16 +233,41 @@ BOARDS = (
                   {_rate("prefillshare_turns_refused_total", "pool, reason", **POOL): "{{pool}}: {{reason}}"},
                   "too_late: add replicas; queue_full: raise router.max_queued; never_fits: raise kv_cache_gib."),
         ),
-        "Replicas": (
+        "Placement": (
+            Panel("Calls placed", "reqps",
+                  {_rate("prefillshare_placements_total", "pool, reason", **POOL): "{{pool}}: {{reason}}"},
+                  "load rising against prefix: hot replicas cost locality; add replicas, or weigh prefix more."),
             Panel("Replicas", "short",
                   {f'max by (pool, state) ({_of("prefillshare_replicas", **POOL)})': "{{pool}}: {{state}}"},
                   "ejected above 0: that replica fails or does not answer; read its log."),
-            Panel("Prefill leg", "s", _quantiles("prefillshare_prefill_seconds"),
-                  "As the router sees it. Rising: add prefill replicas, or look for lost cache hits."),
-            Panel("Prediction error", "short", {_mean("prefillshare_prediction_error_tokens", "pool", **POOL): "{{pool}}"},
-                  "Mean tokens by which the index was wrong. Growing: look at the network between engines and routers."),
         ),
     }),
+    Board("prefillshare-slo", "prefillshare: objectives and alerts", "decoder", {
+        "Objectives": (
+            Panel("Turns without error", "percentunit",
+                  {f'1 - ({_rate("prefillshare_turns_total", outcome="[A-Z].*", **DECODER)} or vector(0)) / '
+                   f'{_rate("prefillshare_turns_total", **DECODER)}': "of all turns"},
+                  "What clients cancelled is none. Below the objective: the overview names the errors."),
+            Panel("First token within $ttft s", "percentunit", {
+                f'{_rate("prefillshare_time_to_first_token_seconds_bucket", "decoder", le="$ttft", **DECODER)} / '
+                f'{_rate("prefillshare_time_to_first_token_seconds_count", "decoder", **DECODER)}': "{{decoder}}"
+            }, "Share of the turns. Falling: look at queue, prefill and load times for the stage that grows."),
+            Panel("Next token within $gap s", "percentunit", {
+                f'{_rate("prefillshare_inter_token_seconds_bucket", "decoder", le="$gap", **DECODER)} / '
+                f'{_rate("prefillshare_inter_token_seconds_count", "decoder", **DECODER)}': "{{decoder}}"
+            }, "Share of the tokens. Falling: decode replicas are busy, or turns are preempted."),
+        ),
+        "Alerts": (
+            Panel("Firing", "short",
+                  {f'count by (alertname) ({_of("ALERTS", alertname="PrefillShare.*", alertstate="firing")}) or vector(0)':
+                   "{{alertname}}"},
+                  "Each alert's runbook says what to do (deploy/prometheus/rules.yaml)."),
+            Panel("p95 of a turn, 5 minutes", "s", {"prefillshare:turn_seconds:p95_5m": "{{decoder}}"},
+                  "Recorded, so that long ranges load quickly."),
+            Panel("p95 of the first token, 5 minutes", "s", {"prefillshare:ttft_seconds:p95_5m": "{{decoder}}"},
+                  "Recorded, so that long ranges load quickly."),
+        ),
+    }, {"ttft": "0.25,0.5,1.0,2.5,5.0,10.0", "gap": "0.025,0.05,0.1,0.25,0.5,1.0"}),
 )  # fmt: skip
 
 
@@ -190,6 +289,10 @@ def built(board: Board) -> dashboard.Dashboard:
             .all_value(".*")
         )
     )
+    for name, values in board.choices.items():
+        shown = values.split(",")[len(values.split(",")) // 2]
+        chosen = VariableOption(text=shown, value=shown)
+        made = made.with_variable(dashboard.CustomVariable(name).values(values).current(chosen))
     for title, panels in board.rows.items():
         made = made.with_row(dashboard.Row(title))
         for panel in panels:

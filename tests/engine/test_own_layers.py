@@ -262,6 +262,61 @@ async def test_a_load_of_the_other_layers_that_fails_is_made_again(running, rest
     assert chunk.local_tokens == 96
 
 
+def fail_a_rest_without_room(worker) -> None:
+    """Of the next request: its first load ends when no block is free, its rest fails when it may begin and has not. Runs in
+    the engine's process, where `failed_in` then tells that request's status."""
+    import gc
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from kvshare_vllm.scheduler import SharedKVScheduler
+
+    (scheduler,) = (found for found in gc.get_objects() if type(found) is SharedKVScheduler)
+    connector = get_kv_transfer_group().connector_worker
+    stock, first, connector.failed_in = type(connector)._pop_done_transfers, [], ""
+
+    def may_end(name: str) -> bool:
+        if name in first:
+            return scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 0
+        return name.removesuffix(" rest") not in first or status() != "WAITING_FOR_REMOTE_KVS"
+
+    def status() -> str:
+        return scheduler.requests[first[0]].status.name
+
+    def pop_done_transfers(transfers):
+        first.extend(list(transfers)[: 1 - len(first)])
+        held = {name: transfers.pop(name) for name in list(transfers) if not may_end(name)}
+        done, failed = stock(connector, transfers)
+        transfers.update(held)
+        failures = {name for name in done if name == f"{first[0]} rest"} if not connector.failed_in else set()
+        if failures:
+            connector.failed_in = status()
+        return done, failed | failures
+
+    connector._pop_done_transfers = pop_done_transfers
+
+
+def failed_in(worker) -> str:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().connector_worker.failed_in
+
+
+async def test_a_rest_may_fail_while_its_request_has_no_room_to_begin(running, rests):
+    """It needs a block beside those that it loads into, which a running request takes first."""
+    (prefill, decoder, _), _ = running
+    await decoder._llm.collective_rpc(fail_a_rest_without_room)
+    waits = asyncio.create_task(exact(running, ids(8 * BLOCK + 1, salt=140), 8, "a", "1-2"))
+    await asyncio.to_thread(wait_until, lambda: decoder.stats().blocks_used == 8, 5, 0.01)
+    _, _, reasons = await exact(running, ids(6 * BLOCK + 1, salt=141), 2 * BLOCK - 2, "b", "1-2")
+    assert reasons == []
+    _, _, reasons = await waits
+    assert reasons == [ResumeReason.KV_LOAD_FAILED]
+    assert await decoder._llm.collective_rpc(failed_in) == ["WAITING"]
+    await rests(0)
+    await nothing_held(prefill, decoder)
+
+
 async def test_where_loads_are_waited_for_nothing_runs_before_they_have_ended(running, rests):
     (_, _, own), _ = running
     await rests(1.0)

@@ -4,7 +4,7 @@ import pytest
 
 from kvshare import config
 from kvshare.errors import ConfigError
-from prefillshare.app import check_change
+from prefillshare.app import _replicas, check_change
 
 
 @pytest.fixture
@@ -45,3 +45,11 @@ def test_own_layers_may_change_where_the_prefill_pool_keeps_what_they_need(deplo
     check_change(own("0-0"), own("none"))
     with pytest.raises(ConfigError, match=r"keeps the inputs of layers \[\], the new own_layers need those of \[1\]"):
         check_change(own("0-0"), own("1-1"))
+
+
+def test_a_pool_that_has_followed_its_load_is_not_set_back_to_where_it_began(deploy):
+    (pool,) = deploy(replicas=2, autoscale={"max_replicas": 4}).decode
+    assert _replicas(pool, as_scaled=False)["autoscaling_config"]["initial_replicas"] == 2
+    assert _replicas(pool, as_scaled=True)["autoscaling_config"]["initial_replicas"] is None
+    (fixed,) = deploy(replicas=2).decode
+    assert _replicas(fixed, as_scaled=True) == {"num_replicas": 2}

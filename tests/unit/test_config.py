@@ -317,8 +317,8 @@ def test_missing_file_is_refused_by_path(tmp_path):
     [
         (b"base: [", "is not YAML"),
         (b"\xff\xfe\x00", "cannot read"),
-        (b"", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, got nothing"),
-        (b"- 1", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, got a list"),
+        (b"", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, logs, tracing, got nothing"),
+        (b"- 1", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, logs, tracing, got a list"),
         (b"base: {model: a, model: b}", "key 'model' is given twice"),
     ],
 )
@@ -359,3 +359,15 @@ def test_own_prefill_can_be_given(plain):
     plain["decode"][0] |= {"sharing": "none", "prefill": {"replicas": 2, "kv_cache_gib": 4}}
     own = config.parse(plain).decode[0].own_prefill()
     assert (own.replicas, own.kv_cache_gib) == (2, 4)
+
+
+def test_replicas_that_follow_the_load_begin_within_their_bounds(plain):
+    pool = put(plain, "decode/0/autoscale", {"max_replicas": 4})
+    assert config.parse(pool).decode[0].most_replicas == 4
+    put(plain, "decode/0/replicas", 5)
+    assert "replicas 5 is not within autoscale's 1 to 4" in str(refusal(plain))
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "http://", "http:// collector"])
+def test_what_is_no_collector_is_refused(plain, endpoint):
+    assert "tracing.otlp_endpoint: String should match pattern" in str(refusal(put(plain, "tracing/otlp_endpoint", endpoint)))

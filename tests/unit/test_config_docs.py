@@ -14,7 +14,8 @@ from router.tenants import Tenant
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
-NODES += [config.Placement, config.Router, config.Cluster, access.Auth, access.Tls]
+NODES += [config.Autoscale, config.Placement, config.Router, config.Cluster, config.Logs, config.Tracing]
+NODES += [access.Auth, access.Tls]
 KEYS_FILE = [Tenant]
 
 

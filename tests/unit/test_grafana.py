@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kvshare.metrics import DEFINITIONS
 
@@ -21,7 +22,18 @@ sys.modules[SPEC.name] = dashboards  # dataclasses look there
 SPEC.loader.exec_module(dashboards)
 
 QUERIES = [(panel.title, query) for board in dashboards.BOARDS for panel in board.panels for query in panel.queries]
-METRIC = re.compile(r"\b(prefillshare_\w+?)(?:_bucket|_sum|_count)?(?:\{([^}]*)\})?(?=[\s\[\)]|$)")
+METRIC = re.compile(r"\b((?:prefillshare|vllm)_\w+?)(?:_bucket|_sum|_count)?(?:\{([^}]*)\})?(?=[\s\[\)]|$)")
+RECORDED = re.compile(r"\bprefillshare:\w+:\w+")
+RULES = yaml.safe_load((FOLDER.parent / "prometheus/rules.yaml").read_text())["groups"][0]["rules"]
+VLLM = Path(*importlib.util.find_spec("vllm").submodule_search_locations)
+#: Of vLLM's metrics that we show: their names as the installed version defines them.
+ENGINES = {
+    name.replace(":", "_")
+    for file in ("v1/metrics/loggers.py", "distributed/kv_transfer/kv_connector/v1/nixl/stats.py")
+    for name in re.findall(r'name="(vllm:\w+)"', (VLLM / file).read_text())
+}
+LABELS = {name: metric.labels for name, metric in DEFINITIONS.items()}
+LABELS |= dict.fromkeys([*ENGINES, *(f"{name}_total" for name in ENGINES)], ("model_name", "engine"))
 
 
 def test_the_files_are_up_to_date():
@@ -32,14 +44,15 @@ def test_the_files_are_up_to_date():
 
 @pytest.mark.parametrize(("title", "query"), QUERIES)
 def test_a_query_asks_for_what_is_exported(title, query):
-    found = METRIC.findall(query)
-    assert found
+    found, recorded = METRIC.findall(query), RECORDED.findall(query)
+    assert set(recorded) <= {rule.get("record") for rule in RULES}
+    assert found or recorded or "ALERTS" in query
     for name, labels in found:
-        assert name in DEFINITIONS, name
+        assert name in LABELS, name
         asked = set(re.findall(r"(\w+)=~", labels))
-        assert asked <= set(DEFINITIONS[name].labels), (name, asked)
-    grouped = {label for names in re.findall(r"by \(([^)]*)\)", query) for label in names.split(", ")} - {"le"}
-    exported = {label for name, _ in found for label in DEFINITIONS[name].labels}
+        assert asked <= {*LABELS[name], "le"}, (name, asked)
+    grouped = {label for names in re.findall(r"by \(([^)]*)\)", query) for label in names.split(", ")} - {"le", "alertname"}
+    exported = {label for name, _ in found for label in LABELS[name]}
     assert grouped <= exported
 
 

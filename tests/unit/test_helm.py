@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -151,11 +152,15 @@ def test_monitoring_brings_the_rules_and_every_dashboard():
     boards = [d for d in of_kind(documents, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard") == "1"]
     made = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
     assert made == {file.name: json.loads(file.read_text()) for file in (ROOT / "deploy/grafana").glob("*.json")}
-    router, everything = of_kind(documents, "PodMonitor")
-    assert router["spec"]["selector"]["matchLabels"]["app.kubernetes.io/component"] == "head"
-    (endpoint,) = router["spec"]["podMetricsEndpoints"]
-    assert (endpoint["port"], endpoint["scheme"]) == ("serve", "https")
-    assert [endpoint["port"] for endpoint in everything["spec"]["podMetricsEndpoints"]] == ["metrics"]
+    (monitor,) = of_kind(documents, "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= pods(documents)["decode"]["metadata"]["labels"].items()
+    (relabel,) = endpoint["metricRelabelings"]
+    renamed = lambda name: re.sub(f"^(?:{relabel['regex']})$", relabel["replacement"].replace("$", "\\"), name)  # noqa: E731
+    assert renamed("ray_prefillshare_turns_total") == "prefillshare_turns_total"
+    assert renamed("ray_vllm_num_requests_running") == "vllm_num_requests_running"
+    assert renamed("ray_node_mem_used") == "ray_node_mem_used"
 
 
 def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():

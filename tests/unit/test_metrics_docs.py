@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvshare.metrics import DEFINITIONS
+from prometheus_client import CollectorRegistry
+
+from kvshare.metrics import DEFINITIONS, Metrics
 from prefillshare import metrics_docs
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -26,3 +28,19 @@ def test_names_have_base_units_as_prometheus_wants_them():
     for name, metric in DEFINITIONS.items():
         assert name.endswith("_total") == (metric.kind.__name__ == "Counter"), name
         assert not name.endswith(("_ms", "_milliseconds", "_mb", "_megabytes", "_percent")), name
+
+
+def test_what_will_be_counted_is_exported_from_the_start():
+    registry = CollectorRegistry()
+    Metrics(registry).expect(["planner", "coder"], ["agents", "prefill"])
+    there = {(s.name, *sorted(s.labels.items())) for family in registry.collect() for s in family.samples}
+    assert ("prefillshare_resumes_total", ("decoder", "coder"), ("reason", "gone")) in there
+    assert ("prefillshare_placements_total", ("pool", "prefill"), ("reason", "load")) in there
+    assert ("prefillshare_turn_seconds_count", ("decoder", "planner")) in there
+    assert not any(name.startswith("prefillshare_own_layer_turns") for name, *_ in there)  # which layers is not known yet
+
+
+def test_what_is_exported_from_the_start_is_what_the_help_names():
+    for name, metric in DEFINITIONS.items():
+        if metric.known and name != "prefillshare_turns_total":
+            assert all(value in metric.help for value in metric.known), name

@@ -4,7 +4,7 @@ import pytest
 
 from kvshare.config import Placement
 from kvshare.errors import Unavailable
-from router.placement import POLICIES, SCORERS, Candidate, Demand, place, score, weights, with_room
+from router.placement import POLICIES, SCORERS, Candidate, Demand, place, reason, score, weights, with_room
 
 PREFILL, DECODE = POLICIES["prefix_aware"]
 
@@ -89,3 +89,18 @@ def test_ones_own_weights_replace_the_policys():
 def test_no_replica_is_unavailable():
     with pytest.raises(Unavailable, match="no replica of prefill is ready"):
         chosen([], Demand(10))
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "weights", "why"),
+    [
+        ({"a": 64}, PREFILL, "only"),
+        ({"a": 64, "b": 32}, PREFILL, "prefix"),
+        ({"a": 32, "b": 64}, PREFILL, "load"),
+        ({"a": 0, "b": 0}, PREFILL, "spread"),
+        ({"a": 32, "b": 64}, POLICIES["round_robin"][0], "policy"),
+    ],
+)
+def test_why_a_replica_was_chosen_is_told(overlaps, weights, why):
+    candidates = [Candidate(name, tokens) for name, tokens in overlaps.items()]
+    assert reason(candidates[0], candidates, weights) == why

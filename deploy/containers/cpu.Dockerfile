@@ -1,0 +1,22 @@
+# CPU image (x86-64): docker build -f deploy/containers/cpu.Dockerfile -t prefillshare:0.1.0-cpu .
+# The same set-up as `make setup`: for trying out, and for tests in a cluster.
+ARG PYTHON=python:3.11.14-slim-bookworm
+
+FROM ${PYTHON} AS build
+WORKDIR /opt/prefillshare
+COPY . .
+RUN requirements/install.sh
+
+FROM ${PYTHON}
+# g++: vLLM compiles some functions at their first use. iproute2: `prefillshare doctor` and Ray's addresses.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ iproute2 libgomp1 libnuma1 libtcmalloc-minimal4 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --gid 100 --create-home prefillshare
+COPY --from=build /opt/prefillshare /opt/prefillshare
+ENV PATH=/opt/prefillshare/.venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 1000:100
+WORKDIR /home/prefillshare
+EXPOSE 8000 9000
+ENTRYPOINT []
+CMD ["prefillshare", "--help"]

@@ -1,0 +1,103 @@
+"""Several hosts on this machine: network namespaces on one bridge, each with an address, processes and a link of its own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+IP = shutil.which("ip") or "/usr/sbin/ip"
+
+
+def ip(*words: str) -> str:
+    done = subprocess.run([IP, *words], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Host:
+    """`address`: on the bridge. What is started here sees no other network."""
+
+    def __init__(self, tag: str, number: int, bridge: str):
+        self.address, self._space, self._link = f"10.213.{int(tag, 16) % 256}.{number}", f"{tag}-{number}", f"{tag}l{number}"
+        self._started: list[subprocess.Popen] = []
+        self._bridge, self._inside = bridge, f"{tag}i{number}"
+
+    def make(self) -> None:
+        inside, bridge = self._inside, self._bridge
+        ip("netns", "add", self._space)
+        ip("link", "add", self._link, "type", "veth", "peer", "name", inside)
+        ip("link", "set", inside, "netns", self._space)
+        ip("link", "set", self._link, "master", bridge, "up")
+        ip("-n", self._space, "addr", "add", f"{self.address}/24", "dev", inside)
+        ip("-n", self._space, "link", "set", inside, "up")
+        ip("-n", self._space, "link", "set", "lo", "up")
+
+    def start(self, command: list[str | Path], log: Path, **env: str) -> subprocess.Popen:
+        with log.open("a") as out:
+            process = subprocess.Popen(
+                [IP, "netns", "exec", self._space, *command], stdout=out, stderr=out, env={**os.environ, **env}
+            )
+        self._started.append(process)
+        return process
+
+    def run(self, command: list[str | Path], timeout_s: float = 120, **env: str) -> str:
+        done = subprocess.run(
+            [IP, "netns", "exec", self._space, *command], capture_output=True, text=True, timeout=timeout_s,
+            env={**os.environ, **env},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def cut(self) -> None:
+        """Nothing gets in or out, and nobody is told."""
+        ip("link", "set", self._link, "down")
+
+    def heal(self) -> None:
+        ip("link", "set", self._link, "up")
+
+    def kill(self) -> None:
+        """Everything that runs here, at once."""
+        for pid in ip("netns", "pids", self._space).split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def remove(self) -> None:
+        self.kill()
+        for process in self._started:
+            process.wait(timeout=30)
+        ip("netns", "del", self._space)
+
+
+class Hosts:
+    """`count` hosts, reachable from here, too."""
+
+    def __init__(self, count: int):
+        self._tag, self._count = "p" + secrets.token_hex(2), count
+        self.all: list[Host] = []
+
+    def __enter__(self) -> list[Host]:
+        tag = self._tag[1:]
+        try:
+            ip("link", "add", self._tag, "type", "bridge")
+            ip("addr", "add", f"10.213.{int(tag, 16) % 256}.254/24", "dev", self._tag)
+            ip("link", "set", self._tag, "up")
+            for number in range(1, self._count + 1):
+                self.all.append(Host(tag, number, self._tag))
+                self.all[-1].make()
+        except Exception:
+            self.__exit__()
+            raise
+        return self.all
+
+    def __exit__(self, *_) -> None:
+        for host in self.all:
+            with suppress(RuntimeError):
+                host.remove()
+        with suppress(RuntimeError):
+            ip("link", "del", self._tag)

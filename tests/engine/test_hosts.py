@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -43,9 +42,8 @@ LOAD_TIMEOUT_S, WEDGED_S, CUT_S = 4, 6, 3
 
 
 class Cluster:
-    def __init__(self, hosts, client: Client, oracle: Oracle, folder: Path):
+    def __init__(self, hosts, client: Client, oracle: Oracle):
         (self.head, *self.decoding), self.client, self.oracle = hosts, client, oracle
-        self._folder = folder
 
     def replicas(self) -> list[dict]:
         address = f"{self.head.address}:{RAY_PORT}"
@@ -80,14 +78,20 @@ class Cluster:
 
 
 def node(host, folder: Path, head: str | None, **resources: float):
-    where = [f"--address={head}:{RAY_PORT}"] if head else ["--head", f"--port={RAY_PORT}", f"--temp-dir={folder / 'ray'}"]
+    first = ["--head", f"--port={RAY_PORT}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
+    where = [f"--address={head}:{RAY_PORT}"] if head else first
     command = [
         BIN / "ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=2", "--object-store-memory=100000000",
-        f"--resources={json.dumps(resources)}", "--include-dashboard=false", "--disable-usage-stats", "--block",
+        f"--resources={json.dumps(resources)}", "--disable-usage-stats", "--block",
     ]  # fmt: skip
     log = folder / f"node-{host.address}.log"
-    host.start(command, log, **ENV)
-    wait_until(lambda: "Ray runtime started" in log.read_text(), 60)  # two at once would choose the same names of sockets
+    process = host.start(command, log, **ENV)
+
+    def joined() -> bool:
+        assert process.poll() is None, log.read_text()
+        return "Ray runtime started" in log.read_text()
+
+    wait_until(joined, 60)  # two at once would choose the same names of sockets
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,9 @@ def cluster(tmp_path_factory, smollm):
     made = tmp_path_factory.mktemp("hosts")
     base = make_base("llama", made / "base", smollm)
     adapters = {n: str(p) for n, p in make_seeded_adapters(base, made / "adapters", names=("a", "b")).items()}
-    folder = Path(tempfile.mkdtemp(prefix="ps"))  # the path of a socket is short
-    with Hosts(3) as hosts:
+    # Not under pytest's: the path of a socket is short.
+    with tempfile.TemporaryDirectory(prefix="ps", ignore_cleanup_errors=True) as short, Hosts(3) as hosts:
+        folder = Path(short)
         head, *decoding = hosts
         deployment = folder / "deployment.yaml"
         deployment.write_text(yaml.safe_dump({
@@ -125,8 +130,7 @@ def cluster(tmp_path_factory, smollm):
                     return False
 
             wait_until(ready, 240, 1)
-            yield Cluster(hosts, client, Oracle(load(deployment)), folder)
-    shutil.rmtree(folder, ignore_errors=True)
+            yield Cluster(hosts, client, Oracle(load(deployment)))
 
 
 def test_prefill_and_decode_are_on_different_hosts_and_exact(cluster):

@@ -265,13 +265,14 @@ async def test_a_load_of_the_other_layers_that_fails_is_made_again(running, rest
 def fail_a_rest_without_room(worker) -> None:
     """Of the next request: its first load ends when no block is free, its rest fails when it may begin and has not. Runs in
     the engine's process, where `failed_in` then tells that request's status."""
-    import gc
+    import sys
 
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    from kvshare_vllm.scheduler import SharedKVScheduler
-
-    (scheduler,) = (found for found in gc.get_objects() if type(found) is SharedKVScheduler)
+    frame = sys._getframe()
+    while not hasattr(engine := frame.f_locals.get("self"), "scheduler"):  # the engine core, which has called the worker
+        frame = frame.f_back
+    scheduler = engine.scheduler
     connector = get_kv_transfer_group().connector_worker
     stock, first, connector.failed_in = type(connector)._pop_done_transfers, [], ""
 

@@ -110,5 +110,8 @@ fi
 if ! command -v promtool >/dev/null && ! apt prometheus; then
     echo "  note: no promtool; the tests of Prometheus rules fail without it (apt-get install prometheus)"
 fi
+if ! command -v ip >/dev/null && [ ! -x /usr/sbin/ip ] && ! apt iproute2; then
+    echo "  note: no ip; the tests of several hosts are skipped without it (apt-get install iproute2)"
+fi
 touch .venv/.installed
 echo "Ready: . .venv/bin/activate && prefillshare --help"

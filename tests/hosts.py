@@ -20,6 +20,17 @@ def ip(*words: str) -> str:
     return done.stdout
 
 
+def why_not() -> str:
+    """Why there can be no hosts here; empty if there can."""
+    name = "probe-" + secrets.token_hex(4)
+    try:
+        ip("netns", "add", name)
+        ip("netns", "del", name)
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return ""
+
+
 class Host:
     """`address`: on the bridge. What is started here sees no other network."""
 

@@ -5,11 +5,11 @@ same budget and the same requests.
     python -m benchmarks.agents --pattern reflexion --agents 3 --per-s 0.05     (or --trace FILE; --at-once N)
 
 Each system is started once and plays all experiments (benchmarks/agents/experiments.py) after a warm-up that does not count.
-Of our modes the costs of prefill, steps and transfers are measured too, and the same sessions simulated with them: how far the
-simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. What a system has shown is
-kept in runs/agents: started again at the same revision, with the same arguments, a run that was ended goes on. Results:
-agents.json, a report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines, more than 1
-is better.
+Of our modes the costs of prefill, steps and transfers are measured too (not in the short form), and the same sessions simulated
+with them: how far the simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. What
+a system has shown is kept in runs/agents: started again at the same revision, with the same arguments, an ended run goes
+on. Results: agents.json, a report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines,
+more than 1 is better.
 
 `--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*; of one of your own:
 agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
@@ -87,7 +87,7 @@ def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Exp
             seen = found["experiments"][experiment.name] = figures(system, experiment, args.repeats, scale, progress)
             shown = {what: seen[what]["value"] for what in report.SHOWN}
             console.print(f"{name}, {experiment.name}: {shown}")
-        if system.client:
+        if system.client and not args.short:
             task = progress.add_task(f"{name}: costs", total=costs.MEASUREMENTS)
             recomputed = len(LayerGroup.parse(OWN_LAYERS)) / KVShape.of(model).layers if get_mode(name).recomputes else 0.0
             of = costs.measured(system, list(adapters), KVShape.of(model), recomputed, lambda: progress.advance(task))

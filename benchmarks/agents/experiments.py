@@ -57,5 +57,5 @@ def full(count: int) -> list[Experiment]:
 def short(count: int) -> list[Experiment]:
     return [
         Experiment("react", MODELS, count, at_once=count),
-        Experiment("low-sharing", MODELS, 2 * count, at_once=count),
+        Experiment("low-sharing", MODELS, count, at_once=count),
     ]

@@ -4,17 +4,18 @@ and when a host is gone. The hosts are network namespaces: it needs root."""
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from conftest import ids, wait_until
-from hosts import Hosts
+from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
 
 from kvshare.config import load
@@ -25,11 +26,11 @@ from prefillshare.tiny_models import make_base
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+    pytest.mark.skipif(bool(why := why_not()), reason=f"network namespaces need root and iproute2: {why}"),
 ]
 
 BIN = Path(sys.executable).parent
-RAY_PORT, GRPC, HTTP = 6390, 9000, 8000
+RAY_PORT, GRPC, HTTP, METRICS = 6390, 9000, 8000, 8080
 #: Of every process of the cluster. Hosts here share one memory; KV is to take the network all the same.
 ENV = {
     "UCX_TLS": "tcp",
@@ -82,7 +83,8 @@ def node(host, folder: Path, head: str | None, **resources: float):
     where = [f"--address={head}:{RAY_PORT}"] if head else first
     command = [
         BIN / "ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=2", "--object-store-memory=100000000",
-        f"--resources={json.dumps(resources)}", "--disable-usage-stats", "--block",
+        f"--resources={json.dumps(resources)}", "--disable-usage-stats",
+        f"--metrics-export-port={METRICS}", "--block",
     ]  # fmt: skip
     log = folder / f"node-{host.address}.log"
     process = host.start(command, log, **ENV)
@@ -139,6 +141,19 @@ def test_prefill_and_decode_are_on_different_hosts_and_exact(cluster):
     for number, decoder in enumerate("abab"):
         result, _ = cluster.oracle.turn(session, decoder, token_ids=ids(9, salt=number), max_tokens=12, ignore_eos=True)
         assert number or result.usage.kv_bytes_transferred > 0
+
+
+def test_every_host_exports_what_runs_on_it(cluster):
+    """A Prometheus that scrapes each host, as on KubeRay, finds every router and replica."""
+
+    running = re.compile(r'ray_vllm_num_requests_running\{[^}]*model_name="([^"]+)"')
+
+    def exported(host) -> tuple[set[str], bool]:
+        text = httpx.get(f"http://{host.address}:{METRICS}/metrics", timeout=30, trust_env=False).text
+        return set(running.findall(text)), "ray_prefillshare_turns_total" in text
+
+    expected = [({"prefill"}, True)] + [({"agents"}, False)] * len(cluster.decoding)
+    wait_until(lambda: [exported(host) for host in (cluster.head, *cluster.decoding)] == expected, 60, 1)
 
 
 def test_a_link_that_is_cut_for_a_while_costs_time_and_nothing_else(cluster):

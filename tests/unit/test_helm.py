@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from helm_python import Chart, HelmError, lint
@@ -21,6 +23,36 @@ SPEC = importlib.util.spec_from_file_location("values_schema", ROOT / "deploy/he
 values_schema = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = values_schema  # pydantic looks there
 SPEC.loader.exec_module(values_schema)
+
+
+KUBERNETES = "1.31"
+_OBJECT, _COUNT = {"type": "object"}, {"type": "integer", "minimum": 0}
+
+
+def _fields(required: tuple[str, ...] = (), **properties) -> dict:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+_START = {"type": "object", "additionalProperties": {"type": "string"}}
+#: A RayService's spec, of what it may have the part that we use; pod templates are checked as pods.
+#: Source: ray-operator/apis/ray/v1/{rayservice,raycluster}_types.go of KubeRay 1.3.
+RAY_SERVICE = _fields(
+    ("serveConfigV2", "rayClusterConfig"),
+    serveConfigV2={"type": "string"},
+    upgradeStrategy=_fields(("type",), type={"enum": ["NewCluster", "None"]}),
+    rayClusterConfig=_fields(
+        ("headGroupSpec", "workerGroupSpecs"),
+        rayVersion={"type": "string"},
+        enableInTreeAutoscaling={"type": "boolean"},
+        autoscalerOptions=_fields(idleTimeoutSeconds=_COUNT),
+        headGroupSpec=_fields(("rayStartParams", "template"), rayStartParams=_START, template=_OBJECT),
+        workerGroupSpecs={"type": "array", "items": _fields(
+            ("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"),
+            groupName={"type": "string"}, replicas=_COUNT, minReplicas=_COUNT, maxReplicas=_COUNT, rayStartParams=_START,
+            template=_OBJECT,
+        )},
+    ),
+)  # fmt: skip
 
 
 def values_of(example: Path) -> dict:
@@ -105,6 +137,28 @@ def test_pods_are_as_operators_expect_them(example):
         writable = {m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")}
         assert writable == {"/dev/shm", "/tmp", "/home/prefillshare"}
         assert {port["name"] for port in container["ports"]} >= {"serve", "metrics"}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_what_is_rendered_is_what_kubernetes_and_kuberay_take(example):
+    documents = rendered(values_of(example))
+    own = {"RayService", "PodMonitor", "PrometheusRule"}  # of operators, not of Kubernetes
+    for document in documents:
+        if document["kind"] not in own:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    (service,) = of_kind(documents, "RayService")
+    jsonschema.validate(service["spec"], RAY_SERVICE)
+    for name, template in pods(documents).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name} | template["metadata"], "spec": template["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_what_kubernetes_does_not_know_would_be_noticed():
+    values = values_of(CHART / "examples/one-gpu.yaml")
+    values["podSecurityContext"] = {"runAsNonRoott": True}
+    pod = pods(rendered(values))["head"]
+    with pytest.raises(kubernetes_validate.ValidationError, match="runAsNonRoott"):
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, KUBERNETES, strict=True)
 
 
 def test_kv_stays_between_our_pods():

@@ -170,12 +170,13 @@ def watched(running, tmp_path_factory):
     """(Prometheus that has seen a session, the session)"""
     targets = [f"127.0.0.1:{running.deployment.router.http_port}"]
     with Prometheus(tmp_path_factory.mktemp("prometheus"), free_port(), targets, RULES) as prometheus:
-        wait_until(lambda: prometheus.query("prefillshare_turns_total"))
-        time.sleep(3)
+        wait_until(lambda: prometheus.query("count_over_time(prefillshare_turns_total[1m]) >= 2"))
         session = Session(running)
         # The engines' own come through Ray's agent, some seconds later.
-        wait_until(lambda: prometheus.query('vllm_nixl_bytes_transferred_count{model_name="agents"} > 0'), 60)
-        time.sleep(12)
+        reads = 'count_over_time(vllm_nixl_bytes_transferred_count{model_name="agents"}[1m])'
+        wait_until(lambda: prometheus.query(f"{reads} >= 5"), 90)
+        last = prometheus.value("sum(prefillshare_turn_seconds_count)")
+        wait_until(lambda: prometheus.value("sum(prefillshare_turn_seconds_count offset 6s)") >= last)
         yield prometheus, session
 
 

@@ -424,8 +424,9 @@ class Orchestrator:
             usage.ttft_s = elapsed
             self._metrics["time_to_first_token_seconds"].labels(name).observe(elapsed)
         else:
+            between = self._metrics["inter_token_seconds"].labels(name)
             for _ in range(tokens):
-                self._metrics["inter_token_seconds"].labels(name).observe((elapsed - usage.total_s) / tokens)
+                between.observe((elapsed - usage.total_s) / tokens)
         usage.completion_tokens += tokens
         usage.total_s = elapsed
 

@@ -71,6 +71,10 @@ def _mean(metric: str, by: str, **labels: str) -> str:
 DECODER, POOL = {"decoder": "$decoder"}, {"pool": "$pool"}
 #: As vLLM's metrics name a pool.
 ENGINES = {"model_name": "$pool"}
+IN_ENGINES = {
+    f"sum by (model_name) ({_of(f'vllm_num_requests_{state}', **ENGINES)})": f"{{{{model_name}}}}, {state}"
+    for state in ("running", "waiting")
+}
 TOKENS = "prefillshare_prefill_tokens_total"
 HIT = f'{_rate(TOKENS, source="cached", **DECODER)} / {_rate(TOKENS, **DECODER)}'
 HIT_BY_DECODER = f'{_rate(TOKENS, "decoder", source="cached", **DECODER)} / {_rate(TOKENS, "decoder", **DECODER)}'
@@ -183,9 +187,7 @@ BOARDS = (
                   "As the router sees it. Rising: add prefill replicas, or look for lost cache hits."),
             Panel("Tokens computed", "short", {_rate("vllm_prompt_tokens_total", "model_name", **ENGINES): "{{model_name}}"},
                   "Prompt tokens a second, by the engines' own count."),
-            Panel("Requests in the engines", "short",
-                  {f'sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}, running",
-                   f'sum by (model_name) ({_of("vllm_num_requests_waiting", **ENGINES)})': "{{model_name}}, waiting"},
+            Panel("Requests in the engines", "short", IN_ENGINES,
                   "Waiting for long in a prefill pool: lower router.max_queued_prefill_tokens, or add replicas."),
         ),
         "Cache": (
@@ -213,9 +215,7 @@ BOARDS = (
             Panel("KV blocks", "short",
                   {f'max by (pool, state) ({_of("prefillshare_kv_blocks", **POOL)})': "{{pool}}: {{state}}"},
                   "used near total: turns wait for room or are preempted; raise kv_cache_gib, or add replicas."),
-            Panel("Requests in the engines", "short",
-                  {f'sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}, running",
-                   f'sum by (model_name) ({_of("vllm_num_requests_waiting", **ENGINES)})': "{{model_name}}, waiting"},
+            Panel("Requests in the engines", "short", IN_ENGINES,
                   "Running near max_num_seqs: add replicas."),
             Panel("Preemptions", "reqps",
                   {f'{_rate("vllm_num_preemptions_total", "model_name", **ENGINES)} '

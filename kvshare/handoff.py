@@ -10,6 +10,10 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from kvshare.caller import Caller
 
+#: A read that ends so near the end of its lease counts as late: slack for the error of the clock offset that engines measure
+#: when they shake hands (half a round trip), and for how often they look.
+LEASE_MARGIN_S = 0.5
+
 
 @dataclass(frozen=True)
 class Handoff:

@@ -117,8 +117,14 @@ DEFINITIONS = {
             Histogram,
             "What was left of the lease on a prompt's KV when it had been read.",
             ("decoder",),
-            "Near zero: reads are about to be late, and made again (vllm_nixl_num_kv_expired_reqs_total); raise "
-            "cluster.kv_lease_s.",
+            "Near zero: reads are about to be late, and made again; raise cluster.kv_lease_s.",
+        ),
+        Metric(
+            "prefillshare_late_reads_total",
+            Counter,
+            "Reads of a prompt's KV given up when the lease on it had ended; the turn was taken up again.",
+            ("decoder",),
+            "Above 0: raise cluster.kv_lease_s, or look at the network between prefill and decode.",
         ),
         Metric(
             "prefillshare_eager_prefills_total",

@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.logger import init_logger
 
+from kvshare.handoff import LEASE_MARGIN_S
 from kvshare.layer_group import LayerGroup
 from kvshare.modes import SharingMode, get_mode
 from kvshare_vllm import regions
@@ -40,8 +41,6 @@ logger = init_logger(__name__)
 
 #: Behind the id of a request that computes layers itself: its load of the other layers' KV.
 REST = " rest"
-#: Slack for the error of the clock offset that the handshake measured (half a round trip) and for the worker's poll.
-LEASE_MARGIN_S = 0.5
 
 
 def own_layers(params: Mapping[str, Any]) -> LayerGroup | None:

@@ -83,6 +83,19 @@ make_venv() {
 
 has_tcmalloc() { [ -n "$(find /usr/lib /usr/lib64 -name 'libtcmalloc_minimal.so.4*' -print -quit 2>/dev/null)" ]; }
 
+# A package of the lock is built here, and vLLM compiles functions at their first use.
+need_compiler() {
+    command -v c++ >/dev/null && command -v gcc >/dev/null || apt g++ || fail "a C++ compiler is needed: apt-get install g++"
+    local version
+    version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    has_python_headers || apt "python$version-dev" python3-dev || true
+    has_python_headers || fail "Python's headers are needed: apt-get install python$version-dev"
+}
+
+has_python_headers() {
+    .venv/bin/python -c 'import pathlib, sys, sysconfig; sys.exit(not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file())'
+}
+
 pip() { .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"; }
 
 install_torch() {
@@ -97,6 +110,7 @@ echo "Setting up .venv for CPUs (about 4 GB; some minutes the first time)"
 mkdir -p .venv
 : >"$LOG"
 make_venv
+need_compiler
 step "PyTorch" install_torch
 step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" pip --no-deps -r requirements/cpu.lock -r requirements/data.lock
 step "prefillshare" pip --no-deps --no-build-isolation -e .

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -48,7 +49,7 @@ from router.prefix import Prefix
 from router.releases import Releases
 from router.replicas import answer
 from router.service_rate import MeanRatio
-from router.sharing_credit import SharingCredit
+from router.turn_metrics import TurnMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class _Attempt:
     avoid: set[str] = field(default_factory=set)
     #: Where the KV the decode engine loads comes from.
     source: str = ""
-    #: When its lease began, at the latest.
-    leased_at: float = 0.0
+    #: When its lease ends, at the latest (time.perf_counter).
+    lease_ends: float = math.inf
     #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
     own_layers: LayerGroup | None = None
     is_chosen: bool = False
@@ -101,7 +102,7 @@ class Orchestrator:
         load_timeout_s: float = 30.0,
     ):
         self._tenants, self._load_timeout_s = tenants, load_timeout_s
-        self._config, self.routes, self._metrics = config, routes, metrics
+        self._config, self.routes = config, routes
         #: Changed in place: surfaces hold it too.
         self.decoders = decoders
         self._base = base
@@ -111,7 +112,7 @@ class Orchestrator:
         self.draining = False
         self._releases = Releases()
         self.layer_choice = LayerChoice()
-        self._credit = SharingCredit(base.block_size)
+        self._counted = TurnMetrics(metrics, base.block_size)
         #: Seconds per token that the shared pool has lately computed.
         self.compute_s = MeanRatio(time.monotonic)
 
@@ -155,7 +156,7 @@ class Orchestrator:
                         await context.ready()
                     async with aclosing(self._attempts(decoder, prompt, sampling, request_id, context)) as chunks:
                         async for chunk in chunks:
-                            self._count(name, usage, len(chunk.token_ids), time.perf_counter() - started)
+                            self._counted.generated(name, usage, chunk, time.perf_counter() - started)
                             yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -243,14 +244,14 @@ class Orchestrator:
             attempt.own_layers = self.layer_choice.choose(decoder, len(prefix.token_ids), spent_s, cached_tokens)
             attempt.is_chosen, usage.own_layers = True, str(attempt.own_layers or "")
             if get_mode(decoder.sharing).recomputes:
-                self._metrics["own_layer_turns_total"].labels(decoder.name, usage.own_layers or "none").inc()
+                self._counted.own_layers(decoder.name, attempt.own_layers)
         return prefix.decode_keys(attempt.own_layers)
 
     async def _take_up_again(
         self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
     ) -> None:
         """Count the loss and pause if a replica failed. Raises Unavailable where the turn has lost enough."""
-        self._metrics["resumes_total"].labels(decoder.name, lost.reason.value).inc()
+        self._counted.resumed(decoder.name, lost.reason, attempt.lease_ends - time.perf_counter())
         context.usage.resumes += 1
         context.span.add_event("taken up again", {"reason": lost.reason.value})
         attempt.number += 1
@@ -301,20 +302,19 @@ class Orchestrator:
             span.set_attributes({"prefillshare.prompt_tokens": len(shared), "prefillshare.cached_tokens": result.cached_tokens})
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()
-        attempt.leased_at = time.perf_counter()
-        elapsed = attempt.leased_at - started
+        ended = time.perf_counter()
+        elapsed = ended - started
+        if result.handoff is not None:
+            attempt.lease_ends = ended + result.handoff.lease_s
         if mode.shares_prefill and result.computed_tokens >= self._base.block_size:  # less says what a call costs
             self.compute_s.add(result.prefill_s, result.computed_tokens)
-        self._metrics["prefill_seconds"].labels(decoder.name).observe(elapsed)
+        self._counted.prefilled(decoder.name, elapsed)
         if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself
             usage.cached_tokens, usage.predicted_tokens = result.cached_tokens, predicted
             usage.prefill_s, usage.prefill_replica = elapsed, replica
-            self._metrics["predicted_cached_tokens_total"].labels(pool.name).inc(predicted)
-            self._metrics["actual_cached_tokens_total"].labels(pool.name).inc(result.cached_tokens)
-            self._metrics["prediction_error_tokens"].labels(pool.name).observe(abs(predicted - result.cached_tokens))
-            if mode.shares_prefill and (saved := self._credit.ask(keys, decoder.name, result.cached_tokens)):
-                self._metrics["prefill_tokens_saved_total"].labels(decoder.name).inc(saved)
-                self._metrics["cross_model_hits_total"].labels(decoder.name).inc()
+            self._counted.found_cached(pool.name, predicted, result.cached_tokens)
+            if mode.shares_prefill:
+                self._counted.asked_of_shared(decoder.name, keys, result.cached_tokens)
         usage.computed_tokens += result.computed_tokens
         if session is not None:
             session.prefilled_on[pool.name] = replica
@@ -361,9 +361,7 @@ class Orchestrator:
                         self.layer_choice.took(decoder.pool, computed, attempt.own_layers, time.perf_counter() - called)
                         usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
                         if handoff is not None and (load_s := max(chunk.load_s, chunk.rest_load_s)):
-                            left_s = attempt.leased_at + handoff.lease_s - called - load_s
-                            self._metrics["kv_load_seconds"].labels(decoder.name).observe(load_s)
-                            self._metrics["lease_margin_seconds"].labels(decoder.name).observe(max(0.0, left_s))
+                            self._counted.kv_loaded(decoder.name, load_s, attempt.lease_ends - called - load_s)
                             read = {"prefillshare.kv_bytes": chunk.kv_bytes, "prefillshare.local_tokens": chunk.local_tokens}
                             tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
                         route.prefill.replicas.succeeded(attempt.source)
@@ -392,7 +390,7 @@ class Orchestrator:
     @asynccontextmanager
     async def _calling(self, stage: str, pool: Pool, placement: Placement, context: TurnContext, *work) -> AsyncIterator[Span]:
         """As Pool.calling; counted, and a span of the turn's."""
-        self._metrics["placements_total"].labels(pool.name, placement.reason).inc()
+        self._counted.placed(pool.name, placement.reason)
         where = {"pool": pool.name, "replica": placement.replica.id, "placed_by": placement.reason}
         attributes = {f"prefillshare.{name}": value for name, value in where.items()}
         with tracing.span(stage, tracing.inside(context.span), SpanKind.CLIENT, **attributes) as span:
@@ -418,30 +416,10 @@ class Orchestrator:
         self.draining = True
         await self.in_progress.ended(None, timeout_s)
 
-    def _count(self, name: str, usage: TurnUsage, tokens: int, elapsed: float) -> None:
-        """New tokens, so long after the turn's arrival."""
-        if tokens and not usage.completion_tokens:
-            usage.ttft_s = elapsed
-            self._metrics["time_to_first_token_seconds"].labels(name).observe(elapsed)
-        else:
-            between = self._metrics["inter_token_seconds"].labels(name)
-            for _ in range(tokens):
-                between.observe((elapsed - usage.total_s) / tokens)
-        usage.completion_tokens += tokens
-        usage.total_s = elapsed
-
     def _record(self, name: str, request_id: str, outcome: str, usage: TurnUsage, elapsed: float) -> None:
-        m = self._metrics
         told = {"request_id": request_id, "decoder": name, "outcome": outcome, **usage.report(), "total_s": elapsed}
         logger.info("request %s of %s: %s, %.3f s", request_id, name, outcome, elapsed, extra=told)
-        m["turns_total"].labels(name, outcome).inc()
-        m["turn_seconds"].labels(name).observe(elapsed)
-        if usage.completion_tokens:
-            m["decode_seconds"].labels(name).observe(usage.total_s - usage.ttft_s)
-        m["prefill_tokens_total"].labels(name, "cached").inc(usage.cached_tokens)
-        m["prefill_tokens_total"].labels(name, "computed").inc(usage.computed_tokens)
-        m["completion_tokens_total"].labels(name).inc(usage.completion_tokens)
-        m["kv_transfer_bytes_total"].labels(name).inc(usage.kv_bytes)
+        self._counted.ended(name, outcome, usage, elapsed)
 
 
 @contextmanager

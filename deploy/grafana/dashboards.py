@@ -167,6 +167,8 @@ BOARDS = (
                   "Of turns that had to read some. Rising at equal bytes: look at the network."),
             Panel("Left of the lease", "s", _quantiles("prefillshare_lease_margin_seconds", (0.01, 0.5), **DECODER),
                   "When the KV had been read. Near zero: reads are about to be late; raise cluster.kv_lease_s."),
+            Panel("Late reads", "reqps", {_rate("prefillshare_late_reads_total", "decoder", **DECODER): "{{decoder}}"},
+                  "Given up because the lease had ended; the turns were taken up again. Raise cluster.kv_lease_s."),
             Panel("KV moved per turn, distribution", "bytes",
                   {f'{_rate("vllm_nixl_bytes_transferred_sum", "model_name")} / '
                    f'{_rate("vllm_nixl_bytes_transferred_count", "model_name")}': "{{model_name}}, per read"},

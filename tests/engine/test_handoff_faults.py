@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
+import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
@@ -90,6 +92,11 @@ def holding(running, *, count: int = 1, but: str = "", within_s: float = LEASE_S
     return wait_until(leased, within_s)
 
 
+def late_reads(running) -> float:
+    text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", timeout=30).text
+    return float(re.search(r'(?m)^prefillshare_late_reads_total\{decoder="a"\} (\S+)$', text).group(1))
+
+
 def resumed_once(turn: Future):
     result = turn.result(timeout=60)
     assert result.usage.resumes == 1
@@ -120,8 +127,10 @@ def test_kv_whose_lease_ended_before_the_read_is_not_used(running, take):
     with stopped(decode_processes(running)):
         turn = take(ids(100, salt=3))
         holding(running)
+        before = late_reads(running)
         time.sleep(LEASE_S + 1)
     resumed_once(turn)
+    assert late_reads(running) == before + 1
 
 
 def test_a_load_that_hangs_is_given_up(running, take):

@@ -61,13 +61,24 @@ class Certificates(_Values):
     clientCaKey: str = ""
 
 
-class Redis(_Values):
-    password: SecretKey
-
-
 class Resources(_Values):
     requests: dict[str, Quantity | int] = {}
     limits: dict[str, Quantity | int] = {}
+
+
+class RedisPod(_Values):
+    enabled: bool
+    image: Annotated[str, Field(min_length=1)]
+    storage: Quantity
+    storageClassName: str
+    resources: Resources
+    nodeSelector: Labels
+    tolerations: list[Kubernetes]
+
+
+class Redis(_Values):
+    password: SecretKey
+    deploy: RedisPod
 
 
 class Pods(_Values):

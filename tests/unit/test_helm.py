@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
 import pytest
+import redis as redis_client
 import yaml
 from helm_python import Chart, HelmError, lint
+from ports import free_port
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from kvshare.config import Deployment
 
@@ -61,7 +67,7 @@ def values_of(example: Path) -> dict:
 
 def rendered(values: dict) -> list[dict]:
     with Chart.load(CHART) as chart:
-        files = chart.render(values=values, name="demo", namespace="agents")
+        files = chart.render(values=values, name="agents", namespace="models")
     texts = [text for name, text in files.items() if name.endswith(".yaml")]
     return [document for text in texts for document in yaml.safe_load_all(text) if document]
 
@@ -229,7 +235,54 @@ def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
     assert hosts["grpc.models.example.org"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
     assert "nginx.ingress.kubernetes.io/backend-protocol" not in hosts["models.example.org"]
     budgets = {pdb["metadata"]["name"]: pdb["spec"]["minAvailable"] for pdb in of_kind(documents, "PodDisruptionBudget")}
-    assert budgets == {"demo-prefillshare-prefill": 0, "demo-prefillshare-decode": 0}
+    assert budgets == {"agents-prefillshare-prefill": 0, "agents-prefillshare-decode": 0}
+
+
+def test_a_redis_of_the_charts_own_is_what_the_routers_ask():
+    values = values_of(CHART / "examples/autoscaling.yaml")
+    documents = rendered(values)
+    (redis,), services = of_kind(documents, "StatefulSet"), of_kind(documents, "Service")
+    pod = redis["spec"]["template"]
+    host = values["deployment"]["router"]["redis_url"].removeprefix("redis://").split(":")[0]
+    (service,) = [service for service in services if service["metadata"]["name"] == host]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (policy,) = of_kind(documents, "NetworkPolicy")
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (router,) = [service for service in services if service["metadata"]["name"].endswith("-router")]
+    assert not router["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    (password,) = pod["spec"]["containers"][0]["env"]
+    of_routers = [e for e in pods(documents)["head"]["spec"]["containers"][0]["env"] if "valueFrom" in e]
+    assert [e["valueFrom"] for e in of_routers] == [password["valueFrom"]]
+
+    values["deployment"]["router"]["redis_url"] = "redis://elsewhere:6379/0"
+    with pytest.raises(HelmError, match="it should be redis://agents-prefillshare-redis:6379/0"):
+        rendered(values)
+
+
+@pytest.mark.parametrize("password", ["", 'it\'s a "secret" #1 \\'])
+def test_the_redis_pod_starts_with_its_password_and_keeps_what_it_is_told(password, tmp_path):
+    (redis,) = of_kind(rendered(values_of(CHART / "examples/autoscaling.yaml")), "StatefulSet")
+    *shell, script = redis["spec"]["template"]["spec"]["containers"][0]["command"]
+    data, conf, port = tmp_path / "data", tmp_path / "redis.conf", free_port()
+    data.mkdir()
+    script = script.replace("/data", str(data)).replace("/tmp/redis.conf", str(conf)).rstrip() + f" --port {port}"
+
+    def with_server(use):
+        server = subprocess.Popen([*shell, script], env={"PATH": os.environ["PATH"], "REDIS_PASSWORD": password})
+        try:
+            client = redis_client.Redis(port=port, password=password or None, retry=Retry(ConstantBackoff(0.1), 100))
+            client.ping()
+            return use(client)
+        finally:
+            server.terminate()
+            server.wait(10)
+
+    with_server(lambda client: client.set("session", "kept"))
+    assert with_server(lambda client: client.get("session")) == b"kept"
+    if password:
+        with pytest.raises(redis_client.AuthenticationError):
+            with_server(lambda _: redis_client.Redis(port=port).ping())
+        assert conf.stat().st_mode & 0o077 == 0
 
 
 def test_a_change_of_the_deployment_changes_no_pod():
@@ -257,7 +310,7 @@ def test_further_objects_are_rendered():
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-more"}, "data": {}}
     ]
     names = {document["metadata"]["name"] for document in of_kind(rendered(values), "ConfigMap")}
-    assert "demo-more" in names
+    assert "agents-more" in names
 
 
 @pytest.mark.parametrize(("path", "value", "named"), [

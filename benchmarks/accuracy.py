@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -125,7 +124,7 @@ def check_made(recipe: Recipe) -> None:
     folder = Path(recipe.output)
     made_by, wanted = (
         {key: value for key, value in settings.items() if key not in MAY_CHANGE}
-        for settings in (yaml.safe_load((folder / "recipe.yaml").read_text()), recipe.model_dump(mode="json"))
+        for settings in (made.model_dump(mode="json") for made in (load(folder / "recipe.yaml"), recipe))
     )
     if made_by != wanted or DecoderContract.read(folder) != output.contract(recipe):
         raise SystemExit(f"{folder} was made by another recipe, from other data or another base; remove it to train it again")

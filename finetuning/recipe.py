@@ -33,7 +33,7 @@ def device_of(wanted: str) -> str:
 
 
 class Lora(Node):
-    """A LoRA adapter on all linear layers that the method uses."""
+    """A LoRA adapter on all linear modules that the method uses."""
 
     rank: int = Field(16, ge=1, le=512)
     """Rank of the update."""
@@ -41,6 +41,9 @@ class Lora(Node):
     """Scale: the update counts alpha / rank times."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the update's inputs dropped while training."""
+    last_layers: int | None = Field(None, ge=1)
+    """Adapt only so many of the model's last layers; unset: all. The others' KV stays the base's: of an `ordinary` fine-tune
+    DroidSpeak then has to compute these layers only, and is exact. Costs the decoder some of what it could learn."""
     saved_as: Literal["float32", "bfloat16"] = "float32"
     """Type in the adapter's files. bfloat16: half the size, rounded."""
 

@@ -28,6 +28,7 @@ from finetuning.conditioned import LayersKV
 from finetuning.log import TrainingLog, training_bar
 from finetuning.recipe import Recipe, device_of
 from finetuning.transcripts import Example
+from kvshare.errors import ConfigError
 
 
 class Decoder:
@@ -206,6 +207,16 @@ def _with_adapter(base, recipe: Recipe):
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(recipe.how.lora_modules),
+        layers_to_transform=_adapted(base.config.num_hidden_layers, lora.last_layers),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
+
+
+def _adapted(layers: int, last: int | None) -> list[int] | None:
+    """Raises ConfigError for more than there are."""
+    if last is None:
+        return None
+    if last > layers:
+        raise ConfigError(f"{last} layers, the model has {layers}", field="lora.last_layers", fix="leave it out for all")
+    return list(range(layers - last, layers))

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -106,6 +106,10 @@ class Engine:
                 f"{type(error).__name__}: {error}",
                 log_tail=log.text(),
             ) from error
+
+    @property
+    def adapters(self) -> Collection[str]:
+        return self._adapters.keys()
 
     async def set_adapters(self, adapters: Mapping[str, str]) -> None:
         """Load and unload so that these are served: name -> folder. Requests with an adapter that goes are let end."""

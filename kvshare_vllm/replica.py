@@ -34,6 +34,10 @@ class EngineReplica(ABC):
         await self._engine.set_adapters(changeable["adapters"])
         await self._engine.set_log_level(changeable["log_level"])
 
+    async def adapters(self) -> list[str]:
+        """Names of those it serves now."""
+        return sorted(self._engine.adapters)
+
     async def describe(self) -> ReplicaInfo:
         engine = self._engine
         return ReplicaInfo(

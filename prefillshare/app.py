@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kvshare import decoders
-from kvshare.config import Deployment, Engines, Router, load
+from kvshare.config import Deployment, Engines, Router, load, parse
 from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
@@ -108,15 +109,30 @@ def _replicas(engines: Engines, as_scaled: bool) -> dict:
     }
 
 
-def application(args: dict[str, str]):
+def application(args: dict[str, Any]):
     """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
-    {deployment: FILE}`. Raises as `build` does."""
-    return build(load(Path(args["deployment"])))
+    {deployment: {...}}`, a deployment file's content. Changed args change what runs, as `apply` would. Raises as `build` does,
+    and ConfigError for what cannot change while it runs."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    deployment, scaled = parse(args.get("deployment")), []
+    try:
+        old = _running_deployment(running_handle(), timeout_s=10)
+    except (ConfigError, TimeoutError, RayError, RayServeException):
+        pass  # nothing runs, or nothing that could serve a turn
+    else:
+        check_change(old, deployment)
+        scaled = _autoscaled(old)
+    return build(deployment, scaled=scaled)
 
 
 def _kept_while(part, settings: object):
     """Serve keeps a deployment's replicas when the application is deployed again, unless `settings` have changed."""
+    from prefillshare.serve_config import keep_version
+
     part._version = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    part._deployment_config = keep_version(part._deployment_config, part._version)
     return part
 
 
@@ -171,8 +187,24 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     """
     from ray import serve
 
+    from prefillshare.serve_config import is_from_config
+
     handle = running_handle()
-    old = Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
+    if is_from_config(APP):
+        raise ConfigError(
+            "what runs was deployed from a config file of Ray Serve's (KubeRay)", fix="change it there, by helm upgrade"
+        )
+    old = _running_deployment(handle)
+    check_change(old, new)
+    both, scaled = _union(old, new), _autoscaled(old)
+    for application in (build(both, old, scaled), build(both, new, scaled), build(new, scaled=scaled)):
+        serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
+        _wait_until_running(new, progress)
+
+
+def check_change(old: Deployment, new: Deployment) -> None:
+    """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
+    weights, nor engines of two contracts. Raises ConfigError."""
     if (old.base, old.cluster) != (new.base, new.cluster):
         raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
     if old.router.tls != new.router.tls:
@@ -182,16 +214,6 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
             raise ConfigError(
                 "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
             )
-    check_change(old, new)
-    both, scaled = _union(old, new), [name for name, (_, engines) in engine_settings(old).items() if engines.autoscale]
-    for application in (build(both, old, scaled), build(both, new, scaled), build(new, scaled=scaled)):
-        serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
-        _wait_until_running(new, progress)
-
-
-def check_change(old: Deployment, new: Deployment) -> None:
-    """A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other weights, nor
-    engines of two contracts. Raises ConfigError."""
     kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
     if kept != wanted:
         raise ConfigError(
@@ -215,6 +237,14 @@ def check_change(old: Deployment, new: Deployment) -> None:
                     field=f"decode.{number}.adapters.{name}",
                     fix="give it another name",
                 )
+
+
+def _autoscaled(deployment: Deployment) -> list[str]:
+    return [name for name, (_, engines) in engine_settings(deployment).items() if engines.autoscale]
+
+
+def _running_deployment(handle, timeout_s: float = STOP_TIMEOUT_S) -> Deployment:
+    return Deployment.model_validate(handle.deployment.remote().result(timeout_s=timeout_s))
 
 
 def _union(old: Deployment, new: Deployment) -> Deployment:
@@ -347,6 +377,6 @@ def running_handle():
     from ray import serve
 
     try:
-        return serve.get_app_handle(APP)
+        return serve.get_deployment_handle(ROUTER, app_name=APP)
     except Exception as error:
         raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error

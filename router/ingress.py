@@ -68,6 +68,7 @@ class RouterIngress:
         self._deployment = deployment
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
+        await self._fleet.wait_for_adapters(deployment)
         self._decoders = served_decoders.served(deployment)
         self._orchestrator = Orchestrator(
             config,
@@ -111,9 +112,17 @@ class RouterIngress:
         self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, shared_port=config.replicas > 1)
         _add_readiness(self._app, self.not_ready_because)
         await self._grpc.start()
-        if reason := await self.not_ready_because():
-            raise RuntimeError(f"the first turn failed: {reason}")
+        await self._first_turns(deployment.cluster.start_timeout_s)
         await self._grpc.set_ready(True)
+
+    async def _first_turns(self, timeout_s: float) -> None:
+        """A turn on every pool. Where the engines are being replaced, too, it may take some. Raises RuntimeError."""
+        until = time.monotonic() + timeout_s
+        while reason := await self.not_ready_because():
+            if time.monotonic() > until:
+                raise RuntimeError(f"the first turn failed: {reason}")
+            logger.warning("not ready yet: %s", reason)
+            await asyncio.sleep(1)
 
     def __serve_build_asgi_app__(self):
         return self._app
@@ -127,6 +136,7 @@ class RouterIngress:
             return
         vllm_logging.set_level(deployment.logs.level)
         routes = await self._fleet.adopt(deployment)
+        await self._fleet.wait_for_adapters(deployment)
         self._deployment = deployment
         before = set(self._decoders)
         self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)

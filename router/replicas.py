@@ -237,6 +237,21 @@ class ReplicaSet:
         told = zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True)
         return {replica: stats for replica, stats in told if stats is not None}
 
+    async def serve_adapters(self, names: Collection[str]) -> None:
+        """Until all that answer serve these. The caller bounds it."""
+
+        async def has_them(replica: str) -> bool:
+            try:
+                async with asyncio.timeout(self._wedged_after_s):
+                    return {*names} <= {*await answer(self.on(replica).adapters.remote())}
+            except (*CALL_ERRORS, PrefillShareError, TimeoutError):
+                return True  # it gets no turns, or is about to
+
+        while True:
+            if all(await asyncio.gather(*map(has_them, list(self._replicas)))):
+                return
+            await asyncio.sleep(MEMBERS_S)
+
     async def _probe(self, replica: Replica) -> None:
         well = False
         try:

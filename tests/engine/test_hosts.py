@@ -1,9 +1,11 @@
-"""A Ray cluster over three hosts, prefill and decode on different ones, KV over TCP: exact, also when a link is cut for a while
-and when a host is gone. The hosts are network namespaces: it needs root."""
+"""The chart's pods on three hosts, prefill and decode on different ones, KV over TCP: exact, also after an upgrade, when a link
+is cut for a while and when a host is gone. The hosts are network namespaces, which needs root; KubeRay's part is played by
+tests/chart.py."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -14,12 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from chart import groups, ray_start, rendered, serve_config
 from conftest import ids, wait_until
 from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
 
-from kvshare.config import load
-from kvshare.errors import Unavailable
+from kvshare.config import parse
+from kvshare.errors import DeadlineExceeded, Unavailable
 from prefillshare.client import Client, collect
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -30,9 +33,10 @@ pytestmark = [
 ]
 
 BIN = Path(sys.executable).parent
-RAY_PORT, GRPC, HTTP, METRICS = 6390, 9000, 8000, 8080
+RAY_PORT, DASHBOARD, GRPC, HTTP, METRICS = 6379, 8265, 9000, 8000, 8080
 #: Of every process of the cluster. Hosts here share one memory; KV is to take the network all the same.
 ENV = {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
     "UCX_TLS": "tcp",
     "RAY_AUTH_MODE": "disabled",
     # A host whose link is cut for some seconds is not yet lost.
@@ -43,8 +47,28 @@ LOAD_TIMEOUT_S, WEDGED_S, CUT_S = 4, 6, 3
 
 
 class Cluster:
-    def __init__(self, hosts, client: Client, oracle: Oracle):
-        (self.head, *self.decoding), self.client, self.oracle = hosts, client, oracle
+    """`values`: the chart's, as installed."""
+
+    def __init__(self, hosts, values: dict, client: Client):
+        (self.head, *self.decoding), self.values, self.client = hosts, values, client
+        self._dashboard = f"http://{self.head.address}:{DASHBOARD}/api/serve/applications/"
+        self.oracle = Oracle(parse(values["deployment"]))
+        self.upgrade()
+
+    def upgrade(self) -> None:
+        """As KubeRay does."""
+        httpx.put(self._dashboard, json=serve_config(rendered(self.values)), timeout=60, trust_env=False).raise_for_status()
+
+    def message(self) -> str:
+        """Why Ray Serve has not deployed what it was told; what a RayService shows."""
+        told = httpx.get(self._dashboard, timeout=60, trust_env=False).json()
+        return told["applications"]["prefillshare"]["message"]
+
+    def serves(self, *decoders: str) -> bool:
+        try:
+            return {d.name for d in self.client.decoders()} == {*decoders} and not self.client.not_ready_because()
+        except (Unavailable, DeadlineExceeded):
+            return False
 
     def replicas(self) -> list[dict]:
         address = f"{self.head.address}:{RAY_PORT}"
@@ -78,16 +102,15 @@ class Cluster:
         return host
 
 
-def node(host, folder: Path, head: str | None, **resources: float):
-    first = ["--head", f"--port={RAY_PORT}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
-    where = [f"--address={head}:{RAY_PORT}"] if head else first
-    command = [
-        BIN / "ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=2", "--object-store-memory=100000000",
-        f"--resources={json.dumps(resources)}", "--disable-usage-stats",
-        f"--metrics-export-port={METRICS}", "--block",
-    ]  # fmt: skip
+def start(host, folder: Path, group: dict, head: str = "") -> None:
+    """A pod of the group."""
+    first = {"port": f"{RAY_PORT}", "temp-dir": f"{folder / 'ray'}"}
+    here = {"node-ip-address": host.address, "num-cpus": "2", "object-store-memory": "100000000"}
+    command = ray_start(group, **({"address": f"{head}:{RAY_PORT}"} if head else first), **here)
+    (container,) = group["template"]["spec"]["containers"]
+    env = {e["name"]: e["value"] for e in container["env"] if e["name"] != "HOME"}
     log = folder / f"node-{host.address}.log"
-    process = host.start(command, log, **ENV)
+    process = host.start(["bash", "-c", command], log, **ENV, **env)
 
     def joined() -> bool:
         assert process.poll() is None, log.read_text()
@@ -100,39 +123,32 @@ def node(host, folder: Path, head: str | None, **resources: float):
 def cluster(tmp_path_factory, smollm):
     made = tmp_path_factory.mktemp("hosts")
     base = make_base("llama", made / "base", smollm)
-    adapters = {n: str(p) for n, p in make_seeded_adapters(base, made / "adapters", names=("a", "b")).items()}
+    adapters = {n: str(p) for n, p in make_seeded_adapters(base, made / "adapters", names=("a", "b", "c")).items()}
+    deployment = {
+        "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": 32},
+        "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0", "resources": {"prefill": 1}},
+        "decode": [{
+            "pool": "agents", "replicas": 2, "kv_cache_gib": 0.05, "cpu_cores": "1", "max_lora_rank": 8,
+            "adapters": {name: adapters[name] for name in ("a", "b")}, "resources": {"decode": 1},
+        }],
+        "router": {
+            "host": "0.0.0.0", "http_port": HTTP, "grpc_port": GRPC, "resources": {"router": 1}, "wedged_after_s": WEDGED_S,
+        },
+        "cluster": {"address": "auto", "kv_load_timeout_s": LOAD_TIMEOUT_S},
+    }  # fmt: skip
+    # The head's host has the prefill engine, too.
+    values = {"deployment": deployment, "head": {"rayResources": {"router": 1, "prefill": 1}}, "workers": {"prefill": None}}
+    of = groups(rendered(values))
     # Not under pytest's: the path of a socket is short.
     with tempfile.TemporaryDirectory(prefix="ps", ignore_cleanup_errors=True) as short, Hosts(3) as hosts:
-        folder = Path(short)
         head, *decoding = hosts
-        deployment = folder / "deployment.yaml"
-        deployment.write_text(yaml.safe_dump({
-            "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": 32},
-            "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0", "resources": {"prefill": 1}},
-            "decode": [{
-                "pool": "agents", "replicas": 2, "kv_cache_gib": 0.05, "cpu_cores": "1", "max_lora_rank": 8,
-                "adapters": adapters, "resources": {"decode": 1},
-            }],
-            "router": {
-                "host": "0.0.0.0", "http_port": HTTP, "grpc_port": GRPC, "resources": {"router": 1}, "wedged_after_s": WEDGED_S,
-            },
-            "cluster": {"address": f"{head.address}:{RAY_PORT}", "kv_load_timeout_s": LOAD_TIMEOUT_S},
-        }))  # fmt: skip
-        node(head, folder, None, router=1, prefill=1)
+        start(head, Path(short), of["head"])
         for host in decoding:
-            node(host, folder, head.address, decode=1)
-        served = head.start([BIN / "prefillshare", "serve", deployment], folder / "serve.log", **ENV)
+            start(host, Path(short), of["decode"], head.address)
         with Client(f"{head.address}:{GRPC}") as client:
-
-            def ready() -> bool:
-                assert served.poll() is None, (folder / "serve.log").read_text()
-                try:
-                    return client.not_ready_because() == ""
-                except Unavailable:
-                    return False
-
-            wait_until(ready, 240, 1)
-            yield Cluster(hosts, client, Oracle(load(deployment)))
+            made = Cluster(hosts, values, client)
+            wait_until(lambda: made.serves(base.name, "a", "b"), 240, 1)
+            yield made
 
 
 def test_prefill_and_decode_are_on_different_hosts_and_exact(cluster):
@@ -141,6 +157,38 @@ def test_prefill_and_decode_are_on_different_hosts_and_exact(cluster):
     for number, decoder in enumerate("abab"):
         result, _ = cluster.oracle.turn(session, decoder, token_ids=ids(9, salt=number), max_tokens=12, ignore_eos=True)
         assert number or result.usage.kv_bytes_transferred > 0
+
+
+def test_an_upgrade_changes_what_runs_and_keeps_the_engines_and_their_caches(cluster):
+    (pool,), prompt = cluster.values["deployment"]["decode"], ids(90, salt=10)
+    cluster.turn("a", prompt)
+    before, served = cluster.replicas(), {decoder.name for decoder in cluster.client.decoders()}
+    added = str(Path(pool["adapters"]["a"]).with_name("c"))
+    pool["adapters"]["c"] = added
+
+    turn = cluster.turn("b", ids(50, salt=11), 300, cluster.upgrade)
+    assert turn.usage.resumes == 0
+    wait_until(lambda: cluster.serves(*served, "c"), 60)
+    cluster.oracle = Oracle(parse(cluster.values["deployment"]))
+    assert cluster.turn("c", prompt).usage.cached_tokens == 64
+    assert {replica["replica"] for replica in cluster.replicas()} == {replica["replica"] for replica in before}
+
+
+def test_what_cannot_change_while_it_runs_is_refused_and_all_goes_on(cluster, tmp_path):
+    (pool,) = cluster.values["deployment"]["decode"]
+    right = dict(pool["adapters"])
+    pool["adapters"]["a"] = pool["adapters"]["b"]
+    cluster.upgrade()
+    wait_until(lambda: "adapter 'a' is another one than the one that runs" in cluster.message(), 60)
+    cluster.turn("a", ids(40, salt=12))
+    pool["adapters"] = right
+    file = tmp_path / "deployment.yaml"
+    file.write_text(yaml.safe_dump(cluster.values["deployment"]))
+    with pytest.raises(AssertionError, match="helm upgrade"):  # KubeRay would not know of it
+        cluster.head.run([BIN / "prefillshare", "apply", file], **ENV)
+    cluster.upgrade()
+    wait_until(lambda: not cluster.message(), 60)
+    cluster.turn("a", ids(40, salt=13))
 
 
 def test_every_host_exports_what_runs_on_it(cluster):

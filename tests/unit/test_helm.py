@@ -15,15 +15,14 @@ import kubernetes_validate
 import pytest
 import redis as redis_client
 import yaml
-from helm_python import Chart, HelmError, lint
+from chart import CHART, ROOT, groups, of_kind, pods, rendered, serve_config
+from helm_python import HelmError, lint
 from ports import free_port
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from kvshare.config import Deployment
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "deploy/helm/prefillshare"
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 SPEC = importlib.util.spec_from_file_location("values_schema", ROOT / "deploy/helm/values_schema.py")
 values_schema = importlib.util.module_from_spec(SPEC)
@@ -65,25 +64,6 @@ def values_of(example: Path) -> dict:
     return yaml.safe_load(example.read_text())
 
 
-def rendered(values: dict) -> list[dict]:
-    with Chart.load(CHART) as chart:
-        files = chart.render(values=values, name="agents", namespace="models")
-    texts = [text for name, text in files.items() if name.endswith(".yaml")]
-    return [document for text in texts for document in yaml.safe_load_all(text) if document]
-
-
-def of_kind(documents: list[dict], kind: str) -> list[dict]:
-    return [document for document in documents if document["kind"] == kind]
-
-
-def pods(documents: list[dict]) -> dict[str, dict]:
-    """Component -> pod template."""
-    (service,) = of_kind(documents, "RayService")
-    cluster = service["spec"]["rayClusterConfig"]
-    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
-    return {template["metadata"]["labels"]["app.kubernetes.io/component"]: template for template in templates}
-
-
 def test_the_schema_is_up_to_date():
     file = CHART / "values.schema.json"
     assert file.read_text() == values_schema.rendered(), "run: python deploy/helm/values_schema.py"
@@ -103,29 +83,26 @@ def test_an_example_lints(example):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_an_examples_deployment_is_the_file_that_serve_takes(example):
     documents = rendered(values_of(example))
-    (file,) = [document for document in of_kind(documents, "ConfigMap") if "deployment.yaml" in document["data"]]
-    deployment = Deployment.model_validate(yaml.safe_load(file["data"]["deployment.yaml"]))
+    serve = serve_config(documents)
+    deployment = Deployment.model_validate(serve["applications"][0]["args"]["deployment"])
+    assert deployment == Deployment.model_validate(values_of(example)["deployment"])
     assert deployment.router.host == "0.0.0.0"
-    (service,) = of_kind(documents, "RayService")
-    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert serve["http_options"]["port"] == deployment.router.http_port
     assert serve["applications"][0]["import_path"] == "prefillshare.app:application"
-    assert serve["applications"][0]["args"]["deployment"].startswith("/etc/prefillshare/deployment/")
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_every_replica_finds_a_group_that_offers_what_it_takes(example):
     values = values_of(example)
-    (service,) = of_kind(rendered(values), "RayService")
-    cluster = service["spec"]["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    offered = {name for group in groups for name in json.loads(json.loads(group["rayStartParams"]["resources"].strip("'")))}
+    head, *workers = groups(rendered(values)).values()
+    started = [group["rayStartParams"]["resources"] for group in (head, *workers)]
+    offered = {name for resources in started for name in json.loads(json.loads(resources))}
     deployment = Deployment.model_validate(values["deployment"])
     taken = [deployment.router.resources, deployment.prefill.resources, *(pool.resources for pool in deployment.decode)]
     assert all(taken)
     assert {name for resources in taken for name in resources} <= offered
     gpus = sum(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) * group["replicas"]
-               for group in cluster["workerGroupSpecs"])  # fmt: skip
+               for group in workers)  # fmt: skip
     engines = [deployment.prefill, *deployment.decode]
     assert gpus >= sum(e.replicas * e.tensor_parallel_size * e.gpu_share for e in engines)
 
@@ -185,8 +162,7 @@ def test_secrets_are_only_named():
     for pod in pods(documents).values():
         secrets = {volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume}
         assert secrets == {"prefillshare-keys", "prefillshare-tls"}
-    (service,) = of_kind(documents, "RayService")
-    assert yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]["ssl_certfile"] == "/etc/prefillshare/tls/tls.crt"
+    assert serve_config(documents)["http_options"]["ssl_certfile"] == "/etc/prefillshare/tls/tls.crt"
 
 
 def test_rdma_takes_a_device_and_may_lock_memory():
@@ -228,9 +204,8 @@ def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
     (service,) = of_kind(documents, "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     assert cluster["enableInTreeAutoscaling"] is True
-    assert [(g["groupName"], g["minReplicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]] == [
-        ("decode", 1, 16), ("prefill", 1, 4),
-    ]  # fmt: skip
+    bounds = {g["groupName"]: (g["minReplicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]}
+    assert bounds == {"decode": (1, 16), "prefill": (1, 4)}
     hosts = {i["spec"]["rules"][0]["host"]: i["metadata"].get("annotations", {}) for i in of_kind(documents, "Ingress")}
     assert hosts["grpc.models.example.org"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
     assert "nginx.ingress.kubernetes.io/backend-protocol" not in hosts["models.example.org"]

@@ -15,6 +15,8 @@ DEPLOYMENT = ("app", "prefill")
 KNOWN_WITHIN_S = 2.0
 #: Replicas that live on without an engine.
 DEAD: set[str] = set()
+#: Replica -> adapters it serves; of those that are not here, none.
+ADAPTERS: dict[str, list[str]] = {}
 
 
 class Handle:
@@ -26,6 +28,7 @@ class Handle:
         self._replica = replica
         self.describe = SimpleNamespace(remote=self._describe)
         self.stats = SimpleNamespace(remote=self._stats)
+        self.adapters = SimpleNamespace(remote=self._adapters)
 
     def options(self, session_id: str = "", **_):
         return Handle(session_id)
@@ -37,6 +40,11 @@ class Handle:
         if self._replica in DEAD:
             raise Unavailable("the engine has died")
         return ReplicaStats()
+
+    async def _adapters(self):
+        if self._replica in DEAD:
+            raise Unavailable("the engine has died")
+        return ADAPTERS.get(self._replica, [])
 
 
 @pytest.fixture
@@ -54,6 +62,7 @@ async def replicas():
     await replicas.stop()
     del MEMBERS[DEPLOYMENT]
     DEAD.clear()
+    ADAPTERS.clear()
 
 
 async def becomes_known(replicas, names: set[str]) -> None:
@@ -83,3 +92,16 @@ async def test_a_replica_whose_engine_has_died_gets_no_work_within_two_seconds(r
 
     async with asyncio.timeout(KNOWN_WITHIN_S):
         await until(left_out)
+
+
+async def test_adapters_are_waited_for_on_all_that_answer(replicas):
+    MEMBERS[DEPLOYMENT] = frozenset({"first", "second", "third"})
+    await becomes_known(replicas, {"first", "second", "third"})
+    DEAD.add("third")
+    ADAPTERS["first"] = ["coder", "planner"]
+    waiting = asyncio.create_task(replicas.serve_adapters({"coder"}))
+    done, _ = await asyncio.wait({waiting}, timeout=0.5)
+    assert not done
+    ADAPTERS["second"] = ["coder"]
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        await waiting

@@ -43,8 +43,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- /* What every pod mounts. */ -}}
 {{- define "prefillshare.volumes" -}}
 {{- $root := .root }}
-- name: deployment
-  configMap: {name: {{ include "prefillshare.fullname" $root }}}
 - name: models
   {{- if $root.Values.models.existingClaim }}
   persistentVolumeClaim: {claimName: {{ $root.Values.models.existingClaim }}, readOnly: true}
@@ -70,7 +68,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "prefillshare.volumeMounts" -}}
-- {name: deployment, mountPath: /etc/prefillshare/deployment, readOnly: true}
 - {name: models, mountPath: {{ .Values.models.mountPath }}, readOnly: true}
 - {name: shm, mountPath: /dev/shm}
 - {name: tmp, mountPath: /tmp}
@@ -120,7 +117,6 @@ metadata:
     {{- include "prefillshare.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .name }}
     {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- /* No checksum of the file among them: KubeRay makes a second cluster beside the first when pods change. */}}
   {{- with $group.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
   {{- end }}

@@ -83,14 +83,14 @@ class Redis(_Values):
 
 class Pods(_Values):
     rayResources: dict[str, Annotated[float, Field(gt=0)]]
-    resources: Resources
-    shmSize: Quantity
-    nodeSelector: Labels
-    tolerations: list[Kubernetes]
-    affinity: Kubernetes
-    annotations: Labels
-    labels: Labels
-    env: list[Kubernetes]
+    resources: Resources = Resources()
+    shmSize: Quantity = "4Gi"
+    nodeSelector: Labels = {}
+    tolerations: list[Kubernetes] = []
+    affinity: Kubernetes = {}
+    annotations: Labels = {}
+    labels: Labels = {}
+    env: list[Kubernetes] = []
 
 
 class Devices(_Values):
@@ -106,9 +106,9 @@ class Workers(Pods):
     replicas: Annotated[int, Field(ge=0)]
     minReplicas: Annotated[int, Field(ge=0)]
     maxReplicas: Annotated[int, Field(ge=1)]
-    gpus: Devices
-    rdma: Rdma
-    runtimeClassName: str
+    gpus: Devices | None = None
+    rdma: Rdma | None = None
+    runtimeClassName: str = ""
 
 
 class Autoscaling(_Values):

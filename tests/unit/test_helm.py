@@ -295,6 +295,10 @@ def test_further_objects_are_rendered():
     (("workers", "gpu", "replicas"), "two", "replicas"),
     (("wrokers",), {}, "wrokers"),
     (("auth", "keysFile"), {"secret": "keys"}, "secret"),
+    (("deployment", "router", "host"), "127.0.0.1", "deployment.router.host"),
+    (("deployment", "router", "resources"), {}, "deployment.router.resources"),
+    (("deployment", "decode"), [{"pool": "a", "resources": {"decoed": 1}}], "decode.0.resources: no group offers decoed"),
+    (("deployment", "base", "model"), "models/llama", "deployment.base.model: .* like /models/base"),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_with_its_place(path, value, named):
     values = values_of(CHART / "examples/one-gpu.yaml")
@@ -305,6 +309,20 @@ def test_a_wrong_value_is_refused_with_its_place(path, value, named):
     place[last] = value
     with pytest.raises(HelmError, match=named):
         rendered(values)
+
+
+def test_routers_are_asked_where_they_run():
+    values = values_of(CHART / "examples/autoscaling.yaml")
+    values["deployment"]["router"]["replicas"] = 2
+    values["head"] = {"rayResources": {"router": None}}
+    values["workers"]["routers"] = {"replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayResources": {"router": 1}}
+    documents = rendered(values)
+    (service,) = [s for s in of_kind(documents, "Service") if s["metadata"]["name"].endswith("-router")]
+    wanted = service["spec"]["selector"].items()
+    assert {name for name, pod in pods(documents).items() if wanted <= pod["metadata"]["labels"].items()} == {"routers"}
+    for port in service["spec"]["ports"]:
+        (container,) = pods(documents)["routers"]["spec"]["containers"]
+        assert port["targetPort"] in {there["name"] for there in container["ports"]}
 
 
 def test_without_a_deployment_nothing_is_installed():

@@ -40,6 +40,43 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ dig "router" "grpc_port" 9000 .Values.deployment | int }}
 {{- end }}
 
+{{- /* "true" for a group that routers run on: it offers what they take. Takes root, group. */ -}}
+{{- define "prefillshare.hasRouters" -}}
+{{- range $name, $_ := dig "router" "resources" dict .root.Values.deployment }}
+{{- if hasKey $.group.rayResources $name }}true{{ end }}
+{{- end }}
+{{- end }}
+
+{{- /* What would otherwise show at the first request only, or as a replica that waits for ever. */ -}}
+{{- define "prefillshare.check" -}}
+{{- $deployment := .Values.deployment }}
+{{- if ne (dig "router" "host" "" $deployment) "0.0.0.0" }}
+{{- fail "deployment.router.host: give 0.0.0.0, routers are asked from other pods" }}
+{{- end }}
+{{- $offered := keys .Values.head.rayResources }}
+{{- range .Values.workers }}{{ $offered = concat $offered (keys .rayResources) }}{{ end }}
+{{- $takers := dict "router" (dig "router" "resources" dict $deployment) "prefill" (dig "prefill" "resources" dict $deployment) }}
+{{- range $number, $pool := $deployment.decode }}
+{{- $_ := set $takers (printf "decode.%d" $number) (get $pool "resources" | default dict) }}
+{{- end }}
+{{- range $place, $resources := $takers }}
+{{- range $name, $_ := $resources }}
+{{- if not (has $name $offered) }}
+{{- fail (printf "deployment.%s.resources: no group offers %s (rayResources of head and workers: %s)" $place $name (uniq $offered | sortAlpha | join ", ")) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if not $takers.router }}
+{{- fail "deployment.router.resources: name what a group offers, like router: 0.01; the Service looks for routers there" }}
+{{- end }}
+{{- if not (hasPrefix "/" $deployment.base.model) }}
+{{- fail (printf "deployment.base.model: %s is not a folder of the pods, like %s/base" $deployment.base.model .Values.models.mountPath) }}
+{{- end }}
+{{- if ne (empty (dig "router" "tls" nil $deployment)) (empty .Values.tls.secretName) }}
+{{- fail "tls and deployment.router.tls: give both, HTTP takes the one and gRPC the other" }}
+{{- end }}
+{{- end }}
+
 {{- /* What every pod mounts. */ -}}
 {{- define "prefillshare.volumes" -}}
 {{- $root := .root }}
@@ -52,7 +89,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   emptyDir: {sizeLimit: {{ $root.Values.models.downloadSize }}}
   {{- end }}
 - name: shm
-  emptyDir: {medium: Memory, sizeLimit: {{ .group.shmSize }}}
+  emptyDir: {medium: Memory, sizeLimit: {{ get .group "shmSize" | default "4Gi" }}}
 - name: tmp
   emptyDir: {}
 - name: home
@@ -112,10 +149,14 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $group := .group }}
 {{- $gpus := get $group "gpus" | default dict }}
 {{- $rdma := get $group "rdma" | default dict }}
+{{- $routers := include "prefillshare.hasRouters" . }}
 metadata:
   labels:
     {{- include "prefillshare.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .name }}
+    {{- if $routers }}
+    prefillshare/router: "true"
+    {{- end }}
     {{- with $group.labels }}{{ toYaml . | nindent 4 }}{{ end }}
   {{- with $group.annotations }}
   annotations: {{- toYaml . | nindent 4 }}
@@ -158,6 +199,8 @@ spec:
         {{- if .head }}
         - {name: gcs, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
+        {{- end }}
+        {{- if $routers }}
         - {name: grpc, containerPort: {{ include "prefillshare.grpcPort" $root }}}
         {{- end }}
         # "serve" is the name by which KubeRay finds Serve's proxy for its probes.
@@ -186,9 +229,9 @@ spec:
       {{- end }}
       resources:
         requests:
-          {{- toYaml (get $group.resources "requests" | default dict) | nindent 10 }}
+          {{- toYaml (dig "resources" "requests" dict $group) | nindent 10 }}
         limits:
-          {{- $limits := deepCopy (get $group.resources "limits" | default dict) }}
+          {{- $limits := deepCopy (dig "resources" "limits" dict $group) }}
           {{- if $gpus.count }}{{- $_ := set $limits $gpus.resource $gpus.count }}{{ end }}
           {{- if $rdma.enabled }}{{- $_ := set $limits $rdma.resource $rdma.count }}{{ end }}
           {{- toYaml $limits | nindent 10 }}

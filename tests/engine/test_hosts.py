@@ -61,8 +61,8 @@ class Cluster:
 
     def message(self) -> str:
         """Why Ray Serve has not deployed what it was told; what a RayService shows."""
-        told = httpx.get(self._dashboard, timeout=60, trust_env=False).json()
-        return told["applications"]["prefillshare"]["message"]
+        told = httpx.get(self._dashboard, timeout=60, trust_env=False).json()["applications"]
+        return told["prefillshare"]["message"] if told else ""
 
     def serves(self, *decoders: str) -> bool:
         try:
@@ -147,7 +147,12 @@ def cluster(tmp_path_factory, smollm):
             start(host, Path(short), of["decode"], head.address)
         with Client(f"{head.address}:{GRPC}") as client:
             made = Cluster(hosts, values, client)
-            wait_until(lambda: made.serves(base.name, "a", "b"), 240, 1)
+
+            def ready() -> bool:
+                assert not (why := made.message()), why
+                return made.serves(base.name, "a", "b")
+
+            wait_until(ready, 240, 1)
             yield made
 
 

@@ -417,15 +417,6 @@ class Deployment(_Node):
             raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; a name is served by one pool")
         return self
 
-    @model_validator(mode="after")
-    def _client_certificates_are_asked_for(self) -> Deployment:
-        if self.cluster.address and self.router.tls and self.router.tls.client_ca_file:
-            raise ValueError(
-                "router.tls.client_ca_file: HTTP proxies of a cluster that runs already do not ask for client certificates; "
-                "leave out cluster.address or client_ca_file"
-            )
-        return self
-
     @property
     def shares_prefill(self) -> bool:
         return any(get_mode(p.sharing).shares_prefill for p in self.decode)

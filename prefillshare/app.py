@@ -113,15 +113,9 @@ def application(args: dict[str, Any]):
     """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
     {deployment: {...}}`, a deployment file's content. Changed args change what runs, as `apply` would. Raises as `build` does,
     and ConfigError for what cannot change while it runs."""
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
     deployment, scaled = parse(args.get("deployment")), []
-    try:
-        old = _running_deployment(running_handle(), timeout_s=10)
-    except (ConfigError, TimeoutError, RayError, RayServeException):
-        pass  # nothing runs, or nothing that could serve a turn
-    else:
+    if _routers_run():
+        old = _running_deployment(running_handle())
         check_change(old, deployment)
         scaled = _autoscaled(old)
     return build(deployment, scaled=scaled)
@@ -139,7 +133,7 @@ def _kept_while(part, settings: object):
 def _fixed(deployment: Deployment) -> object:
     """What of a deployment a running router cannot take over: it is replaced instead, turn by turn."""
     router = deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
-    return deployment.base, deployment.logs.format, deployment.tracing, router
+    return deployment.base, deployment.cluster, deployment.logs.format, deployment.tracing, router
 
 
 @contextmanager
@@ -205,8 +199,11 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
 def check_change(old: Deployment, new: Deployment) -> None:
     """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
     weights, nor engines of two contracts. Raises ConfigError."""
-    if (old.base, old.cluster) != (new.base, new.cluster):
-        raise ConfigError("base and cluster cannot change while it runs", field="base", fix="start a second deployment")
+    if old.base != new.base:
+        raise ConfigError("the base cannot change while it runs", field="base", fix="start a second deployment")
+    for field in ("address", "num_cpus"):
+        if getattr(old.cluster, field) != getattr(new.cluster, field):
+            raise ConfigError("it runs on another cluster", field=f"cluster.{field}", fix="start a second deployment there")
     if old.router.tls != new.router.tls:
         raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
     for field in ("host", "http_port"):
@@ -243,8 +240,17 @@ def _autoscaled(deployment: Deployment) -> list[str]:
     return [name for name, (_, engines) in engine_settings(deployment).items() if engines.autoscale]
 
 
-def _running_deployment(handle, timeout_s: float = STOP_TIMEOUT_S) -> Deployment:
-    return Deployment.model_validate(handle.deployment.remote().result(timeout_s=timeout_s))
+def _running_deployment(handle) -> Deployment:
+    return Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
+
+
+def _routers_run() -> bool:
+    """Whether one does. A deployment whose routers never started may be replaced by any other."""
+    from ray import serve
+
+    running = serve.status().applications.get(APP)
+    routers = running and running.deployments.get(ROUTER)
+    return bool(routers and routers.replica_states.get("RUNNING"))
 
 
 def _union(old: Deployment, new: Deployment) -> Deployment:

@@ -13,13 +13,15 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import psutil
 from packaging.requirements import Requirement
 
+from kvshare.config import Router
 from kvshare.errors import PrefillShareError
 from prefillshare import platform
 
@@ -31,6 +33,13 @@ LOOPBACK_LIMIT_S = 60.0
 SHARED_MEMORY_GIB = 2.0
 OPEN_FILES = 4096
 GIB = 2**30
+#: Port -> what it is for; the router's where a deployment names none.
+PORTS = {
+    Router().http_port: "router.http_port",
+    Router().grpc_port: "router.grpc_port",
+    6379: "the port of a Ray cluster (ray start --port)",
+    8265: "the port of Ray's dashboard (ray start --dashboard-port)",
+}
 
 
 class Level(StrEnum):
@@ -106,10 +115,23 @@ def limits() -> Iterator[Finding]:
     if not devices:
         yield Finding("RDMA", Level.OK, "no device; KV between machines takes TCP")
     elif locked != resource.RLIM_INFINITY:
-        fix = "ulimit -l unlimited (Kubernetes: capability IPC_LOCK)"
+        fix = "ulimit -l unlimited (Kubernetes: LimitMEMLOCK=infinity of the nodes' container runtime)"
         yield Finding("RDMA", Level.WRONG, f"{len(devices)} devices, but only {locked // 1024} KiB may be locked", fix)
     else:
         yield Finding("RDMA", Level.OK, f"{len(devices)} devices")
+
+
+def ports(wanted: Mapping[int, str] = PORTS) -> Iterator[Finding]:
+    """Whether another process listens where we would, and which."""
+    listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    for port, about in wanted.items():
+        if port in listening:
+            pid = listening[port]  # unknown of other users' processes
+            by = f"process {pid} ({psutil.Process(pid).name()})" if pid else "another process"
+            fix = f"fine if that is a deployment of yours; else end it, or change {about}"
+            yield Finding("ports", Level.WARNING, f"{port} is taken by {by}", fix)
+    if free := [port for port in wanted if port not in listening]:
+        yield Finding("ports", Level.OK, f"{', '.join(map(str, free))} free")
 
 
 def accelerators() -> Iterator[Finding]:
@@ -168,7 +190,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
         yield Finding("deployment", Level.OK, line)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (versions, accelerators, shared_memory, limits, nixl)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (versions, accelerators, shared_memory, limits, ports, nixl)
 
 
 def doctor_command(file: Path | None) -> int:

@@ -81,7 +81,10 @@ def check_proxies(router: Router) -> None:
             fix="end it there first (serve shutdown), or use the same files",
         )
     if router.tls.client_ca_file and serves_without_certificate(router.host, router.http_port):
-        raise EngineStartError("the HTTP surface serves clients that show no certificate, against router.tls.client_ca_file")
+        raise EngineStartError(
+            "the HTTP surface serves clients that show no certificate, against router.tls.client_ca_file",
+            fix=f"start Ray on every machine with {_CALLBACK}={__name__}.{ask_for_client_certificates.__name__}",
+        )
 
 
 def serves_without_certificate(host: str, port: int) -> bool:

@@ -16,9 +16,10 @@ RUN pip install --no-deps ./src && rm -rf src
 
 FROM ${CUDA}
 # python3.12-dev, gcc: Triton's launchers. The ib and rdma libraries: KV over RDMA, which UCX finds by itself.
+# wget: KubeRay's probes.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3.12 python3.12-dev gcc iproute2 ibverbs-providers libibverbs1 \
-        librdmacm1t64 libnuma1 \
+        librdmacm1t64 libnuma1 wget \
     && rm -rf /var/lib/apt/lists/* \
     && (userdel --remove ubuntu || true) \
     && useradd --uid 1000 --gid 100 --create-home prefillshare

@@ -31,6 +31,7 @@ class SecretKey(_Values):
 class Image(_Values):
     repository: Annotated[str, Field(min_length=1)]
     tag: str
+    digest: Annotated[str, StringConstraints(pattern=r"^(sha256:[0-9a-f]{64})?$")]
     pullPolicy: Literal["Always", "IfNotPresent", "Never"]
 
 
@@ -47,6 +48,7 @@ class Models(_Values):
     hostPath: str
     download: list[Download]
     downloadSize: Quantity
+    downloadEnv: list[Kubernetes]
     hubToken: SecretKey
 
 
@@ -55,10 +57,10 @@ class Keys(_Values):
 
 
 class Certificates(_Values):
-    secretName: str = ""
-    certKey: str = "tls.crt"
-    keyKey: str = "tls.key"
-    clientCaKey: str = ""
+    secretName: str
+    certKey: str
+    keyKey: str
+    clientCaKey: str
 
 
 class Resources(_Values):
@@ -69,6 +71,7 @@ class Resources(_Values):
 class RedisPod(_Values):
     enabled: bool
     image: Annotated[str, Field(min_length=1)]
+    maxmemory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(kb|mb|gb)$")]
     storage: Quantity
     storageClassName: str
     resources: Resources
@@ -82,7 +85,8 @@ class Redis(_Values):
 
 
 class Pods(_Values):
-    rayResources: dict[str, Annotated[float, Field(gt=0)]]
+    # Whole numbers: Ray's autoscaler takes no others.
+    rayResources: dict[str, Annotated[int, Field(ge=1)]]
     resources: Resources = Resources()
     shmSize: Quantity = "4Gi"
     nodeSelector: Labels = {}
@@ -91,6 +95,11 @@ class Pods(_Values):
     annotations: Labels = {}
     labels: Labels = {}
     env: list[Kubernetes] = []
+    priorityClassName: str = ""
+    topologySpreadConstraints: list[Kubernetes] = []
+    extraContainers: list[Kubernetes] = []
+    extraVolumes: list[Kubernetes] = []
+    extraVolumeMounts: list[Kubernetes] = []
 
 
 class Devices(_Values):
@@ -154,9 +163,15 @@ class PodMonitor(_Values):
     labels: Labels
 
 
+class Objectives(_Values):
+    ttftSeconds: Annotated[float, Field(gt=0)]
+    turnSeconds: Annotated[float, Field(gt=0)]
+
+
 class PrometheusRule(_Values):
     enabled: bool
     labels: Labels
+    objectives: Objectives
 
 
 class Dashboards(_Values):

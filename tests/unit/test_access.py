@@ -127,15 +127,6 @@ def test_the_demo_is_refused_before_engines_start_if_its_key_is_none(parse, root
     assert demo.client_options(parse({})) == {}
 
 
-def test_client_certificates_need_a_cluster_of_our_own(parse, root):
-    own = root.certificate("router")
-    tls = {"cert_file": own.cert, "key_file": own.key, "client_ca_file": root.file}
-    with pytest.raises(ConfigError, match=r"router\.tls\.client_ca_file: HTTP proxies of a cluster that runs already"):
-        parse({"tls": tls}, cluster={"address": "auto"})
-    del tls["client_ca_file"]
-    assert parse({"tls": tls}, cluster={"address": "auto"}).router.tls
-
-
 @pytest.fixture
 def serve(root, unused_tcp_port):
     """serve(client_ca_file) -> port of Serve's own HTTP server in this process, and the root it is trusted by."""

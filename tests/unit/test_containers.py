@@ -31,6 +31,7 @@ def test_images_are_pinned_and_the_last_stage_has_no_build_in_it(file):
     last = made[stages[-1] :]
     assert not any("pip install" in argument or "install.sh" in argument for name, argument in last if name == "RUN")
     assert ("COPY", "--from=build /opt/prefillshare /opt/prefillshare") in last
+    assert any(" wget " in argument for name, argument in last if name == "RUN"), "KubeRay's probes call it"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

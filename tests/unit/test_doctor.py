@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 from collections import namedtuple
 
 import pytest
+from ports import free_port
 from typer.testing import CliRunner
 
 from prefillshare import cli, doctor, nixl_loopback
@@ -46,6 +49,16 @@ def test_a_containers_shared_memory_is_too_small(monkeypatch, tmp_path, free_gib
 def test_without_shared_memory_nothing_works(tmp_path):
     (finding,) = doctor.shared_memory(str(tmp_path / "none"))
     assert finding.level == Level.WRONG
+
+
+def test_a_port_that_is_taken_is_named_with_who_has_it():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, free = taken.getsockname()[1], free_port()
+        found = list(doctor.ports({port: "router.grpc_port", free: "router.http_port"}))
+    assert [finding.level for finding in found] == [Level.WARNING, Level.OK]
+    assert f"{port} is taken by process {os.getpid()}" in found[0].found
+    assert "router.grpc_port" in found[0].fix
+    assert found[1].found == f"{free} free"
 
 
 def test_a_read_by_nixl_is_really_made():

@@ -49,7 +49,9 @@ RAY_SERVICE = _fields(
         ("headGroupSpec", "workerGroupSpecs"),
         rayVersion={"type": "string"},
         enableInTreeAutoscaling={"type": "boolean"},
-        autoscalerOptions=_fields(idleTimeoutSeconds=_COUNT),
+        autoscalerOptions=_fields(
+            idleTimeoutSeconds=_COUNT, securityContext=_OBJECT, env={"type": "array"}, volumeMounts={"type": "array"}
+        ),
         headGroupSpec=_fields(("rayStartParams", "template"), rayStartParams=_START, template=_OBJECT),
         workerGroupSpecs={"type": "array", "items": _fields(
             ("groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"),
@@ -148,10 +150,11 @@ def test_kv_stays_between_our_pods():
     documents = rendered(values_of(CHART / "examples/one-gpu.yaml"))
     (policy,) = of_kind(documents, "NetworkPolicy")
     selected = policy["spec"]["podSelector"]["matchLabels"]
-    inside, outside, operator = policy["spec"]["ingress"]
+    inside, metrics, outside, operator = policy["spec"]["ingress"]
     assert inside == {"from": [{"podSelector": {"matchLabels": selected}}]}
-    assert [port["port"] for port in outside["ports"]] == ["serve", "grpc", "metrics"]
-    assert [port["port"] for port in operator["ports"]] == ["dashboard"]
+    assert [port["port"] for port in metrics["ports"]] == ["metrics"]
+    assert [port["port"] for port in outside["ports"]] == ["serve", "grpc"]
+    assert [port["port"] for port in operator["ports"]] == ["dashboard", "serve"]
     for pod in pods(documents).values():
         assert selected.items() <= pod["metadata"]["labels"].items()
 
@@ -181,10 +184,34 @@ def test_models_are_downloaded_before_the_start():
         assert downloads[0]["env"][-1]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
 
 
+def test_models_of_object_storage_are_copied(tmp_path):
+    """Its library takes folders by the same call."""
+    values = values_of(CHART / "examples/icarus-eight-adapters.yaml")
+    key = {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "id"}}}
+    values["models"] |= {
+        "mountPath": str(tmp_path / "models"), "downloadEnv": [key], "hubToken": {},
+        "download": [{"url": f"file://{tmp_path}/bucket/planner", "folder": "planner"}],
+    }  # fmt: skip
+    (tmp_path / "bucket/planner").mkdir(parents=True)
+    (tmp_path / "bucket/planner/config.json").write_text("{}")
+    (download,) = pods(rendered(values))["decode"]["spec"]["initContainers"]
+    assert key in download["env"]
+    python, *arguments = download["command"]
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True, timeout=60)
+    assert (tmp_path / "models/planner/config.json").read_text() == "{}"
+
+
 def test_monitoring_brings_the_rules_and_every_dashboard():
     documents = rendered(values_of(CHART / "examples/one-prefill-four-decode.yaml"))
     (rule,) = of_kind(documents, "PrometheusRule")
     assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/rules.yaml").read_text())
+    values = values_of(CHART / "examples/one-prefill-four-decode.yaml")
+    values["monitoring"]["prometheusRule"]["objectives"] = {"ttftSeconds": 1.5, "turnSeconds": 20}
+    (rule,) = of_kind(rendered(values), "PrometheusRule")
+    recorded = {r["record"]: r["expr"] for r in rule["spec"]["groups"][0]["rules"] if "record" in r}
+    assert recorded["prefillshare:ttft_seconds:objective"] == "vector(1.5)"
+    assert recorded["prefillshare:turn_seconds:objective"] == "vector(20)"
     boards = [d for d in of_kind(documents, "ConfigMap") if d["metadata"]["labels"].get("grafana_dashboard") == "1"]
     made = {name: json.loads(text) for board in boards for name, text in board["data"].items()}
     assert made == {file.name: json.loads(file.read_text()) for file in (ROOT / "deploy/grafana").glob("*.json")}
@@ -199,6 +226,22 @@ def test_monitoring_brings_the_rules_and_every_dashboard():
     assert renamed("ray_node_mem_used") == "ray_node_mem_used"
 
 
+def protocols_of_ingresses(documents: list[dict]) -> dict[str, str]:
+    return {
+        ingress["spec"]["rules"][0]["host"]: ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/backend-protocol"]
+        for ingress in of_kind(documents, "Ingress")
+    }
+
+
+def test_an_ingress_speaks_tls_to_routers_that_do():
+    values = values_of(CHART / "examples/one-prefill-four-decode.yaml")
+    values["ingress"] = {"enabled": True, "httpHost": "http.example.org", "grpcHost": "grpc.example.org"}
+    documents = rendered(values)
+    assert protocols_of_ingresses(documents) == {"http.example.org": "HTTPS", "grpc.example.org": "GRPCS"}
+    (service,) = [s for s in of_kind(documents, "Service") if s["metadata"]["name"].endswith("-router")]
+    assert {port["appProtocol"] for port in service["spec"]["ports"]} == {"https"}
+
+
 def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
     documents = rendered(values_of(CHART / "examples/autoscaling.yaml"))
     (service,) = of_kind(documents, "RayService")
@@ -206,9 +249,7 @@ def test_autoscaling_has_its_bounds_and_an_ingress_its_hosts():
     assert cluster["enableInTreeAutoscaling"] is True
     bounds = {g["groupName"]: (g["minReplicas"], g["maxReplicas"]) for g in cluster["workerGroupSpecs"]}
     assert bounds == {"decode": (1, 16), "prefill": (1, 4)}
-    hosts = {i["spec"]["rules"][0]["host"]: i["metadata"].get("annotations", {}) for i in of_kind(documents, "Ingress")}
-    assert hosts["grpc.models.example.org"]["nginx.ingress.kubernetes.io/backend-protocol"] == "GRPC"
-    assert "nginx.ingress.kubernetes.io/backend-protocol" not in hosts["models.example.org"]
+    assert protocols_of_ingresses(documents) == {"models.example.org": "HTTP", "grpc.models.example.org": "GRPC"}
     budgets = {pdb["metadata"]["name"]: pdb["spec"]["minAvailable"] for pdb in of_kind(documents, "PodDisruptionBudget")}
     assert budgets == {"agents-prefillshare-prefill": 0, "agents-prefillshare-decode": 0}
 
@@ -275,7 +316,7 @@ def test_a_change_of_the_deployment_changes_no_pod():
 def test_http_and_grpc_are_both_encrypted_or_neither():
     values = values_of(CHART / "examples/one-prefill-four-decode.yaml")
     del values["tls"]
-    with pytest.raises(HelmError, match="give both"):
+    with pytest.raises(HelmError, match=r"deployment\.router\.tls\.\w+: tls mounts no such file"):
         rendered(values)
 
 
@@ -299,6 +340,19 @@ def test_further_objects_are_rendered():
     (("deployment", "router", "resources"), {}, "deployment.router.resources"),
     (("deployment", "decode"), [{"pool": "a", "resources": {"decoed": 1}}], "decode.0.resources: no group offers decoed"),
     (("deployment", "base", "model"), "models/llama", "deployment.base.model: .* like /models/base"),
+    (("deployment", "router", "http_port"), 8080, "port 8080 is that of the metrics"),
+    (("deployment", "prefill", "replicas"), 9, "deployment: its engines take 5 GPUs, the groups have 1"),
+    (("deployment", "prefill", "resources"), {"gpu": 0.995}, "decode.0: its replicas make it 1.005 gpu, the groups offer 1"),
+    (("deployment", "prefill", "resources"), {"gpu": 2}, "prefill: a replica takes 2 gpu .* no pod of a group has them"),
+    (("workers", "gpu", "minReplicas"), 2, "workers.gpu: minReplicas <= replicas <= maxReplicas"),
+    (("head", "rayResources"), {"router": 0.5}, "rayResources"),
+    (("models", "existingClaim"), "", "models: give one of existingClaim, hostPath and download"),
+    (("models", "hostPath"), "/models", "models: give one of existingClaim, hostPath and download"),
+    (("models",), {"download": [{"folder": "base"}]}, "models.download.0: give repo or url"),
+    (("auth", "keysFile"), {"secretName": "keys", "secretKey": "keys.yaml"}, "deployment.router.auth.keys_file"),
+    (("deployment", "router", "auth"), {"keys_file": "/keys.yaml"}, "auth.keys_file: auth.keysFile mounts no keys file"),
+    (("tls",), {"secretName": "certs", "clientCaKey": "ca.crt"}, "deployment.router.tls.c.*: tls mounts /etc/prefillshare/tls"),
+    (("redis", "password"), {"secretName": "redis", "secretKey": "password"}, "deployment.router.redis_password_env"),
 ])  # fmt: skip
 def test_a_wrong_value_is_refused_with_its_place(path, value, named):
     values = values_of(CHART / "examples/one-gpu.yaml")

@@ -89,6 +89,10 @@ def test_a_decoder_that_drifted_is_told_of(tmp_path, mean, turns_per_hour, fires
 TURNS = 'prefillshare_turns_total{decoder="a",outcome="%s"}'
 TOKENS = 'prefillshare_prefill_tokens_total{decoder="a",source="%s"}'
 CACHED = 'prefillshare_%s_cached_tokens_total{pool="prefill"}'
+REPLICAS = 'prefillshare_replicas{pool="agents",state="%s"}'
+BLOCKS = 'prefillshare_kv_blocks{pool="agents",state="%s"}'
+TTFT = 'prefillshare_time_to_first_token_seconds_bucket{decoder="a",le="%s"}'
+TURN = 'prefillshare_turn_seconds_bucket{decoder="a",le="%s"}'
 REFUSED = 'prefillshare_turns_refused_total{pool="agents",reason="%s"}'
 
 
@@ -108,6 +112,19 @@ REFUSED = 'prefillshare_turns_refused_total{pool="agents",reason="%s"}'
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6000x60", CACHED % "actual": "0+9000x60"}, {"pool": "prefill"}),
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+8500x60", CACHED % "actual": "0+9000x60"}, None),
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6x60", CACHED % "actual": "0+9x60"}, None),
+        ("PrefillShareDown", {}, {}),
+        ("PrefillShareDown", {REPLICAS % "usable": "2x40 0x20", REPLICAS % "ejected": "0x60"}, {"pool": "agents"}),
+        ("PrefillShareDown", {REPLICAS % "usable": "1x60", REPLICAS % "ejected": "1x60"}, None),
+        # All turns between 5 and 10 s, between 2.5 and 5 s.
+        ("PrefillShareSlowFirstToken",
+         {TTFT % "5.0": "0x60", TTFT % "10.0": "0+9x60", TTFT % "+Inf": "0+9x60"}, {"decoder": "a"}),
+        ("PrefillShareSlowFirstToken", {TTFT % "2.5": "0x60", TTFT % "5.0": "0+9x60", TTFT % "+Inf": "0+9x60"}, None),
+        ("PrefillShareSlowTurns", {TURN % "60.0": "0x60", TURN % "120.0": "0+9x60", TURN % "+Inf": "0+9x60"}, {"decoder": "a"}),
+        ("PrefillShareSlowTurns", {TURN % "30.0": "0x60", TURN % "60.0": "0+9x60", TURN % "+Inf": "0+9x60"}, None),
+        ("PrefillShareKVFull", {BLOCKS % "used": "97x60", BLOCKS % "total": "100x60"}, {"pool": "agents"}),
+        ("PrefillShareKVFull", {BLOCKS % "used": "90x60", BLOCKS % "total": "100x60"}, None),
+        ("PrefillShareLateReads", {'prefillshare_late_reads_total{decoder="a"}': "0+1x60"}, {"decoder": "a"}),
+        ("PrefillShareLateReads", {'prefillshare_late_reads_total{decoder="a"}': "3x60"}, None),
         # From 90 to 30 %, an hour ago or just now; and where there are hardly any prompts.
         ("PrefillShareHitRatioFell",
          {TOKENS % "cached": "0+9000x240 2160000+3000x60", TOKENS % "computed": "0+1000x240 240000+7000x60"}, {"decoder": "a"}),

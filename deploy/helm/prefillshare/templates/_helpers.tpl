@@ -25,7 +25,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "prefillshare.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default (printf "%s-gpu" .Chart.AppVersion) }}
+{{- if .Values.image.digest }}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest }}
+{{- else }}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default (printf "%s-gpu" .Chart.AppVersion)) }}
+{{- end }}
 {{- end }}
 
 {{- define "prefillshare.serviceAccount" -}}
@@ -44,36 +48,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "prefillshare.hasRouters" -}}
 {{- range $name, $_ := dig "router" "resources" dict .root.Values.deployment }}
 {{- if hasKey $.group.rayResources $name }}true{{ end }}
-{{- end }}
-{{- end }}
-
-{{- /* What would otherwise show at the first request only, or as a replica that waits for ever. */ -}}
-{{- define "prefillshare.check" -}}
-{{- $deployment := .Values.deployment }}
-{{- if ne (dig "router" "host" "" $deployment) "0.0.0.0" }}
-{{- fail "deployment.router.host: give 0.0.0.0, routers are asked from other pods" }}
-{{- end }}
-{{- $offered := keys .Values.head.rayResources }}
-{{- range .Values.workers }}{{ $offered = concat $offered (keys .rayResources) }}{{ end }}
-{{- $takers := dict "router" (dig "router" "resources" dict $deployment) "prefill" (dig "prefill" "resources" dict $deployment) }}
-{{- range $number, $pool := $deployment.decode }}
-{{- $_ := set $takers (printf "decode.%d" $number) (get $pool "resources" | default dict) }}
-{{- end }}
-{{- range $place, $resources := $takers }}
-{{- range $name, $_ := $resources }}
-{{- if not (has $name $offered) }}
-{{- fail (printf "deployment.%s.resources: no group offers %s (rayResources of head and workers: %s)" $place $name (uniq $offered | sortAlpha | join ", ")) }}
-{{- end }}
-{{- end }}
-{{- end }}
-{{- if not $takers.router }}
-{{- fail "deployment.router.resources: name what a group offers, like router: 0.01; the Service looks for routers there" }}
-{{- end }}
-{{- if not (hasPrefix "/" $deployment.base.model) }}
-{{- fail (printf "deployment.base.model: %s is not a folder of the pods, like %s/base" $deployment.base.model .Values.models.mountPath) }}
-{{- end }}
-{{- if ne (empty (dig "router" "tls" nil $deployment)) (empty .Values.tls.secretName) }}
-{{- fail "tls and deployment.router.tls: give both, HTTP takes the one and gRPC the other" }}
 {{- end }}
 {{- end }}
 
@@ -128,10 +102,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   {{- if $one.repo }}
   command: [hf, download, {{ $one.repo | quote }}, --revision, {{ $one.revision | default "main" | quote }}, --local-dir, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
   {{- else }}
-  command: [python, -c, "import sys; from pyarrow import fs; fs.copy_files(sys.argv[1], sys.argv[2])", {{ $one.url | quote }}, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
+  command: [python, -c, "import os, sys; from pyarrow import fs; os.makedirs(sys.argv[2], exist_ok=True); fs.copy_files(sys.argv[1], sys.argv[2])", {{ $one.url | quote }}, "{{ $root.Values.models.mountPath }}/{{ $one.folder }}"]
   {{- end }}
   env:
     - {name: HOME, value: /home/prefillshare}
+    {{- with $root.Values.models.downloadEnv }}{{ toYaml . | nindent 4 }}{{ end }}
     {{- with $root.Values.models.hubToken.secretName }}
     - name: HF_TOKEN
       valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $root.Values.models.hubToken.secretKey }}}}
@@ -179,6 +154,12 @@ spec:
   {{- end }}
   {{- with $group.affinity }}
   affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with get $group "topologySpreadConstraints" }}
+  topologySpreadConstraints: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with get $group "priorityClassName" }}
+  priorityClassName: {{ . }}
   {{- end }}
   # Longer than engines and routers take to finish what they have (prefillshare/app.py).
   terminationGracePeriodSeconds: 120
@@ -237,8 +218,11 @@ spec:
           {{- toYaml $limits | nindent 10 }}
       volumeMounts:
         {{- include "prefillshare.volumeMounts" $root | nindent 8 }}
+        {{- with get $group "extraVolumeMounts" }}{{ toYaml . | nindent 8 }}{{ end }}
+    {{- with get $group "extraContainers" }}{{ toYaml . | nindent 4 }}{{ end }}
   volumes:
     {{- include "prefillshare.volumes" (dict "root" $root "group" $group) | nindent 4 }}
+    {{- with get $group "extraVolumes" }}{{ toYaml . | nindent 4 }}{{ end }}
 {{- end }}
 
 {{- /* {"prefill": 1} as ray start wants it inside KubeRay's rayStartParams. */ -}}

@@ -228,7 +228,7 @@ def figures_of(study: Study, settings: Settings) -> dict:
     suites = {}
     for suite in study.suites:
         answers = {row.name: answer(settings, study, row, suite) for row in rows_of(study)}
-        suites[suite] = {"rows": {name: _figures(right, answers[REFERENCE]) for name, right in answers.items()}}
+        suites[suite] = {"rows": {row.name: _figures(row, answers) for row in rows_of(study)}}
     curve: dict[str, list[dict]] = {}
     for row, share in points_of(study):
         right = answer(settings, study, row, study.suites[0], share, settings.curve_questions)
@@ -244,8 +244,13 @@ def figures_of(study: Study, settings: Settings) -> dict:
     return {"suites": suites, "trainings": trainings, "missing": missing, "data": data, "profiles": profiles}
 
 
-def _figures(right: Sequence[bool], reference: Sequence[bool]) -> dict:
-    return _shares(right) | {"difference": _plain(difference(right, reference))}
+def _figures(row: Row, answers: dict[str, Sequence[bool]]) -> dict:
+    """Row -> whether each answer is right."""
+    right, own = answers[row.name], row.own_prefill
+    compared = {"difference": _plain(difference(right, answers[REFERENCE]))}
+    if own:
+        compared["against_own_prefill"] = _plain(difference(right, answers[own]))
+    return _shares(right) | compared
 
 
 def _shares(right: Sequence[bool]) -> dict:

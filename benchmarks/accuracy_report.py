@@ -17,10 +17,10 @@ _INTRO = """\
 <!-- Made by `make accuracy`; change benchmarks/accuracy_report.py or accuracy_notes.md instead. -->
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
-are in percent, with 95 % intervals (Wilson). The difference from full fine-tuning is over the same questions, with the
-95 % interval for paired shares (Agresti and Min). Intervals are over questions like these, for one training each: another
-seed's decoder is not in them. What the suites are: [training.md](training.md); the arithmetic ones use templates that
-training has seen, with names and numbers that it has not.
+are in percent, with 95 % intervals (Wilson). Differences are over the same questions, with the 95 % interval for paired
+shares (Agresti and Min): from full fine-tuning, and from the same decoder over its own prefill. Intervals are over questions
+like these, for one training each: another seed's decoder is not in them. What the suites are: [training.md](training.md); the
+arithmetic ones use templates that training has seen, with names and numbers that it has not.
 
 | row | |
 | --- | --- |
@@ -59,17 +59,19 @@ def markdown(result: dict) -> str:
 
 def _scores(suite: str, rows: dict) -> str:
     asked = rows["base"]["asked"]
-    lines = [f"`{suite}`, {asked} questions", "", "| | right, % | 95 % interval | against full fine-tuning, points |",
-             "| --- | ---: | --- | --- |"]  # fmt: skip
+    lines = [f"`{suite}`, {asked} questions", "",
+             "| | right, % | 95 % interval | against full fine-tuning, points | against its own prefill, points |",
+             "| --- | ---: | --- | --- | --- |"]  # fmt: skip
     for name, row in rows.items():
-        apart = row["difference"]
-        against = f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
-        if name == REFERENCE:
-            against = ""
-        lines.append(
-            f"| {name} | {100 * row['accuracy']:.1f} | {100 * row['low']:.1f} to {100 * row['high']:.1f} | {against} |"
-        )
+        against = "" if name == REFERENCE else _apart(row["difference"])
+        of_own = _apart(row["against_own_prefill"]) if "against_own_prefill" in row else ""
+        interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {interval} | {against} | {of_own} |")
     return "\n".join(lines)
+
+
+def _apart(apart: dict) -> str:
+    return f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
 
 
 def _trainings(found: dict) -> str:

@@ -54,6 +54,9 @@ class Training:
 
 FULL = {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # small steps at a time: half the memory
 ORDINARY = {"method": "ordinary"}
+#: The lower layers stay the base's. Four times the rank in a seventh of the layers.
+LAST = "LoRA fine-tuning of the last 4 layers"
+LAST_LORA = {"rank": 32, "alpha": 128, "saved_as": "bfloat16", "last_layers": 4}
 
 TRAININGS = {
     training.name: training
@@ -63,6 +66,7 @@ TRAININGS = {
         Training("PrefillShare, LoRA"),
         Training("PrefillShare, full", FULL),
         Training("ICaRus", {"method": "icarus"}),
+        Training(LAST, ORDINARY | {"lora": LAST_LORA}),
     )
 }
 
@@ -80,6 +84,11 @@ class Row:
     tokens: float = 0.0
 
     @property
+    def own_prefill(self) -> str | None:
+        """The row of the same decoder over its own KV, if it is not that itself and there is one."""
+        return self.training if self.training in PROFILED and self.method != "ordinary" else None
+
+    @property
     def all_weights(self) -> bool:
         return self.training is not None and "weights" in TRAININGS[self.training].changes
 
@@ -88,15 +97,15 @@ REFERENCE = "full fine-tuning"
 NAIVE = "naive sharing"
 UNTRAINED, REUSE = "LoRA fine-tuning", "LoRA fine-tuning, naive sharing"
 #: The ordinary fine-tunes that DroidSpeak serves, and the shares of the layers that each computes itself, each a row.
-PROFILED = {REFERENCE: "the same weights", UNTRAINED: "the same adapter"}
-LAYERS = (0.1, 0.25, 0.5)
+PROFILED = {REFERENCE: "the same weights", UNTRAINED: "the same adapter", LAST: "the same adapter"}
+LAYERS = {REFERENCE: (0.1, 0.25, 0.5), UNTRAINED: (0.1, 0.25, 0.5), LAST: (0.15,)}
 
 
 def _droidspeak(training: str) -> list[Row]:
     return [
         Row(f"DroidSpeak, {training}, {share:.0%} of the layers", f"{PROFILED[training]}: its own KV of the prompt in the best "
             "group of at most so many layers, the base's in the others", training, "prefillshare", share)
-        for share in LAYERS
+        for share in LAYERS[training]
     ]  # fmt: skip
 
 
@@ -112,6 +121,9 @@ ROWS = (
     Row(UNTRAINED, "an adapter of rank 8 trained in the ordinary way; its own KV", UNTRAINED, "ordinary"),
     Row(REUSE, "the same adapter, fed base KV of the prompt", UNTRAINED, "prefillshare"),
     *_droidspeak(UNTRAINED),
+    Row(LAST, "an adapter of rank 32 on these alone, trained in the ordinary way; its own KV", LAST, "ordinary"),
+    Row(f"{LAST}, naive sharing", "the same adapter, fed base KV of the prompt", LAST, "prefillshare"),
+    *_droidspeak(LAST),
     Row("CacheBlend, LoRA fine-tuning, 15 % of the tokens", "the same adapter: its own KV of two layers, and in the others of "
         "the tokens whose KV differ most there", UNTRAINED, "prefillshare", tokens=0.15),
 )  # fmt: skip

@@ -1,7 +1,9 @@
 """The accuracy study goes on where it was ended, and its page says what was found."""
 
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,7 +111,9 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
 
 def test_the_page_has_every_row_and_the_difference(tmp_path):
     reference = [True] * 6 + [False] * 4
-    rows = {row.name: accuracy._figures(reference[::-1], reference) for row in accuracy.ROWS}
+    answers = {row.name: reference[::-1] if row.own_prefill is None else reference for row in accuracy.ROWS}
+    answers[accuracy.REFERENCE] = reference
+    rows = {row.name: accuracy._figures(row, answers) for row in accuracy.ROWS}
     figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2,
                "device": "a GPU"}  # fmt: skip
     trainings = dict.fromkeys(accuracy.TRAININGS, figures)
@@ -131,6 +135,8 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     for row in accuracy.ROWS:
         assert f"| {row.name} | 60.0 |" in page
     assert "| ICaRus | 60.0 | 31.3 to 83.2 | +0.0 (" in page
+    two_kinds = r"\| LoRA fine-tuning, naive sharing \| 60.0 \| 31.3 to 83.2 \| \+0.0 \([^|]*\) \| \+0.0 \([^|]*\) \|"
+    assert re.search(two_kinds, page)
     assert "Full fine-tuning, served by DroidSpeak" in page
     assert "| 3-5 | 3 | 0.4000 |" in page
     assert "Not trained for this study: ICaRus of rank 64." in page
@@ -202,7 +208,7 @@ def test_rows_without_a_decoder_are_left_out_and_nothing_is_asked_twice(monkeypa
 
 
 def test_decoders_of_unequal_data_are_not_compared(monkeypatch):
-    transcripts = iter([2229, 545, 2229, 2229, 2229])
+    transcripts = chain([2229, 545], repeat(2229))
     monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
     monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)
     monkeypatch.setattr(accuracy, "check_made", lambda recipe: None)

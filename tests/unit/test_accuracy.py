@@ -2,8 +2,8 @@
 
 import re
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from itertools import chain, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 

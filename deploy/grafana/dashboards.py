@@ -264,10 +264,12 @@ BOARDS = (
                   {f'count by (alertname) ({_of("ALERTS", alertname="PrefillShare.*", alertstate="firing")}) or vector(0)':
                    "{{alertname}}"},
                   "Each alert's runbook says what to do (deploy/prometheus/rules.yaml)."),
-            Panel("p95 of a turn, 5 minutes", "s", {"prefillshare:turn_seconds:p95_5m": "{{decoder}}"},
-                  "Recorded, so that long ranges load quickly."),
-            Panel("p95 of the first token, 5 minutes", "s", {"prefillshare:ttft_seconds:p95_5m": "{{decoder}}"},
-                  "Recorded, so that long ranges load quickly."),
+            Panel("p95 of a turn, 5 minutes", "s",
+                  {"prefillshare:turn_seconds:p95_5m": "{{decoder}}", "prefillshare:turn_seconds:objective": "objective"},
+                  "Above the objective for ten minutes: PrefillShareSlowTurns."),
+            Panel("p95 of the first token, 5 minutes", "s",
+                  {"prefillshare:ttft_seconds:p95_5m": "{{decoder}}", "prefillshare:ttft_seconds:objective": "objective"},
+                  "Above the objective for ten minutes: PrefillShareSlowFirstToken."),
         ),
     }, {"ttft": "0.25,0.5,1.0,2.5,5.0,10.0", "gap": "0.025,0.05,0.1,0.25,0.5,1.0"}),
 )  # fmt: skip

@@ -39,16 +39,20 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Training:
-    """`changes`: what its recipe has that the study's has not; none: the adapter in adapters/."""
+    """`changes`: what its recipe has that the study's has not; none: the adapter in adapters/. `shipped`: it stands there, too,
+    under that name behind the study's."""
 
     name: str
     changes: dict = field(default_factory=dict)
+    shipped: str = ""
 
     def recipe(self, study: Study) -> Recipe:
         recipe = load(study.recipe)
         if not self.changes:
             return recipe
         folder = RUNS / study.name / self.name.replace(", ", "-").replace(" ", "-").lower()
+        if self.shipped:
+            folder = Path(recipe.output).with_name(f"{study.name}-{self.shipped}")
         return parse(recipe.model_dump(mode="json") | self.changes | {"output": str(folder)})
 
 
@@ -66,7 +70,7 @@ TRAININGS = {
         Training("PrefillShare, LoRA"),
         Training("PrefillShare, full", FULL),
         Training("ICaRus", {"method": "icarus"}),
-        Training(LAST, ORDINARY | {"lora": LAST_LORA}),
+        Training(LAST, ORDINARY | {"lora": LAST_LORA}, shipped="last-layers"),
     )
 }
 

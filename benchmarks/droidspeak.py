@@ -1,6 +1,9 @@
 """What DroidSpeak saves: time to the first token of a decoder that has not seen a context, against its own full prefill.
 
-    python -m benchmarks.droidspeak [--decoder FOLDER] [--layers 4-7] [--tokens 512 1024 2048 4096] [--repeats 3]
+    python -m benchmarks.droidspeak [--profiled FOLDER] [--layers 4-7] [--tokens 512 1024 2048 4096] [--repeats 3]
+
+The layers are those of the profiled point: of a fine-tune's profile the best group of at most 15 % of them. What that fine-tune
+loses there in right answers, against its own full prefill, is measured with it.
 
 A decoder with weights of its own is served twice on the same cores, in mode droidspeak and in mode none. Per length and repeat:
  - droidspeak: the shared pool has prefilled the context for somebody else (the base answers one token); then the decoder, whose
@@ -26,9 +29,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import droidspeak_overlap
+from benchmarks.droidspeak_quality import profiled_point, quality
 from benchmarks.result import RESULTS, write
 from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
+from finetuning.tasks import TASKS
 from kvshare.config import Deployment, parse
 from kvshare.contract import KVShape
 from kvshare.layer_group import LayerGroup
@@ -40,6 +45,9 @@ from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_full_decoder
 
 MODES = ("droidspeak", "none")
+#: Of the layers, as a share; and the fine-tune for which so few are enough.
+MOST_LAYERS = 0.15
+PROFILED = Path("adapters/arithmetic-last-layers")
 KV_GIB = 1.0
 TURNS, LENGTHS = 5, Lengths(beginning=512, given=64, answer=16)
 
@@ -127,7 +135,12 @@ def overlaps(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--decoder", type=Path, help="folder of a fine-tune with all weights (default: made from a seed)")
-    parser.add_argument("--layers", default="13-16", help="group that it computes itself (default: 13-16, of 30)")
+    parser.add_argument(
+        "--profiled", type=Path, default=PROFILED, help=f"fine-tune with a layer profile (default: {PROFILED})"
+    )
+    parser.add_argument("--layers", help="group they compute themselves (default: the profile's best of at most 15 %%)")
+    parser.add_argument("--suite", default="arithmetic", choices=TASKS, help="asked of the fine-tune (default: arithmetic)")
+    parser.add_argument("--questions", type=int, default=200, help="of the suite, evenly spread (default: 200)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="context lengths")
     parser.add_argument("--repeats", type=int, default=3, help="contexts of each length (default: 3)")
     parser.add_argument("--link-mbit", type=int, default=1000, help="speed of the slower link; 0: none (default: 1000)")
@@ -135,13 +148,15 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=8, help="sessions (default: 8)")
     parser.add_argument("--at-once", type=int, default=4, help="sessions at once (default: 4)")
     args = parser.parse_args()
-    console, model, group = Console(stderr=True), fetch(MODEL), LayerGroup.parse(args.layers)
+    console, model = Console(stderr=True), fetch(MODEL)
+    group = LayerGroup.parse(args.layers) if args.layers else profiled_point(model, args.profiled, MOST_LAYERS)
+    layers = str(group)
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         decoder = args.decoder or make_full_decoder(model, Path(folder) / "full", seed=1, noise=0.02)
         adapter = make_seeded_adapters(model, Path(folder) / "unused", names=["adapter"])["adapter"]
         by_mode = {}
         for mode in MODES:
-            tree = one_decoder(model, decoder, adapter, mode, args.layers, max(args.tokens))
+            tree = one_decoder(model, decoder, adapter, mode, layers, max(args.tokens))
             task = progress.add_task(f"first tokens, {mode}", total=len(args.tokens) * args.repeats)
             with running(tree), Client(ADDRESS) as client:
                 def advance(task=task) -> None:
@@ -150,7 +165,10 @@ def main() -> None:
                 by_mode[mode] = first_tokens(client, mode, args.tokens, args.repeats, advance)
             console.print(f"{mode}: {by_mode[mode]}")
         by_link = overlaps(model, decoder, group, args, console, progress)
-        sessions = throughput(model, Path(folder) / "adapters", args.layers, args, progress)
+        sessions = throughput(model, Path(folder) / "adapters", layers, args, progress)
+        task = progress.add_task(f"{args.suite}, answered both ways", total=2 * args.questions)
+        answered = quality(model, args.profiled, group, args.suite, args.questions, lambda n: progress.advance(task, n))
+        console.print(f"quality: {answered}")
     limit = KVShape.of(model).layers / len(group)
     headline = {"arithmetic_limit": round(limit, 2)}
     for tokens in map(str, args.tokens):
@@ -161,9 +179,11 @@ def main() -> None:
     for count, modes in sessions.items():
         ratio = modes["droidspeak"]["turns_per_s"] / modes["none"]["turns_per_s"]
         headline[f"n{count}_throughput_to_none"] = round(ratio, 3)
+    headline |= {f"quality_{name}": answered[name] for name in ("points", "points_low", "points_high")}
     config = vars(args) | {"decoder": str(args.decoder or "seeded"), "kv_gib_per_engine": KV_GIB}
+    config |= {"layers": layers, "profiled": str(args.profiled)}
     config |= {"turns": TURNS, **LENGTHS._asdict()}
-    write("droidspeak", console, config, headline, first_tokens=by_mode, overlap=by_link, sessions=sessions)
+    write("droidspeak", console, config, headline, first_tokens=by_mode, overlap=by_link, sessions=sessions, quality=answered)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The example deployments: each is right as it stands, for a base of the size its comments speak of."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvshare import config, decoders
+from kvshare import config, decoders, fingerprint
 from kvshare.access import Auth, Tls, with_files
 from kvshare.contract import DecoderContract, KVShape
+from kvshare.layer_group import LayerGroup
+from kvshare.layer_profile import FILE, LayerProfile, Point
 from kvshare.modes import get_mode
 from router import tenants
 
@@ -31,6 +34,12 @@ BASES = {
 }
 
 
+def profile_of(base: Path, decoder: Path) -> LayerProfile:
+    """As adapters/arithmetic-last-layers has it, in short."""
+    points = tuple(Point(layers, at, at, at, 1.0, 12) for layers, at in (("none", 0.04), ("26-29", 0.0)))
+    return LayerProfile(fingerprint.weights(base), fingerprint.weights(decoder), "data.jsonl", 30, points, (0.0,) * 30)
+
+
 @pytest.fixture
 def load(model, adapter, tmp_path, monkeypatch):
     """load(file) -> the example's tree, its folders made in the current folder."""
@@ -43,7 +52,9 @@ def load(model, adapter, tmp_path, monkeypatch):
             if "model" in pool:
                 DecoderContract.of_base(base).write(model(pool["model"], tensors={"w": b"tuned"}, **shape))
             for folder in pool.get("adapters", {}).values():
-                adapter(folder, base=base)
+                made = adapter(folder, base=base)
+                if "quality_floor" in pool:
+                    profile_of(base, made).write(made)
         monkeypatch.chdir(tmp_path)
         return config.load(file)
 
@@ -53,7 +64,8 @@ def load(model, adapter, tmp_path, monkeypatch):
 def test_there_is_one_example_per_scenario():
     names = {file.stem for file in EXAMPLES}
     assert names == {
-        "demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "icarus", "tenants"
+        "demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "icarus", "tenants",
+        "droidspeak",
     }  # fmt: skip
 
 
@@ -129,6 +141,17 @@ def test_engines_on_one_gpu_fit_on_it(load):
     engines = (gpu.prefill, gpu.decode[0])
     assert sum(e.replicas * e.gpu_share for e in engines) == 1
     assert sum(e.engine_args["gpu_memory_utilization"] for e in engines) < 1
+
+
+def test_the_droidspeak_adapter_has_a_profile_of_its_own_weights_and_is_exact_with_few_layers(load):
+    tree = load(FOLDER / "droidspeak.yaml")
+    assert decoders.served(tree)["arithmetic"].own_layers == (LayerGroup(26, 29),)
+    (pool,) = yaml.safe_load((FOLDER / "droidspeak.yaml").read_text())["decode"]
+    shipped = FOLDER.parents[1] / pool["adapters"]["arithmetic"]
+    profile = json.loads((shipped / FILE).read_text())
+    assert profile["decoder"] == fingerprint.weights(shipped)
+    (point,) = [point for point in profile["points"] if point["layers"] == "26-29"]
+    assert point["high"] < tree.decode[0].quality_floor
 
 
 def test_eight_icarus_adapters_stand_on_two_gpus(load):

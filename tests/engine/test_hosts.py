@@ -137,7 +137,11 @@ def cluster(tmp_path_factory, smollm):
         "cluster": {"address": "auto", "kv_load_timeout_s": LOAD_TIMEOUT_S},
     }  # fmt: skip
     # The head's host has the prefill engine, too.
-    values = {"deployment": deployment, "head": {"rayResources": {"router": 1, "prefill": 1}}, "workers": {"prefill": None}}
+    decode = {"replicas": 2, "maxReplicas": 2, "gpus": {"count": 0}}
+    values = {
+        "deployment": deployment, "models": {"hostPath": str(made)},
+        "head": {"rayResources": {"router": 1, "prefill": 1}}, "workers": {"prefill": None, "decode": decode},
+    }  # fmt: skip
     of = groups(rendered(values))
     # Not under pytest's: the path of a socket is short.
     with tempfile.TemporaryDirectory(prefix="ps", ignore_cleanup_errors=True) as short, Hosts(3) as hosts:

@@ -113,9 +113,16 @@ def application(args: dict[str, Any]):
     """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
     {deployment: {...}}`, a deployment file's content. Changed args change what runs, as `apply` would. Raises as `build` does,
     and ConfigError for what cannot change while it runs."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     deployment, scaled = parse(args.get("deployment")), []
-    if _routers_run():
+    try:
         old = _running_deployment(running_handle())
+    except (ConfigError, TimeoutError, RayError, RayServeException) as error:
+        # Nothing runs, or no router came up: it may be replaced. (Serve does not tell its status while it builds.)
+        logger.info("no router answers: %s", error)
+    else:
         check_change(old, deployment)
         scaled = _autoscaled(old)
     return build(deployment, scaled=scaled)
@@ -242,15 +249,6 @@ def _autoscaled(deployment: Deployment) -> list[str]:
 
 def _running_deployment(handle) -> Deployment:
     return Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
-
-
-def _routers_run() -> bool:
-    """Whether one does. A deployment whose routers never started may be replaced by any other."""
-    from ray import serve
-
-    running = serve.status().applications.get(APP)
-    routers = running and running.deployments.get(ROUTER)
-    return bool(routers and routers.replica_states.get("RUNNING"))
 
 
 def _union(old: Deployment, new: Deployment) -> Deployment:

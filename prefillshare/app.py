@@ -140,7 +140,7 @@ def _kept_while(part, settings: object):
 def _fixed(deployment: Deployment) -> object:
     """What of a deployment a running router cannot take over: it is replaced instead, turn by turn."""
     router = deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
-    return deployment.base, deployment.cluster, deployment.logs.format, deployment.tracing, router
+    return deployment.base, deployment.cluster.kv_load_timeout_s, deployment.logs.format, deployment.tracing, router
 
 
 @contextmanager

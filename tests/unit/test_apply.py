@@ -4,7 +4,8 @@ import pytest
 
 from kvshare import config
 from kvshare.errors import ConfigError
-from prefillshare.app import _replicas, check_change
+from prefillshare.app import _fixed, _replicas, check_change
+from prefillshare.engines import engine_settings
 
 
 @pytest.fixture
@@ -12,9 +13,10 @@ def deploy(model, adapter):
     base = model("base")
     folders = {name: str(adapter(name, base=base)) for name in ("a", "b")}
 
-    def make(**pool):
+    def make(cluster=None, **pool):
         pool = {"pool": "agents", "adapters": {"a": folders["a"]}} | pool
-        return config.parse({"base": {"model": str(base), "dtype": "float32", "max_model_len": 64}, "decode": [pool]})
+        whole = {"base": {"model": str(base), "dtype": "float32", "max_model_len": 64}, "decode": [pool]}
+        return config.parse(whole | {"cluster": cluster or {}})
 
     make.folders = folders
     return make
@@ -36,6 +38,22 @@ def test_a_name_keeps_its_meaning(deploy, change, message):
         change = {"adapters": {"a": deploy.folders["b"]}}
     with pytest.raises(ConfigError, match=message):
         check_change(deploy(), deploy(**change))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "engines_stay", "routers_stay"),
+    [({"kv_lease_s": 90}, False, True), ({"kv_load_timeout_s": 5}, True, False), ({"start_timeout_s": 900}, True, True)],
+)
+def test_a_lease_replaces_engines_and_a_timeout_routers(deploy, cluster, engines_stay, routers_stay):
+    before, after = deploy(), deploy(cluster)
+    check_change(before, after)
+    assert (engine_settings(before) == engine_settings(after)) is engines_stay
+    assert (_fixed(before) == _fixed(after)) is routers_stay
+
+
+def test_another_cluster_is_another_deployment(deploy):
+    with pytest.raises(ConfigError, match="cluster.address: it runs on another cluster"):
+        check_change(deploy(), deploy({"address": "10.0.0.1:6379"}))
 
 
 def test_own_layers_may_change_where_the_prefill_pool_keeps_what_they_need(deploy):

@@ -52,7 +52,7 @@ def test_a_lease_replaces_engines_and_a_timeout_routers(deploy, cluster, engines
 
 
 def test_another_cluster_is_another_deployment(deploy):
-    with pytest.raises(ConfigError, match="cluster.address: it runs on another cluster"):
+    with pytest.raises(ConfigError, match=r"cluster\.address: it runs on another cluster"):
         check_change(deploy(), deploy({"address": "10.0.0.1:6379"}))
 
 

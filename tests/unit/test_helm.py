@@ -226,6 +226,11 @@ def test_monitoring_brings_the_rules_and_every_dashboard():
     assert renamed("ray_node_mem_used") == "ray_node_mem_used"
 
 
+def router_service(documents: list[dict]) -> dict:
+    (service,) = [one for one in of_kind(documents, "Service") if one["metadata"]["name"].endswith("-router")]
+    return service
+
+
 def protocols_of_ingresses(documents: list[dict]) -> dict[str, str]:
     return {
         ingress["spec"]["rules"][0]["host"]: ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/backend-protocol"]
@@ -238,7 +243,7 @@ def test_an_ingress_speaks_tls_to_routers_that_do():
     values["ingress"] = {"enabled": True, "httpHost": "http.example.org", "grpcHost": "grpc.example.org"}
     documents = rendered(values)
     assert protocols_of_ingresses(documents) == {"http.example.org": "HTTPS", "grpc.example.org": "GRPCS"}
-    (service,) = [s for s in of_kind(documents, "Service") if s["metadata"]["name"].endswith("-router")]
+    service = router_service(documents)
     assert {port["appProtocol"] for port in service["spec"]["ports"]} == {"https"}
 
 
@@ -264,7 +269,7 @@ def test_a_redis_of_the_charts_own_is_what_the_routers_ask():
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     (policy,) = of_kind(documents, "NetworkPolicy")
     assert policy["spec"]["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-    (router,) = [service for service in services if service["metadata"]["name"].endswith("-router")]
+    router = router_service(documents)
     assert not router["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     (password,) = pod["spec"]["containers"][0]["env"]
     of_routers = [e for e in pods(documents)["head"]["spec"]["containers"][0]["env"] if "valueFrom" in e]
@@ -371,7 +376,7 @@ def test_routers_are_asked_where_they_run():
     values["head"] = {"rayResources": {"router": None}}
     values["workers"]["routers"] = {"replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayResources": {"router": 1}}
     documents = rendered(values)
-    (service,) = [s for s in of_kind(documents, "Service") if s["metadata"]["name"].endswith("-router")]
+    service = router_service(documents)
     wanted = service["spec"]["selector"].items()
     assert {name for name, pod in pods(documents).items() if wanted <= pod["metadata"]["labels"].items()} == {"routers"}
     for port in service["spec"]["ports"]:

@@ -1,16 +1,18 @@
 """vLLM's logging, set up without closing the log handlers of others, and for our own modules, too: one format, one level.
 
-When its first engine is made, vLLM sets up its logging by `logging.config.dictConfig`, which closes every handler of the
-process: Serve's too. A replica whose handlers are closed writes no more to its log file, and fails if Serve asks only then
-where that file is, as it does on a busy machine. Set up before, vLLM finds nothing left to do.
+Libraries set up their logging by `logging.config.dictConfig`, which closes every handler of the process: vLLM does when its
+first engine is made, NIXL when it is imported. In a replica that would close Serve's handlers. Such a replica writes no more
+to its log file, and it cannot tell Serve where that file is: a controller that has died and come back takes the replica for
+broken and stops it. So `dictConfig` closes nothing in a replica's process.
 
-Seam: vllm/logger.py (`configure_logging_if_needed`), vllm/config/logging.py; logging.config (`_clearExistingHandlers`);
-ray/serve/_private/logging_utils.py
+Seam: logging.config (`_clearExistingHandlers`); vllm/logger.py (`configure_logging_if_needed`), vllm/config/logging.py;
+nixl/logging.py; ray/serve/_private/logging_utils.py (`get_component_logger_file_path`)
 """
 
 from __future__ import annotations
 
 import logging
+import logging.config
 
 #: Our packages; their loggers write where vLLM's does.
 OURS = ("kvshare", "kvshare_vllm", "router", "prefill_service", "decode_service", "prefillshare")
@@ -24,16 +26,17 @@ def config(level: str = "info", form: str = "text"):
 
 
 def set_up(level: str = "info", form: str = "text") -> None:
-    """Called in a replica before vLLM makes anything."""
+    """Called in a replica before vLLM makes anything or NIXL is imported."""
+    logging.config._clearExistingHandlers = _forget_names_only
     from vllm.logger import configure_logging_if_needed
 
-    handlers = logging._handlerList[:]
-    logging._handlerList.clear()
-    try:
-        configure_logging_if_needed(config(level, form))
-    finally:
-        logging._handlerList.extend(handlers)
+    configure_logging_if_needed(config(level, form))
     share_with_ours()
+
+
+def _forget_names_only() -> None:
+    """In place of logging.config's own, which also closes all handlers that there are."""
+    logging._handlers.clear()
 
 
 def share_with_ours() -> None:

@@ -1,4 +1,4 @@
-"""vLLM's logging leaves the log handlers of others open; what vLLM does by itself would close them."""
+"""No library that sets up its logging closes the log handlers of others; what each does by itself would close them."""
 
 import json
 import subprocess
@@ -7,25 +7,39 @@ import sys
 import pytest
 
 SCRIPT = """
-import logging, logging.handlers, sys
-target = logging.StreamHandler(sys.stderr)
-theirs = logging.handlers.MemoryHandler(1, target=target)
-logging.getLogger("ray.serve").addHandler(theirs)
+import logging, logging.config, logging.handlers, sys
 from kvshare_vllm import vllm_logging
-from vllm.config.logging import LoggingConfig
-from vllm.logger import configure_logging_if_needed
-{before}
-configure_logging_if_needed(LoggingConfig())
-assert logging.getLogger("vllm").handlers
-print("open" if theirs.target is target else "closed")
+
+def a_library_of_that_kind():
+    own = {"own": {"class": "logging.StreamHandler"}}
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "handlers": own, "root": {"handlers": ["own"]}})
+    assert logging.getLogger().handlers
+
+def nixl():
+    import nixl
+    assert logging.getLogger("nixl").handlers
+
+def vllm():
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
+    configure_logging_if_needed(LoggingConfig())
+    assert logging.getLogger("vllm").handlers
+
+GUARD
+for library in (a_library_of_that_kind, nixl, vllm):
+    target = logging.StreamHandler(sys.stderr)
+    theirs = logging.handlers.MemoryHandler(1, target=target)
+    logging.getLogger("ray.serve").addHandler(theirs)
+    library()
+    print(library.__name__, "open" if theirs.target is target else "closed", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize(("before", "then"), [("vllm_logging.set_up()", "open"), ("", "closed")])
-def test_handlers_of_others_are_open_after_vllm_has_set_up_its_own(before, then):
-    script = SCRIPT.format(before=before)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split()[-1:] == [then], done.stderr
+@pytest.mark.parametrize(("guard", "then"), [("vllm_logging.set_up()", "open"), ("pass", "closed")])
+def test_handlers_of_others_are_open_after_a_library_has_set_up_its_own(guard, then):
+    done = subprocess.run([sys.executable, "-c", SCRIPT.replace("GUARD", guard)], capture_output=True, text=True, timeout=120)
+    told = dict(line.split() for line in done.stderr.splitlines() if line.endswith((" open", " closed")))
+    assert told == dict.fromkeys(("a_library_of_that_kind", "nixl", "vllm"), then), done.stderr
 
 
 OURS = """

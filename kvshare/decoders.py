@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
-from kvshare import fingerprint
+from kvshare import adapter_files, fingerprint
+from kvshare.adapter_settings import AdapterSettings
 from kvshare.config import DecodePool, Deployment, Engines
 from kvshare.contract import DecoderContract, KVShape
 from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
@@ -71,6 +71,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
     with _about("base.model"):
         base = DecoderContract.of_base(deployment.base.model)
         _check_positions(deployment.base.model, length)
+        linear = adapter_files.linear_modules(deployment.base.model)
     _check_kv_cache(deployment, base.shape)
     _check_own_layers(deployment, base.shape)
     _check_graphs(deployment)
@@ -82,7 +83,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
         _check_architecture(pool, deployment.base.model, f"decode.{number}.sharing")
         for name, folder in pool.adapters.items():
             with _about(f"decode.{number}.adapters.{name}"):
-                _check_adapter(pool, folder, base)
+                _check_adapter(pool, folder, base, linear)
     return base
 
 
@@ -156,10 +157,9 @@ def _check_own_layers(deployment: Deployment, shape: KVShape) -> None:
             )
 
 
-def _check_adapted(pool: DecodePool, folder: str, tensors: Iterable[str]) -> None:
-    """`tensors`: names as PEFT writes them, ...self_attn.q_proj.lora_A.weight."""
+def _check_adapted(pool: DecodePool, folder: str, modules: Iterable[str]) -> None:
     allowed = get_mode(pool.sharing).adapter_modules
-    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors if ".lora_" in name}
+    adapted = {module.rsplit(".", 1)[-1] for module in modules}
     if allowed is not None and (wrong := adapted - allowed):
         raise ConfigError(
             f"{folder} adapts {', '.join(sorted(wrong))}, which mode {pool.sharing} never runs",
@@ -212,25 +212,14 @@ def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     fingerprint.weights(folder)
 
 
-def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract) -> None:
-    try:
-        config = fingerprint.read_json(folder, "adapter_config.json")
-    except ConfigError as error:
-        raise ConfigError(error.message, fix="give a LoRA adapter saved by PEFT") from None
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise ConfigError(f"{folder} is a {kind} adapter; only LORA is served", fix="train a LoRA adapter")
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise ConfigError(f"{folder}/adapter_config.json has rank r = {ranks[0]!r}", fix="give a LoRA adapter saved by PEFT")
-    if (rank := max(ranks)) > pool.max_lora_rank:
+def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract, linear: adapter_files.LinearModules) -> None:
+    settings = AdapterSettings.read(folder)
+    if (rank := settings.highest_rank) > pool.max_lora_rank:
         enough = [allowed for allowed in get_args(DecodePool.model_fields["max_lora_rank"].annotation) if allowed >= rank]
         raise ConfigError(
             f"{folder} has rank {rank}, pool {pool.pool!r} makes room for {pool.max_lora_rank}",
             fix=f"set max_lora_rank of the pool to {enough[0]}" if enough else "train it with a lower rank",
         )
-    weights = Path(folder) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ConfigError(f"{folder} has no adapter_model.safetensors", fix="save the adapter in safetensors format")
-    _check_adapted(pool, folder, fingerprint.safetensors_header(weights))
+    _check_adapted(pool, folder, adapter_files.check(folder, settings, linear))
     if get_mode(pool.sharing).shares_prefill:
         DecoderContract.read(folder).check(base, folder)

@@ -1,39 +1,14 @@
 """Small hand-made model folders, right in every file the lower layers read, with weights of a few bytes; Redis servers."""
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
+from model_folders import CONFIG, LINEAR, WEIGHTS, lora, write_safetensors
 from ports import free_port
 
 from benchmarks.redis_server import RedisServer
 from kvshare.contract import DecoderContract
-
-#: A Llama of 2 layers, 2 KV heads of 8: one token's KV is 2*2*2*8 = 64 values, 256 bytes in float32.
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-    "torch_dtype": "float32",
-}
-WEIGHTS = {"model.embed_tokens.weight": bytes(range(8)), "model.norm.weight": b"normnorm"}
-
-
-def write_safetensors(path: Path, tensors: dict[str, bytes]) -> Path:
-    """One row of bytes per tensor, in the order given."""
-    header, start = {}, 0
-    for name, data in tensors.items():
-        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [start, start + len(data)]}
-        start += len(data)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensors.values()))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +42,18 @@ def model(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """make(name, base=folder or None for no contract, r=, modules=) -> folder of a LoRA adapter made for that base."""
+    """make(name, base=folder or None for no contract, r=, modules=, tensors=, config changes) -> folder of a LoRA adapter made
+    for that base. A change to `...` leaves the setting out."""
 
-    def make(name="planner", *, base: Path | None = None, r=8, modules=(), **config) -> Path:
+    def make(name="planner", *, base: Path | None = None, r=8, modules=("q_proj",), tensors=None, **config) -> Path:
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r} | config))
-        names = [f"base_model.model.model.layers.0.self_attn.{module}.lora_A.weight" for module in modules] or ["lora_A"]
-        write_safetensors(folder / "adapter_model.safetensors", dict.fromkeys(names, b"12345678"))
+        settings = {"peft_type": "LORA", "r": r, "lora_alpha": 16, "target_modules": list(modules), "bias": "none"} | config
+        (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not ...}))
+        if tensors is None:
+            whole = [module for module in LINEAR if module.rsplit(".", 1)[1] in modules]
+            tensors = lora(whole, r if isinstance(r, int) and r else 8)
+        write_safetensors(folder / "adapter_model.safetensors", tensors)
         if base:
             DecoderContract.of_base(base, trained_with="by hand").write(folder)
         return folder

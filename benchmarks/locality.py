@@ -25,7 +25,8 @@ from benchmarks import small
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
 from kvshare.config import Deployment
-from prefillshare.app import apply, running
+from prefillshare.app import running
+from prefillshare.apply import apply
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters

@@ -9,24 +9,26 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvshare import decoders
-from kvshare.config import Deployment, Engines, Router, load, parse
+from kvshare import decoders, live_changes
+from kvshare.config import Deployment, Engines, load, parse
 from kvshare.errors import ConfigError, EngineStartError
+from prefillshare import cluster
+from prefillshare.cluster import APP, ROUTER
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
 from prefillshare.serve_http import check_proxies, http_options, proxy_environment
+from prefillshare.watch import Watch
 from router import tenants
+from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
-APP = "prefillshare"
-ROUTER = "router"
 #: Serve's patience with a stopping replica, over the router's with its turns (router.ingress.GRACE_S).
 STOP_TIMEOUT_S = 40.0
 
@@ -34,10 +36,27 @@ STOP_TIMEOUT_S = 40.0
 Progress = Callable[[float, dict[str, str]], None]
 
 
-def build(deployment: Deployment, served: Deployment | None = None, scaled: Collection[str] = ()):
+@dataclass(frozen=True)
+class RunsAs:
+    """What routers are started with: the deployment that they serve, and its tenants."""
+
+    deployment: Deployment
+    tenants: Tenants
+
+    @classmethod
+    def of(cls, deployment: Deployment) -> RunsAs:
+        return cls(deployment, tenants.load(deployment.router.auth))
+
+    @property
+    def version(self) -> object:
+        """Routers are replaced when this changes, and take over everything else while they run."""
+        return live_changes.fixed_for_router(self.deployment), self.tenants.fingerprint
+
+
+def build(deployment: Deployment, routers: RunsAs | None = None, scaled: Collection[str] = ()):
     """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts.
 
-    `served`: what the router serves of it, if that is not all. `scaled`: engines that run and have followed their load.
+    `routers`: what they serve, if that is not all of it. `scaled`: engines that run and have followed their load.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -71,12 +90,13 @@ def build(deployment: Deployment, served: Deployment | None = None, scaled: Coll
         )
         fixed = replace(settings, adapters={}, log_level=""), bool(settings.adapters)
         handles[name] = _kept_while(engine, fixed).bind(settings)
-    router = deployment.router
+    routers = routers or RunsAs.of(deployment)
+    router = routers.deployment.router
     ingress = serve.deployment(
         RouterIngress,
         name=ROUTER,
         num_replicas=router.replicas,
-        user_config=(served or deployment).model_dump(mode="json"),
+        user_config=routers.deployment.model_dump(mode="json"),
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
         max_ongoing_requests=4 * router.max_queued,
         max_constructor_retry_count=1,
@@ -88,8 +108,7 @@ def build(deployment: Deployment, served: Deployment | None = None, scaled: Coll
             "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
         },
     )
-    known = tenants.load(router.auth)
-    return _kept_while(ingress, (_fixed(deployment), known.fingerprint)).bind(served or deployment, handles, known)
+    return _kept_while(ingress, routers.version).bind(routers.deployment, handles, routers.tenants)
 
 
 def _replicas(engines: Engines, as_scaled: bool) -> dict:
@@ -116,15 +135,17 @@ def application(args: dict[str, Any]):
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    from prefillshare.apply import check_change
+
     deployment, scaled = parse(args.get("deployment")), []
     try:
-        old = _running_deployment(running_handle())
+        old = running_deployment(cluster.running_handle())
     except (ConfigError, TimeoutError, RayError, RayServeException) as error:
         # Nothing runs, or no router came up: it may be replaced. (Serve does not tell its status while it builds.)
         logger.info("no router answers: %s", error)
     else:
         check_change(old, deployment)
-        scaled = _autoscaled(old)
+        scaled = autoscaled(old)
     return build(deployment, scaled=scaled)
 
 
@@ -135,12 +156,6 @@ def _kept_while(part, settings: object):
     part._version = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     part._deployment_config = keep_version(part._deployment_config, part._version)
     return part
-
-
-def _fixed(deployment: Deployment) -> object:
-    """What of a deployment a running router cannot take over: it is replaced instead, turn by turn."""
-    router = deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
-    return deployment.base, deployment.cluster.kv_load_timeout_s, deployment.logs.format, deployment.tracing, router
 
 
 @contextmanager
@@ -155,138 +170,51 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     engine_settings(deployment)  # files first: the cheapest refusals
     tenants.load(deployment.router.auth)
     check_machine(deployment)
-    cluster, owned = deployment.cluster, False
-    if not ray.is_initialized():
-        owned = cluster.address is None
-        with proxy_environment(deployment.router):
-            _connect(deployment, owned)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    try:
+    with ExitStack() as until_the_end:
+        owned = False
+        if not ray.is_initialized():
+            owned, address = deployment.cluster.address is None, deployment.cluster.address
+            with proxy_environment(deployment.router):
+                ray_cluster = cluster.started(deployment) if owned else cluster.joined(address, "cluster.address")
+                until_the_end.enter_context(ray_cluster)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        until_the_end.callback(_end, owned)
         serve.start(http_options=http_options(deployment.router))
         check_proxies(deployment.router)
-        serve.run_many([serve.RunTarget(build(deployment), name=APP, route_prefix="/")], wait_for_applications_running=False)
-        _wait_until_running(deployment, progress)
+        deploy(build(deployment))
+        wait_until_running(deployment, progress)
         handle = serve.get_app_handle(APP)
         try:
             yield handle
         finally:
             _drain(handle)
             handle.shutdown()
-    finally:
-        if owned:
-            serve.shutdown()
-            ray.shutdown()
-        elif APP in serve.status().applications:
-            serve.delete(APP)  # a cluster of others: their applications stay
 
 
-def apply(new: Deployment, progress: Progress | None = None) -> None:
-    """Bring the running application in line with `new`: replica counts, adapters, decode pools, the router's limits.
-
-    Nothing that runs is lost: engines take on what comes before the router sends to it, and drop what goes after the
-    router has stopped. Raises ConfigError if the base or TLS would change, or nothing runs.
-    """
+def _end(owned: bool) -> None:
     from ray import serve
 
-    from prefillshare.serve_config import is_from_config
-
-    handle = running_handle()
-    if is_from_config(APP):
-        raise ConfigError(
-            "what runs was deployed from a config file of Ray Serve's (KubeRay)", fix="change it there, by helm upgrade"
-        )
-    old = _running_deployment(handle)
-    check_change(old, new)
-    both, scaled = _union(old, new), _autoscaled(old)
-    for application in (build(both, old, scaled), build(both, new, scaled), build(new, scaled=scaled)):
-        serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
-        _wait_until_running(new, progress)
+    if owned:
+        serve.shutdown()
+    elif APP in serve.status().applications:
+        serve.delete(APP)  # a cluster of others: their applications stay
 
 
-def check_change(old: Deployment, new: Deployment) -> None:
-    """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
-    weights, nor engines of two contracts. Raises ConfigError."""
-    if old.base != new.base:
-        raise ConfigError("the base cannot change while it runs", field="base", fix="start a second deployment")
-    for field in ("address", "num_cpus"):
-        if getattr(old.cluster, field) != getattr(new.cluster, field):
-            raise ConfigError("it runs on another cluster", field=f"cluster.{field}", fix="start a second deployment there")
-    if old.router.tls != new.router.tls:
-        raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
-    for field in ("host", "http_port"):
-        if getattr(old.router, field) != getattr(new.router, field):
-            raise ConfigError(
-                "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
-            )
-    kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
-    if kept != wanted:
-        raise ConfigError(
-            f"the prefill pool keeps the inputs of layers {list(kept)}, the new own_layers need those of {list(wanted)}",
-            field="decode",
-            fix="start anew, or a second deployment; groups that begin at the same layers can change while it runs",
-        )
-    before = {pool.pool: pool for pool in old.decode}
-    for number, pool in enumerate(new.decode):
-        known = before.get(pool.pool)
-        if known and (known.model, known.sharing) != (pool.model, pool.sharing):
-            raise ConfigError(
-                f"pool {pool.pool!r} has another model or sharing mode than the one that runs",
-                field=f"decode.{number}",
-                fix="give it another name",
-            )
-        for name, folder in pool.adapters.items():
-            if known and known.adapters.get(name, folder) != folder:
-                raise ConfigError(
-                    f"adapter {name!r} is another one than the one that runs ({known.adapters[name]})",
-                    field=f"decode.{number}.adapters.{name}",
-                    fix="give it another name",
-                )
+def deploy(application) -> None:
+    """Put the application in place of what runs; does not wait."""
+    from ray import serve
+
+    serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
 
 
-def _autoscaled(deployment: Deployment) -> list[str]:
+def autoscaled(deployment: Deployment) -> list[str]:
+    """Names of the engines that follow their load."""
     return [name for name, (_, engines) in engine_settings(deployment).items() if engines.autoscale]
 
 
-def _running_deployment(handle) -> Deployment:
+def running_deployment(handle) -> Deployment:
+    """What a running router serves, as it says itself."""
     return Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
-
-
-def _union(old: Deployment, new: Deployment) -> Deployment:
-    """Everything either serves, in the new one's sizes."""
-    before = {pool.pool: pool for pool in old.decode}
-    pools = [
-        pool.model_copy(update={"adapters": {**before[pool.pool].adapters, **pool.adapters}}) if pool.pool in before else pool
-        for pool in new.decode
-    ]
-    names = {pool.pool for pool in new.decode}
-    return new.model_copy(update={"decode": (*pools, *(p for p in old.decode if p.pool not in names))})
-
-
-def _connect(deployment: Deployment, local: bool) -> None:
-    """Start a local Ray cluster that listens where the router does, or join the one at `cluster.address`."""
-    import ray
-
-    host, options = deployment.router.host, {}
-    if local:
-        options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
-        if host == "127.0.0.1":
-            options["_node_ip_address"] = host
-    try:
-        ray.init(
-            address=deployment.cluster.address,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            namespace=APP,
-            configure_logging=False,
-            **options,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        what = "Ray did not start" if local else f"cannot reach a Ray cluster at {deployment.cluster.address}"
-        raise ConfigError(
-            f"{what}: {error}",
-            field=None if local else "cluster.address",
-            fix="see the message" if local else "start Ray there, or leave the field out for a local cluster",
-        ) from error
 
 
 def _drain(handle) -> None:
@@ -298,7 +226,7 @@ def _drain(handle) -> None:
         logger.warning("The router did not drain: %s: %s", type(error).__name__, error)
 
 
-def _wait_until_running(deployment: Deployment, progress: Progress | None) -> None:
+def wait_until_running(deployment: Deployment, progress: Progress | None) -> None:
     from ray import serve
 
     started = time.monotonic()
@@ -322,7 +250,10 @@ def _wait_until_running(deployment: Deployment, progress: Progress | None) -> No
 
 
 def serve_command(file: Path) -> None:
-    """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop."""
+    """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop.
+
+    Raises Unavailable if what was started is gone before, or does not come back.
+    """
     import signal
     import threading
 
@@ -342,45 +273,8 @@ def serve_command(file: Path) -> None:
         scheme = "https" if r.tls else "http"
         console.print(f"[green]ready[/]  OpenAI: {scheme}://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
-        stop.wait()
+        with Watch(deployment.cluster.start_timeout_s, stop) as watch:
+            stop.wait()
+        watch.check()
         console.print("stopping: finishing running turns ...")
     console.print("stopped")
-
-
-def apply_command(file: Path) -> None:
-    """`prefillshare apply FILE`: change the deployment that runs, and return when it has changed."""
-    from rich.console import Console
-
-    from prefillshare.progress import startup_progress
-
-    console = Console(stderr=True)
-    deployment = load(file)
-    with connected(deployment.cluster.address or "auto"), startup_progress(console) as progress:
-        apply(deployment, progress)
-        progress.done()
-    console.print(f"decoders: {', '.join(decoders.served(deployment))}")
-
-
-@contextmanager
-def connected(address: str) -> Iterator[None]:
-    """To the Ray cluster in which a deployment runs. Raises ConfigError if there is none."""
-    import ray
-
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, namespace=APP, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"no Ray cluster runs at {address}: {error}", fix="start it: prefillshare serve FILE") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def running_handle():
-    """The router's, of the application that runs. Raises ConfigError if none does."""
-    from ray import serve
-
-    try:
-        return serve.get_deployment_handle(ROUTER, app_name=APP)
-    except Exception as error:
-        raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error

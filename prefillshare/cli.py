@@ -94,14 +94,14 @@ def apply(file: File) -> None:
     Turns go on meanwhile. The base and the cluster stay as they are; a change of the gRPC port or
     of sessions replaces the router, one of the HTTP port or TLS needs a new start.
     """
-    from prefillshare.app import apply_command
+    from prefillshare.apply import apply_command
 
     apply_command(file)
 
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: the one on this machine.")] = "auto",
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: that of the deployment on this machine.")] = "auto",
     watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again every so many seconds, until Ctrl-C.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:

@@ -92,7 +92,7 @@ def _state(replica: dict) -> list[str]:
 
 def status_command(address: str, watch: float | None, as_json: bool) -> None:
     """Raises ConfigError if nothing runs there."""
-    from prefillshare.app import connected, running_handle
+    from prefillshare.cluster import connected, running_handle
 
     console = Console()
     show, tell = (json.dumps, partial(print, flush=True)) if as_json else (tables, console.print)

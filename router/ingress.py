@@ -23,6 +23,7 @@ from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Overloaded, PrefillShareError
 from kvshare.handoff import TurnContext
+from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
 from kvshare_vllm import vllm_logging
 from router.tenants import Tenants
@@ -57,7 +58,7 @@ class RouterIngress:
         from router.trace_context import HttpTraces
         from router.turns import Turns
 
-        config, metrics = deployment.router, Metrics()
+        config, metrics, self._tenants = deployment.router, Metrics(), tenants
         self._ray_metrics = RayMetrics()
         self._ray_metrics.start()
         self._traces = None
@@ -131,7 +132,7 @@ class RouterIngress:
         """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
         from kvshare_vllm.openai_app import set_decoders
 
-        deployment = Deployment.model_validate(plain)
+        deployment = taken_over(self._deployment, Deployment.model_validate(plain))
         if deployment == self._deployment:
             return
         vllm_logging.set_level(deployment.logs.level)
@@ -148,8 +149,12 @@ class RouterIngress:
         await self._fleet.forget(deployment)
 
     async def deployment(self) -> dict:
-        """What is served now, as plain data."""
+        """What is served now, as plain data: what cannot be taken over is as it was at the start."""
         return self._deployment.model_dump(mode="json")
+
+    async def tenants(self) -> Tenants:
+        """Who may call. Of keys it has digests only."""
+        return self._tenants
 
     async def not_ready_because(self) -> str:
         """Empty if a turn on every pool succeeds now (believed for PROBE_TTL_S), else why not."""

@@ -19,7 +19,7 @@ from oracle import Oracle
 
 from kvshare.config import parse
 from kvshare.errors import NotFound
-from prefillshare.app import apply
+from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 

@@ -16,7 +16,7 @@ from faults import kept_whole, processes, stopped
 from oracle import Oracle
 
 from kvshare.config import parse
-from prefillshare.app import apply
+from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

@@ -27,7 +27,7 @@ from prometheus_server import Prometheus
 
 from benchmarks.load import quantile
 from kvshare.metrics import DEFINITIONS
-from prefillshare.app import apply
+from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

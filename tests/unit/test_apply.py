@@ -4,7 +4,9 @@ import pytest
 
 from kvshare import config
 from kvshare.errors import ConfigError
-from prefillshare.app import _fixed, _replicas, check_change
+from kvshare.live_changes import fixed_for_router
+from prefillshare.app import _replicas
+from prefillshare.apply import check_change
 from prefillshare.engines import engine_settings
 
 
@@ -48,7 +50,7 @@ def test_a_lease_replaces_engines_and_a_timeout_routers(deploy, cluster, engines
     before, after = deploy(), deploy(cluster)
     check_change(before, after)
     assert (engine_settings(before) == engine_settings(after)) is engines_stay
-    assert (_fixed(before) == _fixed(after)) is routers_stay
+    assert (fixed_for_router(before) == fixed_for_router(after)) is routers_stay
 
 
 def test_another_cluster_is_another_deployment(deploy):

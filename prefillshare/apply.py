@@ -1,0 +1,147 @@
+"""`prefillshare apply FILE`: what runs becomes what the file says, while turns run.
+
+1. What cannot change while it runs is refused.
+2. Engines become those of old and new deployment together; routers stay as they are.
+3. Routers become the new deployment's: they take it over, or are replaced where they cannot (kvshare/live_changes.py).
+4. Engines that the new deployment does not have go.
+5. Every router is asked what it serves: only then has it changed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from kvshare import decoders
+from kvshare.config import Deployment, load
+from kvshare.errors import ConfigError, EngineStartError
+from prefillshare.app import (
+    STOP_TIMEOUT_S,
+    Progress,
+    RunsAs,
+    autoscaled,
+    build,
+    deploy,
+    running_deployment,
+    wait_until_running,
+)
+from prefillshare.cluster import APP, connected, running_handle
+
+#: How long routers may take to say that they serve the new deployment, once Serve says that they run.
+CONFIRM_S = 60.0
+
+
+def apply_command(file: Path) -> None:
+    """`prefillshare apply FILE`: change the deployment that runs, and return when it has changed."""
+    from rich.console import Console
+
+    from prefillshare.progress import startup_progress
+
+    console = Console(stderr=True)
+    deployment = load(file)
+    address = deployment.cluster.address or "auto"
+    with connected(address, deployment.router.http_port), startup_progress(console) as progress:
+        apply(deployment, progress)
+        progress.done()
+    console.print(f"decoders: {', '.join(decoders.served(deployment))}")
+
+
+def apply(new: Deployment, progress: Progress | None = None) -> None:
+    """Bring the running application in line with `new`; when this returns, what runs is what `new` says.
+
+    Nothing that runs is lost: engines take on what comes before the router sends to it, and drop what goes after the
+    router has stopped. Raises ConfigError for what cannot change while it runs, or if nothing runs.
+    """
+    from prefillshare.serve_config import is_from_config
+
+    handle = running_handle()
+    if is_from_config(APP):
+        raise ConfigError(
+            "what runs was deployed from a config file of Ray Serve's (KubeRay)", fix="change it there, by helm upgrade"
+        )
+    old = running_deployment(handle)
+    check_change(old, new)
+    before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
+    both, scaled = _union(old, new), autoscaled(old)
+    for application in (build(both, before, scaled), build(both, after, scaled), build(new, after, scaled)):
+        deploy(application)
+        wait_until_running(new, progress)
+    _confirm(handle, new)
+
+
+def _confirm(handle, new: Deployment) -> None:
+    """Every router serves `new`, as it says itself. Raises EngineStartError with what differs."""
+    deadline = time.monotonic() + CONFIRM_S
+    while True:
+        answers = handle.broadcast("deployment").results(timeout_s=STOP_TIMEOUT_S)
+        differing = sorted({field for plain in answers for field in differences(Deployment.model_validate(plain), new)})
+        if not differing and len(answers) == new.router.replicas:
+            return
+        if time.monotonic() > deadline:
+            what = ", ".join(differing) or f"{len(answers)} routers answer"
+            raise EngineStartError(f"what runs is not what the file says: {what}", fix="apply it again, or start anew")
+        time.sleep(0.2)
+
+
+def differences(one: Deployment, other: Deployment) -> list[str]:
+    """Paths of the fields in which they differ, down to pools and sections."""
+    mine, theirs = one.model_dump(mode="json"), other.model_dump(mode="json")
+    found = []
+    for section in mine:
+        a, b = mine[section], theirs[section]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{section}.{field}" for field in a if a[field] != b.get(field)]
+        elif a != b:
+            found.append(section)
+    return found
+
+
+def check_change(old: Deployment, new: Deployment) -> None:
+    """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
+    weights, nor engines of two contracts. Raises ConfigError."""
+    if old.base != new.base:
+        raise ConfigError("the base cannot change while it runs", field="base", fix="start a second deployment")
+    for field in ("address", "num_cpus"):
+        if getattr(old.cluster, field) != getattr(new.cluster, field):
+            raise ConfigError("it runs on another cluster", field=f"cluster.{field}", fix="start a second deployment there")
+    if old.router.tls != new.router.tls:
+        raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
+    for field in ("host", "http_port"):
+        if getattr(old.router, field) != getattr(new.router, field):
+            raise ConfigError(
+                "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
+            )
+    kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
+    if kept != wanted:
+        raise ConfigError(
+            f"the prefill pool keeps the inputs of layers {list(kept)}, the new own_layers need those of {list(wanted)}",
+            field="decode",
+            fix="start anew, or a second deployment; groups that begin at the same layers can change while it runs",
+        )
+    before = {pool.pool: pool for pool in old.decode}
+    for number, pool in enumerate(new.decode):
+        known = before.get(pool.pool)
+        if known and (known.model, known.sharing) != (pool.model, pool.sharing):
+            raise ConfigError(
+                f"pool {pool.pool!r} has another model or sharing mode than the one that runs",
+                field=f"decode.{number}",
+                fix="give it another name",
+            )
+        for name, folder in pool.adapters.items():
+            if known and known.adapters.get(name, folder) != folder:
+                raise ConfigError(
+                    f"adapter {name!r} is another one than the one that runs ({known.adapters[name]})",
+                    field=f"decode.{number}.adapters.{name}",
+                    fix="give it another name",
+                )
+
+
+def _union(old: Deployment, new: Deployment) -> Deployment:
+    """Everything either serves, in the new one's sizes."""
+    before = {pool.pool: pool for pool in old.decode}
+    pools = [
+        pool.model_copy(update={"adapters": {**before[pool.pool].adapters, **pool.adapters}}) if pool.pool in before else pool
+        for pool in new.decode
+    ]
+    names = {pool.pool for pool in new.decode}
+    return new.model_copy(update={"decode": (*pools, *(p for p in old.decode if p.pool not in names))})

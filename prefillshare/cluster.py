@@ -1,0 +1,187 @@
+"""The Ray cluster of a deployment: started for it on this machine or joined, and found again by `apply` and `status`.
+
+A deployment that starts a cluster of its own leaves a record of it, under its HTTP port, in a folder that only this user
+reads. Several deployments on one machine are told apart by these records, where Ray would take its latest cluster.
+
+Seam: ray/_private/worker.py (`ray.init`), ray/_private/authentication/authentication_token_setup.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from kvshare.config import Deployment
+from kvshare.errors import ConfigError
+
+#: Ray's namespace, and the Serve application's name.
+APP = "prefillshare"
+ROUTER = "router"
+#: How long whatever listens at a cluster's address may take to accept a connection.
+CONNECT_S = 5.0
+#: Something listens at the address, and Ray's client does not get through: it does not say which of the two it is.
+_REFUSED_FIX = (
+    "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
+    " of this version"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A deployment that runs in a local cluster of its own. `started`: when its process was, as psutil tells."""
+
+    address: str
+    http_port: int
+    grpc_port: int
+    pid: int
+    started: float
+
+    @property
+    def lives(self) -> bool:
+        try:
+            return psutil.Process(self.pid).create_time() == self.started
+        except psutil.NoSuchProcess:
+            return False
+
+    def __str__(self) -> str:
+        return f"HTTP port {self.http_port}, gRPC port {self.grpc_port}, process {self.pid}: --address {self.address}"
+
+
+def _folder() -> Path:
+    """Only this user's: what stands there is believed."""
+    folder = Path(tempfile.gettempdir()) / f"prefillshare-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise ConfigError(f"{folder} belongs to somebody else", fix="remove it, or set TMPDIR to a folder of your own")
+    return folder
+
+
+def records() -> list[Record]:
+    """Of the deployments that run on this machine as this user in clusters of their own."""
+    found = []
+    for file in sorted(_folder().glob("*.json")):
+        try:
+            record = Record(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):  # gone meanwhile, or of another version
+            continue
+        if record.lives:
+            found.append(record)
+        else:
+            file.unlink(missing_ok=True)
+    return found
+
+
+@contextmanager
+def started(deployment: Deployment) -> Iterator[None]:
+    """A local Ray cluster that listens where the router does. Raises ConfigError if Ray does not start."""
+    import ray
+
+    options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
+    if deployment.router.host == "127.0.0.1":
+        options["_node_ip_address"] = deployment.router.host
+    _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
+    router, me = deployment.router, psutil.Process()
+    record = Record(
+        ray.get_runtime_context().gcs_address, router.http_port, router.grpc_port, me.pid, me.create_time()
+    )
+    file = _folder() / f"{router.http_port}.json"
+    whole = file.with_suffix(f".{me.pid}")
+    whole.write_text(json.dumps(asdict(record)))
+    whole.replace(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        ray.shutdown()
+
+
+@contextmanager
+def joined(address: str, field: str | None = None) -> Iterator[None]:
+    """A Ray cluster that runs already. Raises ConfigError, which names `field`, if it cannot be joined."""
+    import ray
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    where = _named(address)
+    if where is not None and not _answers(*where):
+        raise ConfigError(
+            f"nothing answers at {where[0]}:{where[1]}", field=field, fix="give the address of a Ray cluster that runs"
+        )
+    # Ray itself does so for clusters that it finds by itself only.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def connected(address: str, http_port: int | None = None) -> Iterator[None]:
+    """To the cluster in which a deployment runs. `address` "auto": this machine's; `http_port` says of which deployment, where
+    that is known. Raises ConfigError if there is none, or several and nothing says which."""
+    with joined(address if address != "auto" or "RAY_ADDRESS" in os.environ else _of_this_machine(http_port)):
+        yield
+
+
+def _of_this_machine(http_port: int | None) -> str:
+    running = records()
+    if not running:
+        return "auto"
+    fitting = [record for record in running if http_port in (None, record.http_port)]
+    if len(fitting) == 1:
+        return fitting[0].address
+    which = "several deployments run here" if fitting else f"no deployment with router.http_port {http_port} runs here"
+    listed = "".join(f"\n  {record}" for record in running)
+    raise ConfigError(f"{which}; those that run:{listed}", fix="say which" if fitting else "start it: prefillshare serve FILE")
+
+
+def running_handle():
+    """The router's, of the application that runs. Raises ConfigError if none does."""
+    from ray import serve
+
+    try:
+        return serve.get_deployment_handle(ROUTER, app_name=APP)
+    except Exception as error:
+        raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error
+
+
+def _init(address: str, failed: str, fix: str, field: str | None = None, **options) -> None:
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            namespace=APP,
+            configure_logging=False,
+            **options,
+        )
+    except Exception as error:  # Ray has no type of its own for what goes wrong here
+        raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
+
+
+def _named(address: str) -> tuple[str, int] | None:
+    """Host and port that an address names, or RAY_ADDRESS in its place; None: Ray finds the cluster by itself."""
+    if address in ("auto", "local"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
+    return (found[1], int(found[2])) if found else None
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), CONNECT_S):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,111 @@
+"""Deployments in clusters of their own are found again; what cannot be joined is told at once, with a fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict
+
+import psutil
+import pytest
+
+from kvshare.errors import ConfigError
+from prefillshare import cluster
+from prefillshare.cluster import Record
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """runs(http_port, alive=) -> its address: a deployment in a cluster of its own."""
+    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    me = psutil.Process()
+
+    def make(http_port, alive=True):
+        started = me.create_time() if alive else 1.0
+        record = Record(f"10.0.0.1:{http_port}", http_port, http_port + 1, me.pid, started)
+        (cluster._folder() / f"{http_port}.json").write_text(json.dumps(asdict(record)))
+        return record.address
+
+    return make
+
+
+def test_the_only_one_is_found_without_a_port(runs):
+    address = runs(8000)
+    assert cluster._of_this_machine(None) == address
+
+
+def test_each_of_several_is_found_by_its_http_port(runs):
+    addresses = {port: runs(port) for port in (8000, 8010)}
+    assert {port: cluster._of_this_machine(port) for port in addresses} == addresses
+
+
+def test_of_several_none_is_chosen_and_all_are_listed(runs):
+    addresses = [runs(8000), runs(8010)]
+    with pytest.raises(ConfigError, match="several deployments run here") as refused:
+        cluster._of_this_machine(None)
+    assert all(f"--address {address}" in str(refused.value) for address in addresses)
+
+
+def test_another_deployments_cluster_is_not_taken_for_ones_own(runs):
+    runs(8000)
+    with pytest.raises(ConfigError, match=r"no deployment with router\.http_port 8010 runs here"):
+        cluster._of_this_machine(8010)
+
+
+def test_one_whose_process_has_died_is_forgotten(runs):
+    runs(8000, alive=False)
+    assert cluster._of_this_machine(None) == "auto"
+    assert not list(cluster._folder().glob("*.json"))
+
+
+def test_a_damaged_record_is_passed_over(runs):
+    address = runs(8000)
+    (cluster._folder() / "8010.json").write_text('{"address"')
+    assert cluster._of_this_machine(None) == address
+
+
+def test_records_of_somebody_else_are_not_believed(runs, monkeypatch):
+    runs(8000)
+    monkeypatch.setattr(cluster.os, "getuid", lambda: os.geteuid() + 1)
+    (cluster.Path(cluster.tempfile.gettempdir()) / f"prefillshare-{os.geteuid() + 1}").mkdir()
+    with pytest.raises(ConfigError, match="belongs to somebody else"):
+        cluster.records()
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
+        ("ray://head:10001", ("head", 10001)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("auto", None),
+    ],
+)
+def test_an_address_names_host_and_port(monkeypatch, address, named):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster._named(address) == named
+
+
+def test_what_nobody_listens_on_is_refused_before_ray_is_asked(monkeypatch):
+    monkeypatch.setattr(cluster, "_init", lambda *args, **kw: pytest.fail("Ray was asked"))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        refused = pytest.raises(ConfigError, match=rf"cluster\.address: nothing answers at {address}")
+        with refused, cluster.joined(address, "cluster.address"):
+            pass
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ConfigError, match=f"nothing answers at {address}"), cluster.connected("auto"):
+            pass
+
+
+@pytest.mark.parametrize("error", [ConnectionError("x"), OSError("disk"), AssertionError("y"), KeyError("z"), TimeoutError()])
+def test_whatever_ray_fails_with_is_one_message_with_a_fix(monkeypatch, error):
+    def fails(**kw):
+        raise error
+
+    monkeypatch.setattr("ray.init", fails)
+    with pytest.raises(ConfigError, match=f"Ray did not start: {type(error).__name__}.*fix: see the message"):
+        cluster._init("local", "Ray did not start", "see the message")

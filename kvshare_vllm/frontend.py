@@ -9,6 +9,7 @@ Seam: vllm/engine/protocol.py, vllm/v1/engine/{input_processor,output_processor}
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from copy import copy
@@ -19,7 +20,7 @@ import numpy as np
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
@@ -33,9 +34,11 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 
 from kvshare.caller import cache_salt, current_caller
-from kvshare.errors import Internal, InvalidInput, NotFound, Overloaded, PrefillShareError, Unavailable
+from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
-from kvshare_vllm.http_refusals import note_retry_after
+from kvshare_vllm.http_refusals import note_begun, note_failure
+
+logger = logging.getLogger(__name__)
 
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
 
@@ -95,7 +98,7 @@ class Frontend(EngineClient):
         except PrefillShareError as error:
             raise _to_vllm(error) from error
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        return self._as_vllm(self.run(request, decoder, context, prompt_text=text))
+        return self._as_vllm(request_id, self.run(request, decoder, context, prompt_text=text))
 
     def prepare(
         self,
@@ -108,7 +111,8 @@ class Frontend(EngineClient):
     ) -> EngineCoreRequest:
         """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
         for field in ("prompt_logprobs", "prompt_logprob_token_ids", "skip_reading_prefix_cache"):
-            if getattr(sampling_params, field, None) not in (None, False):
+            value = getattr(sampling_params, field, None)
+            if value is not None and value is not False:  # 0 asks for something: each token's own log-probability
                 raise InvalidInput(
                     "the prompt is prefilled elsewhere; it is not computed again for log-probabilities of its tokens",
                     field=field,
@@ -184,13 +188,19 @@ class Frontend(EngineClient):
         except Exception as error:
             queue.put(error)
 
-    async def _as_vllm(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+    async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         try:
             async with aclosing(outputs):
                 async for output in outputs:
+                    note_begun()
                     yield output
         except PrefillShareError as error:
             raise _to_vllm(error) from error
+        except VLLMClientError:
+            raise
+        except Exception as error:  # its text is for the log: it may tell of the inside
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
+            raise _to_vllm(Internal(f"request {request_id} failed; the router's log says why")) from error
 
     # The rest of EngineClient: there is no engine to pause, profile or reset here.
 
@@ -270,10 +280,9 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage
 
 def _to_vllm(error: PrefillShareError) -> Exception:
     """Our errors as vLLM's HTTP layer knows them."""
+    note_failure(error)
     if isinstance(error, NotFound):
         return VLLMNotFoundError(str(error))
     if isinstance(error, InvalidInput) and error.http_status == 400:
         return VLLMValidationError(str(error), parameter=error.field)
-    if isinstance(error, Overloaded):
-        note_retry_after(error.retry_after_s)
     return GracefulHTTPError(str(error), HTTPStatus(error.http_status))

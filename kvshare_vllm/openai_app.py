@@ -23,40 +23,23 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.openai.chat_completion import serving as chat_serving
-from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
-from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from kvshare_vllm import openai_requests
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
 from kvshare_vllm.http_refusals import HttpRefusals
+from kvshare_vllm.http_routes import keep_served
 
-
-def _refuse_what_does_not_fit(get_max_tokens):
-    """vLLM silently shortens `max_tokens` to what the model's length leaves; a client that asked for more is told."""
-
-    def checked(max_model_len, max_tokens, input_length, *rest, **more):
-        if max_tokens is not None and input_length + max_tokens > max_model_len:
-            raise VLLMValidationError(
-                f"{input_length} prompt tokens and {max_tokens} to generate are more than the model's {max_model_len}",
-                parameter="max_tokens",
-            )
-        return get_max_tokens(max_model_len, max_tokens, input_length, *rest, **more)
-
-    return checked
-
-
-for _serving in (chat_serving, completion_serving):
-    _serving.get_max_tokens = _refuse_what_does_not_fit(_serving.get_max_tokens)
+openai_requests.install()
 
 
 async def build_openai_app(
     base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None], middleware: Iterable[Callable] = ()
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
-    put around all that is there before it."""
+    put around all that is there before it; what answers requests itself stands inside HttpRefusals."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level
@@ -64,8 +47,9 @@ async def build_openai_app(
     _restore(environment)
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
+    keep_served(app)
     await init_app_state(frontend, app.state, args, tasks)
-    for wrap in (HttpRefusals, *middleware):
+    for wrap in (*middleware, HttpRefusals):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays

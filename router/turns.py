@@ -60,7 +60,7 @@ class Turns:
 
     async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
         ids = self._ids((), False, given, answer=False, field="input")
-        self._check_length(len(ids), 1)
+        self._check_length(len(ids), None)
         return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
@@ -174,13 +174,19 @@ class Turns:
             )
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
-        self._check_length(prompt_tokens, asked or 1)
+        self._check_length(prompt_tokens, asked)
         return asked or min(DEFAULT_MAX_TOKENS, self._max_len - prompt_tokens)
 
-    def _check_length(self, prompt_tokens: int, max_tokens: int) -> None:
-        if prompt_tokens + max_tokens > self._max_len:
+    def _check_length(self, prompt_tokens: int, asked: int | None) -> None:
+        if prompt_tokens >= self._max_len:
             raise InvalidInput(
-                f"{prompt_tokens} prompt tokens and {max_tokens} to generate are more than the model's {self._max_len}",
-                field="sampling.max_tokens" if prompt_tokens < self._max_len else "input",
-                fix="ask for fewer tokens, start a new session, or raise base.max_model_len",
+                f"{prompt_tokens} tokens leave no room for a response: the model takes {self._max_len}, both together",
+                field="input",
+                fix="send less, start a new session, or raise base.max_model_len",
+            )
+        if asked is not None and prompt_tokens + asked > self._max_len:
+            raise InvalidInput(
+                f"{asked} tokens do not fit behind the prompt's {prompt_tokens}: the model takes {self._max_len}",
+                field="sampling.max_tokens",
+                fix=f"ask for at most {self._max_len - prompt_tokens}, start a new session, or raise base.max_model_len",
             )

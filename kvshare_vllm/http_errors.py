@@ -1,0 +1,158 @@
+"""One error, as the clients of each HTTP surface know it: OpenAI's shape, Anthropic's, and the last event of a stream.
+
+Also what a client is told: nothing of how the server is set up inside, and the names of the fields that it sent.
+
+Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoints/anthropic/protocol.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from kvshare.errors import InvalidInput, PrefillShareError
+
+#: For what went wrong unforeseen: the text of such an error is for the log.
+UNFORESEEN = "the server failed; its log says why"
+
+#: https://docs.claude.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+#: vLLM's names for a prompt's length -> the field of each surface that holds the prompt.
+_LENGTHS = frozenset({"input_tokens", "input_text"})
+#: Where vLLM says how its own server would have to be started -> what that means here.
+_SETTINGS = (
+    (re.compile(r"tool.*--tool-call-parser"), "tools need base.tool_call_parser, which this deployment does not set"),
+    (re.compile(r"VLLM_ENABLE_RESPONSES_API_STORE"), "responses are not kept here, so none can run in the background"),
+)
+_A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
+_REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
+#: vLLM's names of errors, where they are not the status's.
+_TYPES = {400: "BadRequestError", 404: "NotFoundError"}
+
+
+@dataclass(frozen=True)
+class HttpError:
+    """`type`: vLLM's in OpenAI's shape; Anthropic's follows from the status."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+
+    @classmethod
+    def of(cls, error: PrefillShareError) -> HttpError:
+        kind = _TYPES.get(error.http_status) or HTTPStatus(error.http_status).phrase
+        return cls(error.http_status, str(error), kind, error.field if isinstance(error, InvalidInput) else None)
+
+
+class OpenAI:
+    """Chat, completions and all else of vLLM's."""
+
+    prompt_field: str | None = None
+
+    def body(self, error: HttpError) -> bytes:
+        fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
+        return json.dumps({"error": fields}).encode()
+
+    def last_event(self, error: HttpError, number: int) -> bytes:
+        """What ends a stream of which `number` events have been sent."""
+        return b"data: " + self.body(error) + b"\n\ndata: [DONE]\n\n"
+
+
+class Chat(OpenAI):
+    prompt_field = "messages"
+
+
+class Completions(OpenAI):
+    prompt_field = "prompt"
+
+
+class Responses(OpenAI):
+    prompt_field = "input"
+
+    def last_event(self, error: HttpError, number: int) -> bytes:
+        fields = {"code": error.type, "message": error.message, "param": error.param, "sequence_number": number}
+        return b"event: error\ndata: " + json.dumps({"type": "error", **fields}).encode() + b"\n\n"
+
+
+class Anthropic(OpenAI):
+    prompt_field = "messages"
+
+    def body(self, error: HttpError) -> bytes:
+        by_kind = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        fields = {"type": _ANTHROPIC_TYPES.get(error.status, by_kind), "message": error.message}
+        return json.dumps({"type": "error", "error": fields}).encode()
+
+    def last_event(self, error: HttpError, number: int) -> bytes:
+        return b"event: error\ndata: " + self.body(error) + b"\n\n"
+
+
+_SURFACES = (
+    ("/v1/messages", Anthropic()),
+    ("/v1/responses", Responses()),
+    ("/v1/chat/completions", Chat()),
+    ("/v1/completions", Completions()),
+)
+_OTHER = OpenAI()
+
+
+def surface_of(path: str) -> OpenAI:
+    return next((surface for start, surface in _SURFACES if path == start or path.startswith(f"{start}/")), _OTHER)
+
+
+def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
+    """The error that a body of vLLM's or FastAPI's tells, as a client is told it; None: it tells none.
+
+    `status`: of the response; None in an event, which may say it itself.
+    """
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return None
+    fields = said.get("error", {"message": said.get("detail")}) if isinstance(said, dict) else None
+    if not isinstance(fields, dict) or not isinstance(fields.get("message"), str):
+        return None
+    if status is None:
+        status = fields["code"] if isinstance(fields.get("code"), int) else HTTPStatus.INTERNAL_SERVER_ERROR
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        return unforeseen()
+    param = fields.get("param")
+    return HttpError(
+        status,
+        for_clients(fields["message"]),
+        str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase),
+        surface.prompt_field if param in _LENGTHS else param,
+    )
+
+
+def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:
+    """The error that a chunk of a stream tells, if it does."""
+    if not chunk.startswith((b'data: {"error"', b"event: error\n")):
+        return None
+    _, _, data = chunk.partition(b"data: ")
+    return read(data.split(b"\n", 1)[0], None, surface) or unforeseen()
+
+
+def unforeseen() -> HttpError:
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    return HttpError(status.value, UNFORESEEN, status.phrase)
+
+
+def for_clients(message: str) -> str:
+    """vLLM's text without advice on how to start vLLM's own server, and without what `param` says again."""
+    for pattern, meaning in _SETTINGS:
+        if pattern.search(message):
+            return meaning
+    sentences = re.split(r"(?<=[.!?;])\s+", _REPEATED.sub("", message))
+    kept = " ".join(sentence for sentence in sentences if not _A_SETTING.search(sentence))
+    return kept or "this deployment does not serve what the request asks for"

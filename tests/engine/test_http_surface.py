@@ -1,0 +1,321 @@
+"""vLLM's whole app as it is served, over a turn runner that does what a test says. No engine runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from kvshare.config import Base
+from kvshare.errors import InvalidInput, Overloaded, Unavailable
+from kvshare.handoff import TokenChunk, TurnContext
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MAX_LEN = 128
+ASK = [{"role": "user", "content": "hi"}]
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
+BODIES = {CHAT: {"messages": ASK}, COMPLETIONS: {"prompt": "hi"}, RESPONSES: {"input": "hi"}, MESSAGES: {"messages": ASK}}
+LIMITS = {CHAT: "max_completion_tokens", COMPLETIONS: "max_tokens", RESPONSES: "max_output_tokens", MESSAGES: "max_tokens"}
+PROMPTS = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input", MESSAGES: "messages"}
+SURFACES = pytest.mark.parametrize("path", BODIES)
+FULL = Overloaded("no room", retry_after_s=6.2)
+
+
+#: A step of a turn: wait until the client has got something of its response.
+SENT = object()
+
+
+class Surface:
+    """`steps`: what a turn does, chunks and errors. `limits`: how much each turn of the last request might generate."""
+
+    def __init__(self):
+        self.steps: list = []
+        self.limits: list[int] = []
+        self._sent = asyncio.Event()
+
+    async def start(self, model: str) -> None:
+        from kvshare_vllm.openai_app import build_openai_app
+
+        self.base = Base(model=model, dtype="float32", max_model_len=MAX_LEN)
+        self.app, self.frontend = await build_openai_app(self.base, ["planner"], self._turn, lambda decoder: None)
+        transport = httpx.ASGITransport(self._watched, raise_app_exceptions=False)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://router")
+
+    async def _watched(self, scope, receive, send):
+        async def watched(message):
+            await send(message)
+            if message["type"] == "http.response.body":
+                self._sent.set()
+
+        await self.app(scope, receive, watched)
+
+    async def _turn(self, decoder, prompt, sampling, request_id, context):
+        self.limits.append(sampling.max_tokens)
+        for step in self.steps or [TokenChunk([500], finish_reason="length")]:
+            if step is SENT:
+                await asyncio.wait_for(self._sent.wait(), 10)
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                yield step
+
+    async def post(self, path: str, *, steps=(), **body) -> httpx.Response:
+        self.steps, self.limits = list(steps), []
+        self._sent.clear()
+        needed = {"max_tokens": 3} if path == MESSAGES else {}
+        return await self.http.post(path, json={"model": "planner", **BODIES.get(path, {}), **needed, **body})
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def surface(smollm):
+    surface = Surface()
+    await surface.start(str(smollm))
+    yield surface
+    await surface.http.aclose()
+
+
+def error_of(answer: httpx.Response) -> dict:
+    return answer.json()["error"]
+
+
+# Routes
+
+
+async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here_are_not_there(surface):
+    from kvshare_vllm import openai_app
+    from kvshare_vllm.http_routes import LEFT_OUT, SERVED
+
+    theirs = openai_app.build_app(openai_app._arguments(surface.base), ("generate",), surface.frontend.model_config)
+    assert {route.path for route in theirs.routes} == SERVED | LEFT_OUT.keys()
+    assert {route.path for route in surface.app.routes} == SERVED
+    for path in LEFT_OUT:
+        for way in ("GET", "POST"):
+            assert (await surface.http.request(way, path, json={})).status_code == 404, path
+
+
+async def test_every_route_that_is_served_works(surface):
+    assert error_of(await surface.http.get("/v1/nothing"))["code"] == 404
+    for path in ("/v1/models", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"):
+        assert (await surface.http.get(path)).status_code == 200, path
+    for path in BODIES:
+        assert (await surface.post(path)).status_code == 200, path
+    assert len((await surface.post("/v1/chat/completions/batch", messages=[ASK, ASK])).json()["choices"]) == 2
+    assert (await surface.post("/v1/messages/count_tokens", messages=ASK)).json()["input_tokens"] > 0
+    tokens = (await surface.post("/tokenize", prompt="hi")).json()["tokens"]
+    assert (await surface.post("/detokenize", tokens=tokens)).json()["prompt"] == "hi"
+
+
+# Refusals and failures
+
+
+@SURFACES
+@pytest.mark.parametrize(
+    ("error", "status", "hint", "kind"), [(FULL, 429, "7", "rate_limit_error"), (Unavailable("gone"), 503, None, "api_error")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refused_turn_is_a_refusal_in_its_clients_shape_with_and_without_a_stream(
+    surface, path, error, status, hint, kind, stream
+):
+    answer = await surface.post(path, steps=[error], stream=stream)
+    assert (answer.status_code, answer.headers.get("retry-after")) == (status, hint)
+    if path == MESSAGES:
+        assert answer.json() == {"type": "error", "error": {"type": kind, "message": str(error)}}
+    else:
+        assert (error_of(answer)["message"], error_of(answer)["code"]) == (str(error), status)
+
+
+@SURFACES
+async def test_a_request_that_vllm_refuses_has_its_clients_shape(surface, path):
+    for body in ({"temperature": "hot"}, {"model": "nobody"}, {"temperature": 9.0}):
+        answer = await surface.post(path, **body, stream=True)
+        assert answer.status_code == (404 if "model" in body else 400)
+        if path == MESSAGES:
+            kind = "not_found_error" if "model" in body else "invalid_request_error"
+            assert (answer.json()["type"], error_of(answer)["type"]) == ("error", kind)
+        else:
+            assert error_of(answer)["code"] == answer.status_code
+
+
+@SURFACES
+async def test_a_stream_that_fails_after_its_first_token_ends_with_an_error_event(surface, path):
+    answer = await surface.post(path, steps=[TokenChunk([500]), SENT, Unavailable("gone")], stream=True)
+    assert answer.status_code == 200
+    event = [line for line in answer.text.splitlines() if line.startswith("data: {")][-1]
+    last = json.loads(event.removeprefix("data: "))
+    assert "gone" in json.dumps(last)
+    if path == RESPONSES:
+        events = [line for line in answer.text.splitlines() if line.startswith("event: ")]
+        assert (events[-1], last["type"], last["sequence_number"]) == ("event: error", "error", len(events) - 1)
+    elif path == MESSAGES:
+        assert last == {"type": "error", "error": {"type": "api_error", "message": "gone"}}
+    else:
+        assert last["error"]["code"] == 503
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+@SURFACES
+@pytest.mark.parametrize(("stream", "before"), [(False, []), (True, []), (True, [TokenChunk([500]), SENT])])
+async def test_an_unforeseen_error_shows_nothing_of_the_inside(surface, path, stream, before):
+    answer = await surface.post(path, steps=[*before, RuntimeError("redis://user:secret@10.0.0.1/0")], stream=stream)
+    assert answer.status_code == (200 if before else 500)
+    assert "secret" not in answer.text
+    assert "log says why" in answer.text
+
+
+async def test_openais_client_raises_its_own_errors_on_refused_streams(surface):
+    openai = pytest.importorskip("openai")
+    client = openai.AsyncOpenAI(api_key="x", base_url="http://router/v1", max_retries=0, http_client=surface.http)
+    surface.steps = [FULL]
+    with pytest.raises(openai.RateLimitError, match="no room"):
+        await client.chat.completions.create(model="planner", messages=ASK, stream=True)
+    with pytest.raises(openai.RateLimitError, match="no room"):
+        await client.responses.create(model="planner", input="hi", stream=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (RESPONSES, {"background": True}),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (MESSAGES, {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}),
+        (CHAT, {"chat_template": "{{ 1 }}"}),
+        (COMPLETIONS, {"prompt_embeds": "AAAA"}),
+        (COMPLETIONS, {"n": 20_000}),
+        (COMPLETIONS, {"prompt": ["a"] * 2_000}),
+    ],
+)
+async def test_no_refusal_advises_how_to_start_vllm(surface, path, body):
+    answer = await surface.post(path, **body)
+    assert answer.status_code == 400
+    assert "VLLM_" not in answer.text
+    assert "--" not in answer.text
+
+
+# Near the model's length
+
+
+async def test_a_completion_without_a_limit_generates_at_most_sixteen_tokens_and_what_fits(surface):
+    token = TokenChunk([500], logprobs=[[(500, -0.5, 1), (501, -0.9, 2)]], finish_reason="length")
+    for prompt_tokens, generated in ((100, 16), (112, 16), (113, 15), (127, 1)):
+        for body in ({}, {"max_tokens": None}, {"stream": True}):
+            answer = await surface.post(COMPLETIONS, prompt=[500] * prompt_tokens, **body)
+            assert answer.status_code == 200, answer.text
+            assert surface.limits == [generated]
+        answer = await surface.post(COMPLETIONS, prompt=[500] * prompt_tokens, use_beam_search=True, steps=[token])
+        assert surface.limits == [1] * generated  # a beam is a turn per token
+    answer = await surface.post(COMPLETIONS, prompt=[[500] * 100, [500] * 120])
+    assert surface.limits == [16, 8]
+
+
+@SURFACES
+async def test_a_prompt_that_leaves_no_room_is_said_to_be_too_long(surface, path):
+    for tokens in (MAX_LEN, MAX_LEN + 1):
+        body = await of_length(surface, path, tokens)
+        answer = await surface.post(path, **body)
+        assert answer.status_code == 400
+        error = error_of(answer)
+        assert "max_tokens" not in error["message"]
+        assert any(words in error["message"] for words in ("too long", "reduce"))
+        assert error.get("param", PROMPTS[path]) == PROMPTS[path]
+    answer = await surface.post(path, **(await of_length(surface, path, MAX_LEN - 1)) | {LIMITS[path]: 1})
+    assert answer.status_code == 200, answer.text
+    assert surface.limits[-1] == 1
+
+
+@SURFACES
+async def test_a_limit_that_does_not_fit_is_refused_under_its_own_name(surface, path):
+    body = await of_length(surface, path, MAX_LEN - 2)
+    answer = await surface.post(path, **body | {LIMITS[path]: 3})
+    assert answer.status_code == 400
+    assert error_of(answer)["message"].startswith("3 tokens do not fit beside the prompt, 2 do")
+    assert error_of(answer).get("param", LIMITS[path]) == LIMITS[path]
+
+
+async def of_length(surface: Surface, path: str, tokens: int) -> dict:
+    """A body whose prompt has so many tokens."""
+    if path == COMPLETIONS:
+        return {"prompt": [500] * tokens}
+    opening = (await surface.post("/tokenize", messages=ASK)).json()["count"]
+    messages = [{"role": "user", "content": "hi" + " hi" * (tokens - opening)}]
+    assert (await surface.post("/tokenize", messages=messages)).json()["count"] == tokens
+    return {"input" if path == RESPONSES else "messages": messages}
+
+
+async def test_sessions_say_the_same_near_the_models_length(surface, smollm):
+    from kvshare.decoders import Decoder
+    from kvshare_vllm.sampling import make_sampling_params
+    from router.response_kv import ResponseKV
+    from router.sessions import MemorySessions
+    from router.turns import Turns
+
+    base, decoders = surface.base, {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
+    turns = Turns(base, decoders, surface.frontend, MemorySessions(10, 100), ResponseKV())
+
+    async def turn(session_tokens: int, max_tokens: int | None = None) -> int:
+        """The limit that the turn ran with."""
+        surface.steps, surface.limits = [], []
+        session = await turns.create("", ("token_ids", [500] * session_tokens))
+        more = ("token_ids", [500])
+        sampling = make_sampling_params(max_tokens=max_tokens)
+        async for _ in turns.take(session.session_id, "planner", more, None, sampling, "r", TurnContext()):
+            pass
+        return surface.limits[-1]
+
+    assert await turn(100) == MAX_LEN - 101
+    assert await turn(MAX_LEN - 2) == 1
+    for tokens, max_tokens, field in ((MAX_LEN - 1, None, "input"), (MAX_LEN - 1, 1, "input"), (MAX_LEN, None, "input"),
+                                      (MAX_LEN - 2, 2, "sampling.max_tokens")):  # fmt: skip
+        with pytest.raises(InvalidInput) as refused:
+            await turn(tokens, max_tokens)
+        assert refused.value.field == field
+        assert ("tokens leave no room" in refused.value.message) == (field == "input")
+
+
+# Log-probabilities of the prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (CHAT, {"prompt_logprobs": 0}, "prompt_logprobs"),
+        (CHAT, {"prompt_logprobs": 2}, "prompt_logprobs"),
+        (COMPLETIONS, {"prompt_logprobs": 0}, "prompt_logprobs"),
+        (COMPLETIONS, {"prompt_logprobs": 0, "echo": True, "logprobs": 0}, "prompt_logprobs"),
+        (COMPLETIONS, {"echo": True, "logprobs": 0}, "echo"),
+        (COMPLETIONS, {"echo": True, "logprobs": 3}, "echo"),
+    ],
+)
+async def test_asking_for_the_prompts_log_probabilities_is_refused_under_the_field_that_asks(surface, path, body, field):
+    answer = await surface.post(path, **body)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, field)
+    assert "skip_reading_prefix_cache" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"echo": True}),
+        (CHAT, {"echo": True, "stream": True}),
+        (CHAT, {"prompt_logprobs": None}),
+        (COMPLETIONS, {"echo": True}),
+        (COMPLETIONS, {"echo": True, "logprobs": None}),
+        (COMPLETIONS, {"echo": False}),
+    ],
+)
+async def test_what_asks_for_none_is_let_through(surface, path, body):
+    answer = await surface.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    if path == COMPLETIONS and body["echo"]:
+        assert answer.json()["choices"][0]["text"].startswith("hi")
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"logprobs": True}), (COMPLETIONS, {"logprobs": 0})])
+async def test_zero_log_probabilities_of_generated_tokens_are_the_tokens_own(surface, path, body):
+    chunk = TokenChunk([500], logprobs=[[(500, -0.5, 1)]], finish_reason="length")
+    answer = await surface.post(path, steps=[chunk], **body)
+    told = answer.json()["choices"][0]["logprobs"]
+    assert [told["content"][0]["logprob"]] == [-0.5] if path == CHAT else told["token_logprobs"] == [-0.5]

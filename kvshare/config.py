@@ -16,25 +16,15 @@ from kvshare import redis_url
 from kvshare.access import Auth, Tls
 from kvshare.config_errors import as_config_error, shown
 from kvshare.config_files import with_files_found
-from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.layer_group import layer_group
 from kvshare.modes import get_mode, mode_names
+from kvshare.placement_config import Placement
 from kvshare.yaml_tree import Name, read
 from kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
-Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
-
-
-#: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
-OUR_ENGINE_ARGS = frozenset({
-    "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
-    "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
-    "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
-    "disable_log_stats", "kv_events_config", "scheduling_policy", "served_model_name", "otlp_traces_endpoint",
-    "logging_config", "log_level", "log_config_file", "worker_extension_cls",
-})
 
 
 class Base(_Node):
@@ -89,7 +79,7 @@ class Engines(_Node):
     max_num_seqs: int = Field(64, ge=1)
     """Most sequences one replica runs at once."""
     max_num_batched_tokens: int | None = Field(None, ge=16)
-    """Most tokens one replica processes per step; unset: vLLM's default."""
+    """Most tokens one replica processes per step, at least max_num_seqs; unset: vLLM's default."""
     cpu_cores: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
     """CPU build only: cores every replica of this pool computes on, like "0" or "0-3,6". Unset: vLLM chooses."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -113,6 +103,15 @@ class Engines(_Node):
     def _share_of_one_gpu(self):
         if self.gpu_share < 1 and self.tensor_parallel_size > 1:
             raise ValueError(f"gpu_share {self.gpu_share:g} needs tensor_parallel_size 1, got {self.tensor_parallel_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_every_sequence(self):
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}, "
+                f"and a step takes a token of each sequence; raise the one or lower the other"
+            )
         return self
 
     @field_validator("cpu_cores", mode="before")
@@ -143,6 +142,10 @@ class DecodePool(Engines):
     """Decoder name -> folder of its LoRA adapter in PEFT format."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
     """Highest LoRA rank this pool's engines make room for."""
+    max_loras: int = Field(8, ge=1)
+    """Adapters this pool's engines make room for: as many may run in one step, and as many may be served. Adapters can be added
+    while it runs as long as there is room; another value replaces the engines. A place takes the memory of an adapter of
+    max_lora_rank on every linear layer: for a base of 8 billion parameters 80 MiB at rank 16 in bfloat16."""
     serve_base: bool = True
     """Adapter pools only: also serve the plain base under base.name. The first pool that does gets it."""
     model: Folder | None = None
@@ -203,6 +206,11 @@ class DecodePool(Engines):
     def _one_kind(self) -> DecodePool:
         if bool(self.adapters) == bool(self.model):
             raise ValueError("give either `adapters` (LoRA on the base) or `model` (full weights), and not both")
+        if len(self.adapters) > self.max_loras:
+            raise ValueError(
+                f"`max_loras` makes room for {self.max_loras} adapters, and there are {len(self.adapters)}; "
+                f"raise max_loras to {len(self.adapters)}"
+            )
         if self.name and not self.model:
             raise ValueError(f"`name` ({self.name}) goes with `model`; adapters are named by their keys, so remove it")
         if self.model and not get_mode(self.sharing).full_weights:
@@ -217,25 +225,6 @@ class DecodePool(Engines):
         """Sizes of this pool's own prefill engines, in modes that have them."""
         sizes = {name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1, "autoscale": None}
         return self.prefill or Engines(**sizes)
-
-
-class Placement(_Node):
-    """How a replica is chosen: scorers in [0, 1], weighted (router/placement.py)."""
-
-    policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
-    """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and
-    for decode by load and cached prefix; the others are for comparison."""
-    prefill_weights: dict[Scorer, float] = Field(default_factory=dict)
-    """Weights of one's own for prefill, instead of the policy's: scorer -> weight."""
-    decode_weights: dict[Scorer, float] = Field(default_factory=dict)
-    """Weights of one's own for decode, instead of the policy's."""
-
-    @field_validator("prefill_weights", "decode_weights")
-    @classmethod
-    def _some_weight(cls, value: dict[str, float]) -> dict[str, float]:
-        if value and (min(value.values()) < 0 or not sum(value.values())):
-            raise ValueError(f"weights are at least 0 and not all 0, got {value}")
-        return value
 
 
 class Router(_Node):

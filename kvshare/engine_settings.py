@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
+OUR_ENGINE_ARGS = frozenset({
+    "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
+    "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
+    "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
+    "disable_log_stats", "kv_events_config", "scheduling_policy", "served_model_name", "otlp_traces_endpoint",
+    "logging_config", "log_level", "log_config_file", "worker_extension_cls",
+})
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -34,6 +43,8 @@ class EngineSettings:
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_lora_rank: int = 16
+    #: Places for adapters; `adapters` may become more while the engine runs, but not more than these.
+    max_loras: int = 8
     tensor_parallel_size: int = 1
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None

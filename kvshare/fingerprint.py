@@ -150,8 +150,13 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def cache_folder() -> Path:
+    """The user's, for what costs time to find out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefillshare"
+
+
 def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefillshare" / "fingerprints.json"
+    return cache_folder() / "fingerprints.json"
 
 
 def _known() -> dict[str, str]:

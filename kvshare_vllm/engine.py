@@ -6,7 +6,6 @@ Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
@@ -28,6 +27,7 @@ from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
 from kvshare_vllm import vllm_logging
+from kvshare_vllm.adapters import Adapters
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
@@ -70,8 +70,7 @@ class Engine:
         self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
         self._llm, self._gauges, self._log = llm, gauges, log
-        self._adapters: dict[str, LoRARequest] = {}
-        self._adapter_numbers = itertools.count(1)
+        self._adapters = Adapters(llm)
         self._active, self._busy_since = 0, 0.0
 
     @classmethod
@@ -94,6 +93,8 @@ class Engine:
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)
+            if problems := engine.adapter_problems:
+                raise ValueError("; ".join(f"adapter {name}: {problem}" for name, problem in problems.items()))
             async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at its first use is compiled before it is ready
                 await engine.probe()
             return engine
@@ -109,18 +110,19 @@ class Engine:
 
     @property
     def adapters(self) -> Collection[str]:
-        return self._adapters.keys()
+        return self._adapters.loaded.keys()
+
+    @property
+    def adapter_problems(self) -> Mapping[str, str]:
+        """Those that it was to serve and cannot load, and why."""
+        return self._adapters.problems
 
     async def set_adapters(self, adapters: Mapping[str, str]) -> None:
-        """Load and unload so that these are served: name -> folder. Requests with an adapter that goes are let end."""
-        for name in self._adapters.keys() - adapters.keys():
-            del self._adapters[name]  # vLLM drops its weights when another adapter wants the place
-        for name, path in adapters.items():
-            if name in self._adapters and self._adapters[name].lora_path == path:
-                continue
-            lora = LoRARequest(name, next(self._adapter_numbers), path)
-            await self._llm.add_lora(lora)
-            self._adapters[name] = lora
+        """Serve these: name -> folder. What cannot be loaded leaves the others alone; `adapter_problems` says so."""
+        try:
+            await self._adapters.serve(adapters)
+        except EngineDeadError as error:
+            raise self._dead() from error
 
     async def set_log_level(self, level: str) -> None:
         """Of this process and the engine's own."""
@@ -170,9 +172,9 @@ class Engine:
     def _adapter(self, name: str | None) -> LoRARequest | None:
         if name is None:
             return None
-        if name not in self._adapters:
-            raise Internal(f"pool {self.settings.pool!r} holds no adapter {name!r}; it holds {sorted(self._adapters)}")
-        return self._adapters[name]
+        if name not in self.adapters:
+            raise Internal(f"pool {self.settings.pool!r} holds no adapter {name!r}; it holds {sorted(self.adapters)}")
+        return self._adapters.loaded[name]
 
     async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0, trace=None):
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}

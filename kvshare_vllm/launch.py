@@ -72,7 +72,9 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
     if s.adapters:
-        args |= {"enable_lora": True, "max_loras": len(s.adapters), "max_lora_rank": s.max_lora_rank}
+        # While a deployment changes, the adapters that go and those that come are kept side by side, in the host's memory.
+        args |= {"enable_lora": True, "max_loras": s.max_loras, "max_cpu_loras": 2 * s.max_loras}
+        args |= {"max_lora_rank": s.max_lora_rank}
     if s.max_num_batched_tokens:
         args["max_num_batched_tokens"] = s.max_num_batched_tokens
     return (
@@ -82,7 +84,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "served_model_name": s.pool,  # as vLLM's metrics name it
             "otlp_traces_endpoint": s.traces_endpoint,
             "logging_config": vllm_logging.config(s.log_level, s.log_format),
-            "worker_extension_cls": "kvshare_vllm.vllm_logging.LogLevel",
+            "worker_extension_cls": "kvshare_vllm.worker_calls.WorkerCalls",
             "dtype": s.dtype,
             "max_model_len": s.max_model_len,
             "block_size": s.block_size,

@@ -34,9 +34,9 @@ class EngineReplica(ABC):
         await self._engine.set_adapters(changeable["adapters"])
         await self._engine.set_log_level(changeable["log_level"])
 
-    async def adapters(self) -> list[str]:
-        """Names of those it serves now."""
-        return sorted(self._engine.adapters)
+    async def adapters(self) -> dict[str, str]:
+        """Of those it was told to serve: name -> why it cannot, empty where it does. One that is still being loaded is none."""
+        return dict.fromkeys(self._engine.adapters, "") | dict(self._engine.adapter_problems)
 
     async def describe(self) -> ReplicaInfo:
         engine = self._engine

@@ -55,7 +55,7 @@ def set_level(level: str) -> None:
 
 
 class LogLevel:
-    """vLLM's `worker_extension_cls`: what the engine's own processes can be told."""
+    """Mixed into vLLM's workers (`worker_extension_cls`)."""
 
     def set_log_level(self, level: str) -> None:
         set_level(level)

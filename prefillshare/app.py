@@ -18,6 +18,7 @@ from kvshare import decoders, live_changes
 from kvshare.config import Deployment, Engines, load, parse
 from kvshare.errors import ConfigError, EngineStartError
 from prefillshare import cluster
+from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, ROUTER
 from prefillshare.engines import engine_settings
 from prefillshare.platform import engine_environment, on_cpu
@@ -263,6 +264,7 @@ def serve_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
+    check_arguments(deployment)
     stop = threading.Event()
     with startup_progress(console) as progress, running(deployment, progress):
         # Not before: until here a signal ends the start-up, and Ray has set handlers of its own.

@@ -25,6 +25,7 @@ from prefillshare.app import (
     running_deployment,
     wait_until_running,
 )
+from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, connected, running_handle
 
 #: How long routers may take to say that they serve the new deployment, once Serve says that they run.
@@ -39,6 +40,7 @@ def apply_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
+    check_arguments(deployment)
     address = deployment.cluster.address or "auto"
     with connected(address, deployment.router.http_port), startup_progress(console) as progress:
         apply(deployment, progress)

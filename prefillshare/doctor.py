@@ -170,6 +170,7 @@ def _cpu() -> Iterator[Finding]:
 def of_deployment(file: Path) -> Iterator[Finding]:
     """What `prefillshare check` refuses."""
     from kvshare.config import load
+    from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
     from prefillshare.preflight import check_machine, ecache_cost
     from router import tenants
@@ -179,6 +180,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
         tenants.load(deployment.router.auth)
         contract = kv_contract(deployment)
         check_machine(deployment)
+        unchecked = check_arguments(deployment)
     except PrefillShareError as error:
         yield Finding("deployment", Level.WRONG, f"{error.field or file}: {error.message}", error.fix or "")
         return
@@ -186,6 +188,8 @@ def of_deployment(file: Path) -> Iterator[Finding]:
     if deployment.cluster.address:
         seen = f"files; the machines of the Ray cluster at {deployment.cluster.address} are not seen from here"
     yield Finding("deployment", Level.OK, f"{file}: {seen}")
+    if unchecked:
+        yield Finding("deployment", Level.OK, f"not checked: what vLLM says to the engines' arguments ({unchecked})")
     for line in ecache_cost(deployment, contract.shape):
         yield Finding("deployment", Level.OK, line)
 

@@ -54,10 +54,19 @@ def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, E
         )
     for pool in deployment.decode:
         model = pool.model or base.model
-        lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank}
+        lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank, "max_loras": pool.max_loras}
         if not get_mode(pool.sharing).shares_prefill:
             name = own_prefill(pool.pool)
             result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
         kept = {"ecache_layers": decoders.ecache_layers([pool]), "prefill_ecache_layers": contract.ecache_layers}
         result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora, **kept)
+    return result
+
+
+def fields(deployment: Deployment) -> dict[str, str]:
+    """Serve deployment name -> field of the deployment file that its engines are described by; "" -> the base's."""
+    result = {"": "base", SHARED_PREFILL: "prefill"}
+    for number, pool in enumerate(deployment.decode):
+        result[pool.pool] = f"decode.{number}"
+        result[own_prefill(pool.pool)] = f"decode.{number}.prefill" if pool.prefill else f"decode.{number}"
     return result

@@ -112,6 +112,7 @@ def check_command(file: Path) -> None:
     """`prefillshare check FILE`: everything `serve` would refuse, without starting anything."""
     from rich.console import Console
 
+    from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
     from router import tenants
 
@@ -119,12 +120,15 @@ def check_command(file: Path) -> None:
     known = tenants.load(deployment.router.auth).by_name
     contract = kv_contract(deployment)
     check_machine(deployment)
+    unchecked = check_arguments(deployment)
     console = Console()
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
     for line in ecache_cost(deployment, contract.shape):
         console.print(f"  {line}")
+    if unchecked:
+        console.print(f"  not checked: what vLLM says to the engines' arguments ({unchecked})")
     console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): everybody may call")
     if known and deployment.router.tls is None:
         console.print("  no TLS (router.tls): API keys can be read on their way here")

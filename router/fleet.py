@@ -7,7 +7,6 @@ are gone are forgotten when the last turn that was sent there has ended.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 
 from kvshare.config import Deployment
@@ -20,8 +19,6 @@ from router.orchestrator import Route
 from router.placement import Weights, weights
 from router.pools import Pool
 from router.replicas import ReplicaSet
-
-logger = logging.getLogger(__name__)
 
 BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
     "used": lambda stats: stats.blocks_used,
@@ -59,21 +56,19 @@ class Fleet:
             self.pools[name].weights = weight
         return {name: Route(self.pools[decode], self.pools[prefill]) for name, (decode, prefill) in routes.items()}
 
-    async def wait_for_adapters(self, deployment: Deployment) -> None:
-        """Before turns that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be
-        replacing engines."""
-        timeout_s = deployment.cluster.start_timeout_s
-        waiting = [
-            self.pools[engines].replicas.serve_adapters(pool.adapters)
+    async def adapter_problems(self, deployment: Deployment) -> dict[str, str]:
+        """Adapters of the deployment that some replica of the pools known here cannot serve, and why. To be asked before turns
+        that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing engines."""
+        asked = [
+            self.pools[engines].replicas.adapter_problems(pool.adapters, deployment.cluster.start_timeout_s)
             for pool in deployment.decode
             for engines in (pool.pool, own_prefill(pool.pool))
             if pool.adapters and engines in self.pools
         ]
-        try:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*waiting)
-        except TimeoutError:
-            logger.warning("not every replica serves its pool's adapters after %g s", timeout_s)
+        problems: dict[str, str] = {}
+        for found in await asyncio.gather(*asked):
+            problems |= found
+        return problems
 
     async def forget(self, deployment: Deployment) -> None:
         """Close pools the deployment no longer has. Turns that were sent there end as they would have."""

@@ -69,8 +69,7 @@ class RouterIngress:
         self._deployment = deployment
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
-        await self._fleet.wait_for_adapters(deployment)
-        self._decoders = served_decoders.served(deployment)
+        self._decoders = await self._loaded(deployment)
         self._orchestrator = Orchestrator(
             config,
             deployment.base,
@@ -137,16 +136,28 @@ class RouterIngress:
             return
         vllm_logging.set_level(deployment.logs.level)
         routes = await self._fleet.adopt(deployment)
-        await self._fleet.wait_for_adapters(deployment)
+        loaded = await self._loaded(deployment)
         self._deployment = deployment
         before = set(self._decoders)
-        self._orchestrator.serve(served_decoders.served(deployment), routes, deployment.router)
+        self._orchestrator.serve(loaded, routes, deployment.router)
         self._canary.expect(self._decoders)
         self._metrics.expect(self._decoders, self._fleet.pools)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
         # Only then may engines drop what these turns still need.
         await self._orchestrator.in_progress.ended(before - set(self._decoders), GRACE_S)
         await self._fleet.forget(deployment)
+
+    async def _loaded(self, deployment: Deployment) -> dict[str, served_decoders.Decoder]:
+        """What can be served of the deployment: all but adapters that a replica could not load."""
+        problems = await self._fleet.adapter_problems(deployment)
+        for name, why in problems.items():
+            logger.error("decoder %s is not served: %s", name, why)
+        served = served_decoders.served(deployment)
+        return {name: decoder for name, decoder in served.items() if decoder.adapter not in problems}
+
+    async def adapter_problems(self, plain: dict) -> dict[str, str]:
+        """Adapters of a deployment, given as plain data, that some replica running now cannot serve, and why."""
+        return await self._fleet.adapter_problems(Deployment.model_validate(plain))
 
     async def deployment(self) -> dict:
         """What is served now, as plain data: what cannot be taken over is as it was at the start."""

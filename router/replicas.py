@@ -237,19 +237,24 @@ class ReplicaSet:
         told = zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True)
         return {replica: stats for replica, stats in told if stats is not None}
 
-    async def serve_adapters(self, names: Collection[str]) -> None:
-        """Until all that answer serve these. The caller bounds it."""
+    async def adapter_problems(self, names: Collection[str], timeout_s: float) -> dict[str, str]:
+        """Of these adapters, those that some replica cannot serve, and why. Waits until each that answers has loaded them or
+        has failed to; what some has done neither with after `timeout_s` is a problem, too."""
 
-        async def has_them(replica: str) -> bool:
+        async def ask(replica: str) -> dict[str, str] | None:
             try:
                 async with asyncio.timeout(self._wedged_after_s):
-                    return {*names} <= {*await answer(self.on(replica).adapters.remote())}
+                    return await answer(self.on(replica).adapters.remote())
             except (*CALL_ERRORS, PrefillShareError, TimeoutError):
-                return True  # it gets no turns, or is about to
+                return None  # it gets no turns, or is about to
 
+        until = time.monotonic() + timeout_s
         while True:
-            if all(await asyncio.gather(*map(has_them, list(self._replicas)))):
-                return
+            told = [states for states in await asyncio.gather(*map(ask, list(self._replicas))) if states is not None]
+            late = [name for name in names if any(name not in states for states in told)]
+            if not late or time.monotonic() > until:
+                failed = {name: why for states in told for name, why in states.items() if why and name in names}
+                return failed | dict.fromkeys(late, f"it is not loaded after {timeout_s:g} s")
             await asyncio.sleep(MEMBERS_S)
 
     async def _probe(self, replica: Replica) -> None:

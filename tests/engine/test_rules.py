@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -20,6 +23,7 @@ from engines import (
     started,
     turn,
 )
+from safetensors.torch import load_file, save_file
 
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 
@@ -29,7 +33,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engines(tmp_path_factory, smollm):
     decode = settings_of(tmp_path_factory.mktemp("rules"), smollm, "prefillshare", ("a", "b"))
-    async with started(decode, replace(decode, pool="stranger", contract="two", adapters={})) as them:
+    one = replace(decode, adapters={"a": decode.adapters["a"]})
+    async with started(one, replace(decode, pool="stranger", contract="two", adapters={})) as them:
+        await them[1].set_adapters(decode.adapters)  # "b" has come to an engine that started with one
         yield them
 
 
@@ -70,6 +76,47 @@ async def test_two_adapters_at_once_load_a_prompt_once(engines):
     prompt = ids(3 * BLOCK + 1, salt=3)
     results = await asyncio.gather(turn(engines, prompt, 8, adapter="a"), turn(engines, prompt, 8, adapter="b"))
     assert sorted(chunk.local_tokens for _, _, chunk, _ in results) == [0, 3 * BLOCK]
+
+
+async def test_an_adapter_that_has_come_later_shares_steps_with_those_that_were_there(engines):
+    _, decoder, _ = engines
+    streams = []
+    for adapter in ("a", "b"):
+        prompt = ids(40, salt=ord(adapter))
+        handoff = await handed_over(engines, prompt)
+        streams.append(decoder.decode(prompt, handoff, sampling(200), new_id(), adapter=adapter))
+        await anext(streams[-1])
+    assert decoder.stats().running == 2  # the first has not ended
+    for stream in streams:
+        await stream.aclose()
+
+
+async def test_an_adapter_that_cannot_be_loaded_leaves_the_others_as_they_are(engines, tmp_path):
+    _, decoder, _ = engines
+    prompt, served = ids(50, salt=50), {name: lora.lora_path for name, lora in decoder._adapters.loaded.items()}
+    before = await turn(engines, prompt, 8, adapter="b")
+    await decoder.set_adapters({**bad_copies(served["a"], tmp_path), **served})
+    assert set(decoder.adapters) == {"a", "b"}
+    assert decoder.adapter_problems == {
+        "dora": "vLLM does not yet support DoRA.",
+        "beyond": "the engine's model has no module for 1 of its weights, model.layers.9.self_attn.q_proj among them",
+    }
+    after = await turn(engines, prompt, 8, adapter="b")
+    assert after[:2] == before[:2]
+    await decoder.set_adapters(served)
+    assert not decoder.adapter_problems
+
+
+def bad_copies(folder: str, target: Path) -> dict[str, str]:
+    """Of a good adapter: one that vLLM refuses, and one with a layer that the base does not have, which it drops silently."""
+    dora, beyond = (shutil.copytree(folder, target / name) for name in ("dora", "beyond"))
+    settings = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    weights = load_file(beyond / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    weights |= {name.format(9, letter): weights[name.format(0, letter)].clone() for letter in "AB"}
+    save_file(weights, beyond / "adapter_model.safetensors")
+    return {"dora": str(dora), "beyond": str(beyond)}
 
 
 async def test_preempted_requests_resume_exactly_with_seed_and_penalties(engines):

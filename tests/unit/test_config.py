@@ -44,7 +44,8 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
     assert (deployment.base.dtype, deployment.base.max_model_len, deployment.base.block_size) == ("bfloat16", 4096, 32)
     assert (deployment.prefill.replicas, deployment.prefill.kv_cache_gib, deployment.prefill.cpu_cores) == (1, 1.0, None)
     pool = deployment.decode[0]
-    assert (pool.sharing, pool.max_lora_rank, pool.serve_base, pool.engine_args) == ("prefillshare", 16, True, {})
+    assert (pool.sharing, pool.max_lora_rank, pool.max_loras) == ("prefillshare", 16, 8)
+    assert (pool.serve_base, pool.engine_args) == (True, {})
     router = deployment.router
     assert (router.host, router.http_port, router.grpc_port) == ("127.0.0.1", 8000, 9000)
     assert (router.max_queued, router.max_sessions, router.session_ttl_s, router.default_deadline_s) == (256, 10_000, 3600, 300)
@@ -96,6 +97,16 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ("decode/0/pool", "", "decode.0.pool: String should match pattern"),
         ("decode/0/adapters/a b", "x", "decode.0.adapters.a b: String should match pattern"),
         # Rules of our own.
+        (
+            "decode/0/max_loras",
+            0,
+            "decode.0.max_loras: Input should be greater than or equal to 1, got 0",
+        ),
+        (
+            "decode/0/adapters",
+            {f"a{n}": "x" for n in range(9)},
+            "decode.0: `max_loras` makes room for 8 adapters, and there are 9; raise max_loras to 9",
+        ),
         (
             "decode/0/sharing",
             "share",

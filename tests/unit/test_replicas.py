@@ -15,8 +15,8 @@ DEPLOYMENT = ("app", "prefill")
 KNOWN_WITHIN_S = 2.0
 #: Replicas that live on without an engine.
 DEAD: set[str] = set()
-#: Replica -> adapters it serves; of those that are not here, none.
-ADAPTERS: dict[str, list[str]] = {}
+#: Replica -> adapters it has loaded, or why not; of those that are not here, none.
+ADAPTERS: dict[str, dict[str, str]] = {}
 
 
 class Handle:
@@ -44,7 +44,7 @@ class Handle:
     async def _adapters(self):
         if self._replica in DEAD:
             raise Unavailable("the engine has died")
-        return ADAPTERS.get(self._replica, [])
+        return ADAPTERS.get(self._replica, {})
 
 
 @pytest.fixture
@@ -98,10 +98,24 @@ async def test_adapters_are_waited_for_on_all_that_answer(replicas):
     MEMBERS[DEPLOYMENT] = frozenset({"first", "second", "third"})
     await becomes_known(replicas, {"first", "second", "third"})
     DEAD.add("third")
-    ADAPTERS["first"] = ["coder", "planner"]
-    waiting = asyncio.create_task(replicas.serve_adapters({"coder"}))
+    ADAPTERS["first"] = {"coder": "", "planner": ""}
+    waiting = asyncio.create_task(replicas.adapter_problems({"coder"}, 10))
     done, _ = await asyncio.wait({waiting}, timeout=0.5)
     assert not done
-    ADAPTERS["second"] = ["coder"]
+    ADAPTERS["second"] = {"coder": ""}
     async with asyncio.timeout(KNOWN_WITHIN_S):
-        await waiting
+        assert await waiting == {}
+
+
+async def test_an_adapter_that_one_replica_could_not_load_is_known_at_once_with_the_reason(replicas):
+    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    await becomes_known(replicas, {"first", "second"})
+    ADAPTERS["first"] = {"coder": "", "planner": "", "other": "of another pool"}
+    ADAPTERS["second"] = {"coder": "", "planner": "vLLM does not yet support DoRA."}
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        assert await replicas.adapter_problems({"coder", "planner"}, 10) == {"planner": "vLLM does not yet support DoRA."}
+
+
+async def test_an_adapter_that_a_replica_never_loads_is_a_problem_when_the_time_is_up(replicas):
+    ADAPTERS["first"] = {"coder": ""}
+    assert await replicas.adapter_problems({"coder", "planner"}, 0.2) == {"planner": "it is not loaded after 0.2 s"}

@@ -1,0 +1,8 @@
+"""What the engine's own processes can be told and asked, beside vLLM's own calls: its `worker_extension_cls`."""
+
+from kvshare_vllm.adapters import AdapterWeights
+from kvshare_vllm.vllm_logging import LogLevel
+
+
+class WorkerCalls(LogLevel, AdapterWeights):
+    pass

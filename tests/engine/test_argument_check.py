@@ -1,0 +1,58 @@
+"""vLLM's own checks of engines' arguments: right ones pass, a wrong one is named. No engine is started."""
+
+from dataclasses import replace
+
+import pytest
+from engines import settings_of
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, smollm):
+    return settings_of(tmp_path_factory.mktemp("arguments"), smollm, "prefillshare", ("a",))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"role": "prefill", "adapters": {}},
+        {"mode": "none"},
+        {"mode": "icarus"},
+        {"mode": "droidspeak", "ecache_layers": [2]},
+        {"engine_args": {"max_logprobs": 5, "gpu_memory_utilization": 0.5}},
+    ],
+)
+def test_vllm_has_nothing_against_what_runs(settings, changes):
+    from kvshare_vllm.argument_check import problems
+
+    assert list(problems({"pool": replace(settings, **changes)}, "hermes")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument", "message"),
+    [
+        ({"max_num_batched_tokens": 20, "max_num_seqs": 64}, "max_num_batched_tokens", "greater than or equal to max_num_seqs"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size", "attention heads (4) must be divisible"),
+        ({"engine_args": {"gpu_memory_utilisation": 0.5}}, "engine_args.gpu_memory_utilisation", "did you mean gpu_memory_"),
+        ({"engine_args": {"max_logprobs": 5, "seed": "x"}}, "engine_args.seed", "a valid integer"),
+        ({"engine_args": {"attention_backend": "NOPE"}}, "engine_args.attention_backend", "Unknown attention backend: 'NOPE'"),
+        ({"engine_args": {"max_cpu_loras": 1}}, "engine_args.max_cpu_loras", "must be >= max_loras (8)"),
+        ({"engine_args": {"seed": "x", "quantization": "y"}}, "", "a valid integer"),
+    ],
+)
+def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, message):
+    from kvshare_vllm.argument_check import problems
+
+    (problem,) = problems({"pool": replace(settings, **changes)}, None)
+    assert (problem["engine"], problem["argument"]) == ("pool", argument)
+    assert message in problem["message"]
+
+
+def test_a_tool_parser_that_vllm_does_not_have_is_refused_with_those_it_has(settings):
+    from kvshare_vllm.argument_check import problems
+
+    (problem,) = problems({}, "hermmes")
+    assert (problem["engine"], problem["argument"]) == ("", "tool_call_parser")
+    assert "hermes" in problem["message"]

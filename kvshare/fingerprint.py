@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -22,6 +23,7 @@ _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "u
 _ROPE = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
 _INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 22
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 #: A file younger than this may change again without a new time of change (clocks tick in milliseconds).
 _SETTLED_S = 2.0
 
@@ -147,7 +149,25 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     for name, entry in entries.items():
         if entry["start"] + entry["bytes"] > size:
             raise ConfigError(f"{file} is cut short: tensor {name} is incomplete", fix="copy the file again")
+    _check_layout(file, entries, 8 + length, size)
     return entries
+
+
+def _check_layout(file: Path, entries: dict[str, dict[str, Any]], at: int, size: int) -> None:
+    """As the safetensors library asks: tensors stand one behind the other up to the file's end, each as large as its shape."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1]["start"], item[1]["bytes"])):
+        if entry["start"] != at:
+            message = f"{file} is not a safetensors file: a gap or an overlap before tensor {name}"
+            raise ConfigError(message, fix="save it again")
+        at += entry["bytes"]
+        item_bytes = _ITEM_BYTES.get(entry["dtype"])
+        if item_bytes and math.prod(entry["shape"]) * item_bytes != entry["bytes"]:
+            raise ConfigError(
+                f"{file} is not a safetensors file: tensor {name} of shape {entry['shape']} has {entry['bytes']} bytes",
+                fix="save it again",
+            )
+    if at != size:
+        raise ConfigError(f"{file} is not a safetensors file: {size - at} bytes behind the last tensor", fix="save it again")
 
 
 def cache_folder() -> Path:

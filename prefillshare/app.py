@@ -238,8 +238,10 @@ def wait_until_running(deployment: Deployment, progress: Progress | None) -> Non
             progress(elapsed, {name: d.status.value for name, d in status.deployments.items()})
         if status.status.value == "RUNNING":
             return
-        unhealthy = {n: d.message for n, d in status.deployments.items() if d.status.value in ("UNHEALTHY", "DEPLOY_FAILED")}
-        if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY") or unhealthy:
+        # The application has the state of its worst deployment. Right after a change theirs may still be those before it.
+        failed = ("DEPLOY_FAILED", "UNHEALTHY")
+        if status.status.value in failed:
+            unhealthy = {n: d.message for n, d in status.deployments.items() if d.status.value in failed}
             text = "\n".join(f"{name}: {message}" for name, message in unhealthy.items() if message) or status.message
             raise EngineStartError(f"the deployment did not start:\n{text}")
         if elapsed > deployment.cluster.start_timeout_s:

@@ -1,7 +1,8 @@
 """`prefillshare apply FILE`: what runs becomes what the file says, while turns run.
 
 1. What cannot change while it runs is refused.
-2. Engines become those of old and new deployment together; routers stay as they are.
+2. Engines become those of old and new deployment together; routers stay as they are. If an engine does not start, or cannot
+   load an adapter, the engines become the old deployment's again, and the change is refused.
 3. Routers become the new deployment's: they take it over, or are replaced where they cannot (kvshare/live_changes.py).
 4. Engines that the new deployment does not have go.
 5. Every router is asked what it serves: only then has it changed.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from kvshare import decoders
 from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, EngineStartError
+from kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 from prefillshare.app import (
     STOP_TIMEOUT_S,
     Progress,
@@ -65,10 +66,51 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
     both, scaled = _union(old, new), autoscaled(old)
-    for application in (build(both, before, scaled), build(both, after, scaled), build(new, after, scaled)):
-        deploy(application)
-        wait_until_running(new, progress)
+    as_before, *steps = (
+        build(deployment, routers, scaled)
+        for deployment, routers in ((old, before), (both, before), (both, after), (new, after))
+    )
+    try:
+        _step(steps[0], new, progress)
+        _refuse_what_engines_cannot_load(handle, new)
+    except PrefillShareError as error:
+        _go_back(as_before, old, error, progress)
+        raise
+    for application in steps[1:]:
+        _step(application, new, progress)
     _confirm(handle, new)
+
+
+def _step(application, deployment: Deployment, progress: Progress | None) -> None:
+    deploy(application)
+    wait_until_running(deployment, progress)
+
+
+def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
+    """Raises ConfigError naming every adapter that some replica cannot load, and why."""
+    asked = handle.adapter_problems.remote(new.model_dump(mode="json"))
+    problems = asked.result(timeout_s=new.cluster.start_timeout_s + STOP_TIMEOUT_S)
+    named = [
+        (f"decode.{number}.adapters.{name}", f"engines cannot serve {folder}: {problems[name]}")
+        for number, pool in enumerate(new.decode)
+        for name, folder in pool.adapters.items()
+        if name in problems
+    ]
+    if named:
+        (field, message), *rest = named
+        raise ConfigError(
+            message + "".join(f"\n  {also}: {why}" for also, why in rest),
+            field=field,
+            fix="give an adapter that vLLM loads with this base; what ran before goes on",
+        )
+
+
+def _go_back(as_before, old: Deployment, error: PrefillShareError, progress: Progress | None) -> None:
+    try:
+        _step(as_before, old, progress)
+    except PrefillShareError as second:
+        message = f"{error}\nand what ran before has not come back: {second.message}"
+        raise EngineStartError(message, fix="apply the file that ran before, or start anew") from error
 
 
 def _confirm(handle, new: Deployment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -17,8 +18,9 @@ from conftest import System, ids, system, wait_until
 from faults import disturbed, kept_whole, kill, processes, stopped
 from oracle import Oracle
 
+from kvshare import adapter_settings
 from kvshare.config import parse
-from kvshare.errors import NotFound
+from kvshare.errors import ConfigError, EngineStartError, NotFound
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
@@ -172,6 +174,35 @@ def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracl
     assert all(one.exception() is None for one in taking), [one.exception() for one in taking]
     assert len(turns) > 20
     assert all(turn.usage.completion_tokens == 30 for turn in turns)
+
+
+def test_an_apply_that_engines_refuse_leaves_everything_as_it_was(running, oracle, tmp_path, monkeypatch):
+    """An adapter that the files' check lets through, but no engine loads: in a pool that runs, then in one of its own."""
+    before = running.deployment
+    bad = make_seeded_adapters(Path(before.base.model), tmp_path, names=("bad",))["bad"]
+    settings = json.loads((bad / "adapter_config.json").read_text())
+    (bad / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    session, plain = running.client.create_session(), before.model_dump(mode="json")
+    oracle.turn(session, "a", token_ids=ids(70, salt=51), max_tokens=4, ignore_eos=True)
+    replicas = {pool: set(members) for pool, members in running.info().items()}
+    agents = plain["decode"][0]
+    joined = agents | {"adapters": agents["adapters"] | {"bad": str(bad)}}
+    alone = agents | {"pool": "alone", "replicas": 1, "serve_base": False, "adapters": {"bad": str(bad)}}
+    for decode, kind, message in (
+        ([joined], ConfigError, r"decode\.0\.adapters\.bad: engines cannot serve .*bad: vLLM does not yet support DoRA\."),
+        ([agents, alone], EngineStartError, r"adapter bad: vLLM does not yet support DoRA\."),
+    ):
+        after = parse(plain | {"decode": decode})
+        with monkeypatch.context() as patched:
+            patched.setattr(adapter_settings, "_refuse_other_kinds", lambda *_: None)
+            with pytest.raises(kind, match=message):
+                apply(after)
+        result, _ = oracle.turn(session, "b", token_ids=ids(3, salt=52), max_tokens=4, ignore_eos=True)
+        assert result.usage.cached_tokens >= 64
+        with pytest.raises(NotFound, match="unknown decoder 'bad'"):
+            running.client.create_session().turn("bad", token_ids=ids(9), max_tokens=1)
+        apply(before)
+        assert {pool: set(members) for pool, members in running.info().items()} == replicas
 
 
 def test_cached_prefixes_are_predicted_exactly_where_nothing_is_evicted(running, oracle):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from model_folders import LINEAR, lora, write_safetensors
+from safetensors import SafetensorError, safe_open
 
 from kvshare import adapter_files, config, decoders
 from kvshare.adapter_settings import AdapterSettings
@@ -211,6 +212,24 @@ def test_adapters_made_here_are_served(tmp_path, model):
     base = model()
     folder = str(make_seeded_adapters(base, tmp_path / "made", names=("a",))["a"])
     assert len(adapter_files.check(folder, AdapterSettings.read(folder), adapter_files.linear_modules(base))) == 14
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda data: data + b"\0", "1 bytes behind the last tensor"),
+        (lambda data: data.replace(b'"shape": [8, 32]', b'"shape": [8, 33]', 1), "of shape [8, 33] has 512 bytes"),
+        (lambda data: data.replace(b"[512, 1024]", b"[510, 1022]", 1), "a gap or an overlap before tensor"),
+    ],
+)
+def test_a_file_that_the_safetensors_library_would_not_open_is_refused(base, adapter, spoil, what):
+    folder = adapter("bad", base=base)
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ConfigError, match=re.escape(what)):
+        served(base, folder)
+    with pytest.raises(SafetensorError), safe_open(file, framework="np"):
+        pass
 
 
 #: SmolLM2-135M-Instruct.

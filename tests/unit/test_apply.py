@@ -3,11 +3,14 @@
 import pytest
 
 from kvshare import config
-from kvshare.errors import ConfigError
+from kvshare.errors import ConfigError, EngineStartError
 from kvshare.live_changes import fixed_for_router
+from prefillshare import apply as apply_module
+from prefillshare import serve_config
 from prefillshare.app import _replicas
 from prefillshare.apply import check_change
 from prefillshare.engines import engine_settings
+from router import tenants
 
 
 @pytest.fixture
@@ -73,3 +76,93 @@ def test_a_pool_that_has_followed_its_load_is_not_set_back_to_where_it_began(dep
     assert _replicas(pool, as_scaled=True)["autoscaling_config"]["initial_replicas"] is None
     (fixed,) = deploy(replicas=2).decode
     assert _replicas(fixed, as_scaled=True) == {"num_replicas": 2}
+
+
+class Answer:
+    def __init__(self, value):
+        self.value = value
+
+    def remote(self, *_):
+        return self
+
+    def result(self, timeout_s):
+        return self.value
+
+    results = result
+
+
+class Serve:
+    """In the place of Ray Serve: `deployed` is what was put in place, one after the other. `fails`: engines' pools that do not
+    start; `problems`: adapters that engines cannot load."""
+
+    def __init__(self, monkeypatch, old: config.Deployment):
+        self.deployed, self.fails, self.problems = [], set(), {}
+        for name, stub in {
+            "running_handle": lambda: self,
+            "running_deployment": lambda handle: old,
+            "build": lambda deployment, routers, scaled: (deployment, routers.deployment),
+            "deploy": self.deployed.append,
+            "wait_until_running": self._wait,
+        }.items():
+            monkeypatch.setattr(apply_module, name, stub)
+        monkeypatch.setattr(serve_config, "is_from_config", lambda app: False)
+
+    def _wait(self, deployment, progress):
+        engines, _ = self.deployed[-1]
+        if failed := self.fails & {pool.pool for pool in engines.decode}:
+            raise EngineStartError(f"{', '.join(failed)} did not start")
+
+    tenants = Answer(tenants.load(None))
+
+    @property
+    def adapter_problems(self):
+        return Answer(self.problems)
+
+    def broadcast(self, method):
+        _, routers = self.deployed[-1]
+        return Answer([routers.model_dump(mode="json")])
+
+
+def names(deployed) -> list[tuple[list[str], list[str]]]:
+    """What engines had, and what routers served, step by step."""
+    return [tuple(sorted(d for pool in part.decode for d in pool.decoders) for part in step) for step in deployed]
+
+
+def test_engines_change_before_routers_and_drop_what_goes_after_them(deploy, monkeypatch):
+    old, new = deploy(), deploy(adapters={"b": deploy.folders["b"]})
+    serve = Serve(monkeypatch, old)
+    apply_module.apply(new)
+    assert names(serve.deployed) == [(["a", "b"], ["a"]), (["a", "b"], ["b"]), (["b"], ["b"])]
+
+
+def test_an_adapter_that_engines_cannot_load_is_refused_and_engines_go_back(deploy, monkeypatch):
+    old, new = deploy(), deploy(adapters=deploy.folders)
+    serve = Serve(monkeypatch, old)
+    serve.problems = {"b": "vLLM does not yet support DoRA."}
+    with pytest.raises(ConfigError) as caught:
+        apply_module.apply(new)
+    assert caught.value.field == "decode.0.adapters.b"
+    assert caught.value.message == f"engines cannot serve {deploy.folders['b']}: vLLM does not yet support DoRA."
+    assert names(serve.deployed) == [(["a", "b"], ["a"]), (["a"], ["a"])]
+
+
+def test_engines_go_back_when_new_ones_do_not_start(deploy, monkeypatch):
+    old, new = deploy(), deploy(pool="others")
+    serve = Serve(monkeypatch, old)
+    serve.fails = {"others"}
+    with pytest.raises(EngineStartError, match=r"^others did not start"):
+        apply_module.apply(new)
+    assert serve.deployed[-1] == (old, old)
+
+
+def test_when_even_going_back_fails_both_reasons_are_given(deploy, monkeypatch):
+    old, new = deploy(), deploy(pool="others")
+    serve = Serve(monkeypatch, old)
+    serve.fails = {"others", "agents"}
+    with pytest.raises(EngineStartError, match=r"others.* did not start\nand what ran before has not come back: agents did"):
+        apply_module.apply(new)
+
+
+def test_more_adapters_than_there_is_room_for_are_refused_before_anything_changes(deploy):
+    with pytest.raises(ConfigError, match=r"`max_loras` makes room for 1 adapters, and there are 2; raise max_loras to 2"):
+        deploy(adapters=deploy.folders, max_loras=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
@@ -35,8 +35,8 @@ class Decoder:
     quality_floor: float | None = None
 
 
-def served(deployment: Deployment) -> dict[str, Decoder]:
-    """Every served name, the base first if a pool serves it."""
+def served(deployment: Deployment, but: Collection[str] = ()) -> dict[str, Decoder]:
+    """Every served name, the base first if a pool serves it. `but`: adapters that engines could not load."""
     decoders: dict[str, Decoder] = {}
     for pool in deployment.decode:
         promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor}
@@ -47,7 +47,7 @@ def served(deployment: Deployment) -> dict[str, Decoder]:
         if pool.serve_base and deployment.base.name not in decoders:
             base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base")
             decoders = {base.name: base, **decoders}
-        for name in pool.adapters:
+        for name in (name for name in pool.adapters if name not in but):
             decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), **promised)
     return decoders
 

@@ -27,6 +27,8 @@ def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.exec
     Raises ConfigError naming the fields and what vLLM says, and as `engine_settings` does. Takes as long as importing vLLM
     does, unless the same engines were asked about before.
     """
+    if not vllm_build():
+        return "vLLM is not installed here"
     engines = {name: asdict(settings) for name, (settings, _) in engine_settings(deployment).items()}
     asked = json.dumps({"engines": engines, "tool_call_parser": deployment.base.tool_call_parser}, default=str)
     key = fingerprint.of_json([vllm_build(), asked])

@@ -152,8 +152,7 @@ class RouterIngress:
         problems = await self._fleet.adapter_problems(deployment)
         for name, why in problems.items():
             logger.error("decoder %s is not served: %s", name, why)
-        served = served_decoders.served(deployment)
-        return {name: decoder for name, decoder in served.items() if decoder.adapter not in problems}
+        return served_decoders.served(deployment, but=problems)
 
     async def adapter_problems(self, plain: dict) -> dict[str, str]:
         """Adapters of a deployment, given as plain data, that some replica running now cannot serve, and why."""

@@ -7,6 +7,7 @@ import pytest
 
 from kvshare import config
 from kvshare.errors import ConfigError, EngineStartError
+from prefillshare import argument_check
 from prefillshare.argument_check import check_arguments
 from prefillshare.engines import engine_settings, fields
 
@@ -85,6 +86,11 @@ def test_a_good_answer_is_remembered_for_the_same_engines_only(deployment):
 def test_where_vllm_cannot_be_asked_the_reason_is_given_and_not_remembered(deployment):
     assert check_arguments(deployment, answers(unchecked="no device")) == "no device"
     assert check_arguments(deployment, answers(unchecked="still none")) == "still none"
+
+
+def test_where_vllm_is_not_installed_nothing_is_asked(deployment, monkeypatch):
+    monkeypatch.setattr(argument_check, "vllm_build", lambda: "")
+    assert check_arguments(deployment, NEVER) == "vLLM is not installed here"
 
 
 def test_a_child_that_fails_is_shown_with_what_it_said(deployment):

@@ -67,6 +67,11 @@ def test_served_names_are_the_base_and_every_decoder(deploy, adapter, model, bas
     assert served["math"] == decoders.Decoder("math", "baseline", "none", "math", "lora")
 
 
+def test_adapters_that_engines_could_not_load_are_not_served(deploy, adapter):
+    deployment = deploy(adapters(adapter("planner"), adapter("tools")))
+    assert list(decoders.served(deployment, but={"tools": "why"})) == ["base", "planner"]
+
+
 def test_base_is_served_under_its_configured_name_or_not_at_all(deploy, adapter):
     planner = adapter("planner")
     assert list(decoders.served(deploy(adapters(planner), base_changes={"name": "smol"}))) == ["smol", "planner"]

@@ -1,0 +1,48 @@
+"""What a fleet learns from its pools about adapters, before a router sends turns that need them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvshare import config
+from kvshare.metrics import Metrics
+from router.fleet import Fleet
+
+
+class Replicas:
+    """In the place of a ReplicaSet: `problems` by adapter, for those that are asked about."""
+
+    def __init__(self, **problems: str):
+        self.problems, self.asked = problems, None
+
+    async def adapter_problems(self, names, timeout_s):
+        self.asked = (sorted(names), timeout_s)
+        return {name: why for name, why in self.problems.items() if name in names}
+
+
+@pytest.fixture
+def deployment(model, adapter):
+    folders = {name: str(adapter(name)) for name in "abc"}
+    pools = [
+        {"pool": "agents", "adapters": {"a": folders["a"]}},
+        {"pool": "alone", "sharing": "none", "adapters": {"b": folders["b"]}},
+        {"pool": "coming", "adapters": {"c": folders["c"]}},
+        {"pool": "full", "model": str(model("full"))},
+    ]
+    whole = {"base": {"model": str(model()), "max_model_len": 64}, "decode": pools, "cluster": {"start_timeout_s": 7}}
+    return config.parse(whole)
+
+
+async def test_every_engine_that_serves_adapters_is_asked_once_it_is_known(deployment):
+    fleet = Fleet(32, lambda name: None, Metrics())
+    sets = {name: Replicas() for name in ("prefill", "agents", "alone", "prefill-alone", "full")}
+    sets["agents"].problems, sets["prefill-alone"].problems = {"a": "one"}, {"b": "two"}
+    fleet.pools = {name: SimpleNamespace(replicas=replicas) for name, replicas in sets.items()}
+    assert await fleet.adapter_problems(deployment) == {"a": "one", "b": "two"}
+    assert {name: replicas.asked for name, replicas in sets.items()} == {
+        "prefill": None,
+        "agents": (["a"], 7),
+        "alone": (["b"], 7),
+        "prefill-alone": (["b"], 7),
+        "full": None,
+    }

@@ -7,6 +7,7 @@
     |-- Unauthenticated         no API key, or one that no tenant has
     |-- PermissionDenied        the key's tenant may not do this
     |-- NotFound                unknown decoder or session
+    |   |-- SessionDamaged      what the store holds under the session's name is no session
     |-- Conflict                the session is busy with another turn, or has changed
     |-- Overloaded              a queue is full; carries a retry hint
     |-- DeadlineExceeded        the deadline passed before the turn ended
@@ -106,6 +107,10 @@ class PermissionDenied(PrefillShareError):
 
 class NotFound(PrefillShareError):
     grpc_code, http_status = GrpcCode.NOT_FOUND, 404
+
+
+class SessionDamaged(NotFound):
+    """The session is lost. Deleting it frees its name."""
 
 
 class Conflict(PrefillShareError):

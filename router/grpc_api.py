@@ -149,9 +149,9 @@ class Servicer(pb_grpc.PrefillShareServicer):
             await _abort(context, error)
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception:
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
-            await _abort(context, Internal(f"request {request_id}: {type(error).__name__}: {error}"))
+            await _abort(context, _unexpected(f"request {request_id}"))
 
     async def _create(self, request):
         caller = current_caller.get().in_domain(request.cache_domain)
@@ -172,6 +172,15 @@ class Servicer(pb_grpc.PrefillShareServicer):
             return await work
         except PrefillShareError as error:
             await _abort(context, error)
+        except Exception:
+            call = uuid.uuid4().hex
+            logger.exception("call %s failed", call)
+            await _abort(context, _unexpected(f"call {call}"))
+
+
+def _unexpected(what: str) -> Internal:
+    """Says where to look: what went wrong inside is not for clients."""
+    return Internal(f"{what} failed in the router", fix="if it lasts, have the router's log searched for it")
 
 
 def _tenant() -> str:

@@ -21,7 +21,6 @@ from kvshare import decoders as served_decoders
 from kvshare import tracing
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL
-from kvshare.errors import Overloaded, PrefillShareError
 from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
@@ -30,8 +29,6 @@ from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
-#: A successful probe is believed for so long.
-PROBE_TTL_S = 10.0
 PROBE_DEADLINE_S = 60.0
 #: How long a stopping router lets running turns go on; less than Serve's own patience with the replica.
 GRACE_S = 30.0
@@ -53,6 +50,7 @@ class RouterIngress:
         from router.orchestrator import Orchestrator
         from router.pull_back import PullBack
         from router.ray_metrics import RayMetrics
+        from router.readiness import Readiness
         from router.response_kv import ResponseKV
         from router.sessions import SessionGauge, open_sessions
         from router.trace_context import HttpTraces
@@ -65,7 +63,7 @@ class RouterIngress:
         if deployment.tracing:
             instance = serve.get_replica_context().replica_id.unique_id
             self._traces = tracing.set_up(deployment.tracing, "prefillshare-router", instance)
-        self._sessions = await open_sessions(config)
+        self._sessions = await open_sessions(config, tenants.max_sessions(config.max_sessions))
         self._deployment = deployment
         self._fleet = Fleet(deployment.base.block_size, lambda name: handles.get(name) or _handle_of(name), metrics)
         routes = await self._fleet.adopt(deployment)
@@ -106,11 +104,11 @@ class RouterIngress:
             pull_back = PullBack(shared, base, metrics, compute_s=lambda: rate.value, **limits)
         self._response_kv = ResponseKV(eager, pull_back)
         turns = Turns(base, self._decoders, self._frontend, self._sessions, self._response_kv)
-        self._probed: dict[str, float] = {}
-        self._probe_lock = asyncio.Lock()
-        servicer = Servicer(turns, self.not_ready_because)
+        orchestrator = self._orchestrator
+        self._readiness = Readiness(self._decoders, self._sessions, lambda: orchestrator.draining, self._probe)
+        servicer = Servicer(turns, self._readiness.not_ready_because)
         self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, shared_port=config.replicas > 1)
-        _add_readiness(self._app, self.not_ready_because)
+        _add_readiness(self._app, self._readiness.not_ready_because)
         await self._grpc.start()
         await self._first_turns(deployment.cluster.start_timeout_s)
         await self._grpc.set_ready(True)
@@ -118,7 +116,7 @@ class RouterIngress:
     async def _first_turns(self, timeout_s: float) -> None:
         """A turn on every pool. Where the engines are being replaced, too, it may take some. Raises RuntimeError."""
         until = time.monotonic() + timeout_s
-        while reason := await self.not_ready_because():
+        while reason := await self._readiness.not_ready_because():
             if time.monotonic() > until:
                 raise RuntimeError(f"the first turn failed: {reason}")
             logger.warning("not ready yet: %s", reason)
@@ -166,32 +164,14 @@ class RouterIngress:
         """Who may call. Of keys it has digests only."""
         return self._tenants
 
-    async def not_ready_because(self) -> str:
-        """Empty if a turn on every pool succeeds now (believed for PROBE_TTL_S), else why not."""
+    async def _probe(self, decoder: str) -> None:
+        """A turn of one token. Raises what a client would get."""
         from kvshare_vllm.sampling import make_prompt, make_sampling_params
 
-        if self._orchestrator.draining:
-            return "the router is stopping"
-        async with self._probe_lock:
-            by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
-            for pool, name in by_pool.items():
-                if time.monotonic() - self._probed.get(pool, -PROBE_TTL_S) < PROBE_TTL_S:
-                    continue
-                try:
-                    request = self._frontend.prepare(
-                        make_prompt([1, 2, 3]),
-                        make_sampling_params(max_tokens=1, temperature=0.0),
-                        f"probe-{uuid.uuid4().hex}",
-                        name,
-                    )
-                    async for _ in self._frontend.run(request, name, TurnContext(deadline_s=PROBE_DEADLINE_S)):
-                        pass
-                except Overloaded:
-                    pass  # it is up, and busy: taking it out of rotation would help nobody
-                except PrefillShareError as error:
-                    return f"pool {pool}: {error}"
-                self._probed[pool] = time.monotonic()
-        return ""
+        sampling, name = make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}"
+        request = self._frontend.prepare(make_prompt([1, 2, 3]), sampling, name, decoder)
+        async for _ in self._frontend.run(request, decoder, TurnContext(deadline_s=PROBE_DEADLINE_S)):
+            pass
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
         """Pool -> replica -> figures of those that answer, asked for now; for tests and operators."""

@@ -72,6 +72,9 @@ class Tenant(Node):
     """Its share where tenants wait for each other: one of weight 2 gets twice as much as one of weight 1."""
     max_in_progress: int | None = Field(None, ge=1)
     """Most turns it has in progress at once; unset: as many as router.max_queued."""
+    max_sessions: int | None = Field(None, ge=1)
+    """Most sessions it holds at once; creating another one is refused. Unset: its part of router.max_sessions by weight, at
+    least 1. All tenants together never hold more than router.max_sessions."""
     priority: int = Field(0, ge=-100, le=100)
     """Lower is sooner, as in vLLM: turns of lower number go before all of higher number."""
     cache_domain: Name | None = None
@@ -132,6 +135,13 @@ class Tenants:
     def shares(self) -> dict[str, grant.Tenant]:
         """Name -> what the queue knows of it."""
         return {name: grant.Tenant(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
+
+    def max_sessions(self, in_all: int) -> dict[str, int]:
+        """Name -> most sessions it holds, of the `in_all` that the store keeps."""
+        weights = sum(tenant.weight for tenant in self.by_name.values())
+        return {
+            name: tenant.max_sessions or max(1, int(in_all * tenant.weight / weights)) for name, tenant in self.by_name.items()
+        }
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -81,6 +81,8 @@ class Turns:
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         async with self.sessions.turn(session_id, tenant=tenant) as session:
+            if max(session.token_ids, default=0) >= self._vocab_size:
+                raise self.sessions.damaged(session_id)
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
             kept, seen = self._lay_out(session, given, suffix)

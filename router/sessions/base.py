@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
-from kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
+from kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
 
 MAX_NAME_CHARS = 128
 
@@ -39,17 +39,19 @@ class SessionStore(ABC):
     """Sessions by tenant and name ("" is the tenant of a deployment without tenants). Bounded, with a time to live.
 
     A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
-    All methods may raise Unavailable where the store is not in this process.
+    `max_per_tenant`: tenant -> most sessions it holds of the `max_sessions`; a tenant that is not named may hold all.
+    Where the store is not in this process, all methods may raise Unavailable, and those that name a session SessionDamaged.
     """
 
-    def __init__(self, max_sessions: int, ttl_s: float):
+    def __init__(self, max_sessions: int, ttl_s: float, max_per_tenant: Mapping[str, int] | None = None):
         self.max_sessions, self.ttl_s = max_sessions, ttl_s
+        self.max_per_tenant = dict(max_per_tenant or {})
 
     @abstractmethod
     async def create(
         self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
     ) -> Session:
-        """Raises InvalidInput, Conflict if the name is taken, Overloaded if `max_sessions` are held."""
+        """Raises InvalidInput, Conflict if the name is taken, Overloaded if the tenant or all hold their most."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -79,6 +81,10 @@ class SessionStore(ABC):
         """
 
     @abstractmethod
+    async def check(self) -> None:
+        """Raises Unavailable if sessions cannot be had now."""
+
+    @abstractmethod
     async def expires_in_s(self, session: Session) -> float:
         """Seconds until the session is forgotten if nobody uses it; 0 if it is."""
 
@@ -99,14 +105,37 @@ class SessionStore(ABC):
             field="session_id",
         )
 
+    @staticmethod
+    def damaged(session_id: str) -> SessionDamaged:
+        return SessionDamaged(
+            f"session {session_id[:MAX_NAME_CHARS]!r} is damaged in the session store and cannot be read",
+            field="session_id",
+            fix="delete it and start a new session",
+        )
+
     def _exists(self, session_id: str) -> Conflict:
         return Conflict(
             f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
         )
 
-    def _full(self) -> Overloaded:
+    def _limit_of(self, tenant: str) -> int:
+        return self.max_per_tenant.get(tenant, self.max_sessions)
+
+    def _full(self, tenant: str) -> Overloaded:
+        """The tenant holds its most."""
+        if tenant not in self.max_per_tenant:
+            return self._all_full()
         return Overloaded(
-            f"{self.max_sessions} sessions are held (router.max_sessions)",
+            f"tenant {tenant!r} holds {self._limit_of(tenant)} sessions, which is its most",
+            field=f"tenants.{tenant}.max_sessions",
+            retry_after_s=min(self.ttl_s, 60.0),
+            fix="delete sessions that are done, or have the limit raised in the keys file",
+        )
+
+    def _all_full(self) -> Overloaded:
+        return Overloaded(
+            f"{self.max_sessions} sessions are held, which is the most",
+            field="router.max_sessions",
             retry_after_s=min(self.ttl_s, 60.0),
             fix="delete sessions that are done",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from kvshare.config import Router
 from kvshare.errors import Unavailable
@@ -16,19 +17,23 @@ logger = logging.getLogger(__name__)
 GAUGE_PERIOD_S = 5.0
 
 
-async def open_sessions(config: Router) -> SessionStore:
+async def open_sessions(config: Router, max_per_tenant: Mapping[str, int]) -> SessionStore:
     """The deployment's store, which has answered. Raises ConfigError or Unavailable."""
     if config.redis_url is None:
-        return MemorySessions(config.max_sessions, config.session_ttl_s)
+        return MemorySessions(config.max_sessions, config.session_ttl_s, max_per_tenant)
     store = RedisSessions(
         config.redis_url,
         config.max_sessions,
         config.session_ttl_s,
+        max_per_tenant,
         password=config.redis_password(),
         prefix=config.redis_prefix,
     )
     try:
-        await store.count()
+        await store.check()
+    except Unavailable:
+        await store.close()
+        raise Unavailable(store.trouble, field="router.redis_url", fix="start that server, or correct the URL") from None
     except BaseException:
         await store.close()
         raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -28,10 +28,17 @@ class _Record:
 class MemorySessions(SessionStore):
     """No method waits, so each is atomic for the event loop's other tasks."""
 
-    def __init__(self, max_sessions: int, ttl_s: float, clock: Callable[[], float] = time.monotonic):
-        super().__init__(max_sessions, ttl_s)
+    def __init__(
+        self,
+        max_sessions: int,
+        ttl_s: float,
+        max_per_tenant: Mapping[str, int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        super().__init__(max_sessions, ttl_s, max_per_tenant)
         self._clock = clock
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()  # least recently used first
+        self._held: Counter[str] = Counter()  # by tenant, as in _records
 
     async def create(
         self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
@@ -48,11 +55,11 @@ class MemorySessions(SessionStore):
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         self._use(session_id, tenant)
-        del self._records[tenant, session_id]
+        self._forget(tenant, session_id)
 
     async def count(self, tenant: str | None = None) -> int:
         self._forget_expired()
-        return len(self._records) if tenant is None else sum(owner == tenant for owner, _ in self._records)
+        return len(self._records) if tenant is None else self._held[tenant]
 
     @asynccontextmanager
     async def turn(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
@@ -76,21 +83,28 @@ class MemorySessions(SessionStore):
         self._committed(session, token_ids, open_response)
         record.session = replace(session, prefilled_on=dict(session.prefilled_on))
 
+    async def check(self) -> None:
+        pass
+
     async def expires_in_s(self, session: Session) -> float:
         record = self._records.get((session.tenant, session.session_id))
         return max(0.0, record.used_at + self.ttl_s - self._clock()) if record else 0.0
 
     async def close(self) -> None:
         self._records.clear()
+        self._held.clear()
 
     def _add(self, session: Session) -> _Record:
         self._forget_expired()
         key = (session.tenant, session.session_id)
         if key in self._records:
             raise self._exists(session.session_id)
+        if self._held[session.tenant] >= self._limit_of(session.tenant):
+            raise self._full(session.tenant)
         if len(self._records) >= self.max_sessions:
-            raise self._full()
+            raise self._all_full()
         record = self._records[key] = _Record(session, self._clock())
+        self._held[session.tenant] += 1
         return record
 
     def _use(self, session_id: str, tenant: str) -> _Record:
@@ -114,4 +128,10 @@ class MemorySessions(SessionStore):
             if not record.turn_id:
                 expired.append(key)
         for key in expired:
-            del self._records[key]
+            self._forget(*key)
+
+    def _forget(self, tenant: str, session_id: str) -> None:
+        del self._records[tenant, session_id]
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]

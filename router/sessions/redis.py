@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
-from kvshare.errors import PrefillShareError, Unavailable
+from kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
 from kvshare.redis_url import shown
 from router.sessions import scripts
 from router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
@@ -28,6 +28,8 @@ from router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
+#: What clients can be told (protos/prefillshare/v1: int32).
+MAX_TOKEN_ID = 2**31 - 1
 RETRY_S = 0.1
 
 
@@ -43,13 +45,14 @@ class RedisSessions(SessionStore):
         url: str,
         max_sessions: int,
         ttl_s: float,
+        max_per_tenant: Mapping[str, int] | None = None,
         *,
         password: str | None = None,
         prefix: str = "prefillshare",
         lease_s: float = 5.0,
         timeout_s: float = 2.0,
     ):
-        super().__init__(max_sessions, ttl_s)
+        super().__init__(max_sessions, ttl_s, max_per_tenant)
         self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
         # Timeout and retry are `_call`'s. With a socket_timeout, redis-py sends through asyncio.wait_for, which before Python
         # 3.12 may swallow a cancellation: a task that is being stopped would go on.
@@ -65,13 +68,16 @@ class RedisSessions(SessionStore):
         )
         self._url, self._secret = shown(url), pool.connection_kwargs.get("password")
         self._redis = Redis.from_pool(pool)
+        #: What is wrong with the server, for those who run it: clients are told neither its address nor its messages.
+        self.trouble = ""
 
     async def create(
         self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
     ) -> Session:
         session_id = self._name(session_id)
+        most = (self.max_sessions, self._limit_of(tenant))
         return await self._load(
-            scripts.CREATE, tenant, session_id, uuid.uuid4().hex, self.max_sessions, _packed(token_ids), cache_domain
+            scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, _packed(token_ids), cache_domain
         )
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -81,15 +87,19 @@ class RedisSessions(SessionStore):
         new_session_id = self._name(new_session_id)
         keys, name = self._keys(tenant, session_id)
         new_keys, new_name = self._keys(tenant, new_session_id)
-        args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, self.max_sessions)
+        args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, self.max_sessions, self._limit_of(tenant))
         answer = await self._run(scripts.FORK, [*keys, *new_keys[:2]], args)
-        self._check(answer, session_id, new_session_id)
-        return _session(answer, tenant, new_session_id)
+        self._check(answer, tenant, session_id, new_session_id)
+        try:
+            return self._session(answer, tenant, new_session_id)
+        except SessionDamaged:
+            await self.delete(new_session_id, tenant=tenant)
+            raise self.damaged(session_id) from None
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         keys, name = self._keys(tenant, session_id)
         # Not retried: where the first try worked, the second would say that there is no such session.
-        self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), session_id)
+        self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), tenant, session_id)
 
     async def count(self, tenant: str | None = None) -> int:
         names = f"{self._prefix}:names" if tenant is None else f"{self._prefix}:names:{tenant}"
@@ -100,7 +110,7 @@ class RedisSessions(SessionStore):
         turn_id = uuid.uuid4().hex
         try:
             session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, SessionDamaged):
             await self._end(tenant, session_id, turn_id)  # it may have begun all the same
             raise
         session.turn_id = turn_id
@@ -115,7 +125,7 @@ class RedisSessions(SessionStore):
     async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
-        (status, *_) = await self._ask(
+        answer = await self._ask(
             scripts.COMMIT,
             session.tenant,
             session.session_id,
@@ -126,9 +136,13 @@ class RedisSessions(SessionStore):
             int(open_response),
             json.dumps(session.prefilled_on),
         )
-        if status != b"ok":
-            raise self._deleted(session) if status == b"deleted" else self._lost(session)
+        self._check(answer, session.tenant, session.session_id)
+        if answer[0] != b"ok":
+            raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
         self._committed(session, token_ids, open_response)
+
+    async def check(self) -> None:
+        await self.count()
 
     async def expires_in_s(self, session: Session) -> float:
         keys, _ = self._keys(session.tenant, session.session_id)
@@ -172,23 +186,50 @@ class RedisSessions(SessionStore):
 
     async def _load(self, script: str, tenant: str, session_id: str, *args) -> Session:
         answer = await self._ask(script, tenant, session_id, *args)
-        self._check(answer, session_id, session_id)
-        return _session(answer, tenant, session_id)
+        self._check(answer, tenant, session_id, session_id)
+        return self._session(answer, tenant, session_id)
 
     async def _ask(self, script: str, tenant: str, session_id: str, *args) -> list:
         keys, name = self._keys(tenant, session_id)
         return await self._run(script, keys, (name, self._ttl_ms, *args))
 
-    def _check(self, answer: list, session_id: str, new_session_id: str = "") -> None:
+    def _check(self, answer: list, tenant: str, session_id: str, new_session_id: str = "") -> None:
         match answer[0]:
+            case b"damaged":
+                raise self.damaged(session_id)
             case b"missing":
                 raise self._missing(session_id)
             case b"busy":
                 raise self._busy(session_id)
             case b"exists":
                 raise self._exists(new_session_id)
-            case b"full":
-                raise self._full()
+            case b"own full":
+                raise self._full(tenant)
+            case b"all full":
+                raise self._all_full()
+
+    def _session(self, answer: list, tenant: str, session_id: str) -> Session:
+        """From what `load` of scripts.py answers; scripts.py has looked at its numbers. Raises SessionDamaged."""
+        _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
+        token_ids = np.frombuffer(tokens, dtype="<u4")
+        try:
+            prefilled_on, cache_domain = json.loads(prefilled), domain.decode()
+        except (ValueError, RecursionError):
+            raise self.damaged(session_id) from None
+        named = isinstance(prefilled_on, dict) and all(isinstance(replica, str) for replica in prefilled_on.values())
+        if not named or token_ids.max(initial=0) > MAX_TOKEN_ID:
+            raise self.damaged(session_id)
+        return Session(
+            session_id,
+            tenant,
+            tuple(token_ids.tolist()),
+            int(turns),
+            is_open == b"1",
+            prefilled_on,
+            cache_domain,
+            bool(busy),
+            int(version),
+        )
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence, *, again: bool = True) -> list:
         registered = self._redis.register_script(script)
@@ -199,18 +240,30 @@ class RedisSessions(SessionStore):
         try:
             async with asyncio.timeout(self._timeout_s):
                 try:
-                    return await work()
+                    done = await work()
                 except ConnectionLost:
                     if not again:
                         raise
-                    return await work()
+                    done = await work()
         except TimeoutError:
-            reason = f"no answer within {self._timeout_s:g} s"
+            text = reason = f"no answer within {self._timeout_s:g} s"
         except (RedisError, OSError) as error:
+            text = "it cannot be reached" if isinstance(error, (ConnectionLost, OSError)) else "it answers with an error"
             reason = f"{type(error).__name__}: {error}"
-            if self._secret:  # a server's message may repeat what it was sent
-                reason = reason.replace(self._secret, "***")
-        raise Unavailable(f"session store {self._url}: {reason}", fix="try again; if it lasts, look at the Redis server")
+        else:
+            self._note("")
+            return done
+        self._note(reason)
+        raise Unavailable(f"the session store: {text}", fix="try again; if it lasts, tell those who run this service")
+
+    def _note(self, reason: str) -> None:
+        """Logs changes only: where the store is gone, every call finds that out."""
+        if self._secret:  # a server's message may repeat what it was sent
+            reason = reason.replace(self._secret, "***")
+        trouble = f"{self._url}: {reason}" if reason else ""
+        if trouble != self.trouble:
+            logger.warning("session store %s", trouble or f"{self._url} works again")
+        self.trouble = trouble
 
 
 def _ms(seconds: float) -> int:
@@ -219,19 +272,3 @@ def _ms(seconds: float) -> int:
 
 def _packed(token_ids: Sequence[int]) -> bytes:
     return np.asarray(token_ids, dtype="<u4").tobytes()
-
-
-def _session(answer: list, tenant: str, session_id: str) -> Session:
-    """From what `load` of scripts.py answers."""
-    _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
-    return Session(
-        session_id,
-        tenant,
-        tuple(np.frombuffer(tokens, dtype="<u4").tolist()),
-        int(turns),
-        is_open == b"1",
-        json.loads(prefilled),
-        domain.decode(),
-        bool(busy),
-        int(version),
-    )

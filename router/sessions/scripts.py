@@ -27,10 +27,19 @@ _COMMON = (
 local session, tokens, all, own = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local name, ttl = ARGV[1], tonumber(ARGV[2])
 
--- Under memory pressure the server may evict one half of a session. Then there is no session.
-local function there(session, tokens)
-  local count = redis.call('HGET', session, 'tokens')
-  return count and tonumber(count) * 4 == redis.call('STRLEN', tokens)
+-- Nil for a session, else the status to answer with. Under memory pressure the server may evict one half of a session: then
+-- there is none. Whatever else is not as these scripts write it is damaged, and nothing but DELETE touches it.
+local function unsound(session, tokens)
+  local kinds = {redis.call('TYPE', session).ok, redis.call('TYPE', tokens).ok}
+  if kinds[1] == 'none' or kinds[2] == 'none' then return 'missing' end
+  if kinds[1] ~= 'hash' or kinds[2] ~= 'string' then return 'damaged' end
+  local state = redis.call('HMGET', session, 'tokens', 'turns', 'version', 'open', 'prefilled', 'domain', 'turn', 'until')
+  for _, number in ipairs({state[1], state[2], state[3], state[4], state[7] and state[8] or '0'}) do
+    if not number or #number > 15 or not string.match(number, '^%d+$') then return 'damaged' end
+  end
+  if state[7] and not state[8] then return 'damaged' end
+  if tonumber(state[1]) * 4 ~= redis.call('STRLEN', tokens) then return 'damaged' end
+  if not state[5] or #state[5] > 65536 or not state[6] or #state[6] > 65536 then return 'damaged' end
 end
 
 local function holder(session)
@@ -50,6 +59,12 @@ local function touch(session, tokens, name)
   end
 end
 
+-- The status of a refusal, if there is no room for one more session.
+local function full(most, most_of_own)
+  if count(own) >= tonumber(most_of_own) then return 'own full' end
+  if count(all) >= tonumber(most) then return 'all full' end
+end
+
 local function load(session, tokens)
   local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
@@ -57,18 +72,20 @@ end
 """
 )
 
-#: ARGV: who makes it (a retry finds its own), most sessions, tokens, cache domain.
+#: ARGV: who makes it (a retry finds its own), most sessions of all and of its tenant, tokens, cache domain.
 CREATE = (
     _COMMON
     + """
-if there(session, tokens) then
-  if redis.call('HGET', session, 'made') ~= ARGV[3] then return {'exists'} end
+local wrong = unsound(session, tokens)
+if wrong ~= 'missing' then
+  if wrong or redis.call('HGET', session, 'made') ~= ARGV[3] then return {'exists'} end
 else
-  if count(all) >= tonumber(ARGV[4]) then return {'full'} end
+  local refusal = full(ARGV[4], ARGV[5])
+  if refusal then return {refusal} end
   redis.call('DEL', session, tokens)
-  redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[5] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[6], 'version', 0)
-  redis.call('SET', tokens, ARGV[5])
+  redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[6] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
+    'domain', ARGV[7], 'version', 0)
+  redis.call('SET', tokens, ARGV[6])
 end
 touch(session, tokens, name)
 return load(session, tokens)
@@ -78,23 +95,28 @@ return load(session, tokens)
 GET = (
     _COMMON
     + """
-if not there(session, tokens) then return {'missing'} end
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
 touch(session, tokens, name)
 return load(session, tokens)
 """
 )
 
-#: KEYS: also the new session's two. ARGV: the new one's name, who makes it, most sessions.
+#: KEYS: also the new session's two. ARGV: the new one's name, who makes it, most sessions of all and of its
+#: tenant.
 FORK = (
     _COMMON
     + """
-if not there(session, tokens) then return {'missing'} end
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
 touch(session, tokens, name)
 local new, copied = KEYS[5], KEYS[6]
-if there(new, copied) then
-  if redis.call('HGET', new, 'made') ~= ARGV[4] then return {'exists'} end
+wrong = unsound(new, copied)
+if wrong ~= 'missing' then
+  if wrong or redis.call('HGET', new, 'made') ~= ARGV[4] then return {'exists'} end
 else
-  if count(all) >= tonumber(ARGV[5]) then return {'full'} end
+  local refusal = full(ARGV[5], ARGV[6])
+  if refusal then return {refusal} end
   redis.call('DEL', new, copied)
   redis.call('COPY', session, new)
   redis.call('COPY', tokens, copied)
@@ -109,11 +131,11 @@ return load(new, copied)
 DELETE = (
     _COMMON
     + """
-if not there(session, tokens) then return {'missing'} end
+local wrong = unsound(session, tokens)
 redis.call('DEL', session, tokens)
 redis.call('ZREM', all, name)
 redis.call('ZREM', own, name)
-return {'ok'}
+return {wrong == 'missing' and 'missing' or 'ok'}
 """
 )
 
@@ -121,7 +143,8 @@ return {'ok'}
 BEGIN = (
     _COMMON
     + """
-if not there(session, tokens) then return {'missing'} end
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
 local held = holder(session)
 if held and held ~= ARGV[3] then return {'busy'} end
 redis.call('HSET', session, 'turn', ARGV[3], 'until', now + tonumber(ARGV[4]))
@@ -134,7 +157,7 @@ return load(session, tokens)
 RENEW = (
     _COMMON
     + """
-if not there(session, tokens) or redis.call('HGET', session, 'turn') ~= ARGV[3] then return {'lost'} end
+if unsound(session, tokens) or redis.call('HGET', session, 'turn') ~= ARGV[3] then return {'lost'} end
 redis.call('HSET', session, 'until', now + tonumber(ARGV[4]))
 touch(session, tokens, name)
 return {'ok'}
@@ -146,7 +169,8 @@ return {'ok'}
 COMMIT = (
     _COMMON
     + """
-if not there(session, tokens) then return {'deleted'} end
+local wrong = unsound(session, tokens)
+if wrong then return {wrong == 'missing' and 'deleted' or wrong} end
 local mark = ARGV[3] .. ':' .. ARGV[4]
 local state = redis.call('HMGET', session, 'version', 'tokens', 'committed')
 if state[3] == mark then return {'ok'} end
@@ -171,7 +195,7 @@ return {'ok'}
 END = (
     _COMMON
     + """
-if redis.call('HGET', session, 'turn') == ARGV[3] then
+if not unsound(session, tokens) and redis.call('HGET', session, 'turn') == ARGV[3] then
   redis.call('HDEL', session, 'turn', 'until')
   touch(session, tokens, name)
 end

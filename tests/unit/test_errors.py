@@ -22,6 +22,7 @@ CODES = {
     "Unauthenticated": ("UNAUTHENTICATED", 401),
     "PermissionDenied": ("PERMISSION_DENIED", 403),
     "NotFound": ("NOT_FOUND", 404),
+    "SessionDamaged": ("NOT_FOUND", 404),
     "Conflict": ("ABORTED", 409),
     "Overloaded": ("RESOURCE_EXHAUSTED", 429),
     "DeadlineExceeded": ("DEADLINE_EXCEEDED", 504),

@@ -177,13 +177,49 @@ async def test_a_full_store_refuses_with_a_retry_hint_and_a_taken_name_is_a_conf
     await store.create("b", tenant="other")
     with pytest.raises(Overloaded, match="2 sessions are held") as raised:
         await store.create("c", tenant="")
-    assert raised.value.retry_after_s == 10
+    assert (raised.value.retry_after_s, raised.value.field) == (10, "router.max_sessions")
     await store.delete("a", tenant="")
     await store.create("c", tenant="")
     await where.pass_time(11)
     for name in ("d", "e"):
         await store.create(name, tenant="")
     assert await store.count() == 2
+
+
+async def test_a_tenant_that_holds_its_most_is_refused_and_takes_no_room_from_others(where):
+    store = where.make(max_sessions=5, ttl_s=10, max_per_tenant={"a": 2, "b": 1})
+
+    async def full(tenant, name=""):
+        """What refuses this tenant one more session, and one more fork."""
+        fields = set()
+        for make in (store.create(tenant=tenant), store.fork(name, tenant=tenant)):
+            with pytest.raises(Overloaded) as raised:
+                await make
+            fields.add(raised.value.field)
+        return fields, str(raised.value)
+
+    await store.create("s", tenant="a")
+    await store.fork("s", "t", tenant="a")
+    fields, text = await full("a", "s")
+    assert fields == {"tenants.a.max_sessions"}
+    assert "tenant 'a' holds 2 sessions, which is its most" in text
+    with pytest.raises(Conflict):  # a name that is taken is still said to be
+        await store.create("t", tenant="a")
+    await store.create("s", tenant="b")
+    assert (await full("b", "s"))[0] == {"tenants.b.max_sessions"}
+    for name in ("s", "t"):
+        await store.create(name, tenant="not named")
+    assert (await full("not named", "s"))[0] == {"router.max_sessions"}
+    await store.delete("t", tenant="a")
+    await store.create("u", tenant="a")  # room comes back with what is deleted
+    assert (await full("a", "s"))[0] == {"tenants.a.max_sessions"}
+    async with store.turn("s", tenant="a"):
+        await where.pass_time(11)  # ... and with what is forgotten, but for the session that a turn holds
+        await store.create("v", tenant="a")
+        assert (await full("a", "s"))[0] == {"tenants.a.max_sessions"}
+        await store.create("w", tenant="b")
+    assert [await store.count(tenant) for tenant in ("a", "b", "not named", None)] == [2, 1, 0, 3]
+    await store.close()
 
 
 async def test_names_have_a_limit_and_are_made_up_where_none_is_given(store):
@@ -212,7 +248,7 @@ async def test_tenants_neither_see_nor_hinder_each_other(store):
 
 
 async def test_long_contexts_and_every_token_id_come_back_as_they_were(store):
-    context = (*range(20_000), 2**32 - 1, 0)
+    context = (*range(20_000), 2**31 - 1, 0)
     assert (await store.create("s", context, tenant="")).token_ids == context
     await take(store, "s", (*context, 7))
     assert (await store.get("s", tenant="")).token_ids == (*context, 7)

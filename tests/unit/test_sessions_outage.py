@@ -1,6 +1,8 @@
-"""Sessions while Redis is gone, silent or locked: a typed error in time, no password in it, and all is well afterwards."""
+"""Sessions while Redis is gone, silent or locked: a typed error in time that tells clients nothing of the server, a log without
+its password, and all is well afterwards."""
 
 import asyncio
+import re
 
 import pytest
 from polling import PATIENCE_S, until
@@ -26,13 +28,14 @@ async def store(server):
     await store.close()
 
 
-async def test_a_killed_server_is_unavailable_and_after_its_restart_the_session_is_there(store, server):
+async def test_a_killed_server_is_unavailable_and_after_its_restart_the_session_is_there(store, server, caplog):
     await store.create("s", [1], tenant="")
     server.kill()
     async with asyncio.timeout(PATIENCE_S):
         for use in (store.get("s", tenant=""), store.create(tenant=""), store.delete("s", tenant=""), store.count()):
-            with pytest.raises(Unavailable, match=rf"session store redis://127\.0\.0\.1:{server.port}/0: ConnectionError"):
+            with pytest.raises(Unavailable, match="the session store: it cannot be reached") as raised:
                 await use
+            assert not re.search(rf"redis|127|{server.port}", str(raised.value))
         with pytest.raises(Unavailable):
             async with store.turn("s", tenant=""):
                 pass
@@ -40,6 +43,11 @@ async def test_a_killed_server_is_unavailable_and_after_its_restart_the_session_
     async with store.turn("s", tenant="") as session:
         await store.commit(session, [1, 2], open_response=False)
     assert (await store.get("s", tenant="")).token_ids == (1, 2)
+    told = [record.getMessage() for record in caplog.records if record.message.startswith("session store")]
+    where = f"redis://127.0.0.1:{server.port}/0"
+    assert told[0].startswith(f"session store {where}: ConnectionError: ")
+    assert told[-1] == f"session store {where} works again"
+    assert len(told) <= 3  # changes, not calls: the connection breaks, then there is none, then there is again
 
 
 async def test_a_turn_fails_while_the_server_is_gone_and_goes_on_once_it_is_back(store, server):
@@ -76,7 +84,9 @@ async def test_a_silent_server_is_unavailable_after_the_timeout_for_any_number_o
     async with asyncio.timeout(PATIENCE_S):
         calls = (store.get("s", tenant="") for _ in range(MAX_CONNECTIONS + 10))
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} == {Unavailable}
+    assert {(type(outcome), outcome.message) for outcome in outcomes} == {
+        (Unavailable, "the session store: no answer within 1 s")
+    }
     server.resume()
     assert (await store.get("s", tenant="")).token_ids == (1,)
 
@@ -98,8 +108,10 @@ async def test_whoever_is_cancelled_while_the_store_is_asked_stops(store):
 async def test_a_router_starts_only_if_its_store_answers(server, monkeypatch):
     monkeypatch.setenv("REDIS_SECRET", PASSWORD)
     server.kill()
-    with pytest.raises(Unavailable, match=rf"redis://someone@127\.0\.0\.1:{server.port}") as raised:
-        await open_sessions(Router(redis_url=f"redis://someone@127.0.0.1:{server.port}", redis_password_env="REDIS_SECRET"))
+    with pytest.raises(Unavailable, match=rf"^router\.redis_url: redis://someone@127\.0\.0\.1:{server.port}") as raised:
+        await open_sessions(
+            Router(redis_url=f"redis://someone@127.0.0.1:{server.port}", redis_password_env="REDIS_SECRET"), {}
+        )
     assert PASSWORD not in str(raised.value)
 
 
@@ -112,37 +124,39 @@ async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_s
         if password is not None:
             monkeypatch.setenv("REDIS_SECRET", password)
         with pytest.raises(problem) as raised:
-            await open_sessions(by_env)
+            await open_sessions(by_env, {})
         assert "REDIS_SECRET" in str(raised.value) if problem is ConfigError else PASSWORD not in str(raised.value)
     with pytest.raises(Unavailable, match="Authentication required"):
-        await open_sessions(Router(redis_url=bare))
+        await open_sessions(Router(redis_url=bare), {})
     monkeypatch.setenv("REDIS_SECRET", PASSWORD)
-    for store in (await open_sessions(by_env), RedisSessions(server.url, 5, 60)):
+    for store in (await open_sessions(by_env, {}), RedisSessions(server.url, 5, 60)):
         assert (await store.create(tenant="")).turns == 0
 
         async def repeats(*_):
             raise ResponseError(f"ERR unknown command 'AUTH', with args beginning with: '{PASSWORD}'")
 
         monkeypatch.setattr(store._redis, "evalsha", repeats)
-        with pytest.raises(Unavailable, match=r"beginning with: '\*\*\*'"):
+        with pytest.raises(Unavailable) as raised:
             await store.count()
+        assert raised.value.message == "the session store: it answers with an error"
+        assert store.trouble.endswith("beginning with: '***'")
         await store.close()
     assert PASSWORD not in caplog.text
 
 
 async def test_the_configured_prefix_limit_and_time_to_live_are_the_stores(server):
     config = Router(redis_url=server.url, redis_prefix="mine", max_sessions=1, session_ttl_s=7)
-    store = await open_sessions(config)
+    store = await open_sessions(config, {"a": 1})
     session = await store.create("s", tenant="")
     assert 0 < await store.expires_in_s(session) <= 7
     assert (await store._redis.keys("{mine}:*")) == await store._redis.keys("*")
-    assert (store.max_sessions, store.ttl_s) == (1, 7)
+    assert (store.max_sessions, store.ttl_s, store.max_per_tenant) == (1, 7, {"a": 1})
     await store.close()
 
 
 async def test_without_a_url_sessions_are_in_memory():
-    store = await open_sessions(Router(max_sessions=3, session_ttl_s=7))
-    assert (type(store), store.max_sessions, store.ttl_s) == (MemorySessions, 3, 7)
+    store = await open_sessions(Router(max_sessions=3, session_ttl_s=7), {"a": 1})
+    assert (type(store), store.max_sessions, store.ttl_s, store.max_per_tenant) == (MemorySessions, 3, 7, {"a": 1})
 
 
 async def test_the_gauge_follows_the_store_also_after_an_outage(store, server):

@@ -43,8 +43,20 @@ def test_a_key_names_its_tenant(tmp_path):
 
 def test_defaults_are_the_documented_ones(tmp_path):
     tenant = parse(TWO, tmp_path).by_name["research"]
-    assert (tenant.weight, tenant.max_in_progress, tenant.priority) == (1, None, 0)
+    assert (tenant.weight, tenant.max_in_progress, tenant.max_sessions, tenant.priority) == (1, None, None, 0)
     assert (tenant.cache_domain, tenant.may_share) == (None, ())
+
+
+def test_sessions_are_shared_out_by_weight_unless_a_tenant_has_a_number_of_its_own(tmp_path):
+    def shares(in_all, **tenants_of_weight):
+        rows = {name: {"keys": [f"psk-the-key-of-{name}-is-long"], **more} for name, more in tenants_of_weight.items()}
+        return parse({"tenants": rows}, tmp_path).max_sessions(in_all)
+
+    assert shares(100, one={}) == {"one": 100}
+    assert shares(100, one={}, two={"weight": 2}) == {"one": 33, "two": 66}
+    assert shares(100, one={"weight": 0.001}, two={}) == {"one": 1, "two": 99}
+    assert shares(100, one={"max_sessions": 7}, two={}) == {"one": 7, "two": 50}
+    assert tenants.load(None).max_sessions(100) == {}
 
 
 def test_a_tenant_may_live_in_another_domain(tmp_path):

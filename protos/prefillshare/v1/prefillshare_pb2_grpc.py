@@ -82,7 +82,7 @@ class PrefillShareServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetReadiness(self, request, context):
-        """True only when a turn on every pool would succeed: found out by taking one.
+        """True only when a turn on every pool would succeed: found out by taking one, and by asking the session store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

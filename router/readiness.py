@@ -1,0 +1,52 @@
+"""Whether a turn would succeed now, found out by asking the session store and taking a turn on every pool."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from kvshare.decoders import Decoder
+from kvshare.errors import Overloaded, PrefillShareError, Unavailable
+from router.sessions import SessionStore
+
+#: A successful probe is believed for so long.
+PROBE_TTL_S = 10.0
+
+
+class Readiness:
+    """`decoders`: changed in place by whoever serves them. `probe`: takes a turn of the named decoder, with a deadline."""
+
+    def __init__(
+        self,
+        decoders: Mapping[str, Decoder],
+        sessions: SessionStore,
+        is_draining: Callable[[], bool],
+        probe: Callable[[str], Awaitable[None]],
+    ):
+        self._decoders, self._sessions = decoders, sessions
+        self._is_draining, self._probe = is_draining, probe
+        self._probed: dict[str, float] = {}
+        self._lock = asyncio.Lock()
+
+    async def not_ready_because(self) -> str:
+        """Empty if a turn on every pool succeeds now, else why not. Ends early where the store does not answer."""
+        if self._is_draining():
+            return "the router is stopping"
+        try:
+            await self._sessions.check()
+        except Unavailable as error:
+            return str(error)
+        async with self._lock:
+            by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
+            for pool, name in by_pool.items():
+                if time.monotonic() - self._probed.get(pool, -PROBE_TTL_S) < PROBE_TTL_S:
+                    continue
+                try:
+                    await self._probe(name)
+                except Overloaded:
+                    pass  # it is up, and busy: taking it out of rotation would help nobody
+                except PrefillShareError as error:
+                    return f"pool {pool}: {error}"
+                self._probed[pool] = time.monotonic()
+        return ""

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 
 from kvshare.handoff import TurnContext
 from kvshare.modes import SharingMode
@@ -55,7 +57,7 @@ class ResponseKV:
 
 
 class ResponseOfTurn:
-    """`token_ids`: of the response so far; whoever takes the turn adds to them. `lends`: the decode engine makes base KV."""
+    """`token_ids`: generated so far; whoever takes the turn adds to them. `lends`: the decode engine makes base KV."""
 
     def __init__(
         self,
@@ -71,7 +73,21 @@ class ResponseOfTurn:
         self._kept, self._context = kept, context
         self._lends = lends and pull_back is not None
         self.token_ids: list[int] = []
+        self._instead: list[int] | None = None
         self.has_ended = False
+
+    @property
+    def context(self) -> list[int]:
+        """The session's, with the response."""
+        return [*self._kept, *self._response]
+
+    @property
+    def _response(self) -> list[int]:
+        return self.token_ids if self._instead is None else self._instead
+
+    def keep(self, token_ids: list[int]) -> None:
+        """The session keeps these instead of those that were generated."""
+        self._instead = token_ids
 
     def grew(self) -> None:
         """It has become longer, and goes on; called for every piece that streams."""
@@ -83,14 +99,14 @@ class ResponseOfTurn:
         self.has_ended = True
         ahead = partial(self._prefill_ahead, ended=True)
         if self._lends and (lent := self._context.lent):
-            self._pull_back.lent(self._session, self._whole(), lent, self._context.cache_salt, otherwise=ahead)
+            # It is KV of what was generated.
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
+            lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
+            self._pull_back.lent(self._session, self.context, lent, self._context.cache_salt, otherwise=ahead)
         else:
             ahead()
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
-            tokens = len(self._kept) + len(self.token_ids)
-            self._eager.grew(self._session, tokens, self._whole, self._context.cache_salt, ended=ended)
-
-    def _whole(self) -> list[int]:
-        return [*self._kept, *self.token_ids]
+            tokens = len(self._kept) + len(self._response)
+            self._eager.grew(self._session, tokens, lambda: self.context, self._context.cache_salt, ended=ended)

@@ -3,7 +3,8 @@
 1. Hold the session; a second turn meanwhile is refused.
 2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
 3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
-4. At a good end the context becomes context + input + response, without the suffix. Any other end changes nothing.
+4. At a good end the context becomes context + input + response, without the suffix. Of a response that a stop text has ended
+   it keeps what the client saw (router/kept_response.py). Any other end changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from kvshare.handoff import TurnContext
 from kvshare.modes import get_mode
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
+from kvshare_vllm.token_text import text_lengths
 from router.chat import ChatLayout
+from router.kept_response import kept_response
 from router.response_kv import ResponseKV
 from router.sessions import Session, SessionStore
 
@@ -98,17 +101,21 @@ class Turns:
             request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             mode = get_mode(self.decoders[decoder].sharing)
             turn = self._response_kv.of_turn((tenant, session_id), mode, kept, context, lendable=seen == kept)
+            shown = ""
             with turn as response:
                 outputs = self._frontend.run(request, decoder, context)
                 async with aclosing(outputs) as stream:
                     async for output in stream:
                         completion = output.outputs[0]
                         response.token_ids += completion.token_ids
+                        shown += completion.text
                         context_tokens = 0
                         if completion.finish_reason:
                             is_chat = (given or suffix or ("",))[0] == "messages"
                             is_open = is_chat or session.open_response
-                            await self.sessions.commit(session, (*kept, *response.token_ids), open_response=is_open)
+                            if completion.stop_reason in sampling.stop:
+                                response.keep(self._shown(request, response.token_ids, shown))
+                            await self.sessions.commit(session, response.context, open_response=is_open)
                             context_tokens = len(session.token_ids)
                             response.ended()
                         else:
@@ -120,6 +127,10 @@ class Turns:
                             completion.finish_reason,
                             context_tokens,
                         )
+
+    def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:
+        lengths = text_lengths(self._frontend.renderer.tokenizer, request, token_ids)
+        return kept_response(token_ids, lengths, shown, self._chat.ids)
 
     def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""

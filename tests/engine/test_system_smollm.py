@@ -172,11 +172,17 @@ def test_the_base_itself_is_served_exactly(running, oracle):
     assert "Paris" in result.text
 
 
-def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running):
+def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running, oracle):
     turn = running.client.create_session().turn
     free = turn("base", text="One, two, three,", max_tokens=24, temperature=0.0)
     word = free.text.split()[2]
-    stopped = running.client.create_session().turn("base", text="One, two, three,", max_tokens=24, stop=[word])
+    session = running.client.create_session()
+    stopped = session.turn("base", text="One, two, three,", max_tokens=24, stop=[word])
+    kept = list(session.get(with_token_ids=True).token_ids)
+    assert oracle.tokenizer.decode(kept) == f"One, two, three,{stopped.text}"  # what was cut, the next decoder does not read
+    assert session.turn("coder", text=" And?", max_tokens=2).usage.prompt_tokens == len(kept) + len(
+        oracle.tokenizer.encode(" And?", add_special_tokens=False)
+    )
     assert stopped.text == free.text[: free.text.index(word)]
     assert stopped.finish_reason == "stop"
     assert stopped.usage.total_s >= stopped.usage.time_to_first_token_s > 0

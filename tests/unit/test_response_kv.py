@@ -75,6 +75,24 @@ async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_whe
     assert asked.calls[-1] == "settled"
 
 
+@pytest.mark.parametrize(
+    ("generated", "kept", "lent"),
+    [([3, 4, 5], [3], 3), ([3, 4, 5], [3, 9, 9, 9], 3), ([3, 4, 5], [], 2), ([3, 4, 5], [7], 2), ([3, 4, 5], [3, 4, 5], 4)],
+)
+def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_generated(asked, generated, kept, lent):
+    with ResponseKV(asked, asked).of_turn(SESSION, LENDING, [1, 2], TurnContext(), lendable=True) as response:
+        response.token_ids += generated
+        response._context.lent = LENT
+        response.keep(kept)
+        assert response.context == [1, 2, *kept]
+        response.ended()
+    assert asked.calls == [
+        "cancel",
+        ("pull", [1, 2, *kept], Handoff(lent, "contract", 60.0, {}), None),
+        ("ahead", 2 + len(kept), None, True),
+    ]
+
+
 def test_a_lending_engine_that_lends_nothing_is_prefilled_for(asked):
     take(ResponseKV(asked, asked), LENDING, TurnContext())
     assert asked.calls == ["cancel", ("ahead", 5, None, True)]

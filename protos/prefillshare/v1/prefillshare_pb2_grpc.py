@@ -116,7 +116,8 @@ class PrefillShareServicer:
 
     def Generate(self, request, context):
         """Take one turn: append the input to the session's context and let one decoder respond. Tokens stream as they are
-        made; the last message has `done`. The context changes only if the turn ends well, then by input and response.
+        made; the last message has `done`. The context changes only if the turn ends well, then by input and response: by the
+        response as it was shown where one of `stop` has ended it.
         Cancelling the call ends the turn and frees its KV on every worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

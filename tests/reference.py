@@ -1,30 +1,39 @@
 """The oracle: what a response's log-probabilities must be, in plain transformers, one function per mode.
 
 Every function takes the prompt's and the response's token ids and returns one log-probability per response token,
-computed in float32 from the definition of the mode, with nothing cached, batched or handed over.
+computed in float32 from the definition of the mode, with nothing cached, batched or handed over. With `pick=likeliest` it
+returns what the mode would have said at each place of the response.
 """
 
 import torch
 import transformers
 
 
+def chosen(logits: torch.Tensor, response: list[int]) -> list[float]:
+    return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].tolist()
+
+
+def likeliest(logits: torch.Tensor, response: list[int]) -> list[int]:
+    return logits.argmax(-1).tolist()
+
+
 @torch.no_grad()
-def prefillshare(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+def prefillshare(base, decoder, prompt: list[int], response: list[int], *, pick=chosen) -> list[float]:
     """The base makes KV of all prompt tokens but the last; the decoder runs from there on its own KV (arXiv 2602.12029)."""
     past = base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values if len(prompt) > 1 else None
     logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
-    return _chosen(logits, response)
+    return pick(logits, response)
 
 
 @torch.no_grad()
-def none(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+def none(base, decoder, prompt: list[int], response: list[int], *, pick=chosen) -> list[float]:
     """The decoder does everything itself; the base takes no part."""
     logits = decoder(torch.tensor([prompt + response[:-1]])).logits[0, len(prompt) - 1 :]
-    return _chosen(logits, response)
+    return pick(logits, response)
 
 
 @torch.no_grad()
-def icarus(base, decoder, prompt: list[int], response: list[int]) -> list[float]:
+def icarus(base, decoder, prompt: list[int], response: list[int], *, pick=chosen) -> list[float]:
     """The base makes all KV; the decoder's hidden states make queries, attention output and MLP only (arXiv 2603.13281)."""
     tokens = torch.tensor([prompt + response[:-1]])
     cache = base(tokens, use_cache=True).past_key_values
@@ -42,15 +51,17 @@ def icarus(base, decoder, prompt: list[int], response: list[int]) -> list[float]
         hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     logits = model.lm_head(model.model.norm(hidden))[0, len(prompt) - 1 :]
-    return _chosen(logits, response)
+    return pick(logits, response)
 
 
 @torch.no_grad()
-def droidspeak(base, decoder, prompt: list[int], response: list[int], own_layers: str = "") -> list[float]:
+def droidspeak(
+    base, decoder, prompt: list[int], response: list[int], own_layers: str = "", *, pick=chosen
+) -> list[float]:
     """KV of all prompt tokens but the last: of layers like "4-9" it is the decoder's, over what enters them in the base; of the
     others the base's. The decoder runs from there on its own KV (arXiv 2411.02820)."""
     if len(prompt) == 1 or not own_layers:
-        return prefillshare(base, decoder, prompt, response)
+        return prefillshare(base, decoder, prompt, response, pick=pick)
     first, last = map(int, own_layers.split("-"))
     shared = torch.tensor([prompt[:-1]])
     of_base = base(shared, use_cache=True, output_hidden_states=True)
@@ -62,11 +73,7 @@ def droidspeak(base, decoder, prompt: list[int], response: list[int], own_layers
         hidden = layer(hidden, attention_mask=None, past_key_values=own, use_cache=True, position_embeddings=rope)
     past.layers[first : last + 1] = own.layers[first : last + 1]
     logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
-    return _chosen(logits, response)
-
-
-def _chosen(logits: torch.Tensor, response: list[int]) -> list[float]:
-    return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].tolist()
+    return pick(logits, response)
 
 
 def max_abs_diff(got: list[float], want: list[float]) -> float:

@@ -1,6 +1,7 @@
 """Small hand-made model folders, right in every file the lower layers read, with weights of a few bytes; Redis servers."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,20 @@ from kvshare.contract import DecoderContract
 @pytest.fixture(autouse=True)
 def _own_fingerprint_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices here are tiny. With a thread per core each of a model's hundreds of steps ends with threads that spin until the
+    last is done: no gain on idle cores, and where other work has a core, minutes instead of seconds."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

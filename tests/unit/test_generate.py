@@ -22,16 +22,6 @@ def answers(method, base, decoder, prompts, max_tokens=4, **options):
     return generate(METHODS[method], decoder, FrozenBase(base), prompts, max_tokens=max_tokens, **options)
 
 
-def likeliest(method, base, decoder, prompt, answer) -> list[int]:
-    """The reference's choice at each place of an answer."""
-    function = getattr(reference, METHODS[method].sharing)
-    vocabulary = range(SIZES["vocab_size"])
-    return [
-        max(vocabulary, key=lambda token: function(base, decoder, prompt, [*answer[:place], token])[-1])
-        for place in range(len(answer))
-    ]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_token_is_the_references_choice(kind, method):
@@ -39,8 +29,9 @@ def test_every_token_is_the_references_choice(kind, method):
     decoder = with_adapter(model(kind, 1), METHODS[method].lora_modules)
     grouped = [grouped_attention.use(model(kind, 1)) for _ in range(2)]
     grouped[1] = with_adapter(grouped[1], METHODS[method].lora_modules)
+    choices = getattr(reference, METHODS[method].sharing)
     for prompt, answer in zip(PROMPTS, answers(method, *grouped, PROMPTS), strict=True):
-        assert answer == likeliest(method, base, decoder, prompt, answer)
+        assert answer == choices(base, decoder, prompt, answer, pick=reference.likeliest)
 
 
 @pytest.mark.parametrize(("kind", "group"), [("llama", "1-1"), ("qwen3", "0-1")])
@@ -49,10 +40,7 @@ def test_layers_of_its_own_over_the_bases_hidden_states_are_the_references(kind,
     for prompt, answer in zip(
         PROMPTS, answers("prefillshare", base, decoder, PROMPTS, own_layers=LayerGroup.parse(group)), strict=True
     ):
-        vocabulary = range(SIZES["vocab_size"])
-        for place in range(len(answer)):
-            likely = max(vocabulary, key=lambda t: reference.droidspeak(base, decoder, prompt, [*answer[:place], t], group)[-1])
-            assert answer[place] == likely
+        assert answer == reference.droidspeak(base, decoder, prompt, answer, group, pick=reference.likeliest)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -251,6 +251,9 @@ class Router(_Node):
     max_wait_s: float = Field(30, gt=0)
     """Longest a turn waits for room, seconds. One that by the measured rates would wait longer, or too long to end before its
     deadline, is refused at once."""
+    max_request_bytes: int | None = Field(None, ge=4096)
+    """Largest body of an HTTP request and largest gRPC message, in bytes; larger ones are refused unread. Unset: 64 bytes per
+    token of base.max_model_len, at least 1 MiB."""
     max_queued_prefill_tokens: int = Field(32768, ge=1)
     """Prefill tokens admitted and not finished, per prefill replica, from which on no turn starts. Enough to keep a replica
     busy; more moves waiting from the router, where priorities and tenants count, into the engine."""

@@ -37,6 +37,8 @@ from kvshare.caller import cache_salt, current_caller
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
 from kvshare_vllm.http_refusals import note_begun, note_failure
+from kvshare_vllm.request_checks import check_asked, check_something_is_left
+from kvshare_vllm.text_work import TextWork
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +59,17 @@ def frontend_config(args: AsyncEngineArgs) -> VllmConfig:
 
 
 class Frontend(EngineClient):
-    """`admit` raises before anything is queued; `run_turn` does the work. Neither knows about text."""
+    """`admit` raises before anything is queued, for a decoder and so many turns of it; `run_turn` does the work. Neither
+    knows about text."""
 
-    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Callable[[str], None]):
+    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Callable[[str | None, int], None]):
         self.vllm_config, self.model_config = config, config.model_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._base_name, self._run_turn, self._admit = base_name, run_turn, admit
+        self.text = TextWork(self.model_config.max_model_len, self.renderer.tokenizer.max_chars_per_token)
+        self.text.serve(self.renderer, _to_vllm)
 
     # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
     def generate(
@@ -121,7 +126,8 @@ class Frontend(EngineClient):
         if sampling_params.extra_args:  # a client must not drive the KV connector
             sampling_params = sampling_params.clone()
             sampling_params.extra_args = None
-        self._admit(decoder)
+        self._admit(decoder, sampling_params.n)
+        check_asked(sampling_params)
         try:
             request = self.input_processor.process_inputs(
                 request_id,
@@ -133,8 +139,16 @@ class Frontend(EngineClient):
             )
         except VLLMValidationError as error:
             raise InvalidInput(str(error), field=getattr(error, "parameter", None)) from error
+        check_something_is_left(request.sampling_params, self.model_config.get_vocab_size())
         self.input_processor.assign_request_id(request)
         return request
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM's surface: before a response is begun, and before its prompt is tokenised."""
+        try:
+            self._admit(None, n)
+        except PrefillShareError as error:
+            raise _to_vllm(error) from error
 
     async def run(
         self, request: EngineCoreRequest, decoder: str, context: TurnContext, *, prompt_text: str | None = None
@@ -231,6 +245,7 @@ class Frontend(EngineClient):
 
     def shutdown(self, timeout=None) -> None:
         self.renderer.shutdown()
+        self.text.close()
 
     async def notify_kv_transfer_request_rejected(self, request_id, kv_transfer_params, *, data_parallel_rank=None) -> None: ...
 

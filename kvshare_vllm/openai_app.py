@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 
 from kvshare.config import Base
@@ -31,25 +32,30 @@ from kvshare_vllm import openai_requests
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
 from kvshare_vllm.http_refusals import HttpRefusals
 from kvshare_vllm.http_routes import keep_served
+from kvshare_vllm.request_checks import check_http_requests
+from kvshare_vllm.request_shape import RequestShape, stop_at_the_first_wrong_item
 
 openai_requests.install()
 
 
 async def build_openai_app(
-    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[[str], None], middleware: Iterable[Callable] = ()
+    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[..., None], middleware: Iterable[Callable] = ()
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
     put around all that is there before it; what answers requests itself stands inside HttpRefusals."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level
+    stop_at_the_first_wrong_item()
+    check_http_requests()
     frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit)
     _restore(environment)
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     keep_served(app)
     await init_app_state(frontend, app.state, args, tasks)
-    for wrap in (*middleware, HttpRefusals):
+    most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
+    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays

@@ -26,13 +26,15 @@ from kvshare.metrics import Metrics
 from router.decode_line import DecodeLine, PrefillPool
 from router.decode_room import Capacity, DecodeRoom
 from router.fair_queue import Ticket, Work
-from router.grant import Demand, Grant
+from router.grant import Demand, Grant, Tenant
 from router.refusals import Refusal, Refusals
 from router.service_rate import Clock
 
 PRIORITIES = range(-100, 101)
 #: Turns that had started before: ahead of all others.
 RESUMED = PRIORITIES.start - 1
+#: An estimate beyond this says that the rate is about nothing, not when the turn would start.
+LONGEST_ESTIMATE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,18 @@ class Admission:
             timer.cancel()
         return grant
 
+    def check_turns(self, turns: int, tenant: Tenant) -> None:
+        """Raises InvalidInput if so many turns of one request could never be in progress at once."""
+        most, whose = self._config.max_queued, "router.max_queued"
+        if tenant.max_in_progress is not None and tenant.max_in_progress < most:
+            most, whose = tenant.max_in_progress, f"max_in_progress of tenant {tenant.name!r}"
+        if turns > most:
+            raise InvalidInput(
+                f"the request asks for {turns} responses at once, at most {most} can be in progress ({whose})",
+                field="n",
+                fix=f"ask for at most {most} in one request, counting each prompt n times",
+            )
+
     def refresh(self) -> None:
         """Replicas came or went. Without this it is noticed at the pool's next event."""
         for line in self._lines.values():
@@ -165,7 +179,7 @@ class Admission:
         tokens = max(0, demand.prompt_tokens - demand.cached_tokens)
         self._queue(grant, demand.priority, Work(1, grant.blocks, tokens, tokens + output))
         if grant.ticket and (wait_s := line.wait_s(grant.ticket)) > grant.may_wait_s:
-            late = f"it would start in about {wait_s:.0f} s and may wait {grant.may_wait_s:.0f} s (router.max_wait_s, deadline)"
+            late = f"it would start in {_about(wait_s)} and may wait {grant.may_wait_s:.0f} s (router.max_wait_s, deadline)"
             self._refuse(grant, Refusal.TOO_LATE, late)
         if self.in_progress > self._config.max_queued:
             last = max(self._lines.values(), key=lambda line: len(line.queue)).queue.last()
@@ -262,3 +276,7 @@ class Admission:
     def _expected_output(self, demand: Demand) -> int:
         expected = self._config.expected_output_tokens
         return expected if demand.max_tokens is None else max(1, min(expected, demand.max_tokens))
+
+
+def _about(wait_s: float) -> str:
+    return f"about {wait_s:.0f} s" if wait_s <= LONGEST_ESTIMATE_S else f"more than {LONGEST_ESTIMATE_S:.0f} s"

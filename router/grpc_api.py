@@ -25,6 +25,7 @@ from router.grpc_auth import ApiKeys
 from router.grpc_errors import ERROR_METADATA
 from router.grpc_errors import abort as _abort
 from router.grpc_tls import credentials
+from router.request_limits import LEAST, RequestLimits
 from router.sampling import to_sampling_params
 from router.tenants import Tenants
 from router.trace_context import GrpcTraces
@@ -33,7 +34,8 @@ from router.turns import Turns
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
-_MAX_MESSAGE_BYTES = 16 << 20
+#: Of an answer: a session's tokens, if they are asked for.
+_MAX_ANSWER_BYTES = 16 << 20
 
 
 class GrpcServer:
@@ -47,12 +49,15 @@ class GrpcServer:
         tenants: Tenants | None = None,
         tls: Tls | None = None,
         shared_port: bool = False,
+        limits: RequestLimits = LEAST,
     ):
         self._address, self._port = f"{host}:{port}", port
         self._credentials = credentials(tls) if tls else None
         options = [
-            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", limits.body_bytes),
+            ("grpc.max_metadata_size", limits.header_bytes),
+            ("grpc.absolute_max_metadata_size", limits.header_bytes),
+            ("grpc.max_send_message_length", _MAX_ANSWER_BYTES),
             # Several routers on one machine share the port: the kernel spreads connections over those that live.
             ("grpc.so_reuseport", int(shared_port)),
         ]

@@ -46,17 +46,20 @@ class RouterIngress:
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
         from router.http_auth import ApiKeys
+        from router.http_limits import HttpLimits
         from router.node_metrics import NodeMetrics, agent_of_this_node
         from router.orchestrator import Orchestrator
         from router.pull_back import PullBack
         from router.ray_metrics import RayMetrics
         from router.readiness import Readiness
+        from router.request_limits import RequestLimits
         from router.response_kv import ResponseKV
         from router.sessions import SessionGauge, open_sessions
         from router.trace_context import HttpTraces
         from router.turns import Turns
 
         config, metrics, self._tenants = deployment.router, Metrics(), tenants
+        bounds = RequestLimits.of(config, deployment.base)
         self._ray_metrics = RayMetrics()
         self._ray_metrics.start()
         self._traces = None
@@ -90,6 +93,7 @@ class RouterIngress:
                 partial(ApiKeys, tenants=tenants),
                 partial(NodeMetrics, agent=agent_of_this_node()),
                 HttpTraces,
+                partial(HttpLimits, limits=bounds),
             ],
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
@@ -107,7 +111,7 @@ class RouterIngress:
         orchestrator = self._orchestrator
         self._readiness = Readiness(self._decoders, self._sessions, lambda: orchestrator.draining, self._probe)
         servicer = Servicer(turns, self._readiness.not_ready_because)
-        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, shared_port=config.replicas > 1)
+        self._grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
         _add_readiness(self._app, self._readiness.not_ready_because)
         await self._grpc.start()
         await self._first_turns(deployment.cluster.start_timeout_s)

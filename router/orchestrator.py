@@ -23,6 +23,7 @@ from types import MappingProxyType
 from opentelemetry.trace import Span, SpanKind
 
 from kvshare import tracing
+from kvshare.caller import current_caller
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
 from kvshare.errors import (
@@ -134,9 +135,11 @@ class Orchestrator:
         for route in self.routes.values():
             route.decode.replicas.on_change = route.prefill.replicas.on_change = self._admission.refresh
 
-    def admit(self, decoder: str) -> None:
-        """Raises before a turn is made: NotFound, or Unavailable while stopping."""
-        if decoder not in self.decoders:
+    def admit(self, decoder: str | None, turns: int = 1) -> None:
+        """Raises before any of a request's turns is made: NotFound, InvalidInput for more than there is ever room for, or
+        Unavailable while stopping. A decoder that is None is not looked at."""
+        self._admission.check_turns(turns, self._tenants.get(current_caller.get().tenant, NOBODY))
+        if decoder is not None and decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
         if self.draining:
             raise Unavailable("the router is stopping", fix="try again; another replica or its successor takes over")

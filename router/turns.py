@@ -21,6 +21,7 @@ from kvshare.handoff import TurnContext
 from kvshare.modes import get_mode
 from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
+from kvshare_vllm.text_work import chars_of
 from kvshare_vllm.token_text import text_lengths
 from router.chat import ChatLayout
 from router.kept_response import kept_response
@@ -57,12 +58,10 @@ class Turns:
         self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
-        # Text that cannot fit is refused before it is tokenised: that would hold up every other turn.
-        self._max_chars = base.max_model_len * max(map(len, frontend.renderer.tokenizer.get_vocab()))
         self._vocab_size = frontend.model_config.get_vocab_size()
 
     async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
-        ids = self._ids((), False, given, answer=False, field="input")
+        ids = await self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), None)
         return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
 
@@ -88,7 +87,7 @@ class Turns:
                 raise self.sessions.damaged(session_id)
             context.session = session
             context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
-            kept, seen = self._lay_out(session, given, suffix)
+            kept, seen = await self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
             sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
@@ -132,39 +131,50 @@ class Turns:
         lengths = text_lengths(self._frontend.renderer.tokenizer, request, token_ids)
         return kept_response(token_ids, lengths, shown, self._chat.ids)
 
-    def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
+    async def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
         """(what the context will keep before the response, what the decoder sees before it)."""
         context = list(session.token_ids)
-        kept = context + self._ids(context, session.open_response, given, answer=True, field="input")
+        kept = context + await self._ids(context, session.open_response, given, answer=True, field="input")
         if suffix is None:
             return kept, kept
         if suffix[0] != "messages":
-            return kept, kept + self._ids(kept, False, suffix, answer=True, field="suffix")
+            return kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix")
         # The answer's opening stands once, after the suffix.
-        before = context + self._ids(context, session.open_response, given, answer=False, field="input")
+        before = context + await self._ids(context, session.open_response, given, answer=False, field="input")
         still_open = session.open_response and given is None
-        return kept, before + self._ids(before, still_open, suffix, answer=True, field="suffix")
+        return kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix")
 
-    def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
+    async def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
         if given is None:
             return []
         kind, value = given
-        if kind == "messages":
-            self._check_messages(value, field)
-            if not context:
-                return self._chat.opening(value, answer)
-            return self._chat.appended(context, open_response, value, answer)
+        if kind == "token_ids":
+            return self._checked_ids(value, f"{field}.token_ids")
+        text = self._frontend.text
+        chars = chars_of(value)
+        text.check_chars(chars, f"{field}.{kind}")
         if kind == "text":
-            self._check_chars(value, f"{field}.text")
-            return self._chat.ids(value)
-        for position, token in enumerate(value):
+            return await text.run(chars, lambda: self._chat.ids(value))
+        self._check_messages(value, field)
+        if not context:
+            return await text.run(chars, lambda: self._chat.opening(value, answer))
+        return await text.run(chars, lambda: self._chat.appended(context, open_response, value, answer))
+
+    def _checked_ids(self, given: list[int], field: str) -> list[int]:
+        if len(given) > self._max_len:
+            raise InvalidInput(
+                f"{len(given)} token ids are more than the model's length of {self._max_len}",
+                field=field,
+                fix="send fewer, or raise base.max_model_len",
+            )
+        for position, token in enumerate(given):
             if not 0 <= token < self._vocab_size:
                 raise InvalidInput(
                     f"token id {token} at position {position} is out of range",
-                    field=f"{field}.token_ids",
+                    field=field,
                     fix=f"use ids from 0 to {self._vocab_size - 1}",
                 )
-        return list(value)
+        return list(given)
 
     def _check_messages(self, messages, field: str) -> None:
         if not messages:
@@ -176,15 +186,6 @@ class Turns:
                     field=f"{field}.messages.{number}.role",
                     fix=f"use one of {', '.join(ROLES)}",
                 )
-            self._check_chars(message["content"], f"{field}.messages.{number}.content")
-
-    def _check_chars(self, text: str, field: str) -> None:
-        if len(text) > self._max_chars:
-            raise InvalidInput(
-                f"{len(text)} characters are more than {self._max_len} tokens can hold",
-                field=field,
-                fix="send less, or raise base.max_model_len",
-            )
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         self._check_length(prompt_tokens, asked)

@@ -143,3 +143,30 @@ async def test_a_priority_out_of_range_is_wrong_input():
 def test_every_reason_is_named_where_the_metric_is_defined():
     metric = DEFINITIONS["prefillshare_turns_refused_total"]
     assert f"({', '.join(Refusal)})" in metric.help
+
+
+@on_virtual_time
+async def test_a_request_of_more_turns_than_can_ever_be_in_progress_is_not_told_to_try_again():
+    lab = Lab(max_queued=5)
+    lab.admission.check_turns(5, Tenant("a"))
+    with pytest.raises(InvalidInput, match=r"asks for 6 responses at once, at most 5 .*\(router\.max_queued\)") as caught:
+        lab.admission.check_turns(6, Tenant("a"))
+    assert caught.value.field == "n"
+    with pytest.raises(InvalidInput, match=r"at most 2 .*max_in_progress of tenant 'b'"):
+        lab.admission.check_turns(3, Tenant("b", max_in_progress=2))
+    lab.admission.check_turns(3, Tenant("c", max_in_progress=20))
+
+
+@on_virtual_time
+async def test_an_estimate_that_says_nothing_is_not_told_to_the_second():
+    lab = Lab(max_wait_s=30)
+    held = await lab.ask(100)
+    line = lab.admission._lines["agents"]
+    line.wait_s = lambda ticket: 1529135429.0
+    with pytest.raises(Overloaded, match=r"it would start in more than 600 s and may wait 30 s"):
+        await lab.ask(10)
+    line.wait_s = lambda ticket: 45.2
+    with pytest.raises(Overloaded, match=r"it would start in about 45 s and may wait 30 s"):
+        await lab.ask(10)
+    held.release()
+    lab.assert_nothing_is_left()

@@ -1,0 +1,122 @@
+"""What vLLM's server takes and does not keep, or what would hold up every other turn: refused with the field and the fix.
+
+`check_request` sees a parsed HTTP request before its prompt is rendered; the other two see the sampling parameters of
+either surface, before and after vLLM's own checks.
+
+Seam: vllm/entrypoints/serve/engine/serving.py (BaseServing._check_model), vllm/entrypoints/generate/beam_search/online.py
+"""
+
+from __future__ import annotations
+
+import math
+
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import VLLMValidationError
+
+from kvshare.errors import InvalidInput
+
+MOST_STOPS = 16
+#: Of all stop texts, and of all bad words, together: every new piece of text is compared with them, or they are tokenised.
+MOST_STOP_CHARS = 16 << 10
+#: Of max_pattern_size times min_count: so much of a response is looked at again after each of its tokens.
+MOST_REPETITION = 256
+
+#: What beam search does not look at, and the values that ask for nothing.
+_NOT_IN_BEAMS = {
+    "response_format": (None,), "structured_outputs": (None,), "logit_bias": (None, {}), "allowed_token_ids": (None,),
+    "bad_words": (None, []), "stop": (None, []), "stop_token_ids": (None, []), "min_tokens": (None, 0),
+    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "repetition_penalty": (None, 1),
+    "tool_choice": (None, "none", "auto"), "repetition_detection": (None,),
+}  # fmt: skip
+
+
+def check_request(request, client: EngineClient | None, max_model_len: int) -> None:
+    """`client` knows how many turns can be in progress. Raises InvalidInput, or what the client raises."""
+    if client is not None:
+        client.check_admission(turns_of(request))
+    if len(getattr(request, "tokens", None) or ()) > max_model_len:
+        text = f"{len(request.tokens)} tokens are more than the model's length of {max_model_len}"
+        raise InvalidInput(text, field="tokens", fix="send fewer")
+    if getattr(request, "use_beam_search", False):
+        for field, nothing in _NOT_IN_BEAMS.items():
+            value = getattr(request, field, None)
+            if value not in nothing and getattr(value, "type", None) != "text":
+                fix = "leave it out, or set use_beam_search to false"
+                raise InvalidInput("beam search does not keep to it", field=field, fix=fix)
+
+
+def turns_of(request) -> int:
+    """How many turns a request is: each of its prompts or conversations, n times."""
+    several = 1
+    for given, of_one in ((getattr(request, "prompt", None), int), (getattr(request, "messages", None), dict)):
+        if isinstance(given, list) and given and isinstance(given[0], str | list) and not isinstance(given[0], of_one):
+            several = len(given)
+    return several * (getattr(request, "n", None) or 1)
+
+
+def check_asked(params: SamplingParams) -> None:
+    """Before vLLM looks at them: what would cost too much to look at. Raises InvalidInput."""
+    if len(params.stop) > MOST_STOPS:
+        raise InvalidInput(f"{len(params.stop)} stop texts", field="stop", fix=f"give at most {MOST_STOPS}")
+    for field in ("stop", "bad_words"):
+        if (chars := sum(map(len, getattr(params, field)))) > MOST_STOP_CHARS:
+            raise InvalidInput(f"{chars} characters", field=field, fix=f"give at most {MOST_STOP_CHARS} altogether")
+    repetition = params.repetition_detection
+    if repetition and repetition.max_pattern_size * repetition.min_count > MOST_REPETITION:
+        raise InvalidInput(
+            f"max_pattern_size {repetition.max_pattern_size} times min_count {repetition.min_count} is too much to look for",
+            field="repetition_detection",
+            fix=f"keep their product within {MOST_REPETITION}",
+        )
+    if not all(map(math.isfinite, (params.logit_bias or {}).values())):
+        raise InvalidInput("a bias is not a finite number", field="logit_bias", fix="use values from -100 to 100")
+    for field in ("allowed_token_ids", "min_tokens"):
+        if params.structured_outputs and getattr(params, field):
+            raise InvalidInput(
+                "the format of the response says which tokens may come and where it may end; both together can leave none",
+                field=field,
+                fix="leave it out where a response has a format (response_format, structured_outputs, tools)",
+            )
+
+
+def check_something_is_left(params: SamplingParams, vocab_size: int) -> None:
+    """After vLLM has filled them in. Where every token is forbidden, an engine gives token 0 for ever. Raises InvalidInput."""
+    fields, forbidden = [], set()
+    if params.bad_words_token_ids:
+        fields.append("bad_words")
+        forbidden |= {ids[-1] for ids in params.bad_words_token_ids}  # of several tokens, the last is what is forbidden
+    if params.min_tokens > 0 and params.all_stop_token_ids:
+        fields.append("min_tokens")  # until then no stop token is taken
+        forbidden |= params.all_stop_token_ids
+    if params.allowed_token_ids is not None:
+        fields.insert(0, "allowed_token_ids")
+        left = len(set(params.allowed_token_ids) - forbidden)
+    else:
+        left = vocab_size - sum(0 <= token < vocab_size for token in forbidden)
+    if left <= 0:
+        raise InvalidInput(
+            f"{' and '.join(fields)} can leave no token to generate",
+            field=fields[0],
+            fix="allow a token with which no bad word and, until min_tokens, no response ends",
+        )
+
+
+def _checked(check_model):
+    """BaseServing._check_model: the first thing that every service does with a request."""
+
+    async def checked(self, request):
+        try:
+            check_request(request, getattr(self, "engine_client", None), self.model_config.max_model_len)
+        except InvalidInput as error:
+            raise VLLMValidationError(str(error), parameter=error.field) from error
+        return await check_model(self, request)
+
+    return checked
+
+
+def check_http_requests() -> None:
+    """From now on every service of vLLM's server has its requests checked first."""
+    if BaseServing._check_model.__name__ != "checked":
+        BaseServing._check_model = _checked(BaseServing._check_model)

@@ -1,0 +1,108 @@
+"""Bounds on what an HTTP body holds, checked before vLLM's request models see it.
+
+Validation runs on the router's event loop, and what it costs depends on how many things a body lists, not on its bytes: a
+megabyte of one-token prompts takes seconds. So lists are counted first, on plain JSON, where a megabyte takes milliseconds.
+
+Seam: vllm/entrypoints/openai/responses/protocol.py (ResponsesRequest.input)
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from typing import Annotated, get_args
+
+from pydantic import FailFast
+from starlette.responses import JSONResponse
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+#: Messages, prompts, tools or texts in one list, parts of one message, and what all lists of a request hold together.
+MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
+#: Shorter bodies cannot list too much.
+CHECKED_FROM_BYTES = 2048
+
+
+class _FailFast(FailFast):
+    __hash__ = object.__hash__  # a union's members are put into a set
+
+
+def stop_at_the_first_wrong_item() -> None:
+    """An item of /v1/responses that fits none of its two dozen kinds costs hundreds of errors; one such item is enough."""
+    field = ResponsesRequest.model_fields["input"]
+    text, items = get_args(field.annotation)
+    if getattr(items, "__metadata__", None):
+        return
+    field.annotation = text | Annotated[items, _FailFast()]
+    ResponsesRequest.model_rebuild(force=True)
+
+
+class RequestShape:
+    """ASGI middleware, inside router/http_limits.py, which bounds the bytes that are held here. `most_numbers`: of one list;
+    they are token ids."""
+
+    def __init__(self, app, most_numbers: int):
+        self._app, self._most_numbers = app, most_numbers
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return await self._app(scope, receive, send)
+        pieces, more = [], True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            pieces.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        body, given = b"".join(pieces), False
+        if len(body) >= CHECKED_FROM_BYTES and (problem := too_much(body, self._most_numbers)):
+            error = {"message": problem.text, "type": "BadRequestError", "param": problem.field, "code": 400}
+            return await JSONResponse({"error": error}, 400)(scope, receive, send)
+
+        async def again():
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return await self._app(scope, again, send)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    field: str
+    text: str
+
+
+def too_much(body: bytes, most_numbers: int) -> _Problem | None:
+    """What of the body is too much. None where it is no JSON: vLLM says so."""
+    collects = gc.isenabled()
+    gc.disable()  # so many new objects would have it look at all others, too
+    try:
+        return _too_much(json.loads(body), most_numbers)
+    except (ValueError, RecursionError):
+        return None
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _too_much(values, most_numbers: int) -> _Problem | None:
+    together, left = 0, [("", "", values)]
+    while left:
+        path, key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{path}.{key}" if path else key, key, v) for key, v in value.items() if isinstance(v, list | dict)]
+        elif isinstance(value, list):
+            entries = [v for v in value if type(v) not in (int, float)]
+            together += len(entries)
+            if len(value) - len(entries) > most_numbers:
+                return _Problem(path, f"{path} lists {len(value)} numbers; at most {most_numbers} are taken (fix: send fewer)")
+            if len(entries) > (most := MOST_PARTS if key == "content" else MOST_ENTRIES):
+                return _Problem(path, f"{path} lists {len(entries)} entries; at most {most} are taken (fix: send fewer)")
+            left += [(path, "", v) for v in entries if isinstance(v, list | dict)]
+    if together > MOST_TOGETHER:
+        text = f"the request lists {together} entries altogether; at most {MOST_TOGETHER} are taken (fix: send fewer)"
+        return _Problem("", text)
+    return None

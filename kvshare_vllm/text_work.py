@@ -1,0 +1,119 @@
+"""Chat templates and tokenisers run off the router's event loop, and a long text never stands before a short one.
+
+Short texts have a thread of their own, long ones another, which tenants take in turns. A text that cannot fit the model is
+refused before anybody works on it. What has not ended in time fails for its client; its thread goes on, and with it its
+place in the line, so that never more run than there are threads.
+
+Seam: vllm/renderers/{base,hf}.py (_tokenize_prompt_async, _async_tokenizer_decode, _apply_chat_template_async)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from vllm.renderers.hf import safe_apply_chat_template
+
+from kvshare.caller import current_caller
+from kvshare.errors import DeadlineExceeded, InvalidInput, PrefillShareError
+from kvshare_vllm.fair_gate import FairGate
+
+T = TypeVar("T")
+
+#: Work this small takes less than handing it to a thread, and a text this short a few milliseconds.
+INLINE_CHARS, SHORT_CHARS = 256, 8 << 10
+#: What a message's role and its place in the template, and a token that becomes text, count for.
+MESSAGE_CHARS, CHARS_PER_TOKEN = 16, 4
+MOST_WAITING = 64
+TIMEOUT_S = 30.0
+
+
+class TextWork:
+    """`max_tokens`: the model's length. `chars_per_token`: characters of the longest token."""
+
+    def __init__(self, max_tokens: int, chars_per_token: int, timeout_s: float = TIMEOUT_S):
+        self.max_tokens, self.max_chars = max_tokens, max_tokens * chars_per_token
+        self._timeout_s = timeout_s
+        self._lanes = {
+            long: (FairGate("a text to be tokenised", 1, MOST_WAITING), ThreadPoolExecutor(1, f"text-{long}"))
+            for long in (False, True)
+        }
+
+    def check_chars(self, chars: int, field: str) -> None:
+        """Raises InvalidInput for what no tokeniser could make fit."""
+        if chars > self.max_chars:
+            raise InvalidInput(
+                f"{chars} characters are more than {self.max_tokens} tokens can hold",
+                field=field,
+                fix="send less, or raise base.max_model_len",
+            )
+
+    async def run(self, chars: int, work: Callable[[], T]) -> T:
+        """What `work` returns, which looks at so many characters. Raises Overloaded, DeadlineExceeded, or what it raises."""
+        if chars <= INLINE_CHARS:
+            return work()
+        gate, threads = self._lanes[chars > SHORT_CHARS]
+
+        def ended(done: asyncio.Future) -> None:
+            gate.leave()
+            if not done.cancelled():
+                done.exception()  # its client may be gone, and nobody else asks for it
+
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await gate.join(current_caller.get().tenant)
+                working = asyncio.get_running_loop().run_in_executor(threads, work)
+                working.add_done_callback(ended)
+                return await asyncio.shield(working)
+        except TimeoutError:
+            raise DeadlineExceeded(f"a text of {chars} characters was not worked on within {self._timeout_s:g} s") from None
+
+    def serve(self, renderer, as_http: Callable[[PrefillShareError], Exception]) -> None:
+        """From now on a renderer of vLLM's has its work done here. `as_http`: our errors as vLLM's server knows them."""
+
+        async def here(chars: int, field: str | None, work: Callable[[], T]) -> T:
+            try:
+                if field:
+                    self.check_chars(chars, field)
+                return await self.run(chars, work)
+            except PrefillShareError as error:
+                raise as_http(error) from error
+
+        async def tokenize(prompt, params):
+            return await here(len(prompt["prompt"]), "prompt", partial(renderer._tokenize_prompt, prompt, params))
+
+        async def decode(token_ids, *args, **kwargs):
+            return await here(CHARS_PER_TOKEN * len(token_ids), None, partial(renderer._decode, token_ids, *args, **kwargs))
+
+        async def lay_out(model_config, tokenizer, conversation, **kwargs):
+            chars = chars_of(conversation) + chars_of(kwargs.get("tools"))
+            work = partial(safe_apply_chat_template, model_config, tokenizer, conversation, **kwargs)
+            return await here(chars, "messages", work)
+
+        renderer._tokenize_prompt_async, renderer._async_tokenizer_decode = tokenize, decode
+        if hasattr(renderer, "_apply_chat_template_async"):
+            renderer._apply_chat_template_async = lay_out
+
+    def close(self) -> None:
+        for _, threads in self._lanes.values():
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def chars_of(value: Any) -> int:
+    """Characters of all texts in it; a message or other mapping counts MESSAGE_CHARS more."""
+    chars, left = 0, [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                chars += len(text)
+            case dict() as mapping:
+                chars += MESSAGE_CHARS
+                left += mapping.values()
+            case Iterable() as several:
+                left += several
+            case _:
+                pass
+    return chars

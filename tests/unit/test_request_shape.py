@@ -1,0 +1,105 @@
+"""A body that lists more than a model can use is refused before vLLM's request models see it."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from kvshare_vllm.request_shape import (
+    MOST_ENTRIES,
+    MOST_PARTS,
+    MOST_TOGETHER,
+    RequestShape,
+    stop_at_the_first_wrong_item,
+    too_much,
+)
+
+MOST_NUMBERS = 5000
+ASKED = {"role": "user", "content": "a"}
+
+
+def problem(body) -> str | None:
+    found = too_much(json.dumps(body).encode(), MOST_NUMBERS)
+    return found and found.field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"messages": [ASKED] * (MOST_ENTRIES + 1)}, "messages"),
+        ({"input": [ASKED] * (MOST_ENTRIES + 1)}, "input"),
+        ({"prompt": [[1]] * (MOST_ENTRIES + 1)}, "prompt"),
+        ({"prompt": ["a"] * (MOST_ENTRIES + 1)}, "prompt"),
+        ({"prompt": [1] * (MOST_NUMBERS + 1)}, "prompt"),
+        ({"prompt": [[1], [1] * (MOST_NUMBERS + 1)]}, "prompt"),
+        ({"tools": [{"type": "function"}] * (MOST_ENTRIES + 1)}, "tools"),
+        ({"stop": ["a"] * (MOST_ENTRIES + 1)}, "stop"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}] * (MOST_PARTS + 1)}]}, "messages.content"),
+        ({"a": [{"b": ["c"] * MOST_ENTRIES}] * (MOST_TOGETHER // MOST_ENTRIES)}, ""),
+    ],
+)
+def test_lists_of_too_many_are_refused_with_their_field(body, field):
+    assert problem(body) == field
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [ASKED] * MOST_ENTRIES},
+        {"prompt": [1] * MOST_NUMBERS},
+        {"prompt": [[1] * 100] * MOST_ENTRIES},
+        {"messages": [{"role": "user", "content": "[{,}]" * 10_000}]},
+        {"logit_bias": {str(n): 1 for n in range(MOST_NUMBERS)}},
+        {"response_format": {"json_schema": {"schema": {"enum": ["a"] * MOST_ENTRIES}}}},
+    ],
+)
+def test_what_a_model_can_use_is_taken(body):
+    assert problem(body) is None
+
+
+def test_what_is_no_json_is_left_to_the_app():
+    assert too_much(b"{" * 5000, MOST_NUMBERS) is None
+    assert too_much(b"[" * 500_000, MOST_NUMBERS) is None
+
+
+def test_a_refused_body_does_not_reach_the_app_and_another_reaches_it_whole():
+    seen = []
+
+    async def app(scope, receive, send):
+        message = await receive()
+        assert message["more_body"] is False
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def post(content):
+        transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            return await client.post("/v1/completions", content=content)
+
+    async def pieces(body):
+        for start in range(0, len(body), 100):
+            yield body[start : start + 100]
+
+    good, bad = (json.dumps({"prompt": ["a"] * count}).encode() for count in (MOST_ENTRIES, MOST_ENTRIES + 1))
+    refused = asyncio.run(post(pieces(bad)))
+    assert (refused.status_code, seen) == (400, [])
+    assert refused.json()["error"]["param"] == "prompt"
+    assert asyncio.run(post(pieces(good))).status_code == 200
+    assert seen == [good]
+
+
+def test_one_wrong_item_of_a_responses_request_is_enough():
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    def errors(count: int) -> int:
+        with pytest.raises(ValidationError) as caught:
+            ResponsesRequest.model_validate({"input": [{"bogus": 1}] * count})
+        return caught.value.error_count()
+
+    stop_at_the_first_wrong_item()
+    stop_at_the_first_wrong_item()
+    assert errors(50) == errors(1)
+    assert len(ResponsesRequest.model_validate({"input": [ASKED] * 50}).input) == 50

@@ -54,7 +54,7 @@ class Router:
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         app, frontend = await build_openai_app(
-            base, ["planner"], self.run_turn, lambda decoder: None, middleware=[partial(ApiKeys, tenants=tenants)]
+            base, ["planner"], self.run_turn, lambda decoder, turns: None, middleware=[partial(ApiKeys, tenants=tenants)]
         )
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}

@@ -3,7 +3,8 @@
 1. What cannot change while it runs is refused.
 2. Engines become those of old and new deployment together; routers stay as they are. If an engine does not start, or cannot
    load an adapter, the engines become the old deployment's again, and the change is refused.
-3. Routers become the new deployment's: they take it over, or are replaced where they cannot (kvshare/live_changes.py).
+3. Routers become the new deployment's: they take it over, or are replaced where they cannot (kvshare/live_changes.py). If
+   one that replaces them does not start, all becomes the old deployment's again, as in 2.
 4. Engines that the new deployment does not have go.
 5. Every router is asked what it serves: only then has it changed.
 """
@@ -66,18 +67,17 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
     both, scaled = _union(old, new), autoscaled(old)
-    as_before, *steps = (
-        build(deployment, routers, scaled)
-        for deployment, routers in ((old, before), (both, before), (both, after), (new, after))
-    )
+    # All are built before any is put in place: what is wrong with files is said first.
+    as_before, more_engines = build(old, before, scaled), build(both, before, scaled)
+    new_routers, fewer_engines = build(both, after, scaled), build(new, after, scaled)
     try:
-        _step(steps[0], new, progress)
+        _step(more_engines, new, progress)
         _refuse_what_engines_cannot_load(handle, new)
+        _step(new_routers, new, progress)
     except PrefillShareError as error:
         _go_back(as_before, old, error, progress)
         raise
-    for application in steps[1:]:
-        _step(application, new, progress)
+    _step(fewer_engines, new, progress)
     _confirm(handle, new)
 
 
@@ -87,9 +87,15 @@ def _step(application, deployment: Deployment, progress: Progress | None) -> Non
 
 
 def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
-    """Raises ConfigError naming every adapter that some replica cannot load, and why."""
+    """Raises ConfigError naming every adapter that some replica cannot load, and why; EngineStartError if no router says."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
     asked = handle.adapter_problems.remote(new.model_dump(mode="json"))
-    problems = asked.result(timeout_s=new.cluster.start_timeout_s + STOP_TIMEOUT_S)
+    try:
+        problems = asked.result(timeout_s=new.cluster.start_timeout_s + STOP_TIMEOUT_S)
+    except (TimeoutError, RayError, RayServeException) as error:
+        raise EngineStartError(f"no router says whether engines have loaded the adapters: {error}", fix="try again") from error
     named = [
         (f"decode.{number}.adapters.{name}", f"engines cannot serve {folder}: {problems[name]}")
         for number, pool in enumerate(new.decode)

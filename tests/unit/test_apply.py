@@ -86,17 +86,20 @@ class Answer:
         return self
 
     def result(self, timeout_s):
+        if isinstance(self.value, Exception):
+            raise self.value
         return self.value
 
     results = result
 
 
 class Serve:
-    """In the place of Ray Serve: `deployed` is what was put in place, one after the other. `fails`: engines' pools that do not
-    start; `problems`: adapters that engines cannot load."""
+    """In the place of Ray Serve: `deployed` is what was put in place, one after the other. `fails`: pools whose engines do not
+    start; `routers_fail_with`: pools with which routers do not; `problems`: adapters that engines cannot load."""
 
     def __init__(self, monkeypatch, old: config.Deployment):
         self.deployed, self.fails, self.problems = [], set(), {}
+        self.routers_fail_with: set[str] = set()
         for name, stub in {
             "running_handle": lambda: self,
             "running_deployment": lambda handle: old,
@@ -108,7 +111,9 @@ class Serve:
         monkeypatch.setattr(serve_config, "is_from_config", lambda app: False)
 
     def _wait(self, deployment, progress):
-        engines, _ = self.deployed[-1]
+        engines, routers = self.deployed[-1]
+        if self.routers_fail_with & {pool.pool for pool in routers.decode}:
+            raise EngineStartError("router did not start")
         if failed := self.fails & {pool.pool for pool in engines.decode}:
             raise EngineStartError(f"{', '.join(failed)} did not start")
 
@@ -146,12 +151,31 @@ def test_an_adapter_that_engines_cannot_load_is_refused_and_engines_go_back(depl
     assert names(serve.deployed) == [(["a", "b"], ["a"]), (["a"], ["a"])]
 
 
+def test_engines_go_back_when_no_router_says_what_they_have_loaded(deploy, monkeypatch):
+    old, new = deploy(), deploy(adapters=deploy.folders)
+    serve = Serve(monkeypatch, old)
+    serve.problems = TimeoutError("after 640 s")
+    with pytest.raises(EngineStartError, match="no router says whether engines have loaded the adapters: after 640 s"):
+        apply_module.apply(new)
+    assert serve.deployed[-1] == (old, old)
+
+
 def test_engines_go_back_when_new_ones_do_not_start(deploy, monkeypatch):
     old, new = deploy(), deploy(pool="others")
     serve = Serve(monkeypatch, old)
     serve.fails = {"others"}
     with pytest.raises(EngineStartError, match=r"^others did not start"):
         apply_module.apply(new)
+    assert serve.deployed[-1] == (old, old)
+
+
+def test_engines_and_routers_go_back_when_a_new_router_does_not_start(deploy, monkeypatch):
+    old, new = deploy(), deploy(pool="others")
+    serve = Serve(monkeypatch, old)
+    serve.routers_fail_with = {"others"}
+    with pytest.raises(EngineStartError, match="router did not start"):
+        apply_module.apply(new)
+    assert len(serve.deployed) == 3
     assert serve.deployed[-1] == (old, old)
 
 

@@ -30,6 +30,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvshare_vllm import openai_requests
 from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
+from kvshare_vllm.http_hang_ups import HangUps
 from kvshare_vllm.http_refusals import HttpRefusals
 from kvshare_vllm.http_routes import keep_served
 from kvshare_vllm.request_checks import check_http_requests
@@ -42,7 +43,7 @@ async def build_openai_app(
     base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[..., None], middleware: Iterable[Callable] = ()
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
-    put around all that is there before it; what answers requests itself stands inside HttpRefusals."""
+    put around all that is there before it; what answers requests itself stands inside HttpRefusals, and all in HangUps."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level
@@ -55,7 +56,7 @@ async def build_openai_app(
     keep_served(app)
     await init_app_state(frontend, app.state, args, tasks)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
-    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals):
+    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays

@@ -118,7 +118,8 @@ class Pool:
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise
-            self.replicas.failed(replica.id, ResumeReason.GONE)  # not us: the replica's own task was, as it stopped
+            # Nobody has cancelled the caller, and nobody else ends its calls (router/own_calls.py): the replica did, as it stopped.
+            self.replicas.failed(replica.id, ResumeReason.GONE)
             raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
         except (*CALL_ERRORS, Unavailable) as error:
             reason = ResumeReason.UNAVAILABLE if isinstance(error, Unavailable) else ResumeReason.GONE

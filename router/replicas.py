@@ -24,6 +24,7 @@ from ray.serve.exceptions import RayServeException
 from kvshare.errors import PrefillShareError, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
 from router.health import Health
+from router.own_calls import OwnCalls
 from router.pinned import MEMBERS
 
 logger = logging.getLogger(__name__)
@@ -310,12 +311,12 @@ class ReplicaSet:
             replica.active -= 1
             replica.queued_tokens -= queued_tokens
 
-    def on(self, replica: str):
-        """Handle whose calls go to this replica."""
-        return self._handle.options(session_id=replica)
+    def on(self, replica: str) -> OwnCalls:
+        """Calls that go to this replica."""
+        return OwnCalls(self._handle.options(session_id=replica))
 
-    def streaming_on(self, replica: str):
-        return self._streams.options(session_id=replica)
+    def streaming_on(self, replica: str) -> OwnCalls:
+        return OwnCalls(self._streams.options(session_id=replica))
 
 
 async def answer(response):

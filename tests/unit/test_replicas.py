@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from ray.serve import context as serve_context
 
 from kvshare.errors import Unavailable
 from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
@@ -119,3 +120,22 @@ async def test_an_adapter_that_one_replica_could_not_load_is_known_at_once_with_
 async def test_an_adapter_that_a_replica_never_loads_is_a_problem_when_the_time_is_up(replicas):
     ADAPTERS["first"] = {"coder": ""}
     assert await replicas.adapter_problems({"coder", "planner"}, 0.2) == {"planner": "it is not loaded after 0.2 s"}
+
+
+async def test_calls_belong_to_no_request_of_serves_so_that_only_their_caller_ends_them():
+    seen = []
+
+    class Method:
+        def remote(self, *args, **kwargs):
+            seen.append((args, kwargs, serve_context._get_serve_request_context()))
+            return "the answer"
+
+    handle = SimpleNamespace(options=lambda **_: handle, prefill=Method(), decode=Method())
+    replicas = ReplicaSet("prefill", handle, wedged_after_s=5)
+    ours = serve_context._RequestContext(route="/", request_id="r", _internal_request_id="of Serve")
+    serve_context._serve_request_context.set(ours)
+    assert replicas.on("first").prefill.remote([1], adapter="a") == "the answer"
+    assert replicas.streaming_on("first").decode.remote([2]) == "the answer"
+    assert [(args, kwargs) for args, kwargs, _ in seen] == [(([1],), {"adapter": "a"}), (([2],), {})]
+    assert [(context.request_id, context._internal_request_id) for *_, context in seen] == [("r", "")] * 2
+    assert serve_context._get_serve_request_context() is ours

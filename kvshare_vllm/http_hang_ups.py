@@ -1,0 +1,74 @@
+"""A request whose client has hung up ends, whatever it was doing, and nothing of it is left behind.
+
+Serve cancels the task that serves such a request. vLLM's handlers run in tasks of their own and end when they receive
+`http.disconnect`; cancelled while they wait for that, they leave their task running to its end, with nobody to hear it. So this
+ASGI middleware, outside of all others, tells the app in the way that it listens for:
+
+ 1. The app runs in a task of its own, which Serve does not know.
+ 2. When Serve cancels the request, the app receives `http.disconnect`. What it still sends is dropped.
+ 3. An app that has not ended after PATIENCE_S, because it does not listen, is cancelled.
+
+Seam: vllm/entrypoints/serve/utils/api_utils.py (with_cancellation), ray/serve/_private/replica.py (_call_http_entrypoint)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 0.5
+
+_DISCONNECT = {"type": "http.disconnect"}
+
+
+class HangUps:
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        client = _Client(receive, send)
+        serving = asyncio.create_task(self._app(scope, client.receive, client.send))
+        try:
+            await asyncio.wait({serving})
+        except asyncio.CancelledError:
+            client.hung_up.set_result(None)
+            await _end(serving)
+            raise
+        serving.result()
+
+
+class _Client:
+    """The app's way to its client, until that has hung up."""
+
+    def __init__(self, receive, send):
+        self._receive, self._send = receive, send
+        self.hung_up = asyncio.get_running_loop().create_future()
+
+    async def receive(self):
+        if self.hung_up.done():
+            return _DISCONNECT
+        message = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.wait({message, self.hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else _DISCONNECT
+        finally:
+            message.cancel()
+
+    async def send(self, message) -> None:
+        if not self.hung_up.done():
+            await self._send(message)
+
+
+async def _end(serving: asyncio.Task) -> None:
+    """Have it end: by itself, or else by being cancelled. It is then over, or at least does nothing more for long."""
+    try:
+        await asyncio.wait({serving}, timeout=PATIENCE_S)
+    finally:
+        serving.cancel()
+    await asyncio.wait({serving}, timeout=PATIENCE_S)
+    if serving.done() and not serving.cancelled() and (error := serving.exception()):
+        logger.info("a request whose client had hung up ended with %s: %s", type(error).__name__, error)

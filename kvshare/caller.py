@@ -11,7 +11,8 @@ import hashlib
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from kvshare.errors import PermissionDenied
+from kvshare.errors import InvalidInput, PermissionDenied
+from kvshare.priority import PRIORITIES
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Caller:
                 fix=f"leave it out, or use one of {', '.join(allowed)}" if allowed else "leave it out",
             )
         return replace(self, cache_domain=chosen)
+
+    def behind(self, steps: int) -> Caller:
+        """The caller of a request that lets others go first: `steps` behind the tenant's own priority, as far as that goes.
+        Raises InvalidInput for one that would go before its tenant's others."""
+        if not 0 <= steps <= PRIORITIES[-1]:
+            raise InvalidInput(
+                f"{steps} is out of range",
+                field="priority",
+                fix=f"use 0 to {PRIORITIES[-1]}: how far this request goes behind its tenant's others",
+            )
+        return replace(self, priority=min(self.priority + steps, PRIORITIES[-1]))
 
 
 ANONYMOUS = Caller()

@@ -16,6 +16,9 @@ from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 from kvshare.layer_group import LayerGroup, ecache_parts, layer_group
 from kvshare.modes import get_mode
 
+#: vLLM's default (vllm/config/model.py: max_logprobs), and its number for all tokens there are.
+VLLM_MAX_LOGPROBS, ALL = 20, -1
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -33,19 +36,33 @@ class Decoder:
     ttft_objective_s: float | None = None
     #: Divergence from its own prefill that is good enough; None: nobody has said.
     quality_floor: float | None = None
+    #: Likeliest tokens of which its engines tell the log-probabilities, at most, or ALL.
+    max_logprobs: int = VLLM_MAX_LOGPROBS
+
+    def check_logprobs(self, asked: int | None) -> None:
+        """`asked`: of so many likeliest tokens, or ALL; None: of none. Raises InvalidInput."""
+        if asked is None or self.max_logprobs == ALL or 0 <= asked <= self.max_logprobs:
+            return
+        many = "the whole vocabulary" if asked == ALL else asked
+        raise InvalidInput(
+            f"{many} is more than the {self.max_logprobs} likeliest tokens that {self.name!r} tells log-probabilities of",
+            field="logprobs",
+            fix=f"ask for at most {self.max_logprobs}, or raise max_logprobs in the engine_args of pool {self.pool!r}",
+        )
 
 
 def served(deployment: Deployment, but: Collection[str] = ()) -> dict[str, Decoder]:
     """Every served name, the base first if a pool serves it. `but`: adapters that engines could not load."""
     decoders: dict[str, Decoder] = {}
     for pool in deployment.decode:
-        promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor}
+        limit = pool.engine_args.get("max_logprobs", VLLM_MAX_LOGPROBS)
+        promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor, "max_logprobs": limit}
         if pool.model:
             name = pool.name or pool.pool
             decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), **promised)
             continue
         if pool.serve_base and deployment.base.name not in decoders:
-            base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base")
+            base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base", max_logprobs=limit)
             decoders = {base.name: base, **decoders}
         for name in (name for name in pool.adapters if name not in but):
             decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), **promised)

@@ -197,6 +197,15 @@ DEFINITIONS = {
             known=("done", "dropped", "failed"),
         ),
         Metric(
+            "prefillshare_background_failures_total",
+            Counter,
+            "Work behind turns that ended in an error nobody foresaw, by what it was (eager_prefill, pull_back, loan_release, "
+            "handoff_release, canary, replica_question).",
+            ("task",),
+            "Above 0: a fault of ours, turns go on without; the router's log has the error and the session or request.",
+            known=("eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question"),
+        ),
+        Metric(
             "prefillshare_resumes_total",
             Counter,
             "Turns taken up again, by reason (preempted, kv_load_failed, gone, wedged, unavailable).",

@@ -21,7 +21,16 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
 from kvshare.engine_settings import EngineSettings
-from kvshare.errors import ContractMismatch, EngineStartError, Internal, InvalidInput, PrefixLost, ResumeReason, Unavailable
+from kvshare.errors import (
+    ContractMismatch,
+    EngineStartError,
+    Internal,
+    InvalidInput,
+    PrefillShareError,
+    PrefixLost,
+    ResumeReason,
+    Unavailable,
+)
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
@@ -31,6 +40,7 @@ from kvshare_vllm.adapters import Adapters
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
 from kvshare_vllm.sampling import logprob_rows
+from kvshare_vllm.vllm_refusals import as_our_errors
 
 #: An engine that has started but does not generate a token within so long has not started.
 FIRST_TOKEN_S = 300.0
@@ -165,7 +175,8 @@ class Engine:
 
     async def probe(self) -> None:
         """Generate one token from one: proof that the engine steps. Raises Unavailable."""
-        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=self._probe_logprobs, detokenize=False)
+        logprobs = self._probe_logprobs if self._llm.model_config.max_logprobs else None
+        sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=logprobs, detokenize=False)
         async for _ in self._generate([0], sampling, f"probe-{uuid.uuid4().hex}", None, None):
             pass
 
@@ -184,14 +195,13 @@ class Engine:
             self._busy_since = time.monotonic()
         self._active += 1
         try:
-            async for output in self._llm.generate(
-                prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority, trace_headers=trace
-            ):
-                yield output
+            with as_our_errors():
+                async for output in self._llm.generate(
+                    prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority, trace_headers=trace
+                ):
+                    yield output
         except EngineDeadError as error:
             raise self._dead() from error
-        except ValueError as error:  # vLLM's own validation of a request
-            raise InvalidInput(str(error)) from error
         finally:
             self._active -= 1
 
@@ -201,6 +211,12 @@ class Engine:
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the engine that made this handoff that nobody will read it, so that it frees the blocks now."""
         await self._llm.notify_kv_transfer_request_rejected(request_id, {**handoff.transfer, "do_remote_prefill": True})
+
+    async def _release_unseen(self, handoff: Handoff | None, request_id: str, error: PrefillShareError) -> None:
+        """A call ends with `error` before anything came of it: if the engine has not seen the request, because it was refused
+        first, nobody reads the handoff. An engine that has, frees it itself; one that is Unavailable can tell nobody."""
+        if handoff is not None and not isinstance(error, Unavailable):
+            await self.release(handoff, request_id)
 
     def _dead(self) -> Unavailable:
         return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
@@ -241,16 +257,15 @@ class PrefillEngine(Engine):
         Raises PrefixLost if it cannot be read.
         """
         wanted = len(token_ids) - 1
-        if lent.contract != self.settings.contract or wanted > lent.tokens:
-            await self.release(lent, request_id)
-            raise Internal(f"a loan of {lent.tokens} tokens under contract {lent.contract} for {wanted} tokens")
         # vLLM aligns both engines' blocks at the end, and a decode engine may have one more than the tokens fill.
         blocks = [group[: -(-wanted // self.settings.block_size)] for group in lent.transfer["remote_block_ids"]]
         ask = {**lent.transfer, "remote_block_ids": blocks, "do_remote_prefill": True, "do_remote_decode": False, "lend": False}
         try:
+            if lent.contract != self.settings.contract or wanted > lent.tokens:
+                raise Internal(f"a loan of {lent.tokens} tokens under contract {lent.contract} for {wanted} tokens")
             output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, 0, ask)
-        except InvalidInput:  # vLLM refused it before the engine saw it
-            await self.release(lent, request_id)
+        except PrefillShareError as error:
+            await self._release_unseen(lent, request_id, error)
             raise
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
@@ -320,29 +335,15 @@ class DecodeEngine(Engine):
         `sampling` is the turn's own, limits counted over the whole turn. Raises PrefixLost when the prefix must be
         handed over again; the tokens yielded so far stand.
         """
-        prompt_tokens = len(token_ids) - replay
-        transfer: dict[str, Any] = {}
-        if handoff is not None:
-            try:
-                self.check(handoff)
-            except ContractMismatch:
-                await self.release(handoff, request_id)
-                raise
-            expected = self.mode.handoff_tokens(prompt_tokens, replay)
-            if handoff.tokens != expected:
-                raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
-            transfer = dict(handoff.transfer)
-        elif self.mode.handoff_tokens(prompt_tokens, replay) > 0:
-            raise Internal("a prompt of several tokens came without a handoff (R1)")
-        transfer |= {"replay_tokens": replay, "lend": lend}
-        if own_layers:
-            transfer["own_layers"] = str(own_layers)
-        cache_salt = block_salt(cache_salt, own_layers)
-        sampling = sampling.clone()
-        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
-        sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
         taken = False
         try:
+            transfer = self._transfer(handoff, len(token_ids) - replay, replay) | {"replay_tokens": replay, "lend": lend}
+            if own_layers:
+                transfer["own_layers"] = str(own_layers)
+            cache_salt = block_salt(cache_salt, own_layers)
+            sampling = sampling.clone()
+            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
+            sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
             async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
                 taken = True
                 completion, params = output.outputs[0], output.kv_transfer_params or {}
@@ -366,7 +367,19 @@ class DecodeEngine(Engine):
                     rest_load_s=params.get("rest_load_s", 0.0),
                     lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
                 )
-        except InvalidInput:
-            if handoff is not None and not taken:  # vLLM refused it before the engine saw it
-                await self.release(handoff, request_id)
+        except PrefillShareError as error:
+            if not taken:
+                await self._release_unseen(handoff, request_id, error)
             raise
+
+    def _transfer(self, handoff: Handoff | None, prompt_tokens: int, replay: int) -> dict[str, Any]:
+        """What the connector is told of a checked handoff."""
+        expected = self.mode.handoff_tokens(prompt_tokens, replay)
+        if handoff is None:
+            if expected > 0:
+                raise Internal("a prompt of several tokens came without a handoff (R1)")
+            return {}
+        self.check(handoff)
+        if handoff.tokens != expected:
+            raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
+        return dict(handoff.transfer)

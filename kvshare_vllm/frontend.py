@@ -39,6 +39,7 @@ from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
 from kvshare_vllm.http_refusals import note_begun, note_failure
 from kvshare_vllm.request_checks import check_asked, check_something_is_left
 from kvshare_vllm.text_work import TextWork
+from kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ USAGE = "prefillshare"
 
 #: Runs one turn: (decoder, prompt ids, sampling, request id, context with the usage to fill) -> chunks of tokens.
 TurnRunner = Callable[[str, list[int], SamplingParams, str, TurnContext], AsyncIterator[TokenChunk]]
+#: (decoder, None while that is not known; turns; log-probabilities, if they are asked for): raises where that is too much.
+Admit = Callable[..., None]
 
 
 def frontend_config(args: AsyncEngineArgs) -> VllmConfig:
@@ -59,10 +62,9 @@ def frontend_config(args: AsyncEngineArgs) -> VllmConfig:
 
 
 class Frontend(EngineClient):
-    """`admit` raises before anything is queued, for a decoder and so many turns of it; `run_turn` does the work. Neither
-    knows about text."""
+    """`admit` raises before anything is queued; `run_turn` does the work. Neither knows about text."""
 
-    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Callable[[str | None, int], None]):
+    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Admit):
         self.vllm_config, self.model_config = config, config.model_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
@@ -89,10 +91,11 @@ class Frontend(EngineClient):
         reasoning_ended=None,
         reasoning_parser_kwargs=None,
     ) -> AsyncIterator[RequestOutput]:
-        """vLLM's surface. The decoder is the LoRA's name; none is the base. The caller is the HTTP request's."""
+        """vLLM's surface. The decoder is the LoRA's name; none is the base. The caller is the HTTP request's; `priority` says
+        how far the request goes behind its others."""
         decoder = lora_request.lora_name if lora_request is not None else self._base_name
-        context = TurnContext.of(current_caller.get())
         try:
+            context = TurnContext.of(current_caller.get().behind(priority))
             request = self.prepare(
                 prompt,
                 sampling_params,
@@ -126,9 +129,9 @@ class Frontend(EngineClient):
         if sampling_params.extra_args:  # a client must not drive the KV connector
             sampling_params = sampling_params.clone()
             sampling_params.extra_args = None
-        self._admit(decoder, sampling_params.n)
+        self._admit(decoder, sampling_params.n, sampling_params.logprobs)
         check_asked(sampling_params)
-        try:
+        with as_our_errors():
             request = self.input_processor.process_inputs(
                 request_id,
                 prompt,
@@ -137,8 +140,6 @@ class Frontend(EngineClient):
                 lora_request=None,
                 tokenization_kwargs=tokenization_kwargs,
             )
-        except VLLMValidationError as error:
-            raise InvalidInput(str(error), field=getattr(error, "parameter", None)) from error
         check_something_is_left(request.sampling_params, self.model_config.get_vocab_size())
         self.input_processor.assign_request_id(request)
         return request
@@ -274,6 +275,7 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage
     logprobs, k = None, request.sampling_params.num_logprobs
     may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
     if chunk.logprobs is not None and k is not None and chunk.token_ids:
+        k = k if k >= 0 else len(chunk.logprobs[0])  # all there are
         # vLLM wants the sampled token first, then the k likeliest in order, every row equally long.
         rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])[:k]] for row in chunk.logprobs]
         rows = [row + [row[-1]] * (k + 1 - len(row)) for row in rows]

@@ -29,7 +29,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvshare_vllm import openai_requests
-from kvshare_vllm.frontend import Frontend, TurnRunner, frontend_config
+from kvshare_vllm.frontend import Admit, Frontend, TurnRunner, frontend_config
 from kvshare_vllm.http_hang_ups import HangUps
 from kvshare_vllm.http_refusals import HttpRefusals
 from kvshare_vllm.http_routes import keep_served
@@ -40,7 +40,7 @@ openai_requests.install()
 
 
 async def build_openai_app(
-    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Callable[..., None], middleware: Iterable[Callable] = ()
+    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Admit, middleware: Iterable[Callable] = ()
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
     put around all that is there before it; what answers requests itself stands inside HttpRefusals, and all in HangUps."""
@@ -87,6 +87,8 @@ def _arguments(base: Base):
         "--enable-prompt-tokens-details",
         "--generation-config",
         "vllm",
+        "--max-logprobs",  # each pool has its own (Admit)
+        "-1",
     ]
     if base.tool_call_parser:
         flags += ["--enable-auto-tool-choice", "--tool-call-parser", base.tool_call_parser]

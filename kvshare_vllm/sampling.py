@@ -6,10 +6,13 @@ from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from kvshare_vllm.vllm_refusals import as_our_errors
+
 
 def make_sampling_params(**fields) -> SamplingParams:
-    """As vLLM's, streaming deltas; `max_tokens` unset stays unset. Raises ValueError for what vLLM refuses."""
-    return SamplingParams(**{"max_tokens": None, **fields}, output_kind=RequestOutputKind.DELTA)
+    """As vLLM's, streaming deltas; `max_tokens` unset stays unset. Raises InvalidInput for what vLLM refuses."""
+    with as_our_errors():
+        return SamplingParams(**{"max_tokens": None, **fields}, output_kind=RequestOutputKind.DELTA)
 
 
 def make_prompt(token_ids: list[int]):

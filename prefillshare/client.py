@@ -154,16 +154,19 @@ class RemoteSession:
         suffix_messages: Messages | None = None,
         suffix_text: str | None = None,
         suffix_token_ids: Sequence[int] | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
         **sampling,
     ) -> Iterator[pb.GenerateResponse]:
-        """One turn as it comes. `sampling`: fields of pb.SamplingParams. Closing the iterator cancels the turn."""
+        """One turn as it comes. `priority`: how far it goes behind the tenant's others. `sampling`: fields of
+        pb.SamplingParams. Closing the iterator cancels the turn."""
         request = pb.GenerateRequest(
             session_id=self.session_id,
             decoder=decoder,
             input=_input(messages, text, token_ids),
             suffix=_input(suffix_messages, suffix_text, suffix_token_ids),
             sampling=pb.SamplingParams(**sampling),
+            priority=priority,
         )
         with _typed_errors():
             client = self._client

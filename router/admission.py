@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from kvshare.config import Router
 from kvshare.errors import Internal, InvalidInput, Unavailable
 from kvshare.metrics import Metrics
+from kvshare.priority import PRIORITIES, RESUMED
 from router.decode_line import DecodeLine, PrefillPool
 from router.decode_room import Capacity, DecodeRoom
 from router.fair_queue import Ticket, Work
@@ -30,9 +31,6 @@ from router.grant import Demand, Grant, Tenant
 from router.refusals import Refusal, Refusals
 from router.service_rate import Clock
 
-PRIORITIES = range(-100, 101)
-#: Turns that had started before: ahead of all others.
-RESUMED = PRIORITIES.start - 1
 #: An estimate beyond this says that the rate is about nothing, not when the turn would start.
 LONGEST_ESTIMATE_S = 600.0
 

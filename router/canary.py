@@ -9,7 +9,6 @@ Of a sampled share of the turns of decoders that recompute layers, one place in 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import random
@@ -17,11 +16,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 
-from kvshare.decoders import Decoder
+from kvshare.decoders import ALL, Decoder
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import TokenChunk, TurnContext
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
+from router.background import Background
 from router.cache_index import BlockKeys
 from router.eager import PRIORITY
 from router.orchestrator import Orchestrator, Route
@@ -29,7 +29,7 @@ from router.replicas import CALL_ERRORS, answer
 
 logger = logging.getLogger(__name__)
 
-#: Likeliest tokens that are compared one by one; vLLM gives at most so many unless told otherwise.
+#: Likeliest tokens that are compared one by one, if the decoder's pool gives so many.
 TOP = 20
 
 Row = list[tuple[int, float, int]]
@@ -41,7 +41,7 @@ class Canary:
     def __init__(self, orchestrator: Orchestrator, metrics: Metrics, share: float, rng: random.Random | None = None):
         self._orchestrator, self._metrics, self._share = orchestrator, metrics, share
         self._rng = rng or random.Random()
-        self._task: asyncio.Task | None = None
+        self._background, self._task = Background(metrics), None
 
     def expect(self, decoders: Mapping[str, Decoder]) -> None:
         """Export what these decoders are measured against."""
@@ -63,21 +63,24 @@ class Canary:
     ) -> AsyncIterator[TokenChunk]:
         route, asked, tokens, rows = self._orchestrator.routes[decoder.pool], sampling.logprobs, [], []
         sampling = sampling.clone()
-        sampling.logprobs = max(TOP, asked or 0)
+        sampling.logprobs = asked if asked == ALL else max(_top(decoder), asked or 0)
         async with aclosing(self._orchestrator.run(decoder.name, prompt, sampling, request_id, context)) as chunks:
             async for chunk in chunks:
                 tokens += chunk.token_ids
                 rows += chunk.logprobs or ()
                 if chunk.finish_reason and rows:
-                    self._look(decoder, route, prompt, tokens, rows)
+                    self._look(decoder, route, prompt, tokens, rows, request_id)
                 yield replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
 
-    def _look(self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row]) -> None:
+    def _look(
+        self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row], request_id: str
+    ) -> None:
         if self._task and not self._task.done():
             self._metrics["canary_turns_total"].labels(decoder.name, "dropped").inc()
             return
         place = self._rng.randrange(len(rows))
-        self._task = asyncio.create_task(self._compare(decoder, route, [*prompt, *tokens[:place]], rows[place]))
+        comparing = self._compare(decoder, route, [*prompt, *tokens[:place]], rows[place])
+        self._task = self._background.start("canary", comparing, request=request_id)
 
     async def _compare(self, decoder: Decoder, route: Route, context: list[int], shared: Row) -> None:
         outcome = "failed"
@@ -85,7 +88,8 @@ class Canary:
             placement = await route.decode.choose(len(context), BlockKeys([0], 1))
             async with route.decode.calling(placement):
                 call = route.decode.replicas.on(placement.replica.id).own_next
-                own = await answer(call.remote(context, adapter=decoder.adapter, top=TOP, priority=PRIORITY))
+                top = _top(decoder)
+                own = await answer(call.remote(context, adapter=decoder.adapter, top=top, priority=PRIORITY))
             self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(own), _likely(shared)))
             outcome = "done"
         except (PrefillShareError, *CALL_ERRORS) as error:
@@ -94,16 +98,18 @@ class Canary:
             self._metrics["canary_turns_total"].labels(decoder.name, outcome).inc()
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await self._background.stop()
+
+
+def _top(decoder: Decoder) -> int:
+    return TOP if decoder.max_logprobs == ALL else min(TOP, decoder.max_logprobs)
 
 
 def as_asked(rows: list[Row] | None, asked: int | None) -> list[Row] | None:
     """Of rows with more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
     if rows is None or asked is None:
         return None
-    return [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
+    return rows if asked == ALL else [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
 
 
 def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from kvshare.config import Base
 from kvshare.errors import PrefillShareError
 from kvshare.metrics import Metrics
+from router.background import Background
 from router.cache_index import BlockKeys
 from router.pools import Pool
 from router.replicas import answer
@@ -34,6 +35,7 @@ class EagerPrefill:
     def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
         self._pool, self._base, self._metrics = pool, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
+        self._background = Background(metrics)
         self._running: dict[SessionKey, asyncio.Task] = {}
         #: Tokens of a session's context that have been asked for, while its response streams.
         self._asked: dict[SessionKey, int] = {}
@@ -48,11 +50,15 @@ class EagerPrefill:
             return
         if session in self._running:
             return
+        if tokens >= self._base.max_model_len:  # no turn can follow, and no engine takes a prompt so long
+            self._count("needless")
+            return
         if len(self._running) >= self._limit:
             self._count("dropped")
             return
         self._asked[session] = tokens
-        task = self._running[session] = asyncio.create_task(self._warm(context(), salt))
+        warming = self._warm(context(), salt)
+        task = self._running[session] = self._background.start("eager_prefill", warming, session=session)
         task.add_done_callback(lambda done: self._ended(session, done))
         if ended:
             self._asked.pop(session, None)
@@ -64,17 +70,14 @@ class EagerPrefill:
             task.cancel()
 
     async def stop(self) -> None:
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._background.stop()
 
     def _ended(self, session: SessionKey, task: asyncio.Task) -> None:
         if self._running.get(session) is task:
             del self._running[session]
 
     async def _warm(self, token_ids: list[int], salt: str | None) -> None:
-        outcome = "cancelled"
+        outcome = "failed"
         try:
             keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
             placement = await self._pool.choose(len(token_ids), keys)
@@ -86,8 +89,10 @@ class EagerPrefill:
                 for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
                     await self._make(placement.replica.id, token_ids[: end + self._stride_tokens], salt)
             outcome = "done"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
         except PrefillShareError as error:
-            outcome = "failed"
             logger.warning("eager prefill of %d tokens failed: %s", len(token_ids), error)
         finally:
             self._count(outcome)

@@ -14,6 +14,7 @@ from kvshare.engine_settings import SHARED_PREFILL, own_prefill
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from kvshare.replica_info import ReplicaStats
+from router.background import Background
 from router.cache_index import CacheIndex
 from router.orchestrator import Route
 from router.placement import Weights, weights
@@ -31,7 +32,7 @@ class Fleet:
 
     def __init__(self, block_size: int, handle_of: Callable[[str], object], metrics: Metrics):
         self._index = CacheIndex(block_size)
-        self._handle_of, self._metrics = handle_of, metrics
+        self._handle_of, self._metrics, self._background = handle_of, metrics, Background(metrics)
         self.pools: dict[str, Pool] = {}
 
     async def adopt(self, deployment: Deployment) -> dict[str, Route]:
@@ -83,7 +84,7 @@ class Fleet:
 
     def _open(self, name: str, deployment: Deployment) -> Pool:
         router = deployment.router
-        replicas = ReplicaSet(name, self._handle_of(name), router.wedged_after_s)
+        replicas = ReplicaSet(name, self._handle_of(name), router.wedged_after_s, self._background)
         return Pool(replicas, self._index, {}, wait_s=router.replica_wait_s)
 
     def _count(self, name: str, replicas: ReplicaSet) -> None:

@@ -122,8 +122,8 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
-        turn_context = TurnContext.of(current_caller.get())
         try:
+            turn_context = TurnContext.of(current_caller.get().behind(request.priority))
             turn_context.deadline_s = _deadline_s(context)
             sampling = to_sampling_params(request.sampling)
             turn = self._turns.take(

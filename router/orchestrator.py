@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from types import MappingProxyType
 
 from opentelemetry.trace import Span, SpanKind
@@ -41,8 +39,9 @@ from kvshare.layer_group import LayerGroup
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.admission import Admission, PoolSource
+from router.attempt import Attempt, Route
 from router.cache_index import BlockKeys
-from router.grant import NOBODY, Demand, Grant, Tenant
+from router.grant import NOBODY, Demand, Tenant
 from router.in_progress import InProgress
 from router.layer_choice import LayerChoice
 from router.pools import Placement, Pool
@@ -51,42 +50,13 @@ from router.releases import Releases
 from router.replicas import answer
 from router.service_rate import MeanRatio
 from router.turn_metrics import TurnMetrics
+from router.turn_span import turn_span
 
 logger = logging.getLogger(__name__)
 
 
 #: Pause before a turn tries again after a replica failed it, doubled each time.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
-
-
-@dataclass(frozen=True)
-class Route:
-    """A decode pool and the prefill engines it draws on."""
-
-    decode: Pool
-    prefill: Pool
-
-
-@dataclass
-class _Attempt:
-    """What a turn's attempts hand on to each other."""
-
-    route: Route
-    #: What the turn holds of the pool's room; given back when it ends.
-    grant: Grant
-    prefix: Prefix
-    generated: list[int] = field(default_factory=list)
-    number: int = 0
-    failures: int = 0
-    #: Replicas that failed this turn.
-    avoid: set[str] = field(default_factory=set)
-    #: Where the KV the decode engine loads comes from.
-    source: str = ""
-    #: When its lease ends, at the latest (time.perf_counter).
-    lease_ends: float = math.inf
-    #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
-    own_layers: LayerGroup | None = None
-    is_chosen: bool = False
 
 
 class Orchestrator:
@@ -111,7 +81,7 @@ class Orchestrator:
         self._watch_capacity()
         self.in_progress = InProgress(metrics)
         self.draining = False
-        self._releases = Releases()
+        self._releases = Releases(metrics)
         self.layer_choice = LayerChoice()
         self._counted = TurnMetrics(metrics, base.block_size)
         #: Seconds per token that the shared pool has lately computed.
@@ -135,12 +105,14 @@ class Orchestrator:
         for route in self.routes.values():
             route.decode.replicas.on_change = route.prefill.replicas.on_change = self._admission.refresh
 
-    def admit(self, decoder: str | None, turns: int = 1) -> None:
-        """Raises before any of a request's turns is made: NotFound, InvalidInput for more than there is ever room for, or
-        Unavailable while stopping. A decoder that is None is not looked at."""
+    def admit(self, decoder: str | None, turns: int = 1, logprobs: int | None = None) -> None:
+        """Raises before any of a request's turns is made: NotFound, InvalidInput for more than there is ever room for or than
+        the decoder's engines would take, or Unavailable while stopping. A decoder that is None is not looked at."""
         self._admission.check_turns(turns, self._tenants.get(current_caller.get().tenant, NOBODY))
         if decoder is not None and decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
+        if decoder is not None:
+            self.decoders[decoder].check_logprobs(logprobs)
         if self.draining:
             raise Unavailable("the router is stopping", fix="try again; another replica or its successor takes over")
 
@@ -153,7 +125,7 @@ class Orchestrator:
         decoder, started, outcome = self.decoders[name], time.perf_counter(), "cancelled"
         usage.prompt_tokens = len(prompt)
         try:
-            with _traced(name, request_id, context), self.in_progress.turn(name):
+            with turn_span(name, request_id, context), self.in_progress.turn(name):
                 async with asyncio.timeout(deadline_s if deadline_s is not None else self._config.default_deadline_s):
                     if context.ready:
                         await context.ready()
@@ -200,7 +172,7 @@ class Orchestrator:
             room = await self._admission.admit(demand)
         with room as grant:
             context.usage.queue_s = grant.waited_s
-            attempt = _Attempt(route, grant, prefix)
+            attempt = Attempt(route, grant, prefix)
             attempts = self._until_it_ends(decoder, prompt, sampling, request_id, context, attempt)
             async with aclosing(attempts) as chunks:
                 async for chunk in chunks:
@@ -213,7 +185,7 @@ class Orchestrator:
         sampling,
         request_id: str,
         context: TurnContext,
-        attempt: _Attempt,
+        attempt: Attempt,
     ) -> AsyncIterator[TokenChunk]:
         while True:
             tag = f"{request_id}-{attempt.number}"
@@ -234,7 +206,7 @@ class Orchestrator:
     def _prefix(self, decoder: Decoder, prompt: list[int], generated: list[int], context: TurnContext) -> Prefix:
         return Prefix.of(decoder, prompt, generated, self._base.block_size, context.cache_salt)
 
-    def _decode_keys(self, decoder: Decoder, context: TurnContext, attempt: _Attempt) -> BlockKeys:
+    def _decode_keys(self, decoder: Decoder, context: TurnContext, attempt: Attempt) -> BlockKeys:
         """Keys of the prefix's blocks where they are read. The first time, this decides which layers the turn has the decoder
         compute: each group's blocks have keys of their own."""
         prefix, pool, usage = attempt.prefix, attempt.route.decode, context.usage
@@ -251,7 +223,7 @@ class Orchestrator:
         return prefix.decode_keys(attempt.own_layers)
 
     async def _take_up_again(
-        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt, lost: PrefixLost | ReplicaLost
+        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: Attempt, lost: PrefixLost | ReplicaLost
     ) -> None:
         """Count the loss and pause if a replica failed. Raises Unavailable where the turn has lost enough."""
         self._counted.resumed(decoder.name, lost.reason, attempt.lease_ends - time.perf_counter())
@@ -276,7 +248,7 @@ class Orchestrator:
             await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (attempt.failures - 1), LONGEST_PAUSE_S))
 
     async def _prefill(
-        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: _Attempt
+        self, decoder: Decoder, request_id: str, context: TurnContext, attempt: Attempt
     ) -> Handoff | None:
         shared, keys = attempt.prefix.token_ids, attempt.prefix.keys
         if not shared:
@@ -299,6 +271,7 @@ class Orchestrator:
                 adapter=adapter,
                 cache_salt=context.cache_salt,
                 queued_tokens=queued,
+                priority=attempt.priority,
                 trace=tracing.headers(span),
             )
             result: PrefillResult = await answer(call)
@@ -331,7 +304,7 @@ class Orchestrator:
         sampling,
         request_id: str,
         context: TurnContext,
-        attempt: _Attempt,
+        attempt: Attempt,
     ) -> AsyncIterator[TokenChunk]:
         usage, session, route = context.usage, context.session, attempt.route
         pool, stream, bytes_before = route.decode, None, usage.kv_bytes
@@ -352,6 +325,7 @@ class Orchestrator:
                     adapter=decoder.adapter,
                     replay=len(attempt.generated),
                     cache_salt=context.cache_salt,
+                    priority=attempt.priority,
                     lend=context.lend and get_mode(decoder.sharing).two_streams,
                     own_layers=attempt.own_layers,
                     trace=tracing.headers(span),
@@ -423,23 +397,3 @@ class Orchestrator:
         told = {"request_id": request_id, "decoder": name, "outcome": outcome, **usage.report(), "total_s": elapsed}
         logger.info("request %s of %s: %s, %.3f s", request_id, name, outcome, elapsed, extra=told)
         self._counted.ended(name, outcome, usage, elapsed)
-
-
-@contextmanager
-def _traced(name: str, request_id: str, context: TurnContext) -> Iterator[None]:
-    """The turn's span, which tells at its end what the turn cost."""
-    usage = context.usage
-    asked = {"gen_ai.request.model": name, "prefillshare.request_id": request_id}
-    with tracing.span("turn", kind=SpanKind.SERVER, **asked) as context.span:
-        try:
-            yield
-        finally:
-            context.span.set_attributes(
-                {
-                    "gen_ai.usage.input_tokens": usage.prompt_tokens,
-                    "gen_ai.usage.output_tokens": usage.completion_tokens,
-                    "prefillshare.cached_tokens": usage.cached_tokens,
-                    "prefillshare.kv_bytes": usage.kv_bytes,
-                    "prefillshare.resumes": usage.resumes,
-                }
-            )

@@ -118,7 +118,7 @@ class Pool:
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise
-            # Nobody has cancelled the caller, and nobody else ends its calls (router/own_calls.py): the replica did, as it stopped.
+            # The caller was not cancelled, and nobody else ends its calls (router/own_calls.py): the replica stopped and did.
             self.replicas.failed(replica.id, ResumeReason.GONE)
             raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
         except (*CALL_ERRORS, Unavailable) as error:

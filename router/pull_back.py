@@ -17,13 +17,14 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from kvshare.config import Base
 from kvshare.errors import PrefillShareError, PrefixLost
 from kvshare.handoff import Handoff, PrefillResult
 from kvshare.metrics import Metrics
+from router.background import Background
 from router.cache_index import BlockKeys
 from router.pools import Placement, Pool
 from router.replicas import CALL_ERRORS, answer
@@ -62,7 +63,7 @@ class PullBack:
         self._measured_at = -math.inf
         #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
         self._met: set[tuple[str, str]] = set()
-        self._running: set[asyncio.Task] = set()
+        self._background = Background(metrics)
         #: Session -> the pull of its context.
         self._of_session: dict[Hashable, _Pull] = {}
 
@@ -79,7 +80,7 @@ class PullBack:
         if len(self._of_session) >= self._limit:
             self.give_back(lent, "dropped")
             return
-        task = pull.task = self._start(self._take(pull))
+        task = pull.task = self._background.start("pull_back", self._take(pull), session=session)
         self._of_session[session] = pull
 
         def ended(_) -> None:
@@ -92,7 +93,7 @@ class PullBack:
 
     def give_back(self, lent: Handoff, outcome: str = "unwanted") -> None:
         """Nobody will pull this; unless told otherwise, because the turn that made it has failed."""
-        self._start(self._release(lent))
+        self._release(lent)
         self._count(outcome)
 
     async def settled(self, session: Hashable) -> None:
@@ -104,16 +105,8 @@ class PullBack:
             for task in unfinished:
                 task.cancel()
 
-    def _start(self, work: Coroutine) -> asyncio.Task:
-        task = asyncio.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
-
     async def stop(self) -> None:
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._background.stop()
 
     async def _take(self, pull: _Pull) -> None:
         outcome = "failed"
@@ -131,10 +124,10 @@ class PullBack:
         placement = await self._pool.choose(len(pull.token_ids), keys)
         pull.missing = placement.missing_tokens
         if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
-            self._start(self._release(pull.lent, placement))
+            self._release(pull.lent, placement)
             return "needless"
         if not self._worth():
-            self._start(self._release(pull.lent, placement))
+            self._release(pull.lent, placement)
             return "declined"
         result = await self._pull(placement, pull, keys)
         pull.done = True
@@ -144,12 +137,16 @@ class PullBack:
     def _count(self, outcome: str) -> None:
         self._metrics["pull_backs_total"].labels(outcome).inc()
 
-    async def _release(self, lent: Handoff, placement: Placement | None = None) -> None:
+    def _release(self, lent: Handoff, placement: Placement | None = None) -> None:
         """Have a prefill replica, any, tell the decode engine that nobody will read."""
+        name = _new_name()
+        self._background.start("loan_release", self._have_released(lent, placement, name), request=name)
+
+    async def _have_released(self, lent: Handoff, placement: Placement | None, name: str) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 placement = placement or await self._pool.choose(1, BlockKeys([0], self._base.block_size))
-                await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, _new_name()))
+                await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, name))
         except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
             logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
 

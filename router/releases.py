@@ -7,6 +7,8 @@ import logging
 
 from kvshare.errors import PrefillShareError
 from kvshare.handoff import Handoff
+from kvshare.metrics import Metrics
+from router.background import Background
 from router.pools import Pool
 from router.replicas import CALL_ERRORS
 
@@ -14,15 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class Releases:
-    def __init__(self):
-        self._under_way: set[asyncio.Task] = set()
+    def __init__(self, metrics: Metrics):
+        self._background = Background(metrics)
 
     def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
         """Have any decode replica say that nobody will read it. If none can, the lease ends by itself."""
         if usable := decode.replicas.usable():
-            task = asyncio.create_task(self._release(decode, usable[0].id, handoff, request_id))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+            releasing = self._release(decode, usable[0].id, handoff, request_id)
+            self._background.start("handoff_release", releasing, request=request_id)
 
     async def _release(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
         try:

@@ -23,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 
 from kvshare.errors import PrefillShareError, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
+from router.background import Background
 from router.health import Health
 from router.own_calls import OwnCalls
 from router.pinned import MEMBERS
@@ -91,12 +92,12 @@ Listener = Callable[[str, ReplicaInfo | None], Awaitable[None]]
 class ReplicaSet:
     """`wedged_after_s`: how long a replica may leave a question unanswered, or an engine calls without a step."""
 
-    def __init__(self, name: str, handle, wedged_after_s: float):
+    def __init__(self, name: str, handle, wedged_after_s: float, background: Background | None = None):
         self.name = name
         self._app_handle = handle
         self._handle = handle.options(_by_reference=False)
         self._streams = handle.options(stream=True, _by_reference=False)
-        self._wedged_after_s = wedged_after_s
+        self._wedged_after_s, self._background = wedged_after_s, background or Background()
         self.listener: Listener | None = None
         self._replicas: dict[str, Replica] = {}
         self._asking: dict[str, asyncio.Task] = {}
@@ -206,7 +207,7 @@ class ReplicaSet:
         if what in self._asking:
             question.close()
             return
-        task = self._asking[what] = asyncio.create_task(question)
+        task = self._asking[what] = self._background.start("replica_question", question, pool=self.name, question=what)
         task.add_done_callback(lambda _: self._asking.pop(what, None))
 
     async def _ask_stats(self, replica: Replica) -> None:
@@ -269,7 +270,8 @@ class ReplicaSet:
             self.failed(replica.id, ResumeReason.WEDGED)
         except (*CALL_ERRORS, PrefillShareError) as error:
             logger.warning("replica %s of %s stays out: %s: %s", replica.id, self.name, type(error).__name__, error)
-        replica.health.probed(well)
+        finally:
+            replica.health.probed(well)
         if well:
             self._note_change()
 

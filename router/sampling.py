@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from kvshare.errors import InvalidInput
 from kvshare_vllm.sampling import make_sampling_params
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 # field -> (lowest, highest, lowest allowed itself)
 _RANGES = {
@@ -15,7 +19,7 @@ _RANGES = {
     "presence_penalty": (-2, 2, True),
     "frequency_penalty": (-2, 2, True),
     "repetition_penalty": (0, 2, False),
-    "logprobs": (0, 20, True),
+    "logprobs": (0, None, True),  # at most, says the decoder's pool
     "min_tokens": (0, None, True),
 }
 MAX_STOP = 16
@@ -44,7 +48,29 @@ def to_sampling_params(message):
         )
     stop_token_ids = list(given.pop("stop_token_ids", ()))
     given.setdefault("temperature", 0.0)
-    try:
+    check_min_tokens(given.get("min_tokens", 0), given.get("max_tokens"))
+    with named_as_sent():
         return make_sampling_params(stop=stop, stop_token_ids=stop_token_ids, **given)
-    except ValueError as error:
-        raise InvalidInput(str(error), field="sampling") from error
+
+
+def check_min_tokens(asked: int, max_tokens: int | None) -> None:
+    """Raises InvalidInput where a turn may not generate as many as are asked for; `max_tokens`: None if that is not known."""
+    if max_tokens is not None and asked > max_tokens:
+        raise InvalidInput(
+            f"{asked} is more than the {max_tokens} tokens this turn may generate",
+            field="sampling.min_tokens",
+            fix="ask for fewer, or raise sampling.max_tokens",
+        )
+
+
+@contextmanager
+def named_as_sent() -> Iterator[None]:
+    """A refusal that names a sampling parameter names the message's field, one that names nothing the message."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.field is None:
+            error.field = "sampling"
+        elif error.field in pb.SamplingParams.DESCRIPTOR.fields_by_name:
+            error.field = f"sampling.{error.field}"
+        raise

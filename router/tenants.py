@@ -76,7 +76,8 @@ class Tenant(Node):
     """Most sessions it holds at once; creating another one is refused. Unset: its part of router.max_sessions by weight, at
     least 1. All tenants together never hold more than router.max_sessions."""
     priority: int = Field(0, ge=-100, le=100)
-    """Lower is sooner, as in vLLM: turns of lower number go before all of higher number."""
+    """Lower is sooner, as in vLLM: turns of lower number go before all of higher number, in the router and in the engines. A
+    request may add up to 100 to it, and so let others go first."""
     cache_domain: Name | None = None
     """Its prompts share KV with those of the same domain only; unset: a domain of its own, named like the tenant."""
     may_share: tuple[Name, ...] = ()

@@ -26,6 +26,7 @@ from kvshare_vllm.token_text import text_lengths
 from router.chat import ChatLayout
 from router.kept_response import kept_response
 from router.response_kv import ResponseKV
+from router.sampling import check_min_tokens, named_as_sent
 from router.sessions import Session, SessionStore
 
 DEFAULT_MAX_TOKENS = 256
@@ -91,13 +92,9 @@ class Turns:
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
             sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
-            if sampling.min_tokens > sampling.max_tokens:
-                raise InvalidInput(
-                    f"{sampling.min_tokens} is more than the {sampling.max_tokens} tokens this turn may generate",
-                    field="sampling.min_tokens",
-                    fix="ask for fewer, or raise sampling.max_tokens",
-                )
-            request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
+            check_min_tokens(sampling.min_tokens, sampling.max_tokens)
+            with named_as_sent():
+                request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             mode = get_mode(self.decoders[decoder].sharing)
             turn = self._response_kv.of_turn((tenant, session_id), mode, kept, context, lendable=seen == kept)
             shown = ""

@@ -53,6 +53,8 @@ class SessionGauge:
                 self._gauge.set(await self._store.count())
             except Unavailable as error:
                 logger.warning("sessions are not counted: %s", error)
+            except Exception:
+                logger.exception("sessions are not counted")
             await asyncio.sleep(self._period_s)
 
     async def stop(self) -> None:

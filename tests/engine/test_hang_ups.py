@@ -56,7 +56,7 @@ async def router(smollm):
 
     router = Router()
     base = Base(model=str(smollm), dtype="float32", max_model_len=8192)
-    router.app, _ = await build_openai_app(base, ["planner"], router.run_turn, lambda decoder: None)
+    router.app, _ = await build_openai_app(base, ["planner"], router.run_turn, lambda *_: None)
     return router
 
 
@@ -79,8 +79,8 @@ def posted(app, path: str, body: dict, *, told: bool) -> asyncio.Task:
 
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     scope = {
-        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST", "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": headers,
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http",
+        "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers,
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
     }  # fmt: skip
     task = asyncio.create_task(app(scope, receive, send))

@@ -41,7 +41,7 @@ class Surface:
         from kvshare_vllm.openai_app import build_openai_app
 
         self.base = Base(model=model, dtype="float32", max_model_len=MAX_LEN)
-        self.app, self.frontend = await build_openai_app(self.base, ["planner"], self._turn, lambda decoder, turns: None)
+        self.app, self.frontend = await build_openai_app(self.base, ["planner"], self._turn, lambda *_: None)
         transport = httpx.ASGITransport(self._watched, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://router")
 

@@ -14,7 +14,7 @@ from ports import free_port
 from kvshare.caller import cache_salt
 from kvshare.config import Base
 from kvshare.decoders import Decoder
-from kvshare.errors import NotFound, PermissionDenied, Unauthenticated
+from kvshare.errors import InvalidInput, NotFound, PermissionDenied, Unauthenticated
 from kvshare.handoff import TokenChunk
 from prefillshare.client import Client
 from router.tenants import KeysFile, Tenants
@@ -44,6 +44,9 @@ class Router:
         await asyncio.sleep(0)
         yield TokenChunk([102], finish_reason="length")
 
+    def admit(self, decoder, turns, logprobs=None):
+        Decoder("planner", "pool", "prefillshare", "planner", "lora", max_logprobs=5).check_logprobs(logprobs)
+
     async def start(self, model: str, tenants: Tenants):
         from kvshare_vllm.openai_app import build_openai_app
         from router.grpc_api import GrpcServer, Servicer
@@ -54,7 +57,7 @@ class Router:
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         app, frontend = await build_openai_app(
-            base, ["planner"], self.run_turn, lambda decoder, turns: None, middleware=[partial(ApiKeys, tenants=tenants)]
+            base, ["planner"], self.run_turn, self.admit, middleware=[partial(ApiKeys, tenants=tenants)]
         )
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
@@ -97,6 +100,68 @@ async def test_every_way_to_generate_runs_as_the_keys_tenant_under_its_salt(rout
     assert answer.status_code == 200, answer.text
     assert router.turns == [("support", "support", 0, cache_salt("support"))]
     assert (await router.post(path, body | {"stream": stream})).status_code == 401
+    assert router.turns == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK, "n": 2}),
+        ("/v1/completions", {"prompt": "hi", "n": 2}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_a_request_goes_behind_its_tenants_others_and_never_before_them(router, path, body):
+    turns = body.get("n", 1)
+    for asked, priority in ((7, 11), (99, 100)):
+        answer = await router.post(path, body | {"priority": asked}, authorization=f"Bearer {KEY}")
+        assert answer.status_code == 200, answer.text
+        assert router.turns == [("research", "research", priority, cache_salt("research"))] * turns
+    for asked in (-1, 101):
+        answer = await router.post(path, body | {"priority": asked}, authorization=f"Bearer {KEY}")
+        assert (answer.status_code, router.turns) == (400, [])
+        assert f"priority: {asked} is out of range" in answer.text
+
+
+async def test_a_turn_over_grpc_goes_behind_its_tenants_others(router):
+    def turns():
+        with Client(router.address, api_key=KEY) as client:
+            session = client.create_session(text="hello")
+            session.turn("planner", text="x", max_tokens=3, priority=7)
+            with pytest.raises(InvalidInput, match="priority: -1 is out of range"):
+                session.turn("planner", text="x", max_tokens=3, priority=-1)
+
+    await asyncio.to_thread(turns)
+    assert [priority for _, _, priority, _ in router.turns] == [11]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK, "logprobs": True, "top_logprobs": 6}),
+        ("/v1/completions", {"prompt": "hi", "logprobs": 6}),
+        ("/v1/completions", {"prompt": "hi", "logprobs": 21}),
+    ],
+)
+async def test_more_logprobs_than_the_pool_gives_are_refused_before_anything_runs(router, path, body, stream):
+    answer = await router.post(path, body | {"stream": stream}, authorization=f"Bearer {KEY}")
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "logprobs"
+    assert "ask for at most 5, or raise max_logprobs" in answer.text
+    assert router.turns == []
+
+
+async def test_turns_over_grpc_name_the_sampling_field_that_is_refused(router):
+    def turns():
+        with Client(router.address, api_key=KEY) as client:
+            session = client.create_session(text="hello")
+            with pytest.raises(InvalidInput, match=r"^sampling\.logprobs: 6 is more than the 5 likeliest"):
+                session.turn("planner", text="x", max_tokens=3, logprobs=6)
+            with pytest.raises(InvalidInput, match=r"^sampling\.min_tokens: 4 is more than the 3 tokens"):
+                session.turn("planner", text="x", max_tokens=3, min_tokens=4)
+
+    await asyncio.to_thread(turns)
     assert router.turns == []
 
 

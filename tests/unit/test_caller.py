@@ -2,13 +2,14 @@
 
 import asyncio
 import contextvars
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvshare.caller import ANONYMOUS, Caller, cache_salt, current_caller
-from kvshare.errors import PermissionDenied
+from kvshare.errors import InvalidInput, PermissionDenied
 from kvshare.handoff import TurnContext
 
 RESEARCH = Caller("research", "research", ("handbook", "drafts"), priority=3)
@@ -93,3 +94,14 @@ async def test_tasks_of_a_call_inherit_its_caller_and_other_calls_do_not():
 
     assert await asyncio.create_task(call(), context=contextvars.Context()) == "research"
     assert current_caller.get() is ANONYMOUS
+
+
+@pytest.mark.parametrize(("steps", "priority"), [(0, 3), (7, 10), (100, 100)])
+def test_a_request_may_go_behind_its_tenants_others(steps, priority):
+    assert RESEARCH.behind(steps) == replace(RESEARCH, priority=priority)
+
+
+@pytest.mark.parametrize("steps", [-1, 101])
+def test_a_request_never_goes_before_its_tenants_others(steps):
+    with pytest.raises(InvalidInput, match=f"priority: {steps} is out of range"):
+        RESEARCH.behind(steps)

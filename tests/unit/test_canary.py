@@ -3,6 +3,7 @@
 import asyncio
 import math
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -145,3 +146,13 @@ async def test_one_at_a_time_and_failures_harm_nobody(metrics):
     world.gate.set()
     await counted(metrics, "failed", 1)
     await canary.stop()
+
+
+@pytest.mark.parametrize(("limit", "top"), [(5, 5), (20, TOP), (50, TOP), (-1, TOP)])
+async def test_no_more_is_asked_for_than_the_decoders_pool_gives(metrics, limit, top):
+    world = World()
+    world.decoders["d"] = replace(world.decoders["d"], max_logprobs=limit)
+    await turn(Canary(world, metrics, 1.0))
+    assert world.samplings == [top]
+    await counted(metrics, "done", 1)
+    assert [asked for _, _, asked in world.asked] == [top]

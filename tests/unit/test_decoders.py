@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from kvshare import config, decoders
-from kvshare.errors import ConfigError, ContractMismatch
+from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 
 #: One sequence of 1024 tokens in blocks of 32, plus one block, at 256 bytes a token: 33 * 32 * 256 bytes.
 NEED_GIB = 33 * 32 * 256 / 2**30
@@ -320,3 +320,19 @@ def test_the_prefill_pool_keeps_what_all_decoders_need(deploy, adapter, base):
     served = decoders.served(tree)
     assert [str(group) for group in served["a"].own_layers] == ["1-1", "None"]
     assert served["base"].own_layers == (None,)
+
+
+def test_decoders_tell_log_probabilities_of_as_many_tokens_as_their_pools_engines_are_told(deploy, adapter, model):
+    pools = [
+        adapters(adapter("planner"), engine_args={"max_logprobs": 5}),
+        full(model("coder"), engine_args={"max_logprobs": decoders.ALL}),
+        adapters(adapter("math"), pool="baseline", sharing="none"),
+    ]
+    served = decoders.served(deploy(*pools))
+    assert {name: d.max_logprobs for name, d in served.items()} == {"base": 5, "planner": 5, "coder": decoders.ALL, "math": 20}
+    for name, asked in (("planner", 5), ("planner", 0), ("planner", None), ("coder", 1000), ("coder", decoders.ALL)):
+        served[name].check_logprobs(asked)
+    for name, asked, told in (("planner", 6, "6 is more than the 5"), ("math", decoders.ALL, "the whole vocabulary is more")):
+        with pytest.raises(InvalidInput, match=told) as caught:
+            served[name].check_logprobs(asked)
+        assert caught.value.field == "logprobs"

@@ -123,3 +123,29 @@ async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, me
     await settle()
     assert pool.asked == []
     assert outcomes(metrics) == {"needless": 1}
+
+
+async def test_a_context_that_fills_the_models_length_is_left_alone(pool, metrics):
+    eager = EagerPrefill(pool, Base(model="m", block_size=BLOCK, max_model_len=150), metrics, limit=2, stride_tokens=100)
+    eager.grew("s", 150, context(150), None, ended=True)
+    await settle()
+    assert (pool.asked, outcomes(metrics)) == ([], {"needless": 1})
+    eager.grew("s", 149, context(149), None, ended=True)
+    await settle()
+    assert [tokens for tokens, *_ in pool.asked] == [149]
+    await eager.stop()
+
+
+async def test_one_that_raises_is_logged_with_its_session_and_counted(eager, pool, metrics, caplog):
+    pool.finish.wait = lambda: asyncio.ensure_future(_raise(ZeroDivisionError("unforeseen")))
+    eager.grew(("research", "mine"), 150, context(150), None, ended=True)
+    await settle()
+    await settle()
+    assert outcomes(metrics) == {"failed": 1}
+    assert metrics["background_failures_total"].labels("eager_prefill")._value.get() == 1
+    assert "mine" in caplog.text
+    assert "unforeseen" in caplog.text
+
+
+async def _raise(error):
+    raise error

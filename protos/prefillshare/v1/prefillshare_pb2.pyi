@@ -121,18 +121,20 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session_id", "decoder", "input", "suffix", "sampling")
+    __slots__ = ("session_id", "decoder", "input", "suffix", "sampling", "priority")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DECODER_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     SUFFIX_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     decoder: str
     input: Input
     suffix: Input
     sampling: SamplingParams
-    def __init__(self, session_id: _Optional[str] = ..., decoder: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., suffix: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    priority: int
+    def __init__(self, session_id: _Optional[str] = ..., decoder: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., suffix: _Optional[_Union[Input, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "logprobs", "min_tokens")

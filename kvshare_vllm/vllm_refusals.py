@@ -1,0 +1,25 @@
+"""vLLM's refusals of a request, as errors of ours.
+
+Seam: vllm/exceptions.py, whose errors are no ValueErrors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+from kvshare.errors import InvalidInput, Overloaded
+
+
+@contextmanager
+def as_our_errors() -> Iterator[None]:
+    """What vLLM refuses as wrong is InvalidInput that names vLLM's parameter; what it has no room for is Overloaded."""
+    try:
+        yield
+    except VLLMClientError as error:
+        text = str(error.args[0] if error.args else error)  # str(error) says the parameter again
+        raise InvalidInput(text, field=getattr(error, "parameter", None)) from error
+    except GracefulHTTPError as error:
+        raise Overloaded(error.message, fix="try again") from error

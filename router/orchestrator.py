@@ -34,7 +34,7 @@ from kvshare.errors import (
     ResumeReason,
     Unavailable,
 )
-from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext, TurnUsage
+from kvshare.handoff import Handoff, TokenChunk, TurnContext, TurnUsage
 from kvshare.layer_group import LayerGroup
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
@@ -47,7 +47,6 @@ from router.layer_choice import LayerChoice
 from router.pools import Placement, Pool
 from router.prefix import Prefix
 from router.releases import Releases
-from router.replicas import answer
 from router.service_rate import MeanRatio
 from router.turn_metrics import TurnMetrics
 from router.turn_span import turn_span
@@ -274,7 +273,7 @@ class Orchestrator:
                 priority=attempt.priority,
                 trace=tracing.headers(span),
             )
-            result: PrefillResult = await answer(call)
+            result = await self._releases.answered(call, attempt.route.decode, request_id)
             span.set_attributes({"prefillshare.prompt_tokens": len(shared), "prefillshare.cached_tokens": result.cached_tokens})
         attempt.avoid.discard(replica)
         attempt.grant.prefill_done()

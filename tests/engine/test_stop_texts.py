@@ -28,7 +28,7 @@ class Router:
         from router.turns import Turns
 
         base = Base(model=model, dtype="float32", max_model_len=512)
-        _, frontend = await build_openai_app(base, ["planner"], self.run_turn, lambda decoder: None, middleware=[])
+        _, frontend = await build_openai_app(base, ["planner"], self.run_turn, lambda *_: None, middleware=[])
         self.tokenizer = frontend.renderer.tokenizer
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
         self.turns = Turns(base, decoders, frontend, MemorySessions(100, 100), ResponseKV())

@@ -69,6 +69,12 @@ class Client:
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.use_local_subchannel_pool", 1),  # gRPC lets channels of a process share one: all on the same router
+            # A router that is gone is noticed while a turn is silent, and what lies between keeps an idle connection.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.ping_timeout_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
         ]
         self._metadata = _metadata(api_key or os.environ.get(API_KEY_VARIABLE))
         if tls or ca_file or cert_file or key_file:

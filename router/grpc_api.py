@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import grpc
@@ -24,6 +25,7 @@ from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from router.grpc_auth import ApiKeys
 from router.grpc_errors import ERROR_METADATA
 from router.grpc_errors import abort as _abort
+from router.grpc_keepalive import server_options
 from router.grpc_tls import credentials
 from router.request_limits import LEAST, RequestLimits
 from router.sampling import to_sampling_params
@@ -50,6 +52,7 @@ class GrpcServer:
         tls: Tls | None = None,
         shared_port: bool = False,
         limits: RequestLimits = LEAST,
+        keepalive: Sequence[tuple[str, int]] = tuple(server_options()),
     ):
         self._address, self._port = f"{host}:{port}", port
         self._credentials = credentials(tls) if tls else None
@@ -60,6 +63,7 @@ class GrpcServer:
             ("grpc.max_send_message_length", _MAX_ANSWER_BYTES),
             # Several routers on one machine share the port: the kernel spreads connections over those that live.
             ("grpc.so_reuseport", int(shared_port)),
+            *keepalive,
         ]
         self._server = grpc.aio.server(options=options, interceptors=[GrpcTraces(), ApiKeys(tenants or Tenants())])
         self._health = health.aio.HealthServicer()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from kvshare import redis_url
+from kvshare import origins, redis_url
 from kvshare.access import Auth, Tls
 from kvshare.config_errors import as_config_error, shown
 from kvshare.config_files import with_files_found
@@ -305,6 +305,16 @@ class Router(_Node):
     """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
     tls: Tls | None = None
     """Certificates of both surfaces; unset: no encryption."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all.
+    Empty: none."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if problem := origins.problem(value):
+            raise ValueError(problem)
+        return value
 
     @field_validator("redis_url")
     @classmethod

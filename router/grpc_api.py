@@ -106,7 +106,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         )
 
     async def GetReadiness(self, request, context):
-        reason = await self._readiness()
+        reason = await self._answer(context, self._readiness())
         return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
 
     async def CreateSession(self, request, context):

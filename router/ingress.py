@@ -42,6 +42,7 @@ class RouterIngress:
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         from kvshare_vllm.openai_app import build_openai_app
         from router.canary import Canary
+        from router.cors import cors
         from router.eager import EagerPrefill
         from router.fleet import Fleet
         from router.grpc_api import GrpcServer, Servicer
@@ -94,6 +95,7 @@ class RouterIngress:
                 partial(NodeMetrics, agent=agent_of_this_node()),
                 HttpTraces,
                 partial(HttpLimits, limits=bounds),
+                *cors(config.cors_origins),
             ],
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])

@@ -129,6 +129,7 @@ OTHER = {
         "redis_url": "redis://other",
         "redis_password_env": "OTHER",
         "redis_prefix": "other",
+        "cors_origins": ["https://chat.example"],
         "default_deadline_s": 9,
         "max_resumes": 3,
         "max_retries": 2,

@@ -1,0 +1,23 @@
+"""Web pages of other origins may call the HTTP surface, as far as `router.cors_origins` says (CORS)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from starlette.middleware.cors import CORSMiddleware
+
+#: What scripts may read of a response beside what the browser shows them anyway.
+_SHOWN = ("retry-after", "x-request-id")
+
+
+def cors(origins: Sequence[str]) -> list[Callable]:
+    """Middleware to put around the check of keys: a browser asks without one what it may send. None without origins.
+
+    Pages send their keys in headers; cookies play no part, so that no credentials are allowed.
+    """
+    if not origins:
+        return []
+    return [
+        partial(CORSMiddleware, allow_origins=origins, allow_methods=("*",), allow_headers=("*",), expose_headers=_SHOWN)
+    ]

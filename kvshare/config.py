@@ -239,8 +239,8 @@ class Router(_Node):
     """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that a router takes, as for engines."""
-    host: str = "127.0.0.1"
-    """Address both surfaces listen on; "0.0.0.0" for all."""
+    host: str = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
+    """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all."""
     http_port: int = Field(8000, ge=1, le=65535)
     """Port of the OpenAI-compatible HTTP surface."""
     grpc_port: int = Field(9000, ge=1, le=65535)

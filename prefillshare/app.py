@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvshare import decoders, live_changes
+from kvshare import addresses, decoders, live_changes
 from kvshare.config import Deployment, Engines, load, parse
 from kvshare.errors import ConfigError, EngineStartError
 from prefillshare import cluster
@@ -275,7 +275,8 @@ def serve_command(file: Path) -> None:
         progress.done()
         r = deployment.router
         scheme = "https" if r.tls else "http"
-        console.print(f"[green]ready[/]  OpenAI: {scheme}://{r.host}:{r.http_port}/v1   gRPC: {r.host}:{r.grpc_port}")
+        http, grpc = (addresses.joined(r.host, port) for port in (r.http_port, r.grpc_port))
+        console.print(f"[green]ready[/]  OpenAI: {scheme}://{http}/v1   gRPC: {grpc}", highlight=False)
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         with Watch(deployment.cluster.start_timeout_s, stop) as watch:
             stop.wait()

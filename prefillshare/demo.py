@@ -21,7 +21,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kvshare import decoders
+from kvshare import addresses, decoders
 from kvshare.config import Deployment, load
 from kvshare.errors import ConfigError, Internal, Unauthenticated
 from prefillshare.app import running
@@ -145,7 +145,7 @@ def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = Non
     with startup_progress(console) as progress, running(deployment, progress):
         progress.done()
         console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
-        with Client(f"{deployment.router.host}:{deployment.router.grpc_port}", **connection) as client:
+        with Client(addresses.joined(deployment.router.host, deployment.router.grpc_port), **connection) as client:
             rows = _session(client, turns, "base" in names, max_tokens, console)
     with console.status("checking every generated token against the reference ..."):
         worst = _oracle(deployment, rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
 from pathlib import Path
 
-from kvshare import decoders, fingerprint
+from kvshare import addresses, decoders, fingerprint
 from kvshare.config import Deployment, load
 from kvshare.contract import DTYPE_BYTES, KVShape
 from kvshare.errors import ConfigError
@@ -33,15 +34,16 @@ def _check_ports(deployment: Deployment) -> None:
     if r.http_port == r.grpc_port:
         raise ConfigError(f"{r.grpc_port} is router.http_port as well", field="router.grpc_port", fix="choose two ports")
     for field, port in (("router.http_port", r.http_port), ("router.grpc_port", r.grpc_port)):
-        with socket.socket() as probe:
+        with socket.socket(addresses.family(r.host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((r.host, port))
             except OSError as error:
+                elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
                 raise ConfigError(
-                    f"cannot listen on {r.host}:{port}: {error.strerror}",
-                    field=field,
-                    fix="choose a free port, or end what uses this one",
+                    f"cannot listen on {addresses.joined(r.host, port)}: {error.strerror}",
+                    field="router.host" if elsewhere else field,
+                    fix="give an address of this machine" if elsewhere else "choose a free port, or end what uses this one",
                 ) from None
 
 

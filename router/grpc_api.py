@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvshare import addresses
 from kvshare.access import Tls
 from kvshare.caller import current_caller
 from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
@@ -54,7 +55,7 @@ class GrpcServer:
         limits: RequestLimits = LEAST,
         keepalive: Sequence[tuple[str, int]] = tuple(server_options()),
     ):
-        self._address, self._port = f"{host}:{port}", port
+        self._address, self._port = addresses.joined(host, port), port
         self._credentials = credentials(tls) if tls else None
         options = [
             ("grpc.max_receive_message_length", limits.body_bytes),

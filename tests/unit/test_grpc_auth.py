@@ -9,6 +9,7 @@ import pytest
 from certificates import Authority
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from ports import free_port
 
 from kvshare.access import Tls
 from kvshare.caller import current_caller
@@ -16,6 +17,7 @@ from kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailab
 from prefillshare.client import Client
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from router.grpc_api import GrpcServer
 from router.grpc_auth import ApiKeys
 from router.grpc_errors import ERROR_METADATA, abort
 from router.grpc_tls import credentials
@@ -41,6 +43,18 @@ class Telltale(pb_grpc.PrefillShareServicer):
 
         yield pb.GenerateResponse(text=f"{current_caller.get().tenant} ")
         yield pb.GenerateResponse(text=await asyncio.create_task(tenant()), done=pb.Done(finish_reason="stop"))
+
+
+async def test_the_surface_listens_on_an_ipv6_address():
+    port = free_port()
+    surface = GrpcServer(Telltale(), "::1", port)
+    await surface.start()
+    try:
+        async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+            made = await pb_grpc.PrefillShareStub(channel).CreateSession(pb.CreateSessionRequest(), timeout=10)
+        assert made.session_id == ""
+    finally:
+        await surface.stop(0)
 
 
 @asynccontextmanager

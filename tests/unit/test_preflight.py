@@ -5,6 +5,7 @@ import socket
 
 import psutil
 import pytest
+from ports import free_port
 
 from kvshare.config import parse
 from kvshare.contract import KVShape
@@ -38,6 +39,27 @@ def test_a_port_in_use_is_named(folder, field):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"router\.{field}: cannot listen on 127\.0\.0\.1:{port}"):
             check_machine(deployment(folder, **{f"router__{field}": port}))
+
+
+def test_a_port_in_use_on_an_ipv6_address_is_named_and_a_free_one_is_not(folder):
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"router\.grpc_port: cannot listen on \[::1\]:{port}: Address already in use"):
+            check_machine(deployment(folder, router__host="::1", router__http_port=free_port(), router__grpc_port=port))
+    check_machine(deployment(folder, router__host="::1", router__http_port=free_port(), router__grpc_port=free_port()))
+
+
+@pytest.mark.parametrize("host", ["198.51.100.7", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_named_as_such(folder, host):
+    with pytest.raises(ConfigError, match=r"router\.host: cannot listen on .*fix: give an address of this machine"):
+        check_machine(deployment(folder, router__host=host))
+
+
+def test_brackets_belong_into_urls_only(folder):
+    with pytest.raises(ConfigError, match=r"router\.host"):
+        deployment(folder, router__host="[::1]")
 
 
 def test_a_core_that_is_not_here_is_named(folder):

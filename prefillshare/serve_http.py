@@ -3,7 +3,8 @@
 Serve hands a CA file on to its HTTP server but not the wish that clients show a certificate, so that nobody is asked for
 one. Its proxies call a function of ours before they start, which adds the wish; whether it arrived is tried.
 
-Seam: ray/serve/config.py, ray/serve/_private/http_util.py (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH), uvicorn/config.py
+Seam: ray/serve/config.py, ray/serve/_private/http_util.py (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH), uvicorn/config.py;
+ray/serve/_private/proxy_state.py (PROXY_HEALTH_CHECK_PERIOD_S)
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from kvshare.config import Router
 from kvshare.errors import ConfigError, EngineStartError
 
 _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+#: Seconds. The controller replaces a proxy that has failed three checks; with Ray's 10 s nobody would listen for 30 s.
+HEALTH_CHECK_PERIOD = "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"
 _PROBE_TIMEOUT_S = 10.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -38,18 +41,18 @@ def http_options(router: Router):
 
 @contextmanager
 def proxy_environment(router: Router) -> Iterator[None]:
-    """Start a local Ray cluster inside: its processes inherit what its proxies need to know."""
-    wanted = router.tls is not None and router.tls.client_ca_file is not None
-    before = os.environ.get(_CALLBACK)
-    if wanted:
-        os.environ[_CALLBACK] = f"{__name__}.{ask_for_client_certificates.__name__}"
+    """Start a local Ray cluster inside: its processes inherit what its proxies and their controller need to know. What is set
+    already stays."""
+    wanted = {HEALTH_CHECK_PERIOD: "2"}
+    if router.tls is not None and router.tls.client_ca_file is not None:
+        wanted[_CALLBACK] = f"{__name__}.{ask_for_client_certificates.__name__}"
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        if wanted and before is None:
-            del os.environ[_CALLBACK]
-        elif wanted:
-            os.environ[_CALLBACK] = before
+        for name in ours:
+            del os.environ[name]
 
 
 def ask_for_client_certificates() -> list:

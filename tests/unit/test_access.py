@@ -3,6 +3,7 @@
 import asyncio
 import os
 import ssl
+from pathlib import Path
 
 import httpx
 import pytest
@@ -218,3 +219,18 @@ def test_a_local_clusters_proxies_are_told_of_the_callback(root, monkeypatch):
     assert name not in os.environ
     monkeypatch.setattr(uvicorn.Config, "__init__", uvicorn.Config.__init__)
     assert call_function_from_import_path(path) == []
+
+
+def test_a_dead_proxy_is_replaced_within_seconds_unless_the_operator_says_otherwise(monkeypatch):
+    from ray.serve._private import constants
+
+    name = serve_http.HEALTH_CHECK_PERIOD
+    assert name in Path(constants.__file__).read_text(), "Ray reads it"
+    monkeypatch.delenv(name, raising=False)
+    with serve_http.proxy_environment(Router()):
+        assert float(os.environ[name]) * constants.PROXY_HEALTH_CHECK_UNHEALTHY_THRESHOLD <= 6
+    assert name not in os.environ
+    monkeypatch.setenv(name, "7")
+    with serve_http.proxy_environment(Router()):
+        assert os.environ[name] == "7"
+    assert os.environ[name] == "7"

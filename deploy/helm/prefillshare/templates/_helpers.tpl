@@ -192,6 +192,8 @@ spec:
         - {name: HF_HUB_OFFLINE, value: "1"}
         # Block keys must agree between pods.
         - {name: PYTHONHASHSEED, value: "0"}
+        # A proxy that has died is replaced after three of these checks (prefillshare/serve_http.py).
+        - {name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: "2"}
         {{- if $root.Values.tls.clientCaKey }}
         # Serve's proxies ask for client certificates (prefillshare/serve_http.py).
         - {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: prefillshare.serve_http.ask_for_client_certificates}

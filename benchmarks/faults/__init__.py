@@ -1,0 +1,1 @@
+"""What faults cost, and whether any loses a turn."""

@@ -1,0 +1,81 @@
+"""Turns over HTTP, one after the other, while faults strike; and clients that hang up."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+import httpx
+
+from benchmarks.small import DECODERS, HTTP_PORT
+
+URL = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
+PROMPT = list(range(100, 160))
+TOKENS = 16
+TIMEOUT_S = 60
+HANG_UPS = 50
+
+
+def _ask(client: httpx.Client) -> str:
+    body = {"model": DECODERS[0], "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    answer = client.post(URL, json=body, timeout=TIMEOUT_S)
+    answer.raise_for_status()
+    return answer.json()["choices"][0]["text"]
+
+
+class HttpTurns:
+    """`fault()`: what strikes now. Counts answers that are right, wrong, and missing, by fault."""
+
+    def __init__(self, fault: Callable[[], str]):
+        self._fault = fault
+        self.right, self.wrong = 0, 0
+        self.lost: Counter[str] = Counter()
+        with httpx.Client() as client:
+            self._expected = _ask(client)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> HttpTurns:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.2):
+            before = self._fault()
+            try:
+                with httpx.Client() as client:  # a connection of its own: any proxy may take it
+                    text = _ask(client)
+            except httpx.HTTPError:
+                self.lost[self._fault() or before] += 1
+            else:
+                self.right += text == self._expected
+                self.wrong += text != self._expected
+
+
+def hang_up(rng: random.Random, times: int = HANG_UPS) -> None:
+    """Clients that leave at some moment before their answer is whole: chats and completions, streamed or not."""
+
+    def one(number: int) -> None:
+        body = {"model": rng.choice(DECODERS), "max_tokens": 200, "ignore_eos": True, "stream": bool(number % 2)}
+        if number % 4 < 2:
+            url, body = URL, body | {"prompt": [*PROMPT, number]}
+        else:
+            url = URL.replace("completions", "chat/completions")
+            body |= {"messages": [{"role": "user", "content": f"Hello {number}."}]}
+        with suppress(httpx.HTTPError), httpx.stream("POST", url, json=body, timeout=rng.uniform(0.02, 0.8)) as answer:
+            for _ in answer.iter_bytes():
+                if rng.random() < 0.3:
+                    return
+
+    clients = [threading.Thread(target=one, args=(number,)) for number in range(times)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()

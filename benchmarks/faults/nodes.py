@@ -1,0 +1,83 @@
+"""A Ray cluster of two nodes on this machine, the second of which may die and come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from ray._private.authentication.authentication_token_setup import generate_and_save_token, get_default_token_path
+
+START_S = 60
+#: What each node offers, so that every pool has one replica on each; routers run on the first.
+SLOTS = {"prefill-slot": 1, "decode-slot": 1}
+HEAD = {"head": 1}
+
+
+class Nodes:
+    """`port`: of the head. Both nodes end with it."""
+
+    def __init__(self, folder: Path, port: int):
+        self._folder, self.address = folder, f"127.0.0.1:{port}"
+        self._port, self._started = port, 0
+        self._head: subprocess.Popen | None = None
+        self._second: subprocess.Popen | None = None
+
+    def __enter__(self) -> Nodes:
+        if not get_default_token_path().exists():
+            generate_and_save_token()
+        words = ["--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
+        self._head = self._start(words, SLOTS | HEAD)
+        self.start_second()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for node in (self._second, self._head):
+            if node is not None:
+                _kill(node)
+
+    def start_second(self) -> None:
+        self._second = self._start([f"--address={self.address}"], SLOTS)
+
+    def second(self) -> set[int]:
+        """Processes of the second node: its raylet, and all that it has started."""
+        return {process.pid for process in psutil.Process(self._second.pid).children(recursive=True)}
+
+    def kill_second_raylet(self) -> None:
+        """Its workers end with it."""
+        for process in psutil.Process(self._second.pid).children(recursive=True):
+            if process.name() == "raylet":
+                process.kill()
+        self._second.wait(timeout=START_S)
+
+    def _start(self, words: list[str], resources: dict[str, float]) -> subprocess.Popen:
+        self._started += 1
+        log = self._folder / f"node-{self._started}.log"
+        command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=2",
+                   "--object-store-memory=100000000", f"--resources={json.dumps(resources)}", *words]  # fmt: skip
+        with log.open("w") as out:
+            node = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_AUTH_MODE": "token"})
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in log.read_text():
+            if node.poll() is not None or time.monotonic() > deadline:
+                _kill(node)
+                raise RuntimeError(f"a Ray node did not start:\n{log.read_text()}")
+            time.sleep(0.1)
+        return node
+
+
+def _kill(node: subprocess.Popen) -> None:
+    try:
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    node.wait(timeout=START_S)

@@ -1,0 +1,169 @@
+"""The faults, one after the other; in between the system becomes whole again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from benchmarks.faults.http_turns import hang_up
+from benchmarks.faults.nodes import Nodes
+from benchmarks.redis_server import RedisServer
+
+HANG_S, REDIS_AWAY_S = 12, 3
+#: How long a fault may take to show, or to pass.
+SETTLE_S = 60
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Of a deployment that this process started. One that starts or ends shows in its title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[:1] == [title]:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def routers() -> list[psutil.Process]:
+    return processes("ray::ServeReplica:prefillshare:router")
+
+
+class Faults:
+    """Strikes in every way, the next one when the system is whole. A replica that no fault was aimed at and that gets no turns
+    any more is `ejected`."""
+
+    def __init__(self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None]):
+        self._handle, self._nodes, self._redis, self._log = handle, nodes, redis, log
+        self._rng = random.Random(0)
+        self.struck: list[tuple[str, float]] = []
+        #: Kind of fault -> seconds until a router gave the replica no more work, or what had died was there again.
+        self.known_after_s: dict[str, float] = {}
+        self.back_after_s: dict[str, float] = {}
+        self.ejected: set[str] = set()
+        #: What strikes now; "" between faults.
+        self.now = ""
+        self._victims: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.kinds: dict[str, Callable[[str], None]] = {
+            "kill router": lambda kind: self._kill("ray::ServeReplica:prefillshare:router", 2),
+            **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")},
+            "kill controller": lambda kind: self._kill("ray::ServeController", 1),
+            "kill proxy": lambda kind: self._kill("ray::ProxyActor", 2),
+            "kill raylet": self._raylet,
+            "hang up": lambda kind: hang_up(self._rng),
+            "kill redis": self._kill_redis,
+            "hang redis": self._hang_redis,
+        }
+
+    def __enter__(self) -> Faults:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def all_have_struck(self) -> bool:
+        return len(self.struck) >= len(self.kinds) and not self.now
+
+    def info(self) -> dict:
+        return self._handle.replica_info.remote().result(timeout_s=60)
+
+    def whole(self) -> bool:
+        pools = self.info()
+        unusable = {name for pool in pools.values() for name, replica in pool.items() if not replica["usable"]}
+        self.ejected |= unusable - self._victims
+        return len(routers()) == 2 and all(len(pool) == 2 for pool in pools.values()) and not unusable
+
+    def _run(self) -> None:
+        kinds = list(self.kinds)
+        while not self._stop.is_set():
+            try:
+                if self.whole() and len(self.struck) < len(kinds):
+                    self._strike(kinds[len(self.struck)])
+            except Exception as error:  # a replica that is going cannot be asked; the next round can
+                self._log(f"[dim]{type(error).__name__}: asked again[/]")
+            self._stop.wait(0.5)
+
+    def _strike(self, kind: str) -> None:
+        self.now, began = kind, time.monotonic()
+        self.struck.append((kind, began))
+        self._log(kind)
+        try:
+            self.kinds[kind](kind)
+            self._until(self.whole)
+            self.back_after_s[kind] = round(time.monotonic() - began, 2)
+        finally:
+            self.now = ""
+
+    def _kill(self, title: str, wanted: int) -> None:
+        """One of the processes of that title. Serve starts another one."""
+        victim = processes(title)[0]
+        victim.kill()
+        self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
+        self._until(lambda: len(processes(title)) == wanted)
+
+    def _replica(self, kind: str) -> None:
+        how, pool = kind.rsplit(" ", 1)
+        stats = self._handle.replica_stats.remote().result(timeout_s=60)[pool]
+        busiest = max(stats, key=lambda replica: stats[replica]["active"])
+        self._victims.add(busiest)
+        parent = psutil.Process(self.info()[pool][busiest]["pid"])
+        engine = parent.children(recursive=True)
+        if how == "hang":
+            with _stopped([parent, *engine]):
+                self._stop.wait(HANG_S)
+            return
+        for process in [parent] if how == "kill" else engine:
+            os.kill(process.pid, signal.SIGKILL)
+        self._until(lambda: not self.info()[pool].get(busiest, {}).get("usable"))
+        self.known_after_s[kind] = round(time.monotonic() - self.struck[-1][1], 2)
+
+    def _raylet(self, kind: str) -> None:
+        """Of the second node, which joins anew; what it runs ends with it."""
+        there = self._nodes.second()
+        self._victims |= {name for pool in self.info().values() for name, replica in pool.items() if replica["pid"] in there}
+        self._nodes.kill_second_raylet()
+        self._nodes.start_second()
+
+    def _kill_redis(self, kind: str) -> None:
+        self._redis.kill()
+        self._stop.wait(REDIS_AWAY_S)
+        self._redis.start()
+
+    def _hang_redis(self, kind: str) -> None:
+        self._redis.pause()
+        self._stop.wait(REDIS_AWAY_S)
+        self._redis.resume()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            try:
+                if done():
+                    return
+            except Exception as error:  # routers come and go
+                self._log(f"[dim]{type(error).__name__}: asked again[/]")
+            self._stop.wait(0.2)
+
+
+@contextmanager
+def _stopped(victims: list[psutil.Process]) -> Iterator[None]:
+    for process in victims:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in victims:
+            process.resume()

@@ -17,7 +17,10 @@ import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kept_whole, kill, processes, stopped
 from oracle import Oracle
+from ray import serve
+from ray.exceptions import RayError
 
+from benchmarks.faults.strikes import processes as children
 from kvshare import adapter_settings
 from kvshare.config import parse
 from kvshare.errors import ConfigError, EngineStartError, NotFound
@@ -136,6 +139,33 @@ def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running,
     second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=10), max_tokens=6, ignore_eos=True)
     assert second.usage.prefill_replica != first.usage.prefill_replica
     wait_until(lambda: first.usage.prefill_replica not in running.info()["prefill"], 60)
+
+
+def test_serves_controller_that_dies_takes_nothing_along_and_comes_back(running, oracle):
+    """Neither the turn that runs nor a cache is lost; the controller that comes back finds the same replicas, and looks after
+    them as before."""
+    session = running.client.create_session()
+    oracle.turn(session, "a", token_ids=ids(150, salt=13), max_tokens=6, ignore_eos=True)
+    before = {pool: set(replicas) for pool, replicas in running.info().items()}
+    (controller,) = children("ray::ServeController")
+
+    disturbed(running, oracle, "b", ids(90, salt=14), controller.kill, max_tokens=60)
+    wait_until(lambda: [one for one in children("ray::ServeController") if one.pid != controller.pid], 60)
+    wait_until(serve_runs, 60, 1)
+    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=15), max_tokens=6, ignore_eos=True)
+    assert second.usage.cached_tokens >= 128
+    assert second.usage.resumes == 0
+    assert {pool: set(replicas) for pool, replicas in running.info().items()} == before
+    kill(running, "prefill", second.usage.prefill_replica)
+    wait_until(lambda: second.usage.prefill_replica not in running.info()["prefill"], 60)
+
+
+def serve_runs() -> bool:
+    """Whether the controller says that all replicas are well. One that has just begun does not answer yet."""
+    try:
+        return serve.status().applications["prefillshare"].status.value == "RUNNING"
+    except RayError:
+        return False
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):

@@ -1,10 +1,15 @@
 """`serve` notices when what it started is gone or does not come back, and says why."""
 
 import threading
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from kvshare.errors import Unavailable
+from prefillshare import app, cli, watch
 from prefillshare.watch import PATIENCE_S, Trouble, Watch
 
 
@@ -73,3 +78,56 @@ def test_its_threads_end_with_it():
     with Watch(1.0, ended, ask=lambda: None):
         assert "watch" in {thread.name for thread in threading.enumerate()}
     assert "watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def status(state, *unwell):
+    """What Serve says of the application; `state` None: it does not know it."""
+    parts = {name: SimpleNamespace(status=SimpleNamespace(value="UNHEALTHY"), message="it died") for name in unwell}
+    parts["prefill"] = SimpleNamespace(status=SimpleNamespace(value="HEALTHY"), message="")
+    one = SimpleNamespace(status=SimpleNamespace(value=state), message="", deployments=parts)
+    return SimpleNamespace(applications={} if state is None else {"prefillshare": one})
+
+
+@pytest.mark.parametrize(
+    ("told", "text", "patience_s"),
+    [
+        (status("RUNNING"), None, None),
+        (status("DEPLOYING", "agents"), None, None),
+        (status("UNHEALTHY", "agents"), "its application is unhealthy: agents: it died", 300.0),
+        (status("DEPLOY_FAILED", "router"), "its application is deploy_failed: router: it died", PATIENCE_S),
+        (status("DELETING"), "its application is deleting", PATIENCE_S),
+        (status(None), "gone from Ray Serve", 5.0),
+    ],
+)
+def test_what_serve_says_of_the_application_is_read_right(monkeypatch, told, text, patience_s):
+    monkeypatch.setattr("ray.serve.status", lambda: told)
+    trouble = watch._trouble(300.0)
+    if text is None:
+        assert trouble is None
+    else:
+        assert text in trouble.text
+        assert trouble.patience_s == patience_s
+
+
+def test_serve_ends_with_a_status_and_the_reason_when_its_application_is_gone(monkeypatch, tmp_path, model):
+    base = model("base")
+    file = tmp_path / "d.yaml"
+    file.write_text(f"base: {{model: {base}}}\ndecode: [{{pool: d, model: {base}, sharing: none}}]\n")
+    ended = []
+
+    @contextmanager
+    def running(deployment, progress):
+        try:
+            yield
+        finally:
+            ended.append(deployment)
+
+    monkeypatch.setattr(app, "running", running)
+    monkeypatch.setattr(watch, "ASK_S", 0.01)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    gone = partial(Trouble, "its application is gone from Ray Serve", 0.0)
+    monkeypatch.setattr(app, "Watch", lambda restart_s, stop: Watch(restart_s, stop, ask=gone))
+    result = CliRunner().invoke(cli.app, ["serve", str(file)])
+    assert result.exit_code == 2
+    assert "does not serve any more: its application is gone from Ray Serve" in result.stderr
+    assert len(ended) == 1

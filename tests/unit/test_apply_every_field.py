@@ -69,7 +69,7 @@ class Serve:
 
     def handle(self):
         def call(answer):
-            return SimpleNamespace(remote=lambda: SimpleNamespace(result=lambda timeout_s: answer(self.running["router"])))
+            return SimpleNamespace(remote=lambda *_: SimpleNamespace(result=lambda timeout_s: answer(self.running["router"])))
 
         def broadcast(method):
             replicas = self.parts["router"].num_replicas
@@ -80,6 +80,7 @@ class Serve:
         return SimpleNamespace(
             deployment=call(lambda router: router.deployment.model_dump(mode="json")),
             tenants=call(lambda router: router.tenants),
+            adapter_problems=call(lambda router: {}),
             broadcast=broadcast,
         )
 
@@ -114,6 +115,7 @@ OTHER = {
     "decode": POOL | {
         "adapters": {},
         "max_lora_rank": 32,
+        "max_loras": 16,
         "serve_base": False,
     },
     "router": {
@@ -122,6 +124,7 @@ OTHER = {
         "grpc_port": 9001,
         "max_queued": 7,
         "max_wait_s": 3,
+        "max_request_bytes": 100_000,
         "max_queued_prefill_tokens": 99,
         "expected_output_tokens": 9,
         "max_sessions": 5,

@@ -6,7 +6,9 @@ import asyncio
 import threading
 from collections import Counter
 
+from kvshare import channel_keys
 from kvshare.replica_info import KVEvents
+from kvshare_vllm.ray_node import channel_secret
 from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 #: Until a cache's whole state has arrived.
@@ -18,6 +20,8 @@ class CacheWatch:
     blocks that were given up, and `wanted`: pool -> blocks that would stand there if none ever were."""
 
     def __init__(self, handle):
+        if secret := channel_secret():
+            channel_keys.use(secret)
         self._replicas = [
             (pool, KVEvents(**info["kv_events"]))
             for pool, found in handle.replica_info.remote().result(timeout_s=30).items()

@@ -11,9 +11,11 @@ Pinned to vLLM 0.32. One seam per file:
     worker.py      worker that restores a resumed request's state
     block_keys.py  block keys that do not name the adapter (R5)
     launch.py      what an engine process is started with
+    nixl_handshakes.py  NIXL's handshakes are encrypted, and for holders of the deployment's key only
     nixl_cores.py  NIXL leaves the model its cores (CPU builds)
     engine.py      AsyncLLM as a PrefillEngine / DecodeEngine; log_tail.py keeps the end of its log
     replica.py     one engine per Serve replica
+    ray_node.py    where replicas listen, and the key of their channels
     frontend.py    EngineClient without an engine: tokens -> text, stop strings, log-probabilities; sampling.py beside it
     openai_app.py  vLLM's OpenAI server over the router
 """

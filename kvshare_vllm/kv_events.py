@@ -8,7 +8,8 @@ vLLM's publisher replays its last N batches; a router that joins later, or an id
     that all have the last number - instead of history. Its size is bounded by the cache, not by time.
 
 A block's key is told as the index needs it: the tenant's salt (R7), which vLLM puts into the first block's extra keys
-only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5).
+only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5). Events carry
+prompts' token ids: both sockets are for holders of the deployment's key only (kvshare/channel_keys.py).
 
 Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/kv_follower.py
 """
@@ -37,6 +38,8 @@ from vllm.distributed.kv_events import (
     EventPublisherFactory,
     KVEventBatch,
 )
+
+from kvshare import channel_keys
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,8 @@ class StatePublisher(EventPublisher):
         context = zmq.Context.instance()
         self._events, self._replays = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
         self._events.set_hwm(hwm)
+        for channel in (self._events, self._replays):
+            channel_keys.protect(channel, server=True)
         try:
             self._events.bind(endpoint)
             self._replays.bind(replay_endpoint)

@@ -5,6 +5,7 @@ Seam: vllm/engine/arg_utils.py; vllm/platforms/cpu.py (backend) and vllm/utils/o
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _ROLE_OF_SHARED_PREFILL = "kv_both"
 
 #: Longest that a decode engine keeps what it has lent. The router gives up before (router/pull_back.py, PATIENCE_S).
 LOAN_S = 15
+#: Linux' name of the loopback interface.
+LOOPBACK = "lo"
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
@@ -175,5 +178,16 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": s.traces_protocol,
             "OTEL_TRACES_SAMPLER": "parentbased_always_off",  # the router decides which turns are traced
         }
+    for name, value in _own_network(host).items():
+        os.environ.setdefault(name, value)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before this engine's own size
     os.environ.update(env)
+
+
+def _own_network(host: str) -> dict[str, str]:
+    """Where the libraries below vLLM listen, unless the operator says otherwise. An engine's processes are on one machine, so
+    what they say to each other stays there; KV leaves it where `host` can be reached from elsewhere."""
+    env = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
+    if ipaddress.ip_address(host).is_loopback:
+        env["UCX_NET_DEVICES"] = LOOPBACK
+    return env

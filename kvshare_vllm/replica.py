@@ -11,7 +11,7 @@ from ray import serve
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
-from kvshare_vllm import vllm_logging
+from kvshare_vllm import ray_node, vllm_logging
 
 
 class EngineReplica(ABC):
@@ -26,8 +26,7 @@ class EngineReplica(ABC):
         self._queued_tokens = 0
         from kvshare_vllm.engine_metrics import EngineMetrics
 
-        host = ray.util.get_node_ip_address()
-        self._engine = await self.engine_class().start(settings, host=host, stat_loggers=(EngineMetrics,))
+        self._engine = await self.engine_class().start(settings, host=ray_node.join(), stat_loggers=(EngineMetrics,))
 
     async def reconfigure(self, changeable: dict) -> None:
         """Serve calls this at the start, and when the adapters to serve or the log's level have changed."""

@@ -24,7 +24,7 @@ from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
-from kvshare_vllm import vllm_logging
+from kvshare_vllm import ray_node, vllm_logging
 from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class RouterIngress:
 
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
+        ray_node.join()
         from kvshare_vllm.openai_app import build_openai_app
         from router.canary import Canary
         from router.cors import cors

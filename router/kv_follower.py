@@ -15,6 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from kvshare import channel_keys
 from kvshare.replica_info import KVEvents
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Follower:
             stream.set_hwm(0)
             stream.linger = 0
             stream.subscribe(b"")
-            stream.connect(self._events.endpoint)
+            channel_keys.protect(stream, server=False).connect(self._events.endpoint)
             if self._events.replay_endpoint:
                 await self._learn_state()
             while True:
@@ -118,7 +119,7 @@ class Follower:
     async def _ask_state(self) -> None:
         with zmq.asyncio.Context.instance().socket(zmq.DEALER) as questions:
             questions.linger = 0
-            questions.connect(self._events.replay_endpoint)
+            channel_keys.protect(questions, server=False).connect(self._events.replay_endpoint)
             await questions.send_multipart((b"", (0).to_bytes(8, "big")))
             while True:
                 *_, number, payload = await questions.recv_multipart()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import sys
 import tempfile
 import threading
@@ -33,12 +34,15 @@ pytestmark = [
 ]
 
 BIN = Path(sys.executable).parent
+TOKEN = secrets.token_hex(32)
 RAY_PORT, DASHBOARD, GRPC, HTTP, METRICS = 6379, 8265, 9000, 8000, 8080
 #: Of every process of the cluster. Hosts here share one memory; KV is to take the network all the same.
 ENV = {
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "UCX_TLS": "tcp",
-    "RAY_AUTH_MODE": "disabled",
+    # As KubeRay sets them (authOptions).
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
     # A host whose link is cut for some seconds is not yet lost.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "25",
@@ -57,11 +61,15 @@ class Cluster:
 
     def upgrade(self) -> None:
         """As KubeRay does."""
-        httpx.put(self._dashboard, json=serve_config(rendered(self.values)), timeout=60, trust_env=False).raise_for_status()
+        self._ask("PUT", json=serve_config(rendered(self.values)))
+
+    def _ask(self, method: str, **what) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.request(method, self._dashboard, headers=headers, timeout=60, trust_env=False, **what).raise_for_status()
 
     def message(self) -> str:
         """Why Ray Serve has not deployed what it was told; what a RayService shows."""
-        told = httpx.get(self._dashboard, timeout=60, trust_env=False).json()["applications"]
+        told = self._ask("GET").json()["applications"]
         return told["prefillshare"]["message"] if told else ""
 
     def serves(self, *decoders: str) -> bool:

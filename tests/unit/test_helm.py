@@ -40,7 +40,7 @@ def _fields(required: tuple[str, ...] = (), **properties) -> dict:
 
 _START = {"type": "object", "additionalProperties": {"type": "string"}}
 #: A RayService's spec, of what it may have the part that we use; pod templates are checked as pods.
-#: Source: ray-operator/apis/ray/v1/{rayservice,raycluster}_types.go of KubeRay 1.3.
+#: Source: ray-operator/apis/ray/v1/{rayservice,raycluster}_types.go of KubeRay 1.5.1.
 RAY_SERVICE = _fields(
     ("serveConfigV2", "rayClusterConfig"),
     serveConfigV2={"type": "string"},
@@ -48,6 +48,7 @@ RAY_SERVICE = _fields(
     rayClusterConfig=_fields(
         ("headGroupSpec", "workerGroupSpecs"),
         rayVersion={"type": "string"},
+        authOptions=_fields(("mode",), mode={"enum": ["disabled", "token"]}),
         enableInTreeAutoscaling={"type": "boolean"},
         autoscalerOptions=_fields(
             idleTimeoutSeconds=_COUNT, securityContext=_OBJECT, env={"type": "array"}, volumeMounts={"type": "array"}
@@ -157,6 +158,12 @@ def test_kv_stays_between_our_pods():
     assert [port["port"] for port in operator["ports"]] == ["dashboard", "serve"]
     for pod in pods(documents).values():
         assert selected.items() <= pod["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_ray_answers_who_has_the_clusters_token_only(example):
+    (service,) = of_kind(rendered(values_of(example)), "RayService")
+    assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 
 
 def test_secrets_are_only_named():

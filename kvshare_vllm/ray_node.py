@@ -33,9 +33,9 @@ def join() -> str:
 
 
 def channel_secret() -> str | None:
-    """Of the deployment's channels, made from Ray's token. None where Ray asks for no token and only this machine reaches the node.
+    """The secret of the deployment's channels, made from Ray's token; None where Ray asks for no token and is on loopback.
 
-    Raises ConfigError if Ray asks for no token and others reach it."""
+    Raises ConfigError where Ray asks for no token and other machines reach it."""
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._raylet import AuthenticationTokenLoader
 

@@ -168,6 +168,8 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     import ray
     from ray import serve
 
+    from kvshare_vllm.ray_node import channel_secret
+
     engine_settings(deployment)  # files first: the cheapest refusals
     tenants.load(deployment.router.auth)
     check_machine(deployment)
@@ -178,6 +180,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
             with proxy_environment(deployment.router):
                 ray_cluster = cluster.started(deployment) if owned else cluster.joined(address, "cluster.address")
                 until_the_end.enter_context(ray_cluster)
+            channel_secret()  # what each replica would refuse
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         until_the_end.callback(_end, owned)
         serve.start(http_options=http_options(deployment.router))

@@ -15,7 +15,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import psutil
 
 from kvshare.config import Deployment
 from kvshare.errors import ConfigError
+from prefillshare import loopback
 
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
@@ -83,13 +84,21 @@ def records() -> list[Record]:
 
 @contextmanager
 def started(deployment: Deployment) -> Iterator[None]:
-    """A local Ray cluster that listens where the router does. Raises ConfigError if Ray does not start."""
+    """A local Ray cluster that listens where the router does and asks for a token. Raises ConfigError if it does not start."""
     import ray
+    from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
 
+    if (mode := os.environ.get(AUTH_MODE_ENV_VAR, "token")).lower() != "token":
+        raise ConfigError(
+            f"{AUTH_MODE_ENV_VAR} is {mode!r}: whoever reaches Ray's ports could run programs as this user",
+            fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
+        )
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
-    if deployment.router.host == "127.0.0.1":
-        options["_node_ip_address"] = deployment.router.host
-    _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
+    if loopback.is_loopback(deployment.router.host):
+        options["_node_ip_address"] = loopback.ADDRESS
+    with loopback.kept(deployment.router.host):
+        _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
+    _close_token_file()
     router, me = deployment.router, psutil.Process()
     record = Record(
         ray.get_runtime_context().gcs_address, router.http_port, router.grpc_port, me.pid, me.create_time()
@@ -118,7 +127,8 @@ def joined(address: str, field: str | None = None) -> Iterator[None]:
         )
     # Ray itself does so for clusters that it finds by itself only.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
+    with loopback.kept(where[0] if where else None):
+        _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
     try:
         yield
     finally:
@@ -169,6 +179,15 @@ def _init(address: str, failed: str, fix: str, field: str | None = None, **optio
         )
     except Exception as error:  # Ray has no type of its own for what goes wrong here
         raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
+
+
+def _close_token_file() -> None:
+    """Ray lets everybody on the machine read the token that it makes."""
+    from ray._private.authentication.authentication_token_setup import _get_default_token_path
+
+    file = _get_default_token_path()
+    with suppress(OSError):  # none, or not ours
+        file.chmod(0o600)
 
 
 def _named(address: str) -> tuple[str, int] | None:

@@ -6,10 +6,13 @@ import json
 import os
 import socket
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray._private import services
 
+from kvshare.config import Deployment
 from kvshare.errors import ConfigError
 from prefillshare import cluster
 from prefillshare.cluster import Record
@@ -109,3 +112,51 @@ def test_whatever_ray_fails_with_is_one_message_with_a_fix(monkeypatch, error):
     monkeypatch.setattr("ray.init", fails)
     with pytest.raises(ConfigError, match=f"Ray did not start: {type(error).__name__}.*fix: see the message"):
         cluster._init("local", "Ray did not start", "see the message")
+
+
+@pytest.fixture
+def starts(runs, monkeypatch):
+    """What Ray is started with; no Ray starts."""
+    given = {}
+    monkeypatch.setattr(cluster, "_init", lambda *args, **options: given.update(options, kept=kept_on_loopback()))
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    return given
+
+
+def kept_on_loopback() -> bool:
+    return services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+
+
+def deployment(**router) -> Deployment:
+    return Deployment.model_validate({"base": {"model": "m"}, "decode": [{"pool": "p", "model": "d"}], "router": router})
+
+
+@pytest.mark.parametrize(("host", "local"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])
+def test_ray_is_on_loopback_where_the_surfaces_are(starts, monkeypatch, host, local):
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "192.0.2.7")
+    with cluster.started(deployment(host=host)):
+        assert starts["kept"] is local
+        assert starts.get("_node_ip_address") == ("127.0.0.1" if local else None)
+
+
+def test_a_cluster_on_loopback_is_joined_there(starts, monkeypatch):
+    monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "192.0.2.7")
+    with socket.create_server(("127.0.0.1", 0)) as there, cluster.joined(f"127.0.0.1:{there.getsockname()[1]}"):
+        assert starts["kept"]
+
+
+def test_a_cluster_that_asks_nobody_for_a_token_is_not_started(starts, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE is 'disabled'"), cluster.started(deployment()):
+        pass
+    assert not starts
+
+
+def test_only_this_user_reads_the_token_that_ray_makes(starts, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray/auth_token"
+    token.parent.mkdir()
+    token.touch(0o644)
+    with cluster.started(deployment()):
+        assert token.stat().st_mode & 0o777 == 0o600

@@ -16,8 +16,8 @@ from prefillshare import loopback
 
 OUTSIDE = "192.0.2.7"
 SETTINGS = EngineSettings(
-    role="decode", pool="agents", model="m", mode="prefillshare", contract="c", dtype="float32", max_model_len=64, block_size=32,
-    kv_cache_bytes=1,
+    role="decode", pool="agents", model="m", mode="prefillshare", contract="c", dtype="float32", max_model_len=64,
+    block_size=32, kv_cache_bytes=1,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`prefillshare serve` as an operator runs it: a process, a signal, turns that go on to their end."""
+"""`prefillshare serve` as an operator runs it: a process, where it listens, a signal, turns that go on to their end."""
 
 from __future__ import annotations
 
@@ -6,30 +6,57 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from conftest import wait_until
+import zmq
+from channels import HANDSHAKE, REPLAY, listeners, turned_away
+from conftest import ids, wait_until
 from ports import free_port
-from test_system_llama import deployment, ids
+from test_system_llama import deployment
 
+from kvshare import channel_keys
 from kvshare.errors import Unavailable
+from prefillshare import cluster
 from prefillshare.client import Client
 
 pytestmark = pytest.mark.engine
 
+COMMAND = Path(sys.executable).with_name("prefillshare")
+SIDE_CHANNEL = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
-def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero(tmp_path, smollm):
-    data = deployment(tmp_path, smollm, "llama")
-    port = free_port()
-    data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": port}}
-    (tmp_path / "d.yaml").write_text(yaml.safe_dump(data))
-    command = Path(sys.executable).with_name("prefillshare")
-    process = subprocess.Popen([command, "serve", tmp_path / "d.yaml"])
+
+@dataclass
+class Serving:
+    process: subprocess.Popen
+    data: dict
+    client: Client
+
+    def processes(self) -> list[psutil.Process]:
+        """Its own, and all that it has started."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def environments(self) -> Iterator[dict[str, str]]:
+        """What its processes were started with."""
+        return (one.environ() for one in self.processes())
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory, smollm):
+    folder = tmp_path_factory.mktemp("serve")
+    data = deployment(folder, smollm, "llama")
+    data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
+    (folder / "d.yaml").write_text(yaml.safe_dump(data))
+    process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"])
     try:
-        with Client(f"127.0.0.1:{port}") as client:
+        with Client(f"127.0.0.1:{data['router']['grpc_port']}") as client:
 
             def ready():
                 assert process.poll() is None, "the server ended before it was ready"
@@ -39,23 +66,58 @@ def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero
                     return False
 
             wait_until(ready, timeout_s=180, step_s=1)
-            told = subprocess.run([command, "status", "--json"], capture_output=True, text=True, timeout=120)
-            assert told.returncode == 0, told.stderr
-            found = json.loads(told.stdout)
-            assert {decoder["decoder"] for decoder in found["decoders"]} == {d.name for d in client.decoders()}
-            assert len({decoder["base_fingerprint"] for decoder in found["decoders"]}) == 1
-            assert {replica["pool"] for replica in found["replicas"]} == {"prefill", data["decode"][0]["pool"]}
-            assert all(replica["usable"] and replica["stats"]["blocks_total"] for replica in found["replicas"])
-
-            stream = client.create_session().stream("a", token_ids=ids(40), max_tokens=120, ignore_eos=True)
-            pieces = [next(stream)]
-            reader = threading.Thread(target=lambda: pieces.extend(stream))
-            reader.start()
-            process.send_signal(signal.SIGTERM)
-            reader.join(timeout=40)
-            assert pieces[-1].done.usage.completion_tokens == 120
-        assert process.wait(timeout=60) == 0
+            yield Serving(process, data, client)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def test_status_tells_decoders_and_replicas(serving):
+    told = subprocess.run([COMMAND, "status", "--json"], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert {decoder["decoder"] for decoder in found["decoders"]} == {d.name for d in serving.client.decoders()}
+    assert len({decoder["base_fingerprint"] for decoder in found["decoders"]}) == 1
+    assert {replica["pool"] for replica in found["replicas"]} == {"prefill", serving.data["decode"][0]["pool"]}
+    assert all(replica["usable"] and replica["stats"]["blocks_total"] for replica in found["replicas"])
+
+
+def test_with_a_local_host_everything_listens_on_loopback(serving):
+    serving.client.create_session().turn("a", token_ids=ids(70), max_tokens=2, ignore_eos=True)
+    found = [*listeners(psutil.Process(serving.process.pid))]
+    router = serving.data["router"]
+    assert {router["http_port"], router["grpc_port"]} <= {one.port for one in found}
+    assert [one for one in found if not one.on_loopback] == []
+
+
+def test_engines_tell_nobody_without_the_deployments_key_what_they_hold(serving):
+    with cluster.connected("auto", serving.data["router"]["http_port"]):
+        info = cluster.running_handle().replica_info.remote().result(timeout_s=30)
+    events = [replica["kv_events"] for pool in info.values() for replica in pool.values()]
+    assert len(events) == 2
+    for one in events:
+        assert turned_away(zmq.SUB, one["endpoint"])
+        assert turned_away(zmq.DEALER, one["replay_endpoint"], REPLAY)
+    ports = {env[SIDE_CHANNEL] for env in serving.environments() if SIDE_CHANNEL in env}
+    assert len(ports) == 2
+    assert all(turned_away(zmq.REQ, f"tcp://127.0.0.1:{port}", [HANDSHAKE]) for port in ports)
+
+
+def test_the_key_stands_in_no_command_line_and_in_no_log(serving):
+    (secret,) = {env[channel_keys.ENVIRONMENT] for env in serving.environments() if channel_keys.ENVIRONMENT in env}
+    assert not [line for line in (" ".join(one.cmdline()) for one in serving.processes()) if secret in line]
+    logs = [file for file in (Path(tempfile.gettempdir()) / "ray/session_latest/logs").rglob("*.*") if file.is_file()]
+    assert len(logs) > 5
+    assert not [file for file in logs if secret.encode() in file.read_bytes()]
+
+
+def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero(serving):
+    stream = serving.client.create_session().stream("a", token_ids=ids(40), max_tokens=120, ignore_eos=True)
+    pieces = [next(stream)]
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    serving.process.send_signal(signal.SIGTERM)
+    reader.join(timeout=40)
+    assert pieces[-1].done.usage.completion_tokens == 120
+    assert serving.process.wait(timeout=60) == 0

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import psutil
 import pytest
-import zmq
-from channels import HANDSHAKE, REPLAY, listeners, turned_away
 from conftest import System, ids, system
 from oracle import Oracle
 
-from kvshare import channel_keys
 from kvshare.config import parse
 from kvshare.errors import ContractMismatch, EngineStartError
 from prefillshare.app import running as run_deployment
@@ -60,42 +55,6 @@ def running(tmp_path_factory, smollm):
 @pytest.fixture(scope="module")
 def oracle(running: System) -> Oracle:
     return Oracle(running.deployment)
-
-
-def test_a_deployment_with_a_local_host_listens_on_loopback_only(running):
-    found = [*listeners(psutil.Process())]
-    assert {running.deployment.router.http_port, running.deployment.router.grpc_port} <= {one.port for one in found}
-    assert [one for one in found if not one.on_loopback] == []
-
-
-def test_engines_tell_nobody_without_the_deployments_key_what_they_hold(running):
-    for pool in running.info().values():
-        for replica in pool.values():
-            assert turned_away(zmq.SUB, replica["kv_events"]["endpoint"])
-            assert turned_away(zmq.DEALER, replica["kv_events"]["replay_endpoint"], REPLAY)
-    engines = [env for env in environments() if "VLLM_NIXL_SIDE_CHANNEL_PORT" in env]
-    ports = {env["VLLM_NIXL_SIDE_CHANNEL_PORT"] for env in engines}
-    assert len(ports) == sum(map(len, running.info().values()))
-    assert all(turned_away(zmq.REQ, f"tcp://127.0.0.1:{port}", [HANDSHAKE]) for port in ports)
-
-
-def test_the_key_stands_in_no_command_line_and_in_no_log(running):
-    import ray
-
-    (secret,) = {env[channel_keys.ENVIRONMENT] for env in environments() if channel_keys.ENVIRONMENT in env}
-    assert not [line for line in (" ".join(one.cmdline()) for one in ours()) if secret in line]
-    logs = [*Path(ray._private.worker._global_node.get_logs_dir_path()).rglob("*.*")]
-    assert len(logs) > 5
-    assert not [log for log in logs if log.is_file() and secret.encode() in log.read_bytes()]
-
-
-def ours() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-def environments() -> list[dict[str, str]]:
-    """What our processes were started with."""
-    return [one.environ() for one in ours()]
 
 
 def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle):

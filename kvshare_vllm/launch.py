@@ -5,7 +5,6 @@ Seam: vllm/engine/arg_utils.py; vllm/platforms/cpu.py (backend) and vllm/utils/o
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from kvshare import fingerprint
 from kvshare.engine_settings import EngineSettings
+from kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from kvshare_vllm import vllm_logging
@@ -30,8 +30,6 @@ _ROLE_OF_SHARED_PREFILL = "kv_both"
 
 #: Longest that a decode engine keeps what it has lent. The router gives up before (router/pull_back.py, PATIENCE_S).
 LOAN_S = 15
-#: Linux' name of the loopback interface.
-LOOPBACK = "lo"
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
 def _own_network(host: str) -> dict[str, str]:
     """Where the libraries below vLLM listen, unless the operator says otherwise. An engine's processes are on one machine, so
     what they say to each other stays there; KV leaves it where `host` can be reached from elsewhere."""
-    env = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}
-    if ipaddress.ip_address(host).is_loopback:
-        env["UCX_NET_DEVICES"] = LOOPBACK
+    env = {"VLLM_HOST_IP": ADDRESS, "GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
+    if is_loopback(host):
+        env["UCX_NET_DEVICES"] = INTERFACE
     return env

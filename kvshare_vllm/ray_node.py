@@ -1,7 +1,7 @@
 """What a replica takes from the Ray node that it runs on: the address it listens on, and the key of its channels.
 
 A replica listens where Ray's own processes of the node do. A deployment whose surfaces are on loopback starts Ray there too
-(prefillshare/loopback.py), so that nothing of it can be reached from another machine. Elsewhere the channels between engines
+(prefillshare/local_ray.py), so that nothing of it can be reached from another machine. Elsewhere the channels between engines
 and routers carry prompts over the network: they are protected by a key that comes from Ray's authentication token, which
 every process of the cluster has.
 
@@ -10,14 +10,11 @@ Seam: ray/_private/authentication; ray/serve/_private/replica.py (`add_port_to_g
 
 from __future__ import annotations
 
-import ipaddress
-
 import ray
 
 from kvshare import channel_keys
 from kvshare.errors import ConfigError
-
-_EVERYWHERE, _LOOPBACK = "[::]:", "127.0.0.1:"
+from kvshare.loopback import ADDRESS, is_loopback
 
 
 def join() -> str:
@@ -27,7 +24,7 @@ def join() -> str:
     if secret := channel_secret():
         channel_keys.use(secret)
     address = ray.util.get_node_ip_address()
-    if _is_loopback(address):
+    if is_loopback(address):
         _keep_serve_on_loopback()
     return address
 
@@ -41,17 +38,13 @@ def channel_secret() -> str | None:
 
     if is_token_auth_enabled():
         return channel_keys.derive_secret(AuthenticationTokenLoader.instance().get_raw_token())
-    if _is_loopback(ray.util.get_node_ip_address()):
+    if is_loopback(ray.util.get_node_ip_address()):
         return None
     raise ConfigError(
         "Ray's authentication is off in this cluster: whoever reaches its ports could run programs in it and read prompts",
         field="cluster.address",
         fix="start Ray with RAY_AUTH_MODE=token on every machine, with the same token (ray get-auth-token --generate)",
     )
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
 
 
 def _keep_serve_on_loopback() -> None:
@@ -63,7 +56,7 @@ def _keep_serve_on_loopback() -> None:
         return
 
     def add_port(server, address: str) -> int:
-        return stock(server, address.replace(_EVERYWHERE, _LOOPBACK))
+        return stock(server, address.replace("[::]:", f"{ADDRESS}:"))
 
     add_port.keeps_to_loopback = True
     replica.add_port_to_grpc_server = add_port

@@ -23,7 +23,8 @@ import psutil
 
 from kvshare.config import Deployment
 from kvshare.errors import ConfigError
-from prefillshare import loopback
+from kvshare.loopback import ADDRESS, is_loopback
+from prefillshare.local_ray import loopback_kept
 
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
@@ -94,9 +95,9 @@ def started(deployment: Deployment) -> Iterator[None]:
             fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
         )
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
-    if loopback.is_loopback(deployment.router.host):
-        options["_node_ip_address"] = loopback.ADDRESS
-    with loopback.kept(deployment.router.host):
+    if is_loopback(deployment.router.host):
+        options["_node_ip_address"] = ADDRESS
+    with loopback_kept(deployment.router.host):
         _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
     _close_token_file()
     router, me = deployment.router, psutil.Process()
@@ -127,7 +128,7 @@ def joined(address: str, field: str | None = None) -> Iterator[None]:
         )
     # Ray itself does so for clusters that it finds by itself only.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    with loopback.kept(where[0] if where else None):
+    with loopback_kept(where[0] if where else None):
         _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
     try:
         yield

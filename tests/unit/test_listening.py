@@ -12,7 +12,7 @@ from kvshare import channel_keys
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ConfigError
 from kvshare_vllm import launch, ray_node
-from prefillshare import loopback
+from prefillshare.local_ray import loopback_kept
 
 OUTSIDE = "192.0.2.7"
 SETTINGS = EngineSettings(
@@ -88,12 +88,12 @@ def test_ray_takes_a_loopback_address_as_it_is_where_the_surfaces_are_on_loopbac
     monkeypatch.setattr(os, "environ", dict(os.environ))
     before = dict(os.environ)
     for host in ("127.0.0.1", "localhost", "127.0.0.2"):
-        with loopback.kept(host):
+        with loopback_kept(host):
             assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
         assert services.resolve_ip_for_localhost("127.0.0.1") == OUTSIDE
         assert os.environ == before
     for host in ("0.0.0.0", OUTSIDE, "a-machine", None):
-        with loopback.kept(host):
+        with loopback_kept(host):
             assert services.resolve_ip_for_localhost("127.0.0.1") == OUTSIDE
 
 

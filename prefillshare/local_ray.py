@@ -9,24 +9,15 @@ Seam: ray/_private/services.py (`resolve_ip_for_localhost`, `get_node_ip_address
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What Ray is told of a node that is to be on loopback.
-ADDRESS = "127.0.0.1"
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+from kvshare.loopback import is_loopback
 
 
 @contextmanager
-def kept(host: str | None) -> Iterator[None]:
+def loopback_kept(host: str | None) -> Iterator[None]:
     """`ray.init` inside takes a loopback address as it is, if `host` is one; Ray's processes inherit that."""
     from ray._private import ray_constants
 

@@ -240,7 +240,8 @@ class Router(_Node):
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that a router takes, as for engines."""
     host: str = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
-    """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all."""
+    """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all. On loopback, a local Ray
+    cluster and the engines are there, too."""
     http_port: int = Field(8000, ge=1, le=65535)
     """Port of the OpenAI-compatible HTTP surface."""
     grpc_port: int = Field(9000, ge=1, le=65535)
@@ -354,7 +355,8 @@ class Cluster(_Node):
     """The Ray cluster."""
 
     address: str | None = None
-    """Address of a running Ray cluster ("auto", "ray://..."); unset: start a local one and end it on exit."""
+    """Address of a running Ray cluster ("auto", "ray://..."), which asks for a token (RAY_AUTH_MODE=token) where other machines
+    reach it; unset: start a local one and end it on exit."""
     num_cpus: int | None = Field(None, ge=1)
     """Local cluster only: CPUs Ray may hand out; unset: all."""
     start_timeout_s: float = Field(600, gt=0)

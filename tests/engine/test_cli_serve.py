@@ -65,7 +65,7 @@ def serving(tmp_path_factory, smollm):
                 except Unavailable:
                     return False
 
-            wait_until(ready, timeout_s=180, step_s=1)
+            wait_until(ready, timeout_s=400, step_s=1)
             yield Serving(process, data, client)
     finally:
         if process.poll() is None:

@@ -47,6 +47,11 @@ def linear_modules(base: str) -> LinearModules:
     return modules
 
 
+def place_elements(base: LinearModules, rank: int) -> int:
+    """Numbers that an engine keeps room for, for one adapter of this rank on every linear module whose shape is known."""
+    return sum(rank * sum(shape) for shape in base.values() if shape)
+
+
 def check(folder: str, settings: AdapterSettings, base: LinearModules) -> frozenset[str]:
     """Names of the modules it adapts. Raises ConfigError for the first tensor that has no place, for one that is missing, and
     for shapes that fit neither the base nor the settings."""

@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from kvshare import addresses, decoders, fingerprint
+from kvshare import adapter_files, addresses, decoders, fingerprint
 from kvshare.config import Deployment, load
 from kvshare.contract import DTYPE_BYTES, KVShape
 from kvshare.errors import ConfigError
@@ -70,16 +70,18 @@ def _check_memory(deployment: Deployment) -> None:
     scale = DTYPE_BYTES[deployment.base.dtype]
     need = []
     if deployment.shares_prefill:
-        need.append(("prefill", deployment.prefill, deployment.base.model))
+        need.append(("prefill", deployment.prefill, deployment.base.model, 0.0))
+    linear = adapter_files.linear_modules(deployment.base.model)
     for number, pool in enumerate(deployment.decode):
         model = pool.model or deployment.base.model
-        need.append((f"decode.{number}", pool, model))
+        places = pool.max_loras * adapter_files.place_elements(linear, pool.max_lora_rank) if pool.adapters else 0
+        need.append((f"decode.{number}", pool, model, places * scale / 2**30))
         if not get_mode(pool.sharing).shares_prefill:
-            need.append((f"decode.{number}.prefill", pool.own_prefill(), model))
+            need.append((f"decode.{number}.prefill", pool.own_prefill(), model, places * scale / 2**30))
     available = psutil.virtual_memory().available / 2**30
     total = 0.0
-    for field, engines, model in need:
-        total += engines.most_replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale))
+    for field, engines, model, places_gib in need:
+        total += engines.most_replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale) + places_gib)
         if total > available:
             raise ConfigError(
                 f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, {available:.1f} are available",

@@ -75,6 +75,17 @@ def test_too_little_memory_names_the_pool_that_no_longer_fits(folder, monkeypatc
         check_machine(deployment(folder, decode__0__kv_cache_gib=gib))
 
 
+def test_room_for_adapters_counts_as_memory(folder, adapter, monkeypatch):
+    """Per rank 928 inputs and outputs in two layers."""
+    monkeypatch.setattr("prefillshare.preflight.on_cpu", lambda: True)
+    place_bytes = 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80) * 256 * 4
+    places = 2 * psutil.virtual_memory().total // place_bytes
+    pool = {"pool": "d", "adapters": {"a": str(adapter("a"))}, "sharing": "none", "max_lora_rank": 256}
+    check_machine(deployment(folder, decode=[pool]))
+    with pytest.raises(ConfigError, match=r"decode\.0\.kv_cache_gib: .*the engines need about .* GiB"):
+        check_machine(deployment(folder, decode=[pool | {"max_loras": places}]))
+
+
 def test_a_redis_password_that_is_not_there_is_named(folder, monkeypatch):
     redis = {"router__redis_url": "redis://127.0.0.1", "router__redis_password_env": "NO_SUCH_PASSWORD"}
     with pytest.raises(ConfigError, match=r"router\.redis_password_env: environment variable NO_SUCH_PASSWORD is not set"):

@@ -59,7 +59,10 @@ One JSON object per line, laid out as the server lays out a session:
 ```
 
 Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared session
-is context. `prefillshare data` makes data for the task suites below; it refuses to
+is context. A line may offer `tools`, and an assistant message may have `tool_calls`, as OpenAI defines both: they are laid out by
+the base's chat template, as over HTTP, and a call is learnt like text. Messages of the role `tool` may have `tool_call_id` and
+`name`. A line is refused, with its number, if it has another key, an answer without content, or tools that the base's template
+leaves out: nothing in it is ignored. `prefillshare data` makes data for the task suites below; it refuses to
 write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other decoders before each, as
 a shared session has them: a decoder that has only seen its own prompts may copy what another has just said.
 

@@ -4,16 +4,18 @@ A line of JSONL is one of
     {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": "..."}, ...]}
     {"prompt": "...", "response": "..."}
 Every assistant message is a response to be learnt, unless it has "weight": 0: then another decoder said it, and it is
-context like all else. A transcript with several responses trains in one pass.
+context like all else. A transcript with several responses trains in one pass. `tools` beside `messages`, and `tool_calls` of an
+assistant message, are laid out by the base's chat template, as over HTTP; one that leaves them out is refused.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuning import records
+from finetuning.records import Chat, Text
 from kvshare import fingerprint
 from kvshare.errors import ConfigError, InvalidInput
 from router.chat import ChatLayout
@@ -45,15 +47,15 @@ def read(
 ) -> tuple[list[Example], int]:
     """(every line of `path`, cut after `max_tokens`; how many responses that left out). Raises ConfigError with the line
     that cannot be used, or if an answer would not end in one of `stops`."""
-    layout, examples, left_out = ChatLayout(tokenizer), [], 0
+    examples, left_out = [], 0
     for number, line in enumerate(_lines(path, field), 1):
         if not line.strip():
             continue
         try:
-            example = _example(json.loads(line), layout, stops)
-        except (KeyError, TypeError, AttributeError, ValueError, InvalidInput) as error:
+            example = _example(records.parse(line), tokenizer, stops)
+        except (ValueError, InvalidInput) as error:
             raise ConfigError(
-                f"{path}, line {number}: {type(error).__name__}: {error}",
+                f"{path}, line {number}: {error}",
                 field=field,
                 fix='give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line',
             ) from None
@@ -72,41 +74,36 @@ def _lines(path: Path, field: str) -> list[str]:
         raise ConfigError(f"cannot read {path}: {error}", field=field, fix="give a file of JSON lines in UTF-8") from None
 
 
-def _example(record: dict, layout: ChatLayout, stops: Sequence[int]) -> Example:
-    if "messages" in record:
-        return _of_messages(record["messages"], layout, stops)
+def _example(record: Chat | Text, tokenizer, stops: Sequence[int]) -> Example:
+    if isinstance(record, Chat):
+        return _of_chat(record, ChatLayout(tokenizer, [tool.for_template() for tool in record.tools]), stops)
     if not stops:
         raise ValueError("the base's tokenizer has no end-of-text token with which an answer could end")
-    prompt, response = layout.ids(record["prompt"]), layout.ids(record["response"])
-    if not prompt:
-        raise ValueError("the prompt is empty")
+    layout = ChatLayout(tokenizer)
+    prompt, response = layout.ids(record.prompt), layout.ids(record.response)
     return Example((*prompt, *response, stops[0]), ((len(prompt), len(prompt) + len(response) + 1),))
 
 
-def _of_messages(messages: list[dict[str, str]], layout: ChatLayout, stops: Sequence[int]) -> Example:
+def _of_chat(chat: Chat, layout: ChatLayout, stops: Sequence[int]) -> Example:
     """Turn by turn, as a session grows: what comes before an answer, the answer, and the token with which it ends."""
     ids: list[int] = []
     responses, waiting, is_open = [], [], False
-    for message in messages:
-        if message["role"] != "assistant":
-            waiting.append({"role": message["role"], "content": message["content"]})
+    for message in chat.messages:
+        if message.role != "assistant":
+            waiting.append(message.for_template())
             continue
         if not waiting:
             raise ValueError("an assistant message follows no other")
         ids += layout.appended(ids, is_open, waiting) if ids else layout.opening(waiting)
         start = len(ids)
-        ids += layout.ids(message["content"])
+        ids += layout.ids(layout.calling(message.for_template()) if message.tool_calls else message.content)
         end = layout.closing(ids)[:1]
         if not set(end) & set(stops):
             raise ValueError(f"the chat template ends an answer with token {end}, the server stops at {list(stops)}")
         ids += end
-        if (weight := message.get("weight", 1)) not in (0, 1):
-            raise ValueError(f"an assistant message has weight {weight!r}; use 0 (context) or 1 (to be learnt)")
-        if weight:
+        if message.is_learnt:
             responses.append((start, len(ids)))
         waiting, is_open = [], True
-    if not responses:
-        raise ValueError("no assistant message to be learnt")
     return Example(tuple(ids), tuple(responses))
 
 

@@ -8,6 +8,7 @@ It begins with what closes an answer, which is left out where the context does n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from kvshare.errors import InvalidInput
 
@@ -15,11 +16,22 @@ _ASKED, _ANSWERED = "Say something.", "xyzzy"
 
 
 class ChatLayout:
-    """The base's chat template over its tokenizer (a transformers tokenizer)."""
+    """The base's chat template over its tokenizer (a transformers tokenizer).
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
+    `tools`: those that the conversation begins with, as OpenAI defines them. Raises InvalidInput if the template leaves them
+    out.
+    """
+
+    def __init__(self, tokenizer, tools: Sequence[dict[str, Any]] = ()):
+        self._tokenizer, self._tools = tokenizer, ()
         self._prior = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
+        if tools:
+            without = self._render(self._prior, False)
+            self._tools = tuple(tools)
+            if self._render(self._prior, False) == without:
+                raise InvalidInput(
+                    "the base's chat template leaves `tools` out", field="tools", fix="describe them in the system message"
+                )
 
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -45,13 +57,39 @@ class ChatLayout:
 
     def closing(self, context: Sequence[int]) -> list[int]:
         """What ends the open answer at the end of `context`; a response that stopped by itself holds part of it."""
-        before = self._render(self._prior, False)
-        ids = self.ids(before[before.rindex(_ANSWERED) + len(_ANSWERED) :])
+        ids = self.ids(self._closing_text())
         return ids[1:] if ids and context and context[-1] == ids[0] else ids
+
+    def calling(self, message: dict[str, Any]) -> str:
+        """The text of an answer with `tool_calls`, from behind its opening to before what closes it."""
+        text = self._answer(message)
+        names = [call["function"]["name"] for call in message["tool_calls"]]
+        without = self._answer({"role": message["role"], "content": message["content"]})
+        if text == without or any(name not in text for name in names):
+            raise InvalidInput(
+                "the base's chat template leaves `tool_calls` out", field="tool_calls", fix="write the calls into `content`"
+            )
+        return text
+
+    def _answer(self, message: dict[str, Any]) -> str:
+        asked, closing = self._prior[:1], self._closing_text()
+        before, after = self._render(asked, True), self._render([*asked, message], False)
+        if not (after.startswith(before) and after.endswith(closing)):
+            raise InvalidInput(
+                "the base's chat template opens or closes an answer with tool calls otherwise than one in text",
+                field="tool_calls",
+                fix="write the calls into `content`",
+            )
+        return after[len(before) : len(after) - len(closing)]
+
+    def _closing_text(self) -> str:
+        before = self._render(self._prior, False)
+        return before[before.rindex(_ANSWERED) + len(_ANSWERED) :]
 
     def _render(self, messages: Sequence[dict[str, str]], answer: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+            more = {"tools": list(self._tools)} if self._tools else {}
+            return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, **more)
         except ValueError as error:
             raise InvalidInput(
                 f"the base has no chat template: {error}", field="input.messages", fix="append text or token ids instead"

@@ -1,5 +1,7 @@
 """A tokenizer and chat template that one can read."""
 
+import json
+
 
 class Tokenizer:
     """One id per character; a template of the usual kind, with a default system message at the beginning."""
@@ -8,11 +10,24 @@ class Tokenizer:
         assert not add_special_tokens
         return [ord(c) for c in text]
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=()):
         assert not tokenize
         text = "" if messages[0]["role"] == "system" else "<system:be kind>\n"
         text += "".join(f"<{m['role']}:{m['content']}>\n" for m in messages)
         return text + ("<assistant:" if add_generation_prompt else "")
+
+
+class ToolTokenizer(Tokenizer):
+    """Its template lays out tools at the beginning, and an answer's calls behind its text."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=()):
+        written = [m | {"content": m["content"] + "".join(map(_called, m.get("tool_calls", ())))} for m in messages]
+        offered = "".join(f"<tool:{json.dumps(tool['function'])}>\n" for tool in tools)
+        return offered + super().apply_chat_template(written, tokenize, add_generation_prompt)
+
+
+def _called(call):
+    return f"[{call['function']['name']} {json.dumps(call['function']['arguments'])}]"
 
 
 def text(ids):

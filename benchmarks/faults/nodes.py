@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
-from ray._private.authentication.authentication_token_setup import generate_and_save_token, get_default_token_path
+from ray._private.authentication.authentication_token_setup import _get_default_token_path, generate_and_save_token
 
 START_S = 60
 #: What each node offers, so that every pool has one replica on each; routers run on the first.
@@ -28,7 +28,7 @@ class Nodes:
         self._second: subprocess.Popen | None = None
 
     def __enter__(self) -> Nodes:
-        if not get_default_token_path().exists():
+        if not _get_default_token_path().exists():
             generate_and_save_token()
         words = ["--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
         self._head = self._start(words, SLOTS | HEAD)

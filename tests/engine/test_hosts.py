@@ -124,7 +124,7 @@ def start(host, folder: Path, group: dict, head: str = "") -> None:
         assert process.poll() is None, log.read_text()
         return "Ray runtime started" in log.read_text()
 
-    wait_until(joined, 60)  # two at once would choose the same names of sockets
+    wait_until(joined, 120)  # two at once would choose the same names of sockets
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def cluster(tmp_path_factory, smollm):
                 assert not (why := made.message()), why
                 return made.serves(base.name, "a", "b")
 
-            wait_until(ready, 240, 1)
+            wait_until(ready, 450, 1)
             yield made
 
 

@@ -20,6 +20,8 @@ from kvshare import fingerprint
 from kvshare.errors import ConfigError, InvalidInput
 from router.chat import ChatLayout
 
+_FIX = 'give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line'
+
 
 @dataclass(frozen=True)
 class Example:
@@ -54,11 +56,9 @@ def read(
         try:
             example = _example(records.parse(line), tokenizer, stops)
         except (ValueError, InvalidInput) as error:
-            raise ConfigError(
-                f"{path}, line {number}: {error}",
-                field=field,
-                fix='give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line',
-            ) from None
+            said = error if isinstance(error, InvalidInput) else InvalidInput(str(error))
+            where = f"{said.field}: " if said.field else ""
+            raise ConfigError(f"{path}, line {number}: {where}{said.message}", field=field, fix=said.fix or _FIX) from None
         cut = _cut(example, max_tokens)
         left_out += len(example.responses) - (len(cut.responses) if cut else 0)
         examples += [cut] if cut else []

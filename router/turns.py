@@ -191,7 +191,7 @@ class Turns:
     def _check_length(self, prompt_tokens: int, asked: int | None) -> None:
         if prompt_tokens >= self._max_len:
             raise InvalidInput(
-                f"{prompt_tokens} tokens leave no room for a response: the model takes {self._max_len}, both together",
+                f"{prompt_tokens} prompt tokens leave no room for a response: the model takes {self._max_len}, both together",
                 field="input",
                 fix="send less, start a new session, or raise base.max_model_len",
             )

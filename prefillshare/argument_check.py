@@ -15,7 +15,8 @@ from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings, fields
 from prefillshare.platform import vllm_build
 
-LIMIT_S = 120.0
+#: Many times what importing vLLM takes on idle cores; past it the engines themselves will tell.
+LIMIT_S = 300.0
 #: Answers that are remembered.
 KEPT = 100
 _MODULE = "kvshare_vllm.argument_check"

@@ -87,13 +87,14 @@ def records() -> list[Record]:
 def started(deployment: Deployment) -> Iterator[None]:
     """A local Ray cluster that listens where the router does and asks for a token. Raises ConfigError if it does not start."""
     import ray
-    from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
+    from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
 
     if (mode := os.environ.get(AUTH_MODE_ENV_VAR, "token")).lower() != "token":
         raise ConfigError(
             f"{AUTH_MODE_ENV_VAR} is {mode!r}: whoever reaches Ray's ports could run programs as this user",
             fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
         )
+    _enable_token_auth()  # as Ray would, with a warning that says how to opt out
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS

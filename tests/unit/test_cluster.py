@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from ray._private import services
+from ray._private.authentication import authentication_token_setup
 
 from kvshare.config import Deployment
 from kvshare.errors import ConfigError
@@ -119,6 +120,7 @@ def starts(runs, monkeypatch):
     """What Ray is started with; no Ray starts."""
     given = {}
     monkeypatch.setattr(cluster, "_init", lambda *args, **options: given.update(options, kept=kept_on_loopback()))
+    monkeypatch.setattr(authentication_token_setup, "_enable_token_auth", lambda: given.update(tokens=True))
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     monkeypatch.setattr("ray.shutdown", lambda: None)
     return given
@@ -136,6 +138,7 @@ def deployment(**router) -> Deployment:
 def test_ray_is_on_loopback_where_the_surfaces_are(starts, monkeypatch, host, local):
     monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "192.0.2.7")
     with cluster.started(deployment(host=host)):
+        assert starts["tokens"]
         assert starts["kept"] is local
         assert starts.get("_node_ip_address") == ("127.0.0.1" if local else None)
 

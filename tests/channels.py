@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -40,9 +41,11 @@ class Listener:
 def listeners(process: psutil.Process) -> Iterator[Listener]:
     """Of a process and of all that it has started: TCP ports that take connections, UDP ports that take what comes."""
     for one in (process, *process.children(recursive=True)):
-        for found in one.net_connections("inet"):
-            if found.status == psutil.CONN_LISTEN or (found.type == socket.SOCK_DGRAM and not found.raddr):
-                yield Listener(found.laddr.ip, found.laddr.port, " ".join(one.cmdline()).split("  ")[0][:80])
+        with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
+            name = " ".join(one.cmdline()).split("  ")[0][:80]
+            for found in one.net_connections("inet"):
+                if found.status == psutil.CONN_LISTEN or (found.type == socket.SOCK_DGRAM and not found.raddr):
+                    yield Listener(found.laddr.ip, found.laddr.port, name)
 
 
 def turned_away(kind: int, endpoint: str, ask: Sequence[bytes] = ()) -> bool:

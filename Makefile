@@ -28,7 +28,7 @@ demo: model ## start a small cluster on this machine and run a session in which 
 test: model ## all tests, those that start engines included (under 30 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
 
-test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (seconds)
+test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (a few minutes, most of them imports)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit
 
 accuracy: model ## train what is compared in docs/accuracy.md, ask the test questions, write the page (hours; goes on where it was)

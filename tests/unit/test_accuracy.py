@@ -1,9 +1,9 @@
 """The accuracy study goes on where it was ended, and its page says what was found."""
 
+import pickle
 import re
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,15 +147,25 @@ def _mark(settings, console, folder, name):
     (folder / name).write_text(settings.device)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        yield pool
+class PicklingPool(ThreadPoolExecutor):
+    """For its calls what a pool of processes is, without the time that a process's imports take: all that crosses is pickled."""
+
+    def submit(self, function, /, *arguments):
+        return super().submit(_received, pickle.dumps((function, arguments)))
+
+
+def _received(sent: bytes):
+    function, arguments = pickle.loads(sent)
+    return pickle.loads(pickle.dumps(function(*arguments)))
 
 
 @pytest.fixture(params=["here", "in processes"])
 def pool(request):
-    return request.getfixturevalue("processes") if request.param == "in processes" else None
+    if request.param == "here":
+        yield None
+        return
+    with PicklingPool(1) as pool:
+        yield pool
 
 
 def test_every_piece_of_work_is_done(tmp_path, pool):

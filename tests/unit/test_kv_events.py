@@ -185,3 +185,24 @@ async def test_blocks_that_were_offloaded_do_not_count(engine, follow):
     engine.tell(offloaded, stored(tokens(64, 3), 20))
     await becomes(index, BlockKeys(tokens(64, 3), BLOCK), {"one": 64})
     assert index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}
+
+
+async def test_a_publisher_waits_for_what_there_is_to_do_and_looks_for_nothing(monkeypatch):
+    waits = []
+
+    class Poller(zmq.Poller):
+        def poll(self, timeout=None):
+            waits.append(timeout)
+            return super().poll(timeout)
+
+    monkeypatch.setattr(kv_events.zmq, "Poller", Poller)
+    monkeypatch.setattr(kv_events, "HEARTBEAT_S", 600.0)
+    engine, index, prompt = Engine(), CacheIndex(BLOCK), BlockKeys(tokens(200), BLOCK)
+    engine.tell(stored(tokens(128), 1))
+    await index.add("prefill", "one", engine.events)  # it asks for the state, and no heartbeat is due for minutes
+    await becomes(index, prompt, {"one": 128})
+    engine.tell(stored(tokens(192)[128:], 5, parent=4))
+    await becomes(index, prompt, {"one": 192})
+    await index.close()
+    engine.stop()
+    assert min(waits[1:]) > 1000 * 590

@@ -9,7 +9,8 @@ from ray.serve import context as serve_context
 
 from kvshare.errors import Unavailable
 from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
-from router.pinned import MEMBERS
+from router import replicas as replicas_module
+from router.pinned import MEMBERS, WATCHERS, tell
 from router.replicas import ReplicaSet
 
 DEPLOYMENT = ("app", "prefill")
@@ -57,7 +58,7 @@ async def replicas():
 
     replicas = ReplicaSet("prefill", Handle(), wedged_after_s=5)
     replicas.listener, replicas.told = listener, told
-    MEMBERS[DEPLOYMENT] = frozenset({"first"})
+    tell(DEPLOYMENT, {"first"})
     await replicas.start(timeout_s=KNOWN_WITHIN_S)
     yield replicas
     await replicas.stop()
@@ -75,16 +76,30 @@ async def becomes_known(replicas, names: set[str]) -> None:
 
 
 async def test_replicas_that_join_and_leave_are_known_within_two_seconds(replicas):
-    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    tell(DEPLOYMENT, {"first", "second"})
     await becomes_known(replicas, {"first", "second"})
-    MEMBERS[DEPLOYMENT] = frozenset({"second"})
+    tell(DEPLOYMENT, {"second"})
     await becomes_known(replicas, {"second"})
     assert [r.id for r in replicas.usable()] == ["second"]
     assert replicas.told == [("first", True), ("second", True), ("first", False)]
 
 
+async def test_who_comes_and_goes_is_told_and_not_looked_for(monkeypatch):
+    monkeypatch.setattr(replicas_module, "STATS_S", 600)  # else it would be seen when they are asked how they fare
+    replicas = ReplicaSet("prefill", Handle(), wedged_after_s=5)
+    tell(DEPLOYMENT, {"first"})
+    await replicas.start(timeout_s=KNOWN_WITHIN_S)
+    await asyncio.to_thread(tell, DEPLOYMENT, {"first", "second"})  # as Serve does, from a thread of its own
+    await becomes_known(replicas, {"first", "second"})
+    await asyncio.to_thread(tell, DEPLOYMENT, {"second"})
+    await becomes_known(replicas, {"second"})
+    await replicas.stop()
+    del MEMBERS[DEPLOYMENT]
+    assert DEPLOYMENT not in WATCHERS
+
+
 async def test_a_replica_whose_engine_has_died_gets_no_work_within_two_seconds(replicas):
-    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    tell(DEPLOYMENT, {"first", "second"})
     await becomes_known(replicas, {"first", "second"})
     DEAD.add("first")
 
@@ -96,7 +111,7 @@ async def test_a_replica_whose_engine_has_died_gets_no_work_within_two_seconds(r
 
 
 async def test_adapters_are_waited_for_on_all_that_answer(replicas):
-    MEMBERS[DEPLOYMENT] = frozenset({"first", "second", "third"})
+    tell(DEPLOYMENT, {"first", "second", "third"})
     await becomes_known(replicas, {"first", "second", "third"})
     DEAD.add("third")
     ADAPTERS["first"] = {"coder": "", "planner": ""}
@@ -109,7 +124,7 @@ async def test_adapters_are_waited_for_on_all_that_answer(replicas):
 
 
 async def test_an_adapter_that_one_replica_could_not_load_is_known_at_once_with_the_reason(replicas):
-    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    tell(DEPLOYMENT, {"first", "second"})
     await becomes_known(replicas, {"first", "second"})
     ADAPTERS["first"] = {"coder": "", "planner": "", "other": "of another pool"}
     ADAPTERS["second"] = {"coder": "", "planner": "vLLM does not yet support DoRA."}

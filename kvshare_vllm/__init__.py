@@ -12,7 +12,7 @@ Pinned to vLLM 0.32. One seam per file:
     block_keys.py  block keys that do not name the adapter (R5)
     launch.py      what an engine process is started with
     nixl_handshakes.py  NIXL's handshakes are encrypted, and for holders of the deployment's key only
-    nixl_cores.py  NIXL leaves the model its cores (CPU builds)
+    nixl_cores.py  NIXL leaves the model its cores (CPU builds); gloo_loops.py: one gloo thread per process
     engine.py      AsyncLLM as a PrefillEngine / DecodeEngine; log_tail.py keeps the end of its log
     replica.py     one engine per Serve replica
     ray_node.py    where replicas listen, and the key of their channels

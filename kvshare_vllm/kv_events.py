@@ -17,6 +17,8 @@ Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/kv_
 from __future__ import annotations
 
 import logging
+import math
+import os
 import queue
 import threading
 import time
@@ -44,7 +46,6 @@ from kvshare import channel_keys
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-POLL_S = 0.05
 STATE_BLOCKS = 2048
 END_SEQ = (-1).to_bytes(8, "big", signed=True)
 
@@ -83,6 +84,8 @@ class StatePublisher(EventPublisher):
     ):
         super().__init__(data_parallel_rank)
         self._queue: queue.Queue[EventBatch | None] = queue.Queue(max_queue_size)
+        # Counts what is in the queue, so that the thread can wait for it and for replay requests at once.
+        self._queued = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._topic = topic.encode()
         self._held: dict[Any, _Held] = {}
         self._sent_at = 0.0
@@ -100,18 +103,27 @@ class StatePublisher(EventPublisher):
         except zmq.ZMQError:
             self._close()
             raise
+        self._work_to_do = zmq.Poller()
+        self._work_to_do.register(self._queued, zmq.POLLIN)
+        self._work_to_do.register(self._replays, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, daemon=True, name="kv-events")
         self._thread.start()
 
     def publish(self, events: EventBatch) -> None:
-        self._queue.put(events)
+        self._put(events)
 
     def shutdown(self) -> None:
-        self._queue.put(None)
+        self._put(None)
         self._thread.join(timeout=5)
         self._close()
 
+    def _put(self, batch: EventBatch | None) -> None:
+        self._queue.put(batch)
+        os.eventfd_write(self._queued, 1)
+
     def _close(self) -> None:
+        closed, self._queued = self._queued, -1  # its number may soon be another file's
+        os.close(closed)
         self._events.close(linger=0)
         self._replays.close(linger=0)
 
@@ -127,15 +139,17 @@ class StatePublisher(EventPublisher):
                 self._send([AllBlocksCleared()], time.time())
 
     def _work(self) -> bool:
-        """One change, heartbeat or replay; False at the end."""
-        try:
-            batch = self._queue.get(timeout=POLL_S)
+        """One change, heartbeat or replay, waited for; False at the end."""
+        due_s = max(0.0, self._sent_at + HEARTBEAT_S - time.monotonic())
+        ready = dict(self._work_to_do.poll(math.ceil(1000 * due_s)))
+        if self._queued in ready:
+            os.eventfd_read(self._queued)
+            batch = self._queue.get_nowait()
             if batch is None:
                 return False
             self._send([event for e in batch.events for event in self._apply(e)], batch.ts)
-        except queue.Empty:
-            if time.monotonic() - self._sent_at >= HEARTBEAT_S:
-                self._send([], time.time())
+        elif time.monotonic() - self._sent_at >= HEARTBEAT_S:
+            self._send([], time.time())
         while self._replays.poll(0):
             self._answer(self._replays.recv_multipart())
         return True

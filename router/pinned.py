@@ -9,6 +9,7 @@ Serve's controller pushes changes of membership to it; a replica that is stoppin
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 
 from ray.serve._private.request_router.request_router import RequestRouter
 
@@ -16,6 +17,14 @@ from kvshare.errors import ReplicaLost
 
 #: (application, deployment) -> ids of its running replicas, as last pushed to this process.
 MEMBERS: dict[tuple[str, str], frozenset[str]] = {}
+#: Called, from Serve's thread, when that has changed.
+WATCHERS: dict[tuple[str, str], Callable[[], None]] = {}
+
+
+def tell(deployment: tuple[str, str], replicas: Collection[str]) -> None:
+    MEMBERS[deployment] = frozenset(replicas)
+    if watcher := WATCHERS.get(deployment):
+        watcher()
 
 
 class PinnedRouter(RequestRouter):
@@ -28,10 +37,10 @@ class PinnedRouter(RequestRouter):
         self._tell()
 
     def _tell(self) -> None:
-        from router.pinned import MEMBERS  # Serve sends this class by value: its own globals are not the module's
+        from router.pinned import tell  # Serve sends this class by value: its own globals are not the module's
 
         deployment = self._deployment_id
-        MEMBERS[deployment.app_name, deployment.name] = frozenset(r.unique_id for r in self.curr_replicas)
+        tell((deployment.app_name, deployment.name), [r.unique_id for r in self.curr_replicas])
 
     async def choose_replicas(self, candidate_replicas, pending_request=None):
         pinned = pending_request.metadata.session_id if pending_request is not None else None

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import grpc
@@ -26,14 +26,14 @@ from kvshare.replica_info import ReplicaInfo, ReplicaStats
 from router.background import Background
 from router.health import Health
 from router.own_calls import OwnCalls
-from router.pinned import MEMBERS
+from router.pinned import MEMBERS, WATCHERS
 
 logger = logging.getLogger(__name__)
 
 #: How a call to a replica fails for the replica's sake: its process, Serve, or the transport between.
 CALL_ERRORS = (RayError, RayServeException, grpc.aio.AioRpcError)
 
-MEMBERS_S = 0.1
+ADAPTERS_S = 0.1
 STATS_S = 1.0
 ANSWER_S = 30.0
 
@@ -102,11 +102,14 @@ class ReplicaSet:
         self._replicas: dict[str, Replica] = {}
         self._asking: dict[str, asyncio.Task] = {}
         self._changed = asyncio.Event()
+        #: Somebody has come or gone, or has been asked what it is.
+        self._members_changed = asyncio.Event()
         #: Counts changes of who may get work; `on_change` is told of each.
         self.changes = 0
         self._usable: tuple[int, list[Replica]] = (-1, [])
         self.on_change: Callable[[], None] = lambda: None
         self._task: asyncio.Task | None = None
+        self._watcher: Callable[[], None] | None = None
 
     # Who is there ---------------------------------------------------------------------------------------------------
 
@@ -142,6 +145,7 @@ class ReplicaSet:
         for handle in (self._handle, self._streams):
             if not handle.is_initialized:
                 handle._init()
+        self._watch_members()
         self._task = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(timeout_s):
@@ -149,27 +153,41 @@ class ReplicaSet:
         except TimeoutError:
             raise Unavailable(f"no replica of {self.name} has started within {timeout_s:g} s") from None
 
+    @property
+    def _deployment(self) -> tuple[str, str]:
+        deployment = self._app_handle.deployment_id
+        return deployment.app_name, deployment.name
+
+    def _watch_members(self) -> None:
+        loop = asyncio.get_running_loop()
+        WATCHERS[self._deployment] = self._watcher = lambda: loop.call_soon_threadsafe(self._members_changed.set)
+
     async def stop(self) -> None:
+        if self._watcher and WATCHERS.get(self._deployment) is self._watcher:
+            del WATCHERS[self._deployment]
         tasks = [t for t in (self._task, *self._asking.values()) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
-        asked_at = 0.0
+        next_s = 0.0
         while True:
+            self._members_changed.clear()
+            if is_time := time.monotonic() >= next_s:
+                next_s = time.monotonic() + STATS_S
             try:
                 await self._reconcile()
-                if time.monotonic() - asked_at >= STATS_S:
-                    asked_at = time.monotonic()
+                if is_time:
                     self._look_after()
             except Exception:
                 logger.exception("watching replicas of %s", self.name)
-            await asyncio.sleep(MEMBERS_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, next_s - time.monotonic())):
+                    await self._members_changed.wait()
 
     async def _reconcile(self) -> None:
-        deployment = self._app_handle.deployment_id
-        there = MEMBERS.get((deployment.app_name, deployment.name), frozenset())
+        there = MEMBERS.get(self._deployment, frozenset())
         for replica in self._replicas.keys() - there:
             await self._leave(replica)
         for replica in there - self._replicas.keys():
@@ -184,6 +202,7 @@ class ReplicaSet:
             self._replicas[replica] = Replica(info, Health())
             logger.info("replica %s of %s has joined", replica, self.name)
             self._note_change()
+            self._members_changed.set()  # it may have gone meanwhile
         except (*CALL_ERRORS, PrefillShareError, TimeoutError) as error:
             logger.warning("replica %s of %s does not say what it is: %s", replica, self.name, error)
 
@@ -257,7 +276,7 @@ class ReplicaSet:
             if not late or time.monotonic() > until:
                 failed = {name: why for states in told for name, why in states.items() if why and name in names}
                 return failed | dict.fromkeys(late, f"it is not loaded after {timeout_s:g} s")
-            await asyncio.sleep(MEMBERS_S)
+            await asyncio.sleep(ADAPTERS_S)
 
     async def _probe(self, replica: Replica) -> None:
         well = False

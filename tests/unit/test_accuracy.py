@@ -148,7 +148,7 @@ def _mark(settings, console, folder, name):
 
 
 class PicklingPool(ThreadPoolExecutor):
-    """For its calls what a pool of processes is, without the time that a process's imports take: all that crosses is pickled."""
+    """For its calls what a pool of processes is, without the time that a process's imports take: all is pickled."""
 
     def submit(self, function, /, *arguments):
         return super().submit(_received, pickle.dumps((function, arguments)))

@@ -201,8 +201,6 @@ async def test_a_publisher_waits_for_what_there_is_to_do_and_looks_for_nothing(m
     engine.tell(stored(tokens(128), 1))
     await index.add("prefill", "one", engine.events)  # it asks for the state, and no heartbeat is due for minutes
     await becomes(index, prompt, {"one": 128})
-    engine.tell(stored(tokens(192)[128:], 5, parent=4))
-    await becomes(index, prompt, {"one": 192})
     await index.close()
     engine.stop()
     assert min(waits[1:]) > 1000 * 590

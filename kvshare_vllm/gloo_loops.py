@@ -2,7 +2,7 @@
 
 vLLM makes a dozen process groups, also where an engine is a single process, and PyTorch gives each a gloo device of its own: a
 thread that wakes a hundred times a second to look for the end of its work. Groups can share a device. Thirteen took 2 % of a
-core while nothing ran, one takes 0.2 %.
+core while nothing ran, one takes 0.4 %.
 
 Seam: torch/distributed/distributed_c10d.py, `ProcessGroupGloo` (torch/csrc/distributed/c10d/init.cpp, its second constructor)
 """

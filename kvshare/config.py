@@ -96,6 +96,10 @@ class Engines(_Node):
         return self
 
     @property
+    def fewest_replicas(self) -> int:
+        return self.autoscale.min_replicas if self.autoscale else self.replicas
+
+    @property
     def most_replicas(self) -> int:
         return self.autoscale.max_replicas if self.autoscale else self.replicas
 

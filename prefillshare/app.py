@@ -54,10 +54,13 @@ class RunsAs:
         return live_changes.fixed_for_router(self.deployment), self.tenants.fingerprint
 
 
-def build(deployment: Deployment, routers: RunsAs | None = None, scaled: Collection[str] = ()):
+def build(
+    deployment: Deployment, routers: RunsAs | None = None, scaled: Collection[str] = (), check_files: bool = True
+):
     """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts.
 
     `routers`: what they serve, if that is not all of it. `scaled`: engines that run and have followed their load.
+    `check_files`: of the decoders, unless they run already.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -68,7 +71,7 @@ def build(deployment: Deployment, routers: RunsAs | None = None, scaled: Collect
     from router.pinned import PinnedRouter
 
     handles, env = {}, engine_environment()
-    for name, (settings, engines) in engine_settings(deployment).items():
+    for name, (settings, engines) in engine_settings(deployment, check_files).items():
         engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
@@ -212,8 +215,8 @@ def deploy(application) -> None:
 
 
 def autoscaled(deployment: Deployment) -> list[str]:
-    """Names of the engines that follow their load."""
-    return [name for name, (_, engines) in engine_settings(deployment).items() if engines.autoscale]
+    """Names of the engines of a deployment that runs which follow their load."""
+    return [name for name, (_, engines) in engine_settings(deployment, check_files=False).items() if engines.autoscale]
 
 
 def running_deployment(handle) -> Deployment:

@@ -67,9 +67,9 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
     both, scaled = _union(old, new), autoscaled(old)
-    # All are built before any is put in place: what is wrong with files is said first.
-    as_before, more_engines = build(old, before, scaled), build(both, before, scaled)
-    new_routers, fewer_engines = build(both, after, scaled), build(new, after, scaled)
+    # All are built before any is put in place: what is wrong with the new one's files is said first.
+    fewer_engines, new_routers = build(new, after, scaled), build(both, after, scaled, check_files=False)
+    more_engines, as_before = (build(deployment, before, scaled, check_files=False) for deployment in (both, old))
     try:
         _step(more_engines, new, progress)
         _refuse_what_engines_cannot_load(handle, new)

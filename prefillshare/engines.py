@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from kvshare import decoders
 from kvshare.config import Deployment, Engines
-from kvshare.contract import KVContract
+from kvshare.contract import DecoderContract, KVContract
 from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
 from kvshare.modes import get_mode, modes
 from prefillshare.platform import vllm_build
 
 
-def kv_contract(deployment: Deployment) -> KVContract:
-    """Check every decoder's files and return the contract all engines of the deployment start under."""
-    base = decoders.check_files(deployment)
+def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
+    """Check every decoder's files and return the contract all engines of the deployment start under. `check_files`: not those
+    of what runs already: they may be gone."""
+    base = decoders.check_files(deployment) if check_files else DecoderContract.of_base(deployment.base.model)
     kept = decoders.ecache_layers(deployment.decode)
     return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build(), kept)
 
 
-def engine_settings(deployment: Deployment) -> dict[str, tuple[EngineSettings, Engines]]:
-    """Serve deployment name -> what its engines start with, and how many."""
-    contract, base, tracing = kv_contract(deployment), deployment.base, deployment.tracing
+def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[str, tuple[EngineSettings, Engines]]:
+    """Serve deployment name -> what its engines start with, and how many. `check_files`: as kv_contract."""
+    contract, base, tracing = kv_contract(deployment, check_files), deployment.base, deployment.tracing
     traces = {"traces_endpoint": tracing.otlp_endpoint, "traces_protocol": tracing.protocol} if tracing else {}
 
     def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:

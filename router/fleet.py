@@ -57,14 +57,16 @@ class Fleet:
             self.pools[name].weights = weight
         return {name: Route(self.pools[decode], self.pools[prefill]) for name, (decode, prefill) in routes.items()}
 
-    async def adapter_problems(self, deployment: Deployment) -> dict[str, str]:
+    async def adapter_problems(self, deployment: Deployment, of_all: bool = False) -> dict[str, str]:
         """Adapters of the deployment that some replica of the pools known here cannot serve, and why. To be asked before turns
-        that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing engines."""
+        that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing engines.
+        `of_all`: all replicas of the deployment run already, and each must have said so."""
+        timeout_s = deployment.cluster.start_timeout_s
         asked = [
-            self.pools[engines].replicas.adapter_problems(pool.adapters, deployment.cluster.start_timeout_s)
+            self.pools[name].replicas.adapter_problems(pool.adapters, timeout_s, engines.fewest_replicas if of_all else 1)
             for pool in deployment.decode
-            for engines in (pool.pool, own_prefill(pool.pool))
-            if pool.adapters and engines in self.pools
+            for name, engines in ((pool.pool, pool), (own_prefill(pool.pool), pool.own_prefill()))
+            if pool.adapters and name in self.pools
         ]
         problems: dict[str, str] = {}
         for found in await asyncio.gather(*asked):

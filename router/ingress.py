@@ -160,8 +160,8 @@ class RouterIngress:
         return served_decoders.served(deployment, but=problems)
 
     async def adapter_problems(self, plain: dict) -> dict[str, str]:
-        """Adapters of a deployment, given as plain data, that some replica running now cannot serve, and why."""
-        return await self._fleet.adapter_problems(Deployment.model_validate(plain))
+        """Adapters of a deployment, given as plain data, whose replicas all run: those that one cannot serve, and why."""
+        return await self._fleet.adapter_problems(Deployment.model_validate(plain), of_all=True)
 
     async def deployment(self) -> dict:
         """What is served now, as plain data: what cannot be taken over is as it was at the start."""

@@ -258,9 +258,10 @@ class ReplicaSet:
         told = zip(replicas, await asyncio.gather(*map(ask, replicas)), strict=True)
         return {replica: stats for replica, stats in told if stats is not None}
 
-    async def adapter_problems(self, names: Collection[str], timeout_s: float) -> dict[str, str]:
-        """Of these adapters, those that some replica cannot serve, and why. Waits until each that answers has loaded them or
-        has failed to; what some has done neither with after `timeout_s` is a problem, too."""
+    async def adapter_problems(self, names: Collection[str], timeout_s: float, replicas: int = 1) -> dict[str, str]:
+        """Of these adapters, those that some replica cannot serve, and why. Waits until so many replicas answer, and each that
+        answers has loaded them or has failed to; what some has done neither with after `timeout_s` is a problem, too. (Serve
+        tells of a replica that is taking over a change as if it were gone.)"""
 
         async def ask(replica: str) -> dict[str, str] | None:
             try:
@@ -273,7 +274,7 @@ class ReplicaSet:
         while True:
             told = [states for states in await asyncio.gather(*map(ask, list(self._replicas))) if states is not None]
             late = [name for name in names if any(name not in states for states in told)]
-            if not late or time.monotonic() > until:
+            if (not late and len(told) >= replicas) or time.monotonic() > until:
                 failed = {name: why for states in told for name, why in states.items() if why and name in names}
                 return failed | dict.fromkeys(late, f"it is not loaded after {timeout_s:g} s")
             await asyncio.sleep(ADAPTERS_S)

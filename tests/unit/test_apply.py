@@ -1,5 +1,7 @@
 """What may change of a deployment while it runs, as far as its file says."""
 
+import shutil
+
 import pytest
 
 from kvshare import config
@@ -103,7 +105,7 @@ class Serve:
         for name, stub in {
             "running_handle": lambda: self,
             "running_deployment": lambda handle: old,
-            "build": lambda deployment, routers, scaled: (deployment, routers.deployment),
+            "build": lambda deployment, routers, scaled, check_files=True: (deployment, routers.deployment),
             "deploy": self.deployed.append,
             "wait_until_running": self._wait,
         }.items():
@@ -177,6 +179,25 @@ def test_engines_and_routers_go_back_when_a_new_router_does_not_start(deploy, mo
         apply_module.apply(new)
     assert len(serve.deployed) == 3
     assert serve.deployed[-1] == (old, old)
+
+
+def test_files_of_what_goes_may_be_gone(deploy, monkeypatch):
+    old, new = deploy(), deploy(adapters={"b": deploy.folders["b"]})
+    shutil.rmtree(deploy.folders["a"])
+    settings = engine_settings(old, check_files=False)
+    assert settings["agents"][0].contract == engine_settings(new)["agents"][0].contract
+    checked = []
+
+    def build(deployment, routers, scaled, check_files=True):
+        engine_settings(deployment, check_files)
+        checked.extend([deployment] if check_files else [])
+        return deployment, routers.deployment
+
+    serve = Serve(monkeypatch, old)
+    monkeypatch.setattr(apply_module, "build", build)
+    apply_module.apply(new)
+    assert checked == [new]
+    assert len(serve.deployed) == 3
 
 
 def test_when_even_going_back_fails_both_reasons_are_given(deploy, monkeypatch):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 
 from kvshare import config
-from kvshare.metrics import Metrics
 from router.fleet import Fleet
 
 
@@ -15,8 +14,8 @@ class Replicas:
     def __init__(self, **problems: str):
         self.problems, self.asked = problems, None
 
-    async def adapter_problems(self, names, timeout_s):
-        self.asked = (sorted(names), timeout_s)
+    async def adapter_problems(self, names, timeout_s, replicas):
+        self.asked = (sorted(names), timeout_s, replicas)
         return {name: why for name, why in self.problems.items() if name in names}
 
 
@@ -24,7 +23,7 @@ class Replicas:
 def deployment(model, adapter):
     folders = {name: str(adapter(name)) for name in "abc"}
     pools = [
-        {"pool": "agents", "adapters": {"a": folders["a"]}},
+        {"pool": "agents", "replicas": 3, "adapters": {"a": folders["a"]}},
         {"pool": "alone", "sharing": "none", "adapters": {"b": folders["b"]}},
         {"pool": "coming", "adapters": {"c": folders["c"]}},
         {"pool": "full", "model": str(model("full"))},
@@ -33,16 +32,17 @@ def deployment(model, adapter):
     return config.parse(whole)
 
 
-async def test_every_engine_that_serves_adapters_is_asked_once_it_is_known(deployment):
-    fleet = Fleet(32, lambda name: None, Metrics())
+@pytest.mark.parametrize(("of_all", "of_agents"), [(True, 3), (False, 1)])
+async def test_every_engine_that_serves_adapters_is_asked_once_it_is_known(deployment, of_all, of_agents):
+    fleet = Fleet(32, lambda name: None, None)
     sets = {name: Replicas() for name in ("prefill", "agents", "alone", "prefill-alone", "full")}
     sets["agents"].problems, sets["prefill-alone"].problems = {"a": "one"}, {"b": "two"}
     fleet.pools = {name: SimpleNamespace(replicas=replicas) for name, replicas in sets.items()}
-    assert await fleet.adapter_problems(deployment) == {"a": "one", "b": "two"}
+    assert await fleet.adapter_problems(deployment, of_all) == {"a": "one", "b": "two"}
     assert {name: replicas.asked for name, replicas in sets.items()} == {
         "prefill": None,
-        "agents": (["a"], 7),
-        "alone": (["b"], 7),
-        "prefill-alone": (["b"], 7),
+        "agents": (["a"], 7, of_agents),
+        "alone": (["b"], 7, 1),
+        "prefill-alone": (["b"], 7, 1),
         "full": None,
     }

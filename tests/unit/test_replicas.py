@@ -132,6 +132,21 @@ async def test_an_adapter_that_one_replica_could_not_load_is_known_at_once_with_
         assert await replicas.adapter_problems({"coder", "planner"}, 10) == {"planner": "vLLM does not yet support DoRA."}
 
 
+async def test_replicas_that_are_away_while_they_take_over_a_change_are_waited_for(replicas):
+    """As Serve tells it: gone, and back with what has come of it."""
+    MEMBERS[DEPLOYMENT] = frozenset()
+    await becomes_known(replicas, set())
+    asked = [asyncio.create_task(replicas.adapter_problems({"coder"}, 10, count)) for count in (1, 2)]
+    ADAPTERS.update(first={"coder": ""}, second={"coder": "why"})
+    MEMBERS[DEPLOYMENT] = frozenset({"first"})
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        assert await asked[0] == {}
+    assert not asked[1].done()
+    MEMBERS[DEPLOYMENT] = frozenset({"first", "second"})
+    async with asyncio.timeout(KNOWN_WITHIN_S):
+        assert await asked[1] == {"coder": "why"}
+
+
 async def test_an_adapter_that_a_replica_never_loads_is_a_problem_when_the_time_is_up(replicas):
     ADAPTERS["first"] = {"coder": ""}
     assert await replicas.adapter_problems({"coder", "planner"}, 0.2) == {"planner": "it is not loaded after 0.2 s"}

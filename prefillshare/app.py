@@ -193,8 +193,8 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
         handle = serve.get_app_handle(APP)
         try:
             yield handle
+            _drain(handle)  # where something failed, there may be nobody to wait for
         finally:
-            _drain(handle)
             handle.shutdown()
 
 

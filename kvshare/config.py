@@ -259,6 +259,9 @@ class Router(_Node):
     max_request_bytes: int | None = Field(None, ge=4096)
     """Largest body of an HTTP request and largest gRPC message, in bytes; larger ones are refused unread. Unset: 64 bytes per
     token of base.max_model_len, at least 1 MiB."""
+    grammar_cpu_s: float = Field(5, gt=0)
+    """Most CPU time that compiling the format of a response (JSON schema, regex, choice, grammar) may take, seconds; what takes
+    longer is refused. It is tried in a process of its own, before a turn waits for room."""
     max_queued_prefill_tokens: int = Field(32768, ge=1)
     """Prefill tokens admitted and not finished, per prefill replica, from which on no turn starts. Enough to keep a replica
     busy; more moves waiting from the router, where priorities and tenants count, into the engine."""

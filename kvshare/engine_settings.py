@@ -12,7 +12,7 @@ OUR_ENGINE_ARGS = frozenset({
     "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
     "disable_log_stats", "kv_events_config", "scheduling_policy", "served_model_name", "otlp_traces_endpoint",
-    "logging_config", "log_level", "log_config_file", "worker_extension_cls",
+    "logging_config", "log_level", "log_config_file", "worker_extension_cls", "structured_outputs_config",
 })
 
 

@@ -35,7 +35,7 @@ from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
-from kvshare_vllm import vllm_logging
+from kvshare_vllm import gentle_grammars, vllm_logging
 from kvshare_vllm.adapters import Adapters
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
@@ -97,6 +97,7 @@ class Engine:
         try:
             with log, reserved_ports(host, settings.side_channel_port) as ports:
                 set_environment(settings, host, ports)
+                gentle_grammars.trust_the_router()
                 kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
                 with one_process(config, settings):

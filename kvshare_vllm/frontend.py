@@ -32,10 +32,13 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
+from xgrammar import TokenizerInfo
 
 from kvshare.caller import cache_salt, current_caller
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
+from kvshare_vllm.grammar_client import GrammarClient
+from kvshare_vllm.grammars import Grammars, check_size
 from kvshare_vllm.http_refusals import note_begun, note_failure
 from kvshare_vllm.request_checks import check_asked, check_something_is_left
 from kvshare_vllm.text_work import TextWork
@@ -64,7 +67,9 @@ def frontend_config(args: AsyncEngineArgs) -> VllmConfig:
 class Frontend(EngineClient):
     """`admit` raises before anything is queued; `run_turn` does the work. Neither knows about text."""
 
-    def __init__(self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Admit):
+    def __init__(
+        self, config: VllmConfig, base_name: str, run_turn: TurnRunner, admit: Admit, grammar_cpu_s: float = 5
+    ):
         self.vllm_config, self.model_config = config, config.model_config
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
@@ -72,6 +77,8 @@ class Frontend(EngineClient):
         self._base_name, self._run_turn, self._admit = base_name, run_turn, admit
         self.text = TextWork(self.model_config.max_model_len, self.renderer.tokenizer.max_chars_per_token)
         self.text.serve(self.renderer, _to_vllm)
+        self._compiler = GrammarClient(self._tokenizer_info, grammar_cpu_s)
+        self._grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
 
     # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
     def generate(
@@ -131,6 +138,10 @@ class Frontend(EngineClient):
             sampling_params.extra_args = None
         self._admit(decoder, sampling_params.n, sampling_params.logprobs)
         check_asked(sampling_params)
+        if form := sampling_params.structured_outputs:  # vLLM would convert it here and now; `run` has it tried
+            check_size(form)
+            sampling_params = copy(sampling_params)
+            sampling_params.structured_outputs = None
         with as_our_errors():
             request = self.input_processor.process_inputs(
                 request_id,
@@ -140,6 +151,7 @@ class Frontend(EngineClient):
                 lora_request=None,
                 tokenization_kwargs=tokenization_kwargs,
             )
+        request.sampling_params.structured_outputs = form
         check_something_is_left(request.sampling_params, self.model_config.get_vocab_size())
         self.input_processor.assign_request_id(request)
         return request
@@ -156,6 +168,8 @@ class Frontend(EngineClient):
     ) -> AsyncIterator[RequestOutput]:
         """Run a prepared request. Closing the iterator, or cancelling its consumer, ends the turn everywhere."""
         params = request.sampling_params
+        if params.structured_outputs:
+            params.structured_outputs = await self._grammars.tried(params.structured_outputs)
         queue = RequestOutputCollector(params.output_kind, request.request_id)
         context.cache_salt = cache_salt(context.cache_domain, request.cache_salt)
         children, parent = [request], None
@@ -247,6 +261,12 @@ class Frontend(EngineClient):
     def shutdown(self, timeout=None) -> None:
         self.renderer.shutdown()
         self.text.close()
+        self._compiler.close()
+
+    def _tokenizer_info(self) -> str:
+        """As engines make it (vllm/v1/structured_output/backend_xgrammar.py)."""
+        info = TokenizerInfo.from_huggingface(self.renderer.tokenizer, vocab_size=self.model_config.get_vocab_size())
+        return info.serialize_json()
 
     async def notify_kv_transfer_request_rejected(self, request_id, kv_transfer_params, *, data_parallel_rank=None) -> None: ...
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import StructuredOutputsConfig
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
@@ -21,6 +22,7 @@ from kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from kvshare_vllm import vllm_logging
+from kvshare_vllm.grammars import BACKEND
 from kvshare_vllm.plugin import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
 
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
@@ -102,6 +104,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             },
             "disable_log_stats": False,
             "generation_config": "vllm",
+            "structured_outputs_config": StructuredOutputsConfig(backend=BACKEND),
         }
         | dict(s.engine_args)
     )

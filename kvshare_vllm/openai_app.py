@@ -40,7 +40,12 @@ openai_requests.install()
 
 
 async def build_openai_app(
-    base: Base, decoders: Iterable[str], run_turn: TurnRunner, admit: Admit, middleware: Iterable[Callable] = ()
+    base: Base,
+    decoders: Iterable[str],
+    run_turn: TurnRunner,
+    admit: Admit,
+    middleware: Iterable[Callable] = (),
+    grammar_cpu_s: float = 5,
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
     put around all that is there before it; what answers requests itself stands inside HttpRefusals, and all in HangUps."""
@@ -49,7 +54,7 @@ async def build_openai_app(
     environment, log_level = dict(os.environ), logging.root.level
     stop_at_the_first_wrong_item()
     check_http_requests()
-    frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit)
+    frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit, grammar_cpu_s)
     _restore(environment)
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)

@@ -18,7 +18,7 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
 
-    from kvshare_vllm import gloo_loops, kv_events, nixl_handshakes, vllm_logging
+    from kvshare_vllm import gentle_grammars, gloo_loops, kv_events, nixl_handshakes, vllm_logging
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
@@ -27,6 +27,7 @@ def register() -> None:
     kv_events.register()
     nixl_handshakes.protect()
     gloo_loops.share()
+    gentle_grammars.compile_behind_steps()
     for stock in {name for mode in modes() if mode.two_streams for name in mode.architectures}:
         ModelRegistry.register_model(TWO_STREAMS + stock, f"kvshare_vllm.models.two_streams:{TWO_STREAMS}{stock}")
     for stock in {name for mode in modes() if mode.recomputes for name in mode.architectures}:

@@ -98,6 +98,7 @@ class RouterIngress:
                 partial(HttpLimits, limits=bounds),
                 *cors(config.cors_origins),
             ],
+            grammar_cpu_s=config.grammar_cpu_s,
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
         eager = pull_back = None
@@ -210,6 +211,8 @@ class RouterIngress:
         for background in (getattr(self, "_response_kv", None), getattr(self, "_canary", None)):
             if background:
                 await background.stop()
+        if hasattr(self, "_frontend"):
+            await asyncio.to_thread(self._frontend.shutdown)
         if hasattr(self, "_fleet"):
             await self._fleet.stop()
         if hasattr(self, "_session_gauge"):

@@ -1,0 +1,49 @@
+"""In an engine's processes: grammars have been tried by the router, and are compiled without holding up the engine's steps.
+
+A replica's event loop would convert each grammar once more, to check it, and the engine would compile it with eight threads
+of the priority of those that compute the model.
+
+Seam: vllm/sampling_params.py (SamplingParams._validate_structured_outputs), vllm/v1/structured_output/__init__.py
+(StructuredOutputManager._create_grammar)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+#: Of the threads that compile; those they start inherit it.
+NICENESS = 10
+
+
+def trust_the_router() -> None:
+    """In a replica's own process. What comes here has passed kvshare_vllm/grammars.py, and names its backend."""
+    from vllm import SamplingParams
+
+    check = SamplingParams._validate_structured_outputs
+    if hasattr(check, "unchecked"):
+        return
+
+    def only_what_was_not(self, *given):
+        if self.structured_outputs is not None and self.structured_outputs._backend is None:
+            check(self, *given)
+
+    only_what_was_not.unchecked = check
+    SamplingParams._validate_structured_outputs = only_what_was_not
+
+
+def compile_behind_steps() -> None:
+    """In an engine's process."""
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    create = StructuredOutputManager._create_grammar
+    if hasattr(create, "at_once"):
+        return
+
+    def gently(self, request):
+        if self._use_async_grammar_compilation:  # in a thread of its own kind, not in that of the steps
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        return create(self, request)
+
+    gently.at_once = create
+    StructuredOutputManager._create_grammar = gently

@@ -1,0 +1,165 @@
+"""Formats of responses (JSON schema, regex, choice, grammar, structural tag): an engine gets only what has been tried before.
+
+vLLM converts a request's grammar on the event loop and compiles it beside an engine's steps, for as long as it takes. Here:
+1. It is bounded by its size, and refused if engines would not hold a response to all of it.
+2. A process of its own compiles it and takes some steps with it, in limited CPU time (grammar_process.py). Tenants take turns.
+3. The verdict is kept. What fails is refused with its field; it has reached neither a queue nor an engine.
+
+Seam: vllm/sampling_params.py (_validate_structured_outputs), vllm/v1/structured_output/{utils,backend_xgrammar}.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
+from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
+from kvshare.caller import current_caller
+from kvshare.errors import DeadlineExceeded, InvalidInput, Unavailable
+from kvshare_vllm.fair_gate import FairGate
+from kvshare_vllm.grammar_client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
+from kvshare_vllm.schema_coverage import not_held
+
+#: The one backend of router and engines: vLLM would choose by what the first request asks for, and keep it.
+BACKEND = "xgrammar"
+MOST_BYTES = 128 << 10
+#: Grammars compiled at once; of one tenant waiting; verdicts kept; how long a request waits for its own, seconds.
+AT_ONCE, MOST_WAITING, KEPT, PATIENCE_S = 2, 16, 4096, 120.0
+
+_FIELDS = {name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar", "structural_tag")}
+_FIELDS["json"] = "response_format"
+_CHEAPER = "lower the bounds of repetitions and lengths, do not nest them, and give fewer alternatives"
+_CORRECT = "correct it, or leave out what is not supported"
+
+#: (kind, grammar) -> what is wrong with it, as grammar_process.py tells it.
+Try = Callable[[str, str], Awaitable[str | None]]
+
+
+class Grammar(NamedTuple):
+    """`kind`: as grammar_process.py knows it. `field`: what a client sent it as."""
+
+    field: str
+    kind: str
+    spec: str
+
+
+class _Fault(NamedTuple):
+    message: str
+    fix: str
+
+
+class Grammars:
+    def __init__(self, try_out: Try, cpu_s: float):
+        self._try_out, self._cpu_s = try_out, cpu_s
+        self._gate = FairGate("a grammar to be compiled", AT_ONCE, MOST_WAITING)
+        self._verdicts: OrderedDict[tuple[str, bytes], _Fault | None] = OrderedDict()
+
+    async def tried(self, asked: StructuredOutputsParams) -> StructuredOutputsParams:
+        """What engines get. Raises InvalidInput for what they cannot hold in time, and what the wait for it raises."""
+        if (grammar := laid_out(asked)) is None:
+            return _for_engines(json_object=True)
+        key = (grammar.kind, hashlib.sha256(grammar.spec.encode("utf-8", "surrogatepass")).digest())
+        if key not in self._verdicts:
+            await self._have_tried(key, grammar)
+        self._verdicts.move_to_end(key)
+        if fault := self._verdicts[key]:
+            raise InvalidInput(fault.message, field=grammar.field, fix=fault.fix)
+        return _for_engines(**{"grammar" if grammar.kind == "lark" else grammar.kind: grammar.spec})
+
+    async def _have_tried(self, key: tuple[str, bytes], grammar: Grammar) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S), self._gate.enter(current_caller.get().tenant):
+                if key in self._verdicts:  # of another request, meanwhile
+                    return
+                self._verdicts[key] = self._fault(await self._try_out(grammar.kind, grammar.spec))
+        except TimeoutError:
+            raise DeadlineExceeded(f"the format of the response was not compiled within {PATIENCE_S:g} s") from None
+        if len(self._verdicts) > KEPT:
+            self._verdicts.popitem(last=False)
+
+    def _fault(self, problem: str | None) -> _Fault | None:
+        if problem is None:
+            return None
+        if problem == TOO_MUCH_TIME:  # not its fault: the next time is another
+            raise Unavailable("the machine is too busy to compile the format of the response", fix="try again")
+        if problem == TOO_MUCH_CPU:
+            text = f"compiling it takes more than {self._cpu_s:g} s of CPU time (router.grammar_cpu_s)"
+            return _Fault(text, _CHEAPER)
+        if problem == DIED:
+            return _Fault("compiling it takes too much memory", _CHEAPER)
+        return _Fault(problem, _CHEAPER if "CPU time" in problem else _CORRECT)
+
+
+def check_size(asked: StructuredOutputsParams) -> None:
+    """Before anything is made of it. Raises InvalidInput."""
+    for name, field in _FIELDS.items():
+        value = getattr(asked, name)
+        size = len(value if isinstance(value, str) else json.dumps(value)) if value is not None else 0
+        if size > MOST_BYTES:
+            raise InvalidInput(f"it has {size} characters", field=field, fix=f"send at most {MOST_BYTES}")
+
+
+def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
+    """What is to be compiled; None for any JSON object, which every engine knows. Raises InvalidInput."""
+    check_size(asked)
+    for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
+        if getattr(asked, name):
+            raise InvalidInput("engines do not keep to it", field=f"structured_outputs.{name}", fix="leave it out")
+    if asked.json is not None:
+        return Grammar(_FIELDS["json"], "json", _schema(asked.json))
+    if asked.regex is not None:
+        if "\x00" in asked.regex:
+            raise InvalidInput("it has a NUL character", field=_FIELDS["regex"], fix="leave it out")
+        return Grammar(_FIELDS["regex"], "regex", asked.regex)
+    if asked.choice is not None:
+        if not asked.choice or not all(isinstance(text, str) and text for text in asked.choice):
+            raise InvalidInput("a choice is of texts that are not empty", field=_FIELDS["choice"], fix="give at least one")
+        return Grammar(_FIELDS["choice"], "grammar", choice_as_grammar(asked.choice))
+    if asked.grammar is not None:
+        if not asked.grammar.strip():
+            raise InvalidInput("it is empty", field=_FIELDS["grammar"], fix="give a grammar, or leave it out")
+        kind = "lark" if grammar_is_likely_lark(asked.grammar) else "grammar"
+        return Grammar(_FIELDS["grammar"], kind, asked.grammar)
+    if asked.structural_tag is not None:
+        _check_nesting(asked.structural_tag, _FIELDS["structural_tag"], structural_tag=True)
+        return Grammar(_FIELDS["structural_tag"], "structural_tag", asked.structural_tag)
+    if not asked.json_object:
+        raise InvalidInput("it is true or left out", field="structured_outputs.json_object", fix="leave it out")
+    return None
+
+
+def _schema(given: str | dict) -> str:
+    """As engines get it."""
+    field = _FIELDS["json"]
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        raise InvalidInput("the schema is no JSON", field=field, fix="send a JSON schema") from None
+    _check_nesting(given, field)
+    if (where := not_held(schema)) is not None:
+        raise InvalidInput(f"a response would not be held to the schema's {where}", field=field, fix=_CORRECT)
+    if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
+        text = "the schema has what responses would not be held to: allOf of several, a format, or lengths beside a pattern"
+        raise InvalidInput(text, field=field, fix=_CORRECT)
+    return given if isinstance(given, str) else json.dumps(given)
+
+
+def _check_nesting(given: str | dict, field: str, **how: bool) -> None:
+    try:
+        check_json_nesting(given, **how)
+    except VLLMValidationError as error:
+        raise InvalidInput(str(error), field=field, fix="nest less deeply") from error
+
+
+def _for_engines(**what) -> StructuredOutputsParams:
+    params = StructuredOutputsParams(**what)
+    params._backend = BACKEND
+    return params

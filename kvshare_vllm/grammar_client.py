@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from kvshare.errors import Unavailable
 
@@ -45,6 +46,7 @@ class GrammarClient:
         return await self._ask(number, job, 2 * WALL_PER_CPU * self._cpu_s)
 
     async def _start(self) -> None:
+        await asyncio.to_thread(self.close)
         info = await asyncio.to_thread(self._tokenizer_info)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -84,11 +86,15 @@ class GrammarClient:
                 verdict.set_exception(OSError("the process that compiles them has ended"))
 
     def close(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """Ends the process and its thread."""
+        if (process := self._process) is not None:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             self._reader.join()
+            process.stdout.close()
+            self._process = None
 
 
 def _write(process: subprocess.Popen, line: bytes) -> None:

@@ -33,6 +33,8 @@ class Attempt:
     failures: int = 0
     #: Replicas that failed this turn.
     avoid: set[str] = field(default_factory=set)
+    #: Its decode call has given no token yet.
+    is_silent: bool = False
     #: Where the KV the decode engine loads comes from.
     source: str = ""
     #: When its lease ends, at the latest (time.perf_counter).

@@ -50,6 +50,7 @@ from router.releases import Releases
 from router.service_rate import MeanRatio
 from router.turn_metrics import TurnMetrics
 from router.turn_span import turn_span
+from router.wedging import NoToken, check_may_go_on
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Orchestrator:
         attempt: Attempt,
     ) -> AsyncIterator[TokenChunk]:
         while True:
-            tag = f"{request_id}-{attempt.number}"
+            tag, attempt.is_silent = f"{request_id}-{attempt.number}", False
             try:
                 handoff = await self._prefill(decoder, tag, context, attempt)
                 decode = self._decode(decoder, prompt, handoff, sampling, tag, context, attempt)
@@ -199,6 +200,7 @@ class Orchestrator:
                         if chunk.finish_reason:
                             return
             except (PrefixLost, ReplicaLost) as lost:
+                check_may_go_on(sampling, attempt, lost)
                 await self._take_up_again(decoder, request_id, context, attempt, lost)
                 attempt.prefix = self._prefix(decoder, prompt, attempt.generated, context)
 
@@ -329,10 +331,12 @@ class Orchestrator:
                     own_layers=attempt.own_layers,
                     trace=tracing.headers(span),
                 )
+                attempt.is_silent = True
                 called, called_ns = time.perf_counter(), time.time_ns()
                 async for chunk in stream:
                     if loading.when() is not None and not loading.expired():
                         loading.reschedule(None)
+                        attempt.is_silent = False
                         computed = len(attempt.prefix.token_ids) - chunk.local_tokens
                         self.layer_choice.took(decoder.pool, computed, attempt.own_layers, time.perf_counter() - called)
                         usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
@@ -385,7 +389,7 @@ class Orchestrator:
             if not scope.expired():
                 raise
             text = f"no token within {self._load_timeout_s:g} s of the handoff (cluster.kv_load_timeout_s)"
-            raise PrefixLost(text, reason=ResumeReason.KV_LOAD_FAILED) from None
+            raise NoToken(text, reason=ResumeReason.KV_LOAD_FAILED) from None
 
     async def drain(self, timeout_s: float) -> None:
         """Admit no further turn and wait until running ones have ended, at most `timeout_s`."""

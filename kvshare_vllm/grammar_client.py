@@ -20,9 +20,9 @@ from kvshare.errors import Unavailable
 #: What a verdict says where the child that compiled had to be ended, or ended itself.
 TOO_MUCH_CPU, TOO_MUCH_TIME, DIED = "cpu", "wall", "died"
 #: The process imports for seconds, on a busy machine for longer.
-START_S = 60.0
-#: A compilation that has not had its CPU time within this multiple of it runs on a machine that is too busy.
-WALL_PER_CPU = 12.0
+START_S = 120.0
+#: A compilation that has not had its CPU time by then runs on a machine that is too busy, seconds.
+LONGEST_S = 90.0
 _MODULE = "kvshare_vllm.grammar_process"
 
 
@@ -42,8 +42,8 @@ class GrammarClient:
             if self._process is None or self._process.poll() is not None:
                 await self._start()
         number = next(self._numbers)
-        job = {"id": number, "kind": kind, "spec": spec, "cpu_s": self._cpu_s, "wall_s": WALL_PER_CPU * self._cpu_s}
-        return await self._ask(number, job, 2 * WALL_PER_CPU * self._cpu_s)
+        job = {"id": number, "kind": kind, "spec": spec, "cpu_s": self._cpu_s, "wall_s": LONGEST_S}
+        return await self._ask(number, job, LONGEST_S + START_S)
 
     async def _start(self) -> None:
         await asyncio.to_thread(self.close)

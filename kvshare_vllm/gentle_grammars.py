@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 
-#: Of the threads that compile; those they start inherit it.
+#: Of the threads that compile, above their process's; those they start inherit it.
 NICENESS = 10
 
 
@@ -40,9 +40,14 @@ def compile_behind_steps() -> None:
     if hasattr(create, "at_once"):
         return
 
+    process = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def lower() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), process + NICENESS)  # beyond the lowest is the lowest
+
     def gently(self, request):
         if self._use_async_grammar_compilation:  # in a thread of its own kind, not in that of the steps
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            lower()
         return create(self, request)
 
     gently.at_once = create

@@ -125,6 +125,7 @@ OTHER = {
         "max_queued": 7,
         "max_wait_s": 3,
         "max_request_bytes": 100_000,
+        "grammar_cpu_s": 3,
         "max_queued_prefill_tokens": 99,
         "expected_output_tokens": 9,
         "max_sessions": 5,

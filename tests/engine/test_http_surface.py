@@ -319,3 +319,45 @@ async def test_zero_log_probabilities_of_generated_tokens_are_the_tokens_own(sur
     answer = await surface.post(path, steps=[chunk], **body)
     told = answer.json()["choices"][0]["logprobs"]
     assert [told["content"][0]["logprob"]] == [-0.5] if path == CHAT else told["token_logprobs"] == [-0.5]
+
+
+# Limits of one request
+
+ALTERNATIVES = {"oneOf": [{"type": "object", "properties": {f"p{n}": {"type": "string"}}} for n in range(900)]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (CHAT, {"structured_outputs": {"regex": "^(([a-z]{1,50}){1,50}){1,50}$"}}, "structured_outputs.regex"),
+        (CHAT, {"structured_outputs": {"regex": "((a{0,100}){0,100}){0,100}"}}, "structured_outputs.regex"),
+        (COMPLETIONS, {"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": ALTERNATIVES}}},
+            "response_format",
+        ),
+        (COMPLETIONS, {"prompt": "a " * 100_000}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1]] * 2000}, "prompt"),
+        (CHAT, {"messages": [*ASK] * 2000}, "messages"),
+    ],
+)
+async def test_what_would_hold_up_everybody_is_refused_and_no_turn_sees_it(surface, path, body, field, stream):
+    answer = await surface.post(path, **body, stream=stream)
+    assert (answer.status_code, surface.limits) == (400, []), answer.text
+    assert error_of(answer)["param"] == field, answer.text
+
+
+async def test_a_request_that_allows_only_what_it_forbids_is_refused(surface):
+    (only,) = surface.frontend.renderer.tokenizer.encode("I", add_special_tokens=False)
+    answer = await surface.post(CHAT, allowed_token_ids=[only], bad_words=["I"])
+    assert (answer.status_code, surface.limits) == (400, [])
+    assert error_of(answer)["param"] == "allowed_token_ids"
+
+
+async def test_a_format_that_is_cheap_reaches_its_turn_as_engines_get_it(surface):
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert (await surface.post(CHAT, response_format=form)).status_code == 200
+    assert len(surface.limits) == 1

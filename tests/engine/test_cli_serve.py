@@ -8,8 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +18,18 @@ import zmq
 from channels import HANDSHAKE, REPLAY, listeners, turned_away
 from conftest import ids, wait_until
 from ports import free_port
+from ray import serve
 from test_system_llama import deployment
 
-from kvshare import channel_keys
+from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Unavailable
+from kvshare_vllm.ray_node import channel_secret
 from prefillshare import cluster
 from prefillshare.client import Client
 
 pytestmark = pytest.mark.engine
 
 COMMAND = Path(sys.executable).with_name("prefillshare")
-SIDE_CHANNEL = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 
 
 @dataclass
@@ -39,16 +38,14 @@ class Serving:
     data: dict
     client: Client
 
+    def connected(self):
+        """To its Ray cluster, as other commands are."""
+        return cluster.connected("auto", self.data["router"]["http_port"])
+
     def processes(self) -> list[psutil.Process]:
         """Its own, and all that it has started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
-
-    def environments(self) -> Iterator[dict[str, str]]:
-        """What its processes were started with."""
-        for one in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                yield one.environ()
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +53,7 @@ def serving(tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp("serve")
     data = deployment(folder, smollm, "llama")
     data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
+    data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))
     process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"])
     try:
@@ -95,20 +93,22 @@ def test_with_a_local_host_everything_listens_on_loopback(serving):
 
 
 def test_engines_tell_nobody_without_the_deployments_key_what_they_hold(serving):
-    with cluster.connected("auto", serving.data["router"]["http_port"]):
+    with serving.connected():
         info = cluster.running_handle().replica_info.remote().result(timeout_s=30)
+        prefill = serve.get_deployment_handle(SHARED_PREFILL, app_name=cluster.APP)
+        handoff = prefill.prefill.remote(ids(100, salt=9), "handshake").result(timeout_s=60).handoff
     events = [replica["kv_events"] for pool in info.values() for replica in pool.values()]
     assert len(events) == 2
     for one in events:
         assert turned_away(zmq.SUB, one["endpoint"])
         assert turned_away(zmq.DEALER, one["replay_endpoint"], REPLAY)
-    ports = {env[SIDE_CHANNEL] for env in serving.environments() if SIDE_CHANNEL in env}
-    assert len(ports) == 2
-    assert all(turned_away(zmq.REQ, f"tcp://127.0.0.1:{port}", [HANDSHAKE]) for port in ports)
+    assert turned_away(zmq.REQ, "tcp://{remote_host}:{remote_port}".format(**handoff.transfer), [HANDSHAKE])
 
 
 def test_the_key_stands_in_no_command_line_and_in_no_log(serving):
-    (secret,) = {env[channel_keys.ENVIRONMENT] for env in serving.environments() if channel_keys.ENVIRONMENT in env}
+    with serving.connected():
+        secret = channel_secret()
+    assert len(secret) == 64
     assert not [one for one in serving.processes() if one.is_running() and secret in " ".join(one.cmdline())]
     logs = [file for file in (Path(tempfile.gettempdir()) / "ray/session_latest/logs").rglob("*.*") if file.is_file()]
     assert len(logs) > 5

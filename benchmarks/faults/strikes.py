@@ -7,34 +7,18 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import psutil
 
 from benchmarks.faults.http_turns import hang_up
 from benchmarks.faults.nodes import Nodes
+from benchmarks.faults.processes import routers, stopped, titled
 from benchmarks.redis_server import RedisServer
 
 HANG_S, REDIS_AWAY_S = 12, 3
 #: How long a fault may take to show, or to pass.
 SETTLE_S = 60
-
-
-def processes(title: str) -> list[psutil.Process]:
-    """Of a deployment that this process started. One that starts or ends shows in its title."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] == [title]:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def routers() -> list[psutil.Process]:
-    return processes("ray::ServeReplica:prefillshare:router")
 
 
 class Faults:
@@ -109,10 +93,10 @@ class Faults:
 
     def _kill(self, title: str, wanted: int) -> None:
         """One of the processes of that title. Serve starts another one."""
-        victim = processes(title)[0]
+        victim = titled(title)[0]
         victim.kill()
         self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
-        self._until(lambda: len(processes(title)) == wanted)
+        self._until(lambda: len(titled(title)) == wanted)
 
     def _replica(self, kind: str) -> None:
         how, pool = kind.rsplit(" ", 1)
@@ -122,7 +106,7 @@ class Faults:
         parent = psutil.Process(self.info()[pool][busiest]["pid"])
         engine = parent.children(recursive=True)
         if how == "hang":
-            with _stopped([parent, *engine]):
+            with stopped([parent, *engine]):
                 self._stop.wait(HANG_S)
             return
         for process in [parent] if how == "kill" else engine:
@@ -156,14 +140,3 @@ class Faults:
             except Exception as error:  # routers come and go
                 self._log(f"[dim]{type(error).__name__}: asked again[/]")
             self._stop.wait(0.2)
-
-
-@contextmanager
-def _stopped(victims: list[psutil.Process]) -> Iterator[None]:
-    for process in victims:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in victims:
-            process.resume()

@@ -18,18 +18,6 @@ def processes(running, pool: str, replica: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def stopped(victims: list[psutil.Process]):
-    """They hang meanwhile."""
-    for process in victims:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in victims:
-            process.resume()
-
-
-@contextmanager
 def kept_whole(running):
     """Before and after, all replicas are usable, as many as are asked for, and hold nothing."""
     deployment = running.deployment

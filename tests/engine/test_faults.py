@@ -15,12 +15,12 @@ import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import disturbed, kept_whole, kill, processes, stopped
+from faults import disturbed, kept_whole, kill, processes
 from oracle import Oracle
 from ray import serve
 from ray.exceptions import RayError
 
-from benchmarks.faults.strikes import processes as children
+from benchmarks.faults.processes import stopped, titled
 from kvshare import adapter_settings
 from kvshare.config import parse
 from kvshare.errors import ConfigError, EngineStartError, NotFound
@@ -147,10 +147,10 @@ def test_serves_controller_that_dies_takes_nothing_along_and_comes_back(running,
     session = running.client.create_session()
     oracle.turn(session, "a", token_ids=ids(150, salt=13), max_tokens=6, ignore_eos=True)
     before = {pool: set(replicas) for pool, replicas in running.info().items()}
-    (controller,) = children("ray::ServeController")
+    (controller,) = titled("ray::ServeController")
 
     disturbed(running, oracle, "b", ids(90, salt=14), controller.kill, max_tokens=60)
-    wait_until(lambda: [one for one in children("ray::ServeController") if one.pid != controller.pid], 60)
+    wait_until(lambda: [one for one in titled("ray::ServeController") if one.pid != controller.pid], 60)
     wait_until(serve_runs, 60, 1)
     second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=15), max_tokens=6, ignore_eos=True)
     assert second.usage.cached_tokens >= 128

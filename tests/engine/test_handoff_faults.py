@@ -12,9 +12,10 @@ import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import kept_whole, processes, stopped
+from faults import kept_whole, processes
 from oracle import Oracle
 
+from benchmarks.faults.processes import stopped
 from kvshare.config import parse
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters

@@ -9,7 +9,7 @@ from conftest import System, ids, system, wait_until
 from oracle import Oracle
 from ports import free_port
 
-from benchmarks.faults.strikes import routers
+from benchmarks.faults.processes import routers
 from benchmarks.redis_server import RedisServer
 from kvshare.errors import Conflict, Unavailable
 from prefillshare.seeded_adapters import make_seeded_adapters

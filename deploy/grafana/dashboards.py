@@ -243,6 +243,10 @@ BOARDS = (
                   {f'max by (pool, state) ({_of("prefillshare_replicas", **POOL)})': "{{pool}}: {{state}}"},
                   "ejected above 0: that replica fails or does not answer; read its log."),
         ),
+        "Behind turns": (
+            Panel("Failures", "reqps", {_rate("prefillshare_background_failures_total", "task"): "{{task}}"},
+                  "Above 0: a fault of ours, turns go on without; the router's log has the error and the session or request."),
+        ),
     }),
     Board("prefillshare-slo", "prefillshare: objectives and alerts", "decoder", {
         "Objectives": (

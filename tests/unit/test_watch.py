@@ -124,6 +124,7 @@ def test_serve_ends_with_a_status_and_the_reason_when_its_application_is_gone(mo
 
     monkeypatch.setattr(app, "running", running)
     monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
+    monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
     monkeypatch.setattr(watch, "ASK_S", 0.01)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     gone = partial(Trouble, "its application is gone from Ray Serve", 0.0)

@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from kvshare import decoders
@@ -74,6 +76,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
         _step(more_engines, new, progress)
         _refuse_what_engines_cannot_load(handle, new)
         _step(new_routers, new, progress)
+        _refuse_what_routers_leave_out(handle, new)
     except PrefillShareError as error:
         _go_back(as_before, old, error, progress)
         raise
@@ -88,14 +91,33 @@ def _step(application, deployment: Deployment, progress: Progress | None) -> Non
 
 def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
     """Raises ConfigError naming every adapter that some replica cannot load, and why; EngineStartError if no router says."""
+    timeout_s = new.cluster.start_timeout_s + STOP_TIMEOUT_S
+    with _answers():
+        problems = handle.adapter_problems.remote(new.model_dump(mode="json")).result(timeout_s=timeout_s)
+    _refuse(problems, new)
+
+
+def _refuse_what_routers_leave_out(handle, new: Deployment) -> None:
+    """As above, of what routers serve now: an engine may have been away when it was asked."""
+    with _answers():
+        told = handle.broadcast("left_out").results(timeout_s=STOP_TIMEOUT_S)
+    for left_out in told:
+        _refuse(left_out, new)
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    asked = handle.adapter_problems.remote(new.model_dump(mode="json"))
     try:
-        problems = asked.result(timeout_s=new.cluster.start_timeout_s + STOP_TIMEOUT_S)
+        yield
     except (TimeoutError, RayError, RayServeException) as error:
         raise EngineStartError(f"no router says whether engines have loaded the adapters: {error}", fix="try again") from error
+
+
+def _refuse(problems: Mapping[str, str], new: Deployment) -> None:
+    """Raises ConfigError if adapters of `new` are among those with problems."""
     named = [
         (f"decode.{number}.adapters.{name}", f"engines cannot serve {folder}: {problems[name]}")
         for number, pool in enumerate(new.decode)

@@ -158,7 +158,12 @@ class RouterIngress:
         problems = await self._fleet.adapter_problems(deployment)
         for name, why in problems.items():
             logger.error("decoder %s is not served: %s", name, why)
+        self._left_out = problems
         return served_decoders.served(deployment, but=problems)
+
+    async def left_out(self) -> dict[str, str]:
+        """Adapters of what is served that engines could not load, and why."""
+        return self._left_out
 
     async def adapter_problems(self, plain: dict) -> dict[str, str]:
         """Adapters of a deployment, given as plain data, whose replicas all run: those that one cannot serve, and why."""

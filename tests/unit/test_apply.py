@@ -102,6 +102,7 @@ class Serve:
     def __init__(self, monkeypatch, old: config.Deployment):
         self.deployed, self.fails, self.problems = [], set(), {}
         self.routers_fail_with: set[str] = set()
+        self.left_out: dict[str, str] = {}
         for name, stub in {
             "running_handle": lambda: self,
             "running_deployment": lambda handle: old,
@@ -126,6 +127,8 @@ class Serve:
         return Answer(self.problems)
 
     def broadcast(self, method):
+        if method == "left_out":
+            return Answer([{}, self.left_out])
         _, routers = self.deployed[-1]
         return Answer([routers.model_dump(mode="json")])
 
@@ -151,6 +154,15 @@ def test_an_adapter_that_engines_cannot_load_is_refused_and_engines_go_back(depl
     assert caught.value.field == "decode.0.adapters.b"
     assert caught.value.message == f"engines cannot serve {deploy.folders['b']}: vLLM does not yet support DoRA."
     assert names(serve.deployed) == [(["a", "b"], ["a"]), (["a"], ["a"])]
+
+
+def test_a_decoder_that_a_router_has_left_out_is_refused_before_engines_drop_what_goes(deploy, monkeypatch):
+    old, new = deploy(), deploy(adapters={"b": deploy.folders["b"]})
+    serve = Serve(monkeypatch, old)
+    serve.left_out = {"b": "it is not loaded after 600 s"}
+    with pytest.raises(ConfigError, match=r"decode\.0\.adapters\.b: engines cannot serve .*: it is not loaded after 600 s"):
+        apply_module.apply(new)
+    assert names(serve.deployed) == [(["a", "b"], ["a"]), (["a", "b"], ["b"]), (["a"], ["a"])]
 
 
 def test_engines_go_back_when_no_router_says_what_they_have_loaded(deploy, monkeypatch):

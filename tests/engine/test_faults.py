@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kept_whole, kill, processes
+from hang_ups import hang_up
 from oracle import Oracle
 from ray import serve
 from ray.exceptions import RayError
@@ -166,6 +167,23 @@ def serve_runs() -> bool:
         return serve.status().applications["prefillshare"].status.value == "RUNNING"
     except RayError:
         return False
+
+
+def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(running):
+    """More at once than the engines take, so that some still wait in the queue."""
+
+    def counted() -> dict[str, float]:
+        text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", follow_redirects=True, timeout=30).text
+        lines = [line for line in text.splitlines() if line.startswith(("prefillshare_resumes_", "prefillshare_turns_total"))]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines) if float(value)}
+
+    before = counted()
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 300), range(60)))
+    wait_until(lambda: not running.held(), 10)
+    new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
+    assert set(new) == {'prefillshare_turns_total{decoder="a",outcome="cancelled"}'}
+    assert new.popitem()[1] > 15  # others hung up before they had a turn
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):

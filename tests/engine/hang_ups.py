@@ -20,7 +20,7 @@ _WAYS = (
 
 
 def hang_up(url: str, model: str, number: int, tokens: int) -> None:
-    """Client `number` of many, which differ: it asks, streamed or not, and after 0 to 1 s closes its socket, or resets it."""
+    """Client `number` of many, which differ: it asks, streamed or not, and after 0 to 0.5 s closes its socket, or resets it."""
     path, body = _WAYS[number % len(_WAYS)]
     asked = {"model": model, "stream": number % 2 == 0, **body(tokens)}
     data, where = json.dumps(asked).encode(), urlsplit(url)
@@ -31,4 +31,4 @@ def hang_up(url: str, model: str, number: int, tokens: int) -> None:
         client.sendall(head.encode() + data)
         if number % 4 == 0:  # streamed
             client.recv(64)
-        time.sleep(number % 11 * 0.1)
+        time.sleep(number % 11 * 0.05)

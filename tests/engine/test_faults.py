@@ -179,7 +179,7 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
 
     before = counted()
     with ThreadPoolExecutor(16) as clients:
-        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 300), range(60)))
+        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(60)))
     wait_until(lambda: not running.held(), 10)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
     assert set(new) == {'prefillshare_turns_total{decoder="a",outcome="cancelled"}'}

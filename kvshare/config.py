@@ -6,21 +6,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from kvshare import origins, redis_url
-from kvshare.access import Auth, Tls
 from kvshare.config_errors import as_config_error, shown
 from kvshare.config_files import with_files_found
 from kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
 from kvshare.errors import ConfigError
 from kvshare.layer_group import layer_group
 from kvshare.modes import get_mode, mode_names
-from kvshare.placement_config import Placement
+from kvshare.router_config import Router
 from kvshare.yaml_tree import Name, read
 from kvshare.yaml_tree import Node as _Node
 
@@ -229,133 +226,6 @@ class DecodePool(Engines):
         """Sizes of this pool's own prefill engines, in modes that have them."""
         sizes = {name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1, "autoscale": None}
         return self.prefill or Engines(**sizes)
-
-
-class Router(_Node):
-    """The ingress: HTTP and gRPC surfaces, sessions, placement."""
-
-    #: Fields a running router takes over; a change of any other replaces it.
-    CHANGEABLE: ClassVar = (
-        "max_queued", "max_wait_s", "expected_output_tokens", "default_deadline_s", "max_resumes", "max_retries", "placement",
-    )  # fmt: skip
-
-    replicas: int = Field(1, ge=1)
-    """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Custom Ray resources that a router takes, as for engines."""
-    host: str = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
-    """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all. On loopback, a local Ray
-    cluster and the engines are there, too."""
-    http_port: int = Field(8000, ge=1, le=65535)
-    """Port of the OpenAI-compatible HTTP surface."""
-    grpc_port: int = Field(9000, ge=1, le=65535)
-    """Port of the gRPC surface."""
-    max_queued: int = Field(256, ge=1)
-    """Most turns in progress or waiting for room. Beyond that the last in the longest line is refused with
-    RESOURCE_EXHAUSTED / 429 and a retry hint."""
-    max_wait_s: float = Field(30, gt=0)
-    """Longest a turn waits for room, seconds. One that by the measured rates would wait longer, or too long to end before its
-    deadline, is refused at once."""
-    max_request_bytes: int | None = Field(None, ge=4096)
-    """Largest body of an HTTP request and largest gRPC message, in bytes; larger ones are refused unread. Unset: 64 bytes per
-    token of base.max_model_len, at least 1 MiB."""
-    grammar_cpu_s: float = Field(5, gt=0)
-    """Most CPU time that compiling the format of a response (JSON schema, regex, choice, grammar) may take, seconds; what takes
-    longer is refused. It is tried in a process of its own, before a turn waits for room."""
-    max_queued_prefill_tokens: int = Field(32768, ge=1)
-    """Prefill tokens admitted and not finished, per prefill replica, from which on no turn starts. Enough to keep a replica
-    busy; more moves waiting from the router, where priorities and tenants count, into the engine."""
-    expected_output_tokens: int = Field(256, ge=1)
-    """Tokens a turn is expected to generate where its max_tokens is not lower: decode blocks are reserved for prompt and so
-    many. Too low: turns outgrow what was reserved and engines preempt; too high: room stays unused."""
-    max_sessions: int = Field(10_000, ge=1)
-    """Most sessions kept, with Redis by all routers together; creating another one is refused."""
-    session_ttl_s: float = Field(3600, gt=0)
-    """A session unused for so long is forgotten, seconds."""
-    redis_url: str | None = None
-    """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
-    "unix://path". Options: ssl_*. Unset: in the router's memory, where they end with it. Required for several routers."""
-    redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the Redis password, on every machine where a router may run. It never stands in
-    this file, which others may see: Ray shows what it deploys."""
-    redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """What this deployment's keys in Redis begin with. Deployments that share a server need different ones."""
-    default_deadline_s: float = Field(300, gt=0)
-    """Deadline of a turn whose client sets none, seconds."""
-    max_resumes: int = Field(64, ge=0)
-    """How often one turn may be taken up again, for whatever reason, before it fails."""
-    max_retries: int = Field(5, ge=0)
-    """How often one turn may go on elsewhere because a replica failed it, before it fails."""
-    replica_wait_s: float = Field(60, ge=0)
-    """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
-    wedged_after_s: float = Field(30, gt=0)
-    """A replica that leaves a question unanswered, or an engine that does not step, for so long is not waited for:
-    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds. Longer than the longest step
-    of an engine: on CPUs a step of a few thousand prompt tokens takes ten seconds, on GPUs 5 is enough."""
-    eager_prefill: bool = True
-    """Have the prefill pool make a response's KV while it streams and when it has ended, at the lowest priority, so
-    that the session's next turn finds it there."""
-    eager_prefill_max: int = Field(8, ge=1)
-    """Most eager prefills one router has running at once."""
-    eager_prefill_stride_tokens: int = Field(256, ge=1)
-    """While a response streams, its KV is made every so many tokens."""
-    pull_back: Literal["cheaper", "always", "never"] = "cheaper"
-    """Have the prefill pool pull a response's KV from the decode engine, in modes whose generated KV is base KV. cheaper:
-    where that has lately taken less time than computing it; always: to spare the prefill pool; never: it is computed."""
-    pull_back_max: int = Field(32, ge=1)
-    """Most responses whose KV one router has the prefill pool pull at once."""
-    canary_share: float = Field(0.001, ge=0, le=1)
-    """Part of the turns in mode droidspeak of which one token is predicted again with the decoder's own prefill, at the lowest
-    priority; prefillshare_canary_divergence says how far apart the two are."""
-    placement: Placement = Field(default_factory=Placement)
-    """How replicas are chosen."""
-    auth: Auth | None = None
-    """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
-    tls: Tls | None = None
-    """Certificates of both surfaces; unset: no encryption."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all.
-    Empty: none."""
-
-    @field_validator("cors_origins")
-    @classmethod
-    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if problem := origins.problem(value):
-            raise ValueError(problem)
-        return value
-
-    @field_validator("redis_url")
-    @classmethod
-    def _is_redis(cls, value: str | None) -> str | None:
-        if problem := value is not None and redis_url.problem(value):
-            raise ValueError(problem)
-        return value
-
-    @model_validator(mode="after")
-    def _sessions_are_shared(self) -> Router:
-        if self.replicas > 1 and not self.redis_url:
-            raise ValueError(f"{self.replicas} router replicas need a session store they share; set redis_url or use 1")
-        if self.redis_password_env and not self.redis_url:
-            raise ValueError("redis_password_env goes with redis_url; set that too, or remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _ports_differ(self) -> Router:
-        if self.http_port == self.grpc_port:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}; give each a port of its own")
-        return self
-
-    def redis_password(self) -> str | None:
-        """What redis_password_env names, from this process's environment. Raises ConfigError if it is not there."""
-        if self.redis_password_env is None:
-            return None
-        if not (password := os.environ.get(self.redis_password_env)):
-            raise ConfigError(
-                f"environment variable {self.redis_password_env} is not set, or empty",
-                field="router.redis_password_env",
-                fix="set it to the Redis password where the router runs",
-            )
-        return password
 
 
 class Cluster(_Node):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvshare import access, config
+from kvshare import access, config, placement_config
 from kvshare.modes import get_mode, mode_names
 from router import tenants
 
@@ -36,7 +36,7 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("decode[]", config.DecodePool),
     ("prefill.autoscale, decode[].autoscale", config.Autoscale),
     ("router", config.Router),
-    ("router.placement", config.Placement),
+    ("router.placement", placement_config.Placement),
     ("router.auth", access.Auth),
     ("router.tls", access.Tls),
     ("cluster", config.Cluster),

@@ -100,7 +100,21 @@ def started(deployment: Deployment) -> Iterator[None]:
         options["_node_ip_address"] = ADDRESS
     with loopback_kept(deployment.router.host):
         _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
-    _close_token_file()
+    try:
+        _close_token_file()
+        file = _record(deployment)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        ray.shutdown()
+
+
+def _record(deployment: Deployment) -> Path:
+    """Write down where the deployment runs; returns the file."""
+    import ray
+
     router, me = deployment.router, psutil.Process()
     record = Record(
         ray.get_runtime_context().gcs_address, router.http_port, router.grpc_port, me.pid, me.create_time()
@@ -108,12 +122,7 @@ def started(deployment: Deployment) -> Iterator[None]:
     file = _folder() / f"{router.http_port}.json"
     whole = file.with_suffix(f".{me.pid}")
     whole.write_text(json.dumps(asdict(record)))
-    whole.replace(file)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        ray.shutdown()
+    return whole.replace(file)
 
 
 @contextmanager

@@ -163,3 +163,29 @@ def test_only_this_user_reads_the_token_that_ray_makes(starts, monkeypatch, tmp_
     token.touch(0o644)
     with cluster.started(deployment()):
         assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_cluster_named_by_its_address_or_by_ray_address_is_asked_with_the_token_that_there_is(starts, monkeypatch):
+    """Ray would do so for clusters that it finds by itself only."""
+    monkeypatch.setattr(authentication_token_setup.AuthenticationTokenLoader, "instance", lambda: SimpleNamespace(
+        has_token=lambda ignore_auth_mode: True))  # fmt: skip
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        with cluster.joined(address):
+            assert starts.pop("tokens")
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with cluster.connected("auto"):
+            assert starts["tokens"]
+
+
+def test_a_cluster_that_does_not_let_this_user_in_is_told_with_what_it_wants(monkeypatch):
+    def refuses(**kw):
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    monkeypatch.setattr("ray.init", refuses)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        wanted = rf"cannot join the Ray cluster at {address}: ConnectionError.*fix: give the cluster's token \(RAY_AUTH_TOKEN"
+        with pytest.raises(ConfigError, match=wanted), cluster.joined(address):
+            pass

@@ -1,12 +1,10 @@
-"""Turns over HTTP, one after the other, while faults strike; and clients that hang up."""
+"""Turns over HTTP, one after the other, while faults strike."""
 
 from __future__ import annotations
 
-import random
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 
 import httpx
 
@@ -16,7 +14,6 @@ URL = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
 PROMPT = list(range(100, 160))
 TOKENS = 16
 TIMEOUT_S = 60
-HANG_UPS = 50
 
 
 def _ask(client: httpx.Client) -> str:
@@ -57,25 +54,3 @@ class HttpTurns:
             else:
                 self.right += text == self._expected
                 self.wrong += text != self._expected
-
-
-def hang_up(rng: random.Random, times: int = HANG_UPS) -> None:
-    """Clients that leave at some moment before their answer is whole: chats and completions, streamed or not."""
-
-    def one(number: int) -> None:
-        body = {"model": rng.choice(DECODERS), "max_tokens": 200, "ignore_eos": True, "stream": bool(number % 2)}
-        if number % 4 < 2:
-            url, body = URL, body | {"prompt": [*PROMPT, number]}
-        else:
-            url = URL.replace("completions", "chat/completions")
-            body |= {"messages": [{"role": "user", "content": f"Hello {number}."}]}
-        with suppress(httpx.HTTPError), httpx.stream("POST", url, json=body, timeout=rng.uniform(0.02, 0.8)) as answer:
-            for _ in answer.iter_bytes():
-                if rng.random() < 0.3:
-                    return
-
-    clients = [threading.Thread(target=one, args=(number,)) for number in range(times)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from benchmarks.faults.http_turns import hang_up
+from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.processes import routers, stopped, titled
 from benchmarks.redis_server import RedisServer
+from benchmarks.small import DECODERS, HTTP_PORT
 
 HANG_S, REDIS_AWAY_S = 12, 3
+HANG_UPS = 200
+HTTP_URL = f"http://127.0.0.1:{HTTP_PORT}"
 #: How long a fault may take to show, or to pass.
 SETTLE_S = 60
 
@@ -27,7 +30,6 @@ class Faults:
 
     def __init__(self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None]):
         self._handle, self._nodes, self._redis, self._log = handle, nodes, redis, log
-        self._rng = random.Random(0)
         self.struck: list[tuple[str, float]] = []
         #: Kind of fault -> seconds until a router gave the replica no more work, or what had died was there again.
         self.known_after_s: dict[str, float] = {}
@@ -44,7 +46,7 @@ class Faults:
             "kill controller": lambda kind: self._kill("ray::ServeController", 1),
             "kill proxy": lambda kind: self._kill("ray::ProxyActor", 2),
             "kill raylet": self._raylet,
-            "hang up": lambda kind: hang_up(self._rng),
+            "hang up": self._hang_up,
             "kill redis": self._kill_redis,
             "hang redis": self._hang_redis,
         }
@@ -120,6 +122,11 @@ class Faults:
         self._victims |= {name for pool in self.info().values() for name, replica in pool.items() if replica["pid"] in there}
         self._nodes.kill_second_raylet()
         self._nodes.start_second()
+
+    def _hang_up(self, kind: str) -> None:
+        """HTTP clients, several at once."""
+        with ThreadPoolExecutor(16) as clients:
+            list(clients.map(lambda number: hang_up(HTTP_URL, DECODERS[0], number, 200), range(HANG_UPS)))
 
     def _kill_redis(self, kind: str) -> None:
         self._redis.kill()

@@ -16,11 +16,11 @@ import psutil
 import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kept_whole, kill, processes
-from hang_ups import hang_up
 from oracle import Oracle
 from ray import serve
 from ray.exceptions import RayError
 
+from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.processes import stopped, titled
 from kvshare import adapter_settings
 from kvshare.config import parse
@@ -179,11 +179,11 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
 
     before = counted()
     with ThreadPoolExecutor(16) as clients:
-        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(60)))
+        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(200)))
     wait_until(lambda: not running.held(), 10)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
     assert set(new) == {'prefillshare_turns_total{decoder="a",outcome="cancelled"}'}
-    assert new.popitem()[1] > 15  # others hung up before they had a turn
+    assert new.popitem()[1] > 50  # others hung up before they had a turn
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):

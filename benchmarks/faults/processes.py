@@ -8,20 +8,22 @@ from contextlib import contextmanager
 import psutil
 
 
-def titled(title: str) -> list[psutil.Process]:
-    """Those that Ray has given this title. One that starts or ends has another one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] == [title]:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def titled(actor: str) -> list[psutil.Process]:
+    """Ray's actors of that name, whatever they do: the title of one may go on with the method that it runs."""
+    return [process for process, title in _titles() if title == actor or title.startswith(f"{actor}.")]
 
 
 def routers() -> list[psutil.Process]:
-    return titled("ray::ServeReplica:prefillshare:router")
+    """Those that serve. One that starts or ends shows in its title."""
+    return [process for process, title in _titles() if title == "ray::ServeReplica:prefillshare:router"]
+
+
+def _titles() -> Iterator[tuple[psutil.Process, str]]:
+    for process in psutil.Process().children(recursive=True):
+        try:
+            yield process, (process.cmdline() or [""])[0]
+        except psutil.Error:
+            continue
 
 
 @contextmanager

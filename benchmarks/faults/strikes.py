@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psutil
 
@@ -41,10 +42,10 @@ class Faults:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.kinds: dict[str, Callable[[str], None]] = {
-            "kill router": lambda kind: self._kill("ray::ServeReplica:prefillshare:router", 2),
+            "kill router": lambda kind: self._kill(routers, 2),
             **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")},
-            "kill controller": lambda kind: self._kill("ray::ServeController", 1),
-            "kill proxy": lambda kind: self._kill("ray::ProxyActor", 2),
+            "kill controller": lambda kind: self._kill(partial(titled, "ray::ServeController"), 1),
+            "kill proxy": lambda kind: self._kill(partial(titled, "ray::ProxyActor"), 2),
             "kill raylet": self._raylet,
             "hang up": self._hang_up,
             "kill redis": self._kill_redis,
@@ -93,12 +94,12 @@ class Faults:
         finally:
             self.now = ""
 
-    def _kill(self, title: str, wanted: int) -> None:
-        """One of the processes of that title. Serve starts another one."""
-        victim = titled(title)[0]
+    def _kill(self, running: Callable[[], list[psutil.Process]], wanted: int) -> None:
+        """One of them. Serve starts another one."""
+        victim = running()[0]
         victim.kill()
         self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
-        self._until(lambda: len(titled(title)) == wanted)
+        self._until(lambda: len(running()) == wanted)
 
     def _replica(self, kind: str) -> None:
         how, pool = kind.rsplit(" ", 1)

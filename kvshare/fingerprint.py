@@ -96,8 +96,18 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def tokenizer(folder: str | Path) -> str:
     """Hash of what turns text into ids: tokenizer.json without its padding and truncation settings."""
-    data = read_json(folder, "tokenizer.json")
-    return of_json({k: v for k, v in data.items() if k not in ("padding", "truncation", "version")})
+    try:
+        content = hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError:
+        content = ""  # read_json says what is wrong
+    if content not in _tokenizers:
+        data = read_json(folder, "tokenizer.json")
+        _tokenizers[content] = of_json({k: v for k, v in data.items() if k not in ("padding", "truncation", "version")})
+    return _tokenizers[content]
+
+
+#: SHA-256 of a tokenizer.json's bytes -> its fingerprint, which is asked for again at every change of a deployment.
+_tokenizers: dict[str, str] = {}
 
 
 def chat_template(folder: str | Path) -> str:

@@ -23,7 +23,7 @@ from prefillshare.tiny_models import make_base
 
 pytestmark = pytest.mark.engine
 
-BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 9, 14
+BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 12, 17
 
 
 @pytest.fixture(scope="module")

@@ -126,13 +126,11 @@ def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
         status = fields["code"] if isinstance(fields.get("code"), int) else HTTPStatus.INTERNAL_SERVER_ERROR
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
         return unforeseen()
-    param = fields.get("param")
-    return HttpError(
-        status,
-        for_clients(fields["message"]),
-        str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase),
-        surface.prompt_field if param in _LENGTHS else param,
-    )
+    param, message = fields.get("param"), for_clients(fields["message"])
+    param = surface.prompt_field if param in _LENGTHS else param
+    if param and str(param) not in message:  # clients show the text
+        message = f"{param}: {message}"
+    return HttpError(status, message, str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase), param)
 
 
 def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:

@@ -249,6 +249,9 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
             kind = getattr(errors, detail.kind, errors.PrefillShareError)
             more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
+        # gRPC's own, before the router sees the message: no room will come of waiting.
+        return errors.InvalidInput(error.details(), fix="send less, or raise router.max_request_bytes")
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
         grpc.StatusCode.UNAVAILABLE: errors.ConnectionLost,  # the router's own carry a detail

@@ -316,7 +316,8 @@ def test_openai_json_schema_holds(http):
         ({"decoder": "base", "text": "x", "logprobs": 21}, errors.InvalidInput, "sampling.logprobs"),
         ({"decoder": "base", "text": "x", "stop": [""]}, errors.InvalidInput, "sampling.stop"),
         ({"decoder": "base", "text": "x", "min_tokens": 300}, errors.InvalidInput, "sampling.min_tokens: 300 is more"),
-        ({"decoder": "base", "text": "x" * 3_000_000}, errors.InvalidInput, "input.text: 3000000 characters"),
+        ({"decoder": "base", "text": "x" * 1_000_000}, errors.InvalidInput, "input.text: 1000000 characters"),
+        ({"decoder": "base", "text": "x" * 3_000_000}, errors.InvalidInput, "raise router.max_request_bytes"),
     ],
 )
 def test_bad_turns_name_the_field_and_change_nothing(running, kwargs, error, text):

@@ -69,6 +69,9 @@ class Client:
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.use_local_subchannel_pool", 1),  # gRPC lets channels of a process share one: all on the same router
+            # Routers that are back after an outage are found at once; gRPC's own pause between two tries grows to 2 minutes.
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2_000),
             # A router that is gone is noticed while a turn is silent, and what lies between keeps an idle connection.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),

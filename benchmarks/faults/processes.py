@@ -13,9 +13,16 @@ def titled(actor: str) -> list[psutil.Process]:
     return [process for process, title in _titles() if title == actor or title.startswith(f"{actor}.")]
 
 
-def routers() -> list[psutil.Process]:
-    """Those that serve. One that starts or ends shows in its title."""
-    return [process for process, title in _titles() if title == "ray::ServeReplica:prefillshare:router"]
+def routers(grpc_port: int) -> list[psutil.Process]:
+    """Those that serve there: one that starts does not listen yet, one that ends no longer does."""
+    return [process for process in titled("ray::ServeReplica:prefillshare:router") if grpc_port in _listening(process)]
+
+
+def _listening(process: psutil.Process) -> set[int]:
+    try:
+        return {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    except psutil.Error:
+        return set()
 
 
 def _titles() -> Iterator[tuple[psutil.Process, str]]:

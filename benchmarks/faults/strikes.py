@@ -16,7 +16,7 @@ from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.processes import routers, stopped, titled
 from benchmarks.redis_server import RedisServer
-from benchmarks.small import DECODERS, HTTP_PORT
+from benchmarks.small import DECODERS, GRPC_PORT, HTTP_PORT
 
 HANG_S, REDIS_AWAY_S = 12, 3
 HANG_UPS = 200
@@ -42,7 +42,7 @@ class Faults:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.kinds: dict[str, Callable[[str], None]] = {
-            "kill router": lambda kind: self._kill(routers, 2),
+            "kill router": lambda kind: self._kill(partial(routers, GRPC_PORT), 2),
             **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")},
             "kill controller": lambda kind: self._kill(partial(titled, "ray::ServeController"), 1),
             "kill proxy": lambda kind: self._kill(partial(titled, "ray::ProxyActor"), 2),
@@ -71,7 +71,7 @@ class Faults:
         pools = self.info()
         unusable = {name for pool in pools.values() for name, replica in pool.items() if not replica["usable"]}
         self.ejected |= unusable - self._victims
-        return len(routers()) == 2 and all(len(pool) == 2 for pool in pools.values()) and not unusable
+        return len(routers(GRPC_PORT)) == 2 and all(len(pool) == 2 for pool in pools.values()) and not unusable
 
     def _run(self) -> None:
         kinds = list(self.kinds)

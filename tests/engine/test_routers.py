@@ -71,8 +71,9 @@ def test_sessions_and_their_cached_prefix_outlive_each_router(running, oracle):
     for number, session in enumerate(sessions):
         result, _ = oracle.turn(session, "a", token_ids=ids(150, salt=number), max_tokens=6, ignore_eos=True)
         lengths.append(result.context_tokens)
-    assert len(routers()) == 2
-    for victim in routers():
+    port = running.deployment.router.grpc_port
+    assert len(routers(port)) == 2
+    for victim in routers(port):
         victim.kill()
         for number, session in enumerate(sessions):
             result, prompt = persistent(
@@ -81,7 +82,7 @@ def test_sessions_and_their_cached_prefix_outlive_each_router(running, oracle):
             assert len(prompt) == lengths[number] + 4
             assert result.usage.cached_tokens >= 128
             lengths[number] = result.context_tokens
-        wait_until(lambda: len(routers()) == 2 and running.stats_by_replica(), 120)
+        wait_until(lambda: len(routers(port)) == 2 and running.stats_by_replica(), 120)
 
 
 def test_two_routers_do_not_take_two_turns_on_one_session(running):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import System, ids, system
@@ -131,8 +132,9 @@ def test_stopping_finishes_running_turns_and_an_engine_that_cannot_start_says_wh
     assert "max_logprobs" in str(raised.value)
 
 
-def test_a_decoder_of_another_base_is_refused_before_anything_starts(small, tmp_path, smollm):
-    other = make_seeded_adapters(smollm, tmp_path / "other", names=("x",))["x"]
+def test_a_decoder_of_another_base_is_refused_before_anything_starts(small, tmp_path):
+    other_base = make_full_decoder(Path(small["base"]["model"]), tmp_path / "base", seed=5)
+    other = make_seeded_adapters(other_base, tmp_path / "other", names=("x",))["x"]
     small["decode"][0]["adapters"] = {"x": str(other)}
     with pytest.raises(
         ContractMismatch,

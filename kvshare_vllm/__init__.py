@@ -10,7 +10,7 @@ Pinned to vLLM 0.32. One seam per file:
     models/        two_streams.py (ICaRus); own_layers.py and ecache.py (DroidSpeak)
     worker.py      worker that restores a resumed request's state
     block_keys.py  block keys that do not name the adapter (R5)
-    launch.py      what an engine process is started with
+    launch.py      what an engine process is started with; quick_start.py, spawned.py: no garbage is looked for meanwhile
     nixl_handshakes.py  NIXL's handshakes are encrypted, and for holders of the deployment's key only
     nixl_cores.py  NIXL leaves the model its cores (CPU builds); gloo_loops.py: one gloo thread per process
     engine.py      AsyncLLM as a PrefillEngine / DecodeEngine; log_tail.py keeps the end of its log

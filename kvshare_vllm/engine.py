@@ -35,7 +35,7 @@ from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
-from kvshare_vllm import gentle_grammars, vllm_logging
+from kvshare_vllm import gentle_grammars, quick_start, vllm_logging
 from kvshare_vllm.adapters import Adapters
 from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.log_tail import LogTail
@@ -100,7 +100,7 @@ class Engine:
                 gentle_grammars.trust_the_router()
                 kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
-                with one_process(config, settings):
+                with one_process(config, settings), quick_start.of_spawned():
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)

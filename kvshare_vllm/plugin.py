@@ -18,7 +18,7 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
 
-    from kvshare_vllm import gentle_grammars, gloo_loops, kv_events, nixl_handshakes, vllm_logging
+    from kvshare_vllm import gentle_grammars, gloo_loops, kv_events, nixl_handshakes, quick_start, vllm_logging
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
@@ -38,3 +38,4 @@ def register() -> None:
         nixl_cores.wait_for_events()
         nixl_cores.keep_affinity()
         cpu_adapters.use()
+    quick_start.resume()

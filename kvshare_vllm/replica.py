@@ -11,7 +11,7 @@ from ray import serve
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.replica_info import ReplicaInfo, ReplicaStats
-from kvshare_vllm import ray_node, vllm_logging
+from kvshare_vllm import quick_start, ray_node, vllm_logging
 
 
 class EngineReplica(ABC):
@@ -24,9 +24,11 @@ class EngineReplica(ABC):
     async def __init__(self, settings: EngineSettings):
         vllm_logging.set_up(settings.log_level, settings.log_format)
         self._queued_tokens = 0
-        from kvshare_vllm.engine_metrics import EngineMetrics
+        with quick_start.paused():
+            from kvshare_vllm.engine_metrics import EngineMetrics
 
-        self._engine = await self.engine_class().start(settings, host=ray_node.join(), stat_loggers=(EngineMetrics,))
+            engine_class = self.engine_class()
+        self._engine = await engine_class.start(settings, host=ray_node.join(), stat_loggers=(EngineMetrics,))
 
     async def reconfigure(self, changeable: dict) -> None:
         """Serve calls this at the start, and when the adapters to serve or the log's level have changed."""

@@ -24,7 +24,7 @@ from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
-from kvshare_vllm import ray_node, vllm_logging
+from kvshare_vllm import quick_start, ray_node, vllm_logging
 from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -41,24 +41,25 @@ class RouterIngress:
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         ray_node.join()
-        from kvshare_vllm.openai_app import build_openai_app
-        from router.canary import Canary
-        from router.cors import cors
-        from router.eager import EagerPrefill
-        from router.fleet import Fleet
-        from router.grpc_api import GrpcServer, Servicer
-        from router.http_auth import ApiKeys
-        from router.http_limits import HttpLimits
-        from router.node_metrics import NodeMetrics, agent_of_this_node
-        from router.orchestrator import Orchestrator
-        from router.pull_back import PullBack
-        from router.ray_metrics import RayMetrics
-        from router.readiness import Readiness
-        from router.request_limits import RequestLimits
-        from router.response_kv import ResponseKV
-        from router.sessions import SessionGauge, open_sessions
-        from router.trace_context import HttpTraces
-        from router.turns import Turns
+        with quick_start.paused():
+            from kvshare_vllm.openai_app import build_openai_app
+            from router.canary import Canary
+            from router.cors import cors
+            from router.eager import EagerPrefill
+            from router.fleet import Fleet
+            from router.grpc_api import GrpcServer, Servicer
+            from router.http_auth import ApiKeys
+            from router.http_limits import HttpLimits
+            from router.node_metrics import NodeMetrics, agent_of_this_node
+            from router.orchestrator import Orchestrator
+            from router.pull_back import PullBack
+            from router.ray_metrics import RayMetrics
+            from router.readiness import Readiness
+            from router.request_limits import RequestLimits
+            from router.response_kv import ResponseKV
+            from router.sessions import SessionGauge, open_sessions
+            from router.trace_context import HttpTraces
+            from router.turns import Turns
 
         config, metrics, self._tenants = deployment.router, Metrics(), tenants
         bounds = RequestLimits.of(config, deployment.base)

@@ -17,20 +17,28 @@ def processes(running, pool: str, replica: str) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def wait_whole(running, *pools: str):
+    """Until all replicas of these pools are usable, as many as are asked for; of all pools where none is named."""
+    deployment = running.deployment
+    wanted = {"prefill": deployment.prefill.replicas} | {pool.pool: pool.replicas for pool in deployment.decode}
+    looked_at = pools or tuple(wanted)
+
+    def whole() -> bool:
+        info = running.info()
+        if not pools and info.keys() != wanted.keys():
+            return False
+        usable = {name: [replica["usable"] for replica in info[name].values()] for name in looked_at}
+        return all(replicas == [True] * wanted[name] for name, replicas in usable.items())
+
+    wait_until(whole, 150)
+
+
 @contextmanager
 def kept_whole(running):
     """Before and after, all replicas are usable, as many as are asked for, and hold nothing."""
-    deployment = running.deployment
-    wanted = {"prefill": deployment.prefill.replicas} | {pool.pool: pool.replicas for pool in deployment.decode}
-
-    def whole():
-        pools = running.info()
-        usable = {name: sum(r["usable"] for r in pool.values()) for name, pool in pools.items()}
-        return usable == wanted == {name: len(pool) for name, pool in pools.items()}
-
-    wait_until(whole, 150)
+    wait_whole(running)
     yield
-    wait_until(whole, 150)
+    wait_whole(running)
     wait_until(lambda: not running.held(), 30)
 
 

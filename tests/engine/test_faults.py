@@ -1,4 +1,7 @@
-"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of a quiet run."""
+"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of a quiet run.
+
+What a test has struck comes back while the next one strikes the other pool: each waits for the pools that it strikes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import disturbed, kept_whole, kill, processes
+from faults import disturbed, kill, processes, wait_whole
 from oracle import Oracle
 from ray import serve
 from ray.exceptions import RayError
@@ -67,13 +70,13 @@ def oracle(running: System) -> Oracle:
 
 
 @pytest.fixture(autouse=True)
-def _whole_before_and_after(running):
-    with kept_whole(running):
-        yield
+def _nothing_held_after(running):
+    yield
+    wait_until(lambda: not running.held(), 30)
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 11}])
-def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle, sampling):
+def a_decode_replica_dies(running, oracle, **sampling):
+    wait_whole(running, "agents")
     prompt = ids(70, salt=1)
     whole = running.client.create_session().turn("a", token_ids=prompt, max_tokens=60, ignore_eos=True, **sampling)
     victims = []
@@ -89,7 +92,38 @@ def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle
     wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims), 20)
 
 
+def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
+    a_decode_replica_dies(running, oracle, temperature=0.0)
+
+
+def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_nothing_else(running, oracle):
+    wait_whole(running, "prefill")
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=3), max_tokens=6, ignore_eos=True)
+    kill(running, "prefill", first.usage.prefill_replica)
+    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=4), max_tokens=6, ignore_eos=True)
+    assert second.usage.prefill_replica != first.usage.prefill_replica
+    assert second.usage.cached_tokens == 0
+
+
+def test_a_decode_replica_that_dies_in_the_middle_of_a_sampled_turn_loses_no_token(running, oracle):
+    a_decode_replica_dies(running, oracle, temperature=0.9, seed=11)
+
+
+def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running, oracle):
+    wait_whole(running, "prefill")
+    session = running.client.create_session()
+    first, _ = oracle.turn(session, "a", token_ids=ids(100, salt=9), max_tokens=6, ignore_eos=True)
+    _, *engine = processes(running, "prefill", first.usage.prefill_replica)
+    for process in engine:
+        os.kill(process.pid, signal.SIGKILL)
+    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=10), max_tokens=6, ignore_eos=True)
+    assert second.usage.prefill_replica != first.usage.prefill_replica
+    wait_until(lambda: first.usage.prefill_replica not in running.info()["prefill"], 60)
+
+
 def test_a_decode_replica_that_hangs_in_the_middle_is_given_up_and_let_back_in(running, oracle):
+    wait_whole(running, "agents")
     with ExitStack() as until_the_end:
 
         def hang():
@@ -102,16 +136,8 @@ def test_a_decode_replica_that_hangs_in_the_middle_is_given_up_and_let_back_in(r
         assert [r["usable"] for r in running.info()["agents"].values()].count(False) == 1
 
 
-def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_nothing_else(running, oracle):
-    session = running.client.create_session()
-    first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=3), max_tokens=6, ignore_eos=True)
-    kill(running, "prefill", first.usage.prefill_replica)
-    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=4), max_tokens=6, ignore_eos=True)
-    assert second.usage.prefill_replica != first.usage.prefill_replica
-    assert second.usage.cached_tokens == 0
-
-
 def test_a_prefill_replica_that_hangs_is_given_up_within_the_deadline(running, oracle):
+    wait_whole(running, "prefill")
     session = running.client.create_session()
     first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=5), max_tokens=6, ignore_eos=True)
     with stopped(processes(running, "prefill", first.usage.prefill_replica)):
@@ -122,6 +148,7 @@ def test_a_prefill_replica_that_hangs_is_given_up_within_the_deadline(running, o
 
 
 def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, oracle):
+    wait_whole(running, "prefill")
     session = running.client.create_session()
     first, _ = oracle.turn(session, "a", token_ids=ids(150, salt=7), max_tokens=6, ignore_eos=True)
     _, *engine = processes(running, "prefill", first.usage.prefill_replica)
@@ -131,20 +158,10 @@ def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, ora
         assert second.usage.prefill_replica != first.usage.prefill_replica
 
 
-def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running, oracle):
-    session = running.client.create_session()
-    first, _ = oracle.turn(session, "a", token_ids=ids(100, salt=9), max_tokens=6, ignore_eos=True)
-    _, *engine = processes(running, "prefill", first.usage.prefill_replica)
-    for process in engine:
-        os.kill(process.pid, signal.SIGKILL)
-    second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=10), max_tokens=6, ignore_eos=True)
-    assert second.usage.prefill_replica != first.usage.prefill_replica
-    wait_until(lambda: first.usage.prefill_replica not in running.info()["prefill"], 60)
-
-
 def test_serves_controller_that_dies_takes_nothing_along_and_comes_back(running, oracle):
     """Neither the turn that runs nor a cache is lost; the controller that comes back finds the same replicas, and looks after
     them as before."""
+    wait_whole(running)
     session = running.client.create_session()
     oracle.turn(session, "a", token_ids=ids(150, salt=13), max_tokens=6, ignore_eos=True)
     before = {pool: set(replicas) for pool, replicas in running.info().items()}
@@ -171,6 +188,7 @@ def serve_runs() -> bool:
 
 def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(running):
     """More at once than the engines take, so that some still wait in the queue."""
+    wait_whole(running)
 
     def counted() -> dict[str, float]:
         text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", follow_redirects=True, timeout=30).text
@@ -188,6 +206,7 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):
     """One change for all of it: fewer replicas, an adapter more, a pool more; and back."""
+    wait_whole(running)
     before = running.deployment
     extra = make_seeded_adapters(Path(before.base.model), tmp_path / "adapters", names=("c",))
     full = make_full_decoder(Path(before.base.model), tmp_path / "full", seed=4)
@@ -203,6 +222,7 @@ def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracl
         while not stop.is_set():
             prompt = ids(40 + len(turns), salt=100 + len(turns))
             turns.append(running.client.create_session().turn(name, token_ids=prompt, max_tokens=30, ignore_eos=True))
+            stop.wait(0.5)  # engines start meanwhile, on the same cores
 
     with ThreadPoolExecutor(3) as pool:
         taking = [pool.submit(keep_taking, name) for name in ("a", "b", "base")]
@@ -226,6 +246,7 @@ def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracl
 
 def test_an_apply_that_engines_refuse_leaves_everything_as_it_was(running, oracle, tmp_path, monkeypatch):
     """An adapter that the files' check lets through, but no engine loads: in a pool that runs, then in one of its own."""
+    wait_whole(running)
     before = running.deployment
     bad = make_seeded_adapters(Path(before.base.model), tmp_path, names=("bad",))["bad"]
     settings = json.loads((bad / "adapter_config.json").read_text())
@@ -254,6 +275,7 @@ def test_an_apply_that_engines_refuse_leaves_everything_as_it_was(running, oracl
 
 
 def test_cached_prefixes_are_predicted_exactly_where_nothing_is_evicted(running, oracle):
+    wait_whole(running)
     session = running.client.create_session()
     oracle.turn(session, "a", token_ids=ids(130, salt=11), max_tokens=4, ignore_eos=True)
     time_of_events = time.monotonic() + 5

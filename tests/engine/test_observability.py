@@ -196,8 +196,13 @@ def shown(query: str, window_s: float = 60) -> str:
 
 def test_every_panel_has_data(watched):
     prometheus, _ = watched
-    empty = [f"{title}: {query}" for title, query in panels() if not prometheus.query(shown(query))]
-    assert empty == []
+
+    def empty() -> list[str]:
+        return [f"{title}: {query}" for title, query in panels() if not prometheus.query(shown(query))]
+
+    with suppress(AssertionError):  # Ray's agent tells some of the engines' metrics later than others
+        wait_until(lambda: not empty(), 30, 1)
+    assert empty() == []
     assert len(panels()) > 50
 
 
@@ -326,11 +331,11 @@ def test_replicas_follow_the_load(running):
         taken = 0
         while not stop.is_set():
             session = running.client.create_session(token_ids=ids(60, salt=200 + salt))
-            taken += len(session.turn("c", token_ids=[taken], max_tokens=100, ignore_eos=True).token_ids) == 100
+            taken += len(session.turn("c", token_ids=[taken], max_tokens=400, ignore_eos=True).token_ids) == 400
         return taken
 
-    with ThreadPoolExecutor(6) as pool:
-        asking = [pool.submit(keep_asking, salt) for salt in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(keep_asking, salt) for salt in range(3)]
         try:
             wait_until(lambda: sum(r["usable"] for r in running.info()["drift"].values()) == 2, 120, 1)
         finally:

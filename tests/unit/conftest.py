@@ -10,6 +10,15 @@ from ports import free_port
 
 from benchmarks.redis_server import RedisServer
 from kvshare.contract import DecoderContract
+from kvshare_vllm import quick_start
+
+
+def pytest_sessionstart():
+    quick_start.pause()
+
+
+def pytest_collection_finish():
+    quick_start.resume()
 
 
 @pytest.fixture(autouse=True)

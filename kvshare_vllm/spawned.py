@@ -1,0 +1,5 @@
+"""The main module of an engine's processes (quick_start.py)."""
+
+from kvshare_vllm import quick_start
+
+quick_start.pause()

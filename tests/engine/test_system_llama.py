@@ -133,8 +133,8 @@ def test_stopping_finishes_running_turns_and_an_engine_that_cannot_start_says_wh
 
 
 def test_a_decoder_of_another_base_is_refused_before_anything_starts(small, tmp_path):
-    other_base = make_full_decoder(Path(small["base"]["model"]), tmp_path / "base", seed=5)
-    other = make_seeded_adapters(other_base, tmp_path / "other", names=("x",))["x"]
+    another = make_full_decoder(Path(small["base"]["model"]), tmp_path / "another", seed=5)
+    other = make_seeded_adapters(another, tmp_path / "other", names=("x",))["x"]
     small["decode"][0]["adapters"] = {"x": str(other)}
     with pytest.raises(
         ContractMismatch,

@@ -42,7 +42,8 @@ from prefillshare.tiny_models import make_base
 
 WEDGED_AFTER_S = 4
 WHOLE_TIMEOUT_S = 180
-REDIS_PORT, RAY_PORT = 17_000, 17_001
+#: Below those that Ray gives to its workers.
+REDIS_PORT, RAY_PORT = 7_000, 7_001
 #: Faults that end a proxy, and with it the answers that it carries.
 OF_PROXIES = ("kill proxy", "kill raylet")
 

@@ -9,7 +9,7 @@ from collections import Counter
 from kvshare import channel_keys
 from kvshare.replica_info import KVEvents
 from kvshare_vllm.ray_node import channel_secret
-from router.kv_follower import BlockRemoved, BlockStored, Event, Follower
+from router.pools.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 #: Until a cache's whole state has arrived.
 STATE_S = 2.0

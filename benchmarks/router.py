@@ -28,11 +28,11 @@ from rich.progress import Progress
 from benchmarks.result import RESULTS, write
 from benchmarks.small import bars
 from kvshare.replica_info import KVEvents, ReplicaInfo
-from router.cache_index import BlockKeys, CacheIndex
-from router.health import Health
-from router.placement import POLICIES
-from router.pools import Pool
-from router.replicas import Replica
+from router.pools.cache_index import BlockKeys, CacheIndex
+from router.pools.health import Health
+from router.pools.placement import POLICIES
+from router.pools.pool import Pool
+from router.pools.replicas import Replica
 
 BLOCK = 32
 VOCABULARY = 50_000

@@ -17,7 +17,7 @@ from finetuning.subjects import Subject
 from finetuning.tasks import Question, Task
 from kvshare.layer_group import LayerGroup
 from prefillshare.client import Client
-from router.chat import ChatLayout
+from router.sessions.chat import ChatLayout
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Training data: chat transcripts as token ids, laid out as the server lays out a session (router/chat.py).
+"""Training data: chat transcripts as token ids, laid out as the server lays out a session (router/sessions/chat.py).
 
 A line of JSONL is one of
     {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": "..."}, ...]}
@@ -18,7 +18,7 @@ from finetuning import records
 from finetuning.records import Chat, Text
 from kvshare import fingerprint
 from kvshare.errors import ConfigError, InvalidInput
-from router.chat import ChatLayout
+from router.sessions.chat import ChatLayout
 
 _FIX = 'give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line'
 

@@ -12,7 +12,7 @@ Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
 
 class Placement(Node):
-    """How a replica is chosen: scorers in [0, 1], weighted (router/placement.py)."""
+    """How a replica is chosen: scorers in [0, 1], weighted (router/pools/placement.py)."""
 
     policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
     """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and

@@ -11,7 +11,7 @@ A block's key is told as the index needs it: the tenant's salt (R7), which vLLM 
 only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5). Events carry
 prompts' token ids: both sockets are for holders of the deployment's key only (kvshare/channel_keys.py).
 
-Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/kv_follower.py
+Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/pools/kv_follower.py
 """
 
 from __future__ import annotations

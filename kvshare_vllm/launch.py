@@ -30,7 +30,7 @@ _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ROLE_OF_SHARED_PREFILL = "kv_both"
 
 
-#: Longest that a decode engine keeps what it has lent. The router gives up before (router/pull_back.py, PATIENCE_S).
+#: Longest that a decode engine keeps what it has lent. The router gives up before (router/ahead/pull_back.py, PATIENCE_S).
 LOAN_S = 15
 
 

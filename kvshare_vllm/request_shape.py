@@ -38,8 +38,8 @@ def stop_at_the_first_wrong_item() -> None:
 
 
 class RequestShape:
-    """ASGI middleware, inside router/http_limits.py, which bounds the bytes that are held here. `most_numbers`: of one list;
-    they are token ids."""
+    """ASGI middleware, inside router/surfaces/http_limits.py, which bounds the bytes that are held here. `most_numbers`: of one
+    list; they are token ids."""
 
     def __init__(self, app, most_numbers: int):
         self._app, self._most_numbers = app, most_numbers

@@ -68,7 +68,7 @@ def build(
     from decode_service.service import DecodeService
     from prefill_service.service import PrefillService
     from router.ingress import RouterIngress
-    from router.pinned import PinnedRouter
+    from router.pools.pinned import PinnedRouter
 
     handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment, check_files).items():

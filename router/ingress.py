@@ -43,23 +43,23 @@ class RouterIngress:
         ray_node.join()
         with quick_start.paused():
             from kvshare_vllm.openai_app import build_openai_app
-            from router.canary import Canary
-            from router.cors import cors
-            from router.eager import EagerPrefill
-            from router.fleet import Fleet
-            from router.grpc_api import GrpcServer, Servicer
-            from router.http_auth import ApiKeys
-            from router.http_limits import HttpLimits
-            from router.node_metrics import NodeMetrics, agent_of_this_node
-            from router.orchestrator import Orchestrator
-            from router.pull_back import PullBack
-            from router.ray_metrics import RayMetrics
-            from router.readiness import Readiness
-            from router.request_limits import RequestLimits
-            from router.response_kv import ResponseKV
+            from router.ahead.eager import EagerPrefill
+            from router.ahead.pull_back import PullBack
+            from router.ahead.response_kv import ResponseKV
+            from router.pools.fleet import Fleet
             from router.sessions import SessionGauge, open_sessions
-            from router.trace_context import HttpTraces
-            from router.turns import Turns
+            from router.sessions.turns import Turns
+            from router.surfaces.cors import cors
+            from router.surfaces.grpc_api import GrpcServer, Servicer
+            from router.surfaces.http_auth import ApiKeys
+            from router.surfaces.http_limits import HttpLimits
+            from router.surfaces.readiness import Readiness
+            from router.surfaces.request_limits import RequestLimits
+            from router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
+            from router.telemetry.ray_metrics import RayMetrics
+            from router.telemetry.trace_context import HttpTraces
+            from router.turn.canary import Canary
+            from router.turn.orchestrator import Orchestrator
 
         config, metrics, self._tenants = deployment.router, Metrics(), tenants
         bounds = RequestLimits.of(config, deployment.base)

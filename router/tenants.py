@@ -23,7 +23,7 @@ from kvshare.caller import ANONYMOUS, Caller
 from kvshare.config_errors import as_config_error
 from kvshare.errors import ConfigError, Unauthenticated
 from kvshare.yaml_tree import Name, Node, from_yaml
-from router import grant
+from router.admission import grant
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
 #: What fits into a header as it is.

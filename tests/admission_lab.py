@@ -10,9 +10,9 @@ from virtual_time import clock
 from kvshare.config import Router
 from kvshare.errors import Overloaded
 from kvshare.metrics import Metrics
-from router.admission import Admission, PoolSource
-from router.decode_room import ReplicaCapacity
-from router.grant import Demand
+from router.admission.admission import Admission, PoolSource
+from router.admission.decode_room import ReplicaCapacity
+from router.admission.grant import Demand
 
 BLOCK = 16
 STEP_TOKENS = 32

@@ -1,7 +1,7 @@
 """Agent sessions on pools of replicas, simulated: what a deployment of any size would do, at measured costs.
 
-Discrete events (simpy). What is the product's own: the choice of replicas (router/placement.py) and what a sharing mode keeps
-for whom (kvshare/modes). What is a model:
+Discrete events (simpy). What is the product's own: the choice of replicas (router/pools/placement.py) and what a sharing
+mode keeps for whom (kvshare/modes). What is a model:
  - A prefill replica computes one prompt at a time: a fixed time, a time per token, and one per token and context token.
  - A decode replica runs its requests side by side; a step takes a time, one per request and one per token of their contexts.
  - KV crosses a link at a rate, beside all else.
@@ -21,7 +21,7 @@ import simpy
 from benchmarks.agents.driver import Cost, TurnRecord
 from benchmarks.agents.workload import Session
 from kvshare.modes import get_mode
-from router.placement import POLICIES, Candidate, Demand, place, shortlist
+from router.pools.placement import POLICIES, Candidate, Demand, place, shortlist
 
 
 def attended(computed: int, prompt: int) -> float:

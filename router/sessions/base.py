@@ -21,7 +21,7 @@ class Session:
     tenant: str = ""
     token_ids: tuple[int, ...] = ()
     turns: int = 0
-    #: True while the context ends in a response to chat messages that nobody has closed yet (router/chat.py).
+    #: True while the context ends in a response to chat messages that nobody has closed yet (router/sessions/chat.py).
     open_response: bool = False
     #: Prefill replica that holds this context's KV, per pool of prefill engines. What a turn adds is kept by its commit.
     prefilled_on: dict[str, str] = field(default_factory=dict)

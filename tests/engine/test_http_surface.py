@@ -250,9 +250,9 @@ async def of_length(surface: Surface, path: str, tokens: int) -> dict:
 async def test_sessions_say_the_same_near_the_models_length(surface, smollm):
     from kvshare.decoders import Decoder
     from kvshare_vllm.sampling import make_sampling_params
-    from router.response_kv import ResponseKV
+    from router.ahead.response_kv import ResponseKV
     from router.sessions import MemorySessions
-    from router.turns import Turns
+    from router.sessions.turns import Turns
 
     base, decoders = surface.base, {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
     turns = Turns(base, decoders, surface.frontend, MemorySessions(10, 100), ResponseKV())

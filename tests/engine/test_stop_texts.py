@@ -9,7 +9,7 @@ import pytest_asyncio
 from kvshare.config import Base
 from kvshare.decoders import Decoder
 from kvshare.handoff import TokenChunk, TurnContext
-from router.response_kv import ResponseKV
+from router.ahead.response_kv import ResponseKV
 from router.sessions import MemorySessions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -25,7 +25,7 @@ class Router:
 
     async def start(self, model: str):
         from kvshare_vllm.openai_app import build_openai_app
-        from router.turns import Turns
+        from router.sessions.turns import Turns
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         _, frontend = await build_openai_app(base, ["planner"], self.run_turn, lambda *_: None, middleware=[])

@@ -49,11 +49,11 @@ class Router:
 
     async def start(self, model: str, tenants: Tenants):
         from kvshare_vllm.openai_app import build_openai_app
-        from router.grpc_api import GrpcServer, Servicer
-        from router.http_auth import ApiKeys
-        from router.response_kv import ResponseKV
+        from router.ahead.response_kv import ResponseKV
         from router.sessions import MemorySessions
-        from router.turns import Turns
+        from router.sessions.turns import Turns
+        from router.surfaces.grpc_api import GrpcServer, Servicer
+        from router.surfaces.http_auth import ApiKeys
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         app, frontend = await build_openai_app(

@@ -5,8 +5,8 @@ import asyncio
 from admission_lab import Lab
 from virtual_time import on_virtual_time, settle
 
-from router.decode_line import MAX_PASSED
-from router.grant import Demand, Tenant
+from router.admission.decode_line import MAX_PASSED
+from router.admission.grant import Demand, Tenant
 
 
 def two_replicas(**router):

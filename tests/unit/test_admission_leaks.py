@@ -10,7 +10,7 @@ from admission_lab import BLOCK, Lab
 from virtual_time import on_virtual_time, run, settle
 
 from kvshare.errors import Overloaded, Unavailable
-from router.grant import Demand, Tenant
+from router.admission.grant import Demand, Tenant
 
 
 @on_virtual_time

@@ -8,7 +8,7 @@ import pytest
 from admission_lab import Lab
 from virtual_time import clock, run
 
-from router.grant import Demand, Tenant
+from router.admission.grant import Demand, Tenant
 
 SECONDS = 150
 #: With these sizes and speeds, decode blocks are what runs out, at just under 3 turns per second.

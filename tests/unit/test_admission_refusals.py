@@ -8,8 +8,8 @@ from virtual_time import clock, on_virtual_time, settle
 
 from kvshare.errors import InvalidInput, Overloaded, Unavailable
 from kvshare.metrics import DEFINITIONS
-from router.grant import Tenant
-from router.refusals import Refusal
+from router.admission.grant import Tenant
+from router.admission.refusals import Refusal
 
 
 def waiting_turns(lab, number, **demand):

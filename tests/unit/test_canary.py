@@ -14,7 +14,7 @@ from kvshare.decoders import Decoder
 from kvshare.errors import Unavailable
 from kvshare.handoff import TokenChunk, TurnContext
 from kvshare.metrics import Metrics
-from router.canary import TOP, Canary, as_asked, divergence
+from router.turn.canary import TOP, Canary, as_asked, divergence
 
 
 def logs(**probabilities):

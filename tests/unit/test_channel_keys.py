@@ -14,8 +14,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, ba
 from kvshare import channel_keys
 from kvshare.errors import ConfigError
 from kvshare_vllm import nixl_handshakes
-from router import kv_follower
-from router.cache_index import BlockKeys, CacheIndex
+from router.pools import kv_follower
+from router.pools.cache_index import BlockKeys, CacheIndex
 
 TOKEN, OTHER_TOKEN = "a cluster's token", "another cluster's token"
 

@@ -4,7 +4,7 @@ import pytest
 from char_tokenizer import Tokenizer, text
 
 from kvshare.errors import InvalidInput
-from router.chat import ChatLayout
+from router.sessions.chat import ChatLayout
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from starlette.routing import Route
 from kvshare.config import Router
 from kvshare.errors import Overloaded
 from kvshare_vllm.http_refusals import HttpRefusals, note_failure
-from router.cors import cors
-from router.http_auth import ApiKeys
+from router.surfaces.cors import cors
+from router.surfaces.http_auth import ApiKeys
 from router.tenants import KeysFile, Tenants
 
 KEY = "psk-first-tenants-key"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from router.decode_room import DecodeRoom, ReplicaCapacity
+from router.admission.decode_room import DecodeRoom, ReplicaCapacity
 
 
 class Pool:

@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry
 from kvshare.config import Base
 from kvshare.handoff import PrefillResult
 from kvshare.metrics import Metrics
-from router.eager import PRIORITY, EagerPrefill
+from kvshare.priority import BEHIND
+from router.ahead.eager import EagerPrefill
 
 BLOCK = 32
 
@@ -74,7 +75,7 @@ async def test_the_whole_context_is_asked_for_at_the_end_at_the_lowest_priority(
     await settle()
     pool.finish.set()
     await settle()
-    assert pool.asked == [(150, "salt", PRIORITY)]
+    assert pool.asked == [(150, "salt", BEHIND)]
     assert outcomes(metrics) == {"done": 1}
     assert metrics["eager_prefill_tokens_total"]._value.get() == 40
 

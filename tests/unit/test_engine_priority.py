@@ -12,9 +12,9 @@ from kvshare.errors import PrefixLost, ResumeReason
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext
 from kvshare.metrics import Metrics
 from kvshare.priority import PRIORITIES, RESUMED
-from router.attempt import Route
-from router.decode_room import ReplicaCapacity
-from router.orchestrator import Orchestrator
+from router.admission.decode_room import ReplicaCapacity
+from router.pools.route import Route
+from router.turn.orchestrator import Orchestrator
 
 
 class Stream:

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from router.fair_queue import FairQueue, Ticket, Work
-from router.lazy_heap import LazyHeap
+from router.admission.fair_queue import FairQueue, Ticket, Work
+from router.admission.lazy_heap import LazyHeap
 
 
 def ticket(tenant="t", cost=100, weight=1.0, priority=0, item=None):

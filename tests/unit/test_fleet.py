@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvshare import config
-from router.fleet import Fleet
+from router.pools.fleet import Fleet
 
 
 class Replicas:

@@ -7,7 +7,7 @@ from admission_lab import BLOCK, Lab
 from virtual_time import on_virtual_time, settle
 
 from kvshare.errors import Internal, Unavailable
-from router.grant import Tenant
+from router.admission.grant import Tenant
 
 
 def two_replicas():

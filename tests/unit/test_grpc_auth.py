@@ -17,10 +17,10 @@ from kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailab
 from prefillshare.client import Client
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.grpc_api import GrpcServer
-from router.grpc_auth import ApiKeys
-from router.grpc_errors import ERROR_METADATA, abort
-from router.grpc_tls import credentials
+from router.surfaces.grpc_api import GrpcServer
+from router.surfaces.grpc_auth import ApiKeys
+from router.surfaces.grpc_errors import ERROR_METADATA, abort
+from router.surfaces.grpc_tls import credentials
 from router.tenants import KeysFile, Tenants
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"

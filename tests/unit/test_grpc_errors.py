@@ -8,7 +8,7 @@ from ports import free_port
 
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.grpc_api import GrpcServer, Servicer
+from router.surfaces.grpc_api import GrpcServer, Servicer
 
 SECRET = "redis://user:secret@10.0.0.1/0"
 CALLS = {

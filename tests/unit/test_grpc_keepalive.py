@@ -8,8 +8,8 @@ from ports import free_port
 
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.grpc_api import GrpcServer
-from router.grpc_keepalive import server_options
+from router.surfaces.grpc_api import GrpcServer
+from router.surfaces.grpc_keepalive import server_options
 
 #: gRPC sends at most one ping a second. By default a server closes a connection at the third.
 PINGS = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]

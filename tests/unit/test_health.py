@@ -3,7 +3,7 @@
 import pytest
 
 from kvshare.errors import ResumeReason
-from router.health import Health
+from router.pools.health import Health
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 
 from kvshare.caller import ANONYMOUS, cache_salt, current_caller
 from kvshare.handoff import TurnContext
-from router.http_auth import DOMAIN_HEADER, OPEN, ApiKeys
+from router.surfaces.http_auth import DOMAIN_HEADER, OPEN, ApiKeys
 from router.tenants import KeysFile, Tenants
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"

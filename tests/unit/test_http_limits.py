@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from kvshare.config import Base, Router
-from router.http_limits import HttpLimits
-from router.request_limits import HEADER_BYTES, LEAST_BODY_BYTES, RequestLimits
+from router.surfaces.http_limits import HttpLimits
+from router.surfaces.request_limits import HEADER_BYTES, LEAST_BODY_BYTES, RequestLimits
 
 LIMITS = RequestLimits(body_bytes=1000, header_bytes=500)
 

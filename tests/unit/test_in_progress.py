@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvshare.metrics import Metrics
-from router.in_progress import InProgress
+from router.turn.in_progress import InProgress
 
 
 @pytest.fixture

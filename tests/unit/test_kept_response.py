@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.kept_response import kept_response
+from router.sessions.kept_response import kept_response
 
 
 def encode(text: str) -> list[int]:

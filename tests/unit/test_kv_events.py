@@ -8,8 +8,8 @@ from publisher import BLOCK, Engine, becomes, removed, stored, tokens
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
 
 from kvshare_vllm import kv_events
-from router import kv_follower
-from router.cache_index import BlockKeys, CacheIndex
+from router.pools import kv_follower
+from router.pools.cache_index import BlockKeys, CacheIndex
 
 
 @pytest.fixture

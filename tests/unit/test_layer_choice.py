@@ -4,7 +4,7 @@ import pytest
 
 from kvshare.decoders import Decoder
 from kvshare.layer_group import LayerGroup
-from router.layer_choice import LEAST_TOKENS, LayerChoice
+from router.turn.layer_choice import LEAST_TOKENS, LayerChoice
 
 MOST, SOME = LayerGroup(2, 9), LayerGroup(2, 3)
 

@@ -23,6 +23,19 @@ LAYERS = (
     {"kvshare_vllm"},
     {"kvshare"},
 )
+#: The rooms of a folder, likewise: its packages and modules.
+ROOMS = {
+    "router": (
+        {"ingress"},
+        {"surfaces"},
+        {"sessions"},
+        {"turn", "ahead"},
+        {"pools", "tenants"},
+        {"admission"},
+        {"tenants"},
+        {"telemetry", "background", "service_rate"},
+    ),
+}
 #: The generated stubs stand beside the layers: they import none of them.
 MAY_IMPORT_PROTOS = {"benchmarks", "finetuning", "prefillshare", "router"}
 MAY_IMPORT_VLLM = {"benchmarks", "finetuning", "kvshare_vllm"}
@@ -85,6 +98,34 @@ def test_imports_point_down_only(sources):
         for path, tree in sources.items()
         for line, name in imports(tree)
         if name in FOLDERS and name not in allowed(path.parts[0])
+    ]
+    assert wrong == []
+
+
+def modules(tree: ast.AST, folder: str) -> Iterator[tuple[int, str]]:
+    """Line and room of every import from a folder of ours."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module] if node.module != folder else [f"{folder}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith(f"{folder}."))
+
+
+@pytest.mark.parametrize("folder", ROOMS)
+def test_rooms_import_from_those_below_them_only(sources, folder):
+    floors = ROOMS[folder]
+    floor = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    rooms = {path.with_suffix("").parts[1] for path in sources if path.parts[0] == folder} - {"__init__"}
+    assert rooms == floor.keys()
+    wrong = [
+        f"{path}:{line} imports {room}"
+        for path, tree in sources.items()
+        if path.parts[0] == folder and path.stem != folder
+        for line, room in modules(tree, folder)
+        if room != (own := path.with_suffix("").parts[1]) and own in floor and floor[room] <= floor[own]
     ]
     assert wrong == []
 

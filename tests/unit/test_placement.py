@@ -4,7 +4,7 @@ import pytest
 
 from kvshare.errors import Unavailable
 from kvshare.placement_config import Placement
-from router.placement import POLICIES, SCORERS, Candidate, Demand, place, reason, score, weights, with_room
+from router.pools.placement import POLICIES, SCORERS, Candidate, Demand, place, reason, score, weights, with_room
 
 PREFILL, DECODE = POLICIES["prefix_aware"]
 

@@ -8,11 +8,11 @@ from ray.exceptions import RayError
 
 from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import KVEvents, ReplicaInfo
-from router.cache_index import BlockKeys
-from router.health import Health
-from router.placement import POLICIES
-from router.pools import Pool
-from router.replicas import Replica, ReplicaSet
+from router.pools.cache_index import BlockKeys
+from router.pools.health import Health
+from router.pools.placement import POLICIES
+from router.pools.pool import Pool
+from router.pools.replicas import Replica, ReplicaSet
 
 BLOCK = 32
 

@@ -12,7 +12,7 @@ from kvshare.config import Base
 from kvshare.errors import Unavailable
 from kvshare.handoff import Handoff, PrefillResult
 from kvshare.metrics import Metrics
-from router.pull_back import PullBack
+from router.ahead.pull_back import PullBack
 
 BLOCK = 32
 

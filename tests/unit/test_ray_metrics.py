@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvshare.metrics import DEFINITIONS, Metrics
-from router.ray_metrics import RayMetrics
+from router.telemetry.ray_metrics import RayMetrics
 
 
 class Told:

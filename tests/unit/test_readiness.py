@@ -7,8 +7,8 @@ from polling import PATIENCE_S
 
 from kvshare.decoders import Decoder
 from kvshare.errors import Overloaded, ReplicaLost
-from router.readiness import Readiness
 from router.sessions import MemorySessions, RedisSessions
+from router.surfaces.readiness import Readiness
 
 POOLS = {"a": "one", "b": "one", "c": "two"}
 DECODERS = {name: Decoder(name, pool, "prefillshare", name, "lora") for name, pool in POOLS.items()}

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 from kvshare.errors import Unavailable
 from kvshare.handoff import Handoff, PrefillResult
 from kvshare.metrics import Metrics
-from router import releases
-from router.releases import Releases
+from router.turn import releases
+from router.turn.releases import Releases
 
 
 class Call:

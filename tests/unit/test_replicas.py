@@ -9,9 +9,9 @@ from ray.serve import context as serve_context
 
 from kvshare.errors import Unavailable
 from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
-from router import replicas as replicas_module
-from router.pinned import MEMBERS, WATCHERS, tell
-from router.replicas import ReplicaSet
+from router.pools import replicas as replicas_module
+from router.pools.pinned import MEMBERS, WATCHERS, tell
+from router.pools.replicas import ReplicaSet
 
 DEPLOYMENT = ("app", "prefill")
 KNOWN_WITHIN_S = 2.0

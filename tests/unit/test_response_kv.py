@@ -4,7 +4,7 @@ import pytest
 
 from kvshare.handoff import Handoff, TurnContext
 from kvshare.modes import modes
-from router.response_kv import ResponseKV
+from router.ahead.response_kv import ResponseKV
 
 SESSION = ("tenant", "session")
 LENT = Handoff(4, "contract", 60.0, {})

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from router.cache_index import BlockKeys
-from router.sharing_credit import SharingCredit
+from router.pools.cache_index import BlockKeys
+from router.turn.sharing_credit import SharingCredit
 
 BLOCK = 4
 PROMPT = list(range(100, 140))

@@ -10,7 +10,7 @@ from char_tokenizer import Tokenizer, text
 from kvshare.config import Base
 from kvshare.errors import InvalidInput
 from kvshare_vllm.text_work import SHORT_CHARS, TextWork
-from router.turns import Turns
+from router.sessions.turns import Turns
 
 LENGTH = 2 * SHORT_CHARS
 

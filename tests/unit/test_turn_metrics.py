@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 from kvshare.errors import ResumeReason
 from kvshare.handoff import LEASE_MARGIN_S, TokenChunk, TurnUsage
 from kvshare.metrics import Metrics
-from router.turn_metrics import TurnMetrics
+from router.turn.metrics import TurnMetrics
 
 
 @pytest.fixture

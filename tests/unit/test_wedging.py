@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
-from router.attempt import Attempt
-from router.wedging import NoToken, check_may_go_on
+from router.turn.attempt import Attempt
+from router.turn.wedging import NoToken, check_may_go_on
 
 PLAIN, WITH_FORMAT = SimpleNamespace(structured_outputs=None), SimpleNamespace(structured_outputs=object())
 WEDGED = ReplicaLost("replica d0 does not answer", reason=ResumeReason.WEDGED)

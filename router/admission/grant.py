@@ -1,0 +1,142 @@
+"""What a turn asks for, and what it holds once it is admitted."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvshare.errors import PrefillShareError, Unavailable
+from router.admission.decode_line import DecodeLine
+from router.admission.fair_queue import Ticket
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Whose turn it is. `weight`: its share beside other tenants. `max_in_progress`: its turns at once, waiting ones too."""
+
+    name: str = ""
+    weight: float = 1.0
+    max_in_progress: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"tenant {self.name!r} has weight {self.weight:g}; it must be above 0")
+
+
+NOBODY = Tenant()
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a turn needs. `cached_tokens`: of its prompt, those expected to be cached at prefill."""
+
+    pool: str
+    prompt_tokens: int
+    cached_tokens: int = 0
+    #: Most tokens it may generate, if that is known to be less than router.expected_output_tokens.
+    max_tokens: int | None = None
+    tenant: Tenant = NOBODY
+    #: Lower starts first.
+    priority: int = 0
+    #: Seconds from now until the turn must have ended; None: router.default_deadline_s.
+    deadline_s: float | None = None
+
+
+class Keeper(Protocol):
+    """The part of Admission that a grant calls."""
+
+    block_size: int
+
+    def blocks_for(self, tokens: int) -> int: ...
+
+    def start_what_fits(self, line: DecodeLine) -> None: ...
+
+    def readmit(self, grant: Grant, output_tokens: int) -> None: ...
+
+    def end(self, grant: Grant) -> None: ...
+
+
+class Grant:
+    """Room for one turn: blocks and a sequence on `replica` until `release`, prefill tokens until `prefill_done`.
+
+    Admission reserves on a replica that has room; `on` moves the reservation to the one that placement picks.
+    """
+
+    def __init__(self, keeper: Keeper, line: DecodeLine, demand: Demand, blocks: int):
+        self.demand, self.blocks = demand, blocks
+        self.replica: str | None = None
+        self.waited_s = 0.0
+        self._keeper = keeper
+        # Admission's own. A grant waits (ticket), runs (replica), or has ended; never two of these.
+        self.line, self.ticket, self.ended = line, None, False
+        self.prefill_tokens = 0
+        self.may_wait_s = self.waits_since = self.started_at = 0.0
+        self.error: PrefillShareError | None = None
+        self.decided = asyncio.Event()
+
+    def __enter__(self) -> Grant:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def fits(self, replica: str) -> bool:
+        """Whether `on(replica)` works now."""
+        room = self.line.room
+        return replica in room if replica == self.replica else room.fits(replica, self.blocks)
+
+    def on(self, replica: str) -> None:
+        """Move the reservation to this decode replica. Raises Unavailable if it has no room or is gone."""
+        self.line.room.refresh()
+        if self.replica is None or not self.fits(replica):
+            raise Unavailable(f"decode replica {replica} has no room for {self.blocks} KV blocks", fix="try again")
+        if replica != self.replica:
+            self.line.room.change(self.replica, -self.blocks, -1)
+            self.line.room.change(replica, self.blocks, 1)
+            self.replica = replica
+            self._keeper.start_what_fits(self.line)
+
+    def prefill_done(self) -> None:
+        """The prompt's KV is made. Idempotent."""
+        tokens, self.prefill_tokens = self.prefill_tokens, 0
+        if tokens:
+            self.line.prefill.done(tokens, finished=True)
+            self._keeper.start_what_fits(self.line)
+
+    def grow_to(self, output_tokens: int) -> None:
+        """So many tokens have been generated. Beyond what was expected, reserve what the engine has taken, be there room or
+        not: where there is not, nothing new starts on that replica until turns have ended. Tenants pay for it in the queue."""
+        more = self._keeper.blocks_for(self.demand.prompt_tokens + output_tokens) - self.blocks
+        if self.replica is not None and more > 0:
+            self.line.room.change(self.replica, more, 0)
+            tenant, cost = self.demand.tenant, more * self._keeper.block_size
+            self.line.queue.charge(tenant.name, tenant.weight, self.demand.priority, cost)
+            self.blocks += more
+
+    async def readmit(self, output_tokens: int) -> None:
+        """The decode engine has given the turn back, or is gone, after so many tokens: wait for room for them and for as many
+        again as were expected, ahead of every turn that has not started. Waits as long as the caller does."""
+        self._keeper.readmit(self, output_tokens)
+        await self.decided.wait()
+        if self.error:
+            raise self.error
+
+    def release(self) -> None:
+        """Give back everything. Idempotent, and right in any state."""
+        if not self.ended:
+            self._keeper.end(self)
+
+    def wait(self, ticket: Ticket, now: float) -> None:
+        self.ticket, self.replica, self.waits_since = ticket, None, now
+        self.decided.clear()
+
+    def start(self, replica: str, prefill_tokens: int, now: float) -> None:
+        self.ticket, self.replica, self.started_at = None, replica, now
+        self.prefill_tokens += prefill_tokens
+        self.waited_s += now - self.waits_since
+        self.decided.set()
+
+    def stop(self) -> None:
+        self.ticket, self.replica, self.ended, self.prefill_tokens = None, None, True, 0
+        self.decided.set()

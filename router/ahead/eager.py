@@ -1,0 +1,105 @@
+"""Eager prefill: the base's KV of a response is made before the next turn asks for it.
+
+A decoder's own KV of what it generated is private to it; the next turn, whoever takes it, wants the base's. Idle time
+between turns pays for it:
+ 1. While a response streams, every `stride_tokens` of it, and when it has ended, the context so far goes to the prefill
+    replica that holds most of it, at the lowest priority: any waiting turn goes first.
+ 2. At most `limit` such calls run at once; further ones are dropped, and counted.
+ 3. The session's next turn, or its deletion, cancels what still runs. Blocks computed so far stay cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+
+from kvshare.config import Base
+from kvshare.errors import PrefillShareError
+from kvshare.metrics import Metrics
+from kvshare.priority import BEHIND
+from router.background import Background
+from router.pools.cache_index import BlockKeys
+from router.pools.pool import Pool
+from router.pools.replicas import answer
+
+logger = logging.getLogger(__name__)
+
+#: Tenant and name.
+SessionKey = tuple[str, str]
+
+
+class EagerPrefill:
+    def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
+        self._pool, self._base, self._metrics = pool, base, metrics
+        self._limit, self._stride_tokens = limit, stride_tokens
+        self._background = Background(metrics)
+        self._running: dict[SessionKey, asyncio.Task] = {}
+        #: Tokens of a session's context that have been asked for, while its response streams.
+        self._asked: dict[SessionKey, int] = {}
+
+    def grew(
+        self, session: SessionKey, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
+    ) -> None:
+        """A session's context has `tokens` tokens by now; `ended`: and stays so until its next turn."""
+        if ended:
+            self.cancel(session)
+        elif tokens - self._asked.setdefault(session, tokens) < self._stride_tokens:
+            return
+        if session in self._running:
+            return
+        if tokens >= self._base.max_model_len:  # no turn can follow, and no engine takes a prompt so long
+            self._count("needless")
+            return
+        if len(self._running) >= self._limit:
+            self._count("dropped")
+            return
+        self._asked[session] = tokens
+        warming = self._warm(context(), salt)
+        task = self._running[session] = self._background.start("eager_prefill", warming, session=session)
+        task.add_done_callback(lambda done: self._ended(session, done))
+        if ended:
+            self._asked.pop(session, None)
+
+    def cancel(self, session: SessionKey) -> None:
+        """The session goes on without it, or is gone."""
+        self._asked.pop(session, None)
+        if task := self._running.pop(session, None):
+            task.cancel()
+
+    async def stop(self) -> None:
+        await self._background.stop()
+
+    def _ended(self, session: SessionKey, task: asyncio.Task) -> None:
+        if self._running.get(session) is task:
+            del self._running[session]
+
+    async def _warm(self, token_ids: list[int], salt: str | None) -> None:
+        outcome = "failed"
+        try:
+            keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
+            placement = await self._pool.choose(len(token_ids), keys)
+            if placement.missing_tokens < self._base.block_size:
+                outcome = "needless"
+                return
+            async with self._pool.calling(placement):
+                # Step by step: an engine goes on with what it has begun before it begins a turn's prefill.
+                for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
+                    await self._make(placement.replica.id, token_ids[: end + self._stride_tokens], salt)
+            outcome = "done"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except PrefillShareError as error:
+            logger.warning("eager prefill of %d tokens failed: %s", len(token_ids), error)
+        finally:
+            self._count(outcome)
+
+    async def _make(self, replica: str, token_ids: list[int], salt: str | None) -> None:
+        warm = self._pool.replicas.on(replica).warm
+        result = await answer(warm.remote(token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=BEHIND))
+        self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
+
+    def _count(self, outcome: str) -> None:
+        self._metrics["eager_prefills_total"].labels(outcome).inc()

@@ -1,0 +1,172 @@
+"""Pull-back: KV of a response goes from the decode engine that made it to the prefill pool, instead of being computed again.
+
+In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it, wants what the decode engine already has:
+ 1. At the end of a session's turn the decode engine lends the context's KV, under a lease.
+ 2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens, or always pulling
+    (`router.pull_back`). Less than a block is never worth a pull.
+ 3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
+    (kvshare_vllm/connector.py), wherever it stands.
+ 4. A next turn that comes meanwhile waits, at most as long as computing those tokens would take; then the pull is ended.
+ 5. A loan that nobody reads is given back at once. If it was not pulled, `otherwise` is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+from kvshare.config import Base
+from kvshare.errors import PrefillShareError, PrefixLost
+from kvshare.handoff import Handoff, PrefillResult
+from kvshare.metrics import Metrics
+from router.background import Background
+from router.pools.cache_index import BlockKeys
+from router.pools.pool import Placement, Pool
+from router.pools.replicas import CALL_ERRORS, answer
+from router.service_rate import MEMORY_S, MeanRatio
+
+logger = logging.getLogger(__name__)
+
+#: The decode engine keeps the blocks meanwhile, and the next turn's prefill waits.
+PATIENCE_S = 10.0
+
+
+@dataclass(eq=False)
+class _Pull:
+    """`missing`: tokens that are to be pulled, at most all."""
+
+    token_ids: list[int]
+    lent: Handoff
+    salt: str | None
+    done: bool = False
+    task: asyncio.Task | None = None
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.token_ids)
+
+
+class PullBack:
+    """`when`: as config.Router.pull_back. `compute_s`: seconds that the prefill pool has lately taken to compute a token, None
+    while that is not known."""
+
+    def __init__(
+        self, pool: Pool, base: Base, metrics: Metrics, *, when: str, limit: int, compute_s: Callable[[], float | None]
+    ):
+        self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
+        self._always = when == "always"
+        self._compute_s, self._pull_s = compute_s, MeanRatio(time.monotonic)
+        self._measured_at = -math.inf
+        #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
+        self._met: set[tuple[str, str]] = set()
+        self._background = Background(metrics)
+        #: Session -> the pull of its context.
+        self._of_session: dict[Hashable, _Pull] = {}
+
+    def lent(
+        self,
+        session: Hashable,
+        token_ids: list[int],
+        lent: Handoff,
+        salt: str | None,
+        otherwise: Callable[[], object] | None = None,
+    ) -> None:
+        """The context of a session that has just ended a turn, and what the decode engine lends of it."""
+        pull = _Pull(token_ids[: lent.tokens + 1], lent, salt)
+        if len(self._of_session) >= self._limit:
+            self.give_back(lent, "dropped")
+            return
+        task = pull.task = self._background.start("pull_back", self._take(pull), session=session)
+        self._of_session[session] = pull
+
+        def ended(_) -> None:
+            if self._of_session.get(session) is pull:
+                del self._of_session[session]
+            if otherwise and not pull.done:
+                otherwise()
+
+        task.add_done_callback(ended)
+
+    def give_back(self, lent: Handoff, outcome: str = "unwanted") -> None:
+        """Nobody will pull this; unless told otherwise, because the turn that made it has failed."""
+        self._release(lent)
+        self._count(outcome)
+
+    async def settled(self, session: Hashable) -> None:
+        """Returns when nothing is being pulled for the session. What takes longer than computing it would is ended."""
+        if pull := self._of_session.get(session):
+            compute_s = self._compute_s()
+            timeout = PATIENCE_S if compute_s is None else min(PATIENCE_S, pull.missing * compute_s)
+            _, unfinished = await asyncio.wait({pull.task}, timeout=timeout)
+            for task in unfinished:
+                task.cancel()
+
+    async def stop(self) -> None:
+        await self._background.stop()
+
+    async def _take(self, pull: _Pull) -> None:
+        outcome = "failed"
+        try:
+            async with asyncio.timeout(min(pull.lent.lease_s, PATIENCE_S)):
+                outcome = await self._pulled_or_not(pull)
+        except (PrefillShareError, PrefixLost, TimeoutError, *CALL_ERRORS) as error:
+            logger.warning("KV of %d tokens was not pulled back: %s: %s", len(pull.token_ids), type(error).__name__, error)
+        finally:
+            self._count(outcome)
+
+    async def _pulled_or_not(self, pull: _Pull) -> str:
+        """Returns the outcome."""
+        keys = BlockKeys(pull.token_ids, self._base.block_size, salt=pull.salt)
+        placement = await self._pool.choose(len(pull.token_ids), keys)
+        pull.missing = placement.missing_tokens
+        if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
+            self._release(pull.lent, placement)
+            return "needless"
+        if not self._worth():
+            self._release(pull.lent, placement)
+            return "declined"
+        result = await self._pull(placement, pull, keys)
+        pull.done = True
+        self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
+        return "done"
+
+    def _count(self, outcome: str) -> None:
+        self._metrics["pull_backs_total"].labels(outcome).inc()
+
+    def _release(self, lent: Handoff, placement: Placement | None = None) -> None:
+        """Have a prefill replica, any, tell the decode engine that nobody will read."""
+        name = _new_name()
+        self._background.start("loan_release", self._have_released(lent, placement, name), request=name)
+
+    async def _have_released(self, lent: Handoff, placement: Placement | None, name: str) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                placement = placement or await self._pool.choose(1, BlockKeys([0], self._base.block_size))
+                await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, name))
+        except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
+            logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
+
+    async def _pull(self, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
+        began = time.monotonic()
+        async with self._pool.calling(placement, keys=keys):
+            call = self._pool.replicas.on(placement.replica.id).pull
+            result = await answer(call.remote(pull.token_ids, pull.lent, _new_name(), cache_salt=pull.salt))
+        if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:
+            self._measured_at = time.monotonic()
+            self._pull_s.add(self._measured_at - began, placement.missing_tokens)
+        self._met.add(pair)
+        return result
+
+    def _worth(self) -> bool:
+        compute_s, pull_s = self._compute_s(), self._pull_s.value
+        if self._always or compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
+            return True  # to know it
+        return pull_s < compute_s
+
+
+def _new_name() -> str:
+    return f"pull-{uuid.uuid4().hex}"

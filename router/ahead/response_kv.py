@@ -1,0 +1,112 @@
+"""Where the base's KV of a response comes from before the next turn asks for it.
+
+ 1. While a response streams, and when it has ended, it is prefilled ahead of the next turn (router/ahead/eager.py).
+ 2. A decode engine that has made base KV itself lends it at the end instead, and the prefill pool pulls it
+    (router/ahead/pull_back.py); what it does not pull is prefilled ahead.
+ 3. The next turn takes over: what is still prefilled ahead is given up, what is being pulled is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+
+from kvshare.handoff import TurnContext
+from kvshare.modes import SharingMode
+from router.ahead.eager import EagerPrefill, SessionKey
+from router.ahead.pull_back import PullBack
+
+
+class ResponseKV:
+    """`eager`, `pull_back`: None where the deployment does without."""
+
+    def __init__(self, eager: EagerPrefill | None = None, pull_back: PullBack | None = None):
+        self._eager, self._pull_back = eager, pull_back
+
+    @contextmanager
+    def of_turn(
+        self, session: SessionKey, mode: SharingMode, kept: list[int], context: TurnContext, *, lendable: bool
+    ) -> Iterator[ResponseOfTurn]:
+        """`kept`: the session's context before the response. `lendable`: the decoder sees just that (no suffix). Sets what
+        `context` says of lending. A turn left before its response has ended leaves nothing behind."""
+        self.given_up(session)
+        if self._pull_back:
+            context.lend, context.ready = lendable, partial(self._pull_back.settled, session)
+        # Base KV of a response is of use only where turns draw on the shared pool.
+        eager = self._eager if mode.shares_prefill else None
+        turn = ResponseOfTurn(session, eager, self._pull_back, kept, context, lends=mode.two_streams)
+        try:
+            yield turn
+        finally:
+            if not turn.has_ended:
+                self.given_up(session)
+                if self._pull_back and context.lent:
+                    self._pull_back.give_back(context.lent)
+
+    def given_up(self, session: SessionKey) -> None:
+        """Nothing more is prefilled ahead for the session: it goes on without, or is gone."""
+        if self._eager:
+            self._eager.cancel(session)
+
+    async def stop(self) -> None:
+        for background in filter(None, (self._eager, self._pull_back)):
+            await background.stop()
+
+
+class ResponseOfTurn:
+    """`token_ids`: generated so far; whoever takes the turn adds to them. `lends`: the decode engine makes base KV."""
+
+    def __init__(
+        self,
+        session: SessionKey,
+        eager: EagerPrefill | None,
+        pull_back: PullBack | None,
+        kept: list[int],
+        context: TurnContext,
+        *,
+        lends: bool,
+    ):
+        self._session, self._eager, self._pull_back = session, eager, pull_back
+        self._kept, self._context = kept, context
+        self._lends = lends and pull_back is not None
+        self.token_ids: list[int] = []
+        self._instead: list[int] | None = None
+        self.has_ended = False
+
+    @property
+    def context(self) -> list[int]:
+        """The session's, with the response."""
+        return [*self._kept, *self._response]
+
+    @property
+    def _response(self) -> list[int]:
+        return self.token_ids if self._instead is None else self._instead
+
+    def keep(self, token_ids: list[int]) -> None:
+        """The session keeps these instead of those that were generated."""
+        self._instead = token_ids
+
+    def grew(self) -> None:
+        """It has become longer, and goes on; called for every piece that streams."""
+        if not self._lends:
+            self._prefill_ahead(ended=False)
+
+    def ended(self) -> None:
+        """It is whole, and the session keeps it."""
+        self.has_ended = True
+        ahead = partial(self._prefill_ahead, ended=True)
+        if self._lends and (lent := self._context.lent):
+            # It is KV of what was generated.
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
+            lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
+            self._pull_back.lent(self._session, self.context, lent, self._context.cache_salt, otherwise=ahead)
+        else:
+            ahead()
+
+    def _prefill_ahead(self, *, ended: bool) -> None:
+        if self._eager:
+            tokens = len(self._kept) + len(self._response)
+            self._eager.grew(self._session, tokens, lambda: self.context, self._context.cache_salt, ended=ended)

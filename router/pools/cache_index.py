@@ -1,0 +1,137 @@
+"""Which replica holds which prefix: Dynamo's radix tree, one per pool, fed by the engines' KV events.
+
+Every router replica has an index of its own. A question is answered in place, in tens of microseconds; what enters and
+leaves the engines' caches comes in between (router/pools/kv_follower.py).
+
+Seam: dynamo.llm.RadixTree
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+
+from kvshare.replica_info import KVEvents
+from router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
+
+os.environ.setdefault("DYN_LOG", "error")  # read when the library starts
+
+from dynamo.llm import RadixTree, compute_block_hash_for_seq
+
+logger = logging.getLogger(__name__)
+
+_encode = msgspec.json.Encoder().encode
+#: Where blocks lie that an engine reads in place; vLLM's name for it, on CPUs too. Others have been offloaded.
+DEVICE = (None, "GPU")
+
+
+class BlockKeys:
+    """The keys of a prompt's full blocks, as the index has them: made once per turn, used for every pool."""
+
+    __slots__ = ("hashes", "tokens")
+
+    def __init__(self, token_ids: Sequence[int], block_size: int, *, salt: str | None = None, adapter: str | None = None):
+        self.tokens = len(token_ids)
+        tokens = token_ids if isinstance(token_ids, list) else list(token_ids)
+        self.hashes: list[int] = compute_block_hash_for_seq(tokens, block_size, lora_name=adapter, cache_namespace=salt)
+
+    def shared_tokens(self, other: BlockKeys, block_size: int) -> int:
+        """Leading tokens both prompts have in the same full blocks."""
+        blocks = 0
+        for mine, others in zip(self.hashes, other.hashes, strict=False):
+            if mine != others:
+                break
+            blocks += 1
+        return blocks * block_size
+
+
+class CacheIndex:
+    """Predicts how much of a prompt each replica of a pool has cached. Not thread-safe: one event loop."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self._pools: dict[str, _PoolIndex] = {}
+        self._followers: dict[tuple[str, str], Follower] = {}
+
+    async def add(self, pool: str, replica: str, events: KVEvents) -> None:
+        """Follow a replica; what it held before is forgotten."""
+        await self.remove(pool, replica)
+        index = self._pools.setdefault(pool, _PoolIndex(self.block_size))
+        follower = self._followers[pool, replica] = Follower(replica, events, partial(index.apply, index.open(replica)))
+        follower.start()
+
+    async def remove(self, pool: str, replica: str) -> None:
+        if follower := self._followers.pop((pool, replica), None):
+            await follower.stop()
+            self._pools[pool].close(replica)
+
+    def overlaps(self, pool: str, keys: BlockKeys) -> dict[str, int]:
+        """Replica -> leading prompt tokens it has cached, full blocks only; replicas with none are left out."""
+        index = self._pools.get(pool)
+        return index.overlaps(keys) if index and keys.hashes else {}
+
+    async def close(self) -> None:
+        for pool, replica in list(self._followers):
+            await self.remove(pool, replica)
+
+
+class _PoolIndex:
+    def __init__(self, block_size: int):
+        self._block_size = block_size
+        self._tree = RadixTree()
+        self._replicas: dict[int, str] = {}
+        self._number = 0
+
+    def open(self, replica: str) -> int:
+        worker = _worker_id(replica)
+        self._replicas[worker] = replica
+        return worker
+
+    def close(self, replica: str) -> None:
+        worker = _worker_id(replica)
+        del self._replicas[worker]
+        self._tree.remove_worker(worker)
+
+    def apply(self, worker: int, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self._tree.clear_all_blocks(worker)
+            elif event.medium in DEVICE:
+                self._change(worker, event)
+
+    def _change(self, worker: int, event: BlockStored | BlockRemoved) -> None:
+        stored = isinstance(event, BlockStored)
+        data = {"stored": self._stored(event)} if stored else {"removed": {"block_hashes": [*map(_u64, event.block_hashes)]}}
+        self._number += 1
+        try:
+            self._tree.apply_event(worker, _encode({"event_id": self._number, "data": data, "dp_rank": 0}))
+        except RuntimeError as error:
+            # A block the tree does not know under this worker, or one whose parent it does not: no prompt leads to it.
+            logger.debug("replica %s: %s", self._replicas.get(worker), error)
+
+    def _stored(self, event: BlockStored) -> dict:
+        if event.block_size != self._block_size:
+            raise ValueError(f"a block of {event.block_size} tokens in a deployment with blocks of {self._block_size}")
+        keys = BlockKeys(event.token_ids, self._block_size, salt=event.cache_salt, adapter=event.lora_name)
+        blocks = zip(event.block_hashes, keys.hashes, strict=True)
+        return {
+            "parent_hash": None if event.parent_block_hash is None else _u64(event.parent_block_hash),
+            "blocks": [{"block_hash": _u64(key), "tokens_hash": hashed} for key, hashed in blocks],
+        }
+
+    def overlaps(self, keys: BlockKeys) -> dict[str, int]:
+        scores = self._tree.find_matches(keys.hashes).scores
+        return {self._replicas[worker]: blocks * self._block_size for (worker, _), blocks in scores.items()}
+
+
+def _worker_id(replica: str) -> int:
+    return int.from_bytes(hashlib.blake2b(replica.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _u64(key: int | bytes) -> int:
+    return key & 0xFFFF_FFFF_FFFF_FFFF if isinstance(key, int) else int.from_bytes(key[-8:], "big")

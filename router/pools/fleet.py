@@ -1,0 +1,105 @@
+"""All pools of a deployment, and how they change while turns run.
+
+`adopt` brings the pools in line with a deployment: new ones are waited for before anything is sent to them, those that
+are gone are forgotten when the last turn that was sent there has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from kvshare.config import Deployment
+from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.metrics import Metrics
+from kvshare.modes import get_mode
+from kvshare.replica_info import ReplicaStats
+from router.background import Background
+from router.pools.cache_index import CacheIndex
+from router.pools.placement import Weights, weights
+from router.pools.pool import Pool
+from router.pools.replicas import ReplicaSet
+from router.pools.route import Route
+
+BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
+    "used": lambda stats: stats.blocks_used,
+    "total": lambda stats: stats.blocks_total,
+}
+
+
+class Fleet:
+    """`handle_of`: name of a Serve deployment -> its handle."""
+
+    def __init__(self, block_size: int, handle_of: Callable[[str], object], metrics: Metrics):
+        self._index = CacheIndex(block_size)
+        self._handle_of, self._metrics, self._background = handle_of, metrics, Background(metrics)
+        self.pools: dict[str, Pool] = {}
+
+    async def adopt(self, deployment: Deployment) -> dict[str, Route]:
+        """Decode pool -> where its turns go. Raises Unavailable if a new pool has no replica in time."""
+        for_prefill, for_decode = weights(deployment.router.placement)
+        wanted: dict[str, Weights] = {}
+        routes: dict[str, tuple[str, str]] = {}
+        for pool in deployment.decode:
+            source = SHARED_PREFILL if get_mode(pool.sharing).shares_prefill else own_prefill(pool.pool)
+            wanted |= {pool.pool: for_decode, source: for_prefill}
+            routes[pool.pool] = (pool.pool, source)
+        new = {name: self._open(name, deployment) for name in wanted.keys() - self.pools.keys()}
+        try:
+            await asyncio.gather(*(pool.replicas.start(deployment.cluster.start_timeout_s) for pool in new.values()))
+        except BaseException:
+            await asyncio.gather(*(pool.replicas.stop() for pool in new.values()))
+            raise
+        self.pools |= new
+        for name, pool in new.items():
+            self._count(name, pool.replicas)
+        for name, weight in wanted.items():
+            self.pools[name].weights = weight
+        return {name: Route(self.pools[decode], self.pools[prefill]) for name, (decode, prefill) in routes.items()}
+
+    async def adapter_problems(self, deployment: Deployment, of_all: bool = False) -> dict[str, str]:
+        """Adapters of the deployment that some replica of the pools known here cannot serve, and why. To be asked before turns
+        that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing engines.
+        `of_all`: all replicas of the deployment run already, and each must have said so."""
+        timeout_s = deployment.cluster.start_timeout_s
+        asked = [
+            self.pools[name].replicas.adapter_problems(pool.adapters, timeout_s, engines.fewest_replicas if of_all else 1)
+            for pool in deployment.decode
+            for name, engines in ((pool.pool, pool), (own_prefill(pool.pool), pool.own_prefill()))
+            if pool.adapters and name in self.pools
+        ]
+        problems: dict[str, str] = {}
+        for found in await asyncio.gather(*asked):
+            problems |= found
+        return problems
+
+    async def forget(self, deployment: Deployment) -> None:
+        """Close pools the deployment no longer has. Turns that were sent there end as they would have."""
+        names = {p.pool for p in deployment.decode} | {own_prefill(p.pool) for p in deployment.decode} | {SHARED_PREFILL}
+        for name in self.pools.keys() - names:
+            pool = self.pools.pop(name)
+            await pool.close()
+            for state in ("usable", "ejected"):
+                self._metrics["replicas"].remove(name, state)
+            for state in BLOCKS:
+                self._metrics["kv_blocks"].remove(name, state)
+
+    def _open(self, name: str, deployment: Deployment) -> Pool:
+        router = deployment.router
+        replicas = ReplicaSet(name, self._handle_of(name), router.wedged_after_s, self._background)
+        return Pool(replicas, self._index, {}, wait_s=router.replica_wait_s)
+
+    def _count(self, name: str, replicas: ReplicaSet) -> None:
+        for state, usable in (("usable", True), ("ejected", False)):
+            self._metrics["replicas"].labels(name, state).set_function(
+                lambda usable=usable: sum(r.health.usable is usable for r in tuple(replicas.members.values()))
+            )
+        for state, blocks in BLOCKS.items():
+            self._metrics["kv_blocks"].labels(name, state).set_function(
+                lambda blocks=blocks: sum(blocks(r.stats) for r in tuple(replicas.members.values()))
+            )
+
+    async def stop(self) -> None:
+        for pool in self.pools.values():
+            await pool.close()
+        await self._index.close()

@@ -1,0 +1,155 @@
+"""A pool: the replicas of one deployment, what they have cached, and the choice among them.
+
+Owns the replica set. `calling` is the one way to put work on a replica: it counts the load, and turns whatever means
+"this replica failed, the request did not" into ReplicaLost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
+from kvshare.replica_info import ReplicaInfo
+from router.admission.decode_room import ReplicaCapacity
+from router.pools.cache_index import BlockKeys, CacheIndex
+from router.pools.placement import Candidate, Demand, Weights, place, reason, shortlist
+from router.pools.replicas import CALL_ERRORS, Replica, ReplicaSet
+
+FILL_HALF_LIFE_S = 3600.0
+COMING_S = 2.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    replica: Replica
+    #: Leading prompt tokens the index says are cached there, and the rest.
+    cached_tokens: int
+    missing_tokens: int
+    #: As router.placement.reason.
+    reason: str
+
+
+class Pool:
+    def __init__(
+        self,
+        replicas: ReplicaSet,
+        index: CacheIndex,
+        weights: Weights,
+        *,
+        wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.name, self.replicas = replicas.name, replicas
+        replicas.listener = self._tell_index
+        self._index, self.weights, self._wait_s, self._clock = index, weights, wait_s, clock
+        self._began, self._placed = clock(), 0
+        #: Replica -> prompts given to it in the last COMING_S, of which the index may not know yet.
+        self._coming: dict[str, list[BlockKeys]] = {}
+        self._capacity: tuple[int, Mapping[str, ReplicaCapacity]] = (-1, {})
+
+    def capacity(self) -> Mapping[str, ReplicaCapacity]:
+        """What each replica that may get work has. The same object while nothing has changed."""
+        if self._capacity[0] != self.replicas.changes:
+            has = {r.id: ReplicaCapacity(r.info.blocks_total, r.info.max_num_seqs) for r in self.replicas.usable()}
+            self._capacity = (self.replicas.changes, has)
+        return self._capacity[1]
+
+    def overlaps(self, keys: BlockKeys) -> Mapping[str, int]:
+        """Replica -> leading prompt tokens it has cached; those with none are left out."""
+        return self._index.overlaps(self.name, keys)
+
+    async def choose(
+        self,
+        prompt_tokens: int,
+        keys: BlockKeys,
+        *,
+        fits: Callable[[str], bool] = lambda replica: True,
+        last_replica: str | None = None,
+        without: Collection[str] = (),
+    ) -> Placement:
+        """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
+        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
+        while not (replicas := self.replicas.usable(without)):
+            await self._wait()
+        self._placed += 1
+        demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
+        overlaps = self._with_what_is_coming(self.overlaps(keys), keys)
+        candidates = [
+            Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
+            for r in shortlist(replicas, overlaps, demand, fits)
+        ]
+        chosen = place(candidates, demand, self.weights, self.name)
+        cached = min(chosen.overlap_tokens, prompt_tokens)
+        why = reason(chosen, candidates, self.weights)
+        return Placement(self.replicas.members[chosen.replica], cached, prompt_tokens - cached, why)
+
+    async def _wait(self) -> None:
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self.replicas.wait_usable()
+        except TimeoutError:
+            raise Unavailable(f"no replica of {self.name} has been ready for {self._wait_s:g} s", fix="try again") from None
+
+    @asynccontextmanager
+    async def calling(
+        self, placement: Placement, queued_tokens: int = 0, keys: BlockKeys | None = None
+    ) -> AsyncIterator[None]:
+        """One call on the chosen replica, which caches the prompt of `keys` meanwhile. What it raises has been counted
+        against the replica."""
+        replica = placement.replica
+        if keys is not None:
+            self._coming.setdefault(replica.id, []).append(keys)
+            asyncio.get_running_loop().call_later(COMING_S, self._has_come, replica.id, keys)
+        # Newer tokens weigh more instead of older ones less: nothing has to be looked at again.
+        replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
+        try:
+            async with self.replicas.using(replica, queued_tokens):
+                yield
+        except PrefixLost:
+            raise
+        except ReplicaLost as lost:
+            self.replicas.failed(replica.id, lost.reason)
+            raise
+        except asyncio.CancelledError as error:
+            if asyncio.current_task().cancelling():
+                raise
+            # The caller was not cancelled, and nobody else ends its calls (own_calls.py): the replica stopped and did.
+            self.replicas.failed(replica.id, ResumeReason.GONE)
+            raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
+        except (*CALL_ERRORS, Unavailable) as error:
+            reason = ResumeReason.UNAVAILABLE if isinstance(error, Unavailable) else ResumeReason.GONE
+            self.replicas.failed(replica.id, reason)
+            raise ReplicaLost(f"replica {replica.id} of {self.name}: {type(error).__name__}: {error}", reason=reason) from error
+
+    def _with_what_is_coming(self, overlaps: Mapping[str, int], keys: BlockKeys) -> Mapping[str, int]:
+        """Prompts that replicas have just been given count as cached there: those that share them go the same way."""
+        if not self._coming:
+            return overlaps
+        known = dict(overlaps)
+        for replica, prompts in self._coming.items():
+            coming = max(prompt.shared_tokens(keys, self._index.block_size) for prompt in prompts)
+            if coming > known.get(replica, 0):
+                known[replica] = coming
+        return known
+
+    def _has_come(self, replica: str, keys: BlockKeys) -> None:
+        prompts = self._coming[replica]
+        prompts.remove(keys)
+        if not prompts:
+            del self._coming[replica]
+
+    async def close(self) -> None:
+        await self.replicas.stop()
+        for replica in self.replicas.members:
+            await self._index.remove(self.name, replica)
+
+    async def _tell_index(self, replica: str, info: ReplicaInfo | None) -> None:
+        if info is not None:
+            await self._index.add(self.name, replica, info.kv_events)
+        else:
+            await self._index.remove(self.name, replica)

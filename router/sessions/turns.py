@@ -1,0 +1,203 @@
+"""Turns on sessions: inputs become token ids, a decoder answers, the context grows.
+
+1. Hold the session; a second turn meanwhile is refused.
+2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
+3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
+4. At a good end the context becomes context + input + response, without the suffix. Of a response that a stop text has ended
+   it keeps what the client saw (router/sessions/kept_response.py). Any other end changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from kvshare.caller import current_caller
+from kvshare.config import Base
+from kvshare.decoders import Decoder
+from kvshare.errors import InvalidInput
+from kvshare.handoff import TurnContext
+from kvshare.modes import get_mode
+from kvshare_vllm.frontend import Frontend
+from kvshare_vllm.sampling import logprob_rows, make_prompt
+from kvshare_vllm.text_work import chars_of
+from kvshare_vllm.token_text import text_lengths
+from router.ahead.response_kv import ResponseKV
+from router.sessions import Session, SessionStore
+from router.sessions.chat import ChatLayout
+from router.sessions.kept_response import kept_response
+from router.sessions.sampling import check_min_tokens, named_as_sent
+
+DEFAULT_MAX_TOKENS = 256
+ROLES = ("system", "user", "assistant", "tool")
+
+#: None, ("messages", [{"role", "content"}]), ("text", str) or ("token_ids", [int]).
+TurnInput = tuple[str, object] | None
+
+
+@dataclass(frozen=True)
+class TurnEvent:
+    """New text and tokens; the last one has `finish_reason` and the context's new length."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[list[tuple[int, float, int]]] | None = None
+    finish_reason: str | None = None
+    context_tokens: int = 0
+
+
+class Turns:
+    def __init__(
+        self,
+        base: Base,
+        decoders: Mapping[str, Decoder],
+        frontend: Frontend,
+        sessions: SessionStore,
+        response_kv: ResponseKV,
+    ):
+        self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
+        self._frontend, self._max_len = frontend, base.max_model_len
+        self._chat = ChatLayout(frontend.renderer.tokenizer)
+        self._vocab_size = frontend.model_config.get_vocab_size()
+
+    async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
+        ids = await self._ids((), False, given, answer=False, field="input")
+        self._check_length(len(ids), None)
+        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
+
+    async def delete(self, session_id: str, tenant: str = "") -> None:
+        self._response_kv.given_up((tenant, session_id))
+        await self.sessions.delete(session_id, tenant=tenant)
+
+    async def take(
+        self,
+        session_id: str,
+        decoder: str,
+        given: TurnInput,
+        suffix: TurnInput,
+        sampling,
+        request_id: str,
+        context: TurnContext,
+        tenant: str = "",
+    ) -> AsyncIterator[TurnEvent]:
+        if not decoder:
+            raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
+        async with self.sessions.turn(session_id, tenant=tenant) as session:
+            if max(session.token_ids, default=0) >= self._vocab_size:
+                raise self.sessions.damaged(session_id)
+            context.session = session
+            context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
+            kept, seen = await self._lay_out(session, given, suffix)
+            if not seen:
+                raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
+            sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
+            check_min_tokens(sampling.min_tokens, sampling.max_tokens)
+            with named_as_sent():
+                request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
+            mode = get_mode(self.decoders[decoder].sharing)
+            turn = self._response_kv.of_turn((tenant, session_id), mode, kept, context, lendable=seen == kept)
+            shown = ""
+            with turn as response:
+                outputs = self._frontend.run(request, decoder, context)
+                async with aclosing(outputs) as stream:
+                    async for output in stream:
+                        completion = output.outputs[0]
+                        response.token_ids += completion.token_ids
+                        shown += completion.text
+                        context_tokens = 0
+                        if completion.finish_reason:
+                            is_chat = (given or suffix or ("",))[0] == "messages"
+                            is_open = is_chat or session.open_response
+                            if completion.stop_reason in sampling.stop:
+                                response.keep(self._shown(request, response.token_ids, shown))
+                            await self.sessions.commit(session, response.context, open_response=is_open)
+                            context_tokens = len(session.token_ids)
+                            response.ended()
+                        else:
+                            response.grew()
+                        yield TurnEvent(
+                            completion.text,
+                            list(completion.token_ids),
+                            logprob_rows(completion),
+                            completion.finish_reason,
+                            context_tokens,
+                        )
+
+    def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:
+        lengths = text_lengths(self._frontend.renderer.tokenizer, request, token_ids)
+        return kept_response(token_ids, lengths, shown, self._chat.ids)
+
+    async def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
+        """(what the context will keep before the response, what the decoder sees before it)."""
+        context = list(session.token_ids)
+        kept = context + await self._ids(context, session.open_response, given, answer=True, field="input")
+        if suffix is None:
+            return kept, kept
+        if suffix[0] != "messages":
+            return kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix")
+        # The answer's opening stands once, after the suffix.
+        before = context + await self._ids(context, session.open_response, given, answer=False, field="input")
+        still_open = session.open_response and given is None
+        return kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix")
+
+    async def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
+        if given is None:
+            return []
+        kind, value = given
+        if kind == "token_ids":
+            return self._checked_ids(value, f"{field}.token_ids")
+        text = self._frontend.text
+        chars = chars_of(value)
+        text.check_chars(chars, f"{field}.{kind}")
+        if kind == "text":
+            return await text.run(chars, lambda: self._chat.ids(value))
+        self._check_messages(value, field)
+        if not context:
+            return await text.run(chars, lambda: self._chat.opening(value, answer))
+        return await text.run(chars, lambda: self._chat.appended(context, open_response, value, answer))
+
+    def _checked_ids(self, given: list[int], field: str) -> list[int]:
+        if len(given) > self._max_len:
+            raise InvalidInput(
+                f"{len(given)} token ids are more than the model's length of {self._max_len}",
+                field=field,
+                fix="send fewer, or raise base.max_model_len",
+            )
+        for position, token in enumerate(given):
+            if not 0 <= token < self._vocab_size:
+                raise InvalidInput(
+                    f"token id {token} at position {position} is out of range",
+                    field=field,
+                    fix=f"use ids from 0 to {self._vocab_size - 1}",
+                )
+        return list(given)
+
+    def _check_messages(self, messages, field: str) -> None:
+        if not messages:
+            raise InvalidInput("no message is given", field=f"{field}.messages", fix="give at least one, or leave it out")
+        for number, message in enumerate(messages):
+            if message["role"] not in ROLES:
+                raise InvalidInput(
+                    f"unknown role {message['role']!r}",
+                    field=f"{field}.messages.{number}.role",
+                    fix=f"use one of {', '.join(ROLES)}",
+                )
+
+    def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
+        self._check_length(prompt_tokens, asked)
+        return asked or min(DEFAULT_MAX_TOKENS, self._max_len - prompt_tokens)
+
+    def _check_length(self, prompt_tokens: int, asked: int | None) -> None:
+        if prompt_tokens >= self._max_len:
+            raise InvalidInput(
+                f"{prompt_tokens} prompt tokens leave no room for a response: the model takes {self._max_len}, both together",
+                field="input",
+                fix="send less, start a new session, or raise base.max_model_len",
+            )
+        if asked is not None and prompt_tokens + asked > self._max_len:
+            raise InvalidInput(
+                f"{asked} tokens do not fit behind the prompt's {prompt_tokens}: the model takes {self._max_len}",
+                field="sampling.max_tokens",
+                fix=f"ask for at most {self._max_len - prompt_tokens}, start a new session, or raise base.max_model_len",
+            )

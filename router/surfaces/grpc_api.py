@@ -1,0 +1,223 @@
+"""The gRPC surface (protos/prefillshare/v1). Translates; sessions, text and turns are elsewhere.
+
+A server of our own in the router replica, not Serve's gRPC proxy: the proxy hides the client's deadline, drops the
+trailing metadata of errors raised before the first message, and cannot be bound to one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvshare import addresses
+from kvshare.access import Tls
+from kvshare.caller import current_caller
+from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
+from kvshare.handoff import TurnContext
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from router.sessions.sampling import to_sampling_params
+from router.sessions.turns import Turns
+from router.surfaces.grpc_auth import ApiKeys
+from router.surfaces.grpc_errors import ERROR_METADATA
+from router.surfaces.grpc_errors import abort as _abort
+from router.surfaces.grpc_keepalive import server_options
+from router.surfaces.grpc_tls import credentials
+from router.surfaces.request_limits import LEAST, RequestLimits
+from router.telemetry.trace_context import GrpcTraces
+from router.tenants import Tenants
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
+#: Of an answer: a session's tokens, if they are asked for.
+_MAX_ANSWER_BYTES = 16 << 20
+
+
+class GrpcServer:
+    """Owns the listening port. `start` raises ConfigError if it is taken."""
+
+    def __init__(
+        self,
+        servicer: Servicer,
+        host: str,
+        port: int,
+        tenants: Tenants | None = None,
+        tls: Tls | None = None,
+        shared_port: bool = False,
+        limits: RequestLimits = LEAST,
+        keepalive: Sequence[tuple[str, int]] = tuple(server_options()),
+    ):
+        self._address, self._port = addresses.joined(host, port), port
+        self._credentials = credentials(tls) if tls else None
+        options = [
+            ("grpc.max_receive_message_length", limits.body_bytes),
+            ("grpc.max_metadata_size", limits.header_bytes),
+            ("grpc.absolute_max_metadata_size", limits.header_bytes),
+            ("grpc.max_send_message_length", _MAX_ANSWER_BYTES),
+            # Several routers on one machine share the port: the kernel spreads connections over those that live.
+            ("grpc.so_reuseport", int(shared_port)),
+            *keepalive,
+        ]
+        self._server = grpc.aio.server(options=options, interceptors=[GrpcTraces(), ApiKeys(tenants or Tenants())])
+        self._health = health.aio.HealthServicer()
+        pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+
+    async def start(self) -> None:
+        try:
+            if self._listen() != self._port:
+                raise RuntimeError("not bound")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cannot listen on {self._address}: {error}", field="router.grpc_port", fix="choose a free port"
+            ) from error
+        await self._server.start()
+
+    def _listen(self) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(self._address)
+        return self._server.add_secure_port(self._address, self._credentials)
+
+    async def set_ready(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+class Servicer(pb_grpc.PrefillShareServicer):
+    def __init__(self, turns: Turns, readiness):
+        self._turns, self._readiness = turns, readiness
+
+    async def ListDecoders(self, request, context):
+        decoders = self._turns.decoders.values()
+        return pb.ListDecodersResponse(
+            decoders=[pb.Decoder(name=d.name, pool=d.pool, sharing=d.sharing, kind=d.kind) for d in decoders]
+        )
+
+    async def GetReadiness(self, request, context):
+        reason = await self._answer(context, self._readiness())
+        return pb.GetReadinessResponse(ready=not reason, reason=reason or "")
+
+    async def CreateSession(self, request, context):
+        return await self._answer(context, self._described(self._create(request)))
+
+    async def GetSession(self, request, context):
+        found = self._turns.sessions.get(request.session_id, tenant=_tenant())
+        return await self._answer(context, self._described(found, request.include_token_ids))
+
+    async def ForkSession(self, request, context):
+        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant())
+        return await self._answer(context, self._described(made))
+
+    async def DeleteSession(self, request, context):
+        await self._answer(context, self._turns.delete(request.session_id, _tenant()))
+        return pb.DeleteSessionResponse()
+
+    async def Generate(self, request, context):
+        request_id = uuid.uuid4().hex
+        try:
+            turn_context = TurnContext.of(current_caller.get().behind(request.priority))
+            turn_context.deadline_s = _deadline_s(context)
+            sampling = to_sampling_params(request.sampling)
+            turn = self._turns.take(
+                request.session_id,
+                request.decoder,
+                _input(request.input),
+                _input(request.suffix),
+                sampling,
+                request_id,
+                turn_context,
+                _tenant(),
+            )
+            async with aclosing(turn) as events:
+                async for event in events:
+                    response = pb.GenerateResponse(text=event.text, token_ids=event.token_ids)
+                    for row in event.logprobs or ():
+                        response.logprobs.add(entries=[pb.Logprob(token_id=t, logprob=p, rank=r) for t, p, r in row])
+                    if event.finish_reason:
+                        response.done.CopyFrom(
+                            pb.Done(
+                                finish_reason=event.finish_reason,
+                                usage=pb.Usage(**turn_context.usage.report()),
+                                context_tokens=event.context_tokens,
+                            )
+                        )
+                    yield response
+        except PrefillShareError as error:
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
+            await _abort(context, _unexpected(f"request {request_id}"))
+
+    async def _create(self, request):
+        caller = current_caller.get().in_domain(request.cache_domain)
+        return await self._turns.create(request.session_id, _input(request.input), caller.tenant, caller.cache_domain)
+
+    async def _described(self, work, with_tokens: bool = False) -> pb.Session:
+        session = await work
+        return pb.Session(
+            session_id=session.session_id,
+            context_tokens=len(session.token_ids),
+            turns=session.turns,
+            token_ids=session.token_ids if with_tokens else (),
+            expires_in_s=await self._turns.sessions.expires_in_s(session),
+        )
+
+    async def _answer(self, context, work):
+        try:
+            return await work
+        except PrefillShareError as error:
+            await _abort(context, error)
+        except Exception:
+            call = uuid.uuid4().hex
+            logger.exception("call %s failed", call)
+            await _abort(context, _unexpected(f"call {call}"))
+
+
+def _unexpected(what: str) -> Internal:
+    """Says where to look: what went wrong inside is not for clients."""
+    return Internal(f"{what} failed in the router", fix="if it lasts, have the router's log searched for it")
+
+
+def _tenant() -> str:
+    """Whose sessions this call sees."""
+    return current_caller.get().tenant
+
+
+def _deadline_s(context) -> float | None:
+    """Seconds the client still waits. gRPC gives a very large number where it set no deadline."""
+    left = context.time_remaining()
+    if left is None or left > 10 * 365 * 86400:
+        return None
+    if left <= 0:
+        raise DeadlineExceeded("the deadline passed before the turn began")
+    return left
+
+
+def _input(message: pb.Input):
+    """-> None, ("messages", [dict]), ("text", str) or ("token_ids", [int])."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        return None
+    if kind == "messages":
+        return kind, [{"role": m.role, "content": m.content} for m in message.messages.messages]
+    if kind == "token_ids":
+        return kind, list(message.token_ids.ids)
+    return kind, message.text
+
+
+__all__ = ["ERROR_METADATA", "SERVICE", "GrpcServer", "Servicer"]

@@ -1,0 +1,1 @@
+"""What the router tells of itself: metrics for Prometheus and Ray, and the caller's trace continued."""

@@ -1,0 +1,1 @@
+"""One turn over token ids, from its admission to its end, whatever fails meanwhile."""

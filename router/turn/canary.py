@@ -1,0 +1,126 @@
+"""The canary: how far answers over shared KV are from the decoder's own, measured on live turns (DroidSpeak drifts with data).
+
+Of a sampled share of the turns of decoders that recompute layers, one place in the response is looked at again:
+ 1. The turn runs as always, but its likeliest tokens are asked for, too; the client gets what it asked for.
+ 2. When it has ended, a decode replica predicts the same place from the decoder's own prefill of prompt and response so far,
+    at the lowest priority. One at a time; what comes meanwhile is left out.
+ 3. The divergence of the two is exported. Where it grows, the layers that matter have changed: profile again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+
+from kvshare.decoders import ALL, Decoder
+from kvshare.errors import PrefillShareError
+from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.metrics import Metrics
+from kvshare.modes import get_mode
+from kvshare.priority import BEHIND
+from router.background import Background
+from router.pools.cache_index import BlockKeys
+from router.pools.replicas import CALL_ERRORS, answer
+from router.pools.route import Route
+from router.turn.orchestrator import Orchestrator
+
+logger = logging.getLogger(__name__)
+
+#: Likeliest tokens that are compared one by one, if the decoder's pool gives so many.
+TOP = 20
+
+Row = list[tuple[int, float, int]]
+
+
+class Canary:
+    """Takes turns as the orchestrator does. `share`: of the turns that are looked at."""
+
+    def __init__(self, orchestrator: Orchestrator, metrics: Metrics, share: float, rng: random.Random | None = None):
+        self._orchestrator, self._metrics, self._share = orchestrator, metrics, share
+        self._rng = rng or random.Random()
+        self._background, self._task = Background(metrics), None
+
+    def expect(self, decoders: Mapping[str, Decoder]) -> None:
+        """Export what these decoders are measured against."""
+        floor = self._metrics["quality_floor"]
+        floor.clear()
+        for decoder in decoders.values():
+            if decoder.quality_floor is not None:
+                floor.labels(decoder.name).set(decoder.quality_floor)
+
+    def run(self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext) -> AsyncIterator[TokenChunk]:
+        """As Orchestrator.run."""
+        decoder = self._orchestrator.decoders.get(name)
+        if decoder and get_mode(decoder.sharing).recomputes and self._rng.random() < self._share:
+            return self._looked_at(decoder, prompt, sampling, request_id, context)
+        return self._orchestrator.run(name, prompt, sampling, request_id, context)
+
+    async def _looked_at(
+        self, decoder: Decoder, prompt: list[int], sampling, request_id: str, context: TurnContext
+    ) -> AsyncIterator[TokenChunk]:
+        route, asked, tokens, rows = self._orchestrator.routes[decoder.pool], sampling.logprobs, [], []
+        sampling = sampling.clone()
+        sampling.logprobs = asked if asked == ALL else max(_top(decoder), asked or 0)
+        async with aclosing(self._orchestrator.run(decoder.name, prompt, sampling, request_id, context)) as chunks:
+            async for chunk in chunks:
+                tokens += chunk.token_ids
+                rows += chunk.logprobs or ()
+                if chunk.finish_reason and rows:
+                    self._look(decoder, route, prompt, tokens, rows, request_id)
+                yield replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
+
+    def _look(
+        self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row], request_id: str
+    ) -> None:
+        if self._task and not self._task.done():
+            self._metrics["canary_turns_total"].labels(decoder.name, "dropped").inc()
+            return
+        place = self._rng.randrange(len(rows))
+        comparing = self._compare(decoder, route, [*prompt, *tokens[:place]], rows[place])
+        self._task = self._background.start("canary", comparing, request=request_id)
+
+    async def _compare(self, decoder: Decoder, route: Route, context: list[int], shared: Row) -> None:
+        outcome = "failed"
+        try:
+            placement = await route.decode.choose(len(context), BlockKeys([0], 1))
+            async with route.decode.calling(placement):
+                call = route.decode.replicas.on(placement.replica.id).own_next
+                top = _top(decoder)
+                own = await answer(call.remote(context, adapter=decoder.adapter, top=top, priority=BEHIND))
+            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(own), _likely(shared)))
+            outcome = "done"
+        except (PrefillShareError, *CALL_ERRORS) as error:
+            logger.warning("the canary of %s: %s: %s", decoder.name, type(error).__name__, error)
+        finally:
+            self._metrics["canary_turns_total"].labels(decoder.name, outcome).inc()
+
+    async def stop(self) -> None:
+        await self._background.stop()
+
+
+def _top(decoder: Decoder) -> int:
+    return TOP if decoder.max_logprobs == ALL else min(TOP, decoder.max_logprobs)
+
+
+def as_asked(rows: list[Row] | None, asked: int | None) -> list[Row] | None:
+    """Of rows with more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
+    if rows is None or asked is None:
+        return None
+    return rows if asked == ALL else [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
+
+
+def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:
+    """Kullback-Leibler divergence of `shared` from `own`, in nats, as a layer profile has it. Both: tokens -> log-probabilities
+    of the likeliest; those in both one by one, all others as one. Never more than the divergence over all tokens."""
+    both = own.keys() & shared.keys()
+    parts = [(math.exp(own[token]), math.exp(shared[token])) for token in both]
+    parts.append(tuple(max(1e-9, 1 - sum(part[side] for part in parts)) for side in (0, 1)))
+    return max(0.0, sum(p * math.log(p / q) for p, q in parts if p > 0))
+
+
+def _likely(row: Row) -> dict[int, float]:
+    return {token: logprob for token, logprob, _ in row}

@@ -1,0 +1,36 @@
+"""A turn's shared prefix: its tokens, and the keys of its blocks where they are made and where they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvshare.decoders import Decoder
+from kvshare.layer_group import LayerGroup, block_salt
+from kvshare.modes import get_mode
+from router.pools.cache_index import BlockKeys
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`keys`: of the prefill side. `salt`: of the caller's domain and request."""
+
+    token_ids: list[int]
+    keys: BlockKeys
+    decoder: Decoder
+    block_size: int
+    salt: str | None
+
+    @classmethod
+    def of(cls, decoder: Decoder, prompt: list[int], generated: list[int], block_size: int, salt: str | None) -> Prefix:
+        """What is handed over of a prompt and the tokens generated after it."""
+        mode = get_mode(decoder.sharing)
+        shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
+        keys = BlockKeys(shared, block_size, salt=salt, adapter=None if mode.shares_prefill else decoder.adapter)
+        return cls(shared, keys, decoder, block_size, salt)
+
+    def decode_keys(self, own_layers: LayerGroup | None) -> BlockKeys:
+        """Of the decode side, where the decoder has computed these layers itself."""
+        if not get_mode(self.decoder.sharing).recomputes:
+            return self.keys
+        salt = block_salt(self.salt, own_layers)
+        return BlockKeys(self.token_ids, self.block_size, salt=salt, adapter=self.decoder.adapter)

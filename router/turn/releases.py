@@ -1,0 +1,56 @@
+"""Handoffs that nobody will read: their leases are ended early, behind the turn's back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvshare.errors import PrefillShareError
+from kvshare.handoff import Handoff, PrefillResult
+from kvshare.metrics import Metrics
+from router.background import Background
+from router.pools.pool import Pool
+from router.pools.replicas import CALL_ERRORS, answer
+
+logger = logging.getLogger(__name__)
+
+#: How long a prefill that nobody waits for any more may go on to its end.
+LAST_WORD_S = 0.25
+
+
+class Releases:
+    def __init__(self, metrics: Metrics):
+        self._background = Background(metrics)
+
+    async def answered(self, call, decode: Pool, request_id: str) -> PrefillResult:
+        """What a prefill call answers. A turn that is ended meanwhile does not take the call back at once: the answer may be on
+        its way, and only it says what is leased."""
+        answering = asyncio.create_task(answer(call))
+        try:
+            return await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():
+                ending = self._end(answering, decode, request_id)
+                self._background.start("handoff_release", ending, request=request_id)
+            raise
+
+    async def _end(self, answering: asyncio.Task[PrefillResult], decode: Pool, request_id: str) -> None:
+        await asyncio.wait({answering}, timeout=LAST_WORD_S)
+        answering.cancel()
+        await asyncio.wait({answering})
+        if not answering.cancelled() and not answering.exception() and (handoff := answering.result().handoff):
+            self.have_released(decode, handoff, request_id)
+
+    def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
+        """Have any decode replica say that nobody will read it. If none can, the lease ends by itself."""
+        if usable := decode.replicas.usable():
+            releasing = self._release(decode, usable[0].id, handoff, request_id)
+            self._background.start("handoff_release", releasing, request=request_id)
+
+    async def _release(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
+        try:
+            async with asyncio.timeout(handoff.lease_s):
+                await decode.replicas.on(replica).release.remote(handoff, request_id)
+        except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
+            told = {"request_id": request_id}
+            logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error, extra=told)

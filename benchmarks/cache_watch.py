@@ -8,7 +8,7 @@ from collections import Counter
 
 from kvshare import channel_keys
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.ray_node import channel_secret
+from kvshare_vllm.engine.ray_node import channel_secret
 from router.pools.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 #: Until a cache's whole state has arrived.

@@ -1,8 +1,8 @@
 """What it is worth to compute a decoder's own layers while the other layers' KV is still loading (DroidSpeak's pipelining).
 
 A prefill engine and two decode engines without a router, the decode engines in turn: one begins when what enters its layers is
-there, where it expects that to pay (kvshare_vllm/load_overlap.py); the other waits for all KV. The times of one turn at a time,
-from the decode engine's being asked.
+there, where it expects that to pay (kvshare_vllm/transfer/load_overlap.py); the other waits for all KV. The times of one turn
+at a time, from the decode engine's being asked.
 
 Between two processes of one machine KV moves through shared memory, faster than any network. With a link of so many Mbit/s the
 engines run in a network namespace of their own, whose loopback is held to that, and UCX takes TCP (needs root and iproute2).
@@ -74,7 +74,7 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
     the engine how long a step takes, and does not count."""
     from vllm import SamplingParams
 
-    from kvshare_vllm.engine import DecodeEngine, PrefillEngine
+    from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 
     some, one = (SamplingParams(max_tokens=tokens, temperature=0.0) for tokens in (8, 1))
     prefill_settings = _settings(model, group, max(lengths))

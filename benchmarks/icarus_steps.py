@@ -30,7 +30,7 @@ class Stepper:
         from vllm.utils.ompmultiprocessing import OMPProcessManager
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from kvshare_vllm.plugin import TWO_STREAMS
+        from kvshare_vllm.names import TWO_STREAMS
 
         options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
         if adapters:
@@ -38,7 +38,7 @@ class Stepper:
         args = EngineArgs(
             model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=context + 512, max_num_seqs=batch,
             kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False, disable_log_stats=True,
-            worker_cls="kvshare_vllm.worker.SharedKVWorker", **options,
+            worker_cls="kvshare_vllm.engine.worker.SharedKVWorker", **options,
         )  # fmt: skip
         config = args.create_engine_config()
         config.parallel_config.distributed_executor_backend = "uni"

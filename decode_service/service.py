@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from kvshare.handoff import Handoff
 from kvshare.layer_group import LayerGroup
-from kvshare_vllm.replica import EngineReplica
+from kvshare_vllm.engine.replica import EngineReplica
 
 
 class DecodeService(EngineReplica):
@@ -22,7 +22,7 @@ class DecodeService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from kvshare_vllm.engine import DecodeEngine
+        from kvshare_vllm.engine.engine import DecodeEngine
 
         return DecodeEngine
 

@@ -6,7 +6,7 @@ secret can derive it: whoever connects without it learns nothing, and a server c
 
 The secret stands in the environment of the processes that need it (an engine's own process inherits it), and nowhere else:
 not in settings, arguments or logs. Without a secret the channels are plain, which is allowed on loopback only
-(kvshare_vllm/ray_node.py).
+(kvshare_vllm/engine/ray_node.py).
 
 CURVE: https://rfc.zeromq.org/spec/26/
 """

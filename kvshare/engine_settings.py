@@ -38,7 +38,7 @@ class EngineSettings:
     #: Decode engines: those of the prefill engines that they read from.
     prefill_ecache_layers: tuple[int, ...] = ()
     #: Decode engines that compute layers themselves: begin with them while the other layers' KV is still being loaded.
-    #: "pays": where that is expected to be faster (kvshare_vllm/load_overlap.py); "always"; "never".
+    #: "pays": where that is expected to be faster (kvshare_vllm/transfer/load_overlap.py); "always"; "never".
     overlap_loads: str = "pays"
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)

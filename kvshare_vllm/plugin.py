@@ -5,12 +5,7 @@ from __future__ import annotations
 import multiprocessing
 
 from kvshare.modes import modes
-
-CONNECTOR = "SharedKVConnector"
-#: Before a base's architecture: the model that runs it with a decoder stream beside.
-TWO_STREAMS = "Icarus"
-#: ... the model in which tokens may pass through a few layers only.
-PARTIAL_LAYERS = "DroidSpeak"
+from kvshare_vllm.names import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
 
 
 def register() -> None:
@@ -18,12 +13,13 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
 
-    from kvshare_vllm import gentle_grammars, gloo_loops, kv_events, nixl_handshakes, quick_start, vllm_logging
+    from kvshare_vllm.engine import kv_events, quick_start
+    from kvshare_vllm.patches import gentle_grammars, gloo_loops, nixl_handshakes, vllm_logging
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
     if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.connector", CONNECTOR)
+        KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.transfer.connector", CONNECTOR)
     kv_events.register()
     nixl_handshakes.protect()
     gloo_loops.share()
@@ -33,7 +29,7 @@ def register() -> None:
     for stock in {name for mode in modes() if mode.recomputes for name in mode.architectures}:
         ModelRegistry.register_model(PARTIAL_LAYERS + stock, f"kvshare_vllm.models.own_layers:{PARTIAL_LAYERS}{stock}")
     if current_platform.is_cpu():
-        from kvshare_vllm import cpu_adapters, nixl_cores
+        from kvshare_vllm.patches import cpu_adapters, nixl_cores
 
         nixl_cores.wait_for_events()
         nixl_cores.keep_affinity()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 
 from kvshare.handoff import Handoff, PrefillResult
-from kvshare_vllm.replica import EngineReplica
+from kvshare_vllm.engine.replica import EngineReplica
 
 
 class PrefillService(EngineReplica):
@@ -23,7 +23,7 @@ class PrefillService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from kvshare_vllm.engine import PrefillEngine
+        from kvshare_vllm.engine.engine import PrefillEngine
 
         return PrefillEngine
 

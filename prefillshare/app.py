@@ -171,7 +171,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     import ray
     from ray import serve
 
-    from kvshare_vllm.ray_node import channel_secret
+    from kvshare_vllm.engine.ray_node import channel_secret
 
     engine_settings(deployment)  # files first: the cheapest refusals
     tenants.load(deployment.router.auth)

@@ -19,7 +19,7 @@ from prefillshare.platform import vllm_build
 LIMIT_S = 300.0
 #: Answers that are remembered.
 KEPT = 100
-_MODULE = "kvshare_vllm.argument_check"
+_MODULE = "kvshare_vllm.engine.argument_check"
 
 
 def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> str:

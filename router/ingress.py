@@ -24,7 +24,8 @@ from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
-from kvshare_vllm import quick_start, ray_node, vllm_logging
+from kvshare_vllm.engine import quick_start, ray_node
+from kvshare_vllm.patches import vllm_logging
 from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class RouterIngress:
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         ray_node.join()
         with quick_start.paused():
-            from kvshare_vllm.openai_app import build_openai_app
+            from kvshare_vllm.surface.openai_app import build_openai_app
             from router.ahead.eager import EagerPrefill
             from router.ahead.pull_back import PullBack
             from router.ahead.response_kv import ResponseKV
@@ -136,7 +137,7 @@ class RouterIngress:
 
     async def reconfigure(self, plain: dict) -> None:
         """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
-        from kvshare_vllm.openai_app import set_decoders
+        from kvshare_vllm.surface.openai_app import set_decoders
 
         deployment = taken_over(self._deployment, Deployment.model_validate(plain))
         if deployment == self._deployment:

@@ -8,7 +8,7 @@ import zmq
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.kv_events import StatePublisher
+from kvshare_vllm.engine.kv_events import StatePublisher
 
 BLOCK = 32
 

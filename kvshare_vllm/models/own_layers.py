@@ -28,7 +28,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from kvshare.layer_group import LayerGroup, OwnLayers
 from kvshare_vllm.models.ecache import ECache
-from kvshare_vllm.regions import ecache_names, ecache_parts_of
+from kvshare_vllm.transfer.regions import ecache_names, ecache_parts_of
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Follows one replica's KV events, so that what the index holds of it is what it has cached.
 
-Wire format: vllm/distributed/kv_events.py, with the block's salt (kvshare_vllm/kv_events.py). Batches are numbered; after
-a gap, and at first, the whole state is asked for. What the state already tells is then left out by its number.
+Wire format: vllm/distributed/kv_events.py, with the block's salt (kvshare_vllm/engine/kv_events.py). Batches are numbered;
+after a gap, and at first, the whole state is asked for. What the state already tells is then left out by its number.
 """
 
 from __future__ import annotations

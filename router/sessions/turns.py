@@ -2,7 +2,7 @@
 
 1. Hold the session; a second turn meanwhile is refused.
 2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
-3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.frontend).
+3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.surface.frontend).
 4. At a good end the context becomes context + input + response, without the suffix. Of a response that a stop text has ended
    it keeps what the client saw (router/sessions/kept_response.py). Any other end changes nothing.
 """
@@ -19,10 +19,10 @@ from kvshare.decoders import Decoder
 from kvshare.errors import InvalidInput
 from kvshare.handoff import TurnContext
 from kvshare.modes import get_mode
-from kvshare_vllm.frontend import Frontend
 from kvshare_vllm.sampling import logprob_rows, make_prompt
-from kvshare_vllm.text_work import chars_of
-from kvshare_vllm.token_text import text_lengths
+from kvshare_vllm.surface.frontend import Frontend
+from kvshare_vllm.surface.text_work import chars_of
+from kvshare_vllm.surface.token_text import text_lengths
 from router.ahead.response_kv import ResponseKV
 from router.sessions import Session, SessionStore
 from router.sessions.chat import ChatLayout

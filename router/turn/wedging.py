@@ -1,7 +1,8 @@
 """A turn that may be what stopped an engine is not given to the next one.
 
 Only a response's format can do that: engines compile it, and look at it with every step. Formats are tried before
-(kvshare_vllm/grammars.py); this is for what that has not found. A plain turn cannot stop an engine, and goes on elsewhere.
+(kvshare_vllm/grammars/grammars.py); this is for what that has not found. A plain turn cannot stop an engine, and goes on
+elsewhere.
 """
 
 from __future__ import annotations

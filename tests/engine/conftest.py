@@ -10,7 +10,7 @@ import pytest
 from ports import free_port
 
 from kvshare.config import Deployment, parse
-from kvshare_vllm import quick_start
+from kvshare_vllm.engine import quick_start
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch

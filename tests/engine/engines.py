@@ -52,7 +52,7 @@ def settings_of(folder: Path, smollm: Path, mode: str, adapters: Iterable[str], 
 @asynccontextmanager
 async def started(decode: EngineSettings, *others: EngineSettings):
     """A prefill engine for `decode`, the decode engine, and the others."""
-    from kvshare_vllm.engine import DecodeEngine, PrefillEngine
+    from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 
     prefill = replace(
         decode,

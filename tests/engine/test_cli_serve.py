@@ -23,7 +23,7 @@ from test_system_llama import deployment
 
 from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Unavailable
-from kvshare_vllm.ray_node import channel_secret
+from kvshare_vllm.engine.ray_node import channel_secret
 from prefillshare import cluster
 from prefillshare.client import Client
 

@@ -52,7 +52,7 @@ class Router:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def router(smollm):
-    from kvshare_vllm.openai_app import build_openai_app
+    from kvshare_vllm.surface.openai_app import build_openai_app
 
     router = Router()
     base = Base(model=str(smollm), dtype="float32", max_model_len=8192)

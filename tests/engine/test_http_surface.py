@@ -38,7 +38,7 @@ class Surface:
         self._sent = asyncio.Event()
 
     async def start(self, model: str) -> None:
-        from kvshare_vllm.openai_app import build_openai_app
+        from kvshare_vllm.surface.openai_app import build_openai_app
 
         self.base = Base(model=model, dtype="float32", max_model_len=MAX_LEN)
         self.app, self.frontend = await build_openai_app(self.base, ["planner"], self._turn, lambda *_: None)
@@ -86,8 +86,8 @@ def error_of(answer: httpx.Response) -> dict:
 
 
 async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here_are_not_there(surface):
-    from kvshare_vllm import openai_app
-    from kvshare_vllm.http_routes import LEFT_OUT, SERVED
+    from kvshare_vllm.surface import openai_app
+    from kvshare_vllm.surface.http_routes import LEFT_OUT, SERVED
 
     theirs = openai_app.build_app(openai_app._arguments(surface.base), ("generate",), surface.frontend.model_config)
     assert {route.path for route in theirs.routes} == SERVED | LEFT_OUT.keys()

@@ -24,7 +24,7 @@ class Router:
         self.says, self.at_once, self.prompts = [], 1, []
 
     async def start(self, model: str):
-        from kvshare_vllm.openai_app import build_openai_app
+        from kvshare_vllm.surface.openai_app import build_openai_app
         from router.sessions.turns import Turns
 
         base = Base(model=model, dtype="float32", max_model_len=512)

@@ -48,7 +48,7 @@ class Router:
         Decoder("planner", "pool", "prefillshare", "planner", "lora", max_logprobs=5).check_logprobs(logprobs)
 
     async def start(self, model: str, tenants: Tenants):
-        from kvshare_vllm.openai_app import build_openai_app
+        from kvshare_vllm.surface.openai_app import build_openai_app
         from router.ahead.response_kv import ResponseKV
         from router.sessions import MemorySessions
         from router.sessions.turns import Turns

@@ -10,7 +10,7 @@ from ports import free_port
 
 from benchmarks.redis_server import RedisServer
 from kvshare.contract import DecoderContract
-from kvshare_vllm import quick_start
+from kvshare_vllm.engine import quick_start
 
 
 def pytest_sessionstart():

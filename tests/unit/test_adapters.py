@@ -3,7 +3,7 @@
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from kvshare_vllm.adapters import Adapters
+from kvshare_vllm.engine.adapters import Adapters
 
 GOOD = {"a": "/adapters/a", "b": "/adapters/b"}
 

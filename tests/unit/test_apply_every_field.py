@@ -32,7 +32,7 @@ class Routers:
 
 
 class Engines:
-    """As kvshare_vllm.replica.EngineReplica."""
+    """As kvshare_vllm.engine.replica.EngineReplica."""
 
     def __init__(self, settings):
         self.settings = settings

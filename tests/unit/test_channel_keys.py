@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, ba
 
 from kvshare import channel_keys
 from kvshare.errors import ConfigError
-from kvshare_vllm import nixl_handshakes
+from kvshare_vllm.patches import nixl_handshakes
 from router.pools import kv_follower
 from router.pools.cache_index import BlockKeys, CacheIndex
 

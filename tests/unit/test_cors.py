@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from kvshare.config import Router
 from kvshare.errors import Overloaded
-from kvshare_vllm.http_refusals import HttpRefusals, note_failure
+from kvshare_vllm.surface.http_refusals import HttpRefusals, note_failure
 from router.surfaces.cors import cors
 from router.surfaces.http_auth import ApiKeys
 from router.tenants import KeysFile, Tenants

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvshare_vllm.cpu_adapters import AdapterRows, rows_by_adapter
+from kvshare_vllm.patches.cpu_adapters import AdapterRows, rows_by_adapter
 
 SLICES = (6, 3)
 

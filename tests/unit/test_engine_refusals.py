@@ -8,7 +8,7 @@ from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidat
 
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, Unavailable
 from kvshare.handoff import Handoff
-from kvshare_vllm.engine import DecodeEngine, PrefillEngine
+from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 from kvshare_vllm.sampling import make_sampling_params
 
 SETTINGS = SimpleNamespace(mode="prefillshare", contract="ours", role="decode", pool="agents", block_size=32, lease_s=20)

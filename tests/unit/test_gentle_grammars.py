@@ -11,8 +11,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvshare_vllm import gentle_grammars
-from kvshare_vllm.grammars import BACKEND
+from kvshare_vllm.grammars.grammars import BACKEND
+from kvshare_vllm.patches import gentle_grammars
 
 
 @pytest.fixture

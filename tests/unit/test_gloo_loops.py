@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed import HashStore, distributed_c10d
 
-from kvshare_vllm import gloo_loops
+from kvshare_vllm.patches import gloo_loops
 
 GROUPS = 5
 

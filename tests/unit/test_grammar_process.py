@@ -6,7 +6,7 @@ import json
 import pytest
 import xgrammar
 
-from kvshare_vllm.grammar_client import TOO_MUCH_CPU, GrammarClient
+from kvshare_vllm.grammars.client import TOO_MUCH_CPU, GrammarClient
 
 #: Bytes, some letters in a row, and an end.
 VOCABULARY = [bytes([n]) for n in range(256)] + [b"a" * n for n in range(2, 17)] + [b"</s>"]

@@ -7,9 +7,9 @@ import pytest
 from vllm.sampling_params import StructuredOutputsParams as Asked
 
 from kvshare.errors import InvalidInput, Unavailable
-from kvshare_vllm.grammar_client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
-from kvshare_vllm.grammars import BACKEND, MOST_BYTES, Grammars
-from kvshare_vllm.schema_coverage import not_held
+from kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
+from kvshare_vllm.grammars.grammars import BACKEND, MOST_BYTES, Grammars
+from kvshare_vllm.grammars.schema_coverage import not_held
 
 TRIP = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from kvshare_vllm import http_hang_ups
-from kvshare_vllm.http_hang_ups import HangUps
+from kvshare_vllm.surface import http_hang_ups
+from kvshare_vllm.surface.http_hang_ups import HangUps
 
 HTTP = {"type": "http"}
 START = {"type": "http.response.start", "status": 200, "headers": []}

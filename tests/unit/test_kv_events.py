@@ -7,7 +7,7 @@ from polling import until
 from publisher import BLOCK, Engine, becomes, removed, stored, tokens
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
 
-from kvshare_vllm import kv_events
+from kvshare_vllm.engine import kv_events
 from router.pools import kv_follower
 from router.pools.cache_index import BlockKeys, CacheIndex
 

@@ -32,8 +32,16 @@ ROOMS = {
         {"turn", "ahead"},
         {"pools", "tenants"},
         {"admission"},
-        {"tenants"},
         {"telemetry", "background", "service_rate"},
+    ),
+    "kvshare_vllm": (
+        {"plugin"},
+        {"surface", "engine"},
+        {"grammars", "models"},
+        {"transfer"},
+        {"patches"},
+        {"sampling"},
+        {"vllm_refusals", "fair_gate", "names"},
     ),
 }
 #: The generated stubs stand beside the layers: they import none of them.

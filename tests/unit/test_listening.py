@@ -11,7 +11,7 @@ from ray.serve._private import replica
 from kvshare import channel_keys
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import ConfigError
-from kvshare_vllm import launch, ray_node
+from kvshare_vllm.engine import launch, ray_node
 from prefillshare.local_ray import loopback_kept
 
 OUTSIDE = "192.0.2.7"

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 from kvshare.errors import InvalidInput
-from kvshare_vllm.request_checks import _checked, check_asked, check_request, check_something_is_left, turns_of
+from kvshare_vllm.surface.request_checks import _checked, check_asked, check_request, check_something_is_left, turns_of
 
 VOCAB, EOS = 10, 9
 ASKED = [{"role": "user", "content": "a"}]

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from kvshare_vllm.request_shape import (
+from kvshare_vllm.surface.request_shape import (
     MOST_ENTRIES,
     MOST_PARTS,
     MOST_TOGETHER,

@@ -8,7 +8,7 @@ import pytest
 
 from kvshare.caller import Caller, current_caller
 from kvshare.errors import DeadlineExceeded, InvalidInput
-from kvshare_vllm.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of
+from kvshare_vllm.surface.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of
 
 LONG, SHORT = SHORT_CHARS + 1, SHORT_CHARS
 

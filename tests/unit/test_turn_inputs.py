@@ -9,7 +9,7 @@ from char_tokenizer import Tokenizer, text
 
 from kvshare.config import Base
 from kvshare.errors import InvalidInput
-from kvshare_vllm.text_work import SHORT_CHARS, TextWork
+from kvshare_vllm.surface.text_work import SHORT_CHARS, TextWork
 from router.sessions.turns import Turns
 
 LENGTH = 2 * SHORT_CHARS

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import logging, logging.config, logging.handlers, sys
-from kvshare_vllm import vllm_logging
+from kvshare_vllm.patches import vllm_logging
 
 def a_library_of_that_kind():
     own = {"own": {"class": "logging.StreamHandler"}}
@@ -44,7 +44,7 @@ def test_handlers_of_others_are_open_after_a_library_has_set_up_its_own(guard, t
 
 OURS = """
 import json, logging
-from kvshare_vllm import vllm_logging
+from kvshare_vllm.patches import vllm_logging
 vllm_logging.set_up("{level}", "{form}")
 vllm_logging.set_up("{level}", "{form}")
 log = logging.getLogger("router.orchestrator")

@@ -17,7 +17,7 @@ NICENESS = 10
 
 
 def trust_the_router() -> None:
-    """In a replica's own process. What comes here has passed kvshare_vllm/grammars.py, and names its backend."""
+    """In a replica's own process. What comes here has passed kvshare_vllm/grammars/grammars.py, and names its backend."""
     from vllm import SamplingParams
 
     check = SamplingParams._validate_structured_outputs

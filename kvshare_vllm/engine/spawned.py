@@ -1,5 +1,5 @@
 """The main module of an engine's processes (quick_start.py)."""
 
-from kvshare_vllm import quick_start
+from kvshare_vllm.engine import quick_start
 
 quick_start.pause()

@@ -4,7 +4,7 @@ vLLM starts a streamed response, and sends events, before the turn has been admi
 shape that depends on the surface, or the body would just end. So the frontend notes what becomes of a request's turns, and
 this ASGI middleware holds the start of a stream until one of them has its first tokens. A failure before that becomes the
 response; one after it becomes the stream's last event, whatever vLLM would have said. All errors pass here, so that each
-surface has its clients' shape (kvshare_vllm/http_errors.py).
+surface has its clients' shape (kvshare_vllm/surface/http_errors.py).
 
 Seam: vllm/entrypoints/{openai,anthropic}: a chunk of a streamed body is an event
 """
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from kvshare.errors import Overloaded, PrefillShareError
-from kvshare_vllm import http_errors
-from kvshare_vllm.http_errors import HttpError
+from kvshare_vllm.surface import http_errors
+from kvshare_vllm.surface.http_errors import HttpError
 
 #: Of a stream's events at most so many are held: vLLM sends two before a turn's first tokens.
 _MAX_HELD = 8

@@ -21,9 +21,9 @@ from kvshare.engine_settings import EngineSettings
 from kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
-from kvshare_vllm import vllm_logging
-from kvshare_vllm.grammars import BACKEND
-from kvshare_vllm.plugin import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
+from kvshare_vllm.grammars.grammars import BACKEND
+from kvshare_vllm.names import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
+from kvshare_vllm.patches import vllm_logging
 
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -65,8 +65,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             }
         if s.role == "decode":
             args |= {
-                "scheduler_cls": "kvshare_vllm.scheduler.SharedKVScheduler",
-                "worker_cls": "kvshare_vllm.worker.SharedKVWorker",
+                "scheduler_cls": "kvshare_vllm.engine.scheduler.SharedKVScheduler",
+                "worker_cls": "kvshare_vllm.engine.worker.SharedKVWorker",
             }
             if mode.two_streams:
                 # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
@@ -87,7 +87,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "served_model_name": s.pool,  # as vLLM's metrics name it
             "otlp_traces_endpoint": s.traces_endpoint,
             "logging_config": vllm_logging.config(s.log_level, s.log_format),
-            "worker_extension_cls": "kvshare_vllm.worker_calls.WorkerCalls",
+            "worker_extension_cls": "kvshare_vllm.engine.worker_calls.WorkerCalls",
             "dtype": s.dtype,
             "max_model_len": s.max_model_len,
             "block_size": s.block_size,

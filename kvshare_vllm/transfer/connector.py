@@ -28,8 +28,8 @@ from vllm.logger import init_logger
 from kvshare.handoff import LEASE_MARGIN_S
 from kvshare.layer_group import LayerGroup
 from kvshare.modes import SharingMode, get_mode
-from kvshare_vllm import regions
-from kvshare_vllm.load_overlap import LoadOverlap
+from kvshare_vllm.transfer import regions
+from kvshare_vllm.transfer.load_overlap import LoadOverlap
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -35,10 +35,11 @@ from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.layer_group import LayerGroup, block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
-from kvshare_vllm import gentle_grammars, quick_start, vllm_logging
-from kvshare_vllm.adapters import Adapters
-from kvshare_vllm.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
-from kvshare_vllm.log_tail import LogTail
+from kvshare_vllm.engine import quick_start
+from kvshare_vllm.engine.adapters import Adapters
+from kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
+from kvshare_vllm.engine.log_tail import LogTail
+from kvshare_vllm.patches import gentle_grammars, vllm_logging
 from kvshare_vllm.sampling import logprob_rows
 from kvshare_vllm.vllm_refusals import as_our_errors
 

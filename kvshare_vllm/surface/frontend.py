@@ -37,11 +37,11 @@ from xgrammar import TokenizerInfo
 from kvshare.caller import cache_salt, current_caller
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
-from kvshare_vllm.grammar_client import GrammarClient
-from kvshare_vllm.grammars import Grammars, check_size
-from kvshare_vllm.http_refusals import note_begun, note_failure
-from kvshare_vllm.request_checks import check_asked, check_something_is_left
-from kvshare_vllm.text_work import TextWork
+from kvshare_vllm.grammars.client import GrammarClient
+from kvshare_vllm.grammars.grammars import Grammars, check_size
+from kvshare_vllm.surface.http_refusals import note_begun, note_failure
+from kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
+from kvshare_vllm.surface.text_work import TextWork
 from kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)

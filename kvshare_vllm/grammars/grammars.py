@@ -25,8 +25,8 @@ from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely
 from kvshare.caller import current_caller
 from kvshare.errors import DeadlineExceeded, InvalidInput, Unavailable
 from kvshare_vllm.fair_gate import FairGate
-from kvshare_vllm.grammar_client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
-from kvshare_vllm.schema_coverage import not_held
+from kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
+from kvshare_vllm.grammars.schema_coverage import not_held
 
 #: The one backend of router and engines: vLLM would choose by what the first request asks for, and keep it.
 BACKEND = "xgrammar"

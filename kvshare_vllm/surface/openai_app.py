@@ -28,13 +28,13 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from kvshare_vllm import openai_requests
-from kvshare_vllm.frontend import Admit, Frontend, TurnRunner, frontend_config
-from kvshare_vllm.http_hang_ups import HangUps
-from kvshare_vllm.http_refusals import HttpRefusals
-from kvshare_vllm.http_routes import keep_served
-from kvshare_vllm.request_checks import check_http_requests
-from kvshare_vllm.request_shape import RequestShape, stop_at_the_first_wrong_item
+from kvshare_vllm.surface import openai_requests
+from kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
+from kvshare_vllm.surface.http_hang_ups import HangUps
+from kvshare_vllm.surface.http_refusals import HttpRefusals
+from kvshare_vllm.surface.http_routes import keep_served
+from kvshare_vllm.surface.request_checks import check_http_requests
+from kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 
 openai_requests.install()
 

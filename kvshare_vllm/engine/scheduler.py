@@ -25,8 +25,8 @@ from vllm.v1.request import RequestStatus
 
 from kvshare.errors import ResumeReason
 from kvshare.layer_group import LayerGroup, OwnLayers
-from kvshare_vllm.block_keys import share_blocks_between_adapters
-from kvshare_vllm.connector import REST, mode_of
+from kvshare_vllm.patches.block_keys import share_blocks_between_adapters
+from kvshare_vllm.transfer.connector import REST, mode_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

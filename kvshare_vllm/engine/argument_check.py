@@ -1,7 +1,7 @@
 """vLLM's own checks of the arguments that engines would start with: it makes their configurations, and no engine.
 
-`python -m kvshare_vllm.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name or null} from its
-standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to its output.
+`python -m kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name or null} from
+its standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to its output.
 `argument` is a field of EngineSettings, `engine_args.NAME`, or empty where no single one is at fault; `engine` is empty for
 what belongs to none. A process of its own: vLLM takes seconds to import, and writes to the environment.
 
@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from kvshare.engine_settings import EngineSettings
 from kvshare.replica_info import KVEvents
-from kvshare_vllm.launch import Ports, engine_args, set_environment
+from kvshare_vllm.engine.launch import Ports, engine_args, set_environment
 
 _NOWHERE = KVEvents("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
 _KNOWN = [field.name for field in dataclasses.fields(AsyncEngineArgs)]

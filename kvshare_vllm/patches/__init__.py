@@ -1,0 +1,1 @@
+"""What is changed in vLLM and the libraries below it while a process runs; each file says when it can go."""

@@ -20,7 +20,6 @@ from ray import serve
 from kvshare import decoders as served_decoders
 from kvshare import tracing
 from kvshare.config import Deployment
-from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
@@ -104,12 +103,12 @@ class RouterIngress:
         )
         self._session_gauge = SessionGauge(self._sessions, metrics["sessions"])
         eager = pull_back = None
-        shared, base = self._fleet.pools.get(SHARED_PREFILL), deployment.base
-        if config.eager_prefill and shared:
+        shared, base = self._fleet.shared_prefill, deployment.base
+        if config.eager_prefill:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             eager = EagerPrefill(shared, base, metrics, **limits)
         # What a decode engine lends has no hidden states beside it.
-        if config.pull_back != "never" and shared and not served_decoders.ecache_layers(deployment.decode):
+        if config.pull_back != "never" and not served_decoders.ecache_layers(deployment.decode):
             rate, limits = self._orchestrator.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
             pull_back = PullBack(shared, base, metrics, compute_s=lambda: rate.value, **limits)
         self._response_kv = ResponseKV(eager, pull_back)

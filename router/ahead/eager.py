@@ -31,7 +31,9 @@ SessionKey = tuple[str, str]
 
 
 class EagerPrefill:
-    def __init__(self, pool: Pool, base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
+    """`pool`: the shared prefill pool as it is now; raises Unavailable where there is none."""
+
+    def __init__(self, pool: Callable[[], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
         self._pool, self._base, self._metrics = pool, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
         self._background = Background(metrics)
@@ -78,15 +80,15 @@ class EagerPrefill:
     async def _warm(self, token_ids: list[int], salt: str | None) -> None:
         outcome = "failed"
         try:
-            keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
-            placement = await self._pool.choose(len(token_ids), keys)
+            pool, keys = self._pool(), BlockKeys(token_ids, self._base.block_size, salt=salt)
+            placement = await pool.choose(len(token_ids), keys)
             if placement.missing_tokens < self._base.block_size:
                 outcome = "needless"
                 return
-            async with self._pool.calling(placement):
+            async with pool.calling(placement):
                 # Step by step: an engine goes on with what it has begun before it begins a turn's prefill.
                 for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
-                    await self._make(placement.replica.id, token_ids[: end + self._stride_tokens], salt)
+                    await self._make(pool.replicas.on(placement.replica.id), token_ids[: end + self._stride_tokens], salt)
             outcome = "done"
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -96,9 +98,9 @@ class EagerPrefill:
         finally:
             self._count(outcome)
 
-    async def _make(self, replica: str, token_ids: list[int], salt: str | None) -> None:
-        warm = self._pool.replicas.on(replica).warm
-        result = await answer(warm.remote(token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=BEHIND))
+    async def _make(self, replica, token_ids: list[int], salt: str | None) -> None:
+        call = replica.warm.remote(token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=BEHIND)
+        result = await answer(call)
         self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
 
     def _count(self, outcome: str) -> None:

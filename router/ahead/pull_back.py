@@ -51,11 +51,19 @@ class _Pull:
 
 
 class PullBack:
-    """`when`: as config.Router.pull_back. `compute_s`: seconds that the prefill pool has lately taken to compute a token, None
+    """`pool`: the shared prefill pool as it is now; raises Unavailable where there is none. `when`: as
+    config.Router.pull_back. `compute_s`: seconds that the prefill pool has lately taken to compute a token, None
     while that is not known."""
 
     def __init__(
-        self, pool: Pool, base: Base, metrics: Metrics, *, when: str, limit: int, compute_s: Callable[[], float | None]
+        self,
+        pool: Callable[[], Pool],
+        base: Base,
+        metrics: Metrics,
+        *,
+        when: str,
+        limit: int,
+        compute_s: Callable[[], float | None],
     ):
         self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
         self._always = when == "always"
@@ -121,7 +129,8 @@ class PullBack:
     async def _pulled_or_not(self, pull: _Pull) -> str:
         """Returns the outcome."""
         keys = BlockKeys(pull.token_ids, self._base.block_size, salt=pull.salt)
-        placement = await self._pool.choose(len(pull.token_ids), keys)
+        pool = self._pool()
+        placement = await pool.choose(len(pull.token_ids), keys)
         pull.missing = placement.missing_tokens
         if len(pull.token_ids) >= self._base.max_model_len or pull.missing < self._base.block_size:
             self._release(pull.lent, placement)
@@ -129,7 +138,7 @@ class PullBack:
         if not self._worth():
             self._release(pull.lent, placement)
             return "declined"
-        result = await self._pull(placement, pull, keys)
+        result = await self._pull(pool, placement, pull, keys)
         pull.done = True
         self._metrics["pulled_back_tokens_total"].inc(result.cached_tokens - placement.cached_tokens)
         return "done"
@@ -145,15 +154,16 @@ class PullBack:
     async def _have_released(self, lent: Handoff, placement: Placement | None, name: str) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S):
-                placement = placement or await self._pool.choose(1, BlockKeys([0], self._base.block_size))
-                await answer(self._pool.replicas.on(placement.replica.id).release.remote(lent, name))
+                pool = self._pool()
+                placement = placement or await pool.choose(1, BlockKeys([0], self._base.block_size))
+                await answer(pool.replicas.on(placement.replica.id).release.remote(lent, name))
         except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
             logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
 
-    async def _pull(self, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
+    async def _pull(self, pool: Pool, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
         began = time.monotonic()
-        async with self._pool.calling(placement, keys=keys):
-            call = self._pool.replicas.on(placement.replica.id).pull
+        async with pool.calling(placement, keys=keys):
+            call = pool.replicas.on(placement.replica.id).pull
             result = await answer(call.remote(pull.token_ids, pull.lent, _new_name(), cache_salt=pull.salt))
         if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:
             self._measured_at = time.monotonic()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from kvshare.config import Deployment
 from kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from kvshare.errors import Unavailable
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from kvshare.replica_info import ReplicaStats
@@ -27,6 +28,14 @@ BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
 }
 
 
+def _sources(deployment: Deployment) -> dict[str, str]:
+    """Decode pool -> the pool that makes the KV of its prompts."""
+    return {
+        pool.pool: SHARED_PREFILL if get_mode(pool.sharing).shares_prefill else own_prefill(pool.pool)
+        for pool in deployment.decode
+    }
+
+
 class Fleet:
     """`handle_of`: name of a Serve deployment -> its handle."""
 
@@ -38,12 +47,9 @@ class Fleet:
     async def adopt(self, deployment: Deployment) -> dict[str, Route]:
         """Decode pool -> where its turns go. Raises Unavailable if a new pool has no replica in time."""
         for_prefill, for_decode = weights(deployment.router.placement)
-        wanted: dict[str, Weights] = {}
-        routes: dict[str, tuple[str, str]] = {}
-        for pool in deployment.decode:
-            source = SHARED_PREFILL if get_mode(pool.sharing).shares_prefill else own_prefill(pool.pool)
-            wanted |= {pool.pool: for_decode, source: for_prefill}
-            routes[pool.pool] = (pool.pool, source)
+        sources, wanted = _sources(deployment), dict[str, Weights]()
+        for decode, prefill in sources.items():
+            wanted |= {decode: for_decode, prefill: for_prefill}
         new = {name: self._open(name, deployment) for name in wanted.keys() - self.pools.keys()}
         try:
             await asyncio.gather(*(pool.replicas.start(deployment.cluster.start_timeout_s) for pool in new.values()))
@@ -55,7 +61,13 @@ class Fleet:
             self._count(name, pool.replicas)
         for name, weight in wanted.items():
             self.pools[name].weights = weight
-        return {name: Route(self.pools[decode], self.pools[prefill]) for name, (decode, prefill) in routes.items()}
+        return {decode: Route(self.pools[decode], self.pools[prefill]) for decode, prefill in sources.items()}
+
+    def shared_prefill(self) -> Pool:
+        """The pool that all sharing decoders draw on. Raises Unavailable where there is none, or none any more."""
+        if pool := self.pools.get(SHARED_PREFILL):
+            return pool
+        raise Unavailable("no pool shares a prefill pool", fix="serve a decode pool with a sharing mode")
 
     async def adapter_problems(self, deployment: Deployment, of_all: bool = False) -> dict[str, str]:
         """Adapters of the deployment that some replica of the pools known here cannot serve, and why. To be asked before turns
@@ -75,8 +87,8 @@ class Fleet:
 
     async def forget(self, deployment: Deployment) -> None:
         """Close pools the deployment no longer has. Turns that were sent there end as they would have."""
-        names = {p.pool for p in deployment.decode} | {own_prefill(p.pool) for p in deployment.decode} | {SHARED_PREFILL}
-        for name in self.pools.keys() - names:
+        sources = _sources(deployment)
+        for name in self.pools.keys() - sources.keys() - set(sources.values()):
             pool = self.pools.pop(name)
             await pool.close()
             for state in ("usable", "ejected"):

@@ -7,6 +7,7 @@ from one_replica import OneReplica
 from prometheus_client import CollectorRegistry
 
 from kvshare.config import Base
+from kvshare.errors import Unavailable
 from kvshare.handoff import PrefillResult
 from kvshare.metrics import Metrics
 from kvshare.priority import BEHIND
@@ -51,7 +52,7 @@ async def pool():
 
 @pytest.fixture
 async def eager(pool, metrics):
-    eager = EagerPrefill(pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager = EagerPrefill(lambda: pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
     yield eager
     await eager.stop()
 
@@ -127,13 +128,37 @@ async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, me
 
 
 async def test_a_context_that_fills_the_models_length_is_left_alone(pool, metrics):
-    eager = EagerPrefill(pool, Base(model="m", block_size=BLOCK, max_model_len=150), metrics, limit=2, stride_tokens=100)
+    base = Base(model="m", block_size=BLOCK, max_model_len=150)
+    eager = EagerPrefill(lambda: pool, base, metrics, limit=2, stride_tokens=100)
     eager.grew("s", 150, context(150), None, ended=True)
     await settle()
     assert (pool.asked, outcomes(metrics)) == ([], {"needless": 1})
     eager.grew("s", 149, context(149), None, ended=True)
     await settle()
     assert [tokens for tokens, *_ in pool.asked] == [149]
+    await eager.stop()
+
+
+async def test_the_pool_is_the_one_that_is_there_now(metrics):
+    """Pools come and go while the router runs."""
+    now = []
+
+    def shared_prefill():
+        if not now:
+            raise Unavailable("none")
+        return now[-1]
+
+    eager = EagerPrefill(shared_prefill, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager.grew("s", 150, context(150), None, ended=True)
+    await settle()
+    assert outcomes(metrics) == {"failed": 1}
+    for _ in range(2):
+        now.append(Pool())
+        now[-1].finish.set()
+        eager.grew("s", 150, context(150), None, ended=True)
+        await settle()
+        assert [tokens for tokens, *_ in now[-1].asked] == [150]
+    assert outcomes(metrics) == {"failed": 1, "done": 2}
     await eager.stop()
 
 

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kvshare import config
+from kvshare.errors import Unavailable
+from kvshare.metrics import Metrics
 from router.pools.fleet import Fleet
 
 
@@ -46,3 +49,31 @@ async def test_every_engine_that_serves_adapters_is_asked_once_it_is_known(deplo
         "prefill-alone": (["b"], 7, 1),
         "full": None,
     }
+
+
+class Closing:
+    def __init__(self):
+        self.closed = 0
+
+    async def close(self):
+        self.closed += 1
+
+
+async def test_pools_that_nothing_draws_on_any_more_are_forgotten_the_shared_one_too(deployment):
+    fleet = Fleet(32, lambda name: None, Metrics(CollectorRegistry()))
+    pools = {name: Closing() for name in ("prefill", "agents", "alone", "prefill-alone", "coming", "full")}
+    fleet.pools = dict(pools)
+    for name in pools:
+        fleet._count(name, SimpleNamespace(members={}))
+
+    def without(*gone: str):
+        return deployment.model_copy(update={"decode": tuple(p for p in deployment.decode if p.pool not in gone)})
+
+    await fleet.forget(without("alone"))
+    assert fleet.pools.keys() == {"prefill", "agents", "coming", "full"}
+    assert fleet.shared_prefill() is pools["prefill"]
+    await fleet.forget(without("agents", "coming", "full"))
+    assert not fleet.pools
+    assert [pool.closed for pool in pools.values()] == [1] * 6
+    with pytest.raises(Unavailable, match="no pool shares a prefill pool"):
+        fleet.shared_prefill()

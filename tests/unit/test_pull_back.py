@@ -60,7 +60,7 @@ async def pull_back(pool, metrics):
 @asynccontextmanager
 async def running(pool, metrics, when="cheaper"):
     base = Base(model="m", block_size=BLOCK, max_model_len=4096)
-    made = PullBack(pool, base, metrics, when=when, limit=2, compute_s=lambda: made.known_compute_s)
+    made = PullBack(lambda: pool, base, metrics, when=when, limit=2, compute_s=lambda: made.known_compute_s)
     made.known_compute_s = None
     yield made
     await made.stop()
@@ -135,7 +135,7 @@ async def test_what_was_measured_long_ago_counts_no_more(pull_back, pool, metric
     for number in (1, 2):
         pull_back.lent("s", list(range(155)), loan(154), None)
         await counts(metrics, "done", number)
-    monkeypatch.setattr("router.pull_back.MEMORY_S", 0.0)
+    monkeypatch.setattr("router.ahead.pull_back.MEMORY_S", 0.0)
     pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "done", 3)
 

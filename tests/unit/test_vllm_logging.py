@@ -47,7 +47,7 @@ import json, logging
 from kvshare_vllm.patches import vllm_logging
 vllm_logging.set_up("{level}", "{form}")
 vllm_logging.set_up("{level}", "{form}")
-log = logging.getLogger("router.orchestrator")
+log = logging.getLogger("router.turn.orchestrator")
 log.info("one", extra={{"request_id": "r1"}})
 vllm_logging.set_level("debug")
 log.debug("two")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from finetuning.methods import METHODS
-from kvshare.config_errors import as_config_error
+from kvshare.config.errors import as_config_error
 from kvshare.errors import ConfigError
 from kvshare.yaml_tree import Node, read
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from kvshare.config_errors import as_config_error, shown
+from kvshare.config.errors import as_config_error, shown
 from kvshare.errors import ConfigError
 from kvshare.yaml_tree import Node
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from kvshare import access, config, placement_config
+from kvshare import config
+from kvshare.config import access, placement, tree
+from kvshare.engine_settings import OUR_ENGINE_ARGS
 from kvshare.modes import get_mode, mode_names
 from router import tenants
 
@@ -17,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "deploy" / "configs"
 _HEAD = """\
 # Configuration
 
-<!-- Made by `python -m prefillshare.config_docs > docs/configuration.md`; change kvshare/config.py instead. -->
+<!-- Made by `python -m prefillshare.config_docs > docs/configuration.md`; change kvshare/config/ instead. -->
 
 One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it and `prefillshare serve FILE`
 runs it. Unknown keys are refused. All sizes are per replica.
@@ -34,9 +36,9 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", config.Base),
     ("prefill", config.Prefill),
     ("decode[]", config.DecodePool),
-    ("prefill.autoscale, decode[].autoscale", config.Autoscale),
+    ("prefill.autoscale, decode[].autoscale", tree.Autoscale),
     ("router", config.Router),
-    ("router.placement", placement_config.Placement),
+    ("router.placement", placement.Placement),
     ("router.auth", access.Auth),
     ("router.tls", access.Tls),
     ("cluster", config.Cluster),
@@ -51,7 +53,7 @@ def markdown() -> str:
     parts += ["## The file\n", fields(config.Deployment)]
     for path, node in _SECTIONS:
         parts += [f"## `{path}`\n\n{inspect.cleandoc(node.__doc__)}\n", fields(node)]
-    refused = ", ".join(f"`{name}`" for name in sorted(config.OUR_ENGINE_ARGS))
+    refused = ", ".join(f"`{name}`" for name in sorted(OUR_ENGINE_ARGS))
     parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. Refused, because fields above or "
               f"the KV contract decide them:\n{refused}.\n"]
     parts += [_KEYS_FILE, fields(tenants.Tenant)]

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from kvshare.access import Auth
 from kvshare.caller import ANONYMOUS, Caller
-from kvshare.config_errors import as_config_error
+from kvshare.config.access import Auth
+from kvshare.config.errors import as_config_error
 from kvshare.errors import ConfigError, Unauthenticated
 from kvshare.yaml_tree import Name, Node, from_yaml
 from router.admission import grant

@@ -23,8 +23,8 @@ from heapq import nlargest, nsmallest
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
+from kvshare.config.placement import Placement as PlacementConfig
 from kvshare.errors import Unavailable
-from kvshare.placement_config import Placement as PlacementConfig
 
 
 @dataclass(frozen=True, slots=True)

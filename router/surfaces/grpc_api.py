@@ -17,8 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvshare import addresses
-from kvshare.access import Tls
 from kvshare.caller import current_caller
+from kvshare.config.access import Tls
 from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
 from kvshare.handoff import TurnContext
 from protos.prefillshare.v1 import prefillshare_pb2 as pb

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from kvshare.access import Tls
+from kvshare.config.access import Tls
 from kvshare.errors import ConfigError
 
 

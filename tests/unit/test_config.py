@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from kvshare import config, modes
+from kvshare.engine_settings import OUR_ENGINE_ARGS
 from kvshare.errors import ConfigError
 from kvshare.layer_profile import LayerProfile, Point
 
@@ -178,7 +179,7 @@ def test_what_is_no_redis_url_is_refused_and_not_repeated(plain, url):
 
 @pytest.mark.parametrize("where", ["prefill", "decode/0"])
 def test_engine_args_that_are_ours_are_refused(plain, where):
-    for name in config.OUR_ENGINE_ARGS:
+    for name in OUR_ENGINE_ARGS:
         error = refusal(put(plain, f"{where}/engine_args", {name: 1, "swap_space": 2}))
         assert error.field == f"{where}.engine_args".replace("/", ".")
         assert error.message == f"prefillshare sets {name} itself; remove it here and use the deployment's own fields"

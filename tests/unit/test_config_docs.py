@@ -7,14 +7,15 @@ import pytest
 
 from finetuning import training_docs
 from finetuning.recipe import Lora, Recipe
-from kvshare import access, config, placement_config
+from kvshare import config
+from kvshare.config import access, placement, tree
 from kvshare.modes import mode_names
 from prefillshare import config_docs
 from router.tenants import Tenant
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
-NODES += [config.Autoscale, placement_config.Placement, config.Router, config.Cluster, config.Logs, config.Tracing]
+NODES += [tree.Autoscale, placement.Placement, config.Router, config.Cluster, config.Logs, config.Tracing]
 NODES += [access.Auth, access.Tls]
 KEYS_FILE = [Tenant]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from kvshare import config, decoders, fingerprint
-from kvshare.access import Auth, Tls, with_files
+from kvshare.config.access import Auth, Tls, with_files
 from kvshare.contract import DecoderContract, KVShape
 from kvshare.layer_group import LayerGroup
 from kvshare.layer_profile import FILE, LayerProfile, Point

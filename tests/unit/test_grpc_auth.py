@@ -11,8 +11,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from ports import free_port
 
-from kvshare.access import Tls
 from kvshare.caller import current_caller
+from kvshare.config.access import Tls
 from kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailable
 from prefillshare.client import Client
 from protos.prefillshare.v1 import prefillshare_pb2 as pb

@@ -2,8 +2,8 @@
 
 import pytest
 
+from kvshare.config.placement import Placement
 from kvshare.errors import Unavailable
-from kvshare.placement_config import Placement
 from router.pools.placement import POLICIES, SCORERS, Candidate, Demand, place, reason, score, weights, with_room
 
 PREFILL, DECODE = POLICIES["prefix_aware"]

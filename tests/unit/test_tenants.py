@@ -11,7 +11,7 @@ import traceback
 import pytest
 import yaml
 
-from kvshare.access import Auth
+from kvshare.config.access import Auth
 from kvshare.errors import ConfigError, Unauthenticated
 from router import tenants
 from router.tenants import bearer, digest, new_key

@@ -1,24 +1,20 @@
 """The deployment file: one frozen tree, unknown keys refused, every field documented with meaning, range and default.
 
-`load(path)` reads and checks everything that can be known without starting an engine, except model files
+`kvshare.config.load(path)` reads and checks everything that can be known without starting an engine, except model files
 (`kvshare.contract`) and the machine (`prefillshare.preflight`). Errors name the field's path, the value and the fix.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from kvshare.config_errors import as_config_error, shown
-from kvshare.config_files import with_files_found
+from kvshare.config.router import Router
 from kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
-from kvshare.errors import ConfigError
 from kvshare.layer_group import layer_group
 from kvshare.modes import get_mode, mode_names
-from kvshare.router_config import Router
-from kvshare.yaml_tree import Name, read
+from kvshare.yaml_tree import Name
 from kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
@@ -301,24 +297,3 @@ class Deployment(_Node):
     @property
     def shares_prefill(self) -> bool:
         return any(get_mode(p.sharing).shares_prefill for p in self.decode)
-
-
-def parse(data: Any, folder: Path | None = None) -> Deployment:
-    """Check a deployment given as plain data. Model paths become absolute. Raises ConfigError naming every bad field."""
-    if not isinstance(data, dict):
-        raise ConfigError(
-            f"a deployment is a mapping with the keys {', '.join(Deployment.model_fields)}, got {shown(data)}",
-            fix="deploy/configs/ holds one example per scenario",
-        )
-    try:
-        deployment = Deployment.model_validate(data)
-    except ValidationError as error:
-        raise as_config_error(error, Deployment) from None
-    return with_files_found(deployment, folder or Path.cwd())
-
-
-def load(path: str | Path) -> Deployment:
-    """Read and check a deployment file."""
-    path = Path(path)
-    data = read(path, "deployment file", fix="deploy/configs/ holds one example per scenario")
-    return parse(data, path.resolve().parent)

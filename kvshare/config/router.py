@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kvshare import origins, redis_url
-from kvshare.access import Auth, Tls
+from kvshare.config.access import Auth, Tls
+from kvshare.config.placement import Placement
 from kvshare.errors import ConfigError
-from kvshare.placement_config import Placement
 from kvshare.yaml_tree import Node
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvshare.access import with_files
+from kvshare.config.access import with_files
+from kvshare.config.tree import DecodePool, Deployment
 from kvshare.errors import ConfigError, InvalidInput
 from kvshare.layer_profile import LayerProfile
-
-if TYPE_CHECKING:
-    from kvshare.config import DecodePool, Deployment
 
 
 def with_files_found(deployment: Deployment, folder: Path) -> Deployment:

@@ -133,9 +133,9 @@ class Tenants:
         tenant = self.by_name[found]
         return Caller(found, tenant.cache_domain or found, tenant.may_share, tenant.priority)
 
-    def shares(self) -> dict[str, grant.Tenant]:
+    def shares(self) -> dict[str, grant.TenantShare]:
         """Name -> what the queue knows of it."""
-        return {name: grant.Tenant(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
+        return {name: grant.TenantShare(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
 
     def max_sessions(self, in_all: int) -> dict[str, int]:
         """Name -> most sessions it holds, of the `in_all` that the store keeps."""

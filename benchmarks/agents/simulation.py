@@ -21,7 +21,7 @@ import simpy
 from benchmarks.agents.driver import Cost, TurnRecord
 from benchmarks.agents.workload import Session
 from kvshare.modes import get_mode
-from router.pools.placement import POLICIES, Candidate, Demand, place, shortlist
+from router.pools.placement import POLICIES, Call, Candidate, place, shortlist
 
 
 def attended(computed: int, prompt: int) -> float:
@@ -220,7 +220,7 @@ class Simulation:
 
     def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None, whole: int = 0):
         """`whole`: tokens that need room there; 0: none do."""
-        kind, demand = type(replicas[0]), Demand(tokens, last)
+        kind, call = type(replicas[0]), Call(tokens, last)
         holders = (self._by_id[holder] for holder in self._holders.get(key, ()))
         overlaps = {r.id: self._cached(r.cache, key, tokens) for r in holders if type(r) is kind}
 
@@ -229,9 +229,9 @@ class Simulation:
 
         candidates = [
             Candidate(r.id, overlaps.get(r.id, 0), r.queued_tokens, r.active, r.filled_tokens, fits(r.id))
-            for r in shortlist(replicas, overlaps, demand, fits)
+            for r in shortlist(replicas, overlaps, call, fits)
         ]
-        return self._by_id[place(candidates, demand, weights).replica]
+        return self._by_id[place(candidates, call, weights).replica]
 
     def _cached(self, cache: _Cache, key: Hashable, tokens: int) -> int:
         """Whole blocks."""

@@ -27,7 +27,7 @@ from kvshare.priority import PRIORITIES, RESUMED
 from router.admission.decode_line import DecodeLine, PrefillPool
 from router.admission.decode_room import Capacity, DecodeRoom
 from router.admission.fair_queue import Ticket, Work
-from router.admission.grant import Demand, Grant, Tenant
+from router.admission.grant import Demand, Grant, TenantShare
 from router.admission.refusals import Refusal, Refusals
 from router.service_rate import Clock
 
@@ -100,7 +100,7 @@ class Admission:
             timer.cancel()
         return grant
 
-    def check_turns(self, turns: int, tenant: Tenant) -> None:
+    def check_turns(self, turns: int, tenant: TenantShare) -> None:
         """Raises InvalidInput if so many turns of one request could never be in progress at once."""
         most, whose = self._config.max_queued, "router.max_queued"
         if tenant.max_in_progress is not None and tenant.max_in_progress < most:

@@ -12,7 +12,7 @@ from router.admission.fair_queue import Ticket
 
 
 @dataclass(frozen=True)
-class Tenant:
+class TenantShare:
     """Whose turn it is. `weight`: its share beside other tenants. `max_in_progress`: its turns at once, waiting ones too."""
 
     name: str = ""
@@ -24,7 +24,7 @@ class Tenant:
             raise ValueError(f"tenant {self.name!r} has weight {self.weight:g}; it must be above 0")
 
 
-NOBODY = Tenant()
+NOBODY = TenantShare()
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Demand:
     cached_tokens: int = 0
     #: Most tokens it may generate, if that is known to be less than router.expected_output_tokens.
     max_tokens: int | None = None
-    tenant: Tenant = NOBODY
+    tenant: TenantShare = NOBODY
     #: Lower starts first.
     priority: int = 0
     #: Seconds from now until the turn must have ended; None: router.default_deadline_s.

@@ -26,7 +26,7 @@ from kvshare.handoff import Handoff, PrefillResult
 from kvshare.metrics import Metrics
 from router.background import Background
 from router.pools.cache_index import BlockKeys
-from router.pools.pool import Placement, Pool
+from router.pools.pool import Placed, Pool
 from router.pools.replicas import CALL_ERRORS, answer
 from router.service_rate import MEMORY_S, MeanRatio
 
@@ -146,12 +146,12 @@ class PullBack:
     def _count(self, outcome: str) -> None:
         self._metrics["pull_backs_total"].labels(outcome).inc()
 
-    def _release(self, lent: Handoff, placement: Placement | None = None) -> None:
+    def _release(self, lent: Handoff, placement: Placed | None = None) -> None:
         """Have a prefill replica, any, tell the decode engine that nobody will read."""
         name = _new_name()
         self._background.start("loan_release", self._have_released(lent, placement, name), request=name)
 
-    async def _have_released(self, lent: Handoff, placement: Placement | None, name: str) -> None:
+    async def _have_released(self, lent: Handoff, placement: Placed | None, name: str) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 pool = self._pool()
@@ -160,7 +160,7 @@ class PullBack:
         except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
             logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
 
-    async def _pull(self, pool: Pool, placement: Placement, pull: _Pull, keys: BlockKeys) -> PrefillResult:
+    async def _pull(self, pool: Pool, placement: Placed, pull: _Pull, keys: BlockKeys) -> PrefillResult:
         began = time.monotonic()
         async with pool.calling(placement, keys=keys):
             call = pool.replicas.on(placement.replica.id).pull

@@ -44,7 +44,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class Call:
     """One request to place."""
 
     prompt_tokens: int
@@ -66,37 +66,37 @@ M = TypeVar("M", bound=Member)
 #: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
 SHORTLIST = 8
 
-Scorer = Callable[[Sequence[Candidate], Demand], Sequence[float]]
+Scorer = Callable[[Sequence[Candidate], Call], Sequence[float]]
 Weights = Mapping[str, float]
 
 
-def _work(candidates, demand):
-    ahead = [c.queued_tokens + max(0, demand.prompt_tokens - c.overlap_tokens) for c in candidates]
+def _work(candidates, call):
+    ahead = [c.queued_tokens + max(0, call.prompt_tokens - c.overlap_tokens) for c in candidates]
     least = min(ahead)
     return [(least + 1) / (a + 1) for a in ahead]
 
 
-def _prefix(candidates, demand):
-    return [min(1.0, c.overlap_tokens / max(1, demand.prompt_tokens)) for c in candidates]
+def _prefix(candidates, call):
+    return [min(1.0, c.overlap_tokens / max(1, call.prompt_tokens)) for c in candidates]
 
 
-def _balance(candidates, demand):
+def _balance(candidates, call):
     load = [c.active + c.queued_tokens for c in candidates]
     least = min(load)
     return [(least + 1) / (one + 1) for one in load]
 
 
-def _session(candidates, demand):
-    return [float(c.replica == demand.last_replica) for c in candidates]
+def _session(candidates, call):
+    return [float(c.replica == call.last_replica) for c in candidates]
 
 
-def _fill(candidates, demand):
+def _fill(candidates, call):
     least = min(c.filled_tokens for c in candidates)
     return [(least + 1) / (c.filled_tokens + 1) for c in candidates]
 
 
-def _turn(candidates, demand):
-    return [float(c.replica == demand.next_replica) for c in candidates]
+def _turn(candidates, call):
+    return [float(c.replica == call.next_replica) for c in candidates]
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -128,21 +128,21 @@ def with_room(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     return [c for c in candidates if c.fits] or candidates
 
 
-def score(candidates: Sequence[Candidate], demand: Demand, weights: Weights) -> list[float]:
+def score(candidates: Sequence[Candidate], call: Call, weights: Weights) -> list[float]:
     """Weighted mean of the scorers, in [0, 1], per candidate."""
     total = [0.0] * len(candidates)
     for name, weight in weights.items():
-        for position, value in enumerate(SCORERS[name](candidates, demand)):
+        for position, value in enumerate(SCORERS[name](candidates, call)):
             total[position] += weight * value
     return [value / sum(weights.values()) for value in total]
 
 
-def place(candidates: Sequence[Candidate], demand: Demand, weights: Weights, pool: str = "the pool") -> Candidate:
+def place(candidates: Sequence[Candidate], call: Call, weights: Weights, pool: str = "the pool") -> Candidate:
     """Pick the best. Equal ones: the first by name, so that routers agree. Raises Unavailable where there is none."""
     if not candidates:
         raise Unavailable(f"no replica of {pool} is ready", fix="try again when it has started")
     candidates = sorted(with_room(candidates), key=lambda c: c.replica)
-    scores = score(candidates, demand, weights)
+    scores = score(candidates, call, weights)
     return candidates[max(range(len(candidates)), key=scores.__getitem__)]
 
 
@@ -160,13 +160,13 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate], weights: Weights)
 
 
 def shortlist(
-    replicas: Sequence[M], overlaps: Mapping[str, int], demand: Demand, fits: Callable[[str], bool]
+    replicas: Sequence[M], overlaps: Mapping[str, int], call: Call, fits: Callable[[str], bool]
 ) -> Sequence[M]:
     """The replicas a placement can fall on; what it costs does not grow with the pool."""
     if len(replicas) <= 2 * SHORTLIST:
         return replicas
     held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])
     idle = nsmallest(SHORTLIST, replicas, key=attrgetter("load"))
-    named = [r for r in replicas if r.id in (demand.last_replica, demand.next_replica)]
+    named = [r for r in replicas if r.id in (call.last_replica, call.next_replica)]
     short = list({r.id: r for r in (*held, *idle, *named)}.values())
     return short if any(fits(r.id) for r in short) else replicas

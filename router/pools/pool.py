@@ -17,7 +17,7 @@ from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from kvshare.replica_info import ReplicaInfo
 from router.admission.decode_room import ReplicaCapacity
 from router.pools.cache_index import BlockKeys, CacheIndex
-from router.pools.placement import Candidate, Demand, Weights, place, reason, shortlist
+from router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
 from router.pools.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
@@ -25,7 +25,7 @@ COMING_S = 2.0
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placed:
     replica: Replica
     #: Leading prompt tokens the index says are cached there, and the rest.
     cached_tokens: int
@@ -71,22 +71,22 @@ class Pool:
         fits: Callable[[str], bool] = lambda replica: True,
         last_replica: str | None = None,
         without: Collection[str] = (),
-    ) -> Placement:
+    ) -> Placed:
         """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
         none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
         while not (replicas := self.replicas.usable(without)):
             await self._wait()
         self._placed += 1
-        demand = Demand(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
+        call = Call(prompt_tokens, last_replica, replicas[self._placed % len(replicas)].id)
         overlaps = self._with_what_is_coming(self.overlaps(keys), keys)
         candidates = [
             Candidate(r.id, overlaps.get(r.id, 0), r.total_queued_tokens, r.total_active, r.filled_tokens, fits(r.id))
-            for r in shortlist(replicas, overlaps, demand, fits)
+            for r in shortlist(replicas, overlaps, call, fits)
         ]
-        chosen = place(candidates, demand, self.weights, self.name)
+        chosen = place(candidates, call, self.weights, self.name)
         cached = min(chosen.overlap_tokens, prompt_tokens)
         why = reason(chosen, candidates, self.weights)
-        return Placement(self.replicas.members[chosen.replica], cached, prompt_tokens - cached, why)
+        return Placed(self.replicas.members[chosen.replica], cached, prompt_tokens - cached, why)
 
     async def _wait(self) -> None:
         try:
@@ -97,7 +97,7 @@ class Pool:
 
     @asynccontextmanager
     async def calling(
-        self, placement: Placement, queued_tokens: int = 0, keys: BlockKeys | None = None
+        self, placement: Placed, queued_tokens: int = 0, keys: BlockKeys | None = None
     ) -> AsyncIterator[None]:
         """One call on the chosen replica, which caches the prompt of `keys` meanwhile. What it raises has been counted
         against the replica."""

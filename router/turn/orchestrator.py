@@ -39,9 +39,9 @@ from kvshare.layer_group import LayerGroup
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.admission.admission import Admission, PoolSource
-from router.admission.grant import NOBODY, Demand, Tenant
+from router.admission.grant import NOBODY, Demand, TenantShare
 from router.pools.cache_index import BlockKeys
-from router.pools.pool import Placement, Pool
+from router.pools.pool import Placed, Pool
 from router.pools.route import Route
 from router.service_rate import MeanRatio
 from router.turn.attempt import Attempt
@@ -70,7 +70,7 @@ class Orchestrator:
         decoders: dict[str, Decoder],
         routes: Mapping[str, Route],
         metrics: Metrics,
-        tenants: Mapping[str, Tenant] = MappingProxyType({}),
+        tenants: Mapping[str, TenantShare] = MappingProxyType({}),
         load_timeout_s: float = 30.0,
     ):
         self._tenants, self._load_timeout_s = tenants, load_timeout_s
@@ -369,7 +369,7 @@ class Orchestrator:
                 self._releases.have_released(pool, handoff, request_id)
 
     @asynccontextmanager
-    async def _calling(self, stage: str, pool: Pool, placement: Placement, context: TurnContext, *work) -> AsyncIterator[Span]:
+    async def _calling(self, stage: str, pool: Pool, placement: Placed, context: TurnContext, *work) -> AsyncIterator[Span]:
         """As Pool.calling; counted, and a span of the turn's."""
         self._counted.placed(pool.name, placement.reason)
         where = {"pool": pool.name, "replica": placement.replica.id, "placed_by": placement.reason}

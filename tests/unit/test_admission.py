@@ -6,7 +6,7 @@ from admission_lab import Lab
 from virtual_time import on_virtual_time, settle
 
 from router.admission.decode_line import MAX_PASSED
-from router.admission.grant import Demand, Tenant
+from router.admission.grant import Demand, TenantShare
 
 
 def two_replicas(**router):
@@ -100,10 +100,10 @@ async def test_the_prefill_bound_grows_with_the_replicas_there_are():
 async def test_high_priority_goes_first_and_tenants_take_turns():
     lab = Lab({"agents": {"d0": (100, 1)}})
     grant = await lab.ask(30)
-    turns = [lab.ask(30, name, tenant=Tenant("a")) for name in ("a1", "a2", "a3")]
-    turns.append(lab.ask(30, "late", tenant=Tenant("c"), priority=1))
+    turns = [lab.ask(30, name, tenant=TenantShare("a")) for name in ("a1", "a2", "a3")]
+    turns.append(lab.ask(30, "late", tenant=TenantShare("c"), priority=1))
     await settle()
-    turns += [lab.ask(30, "b1", tenant=Tenant("b")), lab.ask(30, "urgent", tenant=Tenant("a"), priority=-1)]
+    turns += [lab.ask(30, "b1", tenant=TenantShare("b")), lab.ask(30, "urgent", tenant=TenantShare("a"), priority=-1)]
     await settle()
     for n in range(6):
         grant.release()

@@ -10,7 +10,7 @@ from admission_lab import BLOCK, Lab
 from virtual_time import on_virtual_time, run, settle
 
 from kvshare.errors import Overloaded, Unavailable
-from router.admission.grant import Demand, Tenant
+from router.admission.grant import Demand, TenantShare
 
 
 @on_virtual_time
@@ -38,7 +38,7 @@ async def test_whatever_happens_nothing_leaks_and_reservations_keep_to_capacity(
 
     async def turn():
         pool = rng.choice(["agents", "coder"])
-        tenant = Tenant(rng.choice("abc"), weight=rng.choice([1, 3]), max_in_progress=25)
+        tenant = TenantShare(rng.choice("abc"), weight=rng.choice([1, 3]), max_in_progress=25)
         demand = Demand(pool, rng.randrange(1, 700), rng.randrange(0, 300), rng.choice([None, 1, 64]), tenant,
                         rng.choice([0, 0, 1]), rng.choice([None, 1.0, 10.0]))
         with suppress(Overloaded, Unavailable), await lab.admission.admit(demand) as grant:
@@ -87,12 +87,12 @@ def test_ten_thousand_waiting_turns_cost_no_more_per_event_than_a_hundred():
         async def main():
             lab = Lab({"agents": {"d0": (100, 50)}}, max_queued=20_000)
             held = [await lab.ask(1) for _ in range(50)]
-            tasks = [lab.ask(1, tenant=Tenant(f"t{n % 100}")) for n in range(waiting)]
+            tasks = [lab.ask(1, tenant=TenantShare(f"t{n % 100}")) for n in range(waiting)]
             await settle()
             sys.setprofile(profile)
             try:
                 for grant in held:
-                    tasks.append(lab.ask(1, tenant=Tenant("new")))
+                    tasks.append(lab.ask(1, tenant=TenantShare("new")))
                     grant.grow_to(4 * BLOCK)
                     grant.release()
                     tasks[len(tasks) // 2].cancel()

@@ -8,7 +8,7 @@ import pytest
 from admission_lab import Lab
 from virtual_time import clock, run
 
-from router.admission.grant import Demand, Tenant
+from router.admission.grant import Demand, TenantShare
 
 SECONDS = 150
 #: With these sizes and speeds, decode blocks are what runs out, at just under 3 turns per second.
@@ -101,12 +101,12 @@ def backlogged(tenants, seconds=120, waiting_each=20, **router):
 
 
 def test_weights_1_to_3_share_a_backlogged_pool_1_to_3():
-    started = backlogged([Tenant("one", weight=1), Tenant("three", weight=3)])
+    started = backlogged([TenantShare("one", weight=1), TenantShare("three", weight=3)])
     assert started["three"] / started["one"] == pytest.approx(3, rel=0.1)
 
 
 def test_equal_weights_share_equally_whoever_has_more_waiting():
-    started = backlogged([Tenant("few"), Tenant("many"), Tenant("many"), Tenant("many")])
+    started = backlogged([TenantShare("few"), TenantShare("many"), TenantShare("many"), TenantShare("many")])
     assert started["many"] / started["few"] == pytest.approx(1, rel=0.1)
 
 
@@ -117,7 +117,7 @@ def test_a_small_tenant_hardly_waits_beside_a_flooding_one():
         async def small():
             while clock() < SECONDS:
                 began = clock()
-                with await lab.admission.admit(Demand("agents", 1000, 500, tenant=Tenant("small"))) as grant:
+                with await lab.admission.admit(Demand("agents", 1000, 500, tenant=TenantShare("small"))) as grant:
                     waits.append(clock() - began)
                     grant.prefill_done()
                     await asyncio.sleep(5)
@@ -126,7 +126,7 @@ def test_a_small_tenant_hardly_waits_beside_a_flooding_one():
             turns, rng = [], random.Random(4)
             while clock() < SECONDS:
                 await asyncio.sleep(0.05)  # seven times what the pool can take
-                demand = Demand("agents", 1000, 500, tenant=Tenant("flood"), deadline_s=1000)
+                demand = Demand("agents", 1000, 500, tenant=TenantShare("flood"), deadline_s=1000)
                 turns.append(asyncio.create_task(lab.turn(demand, rng.randint(2, 8) * 32, 1000)))
             await asyncio.gather(*turns)
 

@@ -8,7 +8,7 @@ from virtual_time import clock, on_virtual_time, settle
 
 from kvshare.errors import InvalidInput, Overloaded, Unavailable
 from kvshare.metrics import DEFINITIONS
-from router.admission.grant import Tenant
+from router.admission.grant import TenantShare
 from router.admission.refusals import Refusal
 
 
@@ -48,13 +48,13 @@ async def test_a_large_turn_that_gives_up_lets_those_behind_it_start():
 @on_virtual_time
 async def test_in_a_full_queue_the_last_in_order_is_refused_and_not_the_newcomer():
     lab = Lab(max_queued=5)
-    held = await lab.ask(100, tenant=Tenant("flood"))
-    flood = waiting_turns(lab, 4, tenant=Tenant("flood"))
+    held = await lab.ask(100, tenant=TenantShare("flood"))
+    flood = waiting_turns(lab, 4, tenant=TenantShare("flood"))
     await settle()
     with pytest.raises(Overloaded, match=r"5 turns are in progress or waiting \(router.max_queued\)"):
-        await lab.ask(10, tenant=Tenant("flood"))
-    small = lab.ask(10, "small", tenant=Tenant("small"))
-    urgent = lab.ask(10, "urgent", tenant=Tenant("flood"), priority=-1)
+        await lab.ask(10, tenant=TenantShare("flood"))
+    small = lab.ask(10, "small", tenant=TenantShare("small"))
+    urgent = lab.ask(10, "urgent", tenant=TenantShare("flood"), priority=-1)
     await settle()
     assert [it.done() for it in flood] == [False, False, True, True]
     assert isinstance(flood[3].exception(), Overloaded)
@@ -89,11 +89,11 @@ async def test_with_nobody_waiting_a_turn_beyond_the_limit_is_refused_and_never_
 
 @on_virtual_time
 async def test_a_tenant_at_its_limit_is_refused_whatever_room_there_is():
-    lab, acme = Lab(), Tenant("acme", max_in_progress=2)
+    lab, acme = Lab(), TenantShare("acme", max_in_progress=2)
     grants = [await lab.ask(1, tenant=acme), await lab.ask(1, tenant=acme)]
     with pytest.raises(Overloaded, match="tenant 'acme' has 2 turns in progress or waiting"):
         await lab.ask(1, tenant=acme)
-    await lab.ask(1, tenant=Tenant("other"))
+    await lab.ask(1, tenant=TenantShare("other"))
     grants[0].release()
     await lab.ask(1, tenant=acme)
     assert lab.refused("tenant_limit") == 1
@@ -148,13 +148,13 @@ def test_every_reason_is_named_where_the_metric_is_defined():
 @on_virtual_time
 async def test_a_request_of_more_turns_than_can_ever_be_in_progress_is_not_told_to_try_again():
     lab = Lab(max_queued=5)
-    lab.admission.check_turns(5, Tenant("a"))
+    lab.admission.check_turns(5, TenantShare("a"))
     with pytest.raises(InvalidInput, match=r"asks for 6 responses at once, at most 5 .*\(router\.max_queued\)") as caught:
-        lab.admission.check_turns(6, Tenant("a"))
+        lab.admission.check_turns(6, TenantShare("a"))
     assert caught.value.field == "n"
     with pytest.raises(InvalidInput, match=r"at most 2 .*max_in_progress of tenant 'b'"):
-        lab.admission.check_turns(3, Tenant("b", max_in_progress=2))
-    lab.admission.check_turns(3, Tenant("c", max_in_progress=20))
+        lab.admission.check_turns(3, TenantShare("b", max_in_progress=2))
+    lab.admission.check_turns(3, TenantShare("c", max_in_progress=20))
 
 
 @on_virtual_time

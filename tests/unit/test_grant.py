@@ -7,7 +7,7 @@ from admission_lab import BLOCK, Lab
 from virtual_time import on_virtual_time, settle
 
 from kvshare.errors import Internal, Unavailable
-from router.admission.grant import Tenant
+from router.admission.grant import TenantShare
 
 
 def two_replicas():
@@ -29,10 +29,10 @@ async def test_a_move_that_makes_room_starts_who_waits_for_it():
 @on_virtual_time
 async def test_tenants_pay_for_growth_when_they_wait():
     lab = Lab({"agents": {"d0": (1000, 2)}})
-    grants = [await lab.ask(10, tenant=Tenant("grows")), await lab.ask(10, tenant=Tenant("does not"))]
+    grants = [await lab.ask(10, tenant=TenantShare("grows")), await lab.ask(10, tenant=TenantShare("does not"))]
     for name in ("grows", "does not"):
         for _ in range(10):
-            lab.ask(10, name, tenant=Tenant(name))
+            lab.ask(10, name, tenant=TenantShare(name))
     await settle()
     grants[0].grow_to(100 * BLOCK)
     for _ in range(10):

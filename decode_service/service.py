@@ -62,3 +62,6 @@ class DecodeService(EngineReplica):
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         await self._engine.release(handoff, request_id)
+
+    async def give_up(self, handoff: Handoff, request_id: str) -> None:
+        await self._engine.give_up(handoff, request_id)

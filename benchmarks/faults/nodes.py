@@ -58,8 +58,7 @@ class Nodes:
         self._started += 1
         log = self._folder / f"node-{self._started}.log"
         command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=2",
-                   "--object-store-memory=100000000",
-                   "--node-ip-address=127.0.0.1", f"--resources={json.dumps(resources)}", *words]  # fmt: skip
+                   "--object-store-memory=100000000", f"--resources={json.dumps(resources)}", *words]  # fmt: skip
         with log.open("w") as out:
             node = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_AUTH_MODE": "token"})
         deadline = time.monotonic() + START_S

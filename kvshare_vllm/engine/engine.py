@@ -37,6 +37,7 @@ from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
 from kvshare_vllm.engine import quick_start
 from kvshare_vllm.engine.adapters import Adapters
+from kvshare_vllm.engine.first_word import FirstWord
 from kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.engine.log_tail import LogTail
 from kvshare_vllm.patches import gentle_grammars, vllm_logging
@@ -290,6 +291,10 @@ class PrefillEngine(Engine):
 class DecodeEngine(Engine):
     _probe_logprobs = 1  # vLLM compiles how it ranks them
 
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self._calls = FirstWord()
+
     async def own_next(
         self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0
     ) -> list[tuple[int, float, int]]:
@@ -337,6 +342,8 @@ class DecodeEngine(Engine):
         `sampling` is the turn's own, limits counted over the whole turn. Raises PrefixLost when the prefix must be
         handed over again; the tokens yielded so far stand.
         """
+        if not self._calls.holds(request_id, "begun"):
+            raise Unavailable(f"request {request_id} was given up before it came")
         taken = False
         try:
             transfer = self._transfer(handoff, len(token_ids) - replay, replay) | {"replay_tokens": replay, "lend": lend}
@@ -373,6 +380,12 @@ class DecodeEngine(Engine):
             if not taken:
                 await self._release_unseen(handoff, request_id, error)
             raise
+
+    async def give_up(self, handoff: Handoff, request_id: str) -> None:
+        """The turn whose `decode` was called, or was about to be, is gone. A call that has begun ends its lease itself; any
+        other never begins, and the prefill engine is told that nobody will read."""
+        if self._calls.holds(request_id, "given up"):
+            await self.release(handoff, request_id)
 
     def _transfer(self, handoff: Handoff | None, prompt_tokens: int, replay: int) -> dict[str, Any]:
         """What the connector is told of a checked handoff."""

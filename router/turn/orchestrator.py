@@ -309,7 +309,7 @@ class Orchestrator:
         attempt: Attempt,
     ) -> AsyncIterator[TokenChunk]:
         usage, session, route = context.usage, context.session, attempt.route
-        pool, stream, bytes_before = route.decode, None, usage.kv_bytes
+        pool, stream, bytes_before, has_ended = route.decode, None, usage.kv_bytes, False
         try:
             last = session.prefilled_on.get(pool.name) if session else None
             grant, keys = attempt.grant, self._decode_keys(decoder, context, attempt)
@@ -362,11 +362,16 @@ class Orchestrator:
             else:
                 attempt.avoid.discard(usage.decode_replica)
             raise
+        except (asyncio.CancelledError, GeneratorExit):
+            has_ended = True
+            raise
         finally:
             if stream is not None:
                 stream.cancel()
-            elif handoff is not None:
+            if handoff is not None and stream is None:
                 self._releases.have_released(pool, handoff, request_id)
+            elif handoff is not None and has_ended and attempt.is_silent:
+                self._releases.give_up(pool, usage.decode_replica, handoff, request_id)
 
     @asynccontextmanager
     async def _calling(self, stage: str, pool: Pool, placement: Placed, context: TurnContext, *work) -> AsyncIterator[Span]:

@@ -44,13 +44,19 @@ class Releases:
     def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
         """Have any decode replica say that nobody will read it. If none can, the lease ends by itself."""
         if usable := decode.replicas.usable():
-            releasing = self._release(decode, usable[0].id, handoff, request_id)
-            self._background.start("handoff_release", releasing, request=request_id)
+            self._tell(decode.replicas.on(usable[0].id).release, handoff, request_id)
 
-    async def _release(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
+    def give_up(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
+        """The turn has ended while its call to this decode replica was under way: it may have arrived there, or not."""
+        self._tell(decode.replicas.on(replica).give_up, handoff, request_id)
+
+    def _tell(self, method, handoff: Handoff, request_id: str) -> None:
+        self._background.start("handoff_release", self._told(method, handoff, request_id), request=request_id)
+
+    async def _told(self, method, handoff: Handoff, request_id: str) -> None:
         try:
             async with asyncio.timeout(handoff.lease_s):
-                await decode.replicas.on(replica).release.remote(handoff, request_id)
+                await method.remote(handoff, request_id)
         except (TimeoutError, *CALL_ERRORS, PrefillShareError) as error:
             told = {"request_id": request_id}
             logger.warning("request %s: its KV stays leased for %g s: %s", request_id, handoff.lease_s, error, extra=told)

@@ -76,6 +76,25 @@ async def test_a_handoff_that_does_not_fit_is_released(given, kw, kind):
     assert [request for request, _ in vllm.released] == ["r"]
 
 
+async def test_a_call_that_was_given_up_before_it_came_never_begins():
+    vllm = Vllm(AssertionError("it has begun"))
+    engine = DecodeEngine(SETTINGS, vllm, None, None, None)
+    await engine.give_up(handoff(), "r")
+    assert [request for request, _ in vllm.released] == ["r"]
+    with pytest.raises(Unavailable, match="r was given up before it came"):
+        [chunk async for chunk in engine.decode([1, 2, 3, 4], handoff(), SamplingParams(), "r")]
+    assert len(vllm.released) == 1
+
+
+async def test_a_call_that_has_begun_is_not_given_up():
+    vllm = Vllm(VLLMValidationError("refused"))
+    engine = DecodeEngine(SETTINGS, vllm, None, None, None)
+    with pytest.raises(InvalidInput):
+        [chunk async for chunk in engine.decode([1, 2, 3, 4], handoff(), SamplingParams(), "r")]
+    await engine.give_up(handoff(), "r")
+    assert len(vllm.released) == 1
+
+
 async def test_what_is_no_refusal_releases_nothing():
     """The engine has the request, or is dead: either ends the lease."""
     vllm = Vllm(Unavailable("dead"))

@@ -1,6 +1,7 @@
 """What a prefill leases is released where the turn that asked for it has ended: also if the two happen at the same time."""
 
 import asyncio
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -33,11 +34,15 @@ class Decode:
 
     def __init__(self):
         self.released = []
-        one = SimpleNamespace(release=SimpleNamespace(remote=self._release))
-        self.replicas = SimpleNamespace(usable=lambda: [SimpleNamespace(id="one")], on=lambda replica: one)
+        self.given_up = []
+        one = SimpleNamespace(
+            release=SimpleNamespace(remote=partial(self._told, self.released)),
+            give_up=SimpleNamespace(remote=partial(self._told, self.given_up)),
+        )
+        self.replicas = SimpleNamespace(usable=lambda: [SimpleNamespace(id="one")], on={"one": one}.get)
 
-    async def _release(self, handoff, request_id):
-        self.released.append((handoff.transfer["at"], request_id))
+    async def _told(self, of, handoff, request_id):
+        of.append((handoff.transfer["at"], request_id))
 
 
 def result() -> PrefillResult:
@@ -121,3 +126,17 @@ async def test_a_replica_that_drops_the_call_is_told_apart_from_a_turn_that_ends
     await is_cancelled(turn)
     assert turn.cancelling() == 0
     assert decode.released == []
+
+
+async def test_a_turn_that_ends_while_its_decode_call_is_under_way_gives_it_up_at_that_replica(asked):
+    _, decode, turn = asked
+    behind = Releases(Metrics(CollectorRegistry()))
+    behind.give_up(decode, "one", result().handoff, "r-0")
+
+    async def told():
+        return decode.given_up == [(7, "r-0")]
+
+    await until(told)
+    assert decode.released == []
+    turn.cancel()
+    await is_cancelled(turn)

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc_status import rpc_status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvshare import errors
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 
-ERROR_METADATA = "prefillshare-error-bin"
 API_KEY_VARIABLE = "PREFILLSHARE_API_KEY"
 _MAX_MESSAGE_BYTES = 64 << 20
 
@@ -246,9 +246,9 @@ def _typed_errors():
 
 
 def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_METADATA:
-            detail = pb.ErrorDetail.FromString(value)
+    status, detail = rpc_status.from_call(error), pb.ErrorDetail()
+    for packed in status.details if status else ():
+        if packed.Unpack(detail):
             kind = getattr(errors, detail.kind, errors.PrefillShareError)
             more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)

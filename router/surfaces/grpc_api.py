@@ -26,7 +26,6 @@ from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from router.sessions.sampling import to_sampling_params
 from router.sessions.turns import Turns
 from router.surfaces.grpc_auth import ApiKeys
-from router.surfaces.grpc_errors import ERROR_METADATA
 from router.surfaces.grpc_errors import abort as _abort
 from router.surfaces.grpc_keepalive import server_options
 from router.surfaces.grpc_tls import credentials
@@ -220,4 +219,4 @@ def _input(message: pb.Input):
     return kind, message.text
 
 
-__all__ = ["ERROR_METADATA", "SERVICE", "GrpcServer", "Servicer"]
+__all__ = ["SERVICE", "GrpcServer", "Servicer"]

@@ -1,22 +1,44 @@
-"""Our errors as gRPC statuses, with an ErrorDetail in the trailing metadata."""
+"""Our errors as gRPC statuses, with details the standard way: a google.rpc.Status that holds an ErrorDetail.
+
+Beside it stand, where they apply, google.rpc's own BadRequest and RetryInfo, which clients may know how to follow.
+Seam: https://github.com/grpc/proposal/blob/master/L44-python-rich-status.md
+"""
 
 from __future__ import annotations
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from kvshare.errors import PrefillShareError
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 
-ERROR_METADATA = "prefillshare-error-bin"
+#: A client's default bound on all metadata is 8 KiB, and the message stands there three times.
+MOST_CHARS = 1_000
 
 
 async def abort(context, error: PrefillShareError) -> None:
     """Does not return."""
+    retry_after_s = getattr(error, "retry_after_s", 0.0)
+    status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=_cut(str(error)))
     detail = pb.ErrorDetail(
         kind=type(error).__name__,
-        message=error.message,
+        message=_cut(error.message),
         field=error.field or "",
-        fix=error.fix or "",
-        retry_after_s=getattr(error, "retry_after_s", 0.0),
+        fix=_cut(error.fix or ""),
+        retry_after_s=retry_after_s,
     )
-    await context.abort(grpc.StatusCode[error.grpc_code], str(error), ((ERROR_METADATA, detail.SerializeToString()),))
+    status.details.add().Pack(detail)
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=detail.message)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if retry_after_s:
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+        status.details.add().Pack(info)
+    rich = rpc_status.to_status(status)
+    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} ..."

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 from conftest import System, system, wait_until
+from grpc_status import rpc_status
 from oracle import TOLERANCE, Oracle
 from transformers import AutoTokenizer
 
@@ -337,12 +338,14 @@ def test_unknown_and_deleted_sessions_are_not_found(running):
         session.turn("base", text="x")
 
 
-def test_errors_are_statuses_with_details_in_the_trailing_metadata(running):
+def test_errors_are_statuses_with_details(running):
     stub = pb_grpc.PrefillShareStub(grpc.insecure_channel(running.grpc_address))
     with pytest.raises(grpc.RpcError) as raised:
         list(stub.Generate(pb.GenerateRequest(session_id="none", decoder="base"), timeout=30))
     assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-    detail = pb.ErrorDetail.FromString(dict(raised.value.trailing_metadata())["prefillshare-error-bin"])
+    packed, *_ = rpc_status.from_call(raised.value).details
+    detail = pb.ErrorDetail()
+    assert packed.Unpack(detail)
     assert (detail.kind, detail.field) == ("NotFound", "session_id")
 
 

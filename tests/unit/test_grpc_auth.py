@@ -9,6 +9,7 @@ import pytest
 from certificates import Authority
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
 from ports import free_port
 
 from kvshare.caller import current_caller
@@ -19,7 +20,7 @@ from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from router.surfaces.grpc_api import GrpcServer
 from router.surfaces.grpc_auth import ApiKeys
-from router.surfaces.grpc_errors import ERROR_METADATA, abort
+from router.surfaces.grpc_errors import abort
 from router.surfaces.grpc_tls import credentials
 from router.tenants import KeysFile, Tenants
 
@@ -132,7 +133,8 @@ async def test_refusal_has_its_code_and_the_detail_of_other_errors_and_not_the_k
             await calls(address, api_key=key)
     error = caught.value
     assert error.code() is grpc.StatusCode.UNAUTHENTICATED
-    detail = pb.ErrorDetail.FromString(dict(error.trailing_metadata())[ERROR_METADATA])
+    status, detail = rpc_status.from_call(error), pb.ErrorDetail()
+    assert status.details[0].Unpack(detail)
     assert (detail.kind, detail.message) == ("Unauthenticated", message)
     assert detail.fix
     assert WRONG not in f"{error} {error!r} {detail} {typed.value} {caplog.text}"

@@ -46,9 +46,9 @@ class Router(Node):
     """Most CPU time that compiling the format of a response (JSON schema, regex, choice, grammar) may take, seconds; what takes
     longer is refused. It is tried in a process of its own, before a turn waits for room."""
     max_queued_prefill_tokens: int = Field(32768, ge=1)
-    """While a prefill replica has this many tokens of admitted turns still to compute, no further turn starts there. It should be
-    enough to keep a replica busy. With more, turns wait in the engine instead of in the router, and only the router's queue looks
-    at priorities and tenants."""
+    """While a prefill replica has this many tokens of admitted turns still to compute, no further turn starts there. It should
+    be enough to keep a replica busy. With more, turns wait in the engine instead of in the router, and only the router's queue
+    looks at priorities and tenants."""
     expected_output_tokens: int = Field(256, ge=1)
     """Tokens a turn is expected to generate where its max_tokens is not lower: decode blocks are reserved for prompt and so
     many. Too low: turns outgrow what was reserved and engines preempt; too high: room stays unused."""

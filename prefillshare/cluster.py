@@ -24,6 +24,7 @@ import psutil
 from kvshare.config import Deployment
 from kvshare.errors import ConfigError
 from kvshare.loopback import ADDRESS, is_loopback
+from prefillshare import ray_messages
 from prefillshare.local_ray import loopback_kept
 
 #: Ray's namespace, and the Serve application's name.
@@ -179,6 +180,7 @@ def running_handle():
 def _init(address: str, failed: str, fix: str, field: str | None = None, **options) -> None:
     import ray
 
+    ray_messages.log_instead_of_printing()
     try:
         ray.init(
             address=address,

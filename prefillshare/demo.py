@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +149,7 @@ def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = Non
         console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
         with Client(addresses.joined(deployment.router.host, deployment.router.grpc_port), **connection) as client:
             rows = _session(client, turns, "base" in names, max_tokens, console)
-    with console.status("checking every generated token against the reference ..."):
+    with _busy("checking every generated token against the reference: each model computes its turns anew ...", console):
         worst = _oracle(deployment, rows)
     without = prefilled_without_sharing(rows, deployment.base.block_size)
     for number, row in enumerate(rows, 1):
@@ -171,6 +173,15 @@ def client_options(deployment: Deployment, ca_file: Path | None = None) -> dict[
             raise Unauthenticated("the deployment has tenants", field=API_KEY_VARIABLE, fix="set it to the key of one")
         tenants.load(auth).identify(key)
     return {"ca_file": ca_file or tls.cert_file} if tls is not None else {}
+
+
+@contextmanager
+def _busy(what: str, console: Console) -> Iterator[None]:
+    """Says so, also where nobody looks at a terminal."""
+    if not console.is_terminal:
+        console.print(what)
+    with console.status(what):
+        yield
 
 
 def _prepare(config: Path, console: Console) -> Deployment:
@@ -204,7 +215,7 @@ def _session(client: Client, turns: list[Turn], with_base: bool, max_tokens: int
             row.base_text = fork.turn("base", messages=row.turn.messages, max_tokens=max_tokens, temperature=0.0).text
         fork.delete()
 
-    with console.status("asking the base the same ..."), ThreadPoolExecutor(len(rows)) as pool:
+    with _busy("asking the base the same ...", console), ThreadPoolExecutor(len(rows)) as pool:
         list(pool.map(base_says, rows, forks))
     session.delete()
     return rows
@@ -302,7 +313,7 @@ def _totals(rows: list[Row], without: int, worst: float) -> dict[str, float]:
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title="one context, several decoders")
-    for header in ("turn", "decoder", "prompt", "cached", "computed", "KV moved", "TTFT", "tokens/s"):
+    for header in ("turn", "decoder", "prompt", "cached", "computed", "KV MiB", "TTFT ms", "tok/s"):
         table.add_column(header, justify="left" if header == "decoder" else "right", no_wrap=True)
     for number, row in enumerate(rows, 1):
         u = row.result.usage
@@ -313,8 +324,8 @@ def _table(rows: list[Row]) -> Table:
             str(u.prompt_tokens),
             str(u.cached_tokens),
             str(u.computed_tokens),
-            f"{u.kv_bytes_transferred / 2**20:.1f} MiB",
-            f"{u.time_to_first_token_s * 1000:.0f} ms",
+            f"{u.kv_bytes_transferred / 2**20:.1f}",
+            f"{u.time_to_first_token_s * 1000:.0f}",
             f"{(u.completion_tokens - 1) / decode_s:.1f}",
         )
     return table

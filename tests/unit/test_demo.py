@@ -1,9 +1,14 @@
 """The demo asks its decoders as they were trained to be asked, and knows a right answer."""
 
+import io
 import json
+
+from rich.console import Console
 
 from finetuning.tasks import arithmetic, tool_calls
 from prefillshare import demo
+from prefillshare.client import TurnResult
+from protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 
 def test_its_instructions_are_those_the_adapters_were_trained_with():
@@ -29,3 +34,17 @@ def test_an_answer_is_right_however_it_is_put():
     assert not call.is_right(text.replace("3", "4"))
     assert not call.is_right("I hold the seats.")
     assert not call.is_right('{"name": ')
+
+
+def test_the_table_is_whole_in_80_columns():
+    usage = pb.Usage(
+        prompt_tokens=8192, cached_tokens=8000, computed_tokens=8191, kv_bytes_transferred=2**30, time_to_first_token_s=12.345,
+        total_s=13, completion_tokens=200,
+    )  # fmt: skip
+    result = TurnResult(text="", token_ids=[], logprobs=[], finish_reason="stop", usage=usage, context_tokens=0)
+    rows = [demo.Row(turn, [], result) for turn in demo.TURNS]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(demo._table(rows))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "1024.0" in shown

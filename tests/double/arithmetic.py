@@ -1,0 +1,44 @@
+"""Tokens and KV as small numbers.
+
+The KV of a position is one number: of the position before it, of its token, and of who made it. The next token is a function
+of the last position's KV and of the decoder. So a token shows everything that came before it and whose KV it was: a handoff of
+another prompt, a position made by the wrong weights, a replayed token that is missing, each gives another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+KV = tuple[int, ...]
+
+BASE = "base"
+_PRIME, _TOKENS = 100_003, 90
+
+
+def _number(name: str) -> int:
+    return sum((place + 1) * ord(letter) for place, letter in enumerate(name))
+
+
+def extended(kv: KV, token_ids: Sequence[int], maker: str) -> KV:
+    """`kv` with the positions of these tokens, as `maker`'s weights make them."""
+    made = list(kv)
+    for token in token_ids:
+        before = made[-1] if made else 1
+        made.append((31 * before + 7 * token + _number(maker)) % _PRIME)
+    return tuple(made)
+
+
+def next_token(kv: KV, decoder: str) -> int:
+    return (3 * kv[-1] + _number(decoder)) % _TOKENS + 10
+
+
+def response(prompt: Sequence[int], decoder: str, tokens: int, *, shared: int, generated_by: str | None = None) -> list[int]:
+    """What the decoder says to a prompt whose first `shared` positions the base has made. `generated_by`: who makes the KV of
+    what it generates, and of the prompt's rest; None: the decoder itself."""
+    maker = generated_by or decoder
+    kv = extended(extended((), prompt[:shared], BASE), prompt[shared:], maker)
+    said: list[int] = []
+    for _ in range(tokens):
+        said.append(next_token(kv, decoder))
+        kv = extended(kv, said[-1:], maker)
+    return said

@@ -1,0 +1,187 @@
+"""Replicas as routers call them: same methods, same errors, same ownership of KV; arithmetic in the engines' place."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from double.arithmetic import BASE, KV, extended, next_token
+from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
+from kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from kvshare.modes import SharingMode
+from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
+from router.pools.cache_index import BlockKeys
+
+BLOCK = 8
+CONTRACT = "one"
+#: Virtual seconds.
+TOKEN_PREFILL_S, LOAD_S, STEP_S, LEASE_S = 0.001, 0.05, 0.1, 20.0
+
+
+@dataclass
+class Lease:
+    """`until`: on the loop's clock."""
+
+    kv: KV
+    until: float
+
+
+class Leases:
+    """All that any engine of the cluster lends."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Lease] = {}
+        self._numbers = itertools.count()
+
+    def lend(self, kv: KV, lease_s: float) -> Handoff:
+        name = f"lease-{next(self._numbers)}"
+        self._leases[name] = Lease(kv, _now() + lease_s)
+        return Handoff(len(kv), CONTRACT, lease_s, {"lease": name})
+
+    def read(self, handoff: Handoff) -> KV:
+        """Ends the lease. Raises PrefixLost where it has ended before (R6)."""
+        lease = self._leases.pop(handoff.transfer["lease"], None)
+        if lease is None or lease.until < _now():
+            raise PrefixLost("the lease has ended", reason=ResumeReason.KV_LOAD_FAILED)
+        return lease.kv
+
+    def release(self, handoff: Handoff) -> None:
+        self._leases.pop(handoff.transfer["lease"], None)
+
+    @property
+    def held(self) -> int:
+        """Those that have not run out."""
+        return sum(lease.until >= _now() for lease in self._leases.values())
+
+
+@dataclass
+class Cache:
+    """Whole blocks of base KV that an engine has found use for."""
+
+    prompts: list[BlockKeys] = field(default_factory=list)
+
+    def add(self, token_ids: list[int], salt: str | None, adapter: str | None = None) -> None:
+        self.prompts.append(BlockKeys(token_ids, BLOCK, salt=salt, adapter=adapter))
+
+    def tokens(self, keys: BlockKeys) -> int:
+        return max((keys.shared_tokens(known, BLOCK) for known in self.prompts), default=0)
+
+
+class Engine:
+    """One replica. `moment` is called where something may go wrong: at each step of a call, with its name."""
+
+    def __init__(self, name: str, mode: SharingMode, leases: Leases, moment: Callable[[str], Awaitable[None]]):
+        self.name, self.mode, self.leases, self._moment = name, mode, leases, moment
+        self.cache, self.active = Cache(), 0
+
+    async def describe(self) -> ReplicaInfo:
+        return ReplicaInfo(self.name, KVEvents("", None), 1_000, BLOCK, 16)
+
+    async def stats(self) -> ReplicaStats:
+        return ReplicaStats(active=self.active, blocks_total=1_000)
+
+    async def probe(self) -> None: ...
+
+    async def adapters(self) -> dict[str, str]:
+        return {}
+
+    async def release(self, handoff: Handoff, request_id: str) -> None:
+        self.leases.release(handoff)
+
+    @contextmanager
+    def _call(self):
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+
+class PrefillEngine(Engine):
+    async def prefill(self, token_ids, request_id, *, adapter=None, cache_salt=None, **_) -> PrefillResult:
+        with self._call():
+            cached = await self._make(token_ids, adapter, cache_salt)
+            handoff = self.leases.lend(extended((), token_ids, adapter or BASE), LEASE_S)
+            return PrefillResult(handoff, len(token_ids), cached, 0.01)
+
+    async def warm(self, token_ids, request_id, *, cache_salt=None, **_) -> PrefillResult:
+        with self._call():
+            return PrefillResult(None, len(token_ids), await self._make(token_ids, None, cache_salt), 0.01)
+
+    async def pull(self, token_ids, lent, request_id, *, cache_salt=None) -> PrefillResult:
+        with self._call():
+            await self._moment("pull")
+            await asyncio.sleep(LOAD_S)
+            if self.leases.read(lent)[: len(token_ids) - 1] != extended((), token_ids[:-1], BASE):
+                raise Internal("what was lent is not the base's KV of these tokens")
+            self.cache.add(token_ids, cache_salt)
+            return PrefillResult(None, len(token_ids), len(token_ids) - 1, 0.01)
+
+    async def _make(self, token_ids, adapter, salt) -> int:
+        """Returns how many tokens were cached."""
+        await self._moment("prefill")
+        known = self.cache.tokens(BlockKeys(token_ids, BLOCK, salt=salt, adapter=adapter))
+        cached = min(known, (len(token_ids) - 1) // BLOCK * BLOCK)
+        await asyncio.sleep((len(token_ids) - cached) * TOKEN_PREFILL_S)
+        await self._moment("prefilled")
+        self.cache.add(token_ids, salt, adapter)
+        return cached
+
+
+class DecodeEngine(Engine):
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self._words: dict[str, str] = {}
+
+    async def decode(
+        self, token_ids, handoff, sampling, request_id, *, adapter=None, replay=0, cache_salt=None, lend=False, **_
+    ):
+        """An adapter that is None: the base."""
+        if self._words.setdefault(request_id, "begun") != "begun":
+            raise Unavailable(f"{request_id} was given up before it came")
+        with self._call():
+            await self._moment("decode")
+            decoder = adapter or BASE
+            kv = await self._shared(token_ids, handoff, replay, cache_salt)
+            maker = BASE if self.mode.two_streams else decoder
+            kv = extended(kv, token_ids[len(kv) :], maker)
+            for number in range(replay + 1, sampling.max_tokens + 1):
+                await asyncio.sleep(STEP_S)
+                await self._moment(f"token {number}")
+                token = next_token(kv, decoder)
+                is_last = number == sampling.max_tokens
+                lent = self.leases.lend(kv, LEASE_S) if is_last and lend else None
+                yield TokenChunk([token], finish_reason="length" if is_last else None, kv_bytes=64, lent=lent)
+                kv = extended(kv, [token], maker)
+
+    async def _shared(self, token_ids, handoff, replay, salt) -> KV:
+        """The shared prefix, read; checked as an engine checks it."""
+        expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
+        if handoff is None:
+            if expected:
+                raise Internal("a prompt of several tokens came without a handoff (R1)")
+            return ()
+        if handoff.contract != CONTRACT:
+            raise ContractMismatch("another contract")
+        if handoff.tokens != expected:
+            raise Internal(f"a handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
+        try:
+            await asyncio.sleep(LOAD_S)
+            await self._moment("loaded")
+        except asyncio.CancelledError:  # an engine that drops a request says that nobody will read
+            self.leases.release(handoff)
+            raise
+        kv = self.leases.read(handoff)
+        self.cache.add(token_ids[:expected], salt)
+        return kv
+
+    async def give_up(self, handoff: Handoff, request_id: str) -> None:
+        if self._words.setdefault(request_id, "given up") == "given up":
+            self.leases.release(handoff)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

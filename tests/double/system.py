@@ -1,0 +1,146 @@
+"""The router's own fleet and turns over a cluster of doubles. What a client would get, token by token."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+from prometheus_client import CollectorRegistry
+from virtual_time import clock
+
+from double import arithmetic
+from double.cluster import Cluster, DecodeEngine, PrefillEngine
+from double.engines import BLOCK
+from kvshare.config import Base, Router
+from kvshare.decoders import Decoder
+from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.metrics import Metrics
+from kvshare.modes import get_mode
+from router.admission.admission import Admission
+from router.pools import fleet as fleet_module
+from router.pools import replicas as replicas_module
+from router.pools.fleet import Fleet
+from router.pools.health import Health
+from router.turn import orchestrator as orchestrator_module
+from router.turn.orchestrator import Orchestrator
+
+#: Decoders of each pool; "base" is served by the first.
+ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
+SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
+
+
+def deployment(replicas: int, **router) -> SimpleNamespace:
+    """As much of one as a fleet and an orchestrator read."""
+    pools = [
+        SimpleNamespace(pool=name, sharing=SHARING[name], adapters=dict.fromkeys(names, ""), fewest_replicas=replicas)
+        for name, names in ADAPTERS.items()
+    ]
+    return SimpleNamespace(
+        base=Base(model="m", block_size=BLOCK, max_model_len=4096),
+        decode=pools,
+        router=Router(**{"wedged_after_s": 4, "replica_wait_s": 20} | router),
+        cluster=SimpleNamespace(start_timeout_s=30),
+    )
+
+
+class System:
+    def __init__(self, cluster: Cluster, fleet: Fleet, orchestrator: Orchestrator, metrics: Metrics):
+        self.cluster, self.fleet, self.orchestrator, self.metrics = cluster, fleet, orchestrator, metrics
+        self._numbers = itertools.count()
+
+    def pool_of(self, decoder: str):
+        return self.cluster.pools[self.orchestrator.decoders[decoder].pool]
+
+    def prefill_of(self, decoder: str):
+        pool = self.orchestrator.decoders[decoder].pool
+        return self.cluster.pools["prefill" if get_mode(SHARING[pool]).shares_prefill else f"prefill-{pool}"]
+
+    def run(self, decoder: str, prompt: list[int], tokens: int, **context) -> AsyncIterator[TokenChunk]:
+        sampling = SimpleNamespace(max_tokens=tokens, logprobs=None, structured_outputs=None)
+        name = f"r{next(self._numbers)}"
+        return self.orchestrator.run(decoder, prompt, sampling, name, context.pop("context", None) or TurnContext(**context))
+
+    async def turn(self, decoder: str, prompt: list[int], tokens: int = 6, **context) -> list[int]:
+        return [token async for chunk in self.run(decoder, prompt, tokens, **context) for token in chunk.token_ids]
+
+    def expected(self, decoder: str, prompt: list[int], tokens: int = 6) -> list[int]:
+        """What the decoder says where whose KV is whose is right."""
+        served = self.orchestrator.decoders[decoder]
+        mode, name = get_mode(served.sharing), served.adapter or arithmetic.BASE
+        shared = mode.handoff_tokens(len(prompt)) if mode.shares_prefill else 0
+        generated_by = arithmetic.BASE if mode.two_streams else None
+        return arithmetic.response(prompt, name, tokens, shared=shared, generated_by=generated_by)
+
+    def held(self) -> dict[str, object]:
+        """What must be nothing once nobody asks: leases, calls, and room that turns have taken."""
+        admission = self.orchestrator._admission
+        found = {"leases": self.cluster.leases.held, "in progress": admission.in_progress}
+        for name, pool in self.fleet.pools.items():
+            found[f"calls of {name}"] = sum(replica.active for replica in pool.replicas.members.values())
+            found[f"tokens of {name}"] = sum(replica.queued_tokens for replica in pool.replicas.members.values())
+            found[f"engines of {name}"] = sum(one.engine.active for one in self.cluster.pools[name].replicas.values())
+        for name in ADAPTERS:
+            found[f"room of {name}"] = dict(admission.held(name))
+        return {what: value for what, value in found.items() if value}
+
+
+@asynccontextmanager
+async def system(replicas: int = 2, **router):
+    """`router`: settings of router.* that are other than usual."""
+    wanted = deployment(replicas, **router)
+    pools = {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
+    for name, sharing in SHARING.items():
+        pools[name] = (DecodeEngine, get_mode(sharing), replicas)
+        if not get_mode(sharing).shares_prefill:
+            pools[f"prefill-{name}"] = (PrefillEngine, get_mode(sharing), replicas)
+    cluster, metrics = Cluster(pools), Metrics(CollectorRegistry())
+    with _on_the_loops_clock():
+        fleet = Fleet(BLOCK, lambda name: cluster.pools[name].handle, metrics)
+        fleet._index = cluster.index
+        cluster.index.block_size = BLOCK
+        decoders = {
+            name: Decoder(name, pool, SHARING[pool], name, "lora") for pool, names in ADAPTERS.items() for name in names
+        } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base")}
+        try:
+            routes = await fleet.adopt(wanted)
+            orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, load_timeout_s=3.0)
+            yield System(cluster, fleet, orchestrator, metrics)
+            await orchestrator._releases._background.stop()
+        finally:
+            await fleet.stop()
+            await fleet._background.stop()
+            cluster.close()
+
+
+@contextmanager
+def _on_the_loops_clock():
+    """Whatever asks what time it is, asks the loop."""
+    ticking = SimpleNamespace(monotonic=clock, perf_counter=clock, time_ns=lambda: round(clock() * 1e9))
+    changed = (
+        (replicas_module, "time", ticking),
+        (replicas_module, "Health", partial(Health, clock=clock)),
+        (fleet_module, "Pool", partial(fleet_module.Pool, clock=clock)),
+        (orchestrator_module, "time", ticking),
+        (orchestrator_module, "Admission", partial(Admission, clock=clock)),
+    )
+    before = [(where, name, getattr(where, name)) for where, name, _ in changed]
+    for where, name, value in changed:
+        setattr(where, name, value)
+    try:
+        yield
+    finally:
+        for where, name, value in before:
+            setattr(where, name, value)
+
+
+async def nothing_held(running: System, *, within_s: float = 2.0, leases_s: float | None = None) -> None:
+    """Shortly after the last turn has ended. `leases_s`: how long a lease may go on that nobody could end."""
+    began = clock()
+    while held := running.held():
+        may_last_s = leases_s if leases_s and held.keys() == {"leases"} else within_s
+        assert clock() < began + may_last_s, held
+        await asyncio.sleep(0.05)

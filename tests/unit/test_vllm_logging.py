@@ -67,11 +67,9 @@ def lines(level: str, form: str) -> list[str]:
 
 def test_our_modules_write_what_vllms_do_in_its_format_and_at_a_level_that_changes():
     told = [json.loads(line) for line in lines("info", "json")]
-    of = ("router.turn.orchestrator", "vllm.engine")
-    ours = [(one["levelname"], one["name"], one["message"]) for one in told if one["name"] in of]
-    assert ours == [
-        ("INFO", "router.turn.orchestrator", "one"), ("DEBUG", "router.turn.orchestrator", "two"), ("DEBUG", "vllm.engine", "three"),
-    ]  # fmt: skip
+    us, them = "router.turn.orchestrator", "vllm.engine"
+    ours = [(one["levelname"], one["name"], one["message"]) for one in told if one["name"] in (us, them)]
+    assert ours == [("INFO", us, "one"), ("DEBUG", us, "two"), ("DEBUG", them, "three")]
     assert next(one for one in told if one["message"] == "one")["request_id"] == "r1"
 
 

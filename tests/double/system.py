@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,16 +15,23 @@ from virtual_time import clock
 from double import arithmetic
 from double.cluster import Cluster, DecodeEngine, PrefillEngine
 from double.engines import BLOCK
+from double.frontend import Frontend
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
 from kvshare.handoff import TokenChunk, TurnContext
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from router.admission.admission import Admission
+from router.ahead import pull_back as pull_back_module
+from router.ahead.eager import EagerPrefill
+from router.ahead.pull_back import PullBack
+from router.ahead.response_kv import ResponseKV
 from router.pools import fleet as fleet_module
 from router.pools import replicas as replicas_module
 from router.pools.fleet import Fleet
 from router.pools.health import Health
+from router.sessions.memory import MemorySessions
+from router.sessions.turns import Turns
 from router.turn import orchestrator as orchestrator_module
 from router.turn.orchestrator import Orchestrator
 
@@ -88,8 +95,52 @@ class System:
         return {what: value for what, value in found.items() if value}
 
 
+class SessionSystem(System):
+    """With sessions in memory, eager prefill and pull-back."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        fleet, base, metrics = self.fleet, self.orchestrator._base, self.metrics
+        rate = self.orchestrator.compute_s
+        self.eager = EagerPrefill(fleet.shared_prefill, base, metrics, limit=4, stride_tokens=16)
+        self.pull_back = PullBack(
+            fleet.shared_prefill, base, metrics, when="always", limit=4, compute_s=lambda: rate.value
+        )
+        self.sessions = MemorySessions(1_000, 3600, clock=clock)
+        self.frontend = Frontend(self.orchestrator)
+        response_kv = ResponseKV(self.eager, self.pull_back)
+        self.turns = Turns(base, self.orchestrator.decoders, self.frontend, self.sessions, response_kv)
+
+    async def take(self, session: str, decoder: str, given: list[int], tokens: int = 6, suffix: list[int] | None = None):
+        """A turn on a session: its tokens."""
+        context = TurnContext()
+        suffix = ("token_ids", suffix) if suffix else None
+        sampling = SimpleNamespace(max_tokens=tokens, min_tokens=0, logprobs=None, stop=[], structured_outputs=None)
+        name = f"r{next(self._numbers)}"
+        events = self.turns.take(session, decoder, ("token_ids", given), suffix, sampling, name, context)
+        async with aclosing(events) as stream:
+            return [token async for event in stream for token in event.token_ids]
+
+    async def context(self, session: str) -> list[int]:
+        return list((await self.sessions.get(session, tenant="")).token_ids)
+
+    async def stop(self) -> None:
+        await self.eager.stop()
+        await self.pull_back.stop()
+        self.frontend.close()
+
+
 @asynccontextmanager
-async def system(replicas: int = 2, **router):
+async def session_system(replicas: int = 2, **router):
+    async with system(replicas, kind=SessionSystem, **router) as running:
+        try:
+            yield running
+        finally:
+            await running.stop()
+
+
+@asynccontextmanager
+async def system(replicas: int = 2, kind: type[System] = System, **router):
     """`router`: settings of router.* that are other than usual."""
     wanted = deployment(replicas, **router)
     pools = {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
@@ -108,7 +159,7 @@ async def system(replicas: int = 2, **router):
         try:
             routes = await fleet.adopt(wanted)
             orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, load_timeout_s=3.0)
-            yield System(cluster, fleet, orchestrator, metrics)
+            yield kind(cluster, fleet, orchestrator, metrics)
             await orchestrator._releases._background.stop()
         finally:
             await fleet.stop()
@@ -125,6 +176,7 @@ def _on_the_loops_clock():
         (replicas_module, "Health", partial(Health, clock=clock)),
         (fleet_module, "Pool", partial(fleet_module.Pool, clock=clock)),
         (orchestrator_module, "time", ticking),
+        (pull_back_module, "time", ticking),
         (orchestrator_module, "Admission", partial(Admission, clock=clock)),
     )
     before = [(where, name, getattr(where, name)) for where, name, _ in changed]

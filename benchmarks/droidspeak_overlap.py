@@ -31,6 +31,7 @@ from pathlib import Path
 from benchmarks.children import events
 from benchmarks.small import BLOCK, VOCABULARY
 from kvshare.contract import KVShape
+from kvshare.decode_request import DecodeRequest
 from kvshare.decoders import ecache_share
 from kvshare.engine_settings import EngineSettings
 from kvshare.layer_group import LayerGroup
@@ -94,7 +95,8 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
                     handoff = (await prefill.prefill(prompt[:-1], uuid.uuid4().hex)).handoff
                     began = time.perf_counter()
                     params = some if repeat < 0 else one
-                    stream = engines[way].decode(prompt, handoff, params, uuid.uuid4().hex, own_layers=group)
+                    asked = DecodeRequest(uuid.uuid4().hex, prompt, handoff, params, own_layers=group)
+                    stream = engines[way].decode(asked)
                     chunk, *_ = [chunk async for chunk in stream]
                     first = time.perf_counter() - began
                     times = {"load_s": chunk.load_s, "rest_load_s": chunk.rest_load_s, "first_token_s": first}

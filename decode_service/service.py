@@ -1,7 +1,7 @@
 """One decode replica: a full-weight decoder, or the base with several LoRA decoders.
 
 A request's life here:
- 1. `decode` checks the handoff's contract, and gives prompt, handoff and sampling to the engine.
+ 1. `decode` has the engine check the handoff's contract, and gives it prompt, handoff and sampling.
  2. The engine pulls the blocks it lacks and generates; tokens stream out as they are made.
  3. If the engine loses the shared prefix (preemption, failed or late load), PrefixLost goes up; the router hands
     over again and sends the turn back with the tokens it has (`replay`).
@@ -10,10 +10,8 @@ A request's life here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from kvshare.decode_request import DecodeRequest
 from kvshare.handoff import Handoff
-from kvshare.layer_group import LayerGroup
 from kvshare_vllm.engine.replica import EngineReplica
 
 
@@ -26,34 +24,9 @@ class DecodeService(EngineReplica):
 
         return DecodeEngine
 
-    async def decode(
-        self,
-        token_ids: list[int],
-        handoff: Handoff | None,
-        sampling,
-        request_id: str,
-        adapter: str | None = None,
-        replay: int = 0,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        lend: bool = False,
-        own_layers: LayerGroup | None = None,
-        trace: Mapping[str, str] | None = None,
-    ):
-        """Yields TokenChunk. `sampling`: vLLM's SamplingParams."""
-        async for chunk in self._engine.decode(
-            token_ids,
-            handoff,
-            sampling,
-            request_id,
-            adapter=adapter,
-            replay=replay,
-            cache_salt=cache_salt,
-            priority=priority,
-            lend=lend,
-            own_layers=own_layers,
-            trace=trace,
-        ):
+    async def decode(self, request: DecodeRequest):
+        """Yields TokenChunk."""
+        async for chunk in self._engine.decode(request):
             yield chunk
 
     async def own_next(self, token_ids: list[int], adapter: str | None, top: int, priority: int):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
-
-from opentelemetry.trace import INVALID_SPAN, Span
-
-from kvshare.caller import Caller
 
 #: A read that ends so near the end of its lease counts as late: slack for the error of the clock offset that engines measure
 #: when they shake hands (half a round trip), and for how often they look.
@@ -69,82 +64,3 @@ class TokenChunk:
     rest_load_s: float = 0.0
     #: On the last chunk of a request that was asked to lend: the KV of all its tokens but the last, to be pulled.
     lent: Handoff | None = None
-
-
-@dataclass
-class TurnUsage:
-    """What one turn cost. Times in seconds, measured at the router."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    #: Prompt tokens the prefill side found in its cache / had to compute; tokens prefilled = their sum.
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    #: What the router's index had said of cached_tokens.
-    predicted_tokens: int = 0
-    kv_bytes: int = 0
-    #: Times the turn was taken up again: preempted, a failed load, a lost replica.
-    resumes: int = 0
-    #: Waited for room before the prefill.
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    #: The decode engine's, as in TokenChunk.
-    load_s: float = 0.0
-    rest_load_s: float = 0.0
-    ttft_s: float = 0.0
-    total_s: float = 0.0
-    prefill_replica: str = ""
-    decode_replica: str = ""
-    #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
-    own_layers: str = ""
-
-    def report(self) -> dict[str, int | float | str]:
-        """As clients see it: names and meanings of message Usage (protos/prefillshare/v1)."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "cached_tokens": self.cached_tokens,
-            "computed_tokens": self.computed_tokens,
-            "kv_bytes_transferred": self.kv_bytes,
-            "time_to_first_token_s": self.ttft_s,
-            "total_s": self.total_s,
-            "prefill_s": self.prefill_s,
-            "resumes": self.resumes,
-            "prefill_replica": self.prefill_replica,
-            "decode_replica": self.decode_replica,
-            "predicted_tokens": self.predicted_tokens,
-            "own_layers": self.own_layers,
-            "kv_load_s": self.load_s,
-            "kv_rest_load_s": self.rest_load_s,
-        }
-
-
-@dataclass
-class TurnContext:
-    """What travels with one turn through the router. `session`: the router's session, opaque to the layers below it."""
-
-    usage: TurnUsage = field(default_factory=TurnUsage)
-    session: Any = None
-    #: Who takes the turn, and how soon (lower is sooner); "" where there are no tenants.
-    tenant: str = ""
-    priority: int = 0
-    #: Prompts of different domains never share KV (R7).
-    cache_domain: str = ""
-    #: Of the domain and the client's own salt. Mixed into the keys of the prompt's blocks on both sides: prompts of
-    #: different salts never share KV.
-    cache_salt: str | None = None
-    #: The decode engine is to lend the context's KV at the end, where its mode lets it (True); what it lent.
-    lend: bool = False
-    lent: Handoff | None = None
-    #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
-    ready: Callable[[], Awaitable[None]] | None = None
-    #: Seconds the client waits; None: the deployment's default.
-    deadline_s: float | None = None
-    #: Its span (kvshare/tracing.py), while it runs.
-    span: Span = INVALID_SPAN
-    #: Set where the text is made: the response is whole, although a stop text cut the tokens short.
-    ended_well: bool = False
-
-    @classmethod
-    def of(cls, caller: Caller, **given) -> TurnContext:
-        return cls(tenant=caller.tenant, priority=caller.priority, cache_domain=caller.cache_domain, **given)

@@ -19,8 +19,8 @@ from ray import serve
 
 from kvshare import decoders as served_decoders
 from kvshare import tracing
+from kvshare.caller import ANONYMOUS
 from kvshare.config import Deployment
-from kvshare.handoff import TurnContext
 from kvshare.live_changes import taken_over
 from kvshare.metrics import Metrics
 from kvshare_vllm.engine import quick_start, ray_node
@@ -90,7 +90,7 @@ class RouterIngress:
         self._app, self._frontend = await build_openai_app(
             deployment.base,
             [d for d in self._decoders if d != deployment.base.name],
-            self._canary.run,
+            self._canary.turn,
             self._orchestrator.admit,
             middleware=[
                 partial(ApiKeys, tenants=tenants),
@@ -109,7 +109,7 @@ class RouterIngress:
             eager = EagerPrefill(shared, base, metrics, **limits)
         # What a decode engine lends has no hidden states beside it.
         if config.pull_back != "never" and not served_decoders.ecache_layers(deployment.decode):
-            rate, limits = self._orchestrator.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
+            rate, limits = self._orchestrator.services.compute_s, {"when": config.pull_back, "limit": config.pull_back_max}
             pull_back = PullBack(shared, base, metrics, compute_s=lambda: rate.value, **limits)
         self._response_kv = ResponseKV(eager, pull_back)
         turns = Turns(base, self._decoders, self._frontend, self._sessions, self._response_kv)
@@ -151,7 +151,7 @@ class RouterIngress:
         self._metrics.expect(self._decoders, self._fleet.pools)
         set_decoders(self._app, [d for d in self._decoders if d != deployment.base.name])
         # Only then may engines drop what these turns still need.
-        await self._orchestrator.in_progress.ended(before - set(self._decoders), GRACE_S)
+        await self._orchestrator.services.in_progress.ended(before - set(self._decoders), GRACE_S)
         await self._fleet.forget(deployment)
 
     async def _loaded(self, deployment: Deployment) -> dict[str, served_decoders.Decoder]:
@@ -181,10 +181,12 @@ class RouterIngress:
     async def _probe(self, decoder: str) -> None:
         """A turn of one token. Raises what a client would get."""
         from kvshare_vllm.sampling import make_prompt, make_sampling_params
+        from router.turn.terms import Terms
 
         sampling, name = make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}"
         request = self._frontend.prepare(make_prompt([1, 2, 3]), sampling, name, decoder)
-        async for _ in self._frontend.run(request, decoder, TurnContext(deadline_s=PROBE_DEADLINE_S)):
+        run = self._frontend.run(request, decoder, ANONYMOUS, terms=Terms(deadline_s=PROBE_DEADLINE_S))
+        async for _ in run.outputs():
             pass
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:

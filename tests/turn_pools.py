@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 
+from kvshare.caller import Caller
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
-from kvshare.handoff import Handoff, PrefillResult, TokenChunk, TurnContext
+from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.metrics import Metrics
+from kvshare_vllm.surface.turn_call import TurnCall
 from router.admission.decode_room import ReplicaCapacity
 from router.pools.route import Route
 from router.turn.orchestrator import Orchestrator
+from router.turn.terms import Terms
 
 
 class Stream:
@@ -52,8 +56,8 @@ class Pool:
         self._calls.append((self.name, "prefill", asked))
         return PrefillResult(Handoff(len(token_ids), "c", 20, {}), len(token_ids), 0, 0.1)
 
-    def _decode(self, token_ids, handoff, sampling, request_id, **asked):
-        self._calls.append((self.name, "decode", asked))
+    def _decode(self, request):
+        self._calls.append((self.name, "decode", asdict(request)))
         return self._decoding()
 
     async def _give_up(self, handoff, request_id):
@@ -73,7 +77,7 @@ class Pool:
         yield
 
 
-def begin(calls: list, decoding: Callable[[], Stream], **context) -> AsyncIterator[TokenChunk]:
+def begin(calls: list, decoding: Callable[[], Stream], priority: int = 0, **terms) -> AsyncIterator[TokenChunk]:
     """A turn of request "r"."""
     route = Route(Pool("agents", calls, decoding), Pool("prefill", calls))
     decoder = Decoder("planner", "agents", "prefillshare", "planner", "lora")
@@ -81,4 +85,5 @@ def begin(calls: list, decoding: Callable[[], Stream], **context) -> AsyncIterat
         Router(), Base(model="m"), {"planner": decoder}, {"agents": route}, Metrics(CollectorRegistry())
     )
     sampling = SimpleNamespace(max_tokens=4, logprobs=None)
-    return orchestrator.run("planner", list(range(100)), sampling, "r", TurnContext(**context))
+    call = TurnCall("planner", list(range(100)), sampling, "r", Caller(priority=priority), terms=Terms(**terms))
+    return orchestrator.turn(call).chunks()

@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
+from kvshare.decode_request import DecodeRequest
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import (
     ContractMismatch,
@@ -32,7 +33,7 @@ from kvshare.errors import (
     Unavailable,
 )
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
-from kvshare.layer_group import LayerGroup, block_salt
+from kvshare.layer_group import block_salt
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents, ReplicaStats
 from kvshare_vllm.engine import quick_start
@@ -318,42 +319,19 @@ class DecodeEngine(Engine):
                 fix="start prefill and decode pools from one deployment file",
             )
 
-    async def decode(
-        self,
-        token_ids: list[int],
-        handoff: Handoff | None,
-        sampling: SamplingParams,
-        request_id: str,
-        *,
-        adapter: str | None = None,
-        replay: int = 0,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        lend: bool = False,
-        own_layers: LayerGroup | None = None,
-        trace: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[TokenChunk]:
-        """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere. `lend`: at the end
-        hold the KV for the prefill pool (modes whose generated KV is base KV). `own_layers`: computed here over the shared
-        prefix, instead of taken from the base (modes that recompute). `trace`: W3C headers.
-
-        From the call on the handoff is this engine's: it reads it or has the prefill engine told that nobody will.
-
-        `sampling` is the turn's own, limits counted over the whole turn. Raises PrefixLost when the prefix must be
-        handed over again; the tokens yielded so far stand.
-        """
+    async def decode(self, request: DecodeRequest) -> AsyncIterator[TokenChunk]:
+        """Raises PrefixLost when the prefix must be handed over again; the tokens yielded so far stand."""
+        request_id, handoff = request.request_id, request.handoff
         if not self._calls.holds(request_id, "begun"):
             raise Unavailable(f"request {request_id} was given up before it came")
         taken = False
         try:
-            transfer = self._transfer(handoff, len(token_ids) - replay, replay) | {"replay_tokens": replay, "lend": lend}
-            if own_layers:
-                transfer["own_layers"] = str(own_layers)
-            cache_salt = block_salt(cache_salt, own_layers)
-            sampling = sampling.clone()
-            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
-            sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
-            async for output in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
+            sampling = self._sampling(request)
+            salt = block_salt(request.cache_salt, request.own_layers)
+            outputs = self._generate(
+                request.token_ids, sampling, request_id, request.adapter, salt, request.priority, request.trace
+            )
+            async for output in outputs:
                 taken = True
                 completion, params = output.outputs[0], output.kv_transfer_params or {}
                 if completion.finish_reason == "error":
@@ -386,6 +364,18 @@ class DecodeEngine(Engine):
         other never begins, and the prefill engine is told that nobody will read."""
         if self._calls.holds(request_id, "given up"):
             await self.release(handoff, request_id)
+
+    def _sampling(self, request: DecodeRequest) -> SamplingParams:
+        """The turn's, as the engine's scheduler and connector are to have it."""
+        prompt_tokens = len(request.token_ids) - request.replay
+        transfer = self._transfer(request.handoff, prompt_tokens, request.replay)
+        transfer |= {"replay_tokens": request.replay, "lend": request.lend}
+        if request.own_layers:
+            transfer["own_layers"] = str(request.own_layers)
+        sampling = request.sampling.clone()
+        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
+        sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
+        return sampling
 
     def _transfer(self, handoff: Handoff | None, prompt_tokens: int, replay: int) -> dict[str, Any]:
         """What the connector is told of a checked handoff."""

@@ -13,7 +13,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from copy import copy
-from dataclasses import replace
 from http import HTTPStatus
 
 import numpy as np
@@ -34,14 +33,16 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 from xgrammar import TokenizerInfo
 
-from kvshare.caller import cache_salt, current_caller
+from kvshare.caller import Caller, current_caller
 from kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
-from kvshare.handoff import TokenChunk, TurnContext, TurnUsage
+from kvshare.handoff import TokenChunk
+from kvshare.usage import TurnUsage
 from kvshare_vllm.grammars.client import GrammarClient
 from kvshare_vllm.grammars.grammars import Grammars, check_size
 from kvshare_vllm.surface.http_refusals import note_begun, note_failure
 from kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
 from kvshare_vllm.surface.text_work import TextWork
+from kvshare_vllm.surface.turn_call import RunningTurn, TurnCall, TurnRunner
 from kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,6 @@ _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition
 #: Key of a turn's usage in an OpenAI response's `kv_transfer_params`.
 USAGE = "prefillshare"
 
-#: Runs one turn: (decoder, prompt ids, sampling, request id, context with the usage to fill) -> chunks of tokens.
-TurnRunner = Callable[[str, list[int], SamplingParams, str, TurnContext], AsyncIterator[TokenChunk]]
 #: (decoder, None while that is not known; turns; log-probabilities, if they are asked for): raises where that is too much.
 Admit = Callable[..., None]
 
@@ -74,11 +73,11 @@ class Frontend(EngineClient):
         self.renderer = renderer_from_config(config)
         self.input_processor = InputProcessor(config, self.renderer)
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
-        self._base_name, self._run_turn, self._admit = base_name, run_turn, admit
+        self._base_name, self.run_turn, self._admit = base_name, run_turn, admit
         self.text = TextWork(self.model_config.max_model_len, self.renderer.tokenizer.max_chars_per_token)
         self.text.serve(self.renderer, _to_vllm)
         self._compiler = GrammarClient(self._tokenizer_info, grammar_cpu_s)
-        self._grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
+        self.grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
 
     # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
     def generate(
@@ -102,7 +101,7 @@ class Frontend(EngineClient):
         how far the request goes behind its others."""
         decoder = lora_request.lora_name if lora_request is not None else self._base_name
         try:
-            context = TurnContext.of(current_caller.get().behind(priority))
+            caller = current_caller.get().behind(priority)
             request = self.prepare(
                 prompt,
                 sampling_params,
@@ -113,7 +112,7 @@ class Frontend(EngineClient):
         except PrefillShareError as error:
             raise _to_vllm(error) from error
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
-        return self._as_vllm(request_id, self.run(request, decoder, context, prompt_text=text))
+        return self._as_vllm(request_id, self.run(request, decoder, caller, prompt_text=text).outputs())
 
     def prepare(
         self,
@@ -163,59 +162,17 @@ class Frontend(EngineClient):
         except PrefillShareError as error:
             raise _to_vllm(error) from error
 
-    async def run(
-        self, request: EngineCoreRequest, decoder: str, context: TurnContext, *, prompt_text: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
-        """Run a prepared request. Closing the iterator, or cancelling its consumer, ends the turn everywhere."""
-        params = request.sampling_params
-        if params.structured_outputs:
-            params.structured_outputs = await self._grammars.tried(params.structured_outputs)
-        queue = RequestOutputCollector(params.output_kind, request.request_id)
-        context.cache_salt = cache_salt(context.cache_domain, request.cache_salt)
-        children, parent = [request], None
-        if params.n > 1:
-            parent, children = ParentRequest(request), []
-            for index in range(params.n):
-                child = copy(request)
-                child.request_id, child.sampling_params = parent.get_child_info(index)
-                children.append(child)
-        pumps: list[asyncio.Task] = []
-        finished = False
-        try:
-            for index, child in enumerate(children):
-                self.output_processor.add_request(child, prompt_text, parent, index, queue)
-                own = context if parent is None else replace(context, usage=TurnUsage())
-                pumps.append(asyncio.create_task(self._pump(child, decoder, own, queue)))
-            while not finished:
-                output = queue.get_nowait() or await queue.get()
-                finished = output.finished
-                yield output
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            if not finished:
-                self.output_processor.abort_requests([request.request_id], internal=True)
-            queue.close()
-
-    async def _pump(self, request: EngineCoreRequest, decoder: str, context: TurnContext, queue) -> None:
-        first = True
-        try:
-            turn = self._run_turn(decoder, list(request.prompt_token_ids), request.sampling_params, request.request_id, context)
-            async with aclosing(turn) as chunks:
-                async for chunk in chunks:
-                    output = _core_output(request, chunk, context.usage, first)
-                    first = False
-                    done = self.output_processor.process_outputs([output])
-                    if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
-                        context.ended_well = True
-                        return
-            queue.put(Internal("the turn ended without a finish reason"))
-        except asyncio.CancelledError:
-            queue.put(Unavailable("the turn was cancelled from below"))  # or `run`, which is gone then, cancelled it
-            raise
-        except Exception as error:
-            queue.put(error)
+    def run(
+        self,
+        request: EngineCoreRequest,
+        decoder: str,
+        caller: Caller,
+        *,
+        terms: object = None,
+        prompt_text: str | None = None,
+    ) -> Run:
+        """What a prepared request gives. `terms`: passed on to whoever takes the turn."""
+        return Run(self, request, decoder, caller, terms, prompt_text)
 
     async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         try:
@@ -288,6 +245,87 @@ class Frontend(EngineClient):
 
     start_profile = stop_profile = sleep = wake_up = release_kv_cache_memory = _not_served
     pause_generation = resume_generation = _not_served
+
+
+class Run:
+    """One prepared request: the turns that it takes, and what a client sees of them."""
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        request: EngineCoreRequest,
+        decoder: str,
+        caller: Caller,
+        terms: object,
+        prompt_text: str | None,
+    ):
+        self._frontend, self._request, self._prompt_text = frontend, request, prompt_text
+        self._decoder, self._caller, self._terms = decoder, caller, terms
+        #: One, or `n` of them, once the first output is asked for.
+        self.turns: list[RunningTurn] = []
+
+    async def outputs(self) -> AsyncIterator[RequestOutput]:
+        """Once. Closing the iterator, or cancelling its consumer, ends the turns everywhere."""
+        request, processor = self._request, self._frontend.output_processor
+        params = request.sampling_params
+        if params.structured_outputs:
+            params.structured_outputs = await self._frontend.grammars.tried(params.structured_outputs)
+        queue = RequestOutputCollector(params.output_kind, request.request_id)
+        children, parent = [request], None
+        if params.n > 1:
+            parent, children = ParentRequest(request), []
+            for index in range(params.n):
+                child = copy(request)
+                child.request_id, child.sampling_params = parent.get_child_info(index)
+                children.append(child)
+        pumps: list[asyncio.Task] = []
+        finished = False
+        try:
+            for index, child in enumerate(children):
+                turn = self._frontend.run_turn(self._call(child))
+                self.turns.append(turn)
+                processor.add_request(child, self._prompt_text, parent, index, queue)
+                pumps.append(asyncio.create_task(self._pump(child, turn, queue)))
+            while not finished:
+                output = queue.get_nowait() or await queue.get()
+                finished = output.finished
+                yield output
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            if not finished:
+                processor.abort_requests([request.request_id], internal=True)
+            queue.close()
+
+    def _call(self, request: EngineCoreRequest) -> TurnCall:
+        return TurnCall(
+            decoder=self._decoder,
+            prompt=list(request.prompt_token_ids),
+            sampling=request.sampling_params,
+            request_id=request.request_id,
+            caller=self._caller,
+            salt=request.cache_salt,
+            terms=self._terms,
+        )
+
+    async def _pump(self, request: EngineCoreRequest, turn: RunningTurn, queue: RequestOutputCollector) -> None:
+        first = True
+        try:
+            async with aclosing(turn.chunks()) as chunks:
+                async for chunk in chunks:
+                    output = _core_output(request, chunk, turn.usage, first)
+                    first = False
+                    done = self._frontend.output_processor.process_outputs([output])
+                    if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
+                        turn.text_has_ended()
+                        return
+            queue.put(Internal("the turn ended without a finish reason"))
+        except asyncio.CancelledError:
+            queue.put(Unavailable("the turn was cancelled from below"))  # or `outputs`, which is gone then, cancelled it
+            raise
+        except Exception as error:
+            queue.put(error)
 
 
 def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool) -> EngineCoreOutput:

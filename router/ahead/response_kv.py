@@ -8,13 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from typing import Protocol
 
-from kvshare.handoff import TurnContext
+from kvshare.handoff import Handoff
 from kvshare.modes import SharingMode
 from router.ahead.eager import EagerPrefill, SessionKey
 from router.ahead.pull_back import PullBack
@@ -28,23 +29,21 @@ class ResponseKV:
 
     @contextmanager
     def of_turn(
-        self, session: SessionKey, mode: SharingMode, kept: list[int], context: TurnContext, *, lendable: bool
+        self, session: SessionKey, mode: SharingMode, kept: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
-        """`kept`: the session's context before the response. `lendable`: the decoder sees just that (no suffix). Sets what
-        `context` says of lending. A turn left before its response has ended leaves nothing behind."""
+        """`kept`: the session's context before the response. `lendable`: the decoder sees just that (no suffix). A turn left
+        before its response has ended leaves nothing behind."""
         self.given_up(session)
-        if self._pull_back:
-            context.lend, context.ready = lendable, partial(self._pull_back.settled, session)
         # Base KV of a response is of use only where turns draw on the shared pool.
         eager = self._eager if mode.shares_prefill else None
-        turn = ResponseOfTurn(session, eager, self._pull_back, kept, context, lends=mode.two_streams)
+        response = ResponseOfTurn(session, eager, self._pull_back, kept, lendable=lendable, lends=mode.two_streams)
         try:
-            yield turn
+            yield response
         finally:
-            if not turn.has_ended:
+            if not response.has_ended:
                 self.given_up(session)
-                if self._pull_back and context.lent:
-                    self._pull_back.give_back(context.lent)
+                if self._pull_back and response.lent:
+                    self._pull_back.give_back(response.lent)
 
     def given_up(self, session: SessionKey) -> None:
         """Nothing more is prefilled ahead for the session: it goes on without, or is gone."""
@@ -56,8 +55,17 @@ class ResponseKV:
             await background.stop()
 
 
+class Making(Protocol):
+    """The turn that makes the response."""
+
+    #: What the decode engine lends at its end.
+    lent: Handoff | None
+    salt: str | None
+
+
 class ResponseOfTurn:
-    """`token_ids`: generated so far; whoever takes the turn adds to them. `lends`: the decode engine makes base KV."""
+    """`token_ids`: generated so far; whoever takes the turn adds to them, and says which turn it is (`made_by`). `lends`: the
+    decode engine makes base KV."""
 
     def __init__(
         self,
@@ -65,16 +73,27 @@ class ResponseOfTurn:
         eager: EagerPrefill | None,
         pull_back: PullBack | None,
         kept: list[int],
-        context: TurnContext,
         *,
+        lendable: bool,
         lends: bool,
     ):
-        self._session, self._eager, self._pull_back = session, eager, pull_back
-        self._kept, self._context = kept, context
+        self._session, self._eager, self._pull_back, self._kept = session, eager, pull_back, kept
         self._lends = lends and pull_back is not None
+        #: The decode engine is to lend the context's KV at the end, where its mode lets it.
+        self.lend = lendable and pull_back is not None
+        self.made_by: Making | None = None
         self.token_ids: list[int] = []
         self._instead: list[int] | None = None
         self.has_ended = False
+
+    @property
+    def ready(self) -> Callable[[], Awaitable[None]] | None:
+        """To be awaited before the turn's prefix is looked up: what is being pulled for the session."""
+        return partial(self._pull_back.settled, self._session) if self._pull_back else None
+
+    @property
+    def lent(self) -> Handoff | None:
+        return self.made_by.lent if self.made_by else None
 
     @property
     def context(self) -> list[int]:
@@ -98,15 +117,15 @@ class ResponseOfTurn:
         """It is whole, and the session keeps it."""
         self.has_ended = True
         ahead = partial(self._prefill_ahead, ended=True)
-        if self._lends and (lent := self._context.lent):
+        if self._lends and (lent := self.lent):
             # It is KV of what was generated.
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
             lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
-            self._pull_back.lent(self._session, self.context, lent, self._context.cache_salt, otherwise=ahead)
+            self._pull_back.lent(self._session, self.context, lent, self.made_by.salt, otherwise=ahead)
         else:
             ahead()
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
             tokens = len(self._kept) + len(self._response)
-            self._eager.grew(self._session, tokens, lambda: self.context, self._context.cache_salt, ended=ended)
+            self._eager.grew(self._session, tokens, lambda: self.context, self.made_by.salt, ended=ended)

@@ -23,8 +23,8 @@ class Session:
     turns: int = 0
     #: True while the context ends in a response to chat messages that nobody has closed yet (router/sessions/chat.py).
     open_response: bool = False
-    #: Prefill replica that holds this context's KV, per pool of prefill engines. What a turn adds is kept by its commit.
-    prefilled_on: dict[str, str] = field(default_factory=dict)
+    #: Pool -> replica that its last turn ran on, for prefill as for decode. What a turn notes is kept by its commit.
+    replicas: dict[str, str] = field(default_factory=dict)
     #: Whose blocks this session's KV is shared with; forks have their parent's.
     cache_domain: str = ""
     #: A turn holds it.

@@ -22,7 +22,7 @@ class _Record:
 
     def copy(self, turn_id: str = "") -> Session:
         kept = self.session
-        return replace(kept, prefilled_on=dict(kept.prefilled_on), busy=bool(self.turn_id), turn_id=turn_id)
+        return replace(kept, replicas=dict(kept.replicas), busy=bool(self.turn_id), turn_id=turn_id)
 
 
 class MemorySessions(SessionStore):
@@ -50,7 +50,7 @@ class MemorySessions(SessionStore):
 
     async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
         old = self._use(session_id, tenant).session
-        new = replace(old, session_id=self._name(new_session_id), prefilled_on=dict(old.prefilled_on))
+        new = replace(old, session_id=self._name(new_session_id), replicas=dict(old.replicas))
         return self._add(new).copy()
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
@@ -81,7 +81,7 @@ class MemorySessions(SessionStore):
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
         self._committed(session, token_ids, open_response)
-        record.session = replace(session, prefilled_on=dict(session.prefilled_on))
+        record.session = replace(session, replicas=dict(session.replicas))
 
     async def check(self) -> None:
         pass

@@ -134,7 +134,7 @@ class RedisSessions(SessionStore):
             _packed(token_ids[len(old) :] if extends else token_ids),
             len(old) if extends else "",
             int(open_response),
-            json.dumps(session.prefilled_on),
+            json.dumps(session.replicas),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
@@ -213,10 +213,10 @@ class RedisSessions(SessionStore):
         _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
-            prefilled_on, cache_domain = json.loads(prefilled), domain.decode()
+            replicas, cache_domain = json.loads(prefilled), domain.decode()
         except (ValueError, RecursionError):
             raise self.damaged(session_id) from None
-        named = isinstance(prefilled_on, dict) and all(isinstance(replica, str) for replica in prefilled_on.values())
+        named = isinstance(replicas, dict) and all(isinstance(replica, str) for replica in replicas.values())
         if not named or token_ids.max(initial=0) > MAX_TOKEN_ID:
             raise self.damaged(session_id)
         return Session(
@@ -225,7 +225,7 @@ class RedisSessions(SessionStore):
             tuple(token_ids.tolist()),
             int(turns),
             is_open == b"1",
-            prefilled_on,
+            replicas,
             cache_domain,
             bool(busy),
             int(version),

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kvshare.caller import current_caller
+from kvshare.caller import Caller
 from kvshare.config import Base
 from kvshare.decoders import Decoder
 from kvshare.errors import InvalidInput
-from kvshare.handoff import TurnContext
 from kvshare.modes import get_mode
+from kvshare.usage import TurnUsage
 from kvshare_vllm.sampling import logprob_rows, make_prompt
 from kvshare_vllm.surface.frontend import Frontend
 from kvshare_vllm.surface.text_work import chars_of
@@ -28,6 +28,7 @@ from router.sessions import Session, SessionStore
 from router.sessions.chat import ChatLayout
 from router.sessions.kept_response import kept_response
 from router.sessions.sampling import check_min_tokens, named_as_sent
+from router.turn.terms import Terms
 
 DEFAULT_MAX_TOKENS = 256
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,13 +39,14 @@ TurnInput = tuple[str, object] | None
 
 @dataclass(frozen=True)
 class TurnEvent:
-    """New text and tokens; the last one has `finish_reason` and the context's new length."""
+    """New text and tokens; the last one has `finish_reason`, the context's new length, and what the turn cost."""
 
     text: str
     token_ids: list[int]
     logprobs: list[list[tuple[int, float, int]]] | None = None
     finish_reason: str | None = None
     context_tokens: int = 0
+    usage: TurnUsage | None = None
 
 
 class Turns:
@@ -78,16 +80,15 @@ class Turns:
         suffix: TurnInput,
         sampling,
         request_id: str,
-        context: TurnContext,
-        tenant: str = "",
+        caller: Caller,
+        deadline_s: float | None = None,
     ) -> AsyncIterator[TurnEvent]:
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
-        async with self.sessions.turn(session_id, tenant=tenant) as session:
+        async with self.sessions.turn(session_id, tenant=caller.tenant) as session:
             if max(session.token_ids, default=0) >= self._vocab_size:
                 raise self.sessions.damaged(session_id)
-            context.session = session
-            context.cache_domain = current_caller.get().in_domain(session.cache_domain).cache_domain
+            caller = caller.in_domain(session.cache_domain)
             kept, seen = await self._lay_out(session, given, suffix)
             if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
@@ -96,12 +97,14 @@ class Turns:
             with named_as_sent():
                 request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
             mode = get_mode(self.decoders[decoder].sharing)
-            turn = self._response_kv.of_turn((tenant, session_id), mode, kept, context, lendable=seen == kept)
+            made = self._response_kv.of_turn((caller.tenant, session_id), mode, kept, lendable=seen == kept)
             shown = ""
-            with turn as response:
-                outputs = self._frontend.run(request, decoder, context)
-                async with aclosing(outputs) as stream:
-                    async for output in stream:
+            with made as response:
+                terms = Terms(deadline_s, session.replicas, response.lend, response.ready)
+                run = self._frontend.run(request, decoder, caller, terms=terms)
+                async with aclosing(run.outputs()) as outputs:
+                    async for output in outputs:
+                        (response.made_by,) = run.turns
                         completion = output.outputs[0]
                         response.token_ids += completion.token_ids
                         shown += completion.text
@@ -122,6 +125,7 @@ class Turns:
                             logprob_rows(completion),
                             completion.finish_reason,
                             context_tokens,
+                            response.made_by.usage if completion.finish_reason else None,
                         )
 
     def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:

@@ -20,7 +20,6 @@ from kvshare import addresses
 from kvshare.caller import current_caller
 from kvshare.config.access import Tls
 from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
-from kvshare.handoff import TurnContext
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from router.sessions.sampling import to_sampling_params
@@ -127,8 +126,6 @@ class Servicer(pb_grpc.PrefillShareServicer):
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
         try:
-            turn_context = TurnContext.of(current_caller.get().behind(request.priority))
-            turn_context.deadline_s = _deadline_s(context)
             sampling = to_sampling_params(request.sampling)
             turn = self._turns.take(
                 request.session_id,
@@ -137,8 +134,8 @@ class Servicer(pb_grpc.PrefillShareServicer):
                 _input(request.suffix),
                 sampling,
                 request_id,
-                turn_context,
-                _tenant(),
+                current_caller.get().behind(request.priority),
+                _deadline_s(context),
             )
             async with aclosing(turn) as events:
                 async for event in events:
@@ -149,7 +146,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                         response.done.CopyFrom(
                             pb.Done(
                                 finish_reason=event.finish_reason,
-                                usage=pb.Usage(**turn_context.usage.report()),
+                                usage=pb.Usage(**event.usage.report()),
                                 context_tokens=event.context_tokens,
                             )
                         )

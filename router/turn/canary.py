@@ -18,10 +18,11 @@ from dataclasses import replace
 
 from kvshare.decoders import ALL, Decoder
 from kvshare.errors import PrefillShareError
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import Handoff, TokenChunk
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
 from kvshare.priority import BEHIND
+from kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
 from router.background import Background
 from router.pools.cache_index import BlockKeys
 from router.pools.replicas import CALL_ERRORS, answer
@@ -52,28 +53,14 @@ class Canary:
             if decoder.quality_floor is not None:
                 floor.labels(decoder.name).set(decoder.quality_floor)
 
-    def run(self, name: str, prompt: list[int], sampling, request_id: str, context: TurnContext) -> AsyncIterator[TokenChunk]:
-        """As Orchestrator.run."""
-        decoder = self._orchestrator.decoders.get(name)
+    def turn(self, call: TurnCall) -> RunningTurn:
+        """As Orchestrator.turn."""
+        decoder = self._orchestrator.decoders.get(call.decoder)
         if decoder and get_mode(decoder.sharing).recomputes and self._rng.random() < self._share:
-            return self._looked_at(decoder, prompt, sampling, request_id, context)
-        return self._orchestrator.run(name, prompt, sampling, request_id, context)
+            return _LookedAt(self, self._orchestrator, decoder, call)
+        return self._orchestrator.turn(call)
 
-    async def _looked_at(
-        self, decoder: Decoder, prompt: list[int], sampling, request_id: str, context: TurnContext
-    ) -> AsyncIterator[TokenChunk]:
-        route, asked, tokens, rows = self._orchestrator.routes[decoder.pool], sampling.logprobs, [], []
-        sampling = sampling.clone()
-        sampling.logprobs = asked if asked == ALL else max(_top(decoder), asked or 0)
-        async with aclosing(self._orchestrator.run(decoder.name, prompt, sampling, request_id, context)) as chunks:
-            async for chunk in chunks:
-                tokens += chunk.token_ids
-                rows += chunk.logprobs or ()
-                if chunk.finish_reason and rows:
-                    self._look(decoder, route, prompt, tokens, rows, request_id)
-                yield replace(chunk, logprobs=as_asked(chunk.logprobs, asked))
-
-    def _look(
+    def look(
         self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row], request_id: str
     ) -> None:
         if self._task and not self._task.done():
@@ -100,6 +87,39 @@ class Canary:
 
     async def stop(self) -> None:
         await self._background.stop()
+
+
+class _LookedAt:
+    """A turn whose likeliest tokens are asked for, too."""
+
+    def __init__(self, canary: Canary, orchestrator: Orchestrator, decoder: Decoder, call: TurnCall):
+        self._canary, self._decoder, self._call = canary, decoder, call
+        self._route, self._asked = orchestrator.routes[decoder.pool], call.sampling.logprobs
+        sampling = call.sampling.clone()
+        sampling.logprobs = self._asked if self._asked == ALL else max(_top(decoder), self._asked or 0)
+        self._turn = orchestrator.turn(replace(call, sampling=sampling))
+        self.usage = self._turn.usage
+
+    @property
+    def lent(self) -> Handoff | None:
+        return self._turn.lent
+
+    @property
+    def salt(self) -> str | None:
+        return self._turn.salt
+
+    def text_has_ended(self) -> None:
+        self._turn.text_has_ended()
+
+    async def chunks(self) -> AsyncIterator[TokenChunk]:
+        tokens, rows = [], []
+        async with aclosing(self._turn.chunks()) as chunks:
+            async for chunk in chunks:
+                tokens += chunk.token_ids
+                rows += chunk.logprobs or ()
+                if chunk.finish_reason and rows:
+                    self._canary.look(self._decoder, self._route, self._call.prompt, tokens, rows, self._call.request_id)
+                yield replace(chunk, logprobs=as_asked(chunk.logprobs, self._asked))
 
 
 def _top(decoder: Decoder) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from kvshare.errors import ResumeReason
-from kvshare.handoff import LEASE_MARGIN_S, TokenChunk, TurnUsage
+from kvshare.handoff import LEASE_MARGIN_S, TokenChunk
 from kvshare.layer_group import LayerGroup
 from kvshare.metrics import Metrics
+from kvshare.usage import TurnUsage
 from router.pools.cache_index import BlockKeys
 from router.turn.sharing_credit import SharingCredit
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanKind
 
 from kvshare import tracing
-from kvshare.handoff import TurnContext
+
+if TYPE_CHECKING:
+    from router.turn.turn import Turn
 
 
 @contextmanager
-def turn_span(name: str, request_id: str, context: TurnContext) -> Iterator[None]:
+def turn_span(turn: Turn) -> Iterator[None]:
     """The turn's span, which tells at its end what the turn cost."""
-    usage = context.usage
-    asked = {"gen_ai.request.model": name, "prefillshare.request_id": request_id}
-    with tracing.span("turn", kind=SpanKind.SERVER, **asked) as context.span:
+    usage = turn.usage
+    asked = {"gen_ai.request.model": turn.decoder.name, "prefillshare.request_id": turn.call.request_id}
+    with tracing.span("turn", kind=SpanKind.SERVER, **asked) as turn.span:
         try:
             yield
         finally:
-            context.span.set_attributes(
+            turn.span.set_attributes(
                 {
                     "gen_ai.usage.input_tokens": usage.prompt_tokens,
                     "gen_ai.usage.output_tokens": usage.completion_tokens,

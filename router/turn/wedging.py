@@ -7,20 +7,24 @@ elsewhere.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
-from router.turn.attempt import Attempt
+
+if TYPE_CHECKING:
+    from router.turn.turn import Turn
 
 
 class NoToken(PrefixLost):
     """A decode call gave no first token in time: the KV did not come, or the engine does not step."""
 
 
-def check_may_go_on(sampling, attempt: Attempt, lost: PrefixLost | ReplicaLost) -> None:
+def check_may_go_on(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
     """Raises InvalidInput, which clients do not send again by themselves: for a turn with a format that an engine which stopped
     had given no token, or a second one in time."""
-    if getattr(sampling, "structured_outputs", None) is None or not attempt.is_silent:
+    if getattr(turn.call.sampling, "structured_outputs", None) is None or not turn.is_silent:
         return
-    if lost.reason is ResumeReason.WEDGED or (isinstance(lost, NoToken) and attempt.failures):
+    if lost.reason is ResumeReason.WEDGED or (isinstance(lost, NoToken) and turn.failures):
         raise InvalidInput(
             f"a replica stopped before the first token of this response, and its format may be why: {lost.message}",
             field="response_format",

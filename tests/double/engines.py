@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from double.arithmetic import BASE, KV, extended, next_token
+from kvshare.decode_request import DecodeRequest
 from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
 from kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from kvshare.modes import SharingMode
@@ -136,29 +137,28 @@ class DecodeEngine(Engine):
         super().__init__(*parts)
         self._words: dict[str, str] = {}
 
-    async def decode(
-        self, token_ids, handoff, sampling, request_id, *, adapter=None, replay=0, cache_salt=None, lend=False, **_
-    ):
+    async def decode(self, request: DecodeRequest):
         """An adapter that is None: the base."""
-        if self._words.setdefault(request_id, "begun") != "begun":
-            raise Unavailable(f"{request_id} was given up before it came")
+        if self._words.setdefault(request.request_id, "begun") != "begun":
+            raise Unavailable(f"{request.request_id} was given up before it came")
         with self._call():
             await self._moment("decode")
-            decoder = adapter or BASE
-            kv = await self._shared(token_ids, handoff, replay, cache_salt)
+            decoder = request.adapter or BASE
+            kv = await self._shared(request)
             maker = BASE if self.mode.two_streams else decoder
-            kv = extended(kv, token_ids[len(kv) :], maker)
-            for number in range(replay + 1, sampling.max_tokens + 1):
+            kv = extended(kv, request.token_ids[len(kv) :], maker)
+            for number in range(request.replay + 1, request.sampling.max_tokens + 1):
                 await asyncio.sleep(STEP_S)
                 await self._moment(f"token {number}")
                 token = next_token(kv, decoder)
-                is_last = number == sampling.max_tokens
-                lent = self.leases.lend(kv, LEASE_S) if is_last and lend else None
+                is_last = number == request.sampling.max_tokens
+                lent = self.leases.lend(kv, LEASE_S) if is_last and request.lend else None
                 yield TokenChunk([token], finish_reason="length" if is_last else None, kv_bytes=64, lent=lent)
                 kv = extended(kv, [token], maker)
 
-    async def _shared(self, token_ids, handoff, replay, salt) -> KV:
+    async def _shared(self, request: DecodeRequest) -> KV:
         """The shared prefix, read; checked as an engine checks it."""
+        token_ids, handoff, replay = request.token_ids, request.handoff, request.replay
         expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
         if handoff is None:
             if expected:
@@ -175,7 +175,7 @@ class DecodeEngine(Engine):
             self.leases.release(handoff)
             raise
         kv = self.leases.read(handoff)
-        self.cache.add(token_ids[:expected], salt)
+        self.cache.add(token_ids[:expected], request.cache_salt)
         return kv
 
     async def give_up(self, handoff: Handoff, request_id: str) -> None:

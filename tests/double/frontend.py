@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 from char_tokenizer import Tokenizer
 
-from kvshare.caller import cache_salt
-from kvshare.handoff import TurnContext
+from kvshare.caller import Caller
 from kvshare_vllm.surface.text_work import TextWork
+from kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
 from router.turn.orchestrator import Orchestrator
 
 VOCABULARY, LENGTH = 256, 4096
@@ -27,15 +27,22 @@ class Frontend:
         self._orchestrator.admit(decoder)
         return SimpleNamespace(prompt=list(prompt["prompt_token_ids"]), sampling=sampling, request_id=request_id)
 
-    async def run(self, request: SimpleNamespace, decoder: str, context: TurnContext) -> AsyncIterator[SimpleNamespace]:
-        context.cache_salt = cache_salt(context.cache_domain, None)
-        turn = self._orchestrator.run(decoder, request.prompt, request.sampling, request.request_id, context)
-        async with aclosing(turn) as chunks:
+    def run(self, request: SimpleNamespace, decoder: str, caller: Caller, *, terms: object = None) -> Run:
+        call = TurnCall(decoder, request.prompt, request.sampling, request.request_id, caller, terms=terms)
+        return Run(self._orchestrator.turn(call))
+
+    def close(self) -> None:
+        self.text.close()
+
+
+class Run:
+    def __init__(self, turn: RunningTurn):
+        self.turns = [turn]
+
+    async def outputs(self) -> AsyncIterator[SimpleNamespace]:
+        async with aclosing(self.turns[0].chunks()) as chunks:
             async for chunk in chunks:
                 completion = SimpleNamespace(
                     text="", token_ids=chunk.token_ids, logprobs=None, stop_reason=None, finish_reason=chunk.finish_reason
                 )
                 yield SimpleNamespace(outputs=[completion])
-
-    def close(self) -> None:
-        self.text.close()

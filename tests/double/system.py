@@ -16,11 +16,13 @@ from double import arithmetic
 from double.cluster import Cluster, DecodeEngine, PrefillEngine
 from double.engines import BLOCK
 from double.frontend import Frontend
+from kvshare.caller import ANONYMOUS
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import TokenChunk
 from kvshare.metrics import Metrics
 from kvshare.modes import get_mode
+from kvshare_vllm.surface.turn_call import TurnCall
 from router.admission.admission import Admission
 from router.ahead import pull_back as pull_back_module
 from router.ahead.eager import EagerPrefill
@@ -32,8 +34,13 @@ from router.pools.fleet import Fleet
 from router.pools.health import Health
 from router.sessions.memory import MemorySessions
 from router.sessions.turns import Turns
+from router.turn import decode as decode_module
 from router.turn import orchestrator as orchestrator_module
+from router.turn import prefill as prefill_module
+from router.turn import take_up_again as take_up_again_module
+from router.turn import turn as turn_module
 from router.turn.orchestrator import Orchestrator
+from router.turn.terms import Terms
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
@@ -66,13 +73,13 @@ class System:
         pool = self.orchestrator.decoders[decoder].pool
         return self.cluster.pools["prefill" if get_mode(SHARING[pool]).shares_prefill else f"prefill-{pool}"]
 
-    def run(self, decoder: str, prompt: list[int], tokens: int, **context) -> AsyncIterator[TokenChunk]:
+    def run(self, decoder: str, prompt: list[int], tokens: int, **terms) -> AsyncIterator[TokenChunk]:
         sampling = SimpleNamespace(max_tokens=tokens, logprobs=None, structured_outputs=None)
-        name = f"r{next(self._numbers)}"
-        return self.orchestrator.run(decoder, prompt, sampling, name, context.pop("context", None) or TurnContext(**context))
+        call = TurnCall(decoder, prompt, sampling, f"r{next(self._numbers)}", ANONYMOUS, terms=Terms(**terms))
+        return self.orchestrator.turn(call).chunks()
 
-    async def turn(self, decoder: str, prompt: list[int], tokens: int = 6, **context) -> list[int]:
-        return [token async for chunk in self.run(decoder, prompt, tokens, **context) for token in chunk.token_ids]
+    async def turn(self, decoder: str, prompt: list[int], tokens: int = 6, **terms) -> list[int]:
+        return [token async for chunk in self.run(decoder, prompt, tokens, **terms) for token in chunk.token_ids]
 
     def expected(self, decoder: str, prompt: list[int], tokens: int = 6) -> list[int]:
         """What the decoder says where whose KV is whose is right."""
@@ -84,7 +91,7 @@ class System:
 
     def held(self) -> dict[str, object]:
         """What must be nothing once nobody asks: leases, calls, and room that turns have taken."""
-        admission = self.orchestrator._admission
+        admission = self.orchestrator.services.admission
         found = {"leases": self.cluster.leases.held, "in progress": admission.in_progress}
         for name, pool in self.fleet.pools.items():
             found[f"calls of {name}"] = sum(replica.active for replica in pool.replicas.members.values())
@@ -100,8 +107,8 @@ class SessionSystem(System):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        fleet, base, metrics = self.fleet, self.orchestrator._base, self.metrics
-        rate = self.orchestrator.compute_s
+        fleet, base, metrics = self.fleet, deployment(1).base, self.metrics
+        rate = self.orchestrator.services.compute_s
         self.eager = EagerPrefill(fleet.shared_prefill, base, metrics, limit=4, stride_tokens=16)
         self.pull_back = PullBack(
             fleet.shared_prefill, base, metrics, when="always", limit=4, compute_s=lambda: rate.value
@@ -113,11 +120,10 @@ class SessionSystem(System):
 
     async def take(self, session: str, decoder: str, given: list[int], tokens: int = 6, suffix: list[int] | None = None):
         """A turn on a session: its tokens."""
-        context = TurnContext()
         suffix = ("token_ids", suffix) if suffix else None
         sampling = SimpleNamespace(max_tokens=tokens, min_tokens=0, logprobs=None, stop=[], structured_outputs=None)
         name = f"r{next(self._numbers)}"
-        events = self.turns.take(session, decoder, ("token_ids", given), suffix, sampling, name, context)
+        events = self.turns.take(session, decoder, ("token_ids", given), suffix, sampling, name, ANONYMOUS)
         async with aclosing(events) as stream:
             return [token async for event in stream for token in event.token_ids]
 
@@ -160,7 +166,7 @@ async def system(replicas: int = 2, kind: type[System] = System, **router):
             routes = await fleet.adopt(wanted)
             orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, load_timeout_s=3.0)
             yield kind(cluster, fleet, orchestrator, metrics)
-            await orchestrator._releases._background.stop()
+            await orchestrator.services.releases._background.stop()
         finally:
             await fleet.stop()
             await fleet._background.stop()
@@ -176,6 +182,7 @@ def _on_the_loops_clock():
         (replicas_module, "Health", partial(Health, clock=clock)),
         (fleet_module, "Pool", partial(fleet_module.Pool, clock=clock)),
         (orchestrator_module, "time", ticking),
+        *((stage, "time", ticking) for stage in (turn_module, prefill_module, decode_module, take_up_again_module)),
         (pull_back_module, "time", ticking),
         (orchestrator_module, "Admission", partial(Admission, clock=clock)),
     )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from conftest import wait_until
 
+from kvshare.decode_request import DecodeRequest
 from kvshare.engine_settings import EngineSettings
 from kvshare.errors import PrefixLost
+from kvshare.handoff import TokenChunk
 from kvshare.layer_group import LayerGroup
 from kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -79,6 +81,10 @@ def sampling(n: int, **kw):
     return SamplingParams(max_tokens=n, ignore_eos=True, logprobs=0, **({"temperature": 0.0} | kw))
 
 
+def decoding(decoder, token_ids: list[int], handoff, sampling, request_id: str, **asked) -> AsyncIterator[TokenChunk]:
+    return decoder.decode(DecodeRequest(request_id, token_ids, handoff, sampling, **asked))
+
+
 def new_id() -> str:
     return uuid.uuid4().hex
 
@@ -100,7 +106,8 @@ async def turn(
     while True:
         handoff = await handed_over(engines, prompt, tokens)
         try:
-            async for chunk in decoder.decode(
+            async for chunk in decoding(
+                decoder,
                 prompt + tokens,
                 handoff,
                 sampling(n, **kw),

@@ -9,6 +9,7 @@ import json
 import pytest
 import pytest_asyncio
 from polling import until
+from stub_turn import StubTurn
 
 from kvshare.config import Base
 from kvshare.handoff import TokenChunk
@@ -34,7 +35,10 @@ class Router:
         self.running, self.waiting, self.generating = set(), set(), set()
         self.room = asyncio.Event()
 
-    async def run_turn(self, decoder, prompt, sampling, request_id, context):
+    def run_turn(self, call) -> StubTurn:
+        return StubTurn(self._chunks(call.request_id))
+
+    async def _chunks(self, request_id: str):
         self.running.add(request_id)
         self.waiting.add(request_id)
         try:

@@ -8,10 +8,12 @@ import json
 import httpx
 import pytest
 import pytest_asyncio
+from stub_turn import StubTurn
 
+from kvshare.caller import ANONYMOUS
 from kvshare.config import Base
 from kvshare.errors import InvalidInput, Overloaded, Unavailable
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import TokenChunk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,7 +55,10 @@ class Surface:
 
         await self.app(scope, receive, watched)
 
-    async def _turn(self, decoder, prompt, sampling, request_id, context):
+    def _turn(self, call) -> StubTurn:
+        return StubTurn(self._chunks(call.sampling))
+
+    async def _chunks(self, sampling):
         self.limits.append(sampling.max_tokens)
         for step in self.steps or [TokenChunk([500], finish_reason="length")]:
             if step is SENT:
@@ -263,7 +268,7 @@ async def test_sessions_say_the_same_near_the_models_length(surface, smollm):
         session = await turns.create("", ("token_ids", [500] * session_tokens))
         more = ("token_ids", [500])
         sampling = make_sampling_params(max_tokens=max_tokens)
-        async for _ in turns.take(session.session_id, "planner", more, None, sampling, "r", TurnContext()):
+        async for _ in turns.take(session.session_id, "planner", more, None, sampling, "r", ANONYMOUS):
             pass
         return surface.limits[-1]
 

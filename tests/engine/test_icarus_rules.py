@@ -10,7 +10,19 @@ import pytest
 import pytest_asyncio
 import torch
 from conftest import ids, wait_until
-from engines import BLOCK, BLOCK_BYTES, LEASE_S, handed_over, new_id, nothing_held, sampling, settings_of, started, turn
+from engines import (
+    BLOCK,
+    BLOCK_BYTES,
+    LEASE_S,
+    decoding,
+    handed_over,
+    new_id,
+    nothing_held,
+    sampling,
+    settings_of,
+    started,
+    turn,
+)
 
 from kvshare.errors import Internal, PrefixLost, ResumeReason
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -128,8 +140,8 @@ async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines, done):
     handoff = await handed_over(engines, prompt, whole[:done])
     assert handoff.tokens == 40 + done - 1
     rest = []
-    async for chunk in decoder.decode(
-        prompt + whole[:done], handoff, sampling(80, **options), new_id(), adapter="c", replay=done
+    async for chunk in decoding(
+        decoder, prompt + whole[:done], handoff, sampling(80, **options), new_id(), adapter="c", replay=done
     ):
         rest += chunk.token_ids
     assert whole[:done] + rest == whole
@@ -174,9 +186,7 @@ async def test_adapters_come_and_go_while_requests_run(engines, tmp_path, smollm
     _, decoder = engines
     prompt, before = ids(45, salt=50), dict(decoder.settings.adapters)
     whole, *_ = await turn(engines, prompt, 60, "d")
-    other = make_seeded_adapters(
-        Path(decoder.settings.model), tmp_path, names=("e",), modules=decoder.mode.adapter_modules
-    )
+    other = make_seeded_adapters(Path(decoder.settings.model), tmp_path, names=("e",), modules=decoder.mode.adapter_modules)
     running = asyncio.create_task(turn(engines, prompt, 60, "d"))
     await asyncio.to_thread(wait_until, lambda: decoder.stats().running == 1, 5, 0.01)
     await decoder.set_adapters({name: before[name] for name in "abc"} | {"e": str(other["e"])})

@@ -16,6 +16,7 @@ from engines import (
     BLOCK_BYTES,
     KV_BYTES,
     LEASE_S,
+    decoding,
     handed_over,
     new_id,
     nothing_held,
@@ -146,7 +147,7 @@ async def test_running_decodes_go_on_while_a_long_prompt_is_recomputed(running):
     async def watched(name: str, prompt: list[int], n: int):
         handoff = await handed_over((prefill, decoder), prompt)
         group = LayerGroup(1, 2)
-        async for chunk in decoder.decode(prompt, handoff, sampling(n), new_id(), adapter="a", own_layers=group):
+        async for chunk in decoding(decoder, prompt, handoff, sampling(n), new_id(), adapter="a", own_layers=group):
             order.extend(name for _ in chunk.token_ids)
             if len(order) >= 10:
                 decodes.set()
@@ -179,8 +180,15 @@ async def test_a_turn_continues_elsewhere_with_the_same_tokens(running, done):
     prompt, options = ids(40, salt=90 + done), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
     whole, *_ = await turn((prefill, decoder), prompt, 60, "b", own_layers="1-2", **options)
     handoff, rest = await handed_over((prefill, decoder), prompt, whole[:done]), []
-    async for chunk in decoder.decode(
-        prompt + whole[:done], handoff, sampling(60, **options), new_id(), adapter="b", replay=done, own_layers=LayerGroup(1, 2)
+    async for chunk in decoding(
+        decoder,
+        prompt + whole[:done],
+        handoff,
+        sampling(60, **options),
+        new_id(),
+        adapter="b",
+        replay=done,
+        own_layers=LayerGroup(1, 2),
     ):
         rest += chunk.token_ids
     assert whole[:done] + rest == whole

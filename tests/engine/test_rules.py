@@ -15,6 +15,7 @@ from engines import (
     BLOCK,
     BLOCK_BYTES,
     LEASE_S,
+    decoding,
     handed_over,
     new_id,
     nothing_held,
@@ -42,7 +43,7 @@ async def engines(tmp_path_factory, smollm):
 async def test_a_prompt_without_a_handoff_is_refused_not_recomputed(engines):
     _, decoder, _ = engines
     with pytest.raises(Internal, match="R1"):
-        async for _ in decoder.decode(ids(40), None, sampling(4), new_id(), adapter="a"):
+        async for _ in decoding(decoder, ids(40), None, sampling(4), new_id(), adapter="a"):
             pass
 
 
@@ -84,7 +85,7 @@ async def test_an_adapter_that_has_come_later_shares_steps_with_those_that_were_
     for adapter in ("a", "b"):
         prompt = ids(40, salt=ord(adapter))
         handoff = await handed_over(engines, prompt)
-        streams.append(decoder.decode(prompt, handoff, sampling(200), new_id(), adapter=adapter))
+        streams.append(decoding(decoder, prompt, handoff, sampling(200), new_id(), adapter=adapter))
         await anext(streams[-1])
     assert decoder.stats().running == 2  # the first has not ended
     for stream in streams:
@@ -137,7 +138,9 @@ async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines):
     whole, *_ = await turn(engines, prompt, 40, **options)
     handoff = await handed_over(engines, prompt)
     rest = []
-    async for chunk in decoder.decode(prompt + whole[:15], handoff, sampling(40, **options), new_id(), adapter="a", replay=15):
+    async for chunk in decoding(
+        decoder, prompt + whole[:15], handoff, sampling(40, **options), new_id(), adapter="a", replay=15
+    ):
         rest += chunk.token_ids
     assert whole[:15] + rest == whole
 
@@ -149,8 +152,8 @@ async def test_a_long_seeded_replay_in_chunks_continues_with_the_same_tokens(eng
     whole, *_ = await turn(engines, prompt, 170, **options)
     handoff = await handed_over(engines, prompt)
     rest = []
-    async for chunk in decoder.decode(
-        prompt + whole[:150], handoff, sampling(170, **options), new_id(), adapter="a", replay=150
+    async for chunk in decoding(
+        decoder, prompt + whole[:150], handoff, sampling(170, **options), new_id(), adapter="a", replay=150
     ):
         rest += chunk.token_ids
     assert whole[:150] + rest == whole
@@ -169,7 +172,7 @@ async def test_a_resumed_grammar_continues_where_it_was(engines):
         handoff = await handed_over(engines, prompt)
         return [
             token
-            async for chunk in decoder.decode(prompt + tokens, handoff, params, new_id(), adapter="a", replay=replay)
+            async for chunk in decoding(decoder, prompt + tokens, handoff, params, new_id(), adapter="a", replay=replay)
             for token in chunk.token_ids
         ]
 
@@ -187,7 +190,7 @@ async def test_tokens_a_grammar_refuses_are_an_error_not_a_resume(engines):
     params = sampling(20, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
     handoff = await handed_over(engines, prompt)
     with pytest.raises(InvalidInput, match="structured output"):
-        async for _ in decoder.decode([*prompt, 5000, 5001], handoff, params, new_id(), adapter="a", replay=2):
+        async for _ in decoding(decoder, [*prompt, 5000, 5001], handoff, params, new_id(), adapter="a", replay=2):
             pass
     await nothing_held(prefill, decoder, timeout_s=LEASE_S + 4)
 
@@ -198,7 +201,9 @@ async def test_prompts_of_different_salts_share_nothing(engines):
     seen = []
     for salt in ("one", "two", "one"):
         result = await prefill.prefill(prompt[:-1], new_id(), cache_salt=salt)
-        chunks = [c async for c in decoder.decode(prompt, result.handoff, sampling(1), new_id(), adapter="a", cache_salt=salt)]
+        chunks = [
+            c async for c in decoding(decoder, prompt, result.handoff, sampling(1), new_id(), adapter="a", cache_salt=salt)
+        ]
         seen.append((result.cached_tokens, chunks[-1].local_tokens))
     # A whole cached prompt still has its last block computed again at prefill.
     assert seen == [(0, 0), (0, 0), (BLOCK, 2 * BLOCK)]
@@ -212,7 +217,7 @@ async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines
     await turn(engines, prompt + whole, 2)  # now the response is base KV in the decode engine's cache
     handoff = await handed_over(engines, prompt)
     got, chunk = [], None
-    async for chunk in decoder.decode(prompt + whole[:70], handoff, sampling(80), new_id(), adapter="a", replay=70):
+    async for chunk in decoding(decoder, prompt + whole[:70], handoff, sampling(80), new_id(), adapter="a", replay=70):
         got += [row[0][1] for row in chunk.logprobs]
     assert chunk.local_tokens == BLOCK
     assert max(abs(a - b) for a, b in zip(got, logprobs[70:], strict=True)) < 1e-3
@@ -222,7 +227,7 @@ async def test_a_handoff_of_another_contract_is_refused_with_both_named(engines)
     prefill, _, stranger = engines
     handoff = (await prefill.prefill(ids(39), new_id())).handoff
     with pytest.raises(ContractMismatch, match=r"(?s)contract two.*under one"):
-        async for _ in stranger.decode(ids(40), handoff, sampling(2), new_id()):
+        async for _ in decoding(stranger, ids(40), handoff, sampling(2), new_id()):
             pass
     await stranger.release(handoff, new_id())
 
@@ -232,7 +237,7 @@ async def test_engines_of_different_contracts_do_not_shake_hands(engines):
     prefill, _, stranger = engines
     handoff = (await prefill.prefill(ids(39, salt=30), new_id())).handoff
     with pytest.raises(PrefixLost) as lost:
-        async for _ in stranger.decode(ids(40, salt=30), replace(handoff, contract="two"), sampling(2), new_id()):
+        async for _ in decoding(stranger, ids(40, salt=30), replace(handoff, contract="two"), sampling(2), new_id()):
             pass
     assert lost.value.reason == ResumeReason.KV_LOAD_FAILED
 
@@ -243,7 +248,7 @@ async def test_a_read_after_the_lease_is_void(engines):
     handoff = await handed_over(engines, prompt)
     await asyncio.sleep(LEASE_S + 1)  # nothing to wait for: the lease must pass
     with pytest.raises(PrefixLost) as lost:
-        async for _ in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a"):
+        async for _ in decoding(decoder, prompt, handoff, sampling(2), new_id(), adapter="a"):
             pass
     assert lost.value.reason == ResumeReason.KV_LOAD_FAILED
     await nothing_held(prefill, decoder)
@@ -263,7 +268,7 @@ async def test_a_reader_that_leaves_frees_both_sides(engines):
     prefill, decoder, _ = engines
     prompt = ids(90, salt=33)
     handoff = await handed_over(engines, prompt)
-    stream = decoder.decode(prompt, handoff, sampling(200), new_id(), adapter="a")
+    stream = decoding(decoder, prompt, handoff, sampling(200), new_id(), adapter="a")
     await anext(stream)
     assert decoder.stats().running == 1
     await stream.aclose()
@@ -275,5 +280,5 @@ async def test_prompts_around_block_edges_are_handed_over_whole(engines, n):
     _, decoder, _ = engines
     prompt = ids(n, salt=40 + n)
     handoff = await handed_over(engines, prompt)
-    chunks = [chunk async for chunk in decoder.decode(prompt, handoff, sampling(2), new_id(), adapter="a")]
+    chunks = [chunk async for chunk in decoding(decoder, prompt, handoff, sampling(2), new_id(), adapter="a")]
     assert chunks[-1].kv_bytes == -(-(n - 1) // BLOCK) * BLOCK_BYTES

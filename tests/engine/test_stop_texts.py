@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 import pytest_asyncio
+from stub_turn import StubTurn
 
+from kvshare.caller import ANONYMOUS
 from kvshare.config import Base
 from kvshare.decoders import Decoder
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import TokenChunk
 from router.ahead.response_kv import ResponseKV
 from router.sessions import MemorySessions
 
@@ -33,8 +35,11 @@ class Router:
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
         self.turns = Turns(base, decoders, frontend, MemorySessions(100, 100), ResponseKV())
 
-    async def run_turn(self, decoder, prompt, sampling, request_id, context):
-        self.prompts.append(prompt)
+    def run_turn(self, call) -> StubTurn:
+        self.prompts.append(call.prompt)
+        return StubTurn(self._chunks())
+
+    async def _chunks(self):
         for start in range(0, len(self.says), self.at_once):
             end = start + self.at_once
             yield TokenChunk(self.says[start:end], finish_reason="length" if end >= len(self.says) else None)
@@ -47,7 +52,7 @@ class Router:
         from kvshare_vllm.sampling import make_sampling_params
 
         sampling, shown = make_sampling_params(stop=stop, max_tokens=64), ""
-        turn = self.turns.take(session, "planner", ("text", text), None, sampling, f"r-{len(self.prompts)}", TurnContext())
+        turn = self.turns.take(session, "planner", ("text", text), None, sampling, f"r-{len(self.prompts)}", ANONYMOUS)
         async for event in turn:
             shown += event.text
         return shown, event

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from ports import free_port
+from stub_turn import StubTurn
 
 from kvshare.caller import cache_salt
 from kvshare.config import Base
@@ -38,8 +39,12 @@ class Router:
         seen, self._turns = self._turns, []
         return seen
 
-    async def run_turn(self, decoder, prompt, sampling, request_id, context):
-        self._turns.append((context.tenant, context.cache_domain, context.priority, context.cache_salt))
+    def run_turn(self, call) -> StubTurn:
+        caller = call.caller
+        self._turns.append((caller.tenant, caller.cache_domain, caller.priority, cache_salt(caller.cache_domain, call.salt)))
+        return StubTurn(self._chunks())
+
+    async def _chunks(self):
         yield TokenChunk([100, 101])
         await asyncio.sleep(0)
         yield TokenChunk([102], finish_reason="length")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from kvshare.caller import ANONYMOUS, Caller, cache_salt, current_caller
 from kvshare.errors import InvalidInput, PermissionDenied
-from kvshare.handoff import TurnContext
 
 RESEARCH = Caller("research", "research", ("handbook", "drafts"), priority=3)
 
@@ -75,12 +74,6 @@ def test_choosing_another_domain_is_denied(caller, text):
         caller.in_domain("support")
     assert str(caught.value) == text
     assert caught.value.field == "cache_domain"
-
-
-def test_turn_carries_tenant_domain_and_priority():
-    context = TurnContext.of(RESEARCH.in_domain("drafts"), deadline_s=2.0)
-    assert (context.tenant, context.cache_domain, context.priority, context.deadline_s) == ("research", "drafts", 3, 2.0)
-    assert (TurnContext.of(ANONYMOUS).tenant, TurnContext.of(ANONYMOUS).cache_domain) == ("", "")
 
 
 async def test_tasks_of_a_call_inherit_its_caller_and_other_calls_do_not():

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 from polling import until
 from prometheus_client import CollectorRegistry
+from stub_turn import StubTurn
 
+from kvshare.caller import ANONYMOUS
 from kvshare.decoders import Decoder
 from kvshare.errors import Unavailable
-from kvshare.handoff import TokenChunk, TurnContext
+from kvshare.handoff import TokenChunk
 from kvshare.metrics import Metrics
+from kvshare_vllm.surface.turn_call import TurnCall
 from router.turn.canary import TOP, Canary, as_asked, divergence
 
 
@@ -63,7 +66,10 @@ class World:
         decode = SimpleNamespace(choose=self.choose, calling=self.calling, replicas=SimpleNamespace(on=lambda _: replica))
         self.routes = {"pool": SimpleNamespace(decode=decode)}
 
-    async def run(self, name, prompt, sampling, request_id, context):
+    def turn(self, call):
+        return StubTurn(self._chunks(call.sampling))
+
+    async def _chunks(self, sampling):
         self.samplings.append(sampling.logprobs)
         for token in (5, 6, 7):
             row = [(token, math.log(0.9), 1), (8, math.log(0.05), 2)] if sampling.logprobs is not None else None
@@ -90,7 +96,7 @@ def metrics():
 
 
 async def turn(canary, asked=None):
-    return [chunk async for chunk in canary.run("d", [1, 2], Sampling(asked), "r", TurnContext())]
+    return [chunk async for chunk in canary.turn(TurnCall("d", [1, 2], Sampling(asked), "r", ANONYMOUS)).chunks()]
 
 
 def test_what_a_decoder_is_measured_against_is_exported(metrics):

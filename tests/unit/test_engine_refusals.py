@@ -6,6 +6,7 @@ import pytest
 from vllm import SamplingParams
 from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidationError
 
+from kvshare.decode_request import DecodeRequest
 from kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, Unavailable
 from kvshare.handoff import Handoff
 from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
@@ -40,7 +41,11 @@ def handoff(tokens=3, contract="ours"):
 
 async def decode(vllm, given, **kw):
     engine = DecodeEngine(SETTINGS, vllm, None, None, None)
-    return [chunk async for chunk in engine.decode([1, 2, 3, 4], given, SamplingParams(), "r", **kw)]
+    return [chunk async for chunk in engine.decode(asked(given, **kw))]
+
+
+def asked(given, **kw) -> DecodeRequest:
+    return DecodeRequest("r", [1, 2, 3, 4], given, SamplingParams(), **kw)
 
 
 @pytest.mark.parametrize(("raised", "kind", "field"), REFUSALS)
@@ -82,7 +87,7 @@ async def test_a_call_that_was_given_up_before_it_came_never_begins():
     await engine.give_up(handoff(), "r")
     assert [request for request, _ in vllm.released] == ["r"]
     with pytest.raises(Unavailable, match="r was given up before it came"):
-        [chunk async for chunk in engine.decode([1, 2, 3, 4], handoff(), SamplingParams(), "r")]
+        [chunk async for chunk in engine.decode(asked(handoff()))]
     assert len(vllm.released) == 1
 
 
@@ -90,7 +95,7 @@ async def test_a_call_that_has_begun_is_not_given_up():
     vllm = Vllm(VLLMValidationError("refused"))
     engine = DecodeEngine(SETTINGS, vllm, None, None, None)
     with pytest.raises(InvalidInput):
-        [chunk async for chunk in engine.decode([1, 2, 3, 4], handoff(), SamplingParams(), "r")]
+        [chunk async for chunk in engine.decode(asked(handoff()))]
     await engine.give_up(handoff(), "r")
     assert len(vllm.released) == 1
 

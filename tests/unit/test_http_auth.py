@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from kvshare.caller import ANONYMOUS, cache_salt, current_caller
-from kvshare.handoff import TurnContext
 from router.surfaces.http_auth import DOMAIN_HEADER, OPEN, ApiKeys
 from router.tenants import KeysFile, Tenants
 
@@ -30,8 +29,8 @@ def in_a_task(handler):
 
 
 def described() -> dict:
-    context = TurnContext.of(current_caller.get())
-    return {"tenant": context.tenant, "domain": context.cache_domain, "priority": context.priority}
+    caller = current_caller.get()
+    return {"tenant": caller.tenant, "domain": caller.cache_domain, "priority": caller.priority}
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Which of eager prefill and pull-back a turn's response gets."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from kvshare.handoff import Handoff, TurnContext
+from kvshare.handoff import Handoff
 from kvshare.modes import modes
 from router.ahead.response_kv import ResponseKV
 
@@ -43,35 +45,36 @@ def asked():
     return Recorder()
 
 
-def take(response_kv, mode, context, *, lent=None, ends=True):
-    with response_kv.of_turn(SESSION, mode, [1, 2], context, lendable=True) as response:
+def take(response_kv, mode, *, salt=None, lent=None, ends=True):
+    with response_kv.of_turn(SESSION, mode, [1, 2], lendable=True) as response:
+        turn = response.made_by = SimpleNamespace(salt=salt, lent=None)
         response.token_ids += [3, 4]
         response.grew()
-        context.lent = lent
+        turn.lent = lent
         if not ends:
             raise ConnectionError
         response.token_ids += [5]
         response.ended()
+    return response
 
 
 def test_what_the_shared_pool_will_be_asked_for_is_prefilled_ahead_while_it_streams(asked):
-    context = TurnContext(cache_salt="salt")
-    take(ResponseKV(asked), SHARING, context)
+    response = take(ResponseKV(asked), SHARING, salt="salt")
     assert asked.calls == ["cancel", ("ahead", 4, "salt", False), ("ahead", 5, "salt", True)]
-    assert not context.lend
+    assert not response.lend
+    assert response.ready is None
 
 
 def test_a_pool_with_a_prefill_engine_of_its_own_gets_neither(asked):
-    take(ResponseKV(asked, asked), PER_MODEL, TurnContext())
+    take(ResponseKV(asked, asked), PER_MODEL)
     assert asked.calls == ["cancel"]
 
 
 async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_where_it_is_not(asked):
-    context = TurnContext(cache_salt="salt")
-    take(ResponseKV(asked, asked), LENDING, context, lent=LENT)
+    response = take(ResponseKV(asked, asked), LENDING, salt="salt", lent=LENT)
     assert asked.calls == ["cancel", ("pull", [1, 2, 3, 4, 5], LENT, "salt"), ("ahead", 5, "salt", True)]
-    assert context.lend
-    await context.ready()
+    assert response.lend
+    await response.ready()
     assert asked.calls[-1] == "settled"
 
 
@@ -80,9 +83,9 @@ async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_whe
     [([3, 4, 5], [3], 3), ([3, 4, 5], [3, 9, 9, 9], 3), ([3, 4, 5], [], 2), ([3, 4, 5], [7], 2), ([3, 4, 5], [3, 4, 5], 4)],
 )
 def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_generated(asked, generated, kept, lent):
-    with ResponseKV(asked, asked).of_turn(SESSION, LENDING, [1, 2], TurnContext(), lendable=True) as response:
+    with ResponseKV(asked, asked).of_turn(SESSION, LENDING, [1, 2], lendable=True) as response:
         response.token_ids += generated
-        response._context.lent = LENT
+        response.made_by = SimpleNamespace(salt=None, lent=LENT)
         response.keep(kept)
         assert response.context == [1, 2, *kept]
         response.ended()
@@ -94,22 +97,21 @@ def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_g
 
 
 def test_a_lending_engine_that_lends_nothing_is_prefilled_for(asked):
-    take(ResponseKV(asked, asked), LENDING, TurnContext())
+    take(ResponseKV(asked, asked), LENDING)
     assert asked.calls == ["cancel", ("ahead", 5, None, True)]
 
 
 def test_without_pull_back_a_lending_mode_is_prefilled_for_while_it_streams(asked):
-    take(ResponseKV(asked), LENDING, TurnContext())
+    take(ResponseKV(asked), LENDING)
     assert asked.calls == ["cancel", ("ahead", 4, None, False), ("ahead", 5, None, True)]
 
 
 def test_a_turn_that_fails_leaves_nothing_behind(asked):
     with pytest.raises(ConnectionError):
-        take(ResponseKV(asked, asked), LENDING, TurnContext(), lent=LENT, ends=False)
+        take(ResponseKV(asked, asked), LENDING, lent=LENT, ends=False)
     assert asked.calls == ["cancel", "cancel", ("give back", LENT)]
 
 
 def test_a_suffix_is_not_lent(asked):
-    context = TurnContext()
-    with ResponseKV(pull_back=asked).of_turn(SESSION, LENDING, [1], context, lendable=False):
-        assert not context.lend
+    with ResponseKV(pull_back=asked).of_turn(SESSION, LENDING, [1], lendable=False) as response:
+        assert not response.lend

@@ -59,13 +59,13 @@ async def test_a_turn_that_fails_leaves_the_session_free_and_unchanged(store):
 
     async def fail():
         async with store.turn("s", tenant="") as session:
-            session.prefilled_on["prefill"] = "r1"
+            session.replicas["prefill"] = "r1"
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         await fail()
     session = await store.get("s", tenant="")
-    assert (session.token_ids, session.busy, session.prefilled_on) == ((1,), False, {})
+    assert (session.token_ids, session.busy, session.replicas) == ((1,), False, {})
 
 
 async def test_only_the_turn_that_holds_a_session_may_commit(store):
@@ -105,18 +105,18 @@ async def test_a_turn_does_not_commit_to_a_new_session_of_the_same_name(store):
 async def test_a_fork_has_the_context_and_then_goes_its_own_way(store):
     await store.create("s", [1, 2], tenant="", cache_domain="d")
     async with store.turn("s", tenant="") as session:
-        session.prefilled_on["prefill"] = "r1"
+        session.replicas["prefill"] = "r1"
         await store.commit(session, [1, 2, 3], open_response=True)
         fork = await store.fork("s", "t", tenant="")
-    kept = (fork.token_ids, fork.turns, fork.open_response, fork.prefilled_on, fork.cache_domain, fork.busy)
+    kept = (fork.token_ids, fork.turns, fork.open_response, fork.replicas, fork.cache_domain, fork.busy)
     assert kept == ((1, 2, 3), 1, True, {"prefill": "r1"}, "d", False)
     async with store.turn("t", tenant="") as session:
-        session.prefilled_on["prefill"] = "r2"
+        session.replicas["prefill"] = "r2"
         await store.commit(session, [1, 2, 3, 9], open_response=False)
     await take(store, "s", [1, 2, 3, 4])
     old, new = await store.get("s", tenant=""), await store.get("t", tenant="")
-    assert (old.token_ids, old.prefilled_on) == ((1, 2, 3, 4), {"prefill": "r1"})
-    assert (new.token_ids, new.prefilled_on) == ((1, 2, 3, 9), {"prefill": "r2"})
+    assert (old.token_ids, old.replicas) == ((1, 2, 3, 4), {"prefill": "r1"})
+    assert (new.token_ids, new.replicas) == ((1, 2, 3, 9), {"prefill": "r2"})
 
 
 async def test_a_fork_needs_a_session_a_free_name_and_room(store):
@@ -132,10 +132,10 @@ async def test_a_fork_needs_a_session_a_free_name_and_room(store):
 
 async def test_what_callers_hold_is_not_what_is_stored(store):
     session = await store.create("s", [1], tenant="")
-    session.prefilled_on["prefill"] = "r1"
+    session.replicas["prefill"] = "r1"
     session.token_ids = (9,)
     session = await store.get("s", tenant="")
-    assert (session.token_ids, session.prefilled_on) == ((1,), {})
+    assert (session.token_ids, session.replicas) == ((1,), {})
 
 
 async def test_sessions_are_forgotten_after_their_time_but_not_while_busy(store, where):

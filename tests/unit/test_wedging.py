@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from router.turn.attempt import Attempt
 
 from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
-from router.turn.attempt import Attempt
 from router.turn.wedging import NoToken, check_may_go_on
 
 PLAIN, WITH_FORMAT = SimpleNamespace(structured_outputs=None), SimpleNamespace(structured_outputs=object())

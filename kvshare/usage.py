@@ -1,0 +1,53 @@
+"""What one turn cost, as clients, logs and metrics are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TurnUsage:
+    """What one turn cost. Times in seconds, measured at the router."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    #: Prompt tokens the prefill side found in its cache / had to compute; tokens prefilled = their sum.
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    #: What the router's index had said of cached_tokens.
+    predicted_tokens: int = 0
+    kv_bytes: int = 0
+    #: Times the turn was taken up again: preempted, a failed load, a lost replica.
+    resumes: int = 0
+    #: Waited for room before the prefill.
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    #: The decode engine's, as in TokenChunk.
+    load_s: float = 0.0
+    rest_load_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    prefill_replica: str = ""
+    decode_replica: str = ""
+    #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
+    own_layers: str = ""
+
+    def report(self) -> dict[str, int | float | str]:
+        """As clients see it: names and meanings of message Usage (protos/prefillshare/v1)."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+            "computed_tokens": self.computed_tokens,
+            "kv_bytes_transferred": self.kv_bytes,
+            "time_to_first_token_s": self.ttft_s,
+            "total_s": self.total_s,
+            "prefill_s": self.prefill_s,
+            "resumes": self.resumes,
+            "prefill_replica": self.prefill_replica,
+            "decode_replica": self.decode_replica,
+            "predicted_tokens": self.predicted_tokens,
+            "own_layers": self.own_layers,
+            "kv_load_s": self.load_s,
+            "kv_rest_load_s": self.rest_load_s,
+        }

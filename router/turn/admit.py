@@ -1,0 +1,38 @@
+"""A turn's first stage: room for its prefill and its decode, or a place in the queue, or a refusal (router/admission)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from kvshare import tracing
+from router.admission.grant import Demand
+
+if TYPE_CHECKING:
+    from router.turn.turn import Turn
+
+
+@asynccontextmanager
+async def admitted(turn: Turn) -> AsyncIterator[None]:
+    """The turn holds its grant meanwhile. Raises as Admission.admit does."""
+    with tracing.span("queue", tracing.inside(turn.span)):
+        room = await turn.services.admission.admit(_demand(turn))
+    with room as turn.grant:
+        turn.usage.queue_s = turn.grant.waited_s
+        yield
+
+
+def _demand(turn: Turn) -> Demand:
+    call, prefix = turn.call, turn.prefix
+    # A prompt of which nothing is handed over has nothing to be prefilled.
+    cached = max(turn.route.prefill.overlaps(prefix.keys).values(), default=0) if prefix.token_ids else len(call.prompt)
+    return Demand(
+        pool=turn.decoder.pool,
+        prompt_tokens=len(call.prompt),
+        cached_tokens=cached,
+        max_tokens=call.sampling.max_tokens,
+        tenant=turn.services.share_of(call.caller.tenant),
+        priority=call.caller.priority,
+        deadline_s=turn.terms.deadline_s,
+    )

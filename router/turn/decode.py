@@ -1,0 +1,112 @@
+"""A turn's third stage: the decode engine reads the prefix and generates."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import Span
+
+from kvshare import tracing
+from kvshare.decode_request import DecodeRequest
+from kvshare.errors import PrefixLost, ResumeReason, Unavailable
+from kvshare.handoff import Handoff, TokenChunk
+from router.turn.place import calling, decode_place
+from router.turn.wedging import NoToken
+
+if TYPE_CHECKING:
+    from router.turn.turn import Turn
+
+
+async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChunk]:
+    """Yields tokens up to the end of the response. Raises PrefixLost or ReplicaLost where the turn may be taken up again."""
+    pool, stream, has_ended, bytes_before = turn.route.decode, None, False, turn.usage.kv_bytes
+    replica = ""
+    try:
+        placed = await decode_place(turn)
+        replica = turn.usage.decode_replica = placed.replica.id
+        turn.avoid.add(replica)
+        async with calling(turn, "decode", pool, placed) as span, _loading(turn) as loading:
+            stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
+            turn.is_silent = True
+            called, called_ns = time.perf_counter(), time.time_ns()
+            async for chunk in stream:
+                if loading.when() is not None and not loading.expired():
+                    loading.reschedule(None)
+                    turn.is_silent = False
+                    _note_loaded(turn, chunk, handoff, span, called, called_ns)
+                turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
+                turn.lent = chunk.lent
+                yield chunk
+                if chunk.finish_reason:
+                    return
+            raise Unavailable(f"request {turn.name}: the stream ended early")
+    except PrefixLost as lost:
+        if lost.reason is ResumeReason.KV_LOAD_FAILED:  # whose fault it was shows where turns go well
+            turn.route.prefill.replicas.failed(turn.source, lost.reason)
+            pool.replicas.failed(replica, lost.reason)
+        else:
+            turn.avoid.discard(replica)
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        has_ended = True
+        raise
+    finally:
+        if stream is not None:
+            stream.cancel()
+        if handoff is not None and stream is None:
+            turn.services.releases.have_released(pool, handoff, turn.name)
+        elif handoff is not None and has_ended and turn.is_silent:
+            turn.services.releases.give_up(pool, replica, handoff, turn.name)
+
+
+def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
+    return DecodeRequest(
+        request_id=turn.name,
+        token_ids=turn.call.prompt + turn.generated,
+        handoff=handoff,
+        sampling=turn.call.sampling,
+        adapter=turn.decoder.adapter,
+        replay=len(turn.generated),
+        cache_salt=turn.salt,
+        priority=turn.priority,
+        lend=turn.terms.lend and turn.mode.two_streams,
+        own_layers=turn.own_layers,
+        trace=tracing.headers(span),
+    )
+
+
+def _note_loaded(
+    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, span: Span, called: float, called_ns: int
+) -> None:
+    """The first token has come: both engines have done well."""
+    services, usage, pool = turn.services, turn.usage, turn.route.decode
+    computed = len(turn.prefix.token_ids) - chunk.local_tokens
+    services.layer_choice.took(turn.decoder.pool, computed, turn.own_layers, time.perf_counter() - called)
+    usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
+    if handoff is not None and (load_s := max(chunk.load_s, chunk.rest_load_s)):
+        services.counted.kv_loaded(turn.decoder.name, load_s, turn.lease_ends - called - load_s)
+        read = {"prefillshare.kv_bytes": chunk.kv_bytes, "prefillshare.local_tokens": chunk.local_tokens}
+        tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
+    turn.route.prefill.replicas.succeeded(turn.source)
+    pool.replicas.succeeded(usage.decode_replica)
+    turn.terms.replicas[pool.name] = usage.decode_replica
+
+
+@asynccontextmanager
+async def _loading(turn: Turn) -> AsyncIterator[asyncio.Timeout]:
+    """Bounds the wait for a decode call's first token. A read that hangs is left to the engine, which keeps the blocks it may
+    still write to; the turn goes on elsewhere."""
+    limit_s = turn.services.load_timeout_s
+    scope = asyncio.timeout(limit_s)
+    try:
+        async with scope:
+            yield scope
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        text = f"no token within {limit_s:g} s of the handoff (cluster.kv_load_timeout_s)"
+        raise NoToken(text, reason=ResumeReason.KV_LOAD_FAILED) from None

@@ -1,0 +1,64 @@
+"""Where a turn's calls go: which replica, and over which layers of its own; and the call itself, counted and traced."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import Span, SpanKind
+
+from kvshare import tracing
+from kvshare.layer_group import LayerGroup
+from router.pools.cache_index import BlockKeys
+from router.pools.pool import Placed, Pool
+
+if TYPE_CHECKING:
+    from router.turn.turn import Turn
+
+
+async def prefill_place(turn: Turn) -> Placed:
+    """For the shared prefix. Raises as Pool.choose does."""
+    pool, prefix = turn.route.prefill, turn.prefix
+    last = turn.terms.replicas.get(pool.name)
+    return await pool.choose(len(prefix.token_ids), prefix.keys, last_replica=last, without=turn.avoid)
+
+
+async def decode_place(turn: Turn) -> Placed:
+    """The first time, this decides which layers the turn has the decoder compute: each group's blocks have keys of their own.
+    The turn's room moves to the replica, if it fits there."""
+    pool, grant = turn.route.decode, turn.grant
+    last = turn.terms.replicas.get(pool.name)
+    placed = await pool.choose(
+        len(turn.call.prompt), _decode_keys(turn), fits=grant.fits, last_replica=last, without=turn.avoid
+    )
+    if grant.fits(placed.replica.id):
+        grant.on(placed.replica.id)
+    return placed
+
+
+def _decode_keys(turn: Turn) -> BlockKeys:
+    """Of the prefix's blocks where they are read."""
+    prefix, usage, services = turn.prefix, turn.usage, turn.services
+
+    def cached_tokens(group: LayerGroup | None) -> int:
+        return max(turn.route.decode.overlaps(prefix.decode_keys(group)).values(), default=0)
+
+    if not turn.is_chosen:
+        spent_s = usage.queue_s + usage.prefill_s
+        turn.own_layers = services.layer_choice.choose(turn.decoder, len(prefix.token_ids), spent_s, cached_tokens)
+        turn.is_chosen, usage.own_layers = True, str(turn.own_layers or "")
+        if turn.mode.recomputes:
+            services.counted.own_layers(turn.decoder.name, turn.own_layers)
+    return prefix.decode_keys(turn.own_layers)
+
+
+@asynccontextmanager
+async def calling(turn: Turn, stage: str, pool: Pool, placed: Placed, *work) -> AsyncIterator[Span]:
+    """As Pool.calling; counted, and a span of the turn's."""
+    turn.services.counted.placed(pool.name, placed.reason)
+    where = {"pool": pool.name, "replica": placed.replica.id, "placed_by": placed.reason}
+    attributes = {f"prefillshare.{name}": value for name, value in where.items()}
+    with tracing.span(stage, tracing.inside(turn.span), SpanKind.CLIENT, **attributes) as span:
+        async with pool.calling(placed, *work):
+            yield span

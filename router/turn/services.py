@@ -1,0 +1,37 @@
+"""What all turns of a router have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvshare.config import Router
+from router.admission.admission import Admission
+from router.admission.grant import NOBODY, TenantShare
+from router.service_rate import MeanRatio
+from router.turn.in_progress import InProgress
+from router.turn.layer_choice import LayerChoice
+from router.turn.metrics import TurnMetrics
+from router.turn.releases import Releases
+
+
+@dataclass
+class Services:
+    """`config` changes while the router runs."""
+
+    config: Router
+    block_size: int
+    #: How long a decode call may take to its first token.
+    load_timeout_s: float
+    admission: Admission
+    in_progress: InProgress
+    releases: Releases
+    layer_choice: LayerChoice
+    counted: TurnMetrics
+    #: Seconds per token that the shared pool has lately computed.
+    compute_s: MeanRatio
+    #: What each may ask of the queue; others may what anybody may.
+    tenants: Mapping[str, TenantShare]
+
+    def share_of(self, tenant: str) -> TenantShare:
+        return self.tenants.get(tenant, NOBODY)

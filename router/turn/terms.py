@@ -1,0 +1,18 @@
+"""How a turn is to be taken, beside what it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Terms:
+    #: Seconds the client waits; None: the deployment's default.
+    deadline_s: float | None = None
+    #: Pool -> replica that its session's last turn ran on. The turn notes its own there.
+    replicas: dict[str, str] = field(default_factory=dict)
+    #: The decode engine is to lend the context's KV at the end, where its mode lets it.
+    lend: bool = False
+    #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
+    ready: Callable[[], Awaitable[None]] | None = None

@@ -1,0 +1,148 @@
+"""A turn over token ids: prefill, handoff, decode, and again where a replica or the prefix was lost.
+
+1. Admit (admit.py): room for the turn's decode and prefill, or a place in the queue, or a refusal.
+2. Prefill (prefill.py): the mode says how many prompt tokens are handed over. A replica of the shared pool, or of the pool's
+   own, computes what it has not cached and answers with a lease on the blocks.
+3. Decode (decode.py): the tokens stream. From the first contact the decode engine owns the lease; before it, we do.
+4. Take up again (take_up_again.py): PrefixLost (preempted, or the load failed or came late) or ReplicaLost (died, wedged, says
+   it cannot) lead back to 2 with the tokens so far as `replay`, past the replica that failed. The client sees one stream, as if
+   nothing had happened.
+5. Whatever ends the turn - its end, an error, the deadline, a client that left - closes both calls, which frees KV.
+
+Where each call goes, place.py decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from kvshare.caller import cache_salt
+from kvshare.decoders import Decoder
+from kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
+from kvshare.handoff import Handoff, TokenChunk
+from kvshare.layer_group import LayerGroup
+from kvshare.modes import get_mode
+from kvshare.priority import RESUMED
+from kvshare.usage import TurnUsage
+from kvshare_vllm.surface.turn_call import TurnCall
+from router.admission.grant import Grant
+from router.pools.route import Route
+from router.turn.admit import admitted
+from router.turn.decode import decode
+from router.turn.prefill import prefill
+from router.turn.prefix import Prefix
+from router.turn.services import Services
+from router.turn.span import turn_span
+from router.turn.take_up_again import take_up_again
+from router.turn.terms import Terms
+
+logger = logging.getLogger(__name__)
+
+
+class Turn:
+    """Owns its state from admission to its end; the stages work on it. `chunks` may be called once."""
+
+    def __init__(self, services: Services, call: TurnCall, decoder: Decoder, route: Route):
+        self.services, self.call, self.decoder, self.route = services, call, decoder, route
+        self.mode, self.terms = get_mode(decoder.sharing), call.terms or Terms()
+        #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV (R7).
+        self.salt = cache_salt(call.caller.cache_domain, call.salt)
+        self.usage = TurnUsage(prompt_tokens=len(call.prompt))
+        self.span: Span = INVALID_SPAN
+        self.generated: list[int] = []
+        self.prefix = self._prefix()
+        #: What the turn holds of its pools' room, once it is admitted.
+        self.grant: Grant | None = None
+        #: Attempts before this one; those that a replica failed.
+        self.number = self.failures = 0
+        #: Replicas that failed this turn.
+        self.avoid: set[str] = set()
+        #: The decode call under way has given no token yet.
+        self.is_silent = False
+        #: Where the KV that the decode engine loads comes from, and when its lease ends, at the latest (time.perf_counter).
+        self.source, self.lease_ends = "", math.inf
+        #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
+        self.own_layers: LayerGroup | None = None
+        self.is_chosen = False
+        #: What the decode engine lends at the end.
+        self.lent: Handoff | None = None
+        self._text_has_ended = False
+
+    @property
+    def name(self) -> str:
+        """Of this attempt, in engines."""
+        return f"{self.call.request_id}-{self.number}"
+
+    @property
+    def priority(self) -> int:
+        """In the engines' own queues: the turn's, as in the router's."""
+        return RESUMED if self.number else self.call.caller.priority
+
+    def text_has_ended(self) -> None:
+        self._text_has_ended = True
+
+    async def chunks(self) -> AsyncIterator[TokenChunk]:
+        """Yields the turn's tokens, and fills its usage. Raises PrefillShareError only."""
+        name, request_id, services = self.decoder.name, self.call.request_id, self.services
+        deadline_s = self.terms.deadline_s if self.terms.deadline_s is not None else services.config.default_deadline_s
+        started, outcome = time.perf_counter(), "cancelled"
+        try:
+            with turn_span(self), services.in_progress.turn(name):
+                async with asyncio.timeout(deadline_s):
+                    if self.terms.ready:
+                        await self.terms.ready()
+                    async with admitted(self), aclosing(self._attempts()) as chunks:
+                        async for chunk in chunks:
+                            services.counted.generated(name, self.usage, chunk, time.perf_counter() - started)
+                            yield chunk
+            outcome = "ok"
+        except TimeoutError:
+            outcome = DeadlineExceeded.__name__
+            raise DeadlineExceeded(
+                f"request {request_id}: the deadline passed after {self.usage.completion_tokens} tokens"
+            ) from None
+        except PrefillShareError as error:
+            outcome = type(error).__name__
+            raise
+        except GeneratorExit:
+            outcome = "ok" if self._text_has_ended else "cancelled"
+            raise
+        except Exception as error:
+            outcome = Internal.__name__
+            logger.exception("request %s failed", request_id, extra={"request_id": request_id})
+            raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
+        finally:
+            self._record(outcome, time.perf_counter() - started)
+
+    async def _attempts(self) -> AsyncIterator[TokenChunk]:
+        while True:
+            self.is_silent = False
+            try:
+                handoff = await prefill(self)
+                async with aclosing(decode(self, handoff)) as chunks:
+                    async for chunk in chunks:
+                        self.generated += chunk.token_ids
+                        self.grant.grow_to(len(self.generated))
+                        yield chunk
+                        if chunk.finish_reason:
+                            return
+            except (PrefixLost, ReplicaLost) as lost:
+                await take_up_again(self, lost)
+                self.prefix = self._prefix()
+
+    def _prefix(self) -> Prefix:
+        """What is handed over of the prompt and the tokens generated after it."""
+        return Prefix.of(self.decoder, self.call.prompt, self.generated, self.services.block_size, self.salt)
+
+    def _record(self, outcome: str, elapsed: float) -> None:
+        name, request_id = self.decoder.name, self.call.request_id
+        told = {"request_id": request_id, "decoder": name, "outcome": outcome, **self.usage.report(), "total_s": elapsed}
+        logger.info("request %s of %s: %s, %.3f s", request_id, name, outcome, elapsed, extra=told)
+        self.services.counted.ended(name, outcome, self.usage, elapsed)

@@ -1,0 +1,19 @@
+"""A turn that a test takes in the router's place: chunks from wherever it likes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from kvshare.handoff import TokenChunk
+from kvshare.usage import TurnUsage
+
+
+class StubTurn:
+    def __init__(self, chunks: AsyncIterator[TokenChunk]):
+        self._chunks, self.usage = chunks, TurnUsage()
+        self.lent = self.salt = None
+
+    def chunks(self) -> AsyncIterator[TokenChunk]:
+        return self._chunks
+
+    def text_has_ended(self) -> None: ...

@@ -83,8 +83,11 @@ class System:
 
     def expected(self, decoder: str, prompt: list[int], tokens: int = 6) -> list[int]:
         """What the decoder says where whose KV is whose is right."""
-        served = self.orchestrator.decoders[decoder]
-        mode, name = get_mode(served.sharing), served.adapter or arithmetic.BASE
+        return self.expected_of(decoder, self.orchestrator.decoders[decoder].pool, prompt, tokens)
+
+    def expected_of(self, decoder: str, pool: str, prompt: list[int], tokens: int) -> list[int]:
+        """The same, of a decoder that may not be served any more."""
+        mode, name = get_mode(SHARING[pool]), decoder  # the base is called as its KV's maker is
         shared = mode.handoff_tokens(len(prompt)) if mode.shares_prefill else 0
         generated_by = arithmetic.BASE if mode.two_streams else None
         return arithmetic.response(prompt, name, tokens, shared=shared, generated_by=generated_by)
@@ -137,8 +140,8 @@ class SessionSystem(System):
 
 
 @asynccontextmanager
-async def session_system(replicas: int = 2, **router):
-    async with system(replicas, kind=SessionSystem, **router) as running:
+async def session_system(replicas: int = 2, cluster: Cluster | None = None, **router):
+    async with system(replicas, kind=SessionSystem, cluster=cluster, **router) as running:
         try:
             yield running
         finally:
@@ -146,15 +149,15 @@ async def session_system(replicas: int = 2, **router):
 
 
 @asynccontextmanager
-async def system(replicas: int = 2, kind: type[System] = System, **router):
-    """`router`: settings of router.* that are other than usual."""
+async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluster | None = None, **router):
+    """`cluster`: of another system, whose engines both use. `router`: settings of router.* that are other than usual."""
     wanted = deployment(replicas, **router)
-    pools = {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
+    owned, pools = cluster is None, {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():
         pools[name] = (DecodeEngine, get_mode(sharing), replicas)
         if not get_mode(sharing).shares_prefill:
             pools[f"prefill-{name}"] = (PrefillEngine, get_mode(sharing), replicas)
-    cluster, metrics = Cluster(pools), Metrics(CollectorRegistry())
+    cluster, metrics = cluster or Cluster(pools), Metrics(CollectorRegistry())
     with _on_the_loops_clock():
         fleet = Fleet(BLOCK, lambda name: cluster.pools[name].handle, metrics)
         fleet._index = cluster.index
@@ -170,7 +173,8 @@ async def system(replicas: int = 2, kind: type[System] = System, **router):
         finally:
             await fleet.stop()
             await fleet._background.stop()
-            cluster.close()
+            if owned:
+                cluster.close()
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvshare.errors import ResumeReason
-from kvshare.handoff import LEASE_MARGIN_S, TokenChunk, TurnUsage
+from kvshare.handoff import LEASE_MARGIN_S, TokenChunk
 from kvshare.metrics import Metrics
+from kvshare.usage import TurnUsage
 from router.turn.metrics import TurnMetrics
 
 

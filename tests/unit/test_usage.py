@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from kvshare.handoff import TurnUsage
+from kvshare.usage import TurnUsage
 from protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 #: Of TurnUsage, what no client sees.

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from router.turn.attempt import Attempt
 
 from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
 from router.turn.wedging import NoToken, check_may_go_on
@@ -15,33 +14,33 @@ LOAD_FAILED = PrefixLost("could not load", reason=ResumeReason.KV_LOAD_FAILED)
 GONE = ReplicaLost("replica d0 is gone", reason=ResumeReason.GONE)
 
 
-def attempt(is_silent=True, failures=0) -> Attempt:
-    return Attempt(route=None, grant=None, prefix=None, is_silent=is_silent, failures=failures)
+def turn(sampling, is_silent=True, failures=0) -> SimpleNamespace:
+    return SimpleNamespace(call=SimpleNamespace(sampling=sampling), is_silent=is_silent, failures=failures)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "before", "lost"),
+    ("before", "lost"),
     [
-        (WITH_FORMAT, attempt(), WEDGED),
-        (WITH_FORMAT, attempt(failures=1), NO_TOKEN),
+        (turn(WITH_FORMAT), WEDGED),
+        (turn(WITH_FORMAT, failures=1), NO_TOKEN),
     ],
 )
-def test_a_format_that_may_have_stopped_an_engine_is_not_given_to_another(sampling, before, lost):
+def test_a_format_that_may_have_stopped_an_engine_is_not_given_to_another(before, lost):
     with pytest.raises(InvalidInput, match="its format may be why") as caught:
-        check_may_go_on(sampling, before, lost)
+        check_may_go_on(before, lost)
     assert caught.value.field == "response_format"
 
 
 @pytest.mark.parametrize(
-    ("sampling", "before", "lost"),
+    ("before", "lost"),
     [
-        (PLAIN, attempt(failures=4), WEDGED),
-        (PLAIN, attempt(failures=4), NO_TOKEN),
-        (WITH_FORMAT, attempt(is_silent=False), WEDGED),
-        (WITH_FORMAT, attempt(), NO_TOKEN),
-        (WITH_FORMAT, attempt(failures=4), LOAD_FAILED),
-        (WITH_FORMAT, attempt(failures=4), GONE),
+        (turn(PLAIN, failures=4), WEDGED),
+        (turn(PLAIN, failures=4), NO_TOKEN),
+        (turn(WITH_FORMAT, is_silent=False), WEDGED),
+        (turn(WITH_FORMAT), NO_TOKEN),
+        (turn(WITH_FORMAT, failures=4), LOAD_FAILED),
+        (turn(WITH_FORMAT, failures=4), GONE),
     ],
 )
-def test_others_go_on(sampling, before, lost):
-    assert check_may_go_on(sampling, before, lost) is None
+def test_others_go_on(before, lost):
+    assert check_may_go_on(before, lost) is None

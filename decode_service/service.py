@@ -10,6 +10,8 @@ A request's life here:
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 from kvshare.decode_request import DecodeRequest
 from kvshare.handoff import Handoff
 from kvshare_vllm.engine.replica import EngineReplica
@@ -26,8 +28,9 @@ class DecodeService(EngineReplica):
 
     async def decode(self, request: DecodeRequest):
         """Yields TokenChunk."""
-        async for chunk in self._engine.decode(request):
-            yield chunk
+        async with aclosing(self._engine.decode(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def own_next(self, token_ids: list[int], adapter: str | None, top: int, priority: int):
         """As DecodeEngine.own_next."""

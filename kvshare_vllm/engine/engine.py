@@ -9,7 +9,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from vllm import SamplingParams
@@ -200,10 +200,12 @@ class Engine:
         self._active += 1
         try:
             with as_our_errors():
-                async for output in self._llm.generate(
+                outputs = self._llm.generate(
                     prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority, trace_headers=trace
-                ):
-                    yield output
+                )
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        yield output
         except EngineDeadError as error:
             raise self._dead() from error
         finally:
@@ -331,29 +333,31 @@ class DecodeEngine(Engine):
             outputs = self._generate(
                 request.token_ids, sampling, request_id, request.adapter, salt, request.priority, request.trace
             )
-            async for output in outputs:
-                taken = True
-                completion, params = output.outputs[0], output.kv_transfer_params or {}
-                if completion.finish_reason == "error":
-                    if "refused" in params:
-                        raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
-                    if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
-                        raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
-                    reason = ResumeReason(params["resume_reason"])
-                    raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
-                if completion.finish_reason == "abort":
-                    raise Unavailable(f"request {request_id} was aborted by the engine")
-                yield TokenChunk(
-                    token_ids=list(completion.token_ids),
-                    logprobs=logprob_rows(completion),
-                    finish_reason=completion.finish_reason,
-                    stop_reason=completion.stop_reason,
-                    kv_bytes=params.get("pulled_bytes", 0),
-                    local_tokens=params.get("local_tokens", 0),
-                    load_s=params.get("load_s", 0.0),
-                    rest_load_s=params.get("rest_load_s", 0.0),
-                    lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
-                )
+            # Closed here and now, however the loop ends, which aborts the request: an error keeps its frames, and these it.
+            async with aclosing(outputs):
+                async for output in outputs:
+                    taken = True
+                    completion, params = output.outputs[0], output.kv_transfer_params or {}
+                    if completion.finish_reason == "error":
+                        if "refused" in params:
+                            raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
+                        if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
+                            raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
+                        reason = ResumeReason(params["resume_reason"])
+                        raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
+                    if completion.finish_reason == "abort":
+                        raise Unavailable(f"request {request_id} was aborted by the engine")
+                    yield TokenChunk(
+                        token_ids=list(completion.token_ids),
+                        logprobs=logprob_rows(completion),
+                        finish_reason=completion.finish_reason,
+                        stop_reason=completion.stop_reason,
+                        kv_bytes=params.get("pulled_bytes", 0),
+                        local_tokens=params.get("local_tokens", 0),
+                        load_s=params.get("load_s", 0.0),
+                        rest_load_s=params.get("rest_load_s", 0.0),
+                        lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
+                    )
         except PrefillShareError as error:
             if not taken:
                 await self._release_unseen(handoff, request_id, error)

@@ -7,7 +7,7 @@ from vllm import SamplingParams
 from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidationError
 
 from kvshare.decode_request import DecodeRequest
-from kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, Unavailable
+from kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, PrefixLost, Unavailable
 from kvshare.handoff import Handoff
 from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 from kvshare_vllm.sampling import make_sampling_params
@@ -112,3 +112,23 @@ def test_sampling_that_vllm_refuses_names_the_field():
     with pytest.raises(InvalidInput) as caught:
         make_sampling_params(temperature=3.0)
     assert caught.value.field == "temperature"
+
+
+async def test_a_request_that_ends_in_an_error_is_closed_while_somebody_still_holds_the_error():
+    """Errors travel with their frames: what closes only when those go would hold KV until then."""
+    closed = []
+
+    class GivesBack(Vllm):
+        async def generate(self, *args, **kwargs):
+            try:
+                completion = SimpleNamespace(finish_reason="error", token_ids=[], logprobs=None)
+                yield SimpleNamespace(outputs=[completion], kv_transfer_params={"resume_reason": "preempted"})
+            finally:
+                closed.append(True)
+
+    engine = DecodeEngine(SETTINGS, GivesBack(None), None, None, None)
+    with pytest.raises(PrefixLost) as caught:
+        [chunk async for chunk in engine.decode(asked(handoff()))]
+    assert caught.value.__traceback__ is not None
+    assert closed == [True]
+    assert engine._active == 0

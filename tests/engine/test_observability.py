@@ -297,7 +297,7 @@ def asked(running: System) -> str:
 def test_logs_are_objects_that_name_the_request(running):
     request = asked(running)
     (line,) = wait_until(lambda: [one for one in logged() if request in one.get("request_id", "")])
-    assert (line["levelname"], line["name"], line["outcome"], line["decoder"]) == ("INFO", "router.orchestrator", "ok", "b")
+    assert (line["levelname"], line["name"], line["outcome"], line["decoder"]) == ("INFO", "router.turn.turn", "ok", "b")
     assert line["completion_tokens"] == 2
     assert {one["name"].split(".")[0] for one in logged()} >= {"vllm", "router"}
 

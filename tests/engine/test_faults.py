@@ -202,7 +202,8 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
     # runs out by itself.
     wait_until(lambda: not running.held(), 2 * LEASE_S + 10)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
-    ended = {outcome: new.pop(f'prefillshare_turns_total{{decoder="a",outcome="{outcome}"}}', 0) for outcome in ("cancelled", "ok")}
+    turns = 'prefillshare_turns_total{{decoder="a",outcome="{}"}}'
+    ended = {outcome: new.pop(turns.format(outcome), 0) for outcome in ("cancelled", "ok")}
     assert not new  # nothing was taken up again, and no turn failed
     assert ended["cancelled"] > 50  # others hung up before they had a turn
     assert ended["ok"] < 0.1 * ended["cancelled"]

@@ -6,7 +6,9 @@ ASGI middleware, outside of all others, tells the app in the way that it listens
 
  1. The app runs in a task of its own, which Serve does not know.
  2. When Serve cancels the request, the app receives `http.disconnect`. What it still sends is dropped.
- 3. An app that has not ended after PATIENCE_S, because it does not listen, is cancelled.
+ 3. An app that does not listen, and has not ended after PATIENCE_S, is cancelled. One that does is on its way: how soon it
+    hears of it depends on what else the event loop has to do, and cancelled before, it would leave its handler behind. It has
+    LONGEST_S.
 
 Seam: vllm/entrypoints/serve/utils/api_utils.py (with_cancellation), ray/serve/_private/replica.py (_call_http_entrypoint)
 """
@@ -18,7 +20,7 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 0.5
+PATIENCE_S, LONGEST_S = 0.5, 30.0
 
 _DISCONNECT = {"type": "http.disconnect"}
 
@@ -36,7 +38,7 @@ class HangUps:
             await asyncio.wait({serving})
         except asyncio.CancelledError:
             client.hung_up.set_result(None)
-            await _end(serving)
+            await _end(serving, client)
             raise
         serving.result()
 
@@ -47,14 +49,21 @@ class _Client:
     def __init__(self, receive, send):
         self._receive, self._send = receive, send
         self.hung_up = asyncio.get_running_loop().create_future()
+        #: The app waits for a message, or has been told that there will be none.
+        self.is_heard = False
 
     async def receive(self):
+        self.is_heard = True
         if self.hung_up.done():
             return _DISCONNECT
         message = asyncio.ensure_future(self._receive())
         try:
             await asyncio.wait({message, self.hung_up}, return_when=asyncio.FIRST_COMPLETED)
+            self.is_heard = not message.done()
             return message.result() if message.done() else _DISCONNECT
+        except asyncio.CancelledError:
+            self.is_heard = False
+            raise
         finally:
             message.cancel()
 
@@ -63,10 +72,12 @@ class _Client:
             await self._send(message)
 
 
-async def _end(serving: asyncio.Task) -> None:
+async def _end(serving: asyncio.Task, client: _Client) -> None:
     """Have it end: by itself, or else by being cancelled. It is then over, or at least does nothing more for long."""
     try:
         await asyncio.wait({serving}, timeout=PATIENCE_S)
+        if client.is_heard:
+            await asyncio.wait({serving}, timeout=LONGEST_S)
     finally:
         serving.cancel()
     await asyncio.wait({serving}, timeout=PATIENCE_S)

@@ -198,15 +198,12 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
     before = counted()
     with ThreadPoolExecutor(16) as clients:
         list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(200)))
-    # Most end at once. A few turns of several responses still run on to their end, and a lease whose answer was on its way
-    # runs out by itself.
-    wait_until(lambda: not running.held(), 2 * LEASE_S + 10)
+    # Their turns have ended at once. What a prefill had leased whose answer was on its way by then runs out by itself.
+    wait_until(lambda: {name.rpartition(".")[2] for name in running.held()} <= {"blocks_used"}, 10)
+    wait_until(lambda: not running.held(), LEASE_S + 5)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
-    turns = 'prefillshare_turns_total{{decoder="a",outcome="{}"}}'
-    ended = {outcome: new.pop(turns.format(outcome), 0) for outcome in ("cancelled", "ok")}
-    assert not new  # nothing was taken up again, and no turn failed
-    assert ended["cancelled"] > 50  # others hung up before they had a turn
-    assert ended["ok"] < 0.1 * ended["cancelled"]
+    assert set(new) == {'prefillshare_turns_total{decoder="a",outcome="cancelled"}'}
+    assert new.popitem()[1] > 50  # others hung up before they had a turn
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):

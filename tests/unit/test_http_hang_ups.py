@@ -1,8 +1,10 @@
 """A client that hangs up ends its request: the app is told so in the way it listens for, and cancelled if it does not."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from kvshare_vllm.surface import http_hang_ups
 from kvshare_vllm.surface.http_hang_ups import HangUps
@@ -72,6 +74,47 @@ async def test_an_app_that_does_not_listen_is_cancelled(monkeypatch):
         except asyncio.CancelledError:
             ended.append("cancelled")
             raise
+
+    await hang_up(await served(app, Client()))
+    assert ended == ["cancelled"]
+
+
+async def test_an_app_that_is_slow_to_hear_of_it_leaves_no_handler_behind(monkeypatch):
+    """vLLM's way to end a handler: cancelled itself while it listens, it would leave the handler running to its end."""
+    monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0.01)
+    ended = []
+
+    @with_cancellation
+    async def handler(body, raw_request):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("handler")
+
+    async def app(scope, receive, send):
+        async def busy():
+            """The loop has much else to do between the disconnect and who listens for it."""
+            message = await receive()
+            await asyncio.sleep(0.1)
+            return message
+
+        await handler(None, SimpleNamespace(receive=busy, app=SimpleNamespace(state=SimpleNamespace())))
+
+    await hang_up(await served(app, Client()))
+    assert ended == ["handler"]
+
+
+async def test_an_app_that_hears_of_it_and_goes_on_is_cancelled_in_the_end(monkeypatch):
+    monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(http_hang_ups, "LONGEST_S", 0.05)
+    ended = []
+
+    async def app(scope, receive, send):
+        await receive()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
 
     await hang_up(await served(app, Client()))
     assert ended == ["cancelled"]

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -64,8 +64,8 @@ class Making(Protocol):
 
 
 class ResponseOfTurn:
-    """`token_ids`: generated so far; whoever takes the turn adds to them, and says which turn it is (`made_by`). `lends`: the
-    decode engine makes base KV."""
+    """`token_ids`: generated so far; whoever takes the turn adds to them, and says where the turn is found once it has begun
+    (`turns`). `lends`: the decode engine makes base KV."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class ResponseOfTurn:
         self._lends = lends and pull_back is not None
         #: The decode engine is to lend the context's KV at the end, where its mode lets it.
         self.lend = lendable and pull_back is not None
-        self.made_by: Making | None = None
+        self.turns: Sequence[Making] = ()
         self.token_ids: list[int] = []
         self._instead: list[int] | None = None
         self.has_ended = False
@@ -93,7 +93,7 @@ class ResponseOfTurn:
 
     @property
     def lent(self) -> Handoff | None:
-        return self.made_by.lent if self.made_by else None
+        return self.turns[0].lent if self.turns else None
 
     @property
     def context(self) -> list[int]:
@@ -121,11 +121,11 @@ class ResponseOfTurn:
             # It is KV of what was generated.
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
             lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
-            self._pull_back.lent(self._session, self.context, lent, self.made_by.salt, otherwise=ahead)
+            self._pull_back.lent(self._session, self.context, lent, self.turns[0].salt, otherwise=ahead)
         else:
             ahead()
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
             tokens = len(self._kept) + len(self._response)
-            self._eager.grew(self._session, tokens, lambda: self.context, self.made_by.salt, ended=ended)
+            self._eager.grew(self._session, tokens, lambda: self.context, self.turns[0].salt, ended=ended)

@@ -102,9 +102,9 @@ class Turns:
             with made as response:
                 terms = Terms(deadline_s, session.replicas, response.lend, response.ready)
                 run = self._frontend.run(request, decoder, caller, terms=terms)
+                response.turns = run.turns
                 async with aclosing(run.outputs()) as outputs:
                     async for output in outputs:
-                        (response.made_by,) = run.turns
                         completion = output.outputs[0]
                         response.token_ids += completion.token_ids
                         shown += completion.text
@@ -125,7 +125,7 @@ class Turns:
                             logprob_rows(completion),
                             completion.finish_reason,
                             context_tokens,
-                            response.made_by.usage if completion.finish_reason else None,
+                            run.turns[0].usage if completion.finish_reason else None,
                         )
 
     def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:

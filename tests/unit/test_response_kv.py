@@ -47,7 +47,8 @@ def asked():
 
 def take(response_kv, mode, *, salt=None, lent=None, ends=True):
     with response_kv.of_turn(SESSION, mode, [1, 2], lendable=True) as response:
-        turn = response.made_by = SimpleNamespace(salt=salt, lent=None)
+        turn = SimpleNamespace(salt=salt, lent=None)
+        response.turns = [turn]
         response.token_ids += [3, 4]
         response.grew()
         turn.lent = lent
@@ -85,7 +86,7 @@ async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_whe
 def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_generated(asked, generated, kept, lent):
     with ResponseKV(asked, asked).of_turn(SESSION, LENDING, [1, 2], lendable=True) as response:
         response.token_ids += generated
-        response.made_by = SimpleNamespace(salt=None, lent=LENT)
+        response.turns = [SimpleNamespace(salt=None, lent=LENT)]
         response.keep(kept)
         assert response.context == [1, 2, *kept]
         response.ended()

@@ -15,6 +15,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -337,31 +338,35 @@ class DecodeEngine(Engine):
             async with aclosing(outputs):
                 async for output in outputs:
                     taken = True
-                    completion, params = output.outputs[0], output.kv_transfer_params or {}
-                    if completion.finish_reason == "error":
-                        if "refused" in params:
-                            raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
-                        if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
-                            raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
-                        reason = ResumeReason(params["resume_reason"])
-                        raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
-                    if completion.finish_reason == "abort":
-                        raise Unavailable(f"request {request_id} was aborted by the engine")
-                    yield TokenChunk(
-                        token_ids=list(completion.token_ids),
-                        logprobs=logprob_rows(completion),
-                        finish_reason=completion.finish_reason,
-                        stop_reason=completion.stop_reason,
-                        kv_bytes=params.get("pulled_bytes", 0),
-                        local_tokens=params.get("local_tokens", 0),
-                        load_s=params.get("load_s", 0.0),
-                        rest_load_s=params.get("rest_load_s", 0.0),
-                        lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
-                    )
+                    yield self._chunk(request_id, output)
         except PrefillShareError as error:
             if not taken:
                 await self._release_unseen(handoff, request_id, error)
             raise
+
+    def _chunk(self, request_id: str, output: RequestOutput) -> TokenChunk:
+        """Raises what the output says of a request that has ended otherwise than well."""
+        completion, params = output.outputs[0], output.kv_transfer_params or {}
+        if completion.finish_reason == "error":
+            if "refused" in params:
+                raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
+            if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
+                raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
+            reason = ResumeReason(params["resume_reason"])
+            raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
+        if completion.finish_reason == "abort":
+            raise Unavailable(f"request {request_id} was aborted by the engine")
+        return TokenChunk(
+            token_ids=list(completion.token_ids),
+            logprobs=logprob_rows(completion),
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            kv_bytes=params.get("pulled_bytes", 0),
+            local_tokens=params.get("local_tokens", 0),
+            load_s=params.get("load_s", 0.0),
+            rest_load_s=params.get("rest_load_s", 0.0),
+            lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
+        )
 
     async def give_up(self, handoff: Handoff, request_id: str) -> None:
         """The turn whose `decode` was called, or was about to be, is gone. A call that has begun ends its lease itself; any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 from ray.exceptions import RayActorError
 
-from double.engines import DecodeEngine, Engine, Leases, PrefillEngine
+from double.engines import BLOCK, DecodeEngine, Engine, Leases, PrefillEngine
 from kvshare.errors import ReplicaLost
 from kvshare.modes import SharingMode
 from router.pools.cache_index import BlockKeys
@@ -121,7 +122,7 @@ class Handle:
         return (Stream if self._streams else Answer)(self._pool, self._replica, method, args, kwargs)
 
 
-class Response:
+class Response(ABC):
     """A call that is under way. Whoever waits for it may leave without ending it."""
 
     def __init__(self, pool: Pool, name: str, method: str, args, kwargs):
@@ -149,8 +150,9 @@ class Response:
                 raise RayActorError from None
             raise
 
+    @abstractmethod
     async def _take(self, result):
-        raise NotImplementedError
+        """What the replica's method has returned, to its end."""
 
 
 class Answer(Response):
@@ -183,8 +185,9 @@ class Stream(Response):
 class Index:
     """In the place of CacheIndex: what the engines hold, without events on the way."""
 
+    block_size = BLOCK
+
     def __init__(self, pools: dict[str, Pool]):
-        self.block_size = None
         self._pools, self._known = pools, defaultdict(set)
 
     async def add(self, pool: str, replica: str, events) -> None:

@@ -161,7 +161,6 @@ async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluste
     with _on_the_loops_clock():
         fleet = Fleet(BLOCK, lambda name: cluster.pools[name].handle, metrics)
         fleet._index = cluster.index
-        cluster.index.block_size = BLOCK
         decoders = {
             name: Decoder(name, pool, SHARING[pool], name, "lora") for pool, names in ADAPTERS.items() for name in names
         } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base")}

@@ -7,24 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
 from kvshare.config import Deployment, parse
-from kvshare_vllm.engine import quick_start
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
 from prefillshare.platform import engine_environment
 
 MODEL = "smollm2-135m-instruct"
-
-
-def pytest_sessionstart():
-    quick_start.pause()
-
-
-def pytest_collection_finish():
-    quick_start.resume()
 
 
 @pytest.fixture(scope="session")

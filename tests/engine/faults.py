@@ -49,6 +49,12 @@ def kill(running, pool: str, replica: str) -> list[psutil.Process]:
     return victims
 
 
+def kill_busy(running, pool: str) -> list[psutil.Process]:
+    """The one replica of the pool that has calls."""
+    (busy,) = {replica for replica, stats in running.stats_by_replica()[pool].items() if stats["active"]}
+    return kill(running, pool, busy)
+
+
 def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, after: int = 8, **sampling):
     """A turn during which `disturb()` is called once `after` tokens have come; checked by the oracle."""
     session = running.client.create_session()

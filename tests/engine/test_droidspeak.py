@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import disturbed, kill, wait_whole
+from faults import disturbed, kill_busy, wait_whole
 from oracle import Oracle
 
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -92,8 +92,7 @@ def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle
     wait_whole(running)
 
     def die():
-        (busy,) = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
-        kill(running, "agents", busy)
+        kill_busy(running, "agents")
 
     turn = disturbed(running, oracle, "b", ids(70, salt=60), die, max_tokens=60, temperature=0.0)
     assert turn.usage.resumes >= 1

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import disturbed, kill, processes, wait_whole
+from faults import disturbed, kill, kill_busy, processes, wait_whole
 from oracle import Oracle
 from ray import serve
 from ray.exceptions import RayError
@@ -82,9 +82,7 @@ def a_decode_replica_dies(running, oracle, **sampling):
     victims = []
 
     def die():
-        busy = {r for r, s in running.stats_by_replica()["agents"].items() if s["active"]}
-        assert len(busy) == 1
-        victims.extend(kill(running, "agents", busy.pop()))
+        victims.extend(kill_busy(running, "agents"))
 
     turn = disturbed(running, oracle, "a", prompt, die, max_tokens=60, **sampling)
     assert turn.token_ids == whole.token_ids

@@ -6,19 +6,11 @@ from pathlib import Path
 
 import pytest
 from model_folders import CONFIG, LINEAR, WEIGHTS, lora, write_safetensors
+from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
 from benchmarks.redis_server import RedisServer
 from kvshare.contract import DecoderContract
-from kvshare_vllm.engine import quick_start
-
-
-def pytest_sessionstart():
-    quick_start.pause()
-
-
-def pytest_collection_finish():
-    quick_start.resume()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,11 @@
+"""Hooks for conftest files: while pytest imports the tests, nobody looks for garbage (kvshare_vllm/engine/quick_start.py)."""
+
+from kvshare_vllm.engine import quick_start
+
+
+def pytest_sessionstart():
+    quick_start.pause()
+
+
+def pytest_collection_finish():
+    quick_start.resume()

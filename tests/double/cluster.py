@@ -64,7 +64,10 @@ class Replica:
 class Pool:
     """The replicas of one Serve deployment, and their handle."""
 
-    def __init__(self, name: str, engine_class: type[Engine], mode: SharingMode, leases: Leases, replicas: int):
+    def __init__(
+        self, name: str, engine_class: type[Engine], mode: SharingMode, leases: Leases, replicas: int, calls: list[Response]
+    ):
+        self.calls = calls
         self.name, self._new = name, partial(Replica, engine_class=engine_class, mode=mode, leases=leases)
         self._numbers = itertools.count(1)
         self.replicas: dict[str, Replica] = {}
@@ -119,13 +122,16 @@ class Handle:
         return SimpleNamespace(remote=partial(self._call, method))
 
     def _call(self, method: str, *args, **kwargs) -> Response:
-        return (Stream if self._streams else Answer)(self._pool, self._replica, method, args, kwargs)
+        call = (Stream if self._streams else Answer)(self._pool, self._replica, method, args, kwargs)
+        self._pool.calls.append(call)
+        return call
 
 
 class Response(ABC):
     """A call that is under way. Whoever waits for it may leave without ending it."""
 
     def __init__(self, pool: Pool, name: str, method: str, args, kwargs):
+        self.pool, self.method, self.args, self.kwargs, self.is_cancelled = pool.name, method, args, kwargs, False
         self._replica = pool.replicas.get(name)
         self._task = asyncio.create_task(self._run(name, method, args, kwargs))
         if self._replica:
@@ -134,6 +140,7 @@ class Response(ABC):
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def cancel(self) -> None:
+        self.is_cancelled = True
         self._task.cancel()
 
     async def _run(self, name: str, method: str, args, kwargs):
@@ -209,8 +216,15 @@ class Cluster:
 
     def __init__(self, pools: dict[str, tuple[type[Engine], SharingMode, int]]):
         self.leases = Leases()
-        self.pools = {name: Pool(name, kind, mode, self.leases, count) for name, (kind, mode, count) in pools.items()}
+        self._calls: list[Response] = []
+        self.pools = {
+            name: Pool(name, kind, mode, self.leases, count, self._calls) for name, (kind, mode, count) in pools.items()
+        }
         self.index = Index(self.pools)
+
+    def calls(self, *methods: str) -> list[Response]:
+        """That were made of these methods, in order."""
+        return [call for call in self._calls if call.method in methods]
 
     def close(self) -> None:
         for pool in self.pools.values():

@@ -16,7 +16,7 @@ from double import arithmetic
 from double.cluster import Cluster, DecodeEngine, PrefillEngine
 from double.engines import BLOCK
 from double.frontend import Frontend
-from kvshare.caller import ANONYMOUS
+from kvshare.caller import ANONYMOUS, Caller
 from kvshare.config import Base, Router
 from kvshare.decoders import Decoder
 from kvshare.handoff import TokenChunk
@@ -73,9 +73,11 @@ class System:
         pool = self.orchestrator.decoders[decoder].pool
         return self.cluster.pools["prefill" if get_mode(SHARING[pool]).shares_prefill else f"prefill-{pool}"]
 
-    def run(self, decoder: str, prompt: list[int], tokens: int, **terms) -> AsyncIterator[TokenChunk]:
+    def run(
+        self, decoder: str, prompt: list[int], tokens: int, caller: Caller = ANONYMOUS, **terms
+    ) -> AsyncIterator[TokenChunk]:
         sampling = SimpleNamespace(max_tokens=tokens, logprobs=None, structured_outputs=None)
-        call = TurnCall(decoder, prompt, sampling, f"r{next(self._numbers)}", ANONYMOUS, terms=Terms(**terms))
+        call = TurnCall(decoder, prompt, sampling, f"r{next(self._numbers)}", caller, terms=Terms(**terms))
         return self.orchestrator.turn(call).chunks()
 
     async def turn(self, decoder: str, prompt: list[int], tokens: int = 6, **terms) -> list[int]:

@@ -1,32 +1,34 @@
 """A turn's priority goes with it to both engines, and a turn that is taken up again goes first there, too."""
 
 import pytest
-from turn_pools import Stream, begin
+from double.system import system
+from virtual_time import run
 
+from kvshare.caller import Caller
 from kvshare.errors import PrefixLost, ResumeReason
-from kvshare.handoff import TokenChunk
 from kvshare.priority import PRIORITIES, RESUMED
 
+PROMPT = list(range(20, 57))
 
-async def calls_of_a_turn(priority: int, preemptions: int = 0) -> list[tuple[str, int]]:
-    calls, left = [], [preemptions]
 
-    async def chunks():
-        left[0] -= 1
-        if left[0] >= 0:
-            raise PrefixLost("preempted", reason=ResumeReason.PREEMPTED)
-        yield TokenChunk([5], finish_reason="length")
+def calls_of_a_turn(priority: int, preemptions: int = 0) -> list[tuple[str, int]]:
+    async def taken():
+        async with system(replicas=1) as running:
+            (replica,) = running.pool_of("a").replicas.values()
+            for moment in ("decode", "loaded")[:preemptions]:
+                replica.planned[moment] = PrefixLost("preempted", reason=ResumeReason.PREEMPTED)
+            assert await running.turn("a", PROMPT, caller=Caller(priority=priority)) == running.expected("a", PROMPT)
+            made = running.cluster.calls("prefill", "decode")
+        return [(one.pool, one.args[0].priority if one.method == "decode" else one.kwargs["priority"]) for one in made]
 
-    turn = begin(calls, lambda: Stream(chunks), priority=priority)
-    assert [chunk.token_ids async for chunk in turn] == [[5]]
-    return [(pool, asked["priority"]) for pool, _, asked in calls]
+    return run(taken())
 
 
 @pytest.mark.parametrize("priority", [PRIORITIES[0], 0, 7, PRIORITIES[-1]])
-async def test_prefill_and_decode_run_at_the_turns_priority(priority):
-    assert await calls_of_a_turn(priority) == [("prefill", priority), ("agents", priority)]
+def test_prefill_and_decode_run_at_the_turns_priority(priority):
+    assert calls_of_a_turn(priority) == [("prefill", priority), ("agents", priority)]
 
 
-async def test_a_turn_that_is_taken_up_again_goes_before_all_others():
+def test_a_turn_that_is_taken_up_again_goes_before_all_others():
     first, again = [("prefill", 7), ("agents", 7)], [("prefill", RESUMED), ("agents", RESUMED)]
-    assert await calls_of_a_turn(7, preemptions=2) == [*first, *again, *again]
+    assert calls_of_a_turn(7, preemptions=2) == [*first, *again, *again]

@@ -3,75 +3,60 @@
 import asyncio
 
 import pytest
-from polling import until
-from turn_pools import Stream, begin
+from double.system import system
+from virtual_time import on_virtual_time, settle
 
 from kvshare.errors import DeadlineExceeded
-from kvshare.handoff import TokenChunk
+
+PROMPT = list(range(20, 57))
+#: Until a decode call is under way, and less than until its first token.
+SOON_S = 0.1
 
 
-async def silent():
-    await asyncio.Event().wait()
-    yield
+def silent(running):
+    """The decode replica takes calls and says nothing."""
+    (replica,) = running.pool_of("a").replicas.values()
+    replica.planned["decode"] = replica.hang
 
 
-async def speaking():
-    yield TokenChunk([5])
-    await asyncio.Event().wait()
+def is_given_up(running) -> bool:
+    """The last call of all, to the pool that was to decode, by the name of the turn's first attempt."""
+    *before, last = running.cluster.calls("prefill", "decode", "give_up", "release")
+    assert [call.method for call in before] == ["prefill", "decode"]
+    assert before[-1].is_cancelled
+    return (last.pool, last.method, last.args[1]) == ("agents", "give_up", "r0-0")
 
 
-@pytest.fixture
-def streams():
-    return []
+@on_virtual_time
+async def test_a_client_that_leaves_before_the_first_token():
+    async with system(replicas=1) as running:
+        silent(running)
+        client = asyncio.create_task(running.turn("a", PROMPT))
+        await asyncio.sleep(SOON_S)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        await settle()
+        assert is_given_up(running)
 
 
-def turn_of(chunks, streams, **context):
-    """(calls that are made, an iterator over the turn)"""
-    calls = []
-
-    def decoding():
-        streams.append(Stream(chunks))
-        return streams[-1]
-
-    return calls, begin(calls, decoding, **context)
-
-
-async def given_up(calls) -> None:
-    async def told():
-        return calls[-1] == ("agents", "give up", "r-0")
-
-    await until(told)
+@on_virtual_time
+async def test_a_deadline_that_passes_before_the_first_token():
+    async with system(replicas=1) as running:
+        silent(running)
+        with pytest.raises(DeadlineExceeded):
+            await running.turn("a", PROMPT, deadline_s=SOON_S)
+        await settle()
+        assert is_given_up(running)
 
 
-async def decoding(calls) -> None:
-    async def begun():
-        return len(calls) == 2
-
-    await until(begun)
-
-
-async def test_a_client_that_leaves_before_the_first_token(streams):
-    calls, turn = turn_of(silent, streams)
-    client = asyncio.create_task(anext(turn))
-    await decoding(calls)
-    client.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await client
-    assert streams[0].cancelled
-    await given_up(calls)
-
-
-async def test_a_deadline_that_passes_before_the_first_token(streams):
-    calls, turn = turn_of(silent, streams, deadline_s=0.05)
-    with pytest.raises(DeadlineExceeded):
-        await anext(turn)
-    await given_up(calls)
-
-
-async def test_a_call_that_has_generated_ends_its_lease_itself(streams):
-    calls, turn = turn_of(speaking, streams)
-    assert (await anext(turn)).token_ids == [5]
-    await turn.aclose()
-    await asyncio.sleep(0.01)
-    assert [method for _, method, _ in calls] == ["prefill", "decode"]
-    assert streams[0].cancelled
+@on_virtual_time
+async def test_a_call_that_has_generated_ends_its_lease_itself():
+    async with system(replicas=1) as running:
+        chunks = running.run("a", PROMPT, 6)
+        assert (await anext(chunks)).token_ids == running.expected("a", PROMPT)[:1]
+        await chunks.aclose()
+        await settle()
+        calls = running.cluster.calls("prefill", "decode", "give_up", "release")
+        assert [call.method for call in calls] == ["prefill", "decode"]
+        assert calls[-1].is_cancelled

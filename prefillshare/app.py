@@ -17,7 +17,7 @@ from typing import Any
 from kvshare import addresses, decoders, live_changes
 from kvshare.config import Deployment, Engines, load, parse
 from kvshare.errors import ConfigError, EngineStartError
-from prefillshare import cluster
+from prefillshare import cluster, forkserver
 from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, ROUTER
 from prefillshare.engines import engine_settings
@@ -89,7 +89,7 @@ def build(
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "resources": dict(engines.resources),
-                "runtime_env": {"env_vars": env},
+                "runtime_env": {"env_vars": env, **forkserver.runtime_env(cluster.folder(), spares=1)},
             },
         )
         fixed = replace(settings, adapters={}, log_level=""), bool(settings.adapters)
@@ -109,7 +109,10 @@ def build(
         ray_actor_options={
             "num_cpus": 0.01,
             "resources": dict(router.resources),
-            "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"}},
+            "runtime_env": {
+                "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"},
+                **forkserver.runtime_env(cluster.folder()),
+            },
         },
     )
     return _kept_while(ingress, routers.version).bind(routers.deployment, handles, routers.tenants)

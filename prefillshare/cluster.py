@@ -24,7 +24,7 @@ import psutil
 from kvshare.config import Deployment
 from kvshare.errors import ConfigError
 from kvshare.loopback import ADDRESS, is_loopback
-from prefillshare import ray_messages
+from prefillshare import forkserver, ray_messages
 from prefillshare.local_ray import loopback_kept
 
 #: Ray's namespace, and the Serve application's name.
@@ -60,19 +60,19 @@ class Record:
         return f"HTTP port {self.http_port}, gRPC port {self.grpc_port}, process {self.pid}: --address {self.address}"
 
 
-def _folder() -> Path:
+def folder() -> Path:
     """Only this user's: what stands there is believed."""
-    folder = Path(tempfile.gettempdir()) / f"prefillshare-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
-        raise ConfigError(f"{folder} belongs to somebody else", fix="remove it, or set TMPDIR to a folder of your own")
-    return folder
+    mine = Path(tempfile.gettempdir()) / f"prefillshare-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
+        raise ConfigError(f"{mine} belongs to somebody else", fix="remove it, or set TMPDIR to a folder of your own")
+    return mine
 
 
 def records() -> list[Record]:
     """Of the deployments that run on this machine as this user in clusters of their own."""
     found = []
-    for file in sorted(_folder().glob("*.json")):
+    for file in sorted(folder().glob("*.json")):
         try:
             record = Record(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):  # gone meanwhile, or of another version
@@ -99,17 +99,19 @@ def started(deployment: Deployment) -> Iterator[None]:
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
-    with loopback_kept(deployment.router.host):
-        _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
-    try:
-        _close_token_file()
-        file = _record(deployment)
+    with forkserver.started(folder()) as labels:
+        with loopback_kept(deployment.router.host):
+            fix = "see the message; prefillshare doctor looks at this machine"
+            _init("local", "Ray did not start", fix, labels=labels, **options)
         try:
-            yield
+            _close_token_file()
+            file = _record(deployment)
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
         finally:
-            file.unlink(missing_ok=True)
-    finally:
-        ray.shutdown()
+            ray.shutdown()
 
 
 def _record(deployment: Deployment) -> Path:
@@ -120,7 +122,7 @@ def _record(deployment: Deployment) -> Path:
     record = Record(
         ray.get_runtime_context().gcs_address, router.http_port, router.grpc_port, me.pid, me.create_time()
     )
-    file = _folder() / f"{router.http_port}.json"
+    file = folder() / f"{router.http_port}.json"
     whole = file.with_suffix(f".{me.pid}")
     whole.write_text(json.dumps(asdict(record)))
     return whole.replace(file)

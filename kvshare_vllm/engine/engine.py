@@ -42,6 +42,7 @@ from kvshare_vllm.engine.adapters import Adapters
 from kvshare_vllm.engine.first_word import FirstWord
 from kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from kvshare_vllm.engine.log_tail import LogTail
+from kvshare_vllm.forkserver import spare
 from kvshare_vllm.patches import gentle_grammars, vllm_logging
 from kvshare_vllm.sampling import logprob_rows
 from kvshare_vllm.vllm_refusals import as_our_errors
@@ -104,7 +105,7 @@ class Engine:
                 gentle_grammars.trust_the_router()
                 kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
-                with one_process(config, settings), quick_start.of_spawned():
+                with one_process(config, settings), quick_start.of_spawned(), spare.become_what_is_spawned():
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)

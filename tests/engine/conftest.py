@@ -11,6 +11,7 @@ from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa
 from ports import free_port
 
 from kvshare.config import Deployment, parse
+from prefillshare import cluster, forkserver
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch
@@ -28,6 +29,16 @@ def smollm() -> Path:
 def _engine_environment():
     """Engines started in this process want what replicas get."""
     os.environ.update({k: v for k, v in engine_environment().items() if k != "LD_PRELOAD"})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server():
+    """One for all systems: vLLM is imported once."""
+    name = f"tests-{os.getpid()}"
+    with forkserver.running(cluster.folder(), name):
+        os.environ[forkserver.SHARED] = name
+        yield
+        del os.environ[forkserver.SHARED]
 
 
 class System:

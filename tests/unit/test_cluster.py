@@ -29,7 +29,7 @@ def runs(tmp_path, monkeypatch):
     def make(http_port, alive=True):
         started = me.create_time() if alive else 1.0
         record = Record(f"10.0.0.1:{http_port}", http_port, http_port + 1, me.pid, started)
-        (cluster._folder() / f"{http_port}.json").write_text(json.dumps(asdict(record)))
+        (cluster.folder() / f"{http_port}.json").write_text(json.dumps(asdict(record)))
         return record.address
 
     return make
@@ -61,12 +61,12 @@ def test_another_deployments_cluster_is_not_taken_for_ones_own(runs):
 def test_one_whose_process_has_died_is_forgotten(runs):
     runs(8000, alive=False)
     assert cluster._of_this_machine(None) == "auto"
-    assert not list(cluster._folder().glob("*.json"))
+    assert not list(cluster.folder().glob("*.json"))
 
 
 def test_a_damaged_record_is_passed_over(runs):
     address = runs(8000)
-    (cluster._folder() / "8010.json").write_text('{"address"')
+    (cluster.folder() / "8010.json").write_text('{"address"')
     assert cluster._of_this_machine(None) == address
 
 

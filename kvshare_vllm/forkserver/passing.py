@@ -1,0 +1,72 @@
+"""How one process tells another what to be: arguments, environment, folder, open files. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass, field
+
+_HEAD = 4
+_MAX_FILES = 64
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `python *argv` would be, started here and now. `files`: descriptors that it has, under these numbers."""
+
+    argv: list[str]
+    files: list[int] = field(default_factory=lambda: [0, 1, 2])
+    env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    folder: str = field(default_factory=os.getcwd)
+
+    def send(self, connection: socket.socket) -> None:
+        body = json.dumps(asdict(self)).encode()
+        socket.send_fds(connection, [len(body).to_bytes(_HEAD, "big")], self.files)
+        connection.sendall(body)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A program, with its files under whatever numbers they came."""
+
+    program: Program
+    files: list[int]
+
+    def adopt(self) -> None:
+        """Make this process what the program wants; what it runs is the caller's to run."""
+        above = max([*self.program.files, *self.files], default=0) + 1
+        moved = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in self.files]
+        self.close()
+        for file, number in zip(moved, self.program.files, strict=True):
+            os.dup2(file, number)
+            os.close(file)
+        os.environ.clear()
+        os.environ.update(self.program.env)
+        os.chdir(self.program.folder)
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+
+
+def receive(connection: socket.socket) -> Received | None:
+    """None if the other end closed before it had sent a program."""
+    head, files, _, _ = socket.recv_fds(connection, _HEAD, _MAX_FILES)
+    body = _exactly(connection, int.from_bytes(head, "big")) if len(head) == _HEAD else None
+    if body is not None:
+        return Received(Program(**json.loads(body)), files)
+    for file in files:
+        os.close(file)
+    return None
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    body = bytearray()
+    while len(body) < size:
+        part = connection.recv(size - len(body))
+        if not part:
+            return None
+        body += part
+    return bytes(body)

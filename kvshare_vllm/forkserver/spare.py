@@ -1,0 +1,86 @@
+"""Processes forked in advance, for those that this one will spawn: each is this one's child, as if it had been spawned.
+
+Seam: multiprocessing/util.py (`spawnv_passfds`), multiprocessing/popen_spawn_posix.py; vllm/v1/engine/utils.py
+(`CoreEngineProcManager`, which spawns an engine's process)
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import util
+
+from setproctitle import setproctitle
+
+from kvshare_vllm.forkserver import openmp
+from kvshare_vllm.forkserver.passing import Program, receive
+
+#: A spawned process is Python with this argument, and a program of multiprocessing's own before it.
+_SPAWNED = "--multiprocessing-fork"
+
+
+@dataclass(frozen=True)
+class _Spare:
+    pid: int
+    connection: socket.socket
+
+
+_spares: list[_Spare] = []
+
+
+def make(*forget: Callable[[], None]) -> None:
+    """Called while this process has no thread. `forget`: called in the spare, to close what is not for it."""
+    ours, its = socket.socketpair()
+    if pid := os.fork():
+        its.close()
+        _spares.append(_Spare(pid, ours))
+        return
+    for close in (ours.close, *forget, *(one.connection.close for one in _spares)):
+        close()
+    _spares.clear()
+    _become(its)
+
+
+def _become(connection: socket.socket) -> None:
+    """In the spare: wait to be told what to be, be that, and end."""
+    setproctitle("prefillshare: spare process of a replica")
+    try:
+        asked = receive(connection)
+    except KeyboardInterrupt:
+        asked = None
+    if asked is None:  # whose spare it was has ended
+        os._exit(0)
+    connection.close()
+    asked.adopt()
+    openmp.begin_anew()
+    gc.enable()
+    at = asked.program.argv.index("-c")
+    sys.argv = ["-c", *asked.program.argv[at + 2 :]]
+    exec(asked.program.argv[at + 1], {"__name__": "__main__"})
+    raise SystemExit
+
+
+@contextmanager
+def become_what_is_spawned() -> Iterator[None]:
+    """Processes that are spawned meanwhile are spares as long as there are some."""
+    stock = util.spawnv_passfds
+
+    def spawn(path, args, files):
+        argv = [os.fsdecode(one) for one in args]
+        if not _spares or _SPAWNED not in argv:
+            return stock(path, args, files)
+        one = _spares.pop()
+        with one.connection as connection:
+            Program(argv, files=[0, 1, 2, *map(int, files)]).send(connection)
+        return one.pid
+
+    util.spawnv_passfds = spawn
+    try:
+        yield
+    finally:
+        util.spawnv_passfds = stock

@@ -1,0 +1,37 @@
+"""Stands where Ray would start Python for a worker: python -I -S stand_in.py SOCKET SPARES SCRIPT ARGUMENTS
+
+Asks the server for a process that runs the script, and ends when that does. Nothing that takes time is imported here.
+"""
+
+import os
+import socket
+import sys
+
+#: What the server says when there is a process.
+STARTED = b"+"
+#: The server may still be importing.
+PATIENCE_S = 50
+
+
+def main(address: str, spares: str, *argv: str) -> None:
+    sys.path.insert(0, os.path.dirname(__file__))
+    from passing import Program
+
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.settimeout(PATIENCE_S)
+        server.connect(address)
+        Program([spares, *argv]).send(server)
+        started = server.recv(1) == STARTED
+    except OSError:
+        started = False
+    if not started:
+        server.close()
+        os.execv(sys.executable, [sys.executable, *argv])
+    server.settimeout(None)
+    while server.recv(1):
+        pass
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

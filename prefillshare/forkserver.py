@@ -1,0 +1,86 @@
+"""The fork server of a deployment that has a Ray cluster of its own on this machine (kvshare_vllm/forkserver).
+
+The cluster's node bears the server's name as a label, so that every command that deploys to it finds the same: replicas are
+replaced when what starts them changes.
+
+Seam: ray/_private/runtime_env/py_executable.py, ray/_private/runtime_env/context.py (`exec_worker`: a line for the shell)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvshare_vllm import forkserver
+from kvshare_vllm.forkserver.openmp import RUNTIME
+from prefillshare.platform import engine_environment, on_cpu
+
+logger = logging.getLogger(__name__)
+
+LABEL = "prefillshare/fork-server"
+#: A server that serves several deployments one after another (the tests' engines): its name.
+SHARED = "PREFILLSHARE_FORK_SERVER"
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[dict[str, str]]:
+    """The labels of a cluster whose workers it forks. None on GPUs, where no engine has been seen to start so, and none where
+    an engine's OpenMP would not begin anew."""
+    if name := os.environ.get(SHARED):
+        yield {LABEL: name}
+        return
+    if not on_cpu() or RUNTIME not in engine_environment().get("LD_PRELOAD", ""):
+        yield {}
+        return
+    name = secrets.token_hex(8)
+    with running(folder, name):
+        yield {LABEL: name}
+
+
+@contextmanager
+def running(folder: Path, name: str) -> Iterator[None]:
+    address = _address(folder, name)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(address)],
+        env=os.environ | engine_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+        if server.poll() is not None:
+            logger.warning("The fork server ended with status %d; replicas have started without it", server.returncode)
+    finally:
+        server.stdin.close()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it is still importing
+            server.kill()
+            server.wait()
+        address.unlink(missing_ok=True)
+
+
+def runtime_env(folder: Path, spares: int = 0) -> dict[str, str]:
+    """What starts a replica in the cluster that this process is connected to. `spares`: processes that it will spawn."""
+    import ray
+
+    if not ray.is_initialized():
+        return {}
+    names = {node["Labels"].get(LABEL) for node in ray.nodes() if node["Alive"]}
+    if len(names) != 1 or None in names:
+        return {}
+    stand_in, address = Path(forkserver.__file__).with_name("stand_in.py"), _address(folder, *names)
+    return {"py_executable": shlex.join([sys.executable, "-I", "-S", str(stand_in), str(address), str(spares)])}
+
+
+def _address(folder: Path, name: str) -> Path:
+    return folder / f"{name}.socket"

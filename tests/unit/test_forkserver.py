@@ -1,0 +1,191 @@
+"""Processes that are forked instead of started: they are what they were asked to be, and all starts without a server, too."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kvshare_vllm import forkserver
+from kvshare_vllm.forkserver import openmp
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = Path(forkserver.__file__).with_name("stand_in.py")
+RUNTIME = Path(sys.prefix) / "lib" / openmp.RUNTIME
+#: Imported by the server, and slow to import as far as these tests go.
+MARK = "this_module_was_imported_by_the_server"
+
+TELLS = f"""
+import json, os, sys
+print(json.dumps({{
+    "pid": os.getpid(), "argv": sys.argv[1:], "folder": os.getcwd(), "mark": os.environ.get("MARK"), "title": __name__,
+    "imported": "{MARK}" in sys.modules, "input": sys.stdin.read(), "path": sys.path[0], "group": os.getpgid(0),
+}}))
+"""
+
+SPAWNS = f"""
+import multiprocessing, os, sys
+from kvshare_vllm.forkserver import spare
+
+def child(connection):
+    connection.send((os.getpid(), os.getppid(), "{MARK}" in sys.modules, os.environ.get("MARK")))
+    print("heard", flush=True)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    os.environ["MARK"] = "set by its parent"
+    for _ in range(2):
+        ours, its = context.Pipe()
+        process = context.Process(target=child, args=(its,))
+        with spare.become_what_is_spawned():
+            process.start()
+        pid, parent, imported, mark = ours.recv()
+        assert (pid, parent, mark) == (process.pid, os.getpid(), "set by its parent")
+        process.join(30)
+        print(process.exitcode, imported)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "script.py").write_text(text)
+        return str(tmp_path / "script.py")
+
+    return write
+
+
+@contextmanager
+def running_server(tmp_path, module: str = MARK):
+    (tmp_path / f"{MARK}.py").write_text("try:\n    import ray\nexcept ImportError:\n    ray = None\nassert ray is None\n")
+    address = tmp_path / "server.socket"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(address), module],
+        stdin=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not address.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        yield address, process
+    finally:
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+@pytest.fixture
+def server(tmp_path):
+    with running_server(tmp_path) as both:
+        yield both
+
+
+def stand_in(address, *argv: str, spares: int = 0, **options) -> subprocess.Popen:
+    command = [sys.executable, "-I", "-S", str(STAND_IN), str(address), str(spares), *argv]
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, text=True, **options)
+
+
+def test_a_worker_is_what_python_would_have_been_with_the_modules_there(server, script, tmp_path):
+    process = stand_in(server[0], script(TELLS), "a", "b c", cwd=tmp_path, env=os.environ | {"MARK": "its own"})
+    out, err = process.communicate("typed", timeout=30)
+    told = json.loads(out)
+    assert told.pop("pid") == told.pop("group") != process.pid
+    assert told == {
+        "argv": ["a", "b c"],
+        "folder": str(tmp_path),
+        "mark": "its own",
+        "title": "__main__",
+        "imported": True,
+        "input": "typed",
+        "path": str(tmp_path),
+    }
+    assert (process.returncode, err) == (0, "")
+
+
+def test_what_it_spawns_was_forked_too_and_is_its_child_and_the_next_one_is_spawned(server, script):
+    out, err = stand_in(server[0], script(SPAWNS), spares=1).communicate(timeout=60)
+    assert (out.split("\n")[:-1], err) == (["heard", "0 True", "heard", "0 False"], "")
+
+
+def test_a_spare_that_is_not_wanted_ends_with_its_replica(server, script):
+    text = "import os, psutil\nprint(*[child.pid for child in psutil.Process().children()])\n"
+    out, err = stand_in(server[0], script(text), spares=2).communicate(timeout=30)
+    assert not err
+    spares = [int(pid) for pid in out.split()]
+    assert len(spares) == 2
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, spares)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_its_death_ends_its_stand_in_and_nobody_else(server, script):
+    text = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    both = [stand_in(server[0], script(text)) for _ in range(2)]
+    pids = [int(one.stdout.readline()) for one in both]
+    os.killpg(pids[0], signal.SIGKILL)  # as Ray does
+    both[0].wait(10)
+    assert both[1].poll() is None
+    assert psutil.pid_exists(pids[1])
+    os.kill(pids[1], signal.SIGKILL)
+    both[1].wait(10)
+    for one in both:
+        one.communicate()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0", b"\0\0\0\5{", b"\0\0\0\2{}", b"\0\0\0\2xx"])
+def test_nonsense_does_not_end_the_server(server, script, sent):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(server[0]))
+        with suppress(BrokenPipeError):
+            connection.sendall(sent)
+    out, _ = stand_in(server[0], script(TELLS)).communicate("", timeout=30)
+    assert json.loads(out)["imported"]
+
+
+def test_without_a_server_it_is_python(tmp_path, script):
+    for address in (tmp_path / "nobody", tmp_path):
+        process = stand_in(address, script(TELLS), "a")
+        out, _ = process.communicate("typed", timeout=30)
+        told = json.loads(out)
+        assert told["pid"] == process.pid
+        assert told["argv"] == ["a"]
+        assert not told["imported"]
+
+
+def test_what_was_forked_outlives_the_server(tmp_path, script):
+    with running_server(tmp_path) as (address, _):
+        process = stand_in(address, script("import sys\nprint(1, flush=True)\nprint(sys.stdin.read())\n"))
+        assert process.stdout.readline() == "1\n"
+    out, err = process.communicate("after", timeout=10)
+    assert (out, err) == ("after\n", "")
+
+
+COUNTS = """
+import ctypes, os
+runtime = ctypes.CDLL(None)
+print(runtime.omp_get_max_threads(), *sorted(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.skipif(not RUNTIME.is_file(), reason="Intel's OpenMP is not installed")
+def test_openmp_begins_anew_with_the_environment_of_the_process(tmp_path, script, monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", str(RUNTIME))
+    (tmp_path / "uses_openmp.py").write_text("import ctypes\nctypes.CDLL(None).omp_get_max_threads()\n")
+    core = max(os.sched_getaffinity(0))
+    settings = {"OMP_NUM_THREADS": "3", "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{core}]"}
+    with running_server(tmp_path, "uses_openmp") as (address, _):
+        out, err = stand_in(address, script(COUNTS), env=os.environ | settings).communicate(timeout=30)
+    assert (out.split(), err) == (["3", str(core)], "")

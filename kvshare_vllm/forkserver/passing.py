@@ -1,4 +1,4 @@
-"""How one process tells another what to be: arguments, environment, folder, open files. Standard library only."""
+"""How one process tells another what to be: all that a child of its own would have from it. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Program:
     files: list[int] = field(default_factory=lambda: [0, 1, 2])
     env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     folder: str = field(default_factory=os.getcwd)
+    cores: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
+    niceness: int = field(default_factory=lambda: os.getpriority(os.PRIO_PROCESS, 0))
 
     def send(self, connection: socket.socket) -> None:
         body = json.dumps(asdict(self)).encode()
@@ -45,6 +47,8 @@ class Received:
         os.environ.clear()
         os.environ.update(self.program.env)
         os.chdir(self.program.folder)
+        os.sched_setaffinity(0, self.program.cores)
+        os.setpriority(os.PRIO_PROCESS, 0, self.program.niceness)
 
     def close(self) -> None:
         for file in self.files:

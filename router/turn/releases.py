@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 #: How long a prefill that nobody waits for any more may go on to its end.
 LAST_WORD_S = 0.25
+#: How long it may take until a call that is taken back has ended, with an answer or without.
+TAKEN_BACK_S = 5.0
 
 
 class Releases:
@@ -30,12 +32,15 @@ class Releases:
             return await asyncio.shield(answering)
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
-                ending = self._end(answering, decode, request_id)
+                ending = self._end(call, answering, decode, request_id)
                 self._background.start("handoff_release", ending, request=request_id)
             raise
 
-    async def _end(self, answering: asyncio.Task[PrefillResult], decode: Pool, request_id: str) -> None:
+    async def _end(self, call, answering: asyncio.Task[PrefillResult], decode: Pool, request_id: str) -> None:
         await asyncio.wait({answering}, timeout=LAST_WORD_S)
+        if not answering.done():
+            call.cancel()  # its answer may be on the way by now
+            await asyncio.wait({answering}, timeout=TAKEN_BACK_S)
         answering.cancel()
         await asyncio.wait({answering})
         if not answering.cancelled() and not answering.exception() and (handoff := answering.result().handoff):

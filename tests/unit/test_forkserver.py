@@ -41,13 +41,16 @@ def child(connection):
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     os.environ["MARK"] = "set by its parent"
+    os.nice(7)
+    os.sched_setaffinity(0, {{max(os.sched_getaffinity(0))}})
     for _ in range(2):
         ours, its = context.Pipe()
         process = context.Process(target=child, args=(its,))
         with spare.become_what_is_spawned():
             process.start()
-        pid, parent, imported, mark = ours.recv()
-        assert (pid, parent, mark) == (process.pid, os.getpid(), "set by its parent")
+        pid, parent, imported, inherited = ours.recv()
+        assert (pid, parent) == (process.pid, os.getpid())
+        assert inherited == ("set by its parent", os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0))
         process.join(30)
         print(process.exitcode, imported)
 """

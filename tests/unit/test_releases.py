@@ -111,6 +111,19 @@ async def test_a_prefill_that_goes_on_is_taken_back(asked, monkeypatch):
     assert decode.released == []
 
 
+async def test_a_prefill_that_has_answered_when_it_is_taken_back_is_released(asked, monkeypatch):
+    monkeypatch.setattr(releases, "LAST_WORD_S", 0.01)
+    call, decode, turn = asked
+    call.cancel = lambda: asyncio.get_running_loop().call_later(0.02, call.answer.set_result, result())
+    turn.cancel()
+    await is_cancelled(turn)
+
+    async def told():
+        return decode.released == [(7, "r")]
+
+    await until(told)
+
+
 async def test_a_prefill_that_fails_after_its_turn_is_nobodys(asked, caplog):
     call, decode, turn = asked
     turn.cancel()

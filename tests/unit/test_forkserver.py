@@ -35,7 +35,8 @@ import multiprocessing, os, sys
 from kvshare_vllm.forkserver import spare
 
 def child(connection):
-    connection.send((os.getpid(), os.getppid(), "{MARK}" in sys.modules, os.environ.get("MARK")))
+    inherited = os.environ.get("MARK"), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
+    connection.send((os.getpid(), os.getppid(), "{MARK}" in sys.modules, inherited))
     print("heard", flush=True)
 
 if __name__ == "__main__":

@@ -25,16 +25,17 @@ from prefillshare.platform import engine_environment, on_cpu
 logger = logging.getLogger(__name__)
 
 LABEL = "prefillshare/fork-server"
-#: A server that serves several deployments one after another (the tests' engines): its name.
-SHARED = "PREFILLSHARE_FORK_SERVER"
+#: Environment variable: the name of one that runs already, for several deployments one after another, or OFF.
+SETTING = "PREFILLSHARE_FORK_SERVER"
+OFF = "off"
 
 
 @contextmanager
 def started(folder: Path) -> Iterator[dict[str, str]]:
     """The labels of a cluster whose workers it forks. None on GPUs, where no engine has been seen to start so, and none where
     an engine's OpenMP would not begin anew."""
-    if name := os.environ.get(SHARED):
-        yield {LABEL: name}
+    if name := os.environ.get(SETTING):
+        yield {} if name == OFF else {LABEL: name}
         return
     if not on_cpu() or RUNTIME not in engine_environment().get("LD_PRELOAD", ""):
         yield {}

@@ -36,9 +36,9 @@ def _fork_server():
     """One for all systems: vLLM is imported once."""
     name = f"tests-{os.getpid()}"
     with forkserver.running(cluster.folder(), name):
-        os.environ[forkserver.SHARED] = name
+        os.environ[forkserver.SETTING] = name
         yield
-        del os.environ[forkserver.SHARED]
+        del os.environ[forkserver.SETTING]
 
 
 class System:

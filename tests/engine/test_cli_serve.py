@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from test_system_llama import deployment
 from kvshare.engine_settings import SHARED_PREFILL
 from kvshare.errors import Unavailable
 from kvshare_vllm.engine.ray_node import channel_secret
-from prefillshare import cluster
+from prefillshare import cluster, forkserver
 from prefillshare.client import Client
 
 pytestmark = pytest.mark.engine
@@ -55,7 +56,8 @@ def serving(tmp_path_factory, smollm):
     data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
     data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))
-    process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"])
+    own_fork_server = {name: value for name, value in os.environ.items() if name != forkserver.SETTING}
+    process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"], env=own_fork_server)
     try:
         with Client(f"127.0.0.1:{data['router']['grpc_port']}") as client:
 

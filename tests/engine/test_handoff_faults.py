@@ -149,7 +149,8 @@ def test_a_prefill_replica_that_is_stopped_waits_until_its_prompts_are_read(runn
     fewer = threading.Thread(target=apply, args=(parse(plain),))
     try:
         with stopped(decode_processes(running)):
-            turns = [take(ids(100, salt=4)), take(ids(100, salt=5))]
+            # Long enough that the second is placed while the first is being computed: on the other replica.
+            turns = [take(ids(450, salt=4)), take(ids(450, salt=5))]
             sources = holding(running, count=2)
             fewer.start()
             wait_until(lambda: len(running.info()["prefill"]) == 1, LEASE_S - 4)

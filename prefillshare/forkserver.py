@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,14 +49,7 @@ def started(folder: Path) -> Iterator[dict[str, str]]:
 @contextmanager
 def running(folder: Path, name: str) -> Iterator[None]:
     address = _address(folder, name)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(address)],
-        env=os.environ | engine_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    server = start(address, env=os.environ | engine_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
         if server.poll() is not None:
@@ -68,6 +62,16 @@ def running(folder: Path, name: str) -> Iterator[None]:
             server.kill()
             server.wait()
         address.unlink(missing_ok=True)
+
+
+def start(address: Path, *modules: str, **options) -> subprocess.Popen:
+    """From now on it can be asked; it answers when it has imported. `modules`: others than vLLM's. It ends with its input."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen(64)
+        command = [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(listener.fileno()), *modules]
+        files = [listener.fileno()]
+        return subprocess.Popen(command, pass_fds=files, stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
 def runtime_env(folder: Path, spares: int = 0) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 _HEAD = 4
@@ -38,6 +40,8 @@ class Received:
 
     def adopt(self) -> None:
         """Make this process what the program wants; what it runs is the caller's to run."""
+        from kvshare_vllm.forkserver import openmp  # the stand-in, which adopts nothing, is to start at once
+
         above = max([*self.program.files, *self.files], default=0) + 1
         moved = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in self.files]
         self.close()
@@ -49,6 +53,8 @@ class Received:
         os.chdir(self.program.folder)
         os.sched_setaffinity(0, self.program.cores)
         os.setpriority(os.PRIO_PROCESS, 0, self.program.niceness)
+        openmp.begin_anew()
+        gc.enable()
 
     def close(self) -> None:
         for file in self.files:
@@ -56,14 +62,17 @@ class Received:
 
 
 def receive(connection: socket.socket) -> Received | None:
-    """None if the other end closed before it had sent a program."""
+    """None if the other end closed before it had sent a program. Raises OSError, ValueError or TypeError for what is none."""
     head, files, _, _ = socket.recv_fds(connection, _HEAD, _MAX_FILES)
-    body = _exactly(connection, int.from_bytes(head, "big")) if len(head) == _HEAD else None
-    if body is not None:
-        return Received(Program(**json.loads(body)), files)
-    for file in files:
-        os.close(file)
-    return None
+    with ExitStack() as unless_received:
+        for file in files:
+            unless_received.callback(os.close, file)
+        body = _exactly(connection, int.from_bytes(head, "big")) if len(head) == _HEAD else None
+        if body is None:
+            return None
+        received = Received(Program(**json.loads(body)), files)
+        unless_received.pop_all()
+        return received
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:

@@ -1,4 +1,6 @@
-"""The server: python -m kvshare_vllm.forkserver.server SOCKET [MODULE ...]; ends when its standard input does.
+"""The server: python -m kvshare_vllm.forkserver.server LISTENER [MODULE ...]
+
+`LISTENER`: file descriptor of a socket that listens. It ends when its standard input does.
 
 Seam: ray/_raylet (`RayConfig` takes what is particular to a worker from the environment when it is imported, so that it is not
 imported here); ray/_private/workers/default_worker.py, which is the script that is run
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from kvshare_vllm.forkserver import openmp, spare
+from kvshare_vllm.forkserver import spare
 from kvshare_vllm.forkserver.passing import Received, receive
 from kvshare_vllm.forkserver.stand_in import STARTED
 
@@ -87,20 +89,15 @@ def serve(listener: socket.socket) -> tuple[Received, socket.socket]:
         connection.close()
 
 
-def main(address: str, *modules: str) -> None:
+def main(listener: str, *modules: str) -> None:
     gc.disable()
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen(64)
     preload(modules or PRELOADED)
-    asked, connection = serve(listener)
+    asked, connection = serve(socket.socket(fileno=int(listener)))
     connection.sendall(STARTED)
     spares, script, *arguments = asked.program.argv
     for _ in range(int(spares)):
         spare.make(connection.close, asked.close)
     asked.adopt()
-    openmp.begin_anew()
-    gc.enable()
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")

@@ -6,7 +6,6 @@ Seam: multiprocessing/util.py (`spawnv_passfds`), multiprocessing/popen_spawn_po
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import sys
@@ -17,7 +16,6 @@ from multiprocessing import util
 
 from setproctitle import setproctitle
 
-from kvshare_vllm.forkserver import openmp
 from kvshare_vllm.forkserver.passing import Program, receive
 
 #: A spawned process is Python with this argument, and a program of multiprocessing's own before it.
@@ -57,8 +55,6 @@ def _become(connection: socket.socket) -> None:
         os._exit(0)
     connection.close()
     asked.adopt()
-    openmp.begin_anew()
-    gc.enable()
     at = asked.program.argv.index("-c")
     sys.argv = ["-c", *asked.program.argv[at + 2 :]]
     exec(asked.program.argv[at + 1], {"__name__": "__main__"})

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from kvshare_vllm import forkserver
 from kvshare_vllm.forkserver import openmp
+from prefillshare.forkserver import start
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(forkserver.__file__).with_name("stand_in.py")
@@ -70,18 +70,8 @@ def script(tmp_path):
 def running_server(tmp_path, module: str = MARK):
     (tmp_path / f"{MARK}.py").write_text("try:\n    import ray\nexcept ImportError:\n    ray = None\nassert ray is None\n")
     address = tmp_path / "server.socket"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(address), module],
-        stdin=subprocess.PIPE,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-    )
+    process = start(address, module, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     try:
-        deadline = time.monotonic() + 20
-        while not address.exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.02)
         yield address, process
     finally:
         process.stdin.close()
@@ -129,14 +119,13 @@ def test_a_spare_that_is_not_wanted_ends_with_its_replica(server, script):
     assert not err
     spares = [int(pid) for pid in out.split()]
     assert len(spares) == 2
-    deadline = time.monotonic() + 10
-    while any(map(psutil.pid_exists, spares)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    for pid in spares:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(10)
 
 
 def test_its_death_ends_its_stand_in_and_nobody_else(server, script):
-    text = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    text = "import os, sys\nprint(os.getpid(), flush=True)\nsys.stdin.read()\n"
     both = [stand_in(server[0], script(text)) for _ in range(2)]
     pids = [int(one.stdout.readline()) for one in both]
     os.killpg(pids[0], signal.SIGKILL)  # as Ray does

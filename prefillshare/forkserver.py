@@ -21,6 +21,7 @@ from pathlib import Path
 
 from kvshare_vllm import forkserver
 from kvshare_vllm.forkserver.openmp import RUNTIME
+from kvshare_vllm.forkserver.passing import named
 from prefillshare.platform import engine_environment, on_cpu
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def running(folder: Path, name: str) -> Iterator[None]:
 def start(address: Path, *modules: str, **options) -> subprocess.Popen:
     """From now on it can be asked; it answers when it has imported. `modules`: others than vLLM's. It ends with its input."""
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(address))
+        with named(address) as name:
+            listener.bind(name)
         listener.listen(64)
         command = [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(listener.fileno()), *modules]
         files = [listener.fileno()]

@@ -7,7 +7,8 @@ import gc
 import json
 import os
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 
 _HEAD = 4
@@ -73,6 +74,17 @@ def receive(connection: socket.socket) -> Received | None:
         received = Received(Program(**json.loads(body)), files)
         unless_received.pop_all()
         return received
+
+
+@contextmanager
+def named(path: os.PathLike | str) -> Iterator[str]:
+    """A short name of a socket: the kernel takes 107 bytes, a user's TMPDIR may be longer. Raises OSError without its folder."""
+    folder, name = os.path.split(path)
+    folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{name}"
+    finally:
+        os.close(folder)
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:

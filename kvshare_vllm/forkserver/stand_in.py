@@ -15,12 +15,13 @@ PATIENCE_S = 50
 
 def main(address: str, spares: str, *argv: str) -> None:
     sys.path.insert(0, os.path.dirname(__file__))
-    from passing import Program
+    from passing import Program, named
 
     server = socket.socket(socket.AF_UNIX)
     try:
         server.settimeout(PATIENCE_S)
-        server.connect(address)
+        with named(address) as name:
+            server.connect(name)
         Program([spares, *argv]).send(server)
         started = server.recv(1) == STARTED
     except OSError:

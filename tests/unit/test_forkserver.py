@@ -14,6 +14,7 @@ import pytest
 
 from kvshare_vllm import forkserver
 from kvshare_vllm.forkserver import openmp
+from kvshare_vllm.forkserver.passing import named
 from prefillshare.forkserver import start
 
 ROOT = Path(__file__).parents[2]
@@ -141,10 +142,19 @@ def test_its_death_ends_its_stand_in_and_nobody_else(server, script):
 @pytest.mark.parametrize("sent", [b"", b"\0\0", b"\0\0\0\5{", b"\0\0\0\2{}", b"\0\0\0\2xx"])
 def test_nonsense_does_not_end_the_server(server, script, sent):
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(server[0]))
+        with named(server[0]) as name:
+            connection.connect(name)
         with suppress(BrokenPipeError):
             connection.sendall(sent)
     out, _ = stand_in(server[0], script(TELLS)).communicate("", timeout=30)
+    assert json.loads(out)["imported"]
+
+
+def test_its_socket_may_stand_far_down(tmp_path, script):
+    folder = tmp_path / ("far" * 50)
+    folder.mkdir()
+    with running_server(folder) as (address, _):
+        out, _ = stand_in(address, script(TELLS)).communicate("", timeout=30)
     assert json.loads(out)["imported"]
 
 

@@ -1,0 +1,171 @@
+"""Shared prefixes on their way into an engine: which tokens are shared, who waits for whose load, what is pending, what it cost.
+
+What upholds R1 (which prefix), R2 (what lacks KV is not offered), R5 (no second load of the same blocks) is here, and knows of no
+transport: the scheduler and a transport's connector call it. A request that computes layers itself has a load in two parts: what
+enters them first, so that it can begin, and the KV of the other layers, called `rest_of(request_id)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from kvshare.layer_group import LayerGroup
+from kvshare.modes import SharingMode
+from kvshare_vllm.transfer.load_overlap import LoadOverlap
+from kvshare_vllm.transfer.params import LoadCost
+
+#: Behind the id of a request that computes layers itself: the load of the other layers' KV.
+_REST = " rest"
+
+
+def rest_of(request_id: str) -> str:
+    return request_id + _REST
+
+
+def request_of(name: str) -> str:
+    """Of a load's name."""
+    return name.removesuffix(_REST)
+
+
+def is_rest(name: str) -> bool:
+    return name.endswith(_REST)
+
+
+@dataclass
+class _Load:
+    """Of one request, from its beginning to the request's end."""
+
+    cost: LoadCost
+    #: None: all was there.
+    began: float | None
+    group: LayerGroup | None
+    #: Parts that are under way, and their bytes; empty where the load is in one part.
+    parts: dict[str, int] = field(default_factory=dict)
+    #: Keys of the blocks that others wait for until they are there.
+    keys: Sequence[Hashable] = ()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A load, or a part of one, that has ended well or badly."""
+
+    request_id: str
+    is_whole: bool
+    #: Of two parts, the one with which a request may begin.
+    is_first: bool = False
+    #: No other part is under way any more.
+    is_last: bool = False
+
+
+class Loads:
+    """Of one engine. `block_bytes`: what a block of a request costs that computes these layers itself, (first part, rest); all is
+    in the rest where it computes none."""
+
+    def __init__(
+        self,
+        mode: SharingMode,
+        block_size: int,
+        block_bytes: Callable[[LayerGroup | None], tuple[int, int]],
+        overlap: LoadOverlap,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._mode, self._block_size, self._block_bytes, self._clock = mode, block_size, block_bytes, clock
+        self.overlap = overlap
+        self._loads: dict[str, _Load] = {}
+        #: Block key -> request that is loading this block now.
+        self._loading: dict[Hashable, str] = {}
+
+    def shared_tokens(self, prompt_tokens: int, generated: int) -> int:
+        """Length of the prefix that must be base KV, in tokens (R1)."""
+        return self._mode.handoff_tokens(prompt_tokens, generated)
+
+    def must_wait(self, request_id: str, missing_tokens: int, first_key: Callable[[], Hashable]) -> bool:
+        """Another request is loading the first block that is missing (R5)."""
+        return missing_tokens >= self._block_size and self._loading.get(first_key()) not in (None, request_id)
+
+    def begins(
+        self, request_id: str, *, shared_tokens: int, local_tokens: int, keys: Sequence[Hashable], group: LayerGroup | None
+    ) -> None:
+        """Blocks have been found for it. `keys`: of the prompt's blocks."""
+        missing = shared_tokens - local_tokens
+        blocks = -(-missing // self._block_size)
+        first, rest = (size * blocks for size in self._block_bytes(group))
+        load = _Load(LoadCost(first + rest, local_tokens), self._clock() if missing else None, group)
+        if group and missing:
+            load.parts = {request_id: first, rest_of(request_id): rest}
+        if missing:
+            load.keys = keys[local_tokens // self._block_size : shared_tokens // self._block_size]
+            self._loading |= dict.fromkeys(load.keys, request_id)
+        self._loads[request_id] = load
+
+    def group_of(self, request_id: str) -> LayerGroup | None:
+        """Layers that a request computes itself whose load is under way."""
+        load = self._loads.get(request_id)
+        return load.group if load and load.began is not None else None
+
+    def arrived(self, name: str) -> Arrival:
+        """Called once for each load, and for each part of one in two."""
+        request_id = request_of(name)
+        load = self._loads.get(request_id)
+        if load is None or load.began is None:
+            return Arrival(request_id, is_whole=True)
+        self._time(load, name)
+        if name not in load.parts:
+            if load.group is None:
+                self.is_there(request_id)
+            return Arrival(request_id, is_whole=True)
+        del load.parts[name]
+        return Arrival(request_id, is_whole=False, is_first=name == request_id, is_last=not load.parts)
+
+    def begins_early(self, request_id: str) -> bool:
+        """With its own layers, while the rest is under way: where that pays."""
+        return self.overlap.begins(self._loads[request_id].parts.get(rest_of(request_id), 0))
+
+    def rest_is_under_way(self, request_id: str) -> bool:
+        load = self._loads.get(request_id)
+        return load is not None and rest_of(request_id) in load.parts
+
+    def is_under_way(self, request_id: str) -> bool:
+        """A part of a load in two: its blocks may still be written to."""
+        load = self._loads.get(request_id)
+        return load is not None and bool(load.parts)
+
+    def offered(self, request_id: str, tokens: int) -> int:
+        """Of the tokens that may be offered for reuse, those whose KV is there in all layers (R2)."""
+        return min(tokens, self._loads[request_id].cost.local_tokens) if self.rest_is_under_way(request_id) else tokens
+
+    def is_there(self, request_id: str) -> None:
+        """Its prefix is there in full: others may find its blocks in the cache."""
+        if load := self._loads.get(request_id):
+            for key in load.keys:
+                if self._loading.get(key) == request_id:
+                    del self._loading[key]
+            load.keys, load.group = (), None
+
+    def cost(self, request_id: str) -> LoadCost | None:
+        load = self._loads.get(request_id)
+        return load.cost if load else None
+
+    def forget(self, request_id: str) -> LoadCost | None:
+        """The request has ended; parts that are under way are waited for by `is_under_way`."""
+        self.is_there(request_id)
+        load = self._loads.get(request_id)
+        if load is None:
+            return None
+        if not load.parts:
+            del self._loads[request_id]
+        return load.cost
+
+    def _time(self, load: _Load, name: str) -> None:
+        """Of two parts, the second has begun with the first's end (or with the first, where that reads nothing)."""
+        now = self._clock()
+        cost, took = load.cost, now - load.began
+        if not is_rest(name):
+            cost.load_s = took
+            self.overlap.loaded(load.parts.get(name, 0), took)
+            return
+        cost.rest_load_s = took
+        before = cost.load_s if load.group and load.group.transition else 0.0
+        self.overlap.loaded(load.parts.get(name, 0), took - before)

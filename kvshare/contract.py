@@ -128,6 +128,8 @@ class KVContract:
     dtype: str
     block_size: int
     engine: str
+    #: How KV moves between them.
+    transport: str = "nixl"
     #: Layers whose inputs prefill engines keep beside the KV.
     ecache_layers: tuple[int, ...] = ()
 

@@ -49,6 +49,8 @@ class EngineSettings:
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None
     lease_s: int = 60
+    #: As Cluster of the config (kvshare_vllm/transfer/transports.py).
+    kv_transport: str = "nixl"
     #: CPU build only: cores this engine computes on ("0" or "0-3"); None lets vLLM choose.
     cpu_cores: str | None = None
     #: Port of the NIXL side channel; None takes a free one.

@@ -5,21 +5,21 @@ from __future__ import annotations
 import multiprocessing
 
 from kvshare.modes import modes
-from kvshare_vllm.names import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
+from kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
 
 
 def register() -> None:
     from vllm import ModelRegistry
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
 
     from kvshare_vllm.engine import kv_events, quick_start
     from kvshare_vllm.patches import gentle_grammars, gloo_loops, nixl_handshakes, vllm_logging
+    from kvshare_vllm.transfer.transports import TRANSPORTS
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "kvshare_vllm.transfer.connector", CONNECTOR)
+    for transport in TRANSPORTS.values():
+        transport.register()
     kv_events.register()
     nixl_handshakes.protect()
     gloo_loops.share()

@@ -14,8 +14,15 @@ def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
     """Check every decoder's files and return the contract all engines of the deployment start under. `check_files`: not those
     of what runs already: they may be gone."""
     base = decoders.check_files(deployment) if check_files else DecoderContract.of_base(deployment.base.model)
-    kept = decoders.ecache_layers(deployment.decode)
-    return KVContract(base.base, base.shape, deployment.base.dtype, deployment.base.block_size, vllm_build(), kept)
+    return KVContract(
+        base=base.base,
+        shape=base.shape,
+        dtype=deployment.base.dtype,
+        block_size=deployment.base.block_size,
+        engine=vllm_build(),
+        transport=deployment.cluster.kv_transport,
+        ecache_layers=decoders.ecache_layers(deployment.decode),
+    )
 
 
 def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[str, tuple[EngineSettings, Engines]]:
@@ -38,6 +45,7 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
             max_num_seqs=engines.max_num_seqs,
             max_num_batched_tokens=engines.max_num_batched_tokens,
             lease_s=deployment.cluster.kv_lease_s,
+            kv_transport=deployment.cluster.kv_transport,
             cpu_cores=engines.cpu_cores,
             log_level=deployment.logs.level,
             log_format=deployment.logs.format,

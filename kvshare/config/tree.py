@@ -234,6 +234,8 @@ class Cluster(_Node):
     """Local cluster only: CPUs Ray may hand out; unset: all."""
     start_timeout_s: float = Field(600, gt=0)
     """How long all replicas may take to be ready, seconds."""
+    kv_transport: Literal["nixl"] = "nixl"
+    """How KV moves between engines. All engines of a deployment use the same; part of the KV contract."""
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
     kv_load_timeout_s: float = Field(30, gt=0)

@@ -45,6 +45,7 @@ from kvshare_vllm.engine.log_tail import LogTail
 from kvshare_vllm.forkserver import spare
 from kvshare_vllm.patches import gentle_grammars, vllm_logging
 from kvshare_vllm.sampling import logprob_rows
+from kvshare_vllm.transfer import params
 from kvshare_vllm.vllm_refusals import as_our_errors
 
 #: An engine that has started but does not generate a token within so long has not started.
@@ -218,7 +219,7 @@ class Engine:
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the engine that made this handoff that nobody will read it, so that it frees the blocks now."""
-        await self._llm.notify_kv_transfer_request_rejected(request_id, {**handoff.transfer, "do_remote_prefill": True})
+        await self._llm.notify_kv_transfer_request_rejected(request_id, params.to_be_released(handoff.transfer))
 
     async def _release_unseen(self, handoff: Handoff | None, request_id: str, error: PrefillShareError) -> None:
         """A call ends with `error` before anything came of it: if the engine has not seen the request, because it was refused
@@ -242,12 +243,12 @@ class PrefillEngine(Engine):
         trace: Mapping[str, str] | None = None,
     ) -> PrefillResult:
         """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends. `trace`: W3C headers."""
-        ask = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
+        ask = params.to_hold()
         output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask, trace)
-        params = output.kv_transfer_params
-        if not params:
+        if not output.kv_transfer_params:
             raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
-        return PrefillResult(self._handoff(params, len(token_ids)), len(token_ids), output.num_cached_tokens or 0, seconds)
+        handoff = self._handoff(output.kv_transfer_params, len(token_ids))
+        return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, seconds)
 
     async def warm(
         self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
@@ -266,8 +267,7 @@ class PrefillEngine(Engine):
         """
         wanted = len(token_ids) - 1
         # vLLM aligns both engines' blocks at the end, and a decode engine may have one more than the tokens fill.
-        blocks = [group[: -(-wanted // self.settings.block_size)] for group in lent.transfer["remote_block_ids"]]
-        ask = {**lent.transfer, "remote_block_ids": blocks, "do_remote_prefill": True, "do_remote_decode": False, "lend": False}
+        ask = params.to_pull(lent.transfer, -(-wanted // self.settings.block_size))
         try:
             if lent.contract != self.settings.contract or wanted > lent.tokens:
                 raise Internal(f"a loan of {lent.tokens} tokens under contract {lent.contract} for {wanted} tokens")
@@ -286,7 +286,7 @@ class PrefillEngine(Engine):
         async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
             output = latest
         ended = output.outputs[0].finish_reason if output is not None else None
-        if ended == "error" and ask and ask.get("do_remote_prefill"):
+        if ended == "error" and params.Asked(ask).load_is_due:
             raise PrefixLost(f"the KV lent for {request_id} could not be read", reason=ResumeReason.KV_LOAD_FAILED)
         if ended not in ("length", "stop"):
             raise Unavailable(f"prefill of request {request_id} ended early")
@@ -305,7 +305,7 @@ class DecodeEngine(Engine):
     ) -> list[tuple[int, float, int]]:
         """What the decoder would say next with its own KV of all of `token_ids`, as a row of TokenChunk.logprobs: for
         comparison with what it says over shared KV (modes that recompute). Nothing of it is shared with anybody."""
-        extra = {"kv_transfer_params": {"own_prefill": True}}
+        extra = {"kv_transfer_params": params.to_prefill_alone()}
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=top, detokenize=False, extra_args=extra)
         name, row = f"own-{uuid.uuid4().hex}", None
         async for output in self._generate(token_ids, sampling, name, adapter, name, priority):
@@ -347,26 +347,26 @@ class DecodeEngine(Engine):
 
     def _chunk(self, request_id: str, output: RequestOutput) -> TokenChunk:
         """Raises what the output says of a request that has ended otherwise than well."""
-        completion, params = output.outputs[0], output.kv_transfer_params or {}
+        completion, told = output.outputs[0], params.Told(output.kv_transfer_params)
         if completion.finish_reason == "error":
-            if "refused" in params:
-                raise InvalidInput(f"the engine refused request {request_id}: {params['refused']}")
-            if "resume_reason" not in params:  # vLLM's own scheduler, in modes without ours
+            if told.refused:
+                raise InvalidInput(f"the engine refused request {request_id}: {told.refused}")
+            if told.lost_by is None:  # vLLM's own scheduler, in modes without ours
                 raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
-            reason = ResumeReason(params["resume_reason"])
-            raise PrefixLost(f"request {request_id} lost its shared prefix ({reason})", reason=reason)
+            raise PrefixLost(f"request {request_id} lost its shared prefix ({told.lost_by})", reason=told.lost_by)
         if completion.finish_reason == "abort":
             raise Unavailable(f"request {request_id} was aborted by the engine")
+        cost = told.cost
         return TokenChunk(
             token_ids=list(completion.token_ids),
             logprobs=logprob_rows(completion),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
-            kv_bytes=params.get("pulled_bytes", 0),
-            local_tokens=params.get("local_tokens", 0),
-            load_s=params.get("load_s", 0.0),
-            rest_load_s=params.get("rest_load_s", 0.0),
-            lent=self._handoff(params, params["remote_num_tokens"]) if params.get("do_remote_decode") else None,
+            kv_bytes=cost.pulled_bytes,
+            local_tokens=cost.local_tokens,
+            load_s=cost.load_s,
+            rest_load_s=cost.rest_load_s,
+            lent=self._handoff(*told.lent) if told.lent else None,
         )
 
     async def give_up(self, handoff: Handoff, request_id: str) -> None:
@@ -377,24 +377,22 @@ class DecodeEngine(Engine):
 
     def _sampling(self, request: DecodeRequest) -> SamplingParams:
         """The turn's, as the engine's scheduler and connector are to have it."""
-        prompt_tokens = len(request.token_ids) - request.replay
-        transfer = self._transfer(request.handoff, prompt_tokens, request.replay)
-        transfer |= {"replay_tokens": request.replay, "lend": request.lend}
-        if request.own_layers:
-            transfer["own_layers"] = str(request.own_layers)
+        self._check_handoff(request)
+        transfer = request.handoff.transfer if request.handoff else None
+        ask = params.to_read(transfer, replay=request.replay, lend=request.lend, own_layers=request.own_layers)
         sampling = request.sampling.clone()
-        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": transfer}
+        sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": ask}
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
         return sampling
 
-    def _transfer(self, handoff: Handoff | None, prompt_tokens: int, replay: int) -> dict[str, Any]:
-        """What the connector is told of a checked handoff."""
-        expected = self.mode.handoff_tokens(prompt_tokens, replay)
+    def _check_handoff(self, request: DecodeRequest) -> None:
+        """It is of the shared prefix, under our contract."""
+        handoff = request.handoff
+        expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay)
         if handoff is None:
             if expected > 0:
                 raise Internal("a prompt of several tokens came without a handoff (R1)")
-            return {}
+            return
         self.check(handoff)
         if handoff.tokens != expected:
             raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
-        return dict(handoff.transfer)

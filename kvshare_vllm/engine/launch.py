@@ -22,57 +22,27 @@ from kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from kvshare.modes import get_mode
 from kvshare.replica_info import KVEvents
 from kvshare_vllm.grammars.grammars import BACKEND
-from kvshare_vllm.names import CONNECTOR, PARTIAL_LAYERS, TWO_STREAMS
+from kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
 from kvshare_vllm.patches import vllm_logging
-
-#: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
-_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
-_ROLE_OF_SHARED_PREFILL = "kv_both"
-
-
-#: Longest that a decode engine keeps what it has lent. The router gives up before (router/ahead/pull_back.py, PATIENCE_S).
-LOAN_S = 15
+from kvshare_vllm.transfer.transports import TRANSPORTS
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     mode = get_mode(s.mode)
-    connector: dict[str, Any] = {
-        "kv_connector": "NixlConnector",
-        "kv_role": _ROLES[s.role],
-        "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"kv_lease_duration": s.lease_s},
-    }
     args: dict[str, Any] = {"scheduling_policy": "priority"}
     decodes_partly = s.role == "decode" and mode.recomputes
     if s.ecache_layers or decodes_partly:
         # Prompts run eagerly, layer by layer; what is captured are decodes, which run as in the stock model.
         args |= _model_of_ours(s, PARTIAL_LAYERS, ecache_layers=list(s.ecache_layers), keeps_ecache=s.role == "prefill")
-    if mode.guards_prefix:
-        connector["kv_connector"] = CONNECTOR
-        connector["kv_connector_extra_config"] |= {
-            "sharing_mode": s.mode,
-            "kv_contract": s.contract,
-            "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
-            "overlap_loads": s.overlap_loads,
+    if mode.guards_prefix and s.role == "decode":
+        args |= {
+            "scheduler_cls": "kvshare_vllm.engine.scheduler.SharedKVScheduler",
+            "worker_cls": "kvshare_vllm.engine.worker.SharedKVWorker",
         }
-        if s.role == "prefill":
-            connector["kv_role"] = _ROLE_OF_SHARED_PREFILL
-        if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it
-            connector["kv_connector_extra_config"] |= {
-                "bidirectional_kv_xfer": True,
-                "decoder_kv_blocks_ttl": min(s.lease_s, LOAN_S),
-                "kv_recompute_threshold": 0,  # the router decides
-            }
-        if s.role == "decode":
-            args |= {
-                "scheduler_cls": "kvshare_vllm.engine.scheduler.SharedKVScheduler",
-                "worker_cls": "kvshare_vllm.engine.worker.SharedKVWorker",
-            }
-            if mode.two_streams:
-                # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
-                args |= _model_of_ours(s, TWO_STREAMS)
+        if mode.two_streams:
+            # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
+            args |= _model_of_ours(s, TWO_STREAMS)
     if current_platform.is_cpu():
-        connector["kv_buffer_device"] = "cpu"
         args |= {"enforce_eager": True}
     if s.adapters:
         # While a deployment changes, the adapters that go and those that come are kept side by side, in the host's memory.
@@ -95,7 +65,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "max_num_seqs": s.max_num_seqs,
             "tensor_parallel_size": s.tensor_parallel_size,
             "enable_prefix_caching": True,
-            "kv_transfer_config": connector,
+            "kv_transfer_config": TRANSPORTS[s.kv_transport].kv_transfer_config(s),
             "kv_events_config": {
                 "enable_kv_cache_events": True,
                 "publisher": "zmq",

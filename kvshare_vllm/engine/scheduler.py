@@ -24,9 +24,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from kvshare.errors import ResumeReason
-from kvshare.layer_group import LayerGroup, OwnLayers
+from kvshare.layer_group import OwnLayers
 from kvshare_vllm.patches.block_keys import share_blocks_between_adapters
-from kvshare_vllm.transfer.connector import REST, mode_of
+from kvshare_vllm.transfer.loads import is_rest, request_of
+from kvshare_vllm.transfer.params import Asked, Params, given_back, refused
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class SharedKVScheduler(AsyncScheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._mode = mode_of(self.vllm_config)
+        self._loads = self.connector.loads
+        self._mode = self._loads.mode
         if self._mode.adapters_share_blocks:
             share_blocks_between_adapters()
         self._limit_offered_blocks()
@@ -58,9 +60,7 @@ class SharedKVScheduler(AsyncScheduler):
 
         def offer(request: Request, num_computed_tokens: int) -> None:
             offered = mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens)
-            if self._rest_is_loading(request):  # its blocks lack the other layers' KV
-                offered = min(offered, self.connector.connector_scheduler.load_cost[request.request_id]["local_tokens"])
-            cache_blocks(request, offered)
+            cache_blocks(request, self._loads.offered(request.request_id, offered))
 
         coordinator.cache_blocks = offer
 
@@ -70,7 +70,7 @@ class SharedKVScheduler(AsyncScheduler):
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
-        limit = self.connector.connector_scheduler.shared_tokens(request) // self.block_size * self.block_size
+        limit = self._loads.shared_tokens_of(request) // self.block_size * self.block_size
         if tokens > limit:
             blocks, tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return blocks, tokens, boundary, diverged
@@ -78,12 +78,12 @@ class SharedKVScheduler(AsyncScheduler):
     # R1 and the way in ----------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        params = request.kv_transfer_params or {}
+        asked = Asked(request.kv_transfer_params)
         if not request.abort_immediately:
-            replay = params.get("replay_tokens", 0)
-            shared = self._mode.handoff_tokens(request.num_prompt_tokens - replay, replay)
-            own_prefill = params.get("own_prefill") and self._mode.recomputes
-            if shared > 0 and not params.get("do_remote_prefill") and not own_prefill:
+            replay = asked.replay_tokens
+            shared = self._loads.shared_tokens(request.num_prompt_tokens - replay, replay)
+            alone = asked.prefills_alone and self._mode.recomputes
+            if shared > 0 and not asked.load_is_due and not alone:
                 return self._refuse(request, "it came without a KV handoff (R1)")
             if request.skip_reading_prefix_cache:
                 return self._refuse(request, "it asks to recompute its prompt, as prompt_logprobs does (R1)")
@@ -92,9 +92,9 @@ class SharedKVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _refuse(self, request: Request, why: str) -> None:
-        self.connector.connector_scheduler.request_finished(request, ())  # has the prefill engine told to free its blocks
+        self.connector.request_finished_all_groups(request, ())  # has the prefill engine told to free its blocks
         self.finished_req_ids.add(request.request_id)  # makes the engine step, and so report
-        self._given_back.append((request.client_index, _give_back(request.request_id, refused=why)))
+        self._given_back.append((request.client_index, _give_back(request.request_id, refused(why))))
 
     def _put_back(self, request: Request, replay: int) -> None:
         prompt_tokens = request.num_prompt_tokens - replay
@@ -123,59 +123,45 @@ class SharedKVScheduler(AsyncScheduler):
 
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
         """It has been loaded. What was loaded is scheduled like a prompt; the worker runs it through its group's layers."""
-        params, failed = request.kv_transfer_params or {}, request.request_id in self.failed_recving_kv_req_ids
-        if (group := params.get("own_layers")) and not failed:
-            connector = self.connector.connector_scheduler
-            self._own_layers[request.request_id] = OwnLayers(connector.shared_tokens(request), LayerGroup.parse(group))
-            request.num_computed_tokens = connector.load_cost[request.request_id]["local_tokens"]
+        group = Asked(request.kv_transfer_params).own_layers
+        if group and request.request_id not in self.failed_recving_kv_req_ids:
+            self._own_layers[request.request_id] = OwnLayers(self._loads.shared_tokens_of(request), group)
+            request.num_computed_tokens = self._loads.cost(request.request_id).local_tokens
         super()._update_waiting_for_remote_kv(request)
-
-    def _rest_is_loading(self, request: Request) -> bool:
-        return request.request_id + REST in self.connector.connector_scheduler.loads_left.get(request.request_id, ())
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """What comes after the shared prefix passes through all layers: it waits for their KV."""
         tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if self._rest_is_loading(request):
+        if self._loads.rest_is_under_way(request.request_id):
             tokens = min(tokens, self._own_layers[request.request_id].shared_tokens - num_computed_tokens)
         return tokens
 
     def _request_blocks_can_be_freed(self, request: Request) -> bool:
-        return not self._rest_is_loading(request) and super()._request_blocks_can_be_freed(request)
+        return not self._loads.rest_is_under_way(request.request_id) and super()._request_blocks_can_be_freed(request)
 
     def _handle_failed_recving(self, failed_req_ids):
         """A rest may fail when its request has begun, when it waits for both loads, and when it may begin and has no room."""
-        loads = self.connector.connector_scheduler.loads_left
-        of_rests = {name.removesuffix(REST) for name in failed_req_ids if name.endswith(REST)} & loads.keys()
+        rests = {request_of(name) for name in failed_req_ids if is_rest(name)}
         failed = super()._handle_failed_recving(failed_req_ids) | {
-            request_id for request_id in of_rests if not self.requests[request_id].is_finished()
+            rid for rid in rests if self._loads.is_under_way(rid) and not self.requests[rid].is_finished()
         }
         self._failed_loads |= failed
         return failed
 
     def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
         """Of two loads, the first lets the request begin where that pays; blocks of one that has ended are freed after both."""
-        loads, ended = self.connector.connector_scheduler.loads_left, set()
+        ended = set()
         for name in kv_connector_output.finished_recving or ():
-            self.connector.connector_scheduler.time_load(name)
-            request_id = name.removesuffix(REST)
-            if request_id not in loads:
+            arrival = self._loads.arrived(name)
+            if arrival.is_whole:
                 ended.add(name)
                 continue
-            del loads[request_id][name]
-            if name == request_id and self._begins_early(request_id):
+            request = self.requests[arrival.request_id]
+            if arrival.is_first and not request.is_finished() and self._loads.begins_early(arrival.request_id):
                 ended.add(name)
-            if not loads[request_id]:
-                del loads[request_id]
-                request = self.requests[request_id]
-                if request.is_finished() or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
-                    ended.add(request_id)
+            if arrival.is_last and (request.is_finished() or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS):
+                ended.add(arrival.request_id)
         super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
-
-    def _begins_early(self, request_id: str) -> bool:
-        loads = self.connector.connector_scheduler
-        rest = loads.loads_left[request_id].get(request_id + REST, 0)
-        return not self.requests[request_id].is_finished() and loads.overlap.begins(rest)
 
     def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
         """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
@@ -184,7 +170,7 @@ class SharedKVScheduler(AsyncScheduler):
             computed = self.requests[request_id].num_computed_tokens
             if computed + scheduler_output.num_scheduled_tokens[request_id] > own.shared_tokens:
                 del self._own_layers[request_id]
-                self.connector.connector_scheduler.prefix_is_there(request_id)
+                self._loads.is_there(request_id)
         return scheduled
 
     def _build_kv_connector_meta(self, connector, scheduler_output):
@@ -209,7 +195,7 @@ class SharedKVScheduler(AsyncScheduler):
         # vLLM admits no waiting request in a step that preempts, so none of these has started again.
         for request in self._preempted:
             self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-            notice = _give_back(request.request_id, resume_reason=ResumeReason.PREEMPTED.value)
+            notice = _give_back(request.request_id, given_back(ResumeReason.PREEMPTED))
             notice.events = request.take_events()
             self._given_back.append((request.client_index, notice))
         self._preempted.clear()
@@ -221,17 +207,16 @@ class SharedKVScheduler(AsyncScheduler):
         return failed
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        outputs, loads = super().update_from_output(scheduler_output, model_runner_output), self.connector.connector_scheduler
-        loads.overlap.stepped(scheduler_output.num_scheduled_tokens, time.perf_counter())
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        self._loads.overlap.stepped(scheduler_output.num_scheduled_tokens, time.perf_counter())
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if output.finish_reason == FinishReason.ERROR and output.request_id in self._failed_loads:
-                    output.kv_transfer_params = {"resume_reason": ResumeReason.KV_LOAD_FAILED.value}
+                    output.kv_transfer_params = given_back(ResumeReason.KV_LOAD_FAILED)
                 elif output.finish_reason == FinishReason.ERROR:
-                    output.kv_transfer_params = {"refused": "its structured output did not compile or refused its tokens"}
-                elif not output.finished:
-                    # On every output: the front end merges outputs and keeps the last one's.
-                    output.kv_transfer_params = loads.load_cost.get(output.request_id)
+                    output.kv_transfer_params = refused("its structured output did not compile or refused its tokens")
+                elif not output.finished and (cost := self._loads.cost(output.request_id)):
+                    output.kv_transfer_params = cost.told()
         for client_index, output in self._given_back:
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(output)
         self._given_back.clear()
@@ -242,9 +227,9 @@ class SharedKVScheduler(AsyncScheduler):
         self._own_layers.pop(request.request_id, None)
         self._replays.discard(request.request_id)
         self._grammars_behind.discard(request.request_id)
-        delay_free_blocks |= request.request_id in self.connector.connector_scheduler.loads_left
+        delay_free_blocks |= self._loads.is_under_way(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 
 
-def _give_back(request_id: str, **why: str) -> EngineCoreOutput:
+def _give_back(request_id: str, why: Params) -> EngineCoreOutput:
     return EngineCoreOutput(request_id=request_id, new_token_ids=[], finish_reason=FinishReason.ERROR, kv_transfer_params=why)

@@ -1,8 +1,10 @@
-"""Shared prefixes on their way into an engine: which tokens are shared, who waits for whose load, what is pending, what it cost.
+"""Shared prefixes on their way into an engine: which tokens are shared, who waits for whose load, what is pending, what it
+cost.
 
-What upholds R1 (which prefix), R2 (what lacks KV is not offered), R5 (no second load of the same blocks) is here, and knows of no
-transport: the scheduler and a transport's connector call it. A request that computes layers itself has a load in two parts: what
-enters them first, so that it can begin, and the KV of the other layers, called `rest_of(request_id)`.
+What upholds R1 (which prefix is read), R2 (blocks that lack KV are not offered) and R5 (no second load of the same blocks) is
+here. It knows of no transport: the scheduler and a transport's connector call it. A request that computes layers itself has a
+load in two parts: what enters those layers first, so that it can begin, and the KV of the other layers, called
+`rest_of(request_id)`.
 """
 
 from __future__ import annotations
@@ -10,11 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvshare.layer_group import LayerGroup
 from kvshare.modes import SharingMode
 from kvshare_vllm.transfer.load_overlap import LoadOverlap
 from kvshare_vllm.transfer.params import LoadCost
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 #: Behind the id of a request that computes layers itself: the load of the other layers' KV.
 _REST = " rest"
@@ -45,6 +51,8 @@ class _Load:
     parts: dict[str, int] = field(default_factory=dict)
     #: Keys of the blocks that others wait for until they are there.
     keys: Sequence[Hashable] = ()
+    #: The request has ended; its parts may still be under way.
+    has_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Arrival:
 
 
 class Loads:
-    """Of one engine. `block_bytes`: what a block of a request costs that computes these layers itself, (first part, rest); all is
-    in the rest where it computes none."""
+    """Of one engine. `block_bytes`: bytes of one block of a request that computes these layers itself, (first part, rest).
+    Where it computes none, all is in the rest."""
 
     def __init__(
         self,
@@ -71,15 +79,18 @@ class Loads:
         overlap: LoadOverlap,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self._mode, self._block_size, self._block_bytes, self._clock = mode, block_size, block_bytes, clock
-        self.overlap = overlap
+        self.mode, self.overlap = mode, overlap
+        self._block_size, self._block_bytes, self._clock = block_size, block_bytes, clock
         self._loads: dict[str, _Load] = {}
         #: Block key -> request that is loading this block now.
         self._loading: dict[Hashable, str] = {}
 
     def shared_tokens(self, prompt_tokens: int, generated: int) -> int:
         """Length of the prefix that must be base KV, in tokens (R1)."""
-        return self._mode.handoff_tokens(prompt_tokens, generated)
+        return self.mode.handoff_tokens(prompt_tokens, generated)
+
+    def shared_tokens_of(self, request: Request) -> int:
+        return self.shared_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
 
     def must_wait(self, request_id: str, missing_tokens: int, first_key: Callable[[], Hashable]) -> bool:
         """Another request is loading the first block that is missing (R5)."""
@@ -117,6 +128,8 @@ class Loads:
                 self.is_there(request_id)
             return Arrival(request_id, is_whole=True)
         del load.parts[name]
+        if load.has_ended and not load.parts:
+            del self._loads[request_id]
         return Arrival(request_id, is_whole=False, is_first=name == request_id, is_last=not load.parts)
 
     def begins_early(self, request_id: str) -> bool:
@@ -149,11 +162,12 @@ class Loads:
         return load.cost if load else None
 
     def forget(self, request_id: str) -> LoadCost | None:
-        """The request has ended; parts that are under way are waited for by `is_under_way`."""
+        """The request has ended. Its blocks are still written to while a part `is_under_way`."""
         self.is_there(request_id)
         load = self._loads.get(request_id)
         if load is None:
             return None
+        load.has_ended = True
         if not load.parts:
             del self._loads[request_id]
         return load.cost

@@ -1,7 +1,7 @@
 """`kv_transfer_params`: what a request asks of an engine beside its tokens, and what the engine tells with its outputs.
 
-vLLM passes these dicts from an engine's front end to its scheduler and connector, and back. Their keys are read and written here
-and nowhere else. Where KV lies is the transport's own business: those keys come with a handoff and go as they came.
+vLLM passes these dicts from an engine's front end to its scheduler and connector, and back. Their keys are read and written
+here and nowhere else. Where KV lies is the transport's own business: those keys come with a handoff and go as they came.
 
 Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py (`do_remote_prefill`, `do_remote_decode`)
 """
@@ -34,8 +34,8 @@ def to_hold() -> Params:
 def to_read(
     transfer: Mapping[str, Any] | None, *, replay: int = 0, lend: bool = False, own_layers: LayerGroup | None = None
 ) -> Params:
-    """Read the shared prefix from where `transfer` says, if there is one. `replay`: tokens at the end that the turn has generated
-    before. `lend`: hold all KV at the end. `own_layers`: computed here over the prefix instead of read."""
+    """Read the shared prefix from where `transfer` says, if there is one. `replay`: tokens at the end that the turn has
+    generated before. `lend`: hold all KV at the end. `own_layers`: computed here over the prefix instead of read."""
     asked = {**(transfer or {}), _REPLAY: replay, _LEND: lend}
     return asked | {_OWN_LAYERS: str(own_layers)} if own_layers else asked
 

@@ -5,7 +5,7 @@ In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it
  2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens, or always pulling
     (`router.pull_back`). Less than a block is never worth a pull.
  3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
-    (kvshare_vllm/transfer/connector.py), wherever it stands.
+    (kvshare_vllm/transfer/nixl/connector.py), wherever it stands.
  4. A next turn that comes meanwhile waits, at most as long as computing those tokens would take; then the pull is ended.
  5. A loan that nobody reads is given back at once. If it was not pulled, `otherwise` is called.
 """

@@ -160,6 +160,7 @@ REFUSED = {
 BY_THEMSELVES = {
     "decode": {"pool", "model", "sharing", "name", "own_layers", "quality_floor", "ttft_objective_s", "prefill"},
     "router": {"auth"},
+    "cluster": {"kv_transport"},  # it has one value so far
 }
 
 

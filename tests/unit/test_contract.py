@@ -289,9 +289,10 @@ def test_digest_changes_with_everything_that_changes_the_bytes(model):
         replace(one, dtype="bfloat16"),
         replace(one, block_size=16),
         replace(one, engine="vllm 0.33"),
+        replace(one, transport="nccl"),
         replace(one, base=replace(one.base, weights="0")),
         replace(one, shape=replace(one.shape, kv_heads=1)),
     ]
-    assert len({one.digest, *(other.digest for other in others)}) == 6
+    assert len({one.digest, *(other.digest for other in others)}) == 7
     assert re.fullmatch("[0-9a-f]{32}", one.digest)
     assert replace(one).digest == one.digest

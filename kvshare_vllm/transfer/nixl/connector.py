@@ -14,7 +14,6 @@ Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/{connector,pull_schedule
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,11 @@ from vllm.logger import init_logger
 
 from kvshare.handoff import LEASE_MARGIN_S
 from kvshare.layer_group import LayerGroup
-from kvshare.modes import SharingMode, get_mode
+from kvshare.modes import get_mode
 from kvshare_vllm.transfer import regions
 from kvshare_vllm.transfer.load_overlap import LoadOverlap
+from kvshare_vllm.transfer.loads import Loads, is_rest, rest_of
+from kvshare_vllm.transfer.params import Asked
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,129 +40,68 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-#: Behind the id of a request that computes layers itself: its load of the other layers' KV.
-REST = " rest"
-
-
-def own_layers(params: Mapping[str, Any]) -> LayerGroup | None:
-    """What a request's kv_transfer_params say of them."""
-    return LayerGroup.parse(params["own_layers"]) if params.get("own_layers") else None
-
-
-def mode_of(vllm_config: VllmConfig) -> SharingMode:
-    return get_mode(vllm_config.kv_transfer_config.get_from_extra_config("sharing_mode", ""))
-
-
 class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
     """Scheduler side. Prefill: stamps leases. Decode: loads exactly the shared prefix."""
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        self._mode = mode_of(vllm_config)
-        self._block_bytes = sum(t.size for t in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
         names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
-        self._regions = regions.Regions(names, vllm_config)
-        # Block hash -> id of the request that is loading this block now. A request's entries live from
-        # update_state_after_alloc until its load ends or the request does.
-        self._loading: dict[Any, str] = {}
-        self._loads: dict[str, list[Any]] = {}
-        # Loads of requests that compute these layers themselves.
-        self._own_layers: dict[str, LayerGroup] = {}
-        # Their two loads, while they are under way, and the bytes of each.
-        self.loads_left: dict[str, dict[str, int]] = {}
-        self.overlap = LoadOverlap(self.vllm_config.kv_transfer_config.get_from_extra_config("overlap_loads", "pays"))
-        # Request id -> what its load cost, reported with every output until the request ends.
-        self.load_cost: dict[str, dict[str, int | float]] = {}
-        self._load_began: dict[str, float] = {}
+        of_a_block = sum(t.size for t in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
+        all_regions = regions.Regions(names, vllm_config)
 
-    def shared_tokens(self, request: Request) -> int:
-        """Length of the prefix that must be base KV, in tokens (R1)."""
-        return self._mode.handoff_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
+        def block_bytes(group: LayerGroup | None) -> tuple[int, int]:
+            first = all_regions.hidden_states(group) if group else ()
+            return tuple(len(places) * of_a_block // len(all_regions.names) for places in (first, all_regions.kv(group)))
+
+        setting = self.vllm_config.kv_transfer_config.get_from_extra_config
+        mode, overlap = get_mode(setting("sharing_mode", "")), LoadOverlap(setting("overlap_loads", "pays"))
+        self.loads = Loads(mode, self.block_size, block_bytes, overlap)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        loads = bool((request.kv_transfer_params or {}).get("do_remote_prefill"))
-        missing = (self.shared_tokens(request) if loads else request.num_tokens) - num_computed_tokens
+        is_due = Asked(request.kv_transfer_params).load_is_due
+        missing = (self.loads.shared_tokens_of(request) if is_due else request.num_tokens) - num_computed_tokens
         if missing <= 0:
             return 0, False
         first = num_computed_tokens // self.block_size
-        if missing >= self.block_size and self._loading.get(request.block_hashes[first]) not in (None, request.request_id):
+        if self.loads.must_wait(request.request_id, missing, lambda: request.block_hashes[first]):
             return None, False
-        return (missing, True) if loads else super().get_num_new_matched_tokens(request, num_computed_tokens)
+        return (missing, True) if is_due else super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks, num_external_tokens: int) -> None:
-        params = request.kv_transfer_params or {}
-        loads_now = bool(params.get("do_remote_prefill"))
+        asked = Asked(request.kv_transfer_params)
+        was_due = asked.load_is_due
         super().update_state_after_alloc(request, blocks, num_external_tokens)
-        if params.get("lend"):  # the worker counts only leases of requests that it has been told of
+        if asked.lends:  # the worker counts only leases of requests that it has been told of
             self._reqs_in_batch.add(request.request_id)
-        if not loads_now:
-            return
-        local = self.shared_tokens(request) - num_external_tokens
-        pulled = -(-num_external_tokens // self.block_size)
-        group = own_layers(params)
-        region_bytes = pulled * self._block_bytes // len(self._regions.names)
-        rest = len(self._regions.kv(group)) * region_bytes
-        first = len(self._regions.hidden_states(group)) * region_bytes if group else 0
-        self.load_cost[request.request_id] = {"pulled_bytes": first + rest, "local_tokens": local}
-        if num_external_tokens:
-            self._load_began[request.request_id] = time.perf_counter()
-        if group and num_external_tokens:
-            self._own_layers[request.request_id] = group
-            self.loads_left[request.request_id] = {request.request_id: first, request.request_id + REST: rest}
-        begin, end = local // self.block_size, self.shared_tokens(request) // self.block_size
-        if num_external_tokens and end > begin:
-            self._loads[request.request_id] = request.block_hashes[begin:end]
-            for block_hash in self._loads[request.request_id]:
-                self._loading[block_hash] = request.request_id
-
-    def _load_ended(self, request_id: str) -> None:
-        for block_hash in self._loads.pop(request_id, ()):
-            if self._loading.get(block_hash) == request_id:
-                del self._loading[block_hash]
-
-    def update_connector_output(self, connector_output) -> None:
-        super().update_connector_output(connector_output)
-        for request_id in connector_output.finished_recving or ():
-            if request_id not in self._own_layers:
-                self._load_ended(request_id)
-
-    def time_load(self, name: str) -> None:
-        """One has ended. Of two, the second has begun with the first's end (or with the first, where that reads nothing)."""
-        request_id, now = name.removesuffix(REST), time.perf_counter()
-        if (began := self._load_began.get(request_id)) is None:
-            return
-        cost = self.load_cost[request_id]
-        cost["load_s" if name == request_id else "rest_load_s"] = now - began
-        size = self.loads_left.get(request_id, {}).get(name, 0)
-        group = self._own_layers.get(request_id)
-        before = cost.get("load_s", 0.0) if name != request_id and group and group.transition else 0.0
-        self.overlap.loaded(size, now - began - before)
-
-    def prefix_is_there(self, request_id: str) -> None:
-        """Of a request whose own layers were still to be computed: others may find its blocks in the cache."""
-        self._own_layers.pop(request_id, None)
-        self._load_ended(request_id)
+        if was_due:
+            shared = self.loads.shared_tokens_of(request)
+            self.loads.begins(
+                request.request_id,
+                shared_tokens=shared,
+                local_tokens=shared - num_external_tokens,
+                keys=request.block_hashes,
+                group=asked.own_layers,
+            )
 
     def build_connector_meta(self, scheduler_output):
         meta = super().build_connector_meta(scheduler_output)
-        meta.own_layers_of_loads = {rid: self._own_layers[rid] for rid in meta.reqs_to_recv if rid in self._own_layers}
+        groups = {request_id: self.loads.group_of(request_id) for request_id in meta.reqs_to_recv}
+        meta.own_layers_of_loads = {request_id: group for request_id, group in groups.items() if group}
         return meta
 
     def request_finished(self, request: Request, block_ids) -> tuple[bool, dict[str, Any] | None]:
-        self.prefix_is_there(request.request_id)
-        load_cost = self.load_cost.pop(request.request_id, None)
-        self._load_began.pop(request.request_id, None)
-        given = request.kv_transfer_params or {}
-        if not given.get("lend", True) and not given.get("do_remote_prefill"):
+        cost = self.loads.forget(request.request_id)
+        told = cost.told() if cost else None
+        if Asked(request.kv_transfer_params).holds_nothing:
             self._stop_heartbeat(request.request_id)
             self._reqs_not_processed.add(request.request_id)
-            return False, load_cost
+            return False, told
         delay, params = super().request_finished(request, block_ids)
         if request.request_id in self._reqs_need_send and params is not None:
             # The reader's worker rebases this deadline by the clock offset its handshake measured.
             params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
             params["lease_s"] = self._kv_lease_duration
-        return delay, load_cost if params is None else {**params, **(load_cost or {})}
+        return delay, told if params is None else {**params, **(told or {})}
 
 
 class SharedKVConnectorWorker(NixlPullConnectorWorker):
@@ -203,17 +143,17 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         for request_id, group in metadata.own_layers_of_loads.items():
             meta = metadata.reqs_to_recv[request_id]
             rest = replace(meta, remote=replace(meta.remote))
-            self._own_layers[request_id] = self._own_layers[request_id + REST] = group
+            self._own_layers[request_id] = self._own_layers[rest_of(request_id)] = group
             if self._regions.hidden_states(group):  # reads of one link end together if they begin together
                 self._rest[request_id] = rest
             else:
-                metadata.reqs_to_recv[request_id + REST] = rest
+                metadata.reqs_to_recv[rest_of(request_id)] = rest
         super().start_load_kv(metadata)
 
     def _read_blocks(self, read_spec, dst_engine_id, request_id, *args, expected_consumers: int, **kwargs) -> bool:
         group = self._own_layers.get(request_id)
         self._reading = self._regions.kv(group)
-        if group and not request_id.endswith(REST):
+        if group and not is_rest(request_id):
             self._reading = self._regions.hidden_states(group)
             if not self._reading:  # nothing enters but the embedding: it can begin
                 self._recving_transfers.setdefault(request_id, [])
@@ -229,7 +169,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         for request_id in results.finished_recving:
             self._own_layers.pop(request_id, None)
             if rest := self._rest.pop(request_id, None):  # failed or not: the prefill engine waits to hear of both
-                self._begin_rest(request_id + REST, rest)
+                self._begin_rest(rest_of(request_id), rest)
         return results
 
     def _begin_rest(self, name: str, rest: ReqMeta) -> None:
@@ -276,3 +216,8 @@ class SharedKVConnector(NixlPullConnector):
             self.connector_scheduler = SharedKVConnectorScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = SharedKVConnectorWorker(vllm_config, self.engine_id, kv_cache_config)
+
+    @property
+    def loads(self) -> Loads:
+        """The scheduler's part only."""
+        return self.connector_scheduler.loads

@@ -1,0 +1,1 @@
+"""KV over NIXL: vLLM's pull connector, held to the rules of shared KV."""

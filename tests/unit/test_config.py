@@ -69,7 +69,7 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         (
             "cluster/zzz",
             1,
-            "cluster.zzz: unknown key; known keys: address, num_cpus, start_timeout_s, kv_lease_s",
+            "cluster.zzz: unknown key; known keys: address, num_cpus, start_timeout_s, kv_transport, kv_lease_s",
         ),
         # Wrong types.
         ("base", 3, "base: should be a mapping, got 3"),

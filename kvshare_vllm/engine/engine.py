@@ -214,8 +214,8 @@ class Engine:
         finally:
             self._active -= 1
 
-    def _handoff(self, params: dict[str, Any], tokens: int) -> Handoff:
-        return Handoff(tokens, self.settings.contract, self.settings.lease_s, dict(params))
+    def _handoff(self, transfer: dict[str, Any], tokens: int) -> Handoff:
+        return Handoff(tokens, self.settings.contract, self.settings.lease_s, dict(transfer))
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         """Tell the engine that made this handoff that nobody will read it, so that it frees the blocks now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
@@ -63,6 +63,16 @@ class EngineSettings:
     traces_protocol: str = "grpc"
     #: Further vLLM engine arguments, as given in the config (`engine_args`).
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changeable(self) -> dict[str, Any]:
+        """What an engine that runs takes over, as plain data."""
+        return {"adapters": dict(self.adapters), "log_level": self.log_level}
+
+    @property
+    def fixed(self) -> object:
+        """What replaces it. It runs with room for adapters, or without."""
+        return replace(self, adapters={}, log_level=""), bool(self.adapters)
 
 
 #: Name of the prefill engines that all sharing pools draw on.

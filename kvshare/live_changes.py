@@ -1,23 +1,31 @@
-"""What of a deployment routers take over while they run, and what replaces them."""
+"""What of a deployment routers take over while they run, what replaces them, what is refused (kvshare/config/changes.py)."""
 
 from __future__ import annotations
 
-from kvshare.config import Deployment, Router
+from kvshare.config import changes
+from kvshare.errors import ConfigError
+from kvshare.yaml_tree import Node
 
 
-def fixed_for_router(deployment: Deployment) -> object:
+def fixed_for_router(deployment: Node) -> object:
     """What a running router cannot take over: it is replaced when this changes, turn by turn."""
-    router = deployment.router.model_dump(exclude=set(Router.CHANGEABLE) | {"replicas"})
-    return deployment.base, deployment.cluster.kv_load_timeout_s, deployment.logs.format, deployment.tracing, router
+    return tuple((path, value) for path, change, value in changes.leaves(deployment) if not change.is_taken_over)
 
 
-def taken_over(running: Deployment, wanted: Deployment) -> Deployment:
+def taken_over(running: Node, wanted: Node) -> Node:
     """What a router that runs `running` serves when it is told to serve `wanted`: what is fixed stays as it was."""
-    changeable = {name: getattr(wanted.router, name) for name in (*Router.CHANGEABLE, "replicas")}
-    return wanted.model_copy(update={
-        "base": running.base,
-        "router": running.router.model_copy(update=changeable),
-        "cluster": wanted.cluster.model_copy(update={"kv_load_timeout_s": running.cluster.kv_load_timeout_s}),
-        "logs": wanted.logs.model_copy(update={"format": running.logs.format}),
-        "tracing": running.tracing,
-    })  # fmt: skip
+    kept = {}
+    for name, change in changes.of(type(wanted)).items():
+        before = getattr(running, name)
+        if change is None:
+            kept[name] = taken_over(before, getattr(wanted, name))
+        elif not change.is_taken_over:
+            kept[name] = before
+    return wanted.model_copy(update=kept)
+
+
+def refuse(running: Node, wanted: Node, path: str = "") -> None:
+    """Raises ConfigError for the first field that may not change. `path`: of both in the file."""
+    for (field, change, before), (_, _, after) in zip(changes.leaves(running), changes.leaves(wanted), strict=True):
+        if change.refused and before != after:
+            raise ConfigError(change.refused, field=f"{path}{field}", fix=change.fix)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def build(
         engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
-            user_config={"adapters": dict(settings.adapters), "log_level": settings.log_level},
+            user_config=settings.changeable,
             **_replicas(engines, name in scaled),
             max_ongoing_requests=4 * engines.max_num_seqs,
             max_constructor_retry_count=1,
@@ -92,8 +92,7 @@ def build(
                 "runtime_env": {"env_vars": env, **forkserver.runtime_env(cluster.folder(), spares=1)},
             },
         )
-        fixed = replace(settings, adapters={}, log_level=""), bool(settings.adapters)
-        handles[name] = _kept_while(engine, fixed).bind(settings)
+        handles[name] = _kept_while(engine, settings.fixed).bind(settings)
     routers = routers or RunsAs.of(deployment)
     router = routers.deployment.router
     ingress = serve.deployment(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvshare import decoders
+from kvshare import decoders, live_changes
 from kvshare.config import Deployment, load
 from kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 from prefillshare.app import (
@@ -171,18 +171,7 @@ def differences(one: Deployment, other: Deployment) -> list[str]:
 def check_change(old: Deployment, new: Deployment) -> None:
     """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
     weights, nor engines of two contracts. Raises ConfigError."""
-    if old.base != new.base:
-        raise ConfigError("the base cannot change while it runs", field="base", fix="start a second deployment")
-    for field in ("address", "num_cpus"):
-        if getattr(old.cluster, field) != getattr(new.cluster, field):
-            raise ConfigError("it runs on another cluster", field=f"cluster.{field}", fix="start a second deployment there")
-    if old.router.tls != new.router.tls:
-        raise ConfigError("Ray Serve's proxies keep their certificates while they run", field="router.tls", fix="start anew")
-    for field in ("host", "http_port"):
-        if getattr(old.router, field) != getattr(new.router, field):
-            raise ConfigError(
-                "Ray Serve's proxies keep listening where they do while they run", field=f"router.{field}", fix="start anew"
-            )
+    live_changes.refuse(old, new)
     kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
     if kept != wanted:
         raise ConfigError(
@@ -193,14 +182,11 @@ def check_change(old: Deployment, new: Deployment) -> None:
     before = {pool.pool: pool for pool in old.decode}
     for number, pool in enumerate(new.decode):
         known = before.get(pool.pool)
-        if known and (known.model, known.sharing) != (pool.model, pool.sharing):
-            raise ConfigError(
-                f"pool {pool.pool!r} has another model or sharing mode than the one that runs",
-                field=f"decode.{number}",
-                fix="give it another name",
-            )
+        if known is None:
+            continue
+        live_changes.refuse(known, pool, f"decode.{number}.")
         for name, folder in pool.adapters.items():
-            if known and known.adapters.get(name, folder) != folder:
+            if known.adapters.get(name, folder) != folder:
                 raise ConfigError(
                     f"adapter {name!r} is another one than the one that runs ({known.adapters[name]})",
                     field=f"decode.{number}.adapters.{name}",

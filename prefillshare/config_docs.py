@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from kvshare import config
-from kvshare.config import access, placement, tree
+from kvshare.config import access, changes, placement, tree
 from kvshare.engine_settings import OUR_ENGINE_ARGS
 from kvshare.modes import get_mode, mode_names
 from router import tenants
@@ -22,7 +22,8 @@ _HEAD = """\
 <!-- Made by `python -m prefillshare.config_docs > docs/configuration.md`; change kvshare/config/ instead. -->
 
 One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it and `prefillshare serve FILE`
-runs it. Unknown keys are refused. All sizes are per replica.
+runs it. Unknown keys are refused. All sizes are per replica. The last column says what a change does to a deployment that
+runs (`prefillshare apply FILE`); what turns notice of it: [operations](operations.md#change-what-runs).
 """
 _KEYS_FILE = """\
 ## The keys file
@@ -74,11 +75,13 @@ def fields(node: type[BaseModel]) -> str:
     """A table of a node's keys."""
     schema = node.model_json_schema()
     required = schema.get("required", ())
+    does = {name: change.does if change else "" for name, change in changes.of(node).items()}
+    head = ("key", "values", "default", "meaning", *(["a change"] if any(does.values()) else []))
     rows = (
-        (f"`{name}`", _values(item), "**required**" if name in required else _default(item), item["description"])
+        (f"`{name}`", _values(item), "**required**" if name in required else _default(item), item["description"], does[name])
         for name, item in schema["properties"].items()
     )
-    return _table(("key", "values", "default", "meaning"), rows)
+    return _table(head, (row[: len(head)] for row in rows))
 
 
 def _values(item: dict[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from kvshare.config.changes import ROUTERS, refused
 from kvshare.errors import ConfigError
 from kvshare.yaml_tree import Node
 
@@ -15,6 +16,8 @@ from kvshare.yaml_tree import Node
 class Auth(Node):
     """Who may call: tenants and their API keys, from a keys file (its format: "The keys file", below). Without
     `router.auth` everybody may, as one anonymous tenant. Read when the deployment starts or is changed."""
+
+    CHANGE: ClassVar = ROUTERS
 
     keys_file: str | None = Field(None, min_length=1)
     """The keys file. Relative paths are tried as for base.model."""
@@ -32,6 +35,8 @@ class Auth(Node):
 class Tls(Node):
     """TLS for both surfaces; without `router.tls` they are plain. PEM files, at the same path on every machine that
     runs a router or an HTTP proxy; relative paths are tried as for base.model. Read when the deployment starts."""
+
+    CHANGE: ClassVar = refused("Ray Serve's proxies keep their certificates while they run", fix="start anew")
 
     cert_file: str = Field(min_length=1)
     """The server's certificate, followed by those that lead to its root."""

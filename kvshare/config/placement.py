@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from kvshare.config.changes import TAKEN_OVER
 from kvshare.yaml_tree import Node
 
 Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
@@ -13,6 +14,8 @@ Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
 class Placement(Node):
     """How a replica is chosen: scorers in [0, 1], weighted (router/pools/placement.py)."""
+
+    CHANGE: ClassVar = TAKEN_OVER
 
     policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
     """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and

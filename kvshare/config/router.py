@@ -9,34 +9,34 @@ from pydantic import Field, field_validator, model_validator
 
 from kvshare import origins, redis_url
 from kvshare.config.access import Auth, Tls
+from kvshare.config.changes import ROUTERS, TAKEN_OVER, refused
 from kvshare.config.placement import Placement
 from kvshare.errors import ConfigError
 from kvshare.yaml_tree import Node
+
+_OF_PROXIES = refused("Ray Serve's proxies keep listening where they do while they run", fix="start anew")
 
 
 class Router(Node):
     """The ingress: HTTP and gRPC surfaces, sessions, placement."""
 
-    #: Fields a running router takes over; a change of any other replaces it.
-    CHANGEABLE: ClassVar = (
-        "max_queued", "max_wait_s", "expected_output_tokens", "default_deadline_s", "max_resumes", "max_retries", "placement",
-    )  # fmt: skip
+    CHANGE: ClassVar = ROUTERS
 
-    replicas: int = Field(1, ge=1)
+    replicas: Annotated[int, TAKEN_OVER] = Field(1, ge=1)
     """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that a router takes, as for engines."""
-    host: str = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
+    host: Annotated[str, _OF_PROXIES] = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
     """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all. On loopback, a local Ray
     cluster and the engines are there, too."""
-    http_port: int = Field(8000, ge=1, le=65535)
+    http_port: Annotated[int, _OF_PROXIES] = Field(8000, ge=1, le=65535)
     """Port of the OpenAI-compatible HTTP surface."""
     grpc_port: int = Field(9000, ge=1, le=65535)
     """Port of the gRPC surface."""
-    max_queued: int = Field(256, ge=1)
+    max_queued: Annotated[int, TAKEN_OVER] = Field(256, ge=1)
     """Most turns in progress or waiting for room. Beyond that the last in the longest line is refused with
     RESOURCE_EXHAUSTED / 429 and a retry hint."""
-    max_wait_s: float = Field(30, gt=0)
+    max_wait_s: Annotated[float, TAKEN_OVER] = Field(30, gt=0)
     """Longest a turn waits for room, seconds. One that by the measured rates would wait longer, or too long to end before its
     deadline, is refused at once."""
     max_request_bytes: int | None = Field(None, ge=4096)
@@ -49,7 +49,7 @@ class Router(Node):
     """While a prefill replica has this many tokens of admitted turns still to compute, no further turn starts there. It should
     be enough to keep a replica busy. With more, turns wait in the engine instead of in the router, and only the router's queue
     looks at priorities and tenants."""
-    expected_output_tokens: int = Field(256, ge=1)
+    expected_output_tokens: Annotated[int, TAKEN_OVER] = Field(256, ge=1)
     """Tokens a turn is expected to generate where its max_tokens is not lower: decode blocks are reserved for prompt and so
     many. Too low: turns outgrow what was reserved and engines preempt; too high: room stays unused."""
     max_sessions: int = Field(10_000, ge=1)
@@ -64,11 +64,11 @@ class Router(Node):
     this file, which others may see: Ray shows what it deploys."""
     redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """What this deployment's keys in Redis begin with. Deployments that share a server need different ones."""
-    default_deadline_s: float = Field(300, gt=0)
+    default_deadline_s: Annotated[float, TAKEN_OVER] = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
-    max_resumes: int = Field(64, ge=0)
+    max_resumes: Annotated[int, TAKEN_OVER] = Field(64, ge=0)
     """How often one turn may be taken up again, for whatever reason, before it fails."""
-    max_retries: int = Field(5, ge=0)
+    max_retries: Annotated[int, TAKEN_OVER] = Field(5, ge=0)
     """How often one turn may go on elsewhere because a replica failed it, before it fails."""
     replica_wait_s: float = Field(60, ge=0)
     """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
@@ -91,11 +91,11 @@ class Router(Node):
     canary_share: float = Field(0.001, ge=0, le=1)
     """Part of the turns in mode droidspeak of which one token is predicted again with the decoder's own prefill, at the lowest
     priority; prefillshare_canary_divergence says how far apart the two are."""
-    placement: Placement = Field(default_factory=Placement)
+    placement: Annotated[Placement, TAKEN_OVER] = Field(default_factory=Placement)
     """How replicas are chosen."""
     auth: Auth | None = None
     """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
-    tls: Tls | None = None
+    tls: Annotated[Tls | None, Tls.CHANGE] = None
     """Certificates of both surfaces; unset: no encryption."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all.

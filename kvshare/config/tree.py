@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kvshare.config.changes import BOTH, ENGINES, ROUTERS, TAKEN_OVER, Change, refused
 from kvshare.config.router import Router
 from kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
 from kvshare.layer_group import layer_group
@@ -18,10 +19,16 @@ from kvshare.yaml_tree import Name
 from kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
+_ANOTHER = Change("one goes, another comes", replaces_engines=True)
+_UNDER_ITS_NAME = refused("another one than runs under this name", fix="give the pool another name")
+_ANOTHER_TRANSPORT = refused("engines of two transports cannot exchange KV", fix="start a second deployment")
+_ANOTHER_CLUSTER = refused("it runs on another cluster", fix="start a second deployment there")
 
 
 class Base(_Node):
     """The frozen base model: it makes all shared KV."""
+
+    CHANGE: ClassVar = refused("the base cannot change while it runs", fix="start a second deployment")
 
     model: Folder
     """Folder of the base model in Hugging Face format. Relative paths are tried from the current folder, then from
@@ -41,6 +48,8 @@ class Base(_Node):
 class Autoscale(_Node):
     """Replicas by load (Ray Serve's autoscaling), between two bounds."""
 
+    CHANGE: ClassVar = TAKEN_OVER
+
     min_replicas: int = Field(1, ge=1, le=4096)
     """Fewest replicas."""
     max_replicas: int = Field(ge=1, le=4096)
@@ -57,9 +66,11 @@ class Autoscale(_Node):
 class Engines(_Node):
     """Replicas of one kind of engine and what each of them gets."""
 
-    replicas: int = Field(1, ge=1, le=4096)
+    CHANGE: ClassVar = ENGINES
+
+    replicas: Annotated[int, TAKEN_OVER] = Field(1, ge=1, le=4096)
     """Number of engine replicas; with autoscale, at the start."""
-    autoscale: Autoscale | None = None
+    autoscale: Annotated[Autoscale | None, TAKEN_OVER] = None
     """Have the number follow the load; unset: it stays."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache per replica, GiB; on each of its GPUs, if it has several. Must hold at least one sequence of
@@ -131,11 +142,11 @@ class Prefill(Engines):
 class DecodePool(Engines):
     """One decode pool: either LoRA adapters on the base (`adapters`), or one model with weights of its own (`model`)."""
 
-    pool: Name
+    pool: Annotated[Name, _ANOTHER]
     """Name of the pool."""
-    sharing: str = "prefillshare"
+    sharing: Annotated[str, _UNDER_ITS_NAME] = "prefillshare"
     """Sharing mode: where this pool's prompt KV comes from."""
-    adapters: dict[Name, Folder] = Field(default_factory=dict)
+    adapters: Annotated[dict[Name, Folder], TAKEN_OVER] = Field(default_factory=dict)
     """Decoder name -> folder of its LoRA adapter in PEFT format."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
     """Highest LoRA rank this pool's engines make room for."""
@@ -143,19 +154,19 @@ class DecodePool(Engines):
     """Adapters this pool's engines make room for: as many may run in one step, and as many may be served. Adapters can be added
     while it runs as long as there is room; another value replaces the engines. A place takes the memory of an adapter of
     max_lora_rank on every linear layer: for a base of 8 billion parameters 80 MiB at rank 16 in bfloat16."""
-    serve_base: bool = True
+    serve_base: Annotated[bool, TAKEN_OVER] = True
     """Adapter pools only: also serve the plain base under base.name. The first pool that does gets it."""
-    model: Folder | None = None
+    model: Annotated[Folder | None, _UNDER_ITS_NAME] = None
     """Folder of a decoder with full weights."""
-    name: Name | None = None
+    name: Annotated[Name | None, _ANOTHER] = None
     """Name the full-weight decoder is served under; default: the pool's name."""
-    own_layers: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
+    own_layers: Annotated[dict[Name, tuple[str, ...]], TAKEN_OVER] = Field(default_factory=dict)
     """Mode droidspeak only: decoder name -> groups of layers that it may compute itself over a prompt, most layers first, like
     ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: by quality_floor, else "none"."""
-    quality_floor: float | None = Field(None, gt=0)
+    quality_floor: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """Mode droidspeak only: largest divergence from the decoder's own prefill, nats per token. Decoders without own_layers get
     the groups within it from the layer_profile.json beside them (prefillshare profile)."""
-    ttft_objective_s: float | None = Field(None, gt=0)
+    ttft_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """Mode droidspeak only: of several groups, a turn takes the one of most layers with which its first token is expected
     within so many seconds. Unset: always the first."""
     prefill: Engines | None = None
@@ -227,18 +238,20 @@ class DecodePool(Engines):
 class Cluster(_Node):
     """The Ray cluster."""
 
-    address: str | None = None
+    CHANGE: ClassVar = ENGINES
+
+    address: Annotated[str | None, _ANOTHER_CLUSTER] = None
     """Address of a running Ray cluster ("auto", "ray://..."), which asks for a token (RAY_AUTH_MODE=token) where other machines
     reach it; unset: start a local one and end it on exit."""
-    num_cpus: int | None = Field(None, ge=1)
+    num_cpus: Annotated[int | None, _ANOTHER_CLUSTER] = Field(None, ge=1)
     """Local cluster only: CPUs Ray may hand out; unset: all."""
-    start_timeout_s: float = Field(600, gt=0)
+    start_timeout_s: Annotated[float, TAKEN_OVER] = Field(600, gt=0)
     """How long all replicas may take to be ready, seconds."""
-    kv_transport: Literal["nixl"] = "nixl"
+    kv_transport: Annotated[Literal["nixl"], _ANOTHER_TRANSPORT] = "nixl"
     """How KV moves between engines. All engines of a deployment use the same; part of the KV contract."""
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
-    kv_load_timeout_s: float = Field(30, gt=0)
+    kv_load_timeout_s: Annotated[float, ROUTERS] = Field(30, gt=0)
     """A decode call that has not given its first token after so long is given up, seconds; the turn gets its KV from
     elsewhere. More than a load and a decode step may take under load."""
 
@@ -246,7 +259,9 @@ class Cluster(_Node):
 class Logs(_Node):
     """What routers and engines log: to their standard output, which Ray keeps in its session's folder of logs."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    CHANGE: ClassVar = BOTH
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], TAKEN_OVER] = "info"
     """Least severe messages that are written. It can change while the deployment runs (prefillshare apply)."""
     format: Literal["text", "json"] = "text"
     """json: an object a line, with the request's id where there is one."""
@@ -255,22 +270,24 @@ class Logs(_Node):
 class Tracing(_Node):
     """OpenTelemetry traces: a span per turn, with one for each of its stages, from the router and the engines."""
 
+    CHANGE: ClassVar = BOTH
+
     otlp_endpoint: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
     """Collector that takes OTLP: "http://HOST:4317" for gRPC, "http://HOST:4318/v1/traces" for HTTP."""
     protocol: Literal["grpc", "http/protobuf"] = "grpc"
     """How it is spoken to."""
-    sample_share: float = Field(1.0, ge=0, le=1)
+    sample_share: Annotated[float, ROUTERS] = Field(1.0, ge=0, le=1)
     """Part of the turns that are traced; of callers that send a W3C traceparent, those whose own trace is sampled."""
 
 
 class Deployment(_Node):
     """One deployment: a base, its prefill pool, decode pools, the router."""
 
-    base: Base
+    base: Annotated[Base, Base.CHANGE]
     """The frozen base model."""
-    prefill: Prefill = Field(default_factory=Prefill)
+    prefill: Annotated[Prefill, ENGINES] = Field(default_factory=Prefill)
     """The shared prefill pool. Ignored if no decode pool shares prefill."""
-    decode: tuple[DecodePool, ...] = Field(min_length=1)
+    decode: Annotated[tuple[DecodePool, ...], ENGINES] = Field(min_length=1)
     """The decode pools, at least one."""
     router: Router = Field(default_factory=Router)
     """The ingress."""
@@ -278,7 +295,7 @@ class Deployment(_Node):
     """The Ray cluster all of it runs on."""
     logs: Logs = Field(default_factory=Logs)
     """What is logged, and how."""
-    tracing: Tracing | None = None
+    tracing: Annotated[Tracing | None, BOTH] = None
     """Where traces go; unset: none are made."""
 
     @model_validator(mode="after")

@@ -36,7 +36,7 @@ def test_adapters_come_and_go(deploy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sharing": "none"}, "pool 'agents' has another model or sharing mode"),
+        ({"sharing": "none"}, r"decode\.0\.sharing: another one than runs under this name"),
         ({"adapters": {"a": "b"}}, "adapter 'a' is another one"),
     ],
 )

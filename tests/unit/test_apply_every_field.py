@@ -13,7 +13,7 @@ from certificates import Authority
 from pydantic import BaseModel
 
 from kvshare import config
-from kvshare.config import Deployment
+from kvshare.config import Deployment, changes
 from kvshare.errors import ConfigError, EngineStartError
 from kvshare.live_changes import taken_over
 from prefillshare import app
@@ -151,6 +151,14 @@ OTHER = {
     "logs": {"level": "debug", "format": "json"},
     "tracing": {"otlp_endpoint": "http://collector:4317", "protocol": "http/protobuf", "sample_share": 0.5},
 }  # fmt: skip
+TREES = {
+    "prefill": config.Prefill,
+    "decode": config.DecodePool,
+    "router": config.Router,
+    "cluster": config.Cluster,
+    "logs": config.Logs,
+    "tracing": config.Tracing,
+}
 REFUSED = {
     "base": None,
     "router": {"host": "0.0.0.0", "http_port": 8001, "tls": None},
@@ -224,9 +232,14 @@ def test_what_runs_after_apply_is_what_the_file_says_and_stays_so(served, deploy
     assert before != after
     served.deploy(app.build(before))
     is_what_the_file_says(served, before)
+    monkeypatch.setattr(app, "on_cpu", lambda: False)  # where an engine takes a share of a GPU
+    served.deploy(app.build(before))
+    starts = len(served.starts)
     applying.apply(after)
     is_what_the_file_says(served, after)
-    assert served.starts.count("router") <= 2, "a router is replaced once at most"
+    started, change = served.starts[starts:], changes.of(TREES[section])[field]
+    assert started.count("router") == change.replaces_routers, "once at most"
+    assert bool(set(started) - {"router"}) == change.replaces_engines
     served.everything_dies()
     is_what_the_file_says(served, after)
 

@@ -24,6 +24,7 @@ from benchmarks.agents.driver import Conversation, Ours, Stock
 from benchmarks.cache_watch import CacheWatch
 from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
 from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
+from kvshare import metrics_text
 from kvshare.config import Deployment
 from kvshare.contract import KVShape
 from kvshare.modes import get_mode
@@ -100,7 +101,7 @@ def ours(mode: str):
 def _prefilled_ahead() -> int:
     """Tokens of responses that were prefilled before a next turn asked: work that no turn's usage has."""
     text = httpx.get(f"http://127.0.0.1:{HTTP_PORT}/metrics", timeout=30).text
-    return round(_metric(text, "prefillshare_eager_prefill_tokens_total"))
+    return round(metrics_text.total(text, "prefillshare_eager_prefill_tokens_total"))
 
 
 @contextmanager
@@ -124,13 +125,7 @@ def vllm(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[
 
 def _counters(client: httpx.Client) -> dict[str, int]:
     text = client.get("/metrics").text
-    return {"preemptions": round(_metric(text, "vllm:num_preemptions_total"))}
-
-
-def _metric(text: str, name: str) -> float:
-    """Over all its labels."""
-    lines = (line for line in text.splitlines() if line.startswith((name + "{", name + " ")))
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return {"preemptions": round(metrics_text.total(text, "vllm:num_preemptions_total"))}
 
 
 #: In the order they are run.

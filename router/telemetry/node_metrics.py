@@ -4,15 +4,20 @@ agent (vLLM's and NIXL's). A Prometheus that knows nothing of Ray finds all of o
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import re
+from collections.abc import Iterator
 
 import httpx
+from prometheus_client import Metric, generate_latest
+
+from kvshare import metrics_text
 
 logger = logging.getLogger(__name__)
 
 PATH = "/metrics"
-ENGINES = re.compile(rb"^(?:# (?:HELP|TYPE) )?ray_vllm_.*$", re.MULTILINE)
+#: Ray puts its name before theirs.
+_OF_ENGINES = "ray_vllm_"
 AGENT_S = 5.0
 
 
@@ -40,14 +45,28 @@ class NodeMetrics:
         await self._app({**scope, "headers": plain}, receive, send_both)
 
     async def _of_engines(self) -> bytes:
-        """As they would be without Ray: it puts its name before theirs. Empty if the agent does not answer."""
+        """As they would be without Ray. Empty if the agent does not answer, or with something else."""
         try:
             async with httpx.AsyncClient(timeout=AGENT_S, trust_env=False, verify=False) as client:
                 answer = (await client.get(self._agent)).raise_for_status()
-        except httpx.HTTPError as error:
-            logger.warning("Ray's metrics agent at %s does not answer: %s: %s", self._agent, type(error).__name__, error)
+            return await asyncio.to_thread(generate_latest, _Engines(answer.text))
+        except (httpx.HTTPError, ValueError) as error:
+            logger.warning("Ray's metrics agent at %s tells nothing: %s: %s", self._agent, type(error).__name__, error)
             return b""
-        return b"".join(line.replace(b"ray_vllm_", b"vllm_", 1) + b"\n" for line in ENGINES.findall(answer.content))
+
+
+class _Engines:
+    """A registry of those that an agent's text tells."""
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def collect(self) -> Iterator[Metric]:
+        for family in metrics_text.families(self._text):
+            if family.name.startswith(_OF_ENGINES):
+                family.name = family.name.removeprefix("ray_")
+                family.samples = [sample._replace(name=sample.name.removeprefix("ray_")) for sample in family.samples]
+                yield family
 
 
 def agent_of_this_node() -> str | None:

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 
 from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.processes import stopped, titled
-from kvshare import adapter_settings
+from kvshare import adapter_settings, metrics_text
 from kvshare.config import parse
 from kvshare.errors import ConfigError, EngineStartError, NotFound
 from prefillshare.apply import apply
@@ -188,10 +188,11 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
     """More at once than the engines take, so that some still wait in the queue."""
     wait_whole(running)
 
-    def counted() -> dict[str, float]:
+    def counted() -> dict[tuple, float]:
         text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", follow_redirects=True, timeout=30).text
-        lines = [line for line in text.splitlines() if line.startswith(("prefillshare_resumes_", "prefillshare_turns_total"))]
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines) if float(value)}
+        names = ("prefillshare_resumes_total", "prefillshare_turns_total")
+        found = [sample for name in names for sample in metrics_text.samples(text, name)]
+        return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in found if sample.value}
 
     before = counted()
     with ThreadPoolExecutor(16) as clients:
@@ -200,7 +201,7 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
     wait_until(lambda: {name.rpartition(".")[2] for name in running.held()} <= {"blocks_used"}, 10)
     wait_until(lambda: not running.held(), LEASE_S + 5)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
-    assert set(new) == {'prefillshare_turns_total{decoder="a",outcome="cancelled"}'}
+    assert set(new) == {("prefillshare_turns_total", ("decoder", "a"), ("outcome", "cancelled"))}
     assert new.popitem()[1] > 50  # others hung up before they had a turn
 
 

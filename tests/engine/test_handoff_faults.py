@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from faults import kept_whole, processes
 from oracle import Oracle
 
 from benchmarks.faults.processes import stopped
+from kvshare import metrics_text
 from kvshare.config import parse
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -95,7 +95,7 @@ def holding(running, *, count: int = 1, but: str = "", within_s: float = LEASE_S
 
 def late_reads(running) -> float:
     text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", timeout=30).text
-    return float(re.search(r'(?m)^prefillshare_late_reads_total\{decoder="a"\} (\S+)$', text).group(1))
+    return metrics_text.total(text, "prefillshare_late_reads_total", decoder="a")
 
 
 def resumed_once(turn: Future):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from conftest import ids, wait_until
 from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
 
+from kvshare import metrics_text
 from kvshare.config import parse
 from kvshare.errors import DeadlineExceeded, Unavailable
 from prefillshare.client import Client, collect
@@ -211,11 +211,10 @@ def test_what_cannot_change_while_it_runs_is_refused_and_all_goes_on(cluster, tm
 def test_every_host_exports_what_runs_on_it(cluster):
     """A Prometheus that scrapes each host, as on KubeRay, finds every router and replica."""
 
-    running = re.compile(r'ray_vllm_num_requests_running\{[^}]*model_name="([^"]+)"')
-
     def exported(host) -> tuple[set[str], bool]:
         text = httpx.get(f"http://{host.address}:{METRICS}/metrics", timeout=30, trust_env=False).text
-        return set(running.findall(text)), "ray_prefillshare_turns_total" in text
+        engines = metrics_text.samples(text, "ray_vllm_num_requests_running")
+        return {one.labels["model_name"] for one in engines}, bool(metrics_text.samples(text, "ray_prefillshare_turns_total"))
 
     expected = [({"prefill"}, True)] + [({"agents"}, False)] * len(cluster.decoding)
     wait_until(lambda: [exported(host) for host in (cluster.head, *cluster.decoding)] == expected, 60, 1)

@@ -27,6 +27,7 @@ from prometheus_server import Prometheus
 
 from benchmarks.load import quantile
 from kvshare.metrics import DEFINITIONS
+from kvshare.metrics_text import total
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -261,10 +262,6 @@ def test_engines_are_named_by_pool_and_replica(running, watched):
 def test_rays_agent_has_the_routers_metrics_too(running):
     (node,) = ray.nodes()
     agent = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-
-    def total(text: str, name: str) -> float:
-        lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     own = httpx.get(f"http://127.0.0.1:{running.deployment.router.http_port}/metrics", timeout=30).text
     for what in ("completion_tokens_total", "turn_seconds_count", "inter_token_seconds_count"):

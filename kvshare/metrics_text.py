@@ -1,0 +1,29 @@
+"""Prometheus' text format, read: the figures that a process tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+
+def families(text: str) -> Iterator[Metric]:
+    """Raises ValueError if it is not that format."""
+    return text_string_to_metric_families(text)
+
+
+def samples(text: str, name: str, **labels: str) -> list[Sample]:
+    """Those of this name (a histogram's with their suffix) that have at least these labels."""
+    return [
+        sample
+        for family in families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+
+
+def total(text: str, name: str, **labels: str) -> float:
+    """The sum of those; 0.0 if there are none."""
+    return sum(sample.value for sample in samples(text, name, **labels))

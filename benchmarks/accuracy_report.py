@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefillshare.kvshare.layer_profile import Point, frontier_of
+
 from benchmarks.accuracy_rows import REFERENCE, ROWS
-from kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
 #: What people make of the figures: written by hand, put into the page.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetuning.recipe import Recipe, load, parse
+from prefillshare.finetuning.recipe import Recipe, load, parse
 
 RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")

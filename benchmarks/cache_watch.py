@@ -6,10 +6,10 @@ import asyncio
 import threading
 from collections import Counter
 
-from kvshare import channel_keys
-from kvshare.replica_info import KVEvents
-from kvshare_vllm.engine.ray_node import channel_secret
-from router.pools.kv_follower import BlockRemoved, BlockStored, Event, Follower
+from prefillshare.kvshare import channel_keys
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
+from prefillshare.router.pools.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
 #: Until a cache's whole state has arrived.
 STATE_S = 2.0

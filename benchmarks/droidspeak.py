@@ -25,6 +25,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from prefillshare.finetuning.tasks import TASKS
+from prefillshare.kvshare.config import Deployment, parse
+from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -33,11 +38,6 @@ from benchmarks.droidspeak_quality import profiled_point, quality
 from benchmarks.result import RESULTS, write
 from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
-from finetuning.tasks import TASKS
-from kvshare.config import Deployment, parse
-from kvshare.contract import KVShape
-from kvshare.layer_group import LayerGroup
-from kvshare.modes import get_mode
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch

@@ -15,12 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY, bars
-from kvshare.config import Deployment
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch

@@ -19,6 +19,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,8 +29,6 @@ from benchmarks.cache_watch import CacheWatch
 from benchmarks.result import write
 from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, MODEL, bars
-from kvshare.config import Deployment
-from kvshare.modes import get_mode
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch

@@ -25,12 +25,11 @@ class Stepper:
 
     def __init__(self, model: str, adapters: dict[str, str], two_streams: bool, cores: str, context: int, batch: int):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
+        from prefillshare.kvshare_vllm.names import TWO_STREAMS
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.utils.ompmultiprocessing import OMPProcessManager
         from vllm.v1.engine.llm_engine import LLMEngine
-
-        from kvshare_vllm.names import TWO_STREAMS
 
         options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
         if adapters:
@@ -38,7 +37,7 @@ class Stepper:
         args = EngineArgs(
             model=model, dtype="float32", enforce_eager=True, block_size=32, max_model_len=context + 512, max_num_seqs=batch,
             kv_cache_memory_bytes=2 << 30, enable_prefix_caching=False, disable_log_stats=True,
-            worker_cls="kvshare_vllm.engine.worker.SharedKVWorker", **options,
+            worker_cls="prefillshare.kvshare_vllm.engine.worker.SharedKVWorker", **options,
         )  # fmt: skip
         config = args.create_engine_config()
         config.parallel_config.distributed_executor_backend = "uni"

@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
-from kvshare.config import Deployment
 from prefillshare.app import running
 from prefillshare.apply import apply
 from prefillshare.client import Client

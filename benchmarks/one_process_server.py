@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from kvshare_vllm.engine.launch import one_process
+from prefillshare.kvshare_vllm.engine.launch import one_process
 
 
 def main() -> None:

@@ -99,7 +99,8 @@ async def ours(model: str) -> AsyncIterator[Started]:
 
     The decoder is the base's own weights served as a decoder with full weights, so that no adapter slows it down.
     """
-    from kvshare.config import parse
+    from prefillshare.kvshare.config import parse
+
     from prefillshare.app import running
 
     with ExitStack() as stack:
@@ -137,7 +138,7 @@ SYSTEMS = {"bare": bare, "stock_pd": stock_pd, "ours": ours, "stock_pd_one_proce
 
 def _vouched_copy(model: str, folder: Path) -> None:
     """The base's files as a decoder of it: links, and the contract."""
-    from kvshare.contract import DecoderContract
+    from prefillshare.kvshare.contract import DecoderContract
 
     for file in Path(model).iterdir():
         (folder / file.name).symlink_to(file.resolve())

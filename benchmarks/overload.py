@@ -20,14 +20,14 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import Overloaded, PrefillShareError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import small
 from benchmarks.result import write
 from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY
-from kvshare.config import Deployment
-from kvshare.errors import Overloaded, PrefillShareError
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.models import fetch

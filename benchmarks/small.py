@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment, parse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from kvshare.config import Deployment, parse
 
 MODEL = "smollm2-135m-instruct"
 DECODERS = ("planner", "coder", "caller")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from contextlib import aclosing
 
-from kvshare.decode_request import DecodeRequest
-from kvshare.handoff import Handoff
-from kvshare_vllm.engine.replica import EngineReplica
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare_vllm.engine.replica import EngineReplica
 
 
 class DecodeService(EngineReplica):
@@ -22,7 +22,7 @@ class DecodeService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from kvshare_vllm.engine.engine import DecodeEngine
+        from prefillshare.kvshare_vllm.engine.engine import DecodeEngine
 
         return DecodeEngine
 

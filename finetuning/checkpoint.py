@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-from finetuning.recipe import Recipe
-from finetuning.transcripts import Example
-from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError
+from prefillshare.finetuning.recipe import Recipe
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError
 
 FILE = "checkpoint.pt"
 #: What of a recipe changes how fast a run is and what memory it takes, not what it learns (but for rounding).

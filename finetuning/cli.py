@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
 from rich.console import Console
-
-from kvshare.errors import ConfigError, InvalidInput
 
 
 def train(
@@ -21,8 +20,8 @@ def train(
     A run that was ended goes on from its last checkpoint when it is started again. The output folder can be served as
     it is; `log.csv` in it holds every step's loss.
     """
-    from finetuning.recipe import load
-    from finetuning.train import train as run
+    from prefillshare.finetuning.recipe import load
+    from prefillshare.finetuning.train import train as run
 
     console = Console(stderr=True)
     chosen = load(recipe)
@@ -41,7 +40,7 @@ def data(
 ) -> None:
     """Make training data for task suites, checked to hold none of their test questions."""
     chosen = _tasks(tasks)
-    from finetuning.tasks import SPLITS, write_transcripts
+    from prefillshare.finetuning.tasks import SPLITS, write_transcripts
 
     if split not in SPLITS:
         raise InvalidInput(f"unknown split {split!r}", field="--split", fix=f"use one of {', '.join(SPLITS)}")
@@ -71,8 +70,8 @@ def evaluate(
     if answers:
         answers.parent.mkdir(parents=True, exist_ok=True)
     ask = _served(served, name, batch_size) if served else _offline(base, decoder, method, batch_size, device, dtype)
-    from finetuning.evaluate import score
-    from finetuning.log import bars
+    from prefillshare.finetuning.evaluate import score
+    from prefillshare.finetuning.log import bars
 
     console, figures, lines = Console(stderr=True), {}, []
     with bars(console) as progress:
@@ -110,10 +109,9 @@ def profile(
     """
     suites = _tasks(task or [])
     import torch
+    from prefillshare.finetuning import layer_profile, layer_profile_report, subjects, transcripts
+    from prefillshare.finetuning.recipe import DTYPES, device_of
     from transformers import AutoTokenizer
-
-    from finetuning import layer_profile, layer_profile_report, subjects, transcripts
-    from finetuning.recipe import DTYPES, device_of
 
     if dtype not in DTYPES:
         raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
@@ -135,13 +133,12 @@ def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: i
     if not (base / "config.json").is_file():
         raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
     import torch
+    from prefillshare.finetuning import subjects
+    from prefillshare.finetuning.evaluate import offline_answers
+    from prefillshare.finetuning.methods import METHODS
+    from prefillshare.finetuning.recipe import DTYPES, device_of
+    from prefillshare.finetuning.transcripts import stop_ids
     from transformers import AutoTokenizer
-
-    from finetuning import subjects
-    from finetuning.evaluate import offline_answers
-    from finetuning.methods import METHODS
-    from finetuning.recipe import DTYPES, device_of
-    from finetuning.transcripts import stop_ids
 
     method = method or subjects.trained_for(decoder)
     for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
@@ -156,7 +153,8 @@ def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: i
 
 
 def _served(address: str, name: str, at_once: int):
-    from finetuning.evaluate import served_answers
+    from prefillshare.finetuning.evaluate import served_answers
+
     from prefillshare.client import Client
 
     def ask(task, questions, advance):
@@ -175,7 +173,7 @@ def _tasks(names: list[str]) -> list:
             f"the task suites need {error.name}",
             fix="pip install 'prefillshare[eval]' and pip install --no-deps -r requirements/data.lock",
         ) from None
-    from finetuning.tasks import TASKS
+    from prefillshare.finetuning.tasks import TASKS
 
     if wrong := [name for name in names if name not in TASKS]:
         raise InvalidInput(f"unknown suite {wrong[0]!r}", field="TASK", fix=f"use one of {', '.join(TASKS)}")

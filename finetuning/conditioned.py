@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from prefillshare.finetuning.methods import Method, View
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare.layer_group import LayerGroup
 from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache
-
-from finetuning.methods import Method, View
-from finetuning.transcripts import Example
-from kvshare.layer_group import LayerGroup
 
 #: Keys and values per layer, each [contexts, KV heads, tokens, head size].
 LayersKV = Sequence[tuple[torch.Tensor, torch.Tensor]]

@@ -19,17 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from prefillshare.finetuning.conditioned import own_layers, plain
+from prefillshare.finetuning.evaluate import evenly, offline_answers
+from prefillshare.finetuning.log import bars
+from prefillshare.finetuning.subjects import Subject
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.layer_group import LayerGroup, layer_group
+from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point, frontier_of
 from rich.console import Console
 from transformers import DynamicCache
-
-from finetuning.conditioned import own_layers, plain
-from finetuning.evaluate import evenly, offline_answers
-from finetuning.log import bars
-from finetuning.subjects import Subject
-from finetuning.transcripts import Example
-from kvshare import fingerprint
-from kvshare.layer_group import LayerGroup, layer_group
-from kvshare.layer_profile import FILE, LayerProfile, Point, frontier_of
 
 #: Of the examples, for what is only a candidate; and at least so many.
 PART, LEAST = 4, 4

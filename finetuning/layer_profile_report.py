@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefillshare.kvshare.layer_profile import LayerProfile
 from rich.table import Table
-
-from kvshare.layer_profile import LayerProfile
 
 PLOT = "layer_profile.png"
 

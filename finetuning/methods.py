@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-from finetuning.transcripts import Example
-from kvshare.modes import get_mode
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare.modes import get_mode
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

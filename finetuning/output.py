@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from prefillshare.finetuning.checkpoint import FILE as CHECKPOINT_FILE
+from prefillshare.finetuning.recipe import Recipe
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError
 from transformers import AutoConfig
-
-from finetuning.checkpoint import FILE as CHECKPOINT_FILE
-from finetuning.recipe import Recipe
-from finetuning.transcripts import Example
-from kvshare.contract import FILE as CONTRACT_FILE
-from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError
 
 PACKAGES = ("torch", "transformers", "peft")
 #: What a run keeps in its folder until it is done.

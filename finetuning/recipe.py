@@ -11,12 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from prefillshare.finetuning.methods import METHODS
+from prefillshare.kvshare.config.errors import as_config_error
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.yaml_tree import Node, read
 from pydantic import Field, ValidationError, model_validator
-
-from finetuning.methods import METHODS
-from kvshare.config.errors import as_config_error
-from kvshare.errors import ConfigError
-from kvshare.yaml_tree import Node, read
 
 DTYPES = ("float32", "bfloat16")
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from prefillshare.finetuning import grouped_attention
+from prefillshare.finetuning.methods import METHODS, Method
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import InvalidInput
 from transformers import AutoModelForCausalLM, DynamicCache
-
-from finetuning import grouped_attention
-from finetuning.methods import METHODS, Method
-from kvshare.contract import DecoderContract
-from kvshare.errors import InvalidInput
 
 
 @dataclass(frozen=True)

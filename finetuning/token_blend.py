@@ -9,8 +9,7 @@ baseline to DroidSpeak's choice of layers; offline only.
 from __future__ import annotations
 
 import torch
-
-from finetuning.conditioned import LayersKV, plain
+from prefillshare.finetuning.conditioned import LayersKV, plain
 
 #: Layers that are computed for all tokens before any are chosen.
 WHOLE_LAYERS = 2

@@ -17,18 +17,17 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from prefillshare.finetuning import conditioned, output, transcripts
+from prefillshare.finetuning.base_kv_store import BaseKVStore
+from prefillshare.finetuning.batches import Batches
+from prefillshare.finetuning.checkpoint import Checkpoint
+from prefillshare.finetuning.conditioned import LayersKV
+from prefillshare.finetuning.log import TrainingLog, training_bar
+from prefillshare.finetuning.recipe import Recipe, device_of
+from prefillshare.finetuning.transcripts import Example
+from prefillshare.kvshare.errors import ConfigError
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from finetuning import conditioned, output, transcripts
-from finetuning.base_kv_store import BaseKVStore
-from finetuning.batches import Batches
-from finetuning.checkpoint import Checkpoint
-from finetuning.conditioned import LayersKV
-from finetuning.log import TrainingLog, training_bar
-from finetuning.recipe import Recipe, device_of
-from finetuning.transcripts import Example
-from kvshare.errors import ConfigError
 
 
 class Decoder:

@@ -1,14 +1,15 @@
-"""docs/training.md: `python -m finetuning.training_docs > docs/training.md`."""
+"""docs/training.md: `python -m prefillshare.finetuning.training_docs > docs/training.md`."""
 
 from __future__ import annotations
 
-from finetuning.recipe import Lora, Recipe
+from prefillshare.finetuning.recipe import Lora, Recipe
+
 from prefillshare.config_docs import fields
 
 _PAGE = """\
 # Training decoders
 
-<!-- Made by `python -m finetuning.training_docs > docs/training.md`; change finetuning/ instead. -->
+<!-- Made by `python -m prefillshare.finetuning.training_docs > docs/training.md`; change finetuning/ instead. -->
 
 A decoder of a sharing pool sees KV that the base made. An ordinary fine-tune was never trained for that: the more of its
 prompt is base KV, the worse it answers. `prefillshare train` makes decoders that see in training exactly what serving feeds

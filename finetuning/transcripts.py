@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning import records
-from finetuning.records import Chat, Text
-from kvshare import fingerprint
-from kvshare.errors import ConfigError, InvalidInput
-from router.sessions.chat import ChatLayout
+from prefillshare.finetuning import records
+from prefillshare.finetuning.records import Chat, Text
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
+from prefillshare.router.sessions.chat import ChatLayout
 
 _FIX = 'give {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "response": ...} on each line'
 

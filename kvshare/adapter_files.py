@@ -12,9 +12,9 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from kvshare import fingerprint
-from kvshare.adapter_settings import AdapterSettings
-from kvshare.errors import ConfigError
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.adapter_settings import AdapterSettings
+from prefillshare.kvshare.errors import ConfigError
 
 FILE = "adapter_model.safetensors"
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvshare import fingerprint
-from kvshare.errors import ConfigError
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.errors import ConfigError
 
 FILE = "adapter_config.json"
 

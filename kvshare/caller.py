@@ -11,8 +11,8 @@ import hashlib
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
-from kvshare.errors import InvalidInput, PermissionDenied
-from kvshare.priority import PRIORITIES
+from prefillshare.kvshare.errors import InvalidInput, PermissionDenied
+from prefillshare.kvshare.priority import PRIORITIES
 
 
 @dataclass(frozen=True)

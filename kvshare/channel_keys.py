@@ -18,9 +18,8 @@ import hmac
 import os
 
 import zmq
+from prefillshare.kvshare.errors import ConfigError
 from zmq.utils import z85
-
-from kvshare.errors import ConfigError
 
 #: 64 hexadecimal digits.
 ENVIRONMENT = "PREFILLSHARE_CHANNEL_SECRET"

@@ -12,8 +12,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvshare import fingerprint
-from kvshare.errors import ConfigError, ContractMismatch
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 
 FILE = "kv_contract.json"
 VERSION = 1

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvshare.handoff import Handoff
-from kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare.layer_group import LayerGroup
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
 
-from kvshare import adapter_files, fingerprint
-from kvshare.adapter_settings import AdapterSettings
-from kvshare.config import DecodePool, Deployment, Engines
-from kvshare.contract import DecoderContract, KVShape
-from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
-from kvshare.layer_group import LayerGroup, ecache_parts, layer_group
-from kvshare.modes import get_mode
+from prefillshare.kvshare import adapter_files, fingerprint
+from prefillshare.kvshare.adapter_settings import AdapterSettings
+from prefillshare.kvshare.config import DecodePool, Deployment, Engines
+from prefillshare.kvshare.contract import DecoderContract, KVShape
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput
+from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts, layer_group
+from prefillshare.kvshare.modes import get_mode
 
 #: vLLM's default (vllm/config/model.py: max_logprobs), and its number for all tokens there are.
 VLLM_MAX_LOGPROBS, ALL = 20, -1

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError
 
 #: Keys of config.json that do not change what the model computes.
 _VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from kvshare import fingerprint
-from kvshare.errors import ConfigError, ContractMismatch
-from kvshare.layer_group import layer_group
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch
+from prefillshare.kvshare.layer_group import layer_group
 
 T = TypeVar("T")
 

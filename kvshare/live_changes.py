@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvshare.config import changes
-from kvshare.errors import ConfigError
-from kvshare.yaml_tree import Node
+from prefillshare.kvshare.config import changes
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.yaml_tree import Node
 
 
 def fixed_for_router(deployment: Node) -> object:

@@ -13,8 +13,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-from kvshare.config import Tracing
+from prefillshare.kvshare.config import Tracing
 
 _W3C = TraceContextTextMapPropagator()
 #: Spans that wait to be exported; further ones are dropped, never waited for.

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from kvshare.errors import Overloaded
+from prefillshare.kvshare.errors import Overloaded
 
 
 class FairGate:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefillshare.kvshare.errors import InvalidInput, Overloaded
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
-
-from kvshare.errors import InvalidInput, Overloaded
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import contextmanager
 
-from kvshare.handoff import Handoff, PrefillResult
-from kvshare_vllm.engine.replica import EngineReplica
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.kvshare_vllm.engine.replica import EngineReplica
 
 
 class PrefillService(EngineReplica):
@@ -23,7 +23,7 @@ class PrefillService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from kvshare_vllm.engine.engine import PrefillEngine
+        from prefillshare.kvshare_vllm.engine.engine import PrefillEngine
 
         return PrefillEngine
 

@@ -1,3 +1,11 @@
-"""What a user touches: command line, Python client, app builder, demo."""
+"""What a user touches: command line, Python client, app builder, demo. The other packages stand in this one when it is
+installed (setup.py), and beside it in a checkout."""
+
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+_checkout = Path(__file__).parents[1]
+if (_checkout / "setup.py").is_file():
+    __path__.append(str(_checkout))
+del _checkout

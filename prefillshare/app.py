@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvshare import addresses, decoders, live_changes
-from kvshare.config import Deployment, Engines, load, parse
-from kvshare.errors import ConfigError, EngineStartError
 from prefillshare import cluster, forkserver
 from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, ROUTER
 from prefillshare.engines import engine_settings
+from prefillshare.kvshare import addresses, decoders, live_changes
+from prefillshare.kvshare.config import Deployment, Engines, load, parse
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
+from prefillshare.router import tenants
+from prefillshare.router.tenants import Tenants
 from prefillshare.serve_http import check_proxies, http_options, proxy_environment
 from prefillshare.watch import Watch
-from router import tenants
-from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ def build(
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    from decode_service.service import DecodeService
-    from prefill_service.service import PrefillService
-    from router.ingress import RouterIngress
-    from router.pools.pinned import PinnedRouter
+    from prefillshare.decode_service.service import DecodeService
+    from prefillshare.prefill_service.service import PrefillService
+    from prefillshare.router.ingress import RouterIngress
+    from prefillshare.router.pools.pinned import PinnedRouter
 
     handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment, check_files).items():
@@ -173,7 +173,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
     import ray
     from ray import serve
 
-    from kvshare_vllm.engine.ray_node import channel_secret
+    from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 
     engine_settings(deployment)  # files first: the cheapest refusals
     tenants.load(deployment.router.auth)
@@ -227,7 +227,7 @@ def running_deployment(handle) -> Deployment:
 
 
 def _drain(handle) -> None:
-    from router.ingress import GRACE_S
+    from prefillshare.router.ingress import GRACE_S
 
     try:
         handle.broadcast("drain", GRACE_S).results(timeout_s=STOP_TIMEOUT_S)

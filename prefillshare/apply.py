@@ -16,9 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvshare import decoders, live_changes
-from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 from prefillshare.app import (
     STOP_TIMEOUT_S,
     Progress,
@@ -31,6 +28,9 @@ from prefillshare.app import (
 )
 from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, connected, running_handle
+from prefillshare.kvshare import decoders, live_changes
+from prefillshare.kvshare.config import Deployment, load
+from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 
 #: How long routers may take to say that they serve the new deployment, once Serve says that they run.
 CONFIRM_S = 60.0

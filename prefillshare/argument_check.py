@@ -9,17 +9,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from kvshare import fingerprint
-from kvshare.config import Deployment
-from kvshare.errors import ConfigError, EngineStartError
 from prefillshare.engines import engine_settings, fields
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
 from prefillshare.platform import vllm_build
 
 #: Many times what importing vLLM takes on idle cores; past it the engines themselves will tell.
 LIMIT_S = 300.0
 #: Answers that are remembered.
 KEPT = 100
-_MODULE = "kvshare_vllm.engine.argument_check"
+_MODULE = "prefillshare.kvshare_vllm.engine.argument_check"
 
 
 def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> str:

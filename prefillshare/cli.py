@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from kvshare import contract, fingerprint
-from kvshare.errors import ConfigError, PrefillShareError
-from prefillshare import models
+from prefillshare import extras, models
+from prefillshare.kvshare import contract, fingerprint
+from prefillshare.kvshare.errors import ConfigError, PrefillShareError
 from prefillshare.progress import FetchProgress
 
 EXIT_REFUSED = 2
@@ -27,7 +27,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except PrefillShareError as error:
             _show(error)
-            raise typer.Exit(EXIT_REFUSED) from None
+        except ModuleNotFoundError as error:
+            if not (refused := extras.missing(error)):
+                raise
+            _show(refused)
+        raise typer.Exit(EXIT_REFUSED)
 
 
 def _show(error: PrefillShareError) -> None:
@@ -120,6 +124,22 @@ def check(file: File) -> None:
 
 
 @app.command()
+def examples(
+    name: Annotated[str | None, typer.Argument(help="Of the one to print; unset: their names, and what they are for.")] = None,
+) -> None:
+    """Show deployment files to begin with: prefillshare examples icarus > deployment.yaml"""
+    from prefillshare.examples import scenarios, text
+
+    if name is not None:
+        typer.echo(text(name), nl=False)
+        return
+    known = scenarios()
+    width = max(map(len, known))
+    for one, scenario in known.items():
+        typer.echo(f"{one:{width}}  {scenario}")
+
+
+@app.command()
 def doctor(
     file: Annotated[Path | None, typer.Argument(help="A deployment file to check, too.", dir_okay=False)] = None,
 ) -> None:
@@ -138,7 +158,7 @@ def key() -> None:
 
     The keys file (`router.auth.keys_file`) needs only the second, from which nobody can find the key.
     """
-    from router.tenants import new_key
+    from prefillshare.router.tenants import new_key
 
     typer.echo("key        {}\nkeys file  {}".format(*new_key()))
 

@@ -24,9 +24,9 @@ import grpc
 from grpc_status import rpc_status
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from kvshare import errors
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
-from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.kvshare import errors
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 
 API_KEY_VARIABLE = "PREFILLSHARE_API_KEY"
 _MAX_MESSAGE_BYTES = 64 << 20

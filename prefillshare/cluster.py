@@ -21,10 +21,10 @@ from pathlib import Path
 
 import psutil
 
-from kvshare.config import Deployment
-from kvshare.errors import ConfigError
-from kvshare.loopback import ADDRESS, is_loopback
 from prefillshare import forkserver, ray_messages
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.loopback import ADDRESS, is_loopback
 from prefillshare.local_ray import loopback_kept
 
 #: Ray's namespace, and the Serve application's name.

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from kvshare import config
-from kvshare.config import access, changes, placement, tree
-from kvshare.engine_settings import OUR_ENGINE_ARGS
-from kvshare.modes import get_mode, mode_names
-from router import tenants
+from prefillshare import examples
+from prefillshare.kvshare import config
+from prefillshare.kvshare.config import access, changes, placement, tree
+from prefillshare.kvshare.engine_settings import OUR_ENGINE_ARGS
+from prefillshare.kvshare.modes import get_mode, mode_names
+from prefillshare.router import tenants
 
-EXAMPLES = Path(__file__).parents[1] / "deploy" / "configs"
 _HEAD = """\
 # Configuration
 
@@ -67,8 +66,8 @@ def _modes() -> Iterator[tuple[str, ...]]:
 
 
 def _examples() -> Iterator[tuple[str, ...]]:
-    for file in sorted(EXAMPLES.glob("*.yaml")):
-        yield f"[{file.name}](../deploy/configs/{file.name})", file.read_text().splitlines()[0].removeprefix("# ")
+    for name, scenario in examples.scenarios().items():
+        yield f"[{name}.yaml](../deploy/configs/{name}.yaml)", scenario
 
 
 def fields(node: type[BaseModel]) -> str:

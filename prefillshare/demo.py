@@ -23,13 +23,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from kvshare import addresses, decoders
-from kvshare.config import Deployment, load
-from kvshare.errors import ConfigError, Internal, Unauthenticated
 from prefillshare.app import running
 from prefillshare.client import API_KEY_VARIABLE, Client, RemoteSession, TurnResult, collect
+from prefillshare.kvshare import addresses, decoders
+from prefillshare.kvshare.config import Deployment, load
+from prefillshare.kvshare.errors import ConfigError, Internal, Unauthenticated
 from prefillshare.progress import startup_progress
-from router import tenants
+from prefillshare.router import tenants
 
 CONFIG = Path("deploy/configs/demo.yaml")
 MODEL = "smollm2-135m-instruct"

@@ -21,9 +21,9 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from kvshare.config import Router
-from kvshare.errors import PrefillShareError
 from prefillshare import platform
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import PrefillShareError
 
 PACKAGE = "prefillshare"
 #: What NIXL moves KV with, here and between machines.
@@ -169,11 +169,11 @@ def _cpu() -> Iterator[Finding]:
 
 def of_deployment(file: Path) -> Iterator[Finding]:
     """What `prefillshare check` refuses."""
-    from kvshare.config import load
     from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
+    from prefillshare.kvshare.config import load
     from prefillshare.preflight import check_machine, ecache_cost
-    from router import tenants
+    from prefillshare.router import tenants
 
     try:
         deployment = load(file)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvshare import decoders
-from kvshare.config import Deployment, Engines
-from kvshare.contract import DecoderContract, KVContract
-from kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
-from kvshare.modes import get_mode, modes
+from prefillshare.kvshare import decoders
+from prefillshare.kvshare.config import Deployment, Engines
+from prefillshare.kvshare.contract import DecoderContract, KVContract
+from prefillshare.kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
+from prefillshare.kvshare.modes import get_mode, modes
 from prefillshare.platform import vllm_build
 
 

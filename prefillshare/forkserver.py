@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvshare_vllm import forkserver
-from kvshare_vllm.forkserver.openmp import RUNTIME
-from kvshare_vllm.forkserver.passing import named
+from prefillshare.kvshare_vllm import forkserver
+from prefillshare.kvshare_vllm.forkserver.openmp import RUNTIME
+from prefillshare.kvshare_vllm.forkserver.passing import named
 from prefillshare.platform import engine_environment, on_cpu
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def start(address: Path, *modules: str, **options) -> subprocess.Popen:
         with named(address) as name:
             listener.bind(name)
         listener.listen(64)
-        command = [sys.executable, "-m", "kvshare_vllm.forkserver.server", str(listener.fileno()), *modules]
+        command = [sys.executable, "-m", "prefillshare.kvshare_vllm.forkserver.server", str(listener.fileno()), *modules]
         files = [listener.fileno()]
         return subprocess.Popen(command, pass_fds=files, stdin=subprocess.PIPE, start_new_session=True, **options)
 

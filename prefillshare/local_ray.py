@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvshare.loopback import is_loopback
+from prefillshare.kvshare.loopback import is_loopback
 
 
 @contextmanager

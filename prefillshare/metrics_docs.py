@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare.metrics import DEFINITIONS, Metric
+from prefillshare.kvshare.metrics import DEFINITIONS, Metric
 
 _HEAD = """\
 # Metrics

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvshare.errors import ConfigError, Internal
+from prefillshare.kvshare.errors import ConfigError, Internal
 
 RECORD = "fetched.json"
 _CHUNK_BYTES = 1 << 22

@@ -8,11 +8,11 @@ import os
 import socket
 from pathlib import Path
 
-from kvshare import adapter_files, addresses, decoders, fingerprint
-from kvshare.config import Deployment, load
-from kvshare.contract import DTYPE_BYTES, KVShape
-from kvshare.errors import ConfigError
-from kvshare.modes import get_mode
+from prefillshare.kvshare import adapter_files, addresses, decoders, fingerprint
+from prefillshare.kvshare.config import Deployment, load
+from prefillshare.kvshare.contract import DTYPE_BYTES, KVShape
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.platform import on_cpu
 
 #: Memory of an engine beside weights and KV (Python, torch, buffers), GiB; measured on the CPU build.
@@ -118,7 +118,7 @@ def check_command(file: Path) -> None:
 
     from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
-    from router import tenants
+    from prefillshare.router import tenants
 
     deployment = load(file)
     known = tenants.load(deployment.router.auth).by_name

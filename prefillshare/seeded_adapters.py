@@ -17,9 +17,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from kvshare.contract import FILE as CONTRACT_FILE
-from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError
+from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError
 
 NAMES = ("planner", "coder", "tools")
 #: Visible in greedy output, not yet babble: on SmolLM2-135M 0.02 changes no token of a short answer, 0.06 repeats itself.

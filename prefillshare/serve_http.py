@@ -15,8 +15,8 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvshare.config import Router
-from kvshare.errors import ConfigError, EngineStartError
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
 _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 #: Seconds. The controller replaces a proxy that has failed three checks; with Ray's 10 s nobody would listen for 30 s.

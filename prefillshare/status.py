@@ -10,10 +10,10 @@ from functools import partial
 from rich.console import Console, Group
 from rich.table import Table
 
-from kvshare import decoders
-from kvshare.config import Deployment
-from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError, Unavailable
+from prefillshare.kvshare import decoders
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError, Unavailable
 
 ANSWER_S = 30.0
 #: Characters of a fingerprint that tables show.

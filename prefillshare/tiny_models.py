@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from kvshare.contract import DecoderContract
+from prefillshare.kvshare.contract import DecoderContract
 
 _SIZES = {
     "hidden_size": 128,

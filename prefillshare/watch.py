@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvshare.errors import Unavailable
 from prefillshare.cluster import APP
+from prefillshare.kvshare.errors import Unavailable
 
 ASK_S = 1.0
 #: How long Ray may leave the question unanswered, or Serve may have given up: a controller that has died comes back sooner.

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 fresh=$(mktemp -d)
 trap 'rm -rf "$fresh"' EXIT
-make -s protos PROTO_OUT="$fresh"
+requirements/make_protos.sh "$fresh"
 for stub in $(cd "$fresh" && find protos -type f); do
     cmp -s "$fresh/$stub" "$stub" || { echo "error: $stub does not match its .proto file: run make protos" >&2; exit 1; }
 done

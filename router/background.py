@@ -7,7 +7,7 @@ import logging
 from collections.abc import Coroutine
 from functools import partial
 
-from kvshare.metrics import Metrics
+from prefillshare.kvshare.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,16 @@ from dataclasses import asdict
 from functools import partial
 
 from fastapi import Response
+from prefillshare.kvshare import decoders as served_decoders
+from prefillshare.kvshare import tracing
+from prefillshare.kvshare.caller import ANONYMOUS
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.live_changes import taken_over
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare_vllm.engine import quick_start, ray_node
+from prefillshare.kvshare_vllm.patches import vllm_logging
+from prefillshare.router.tenants import Tenants
 from ray import serve
-
-from kvshare import decoders as served_decoders
-from kvshare import tracing
-from kvshare.caller import ANONYMOUS
-from kvshare.config import Deployment
-from kvshare.live_changes import taken_over
-from kvshare.metrics import Metrics
-from kvshare_vllm.engine import quick_start, ray_node
-from kvshare_vllm.patches import vllm_logging
-from router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +41,24 @@ class RouterIngress:
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         ray_node.join()
         with quick_start.paused():
-            from kvshare_vllm.surface.openai_app import build_openai_app
-            from router.ahead.eager import EagerPrefill
-            from router.ahead.pull_back import PullBack
-            from router.ahead.response_kv import ResponseKV
-            from router.pools.fleet import Fleet
-            from router.sessions import SessionGauge, open_sessions
-            from router.sessions.turns import Turns
-            from router.surfaces.cors import cors
-            from router.surfaces.grpc_api import GrpcServer, Servicer
-            from router.surfaces.http_auth import ApiKeys
-            from router.surfaces.http_limits import HttpLimits
-            from router.surfaces.readiness import Readiness
-            from router.surfaces.request_limits import RequestLimits
-            from router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
-            from router.telemetry.ray_metrics import RayMetrics
-            from router.telemetry.trace_context import HttpTraces
-            from router.turn.canary import Canary
-            from router.turn.orchestrator import Orchestrator
+            from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
+            from prefillshare.router.ahead.eager import EagerPrefill
+            from prefillshare.router.ahead.pull_back import PullBack
+            from prefillshare.router.ahead.response_kv import ResponseKV
+            from prefillshare.router.pools.fleet import Fleet
+            from prefillshare.router.sessions import SessionGauge, open_sessions
+            from prefillshare.router.sessions.turns import Turns
+            from prefillshare.router.surfaces.cors import cors
+            from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
+            from prefillshare.router.surfaces.http_auth import ApiKeys
+            from prefillshare.router.surfaces.http_limits import HttpLimits
+            from prefillshare.router.surfaces.readiness import Readiness
+            from prefillshare.router.surfaces.request_limits import RequestLimits
+            from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
+            from prefillshare.router.telemetry.ray_metrics import RayMetrics
+            from prefillshare.router.telemetry.trace_context import HttpTraces
+            from prefillshare.router.turn.canary import Canary
+            from prefillshare.router.turn.orchestrator import Orchestrator
 
         config, metrics, self._tenants = deployment.router, Metrics(), tenants
         bounds = RequestLimits.of(config, deployment.base)
@@ -136,7 +135,7 @@ class RouterIngress:
 
     async def reconfigure(self, plain: dict) -> None:
         """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
-        from kvshare_vllm.surface.openai_app import set_decoders
+        from prefillshare.kvshare_vllm.surface.openai_app import set_decoders
 
         deployment = taken_over(self._deployment, Deployment.model_validate(plain))
         if deployment == self._deployment:
@@ -180,8 +179,8 @@ class RouterIngress:
 
     async def _probe(self, decoder: str) -> None:
         """A turn of one token. Raises what a client would get."""
-        from kvshare_vllm.sampling import make_prompt, make_sampling_params
-        from router.turn.terms import Terms
+        from prefillshare.kvshare_vllm.sampling import make_prompt, make_sampling_params
+        from prefillshare.router.turn.terms import Terms
 
         sampling, name = make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}"
         request = self._frontend.prepare(make_prompt([1, 2, 3]), sampling, name, decoder)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from prefillshare.kvshare.caller import ANONYMOUS, Caller
+from prefillshare.kvshare.config.access import Auth
+from prefillshare.kvshare.config.errors import as_config_error
+from prefillshare.kvshare.errors import ConfigError, Unauthenticated
+from prefillshare.kvshare.yaml_tree import Name, Node, from_yaml
+from prefillshare.router.admission import grant
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from kvshare.caller import ANONYMOUS, Caller
-from kvshare.config.access import Auth
-from kvshare.config.errors import as_config_error
-from kvshare.errors import ConfigError, Unauthenticated
-from kvshare.yaml_tree import Name, Node, from_yaml
-from router.admission import grant
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
 #: What fits into a header as it is.

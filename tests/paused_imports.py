@@ -1,6 +1,6 @@
 """Hooks for conftest files: while pytest imports the tests, nobody looks for garbage (kvshare_vllm/engine/quick_start.py)."""
 
-from kvshare_vllm.engine import quick_start
+from prefillshare.kvshare_vllm.engine import quick_start
 
 
 def pytest_sessionstart():

@@ -5,10 +5,9 @@ import socket
 import time
 
 import zmq
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.kvshare_vllm.engine.kv_events import StatePublisher
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
-
-from kvshare.replica_info import KVEvents
-from kvshare_vllm.engine.kv_events import StatePublisher
 
 BLOCK = 32
 

@@ -2,9 +2,8 @@
 
 import uuid
 
+from prefillshare.router.sessions import MemorySessions, RedisSessions
 from redis.asyncio import Redis
-
-from router.sessions import MemorySessions, RedisSessions
 
 
 class InMemory:

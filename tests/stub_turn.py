@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from kvshare.handoff import TokenChunk
-from kvshare.usage import TurnUsage
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.usage import TurnUsage
 
 
 class StubTurn:

@@ -12,12 +12,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefillshare.kvshare.contract import KVShape
+
 from benchmarks.agents import driver, fit
 from benchmarks.agents.simulation import Costs
 from benchmarks.agents.systems import Running
 from benchmarks.agents.workload import Session, Turn
 from benchmarks.small import VOCABULARY
-from kvshare.contract import KVShape
 from prefillshare.client import Client
 
 #: Tokens: contexts that are prefilled whole, and what is then given to them.

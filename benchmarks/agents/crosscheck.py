@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from prefillshare.kvshare.errors import ConfigError
 from rich.console import Console
 
 from benchmarks import load
@@ -27,7 +28,6 @@ from benchmarks.agents.systems import RANK, Budget, deployment
 from benchmarks.overhead_surfaces import Http
 from benchmarks.result import write
 from benchmarks.small import HTTP_PORT, MODEL, VOCABULARY
-from kvshare.errors import ConfigError
 from prefillshare.app import running
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters

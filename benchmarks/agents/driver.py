@@ -16,10 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
+from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 
 from benchmarks.agents.workload import Session
 from benchmarks.small import VOCABULARY
-from kvshare.errors import PrefillShareError, Unavailable
 from prefillshare.client import Client
 
 #: Sessions under way in an open loop; more wait, and their waiting counts.

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from prefillshare.kvshare import metrics_text
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.modes import get_mode
 
 from benchmarks import small
 from benchmarks.agents.driver import Conversation, Ours, Stock
 from benchmarks.cache_watch import CacheWatch
 from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
 from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
-from kvshare import metrics_text
-from kvshare.config import Deployment
-from kvshare.contract import KVShape
-from kvshare.modes import get_mode
 from prefillshare.app import running
 from prefillshare.client import Client
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
+from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
@@ -34,7 +35,6 @@ from benchmarks.faults.strikes import HANG_S, REDIS_AWAY_S, Faults
 from benchmarks.redis_server import RedisServer
 from benchmarks.result import write
 from benchmarks.small import DECODERS, MODEL, bars
-from kvshare.config import Deployment
 from prefillshare.app import running
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from prefillshare.kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError, Unavailable
+
 from benchmarks.small import ADDRESS, DECODERS, VOCABULARY
-from kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError, Unavailable
 from prefillshare.client import Client, RemoteSession
 
 TURNS_PER_SESSION = 4

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.tasks.arithmetic import Arithmetic
-from finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
-from finetuning.tasks.tool_calls import ToolCalls
+from prefillshare.finetuning.tasks.arithmetic import Arithmetic
+from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
+from prefillshare.finetuning.tasks.tool_calls import ToolCalls
 
 TASKS: dict[str, Task] = {task.name: task for task in (ToolCalls("simple_python"), ToolCalls("multiple"), Arithmetic())}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from finetuning.tasks.base import SPLITS, Question, Task, asks_as, normalised
-from kvshare.errors import InvalidInput
+from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, asks_as, normalised
+from prefillshare.kvshare.errors import InvalidInput
 
 TEST_SEED, TEST_SIZE = 500_000_000, 500
 #: An item's own seed is its data set's and its number: a seed of ours has a stride of items of its own.

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError
 
 SPLITS = ("train", "validation")
 

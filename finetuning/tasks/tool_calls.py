@@ -15,8 +15,8 @@ from functools import cache, partial
 from importlib.resources import files
 from types import ModuleType, SimpleNamespace
 
-from finetuning.tasks.base import SPLITS, Question, Task, asks_as, normalised
-from finetuning.tasks.synthetic_calls import synthetic_calls
+from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, asks_as, normalised
+from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 SYSTEM = """You answer with one call of a function. The functions:

@@ -6,11 +6,10 @@ import ssl
 from pathlib import Path
 from typing import Any, ClassVar
 
+from prefillshare.kvshare.config.changes import ROUTERS, refused
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.yaml_tree import Node
 from pydantic import Field, model_validator
-
-from kvshare.config.changes import ROUTERS, refused
-from kvshare.errors import ConfigError
-from kvshare.yaml_tree import Node
 
 
 class Auth(Node):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvshare.config.access import with_files
-from kvshare.config.tree import DecodePool, Deployment
-from kvshare.errors import ConfigError, InvalidInput
-from kvshare.layer_profile import LayerProfile
+from prefillshare.kvshare.config.access import with_files
+from prefillshare.kvshare.config.tree import DecodePool, Deployment
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
+from prefillshare.kvshare.layer_profile import LayerProfile
 
 
 def with_files_found(deployment: Deployment, folder: Path) -> Deployment:

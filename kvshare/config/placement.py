@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from prefillshare.kvshare.config.changes import TAKEN_OVER
+from prefillshare.kvshare.yaml_tree import Node
 from pydantic import Field, field_validator
-
-from kvshare.config.changes import TAKEN_OVER
-from kvshare.yaml_tree import Node
 
 Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 

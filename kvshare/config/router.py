@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from typing import Annotated, ClassVar, Literal
 
+from prefillshare.kvshare import origins, redis_url
+from prefillshare.kvshare.config.access import Auth, Tls
+from prefillshare.kvshare.config.changes import ROUTERS, TAKEN_OVER, refused
+from prefillshare.kvshare.config.placement import Placement
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.yaml_tree import Node
 from pydantic import Field, field_validator, model_validator
-
-from kvshare import origins, redis_url
-from kvshare.config.access import Auth, Tls
-from kvshare.config.changes import ROUTERS, TAKEN_OVER, refused
-from kvshare.config.placement import Placement
-from kvshare.errors import ConfigError
-from kvshare.yaml_tree import Node
 
 _OF_PROXIES = refused("Ray Serve's proxies keep listening where they do while they run", fix="start anew")
 

@@ -1,10 +1,10 @@
 """Sharing modes: one class per mode that declares its policy. Nothing outside this package compares mode names."""
 
-from kvshare.modes.base import SharingMode
-from kvshare.modes.droidspeak import DroidSpeak
-from kvshare.modes.icarus import Icarus
-from kvshare.modes.none import PerModel
-from kvshare.modes.prefillshare import PrefillShare
+from prefillshare.kvshare.modes.base import SharingMode
+from prefillshare.kvshare.modes.droidspeak import DroidSpeak
+from prefillshare.kvshare.modes.icarus import Icarus
+from prefillshare.kvshare.modes.none import PerModel
+from prefillshare.kvshare.modes.prefillshare import PrefillShare
 
 _MODES: dict[str, SharingMode] = {mode.name: mode for mode in (PrefillShare(), Icarus(), DroidSpeak(), PerModel())}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare.modes.base import SharingMode
+from prefillshare.kvshare.modes.base import SharingMode
 
 
 class Icarus(SharingMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvshare.modes.base import PromptShared
+from prefillshare.kvshare.modes.base import PromptShared
 
 
 class PrefillShare(PromptShared):

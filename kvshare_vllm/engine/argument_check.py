@@ -1,7 +1,8 @@
 """vLLM's own checks of the arguments that engines would start with: it makes their configurations, and no engine.
 
-`python -m kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name or null} from
-its standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to its output.
+`python -m prefillshare.kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name
+or null} from its standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to
+its output.
 `argument` is a field of EngineSettings, `engine_args.NAME`, or empty where no single one is at fault; `engine` is empty for
 what belongs to none. A process of its own: vLLM takes seconds to import, and writes to the environment.
 
@@ -19,13 +20,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.kvshare_vllm.engine.launch import Ports, engine_args, set_environment
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
-
-from kvshare.engine_settings import EngineSettings
-from kvshare.replica_info import KVEvents
-from kvshare_vllm.engine.launch import Ports, engine_args, set_environment
 
 _NOWHERE = KVEvents("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
 _KNOWN = [field.name for field in dataclasses.fields(AsyncEngineArgs)]

@@ -12,18 +12,9 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
-from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
-
-from kvshare.decode_request import DecodeRequest
-from kvshare.engine_settings import EngineSettings
-from kvshare.errors import (
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.errors import (
     ContractMismatch,
     EngineStartError,
     Internal,
@@ -33,20 +24,28 @@ from kvshare.errors import (
     ResumeReason,
     Unavailable,
 )
-from kvshare.handoff import Handoff, PrefillResult, TokenChunk
-from kvshare.layer_group import block_salt
-from kvshare.modes import get_mode
-from kvshare.replica_info import KVEvents, ReplicaStats
-from kvshare_vllm.engine import quick_start
-from kvshare_vllm.engine.adapters import Adapters
-from kvshare_vllm.engine.first_word import FirstWord
-from kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
-from kvshare_vllm.engine.log_tail import LogTail
-from kvshare_vllm.forkserver import spare
-from kvshare_vllm.patches import gentle_grammars, vllm_logging
-from kvshare_vllm.sampling import logprob_rows
-from kvshare_vllm.transfer import params
-from kvshare_vllm.vllm_refusals import as_our_errors
+from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from prefillshare.kvshare.layer_group import block_salt
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.replica_info import KVEvents, ReplicaStats
+from prefillshare.kvshare_vllm.engine import quick_start
+from prefillshare.kvshare_vllm.engine.adapters import Adapters
+from prefillshare.kvshare_vllm.engine.first_word import FirstWord
+from prefillshare.kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
+from prefillshare.kvshare_vllm.engine.log_tail import LogTail
+from prefillshare.kvshare_vllm.forkserver import spare
+from prefillshare.kvshare_vllm.patches import gentle_grammars, vllm_logging
+from prefillshare.kvshare_vllm.sampling import logprob_rows
+from prefillshare.kvshare_vllm.transfer import params
+from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
 #: An engine that has started but does not generate a token within so long has not started.
 FIRST_TOKEN_S = 300.0

@@ -30,6 +30,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from prefillshare.kvshare import channel_keys
 from vllm.distributed.kv_events import (
     MEDIUM_GPU,
     AllBlocksCleared,
@@ -40,8 +41,6 @@ from vllm.distributed.kv_events import (
     EventPublisherFactory,
     KVEventBatch,
 )
-
-from kvshare import channel_keys
 
 logger = logging.getLogger(__name__)
 

@@ -12,19 +12,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.loopback import ADDRESS, INTERFACE, is_loopback
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
+from prefillshare.kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
+from prefillshare.kvshare_vllm.patches import vllm_logging
+from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
 from vllm.config import StructuredOutputsConfig
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
-
-from kvshare import fingerprint
-from kvshare.engine_settings import EngineSettings
-from kvshare.loopback import ADDRESS, INTERFACE, is_loopback
-from kvshare.modes import get_mode
-from kvshare.replica_info import KVEvents
-from kvshare_vllm.grammars.grammars import BACKEND
-from kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
-from kvshare_vllm.patches import vllm_logging
-from kvshare_vllm.transfer.transports import TRANSPORTS
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
@@ -36,8 +35,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         args |= _model_of_ours(s, PARTIAL_LAYERS, ecache_layers=list(s.ecache_layers), keeps_ecache=s.role == "prefill")
     if mode.guards_prefix and s.role == "decode":
         args |= {
-            "scheduler_cls": "kvshare_vllm.engine.scheduler.SharedKVScheduler",
-            "worker_cls": "kvshare_vllm.engine.worker.SharedKVWorker",
+            "scheduler_cls": "prefillshare.kvshare_vllm.engine.scheduler.SharedKVScheduler",
+            "worker_cls": "prefillshare.kvshare_vllm.engine.worker.SharedKVWorker",
         }
         if mode.two_streams:
             # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
@@ -57,7 +56,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "served_model_name": s.pool,  # as vLLM's metrics name it
             "otlp_traces_endpoint": s.traces_endpoint,
             "logging_config": vllm_logging.config(s.log_level, s.log_format),
-            "worker_extension_cls": "kvshare_vllm.engine.worker_calls.WorkerCalls",
+            "worker_extension_cls": "prefillshare.kvshare_vllm.engine.worker_calls.WorkerCalls",
             "dtype": s.dtype,
             "max_model_len": s.max_model_len,
             "block_size": s.block_size,

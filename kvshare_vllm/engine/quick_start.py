@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 #: What processes that are spawned import first.
-_FIRST = "kvshare_vllm.engine.spawned"
+_FIRST = "prefillshare.kvshare_vllm.engine.spawned"
 
 
 def pause() -> None:

@@ -11,10 +11,9 @@ Seam: ray/_private/authentication; ray/serve/_private/replica.py (`add_port_to_g
 from __future__ import annotations
 
 import ray
-
-from kvshare import channel_keys
-from kvshare.errors import ConfigError
-from kvshare.loopback import ADDRESS, is_loopback
+from prefillshare.kvshare import channel_keys
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.loopback import ADDRESS, is_loopback
 
 
 def join() -> str:

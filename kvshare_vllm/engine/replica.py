@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import ray
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.replica_info import ReplicaInfo, ReplicaStats
+from prefillshare.kvshare_vllm.engine import quick_start, ray_node
+from prefillshare.kvshare_vllm.patches import vllm_logging
 from ray import serve
-
-from kvshare.engine_settings import EngineSettings
-from kvshare.replica_info import ReplicaInfo, ReplicaStats
-from kvshare_vllm.engine import quick_start, ray_node
-from kvshare_vllm.patches import vllm_logging
 
 
 class EngineReplica(ABC):
@@ -26,7 +25,7 @@ class EngineReplica(ABC):
         vllm_logging.set_up(settings.log_level, settings.log_format)
         self._queued_tokens = 0
         with quick_start.paused():
-            from kvshare_vllm.engine.metrics import EngineMetrics
+            from prefillshare.kvshare_vllm.engine.metrics import EngineMetrics
 
             engine_class = self.engine_class()
         self._engine = await engine_class.start(settings, host=ray_node.join(), stat_loggers=(EngineMetrics,))

@@ -1,5 +1,5 @@
 """The main module of an engine's processes (quick_start.py)."""
 
-from kvshare_vllm.engine import quick_start
+from prefillshare.kvshare_vllm.engine import quick_start
 
 quick_start.pause()

@@ -19,9 +19,9 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-from kvshare.modes import get_mode
-from kvshare_vllm.models.own_layers import follow_plans
-from kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare_vllm.models.own_layers import follow_plans
+from prefillshare.kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
 
 
 class ReplayGenerator(torch.Generator):

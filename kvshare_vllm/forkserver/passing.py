@@ -41,7 +41,7 @@ class Received:
 
     def adopt(self) -> None:
         """Make this process what the program wants; what it runs is the caller's to run."""
-        from kvshare_vllm.forkserver import openmp  # the stand-in, which adopts nothing, is to start at once
+        from prefillshare.kvshare_vllm.forkserver import openmp  # the stand-in, which adopts nothing, is to start at once
 
         above = max([*self.program.files, *self.files], default=0) + 1
         moved = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in self.files]
@@ -78,7 +78,7 @@ def receive(connection: socket.socket) -> Received | None:
 
 @contextmanager
 def named(path: os.PathLike | str) -> Iterator[str]:
-    """A short name of a socket: the kernel takes 107 bytes, a user's TMPDIR may be longer. Raises OSError without its folder."""
+    """A short name of a socket: the kernel takes 107 bytes, TMPDIR may be longer. Raises OSError without its folder."""
     folder, name = os.path.split(path)
     folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:

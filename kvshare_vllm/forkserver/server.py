@@ -1,4 +1,4 @@
-"""The server: python -m kvshare_vllm.forkserver.server LISTENER [MODULE ...]
+"""The server: python -m prefillshare.kvshare_vllm.forkserver.server LISTENER [MODULE ...]
 
 `LISTENER`: file descriptor of a socket that listens. It ends when its standard input does.
 
@@ -19,9 +19,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from kvshare_vllm.forkserver import spare
-from kvshare_vllm.forkserver.passing import Received, receive
-from kvshare_vllm.forkserver.stand_in import STARTED
+from prefillshare.kvshare_vllm.forkserver import spare
+from prefillshare.kvshare_vllm.forkserver.passing import Received, receive
+from prefillshare.kvshare_vllm.forkserver.stand_in import STARTED
 
 #: What is imported unless modules are named: what replicas, routers and engines want of vLLM, and what takes them long.
 PRELOADED = (

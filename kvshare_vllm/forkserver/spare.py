@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import util
 
+from prefillshare.kvshare_vllm.forkserver.passing import Program, receive
 from setproctitle import setproctitle
-
-from kvshare_vllm.forkserver.passing import Program, receive
 
 #: A spawned process is Python with this argument, and a program of multiprocessing's own before it.
 _SPAWNED = "--multiprocessing-fork"

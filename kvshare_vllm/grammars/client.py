@@ -15,7 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 
-from kvshare.errors import Unavailable
+from prefillshare.kvshare.errors import Unavailable
 
 #: What a verdict says where the child that compiled had to be ended, or ended itself.
 TOO_MUCH_CPU, TOO_MUCH_TIME, DIED = "cpu", "wall", "died"
@@ -23,7 +23,7 @@ TOO_MUCH_CPU, TOO_MUCH_TIME, DIED = "cpu", "wall", "died"
 START_S = 120.0
 #: A compilation that has not had its CPU time by then runs on a machine that is too busy, seconds.
 LONGEST_S = 90.0
-_MODULE = "kvshare_vllm.grammars.process"
+_MODULE = "prefillshare.kvshare_vllm.grammars.process"
 
 
 class GrammarClient:

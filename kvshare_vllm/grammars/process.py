@@ -1,4 +1,5 @@
-"""A process that compiles grammars, each in a child of its own that can be killed: `python -m kvshare_vllm.grammars.process`.
+"""A process that compiles grammars, each in a child of its own that can be killed:
+`python -m prefillshare.kvshare_vllm.grammars.process`.
 
 1. The first line of standard input is the tokenizer's information, as xgrammar serialises it.
 2. Every further line is a job: {"id", "kind", "spec", "cpu_s", "wall_s"}. A child compiles it as an engine will, and then
@@ -26,8 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import xgrammar
-
-from kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
+from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 
 THREADS, NICENESS = 2, 10
 MORE_MEMORY_BYTES = 2 << 30

@@ -26,9 +26,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from kvshare.layer_group import LayerGroup, OwnLayers
-from kvshare_vllm.models.ecache import ECache
-from kvshare_vllm.transfer.regions import ecache_names, ecache_parts_of
+from prefillshare.kvshare.layer_group import LayerGroup, OwnLayers
+from prefillshare.kvshare_vllm.models.ecache import ECache
+from prefillshare.kvshare_vllm.transfer.regions import ecache_names, ecache_parts_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import logging.config
 
-#: Our packages; their loggers write where vLLM's does.
-OURS = ("kvshare", "kvshare_vllm", "router", "prefill_service", "decode_service", "prefillshare")
+#: What our loggers' names begin with; they write where vLLM's does.
+OURS = "prefillshare"
 
 
 def config(level: str = "info", form: str = "text"):
@@ -41,16 +41,15 @@ def _forget_names_only() -> None:
 
 def share_with_ours() -> None:
     vllm = logging.getLogger("vllm")
-    for name in OURS:
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = vllm.handlers, False
-        logger.setLevel(vllm.level)
+    ours = logging.getLogger(OURS)
+    ours.handlers, ours.propagate = vllm.handlers, False
+    ours.setLevel(vllm.level)
 
 
 def set_level(level: str) -> None:
     """While the process runs."""
     vllm = logging.getLogger("vllm")
-    for one in (vllm, *vllm.handlers, *map(logging.getLogger, OURS)):
+    for one in (vllm, *vllm.handlers, logging.getLogger(OURS)):
         one.setLevel(level.upper())
 
 

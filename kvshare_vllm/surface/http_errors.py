@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from kvshare.errors import InvalidInput, PrefillShareError
+from prefillshare.kvshare.errors import InvalidInput, PrefillShareError
 
 #: For what went wrong unforeseen: the text of such an error is for the log.
 UNFORESEEN = "the server failed; its log says why"

@@ -16,9 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from kvshare.errors import Overloaded, PrefillShareError
-from kvshare_vllm.surface import http_errors
-from kvshare_vllm.surface.http_errors import HttpError
+from prefillshare.kvshare.errors import Overloaded, PrefillShareError
+from prefillshare.kvshare_vllm.surface import http_errors
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError
 
 #: Of a stream's events at most so many are held: vLLM sends two before a turn's first tokens.
 _MAX_HELD = 8

@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.usage import TurnUsage
 from vllm.sampling_params import SamplingParams
-
-from kvshare.caller import Caller
-from kvshare.handoff import TokenChunk
-from kvshare.usage import TurnUsage
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvshare.layer_group import LayerGroup
-from kvshare.modes import SharingMode
-from kvshare_vllm.transfer.load_overlap import LoadOverlap
-from kvshare_vllm.transfer.params import LoadCost
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import SharingMode
+from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
+from prefillshare.kvshare_vllm.transfer.params import LoadCost
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

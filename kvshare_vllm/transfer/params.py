@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvshare.errors import ResumeReason
-from kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.kvshare.layer_group import LayerGroup
 
 #: vLLM's: a load is still due (it unsets this once the load has begun); KV is to be held for another engine.
 _DUE, _HOLD = "do_remote_prefill", "do_remote_decode"

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from kvshare_vllm.transfer.nixl import profile as nixl
+from prefillshare.kvshare_vllm.transfer.nixl import profile as nixl
 
 TRANSPORTS: dict[str, ModuleType] = {"nixl": nixl}

@@ -20,16 +20,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kvshare.config import Router
-from kvshare.errors import Internal, InvalidInput, Unavailable
-from kvshare.metrics import Metrics
-from kvshare.priority import PRIORITIES, RESUMED
-from router.admission.decode_line import DecodeLine, PrefillPool
-from router.admission.decode_room import Capacity, DecodeRoom
-from router.admission.fair_queue import Ticket, Work
-from router.admission.grant import Demand, Grant, TenantShare
-from router.admission.refusals import Refusal, Refusals
-from router.service_rate import Clock
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import Internal, InvalidInput, Unavailable
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.priority import PRIORITIES, RESUMED
+from prefillshare.router.admission.decode_line import DecodeLine, PrefillPool
+from prefillshare.router.admission.decode_room import Capacity, DecodeRoom
+from prefillshare.router.admission.fair_queue import Ticket, Work
+from prefillshare.router.admission.grant import Demand, Grant, TenantShare
+from prefillshare.router.admission.refusals import Refusal, Refusals
+from prefillshare.router.service_rate import Clock
 
 #: An estimate beyond this says that the rate is about nothing, not when the turn would start.
 LONGEST_ESTIMATE_S = 600.0

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from router.admission.decode_room import DecodeRoom
-from router.admission.fair_queue import FairQueue, Ticket
-from router.service_rate import Clock, DrainRate, UsualTime
+from prefillshare.router.admission.decode_room import DecodeRoom
+from prefillshare.router.admission.fair_queue import FairQueue, Ticket
+from prefillshare.router.service_rate import Clock, DrainRate, UsualTime
 
 MAX_PASSED = 32
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from router.admission.lazy_heap import LazyHeap
+from prefillshare.router.admission.lazy_heap import LazyHeap
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from router.admission.lazy_heap import LazyHeap
+from prefillshare.router.admission.lazy_heap import LazyHeap
 
 
 class Work(NamedTuple):

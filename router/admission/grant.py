@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvshare.errors import PrefillShareError, Unavailable
-from router.admission.decode_line import DecodeLine
-from router.admission.fair_queue import Ticket
+from prefillshare.kvshare.errors import PrefillShareError, Unavailable
+from prefillshare.router.admission.decode_line import DecodeLine
+from prefillshare.router.admission.fair_queue import Ticket
 
 
 @dataclass(frozen=True)

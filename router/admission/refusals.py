@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from kvshare.errors import InvalidInput, Overloaded, PrefillShareError, Unavailable
-from kvshare.metrics import Metrics
-from router.admission.grant import Grant
+from prefillshare.kvshare.errors import InvalidInput, Overloaded, PrefillShareError, Unavailable
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.admission.grant import Grant
 
 #: Bounds of the hint when to try again.
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0

@@ -15,14 +15,14 @@ import logging
 import uuid
 from collections.abc import Callable
 
-from kvshare.config import Base
-from kvshare.errors import PrefillShareError
-from kvshare.metrics import Metrics
-from kvshare.priority import BEHIND
-from router.background import Background
-from router.pools.cache_index import BlockKeys
-from router.pools.pool import Pool
-from router.pools.replicas import answer
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import PrefillShareError
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.priority import BEHIND
+from prefillshare.router.background import Background
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.pool import Pool
+from prefillshare.router.pools.replicas import answer
 
 logger = logging.getLogger(__name__)
 

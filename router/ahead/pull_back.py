@@ -20,15 +20,15 @@ import uuid
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from kvshare.config import Base
-from kvshare.errors import PrefillShareError, PrefixLost
-from kvshare.handoff import Handoff, PrefillResult
-from kvshare.metrics import Metrics
-from router.background import Background
-from router.pools.cache_index import BlockKeys
-from router.pools.pool import Placed, Pool
-from router.pools.replicas import CALL_ERRORS, answer
-from router.service_rate import MEMORY_S, MeanRatio
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import PrefillShareError, PrefixLost
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.background import Background
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.pool import Placed, Pool
+from prefillshare.router.pools.replicas import CALL_ERRORS, answer
+from prefillshare.router.service_rate import MEMORY_S, MeanRatio
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
-from kvshare.handoff import Handoff
-from kvshare.modes import SharingMode
-from router.ahead.eager import EagerPrefill, SessionKey
-from router.ahead.pull_back import PullBack
+from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare.modes import SharingMode
+from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
+from prefillshare.router.ahead.pull_back import PullBack
 
 
 class ResponseKV:

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import msgspec
-
-from kvshare.replica_info import KVEvents
-from router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
 
 os.environ.setdefault("DYN_LOG", "error")  # read when the library starts
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from kvshare.config import Deployment
-from kvshare.engine_settings import SHARED_PREFILL, own_prefill
-from kvshare.errors import Unavailable
-from kvshare.metrics import Metrics
-from kvshare.modes import get_mode
-from kvshare.replica_info import ReplicaStats
-from router.background import Background
-from router.pools.cache_index import CacheIndex
-from router.pools.placement import Weights, weights
-from router.pools.pool import Pool
-from router.pools.replicas import ReplicaSet
-from router.pools.route import Route
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.engine_settings import SHARED_PREFILL, own_prefill
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.replica_info import ReplicaStats
+from prefillshare.router.background import Background
+from prefillshare.router.pools.cache_index import CacheIndex
+from prefillshare.router.pools.placement import Weights, weights
+from prefillshare.router.pools.pool import Pool
+from prefillshare.router.pools.replicas import ReplicaSet
+from prefillshare.router.pools.route import Route
 
 BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
     "used": lambda stats: stats.blocks_used,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kvshare.errors import ResumeReason
+from prefillshare.kvshare.errors import ResumeReason
 
 
 class Health:

@@ -14,9 +14,8 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
-
-from kvshare import channel_keys
-from kvshare.replica_info import KVEvents
+from prefillshare.kvshare import channel_keys
+from prefillshare.kvshare.replica_info import KVEvents
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 
+from prefillshare.kvshare.errors import ReplicaLost
 from ray.serve._private.request_router.request_router import RequestRouter
-
-from kvshare.errors import ReplicaLost
 
 #: (application, deployment) -> ids of its running replicas, as last pushed to this process.
 MEMBERS: dict[tuple[str, str], frozenset[str]] = {}
@@ -37,7 +36,9 @@ class PinnedRouter(RequestRouter):
         self._tell()
 
     def _tell(self) -> None:
-        from router.pools.pinned import tell  # Serve sends this class by value: its own globals are not the module's
+        from prefillshare.router.pools.pinned import (
+            tell,  # Serve sends this class by value: its own globals are not the module's
+        )
 
         deployment = self._deployment_id
         tell((deployment.app_name, deployment.name), [r.unique_id for r in self.curr_replicas])

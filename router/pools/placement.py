@@ -23,8 +23,8 @@ from heapq import nlargest, nsmallest
 from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from kvshare.config.placement import Placement as PlacementConfig
-from kvshare.errors import Unavailable
+from prefillshare.kvshare.config.placement import Placement as PlacementConfig
+from prefillshare.kvshare.errors import Unavailable
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
-from kvshare.replica_info import ReplicaInfo
-from router.admission.decode_room import ReplicaCapacity
-from router.pools.cache_index import BlockKeys, CacheIndex
-from router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
-from router.pools.replicas import CALL_ERRORS, Replica, ReplicaSet
+from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
+from prefillshare.kvshare.replica_info import ReplicaInfo
+from prefillshare.router.admission.decode_room import ReplicaCapacity
+from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
+from prefillshare.router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
+from prefillshare.router.pools.replicas import CALL_ERRORS, Replica, ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
 COMING_S = 2.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from router.pools.pool import Pool
+from prefillshare.router.pools.pool import Pool
 
 
 @dataclass(frozen=True)

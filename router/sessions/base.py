@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
-from kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
 
 MAX_NAME_CHARS = 128
 

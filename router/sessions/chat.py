@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvshare.errors import InvalidInput
+from prefillshare.kvshare.errors import InvalidInput
 
 _ASKED, _ANSWERED = "Say something.", "xyzzy"
 

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from kvshare.config import Router
-from kvshare.errors import Unavailable
-from router.sessions.base import SessionStore
-from router.sessions.memory import MemorySessions
-from router.sessions.redis import RedisSessions
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.sessions.base import SessionStore
+from prefillshare.router.sessions.memory import MemorySessions
+from prefillshare.router.sessions.redis import RedisSessions
 
 logger = logging.getLogger(__name__)
 

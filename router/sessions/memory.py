@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.base import Session, SessionStore
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvshare.errors import InvalidInput
-from kvshare_vllm.sampling import make_sampling_params
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.sampling import make_sampling_params
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 # field -> (lowest, highest, lowest allowed itself)
 _RANGES = {

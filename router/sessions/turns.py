@@ -13,22 +13,22 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kvshare.caller import Caller
-from kvshare.config import Base
-from kvshare.decoders import Decoder
-from kvshare.errors import InvalidInput
-from kvshare.modes import get_mode
-from kvshare.usage import TurnUsage
-from kvshare_vllm.sampling import logprob_rows, make_prompt
-from kvshare_vllm.surface.frontend import Frontend
-from kvshare_vllm.surface.text_work import chars_of
-from kvshare_vllm.surface.token_text import text_lengths
-from router.ahead.response_kv import ResponseKV
-from router.sessions import Session, SessionStore
-from router.sessions.chat import ChatLayout
-from router.sessions.kept_response import kept_response
-from router.sessions.sampling import check_min_tokens, named_as_sent
-from router.turn.terms import Terms
+from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.kvshare_vllm.sampling import logprob_rows, make_prompt
+from prefillshare.kvshare_vllm.surface.frontend import Frontend
+from prefillshare.kvshare_vllm.surface.text_work import chars_of
+from prefillshare.kvshare_vllm.surface.token_text import text_lengths
+from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.sessions import Session, SessionStore
+from prefillshare.router.sessions.chat import ChatLayout
+from prefillshare.router.sessions.kept_response import kept_response
+from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
+from prefillshare.router.turn.terms import Terms
 
 DEFAULT_MAX_TOKENS = 256
 ROLES = ("system", "user", "assistant", "tool")

@@ -15,22 +15,21 @@ from contextlib import aclosing
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-
-from kvshare import addresses
-from kvshare.caller import current_caller
-from kvshare.config.access import Tls
-from kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
-from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.sessions.sampling import to_sampling_params
-from router.sessions.turns import Turns
-from router.surfaces.grpc_auth import ApiKeys
-from router.surfaces.grpc_errors import abort as _abort
-from router.surfaces.grpc_keepalive import server_options
-from router.surfaces.grpc_tls import credentials
-from router.surfaces.request_limits import LEAST, RequestLimits
-from router.telemetry.trace_context import GrpcTraces
-from router.tenants import Tenants
+from prefillshare.kvshare import addresses
+from prefillshare.kvshare.caller import current_caller
+from prefillshare.kvshare.config.access import Tls
+from prefillshare.kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.router.sessions.sampling import to_sampling_params
+from prefillshare.router.sessions.turns import Turns
+from prefillshare.router.surfaces.grpc_auth import ApiKeys
+from prefillshare.router.surfaces.grpc_errors import abort as _abort
+from prefillshare.router.surfaces.grpc_keepalive import server_options
+from prefillshare.router.surfaces.grpc_tls import credentials
+from prefillshare.router.surfaces.request_limits import LEAST, RequestLimits
+from prefillshare.router.telemetry.trace_context import GrpcTraces
+from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
-
-from kvshare.caller import current_caller
-from kvshare.errors import Unauthenticated
-from router.surfaces.grpc_errors import abort
-from router.tenants import Tenants, bearer
+from prefillshare.kvshare.caller import current_caller
+from prefillshare.kvshare.errors import Unauthenticated
+from prefillshare.router.surfaces.grpc_errors import abort
+from prefillshare.router.tenants import Tenants, bearer
 
 #: Services that take no key.
 OPEN = (health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-
-from kvshare.errors import PrefillShareError
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.kvshare.errors import PrefillShareError
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 #: A client's default bound on all metadata is 8 KiB, and the message stands there three times.
 MOST_CHARS = 1_000

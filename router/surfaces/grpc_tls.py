@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import grpc
-
-from kvshare.config.access import Tls
-from kvshare.errors import ConfigError
+from prefillshare.kvshare.config.access import Tls
+from prefillshare.kvshare.errors import ConfigError
 
 
 def credentials(tls: Tls) -> grpc.ServerCredentials:

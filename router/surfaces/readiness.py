@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from kvshare.decoders import Decoder
-from kvshare.errors import Overloaded, PrefillShareError, Unavailable
-from router.sessions import SessionStore
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Overloaded, PrefillShareError, Unavailable
+from prefillshare.router.sessions import SessionStore
 
 #: A successful probe is believed for so long.
 PROBE_TTL_S = 10.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvshare.config import Base, Router
+from prefillshare.kvshare.config import Base, Router
 
 #: A request's text and what is around it, per token of the model's length. English takes four to five bytes per token.
 BYTES_PER_TOKEN = 64

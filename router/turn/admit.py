@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from kvshare import tracing
-from router.admission.grant import Demand
+from prefillshare.kvshare import tracing
+from prefillshare.router.admission.grant import Demand
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 @asynccontextmanager

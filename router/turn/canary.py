@@ -16,18 +16,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 
-from kvshare.decoders import ALL, Decoder
-from kvshare.errors import PrefillShareError
-from kvshare.handoff import Handoff, TokenChunk
-from kvshare.metrics import Metrics
-from kvshare.modes import get_mode
-from kvshare.priority import BEHIND
-from kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
-from router.background import Background
-from router.pools.cache_index import BlockKeys
-from router.pools.replicas import CALL_ERRORS, answer
-from router.pools.route import Route
-from router.turn.orchestrator import Orchestrator
+from prefillshare.kvshare.decoders import ALL, Decoder
+from prefillshare.kvshare.errors import PrefillShareError
+from prefillshare.kvshare.handoff import Handoff, TokenChunk
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.priority import BEHIND
+from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
+from prefillshare.router.background import Background
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.replicas import CALL_ERRORS, answer
+from prefillshare.router.pools.route import Route
+from prefillshare.router.turn.orchestrator import Orchestrator
 
 logger = logging.getLogger(__name__)
 

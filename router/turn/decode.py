@@ -9,16 +9,15 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span
-
-from kvshare import tracing
-from kvshare.decode_request import DecodeRequest
-from kvshare.errors import PrefixLost, ResumeReason, Unavailable
-from kvshare.handoff import Handoff, TokenChunk
-from router.turn.place import calling, decode_place
-from router.turn.wedging import NoToken
+from prefillshare.kvshare import tracing
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
+from prefillshare.kvshare.handoff import Handoff, TokenChunk
+from prefillshare.router.turn.place import calling, decode_place
+from prefillshare.router.turn.wedging import NoToken
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChunk]:

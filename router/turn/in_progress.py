@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from kvshare.metrics import Metrics
+from prefillshare.kvshare.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from kvshare.decoders import Decoder
-from kvshare.layer_group import LayerGroup
-from router.service_rate import MeanRatio
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.router.service_rate import MeanRatio
 
 #: Fewer tokens tell more of a call than of the layers.
 LEAST_TOKENS = 32

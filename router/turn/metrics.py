@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvshare.errors import ResumeReason
-from kvshare.handoff import LEASE_MARGIN_S, TokenChunk
-from kvshare.layer_group import LayerGroup
-from kvshare.metrics import Metrics
-from kvshare.usage import TurnUsage
-from router.pools.cache_index import BlockKeys
-from router.turn.sharing_credit import SharingCredit
+from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.kvshare.handoff import LEASE_MARGIN_S, TokenChunk
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.turn.sharing_credit import SharingCredit
 
 
 class TurnMetrics:

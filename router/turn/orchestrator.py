@@ -6,22 +6,22 @@ import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from kvshare.caller import current_caller
-from kvshare.config import Base, Router
-from kvshare.decoders import Decoder
-from kvshare.errors import NotFound, Unavailable
-from kvshare.metrics import Metrics
-from kvshare_vllm.surface.turn_call import TurnCall
-from router.admission.admission import Admission, PoolSource
-from router.admission.grant import TenantShare
-from router.pools.route import Route
-from router.service_rate import MeanRatio
-from router.turn.in_progress import InProgress
-from router.turn.layer_choice import LayerChoice
-from router.turn.metrics import TurnMetrics
-from router.turn.releases import Releases
-from router.turn.services import Services
-from router.turn.turn import Turn
+from prefillshare.kvshare.caller import current_caller
+from prefillshare.kvshare.config import Base, Router
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import NotFound, Unavailable
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router.admission.admission import Admission, PoolSource
+from prefillshare.router.admission.grant import TenantShare
+from prefillshare.router.pools.route import Route
+from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.turn.in_progress import InProgress
+from prefillshare.router.turn.layer_choice import LayerChoice
+from prefillshare.router.turn.metrics import TurnMetrics
+from prefillshare.router.turn.releases import Releases
+from prefillshare.router.turn.services import Services
+from prefillshare.router.turn.turn import Turn
 
 
 class Orchestrator:

@@ -7,14 +7,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span, SpanKind
-
-from kvshare import tracing
-from kvshare.layer_group import LayerGroup
-from router.pools.cache_index import BlockKeys
-from router.pools.pool import Placed, Pool
+from prefillshare.kvshare import tracing
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.pool import Placed, Pool
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 async def prefill_place(turn: Turn) -> Placed:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from kvshare import tracing
-from kvshare.handoff import Handoff, PrefillResult
-from router.turn.place import calling, prefill_place
+from prefillshare.kvshare import tracing
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.router.turn.place import calling, prefill_place
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 async def prefill(turn: Turn) -> Handoff | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvshare.decoders import Decoder
-from kvshare.layer_group import LayerGroup, block_salt
-from kvshare.modes import get_mode
-from router.pools.cache_index import BlockKeys
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.layer_group import LayerGroup, block_salt
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.router.pools.cache_index import BlockKeys
 
 
 @dataclass(frozen=True)

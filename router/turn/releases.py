@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from kvshare.errors import PrefillShareError
-from kvshare.handoff import Handoff, PrefillResult
-from kvshare.metrics import Metrics
-from router.background import Background
-from router.pools.pool import Pool
-from router.pools.replicas import CALL_ERRORS, answer
+from prefillshare.kvshare.errors import PrefillShareError
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.background import Background
+from prefillshare.router.pools.pool import Pool
+from prefillshare.router.pools.replicas import CALL_ERRORS, answer
 
 logger = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvshare.config import Router
-from router.admission.admission import Admission
-from router.admission.grant import NOBODY, TenantShare
-from router.service_rate import MeanRatio
-from router.turn.in_progress import InProgress
-from router.turn.layer_choice import LayerChoice
-from router.turn.metrics import TurnMetrics
-from router.turn.releases import Releases
+from prefillshare.kvshare.config import Router
+from prefillshare.router.admission.admission import Admission
+from prefillshare.router.admission.grant import NOBODY, TenantShare
+from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.turn.in_progress import InProgress
+from prefillshare.router.turn.layer_choice import LayerChoice
+from prefillshare.router.turn.metrics import TurnMetrics
+from prefillshare.router.turn.releases import Releases
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.cache_index import BlockKeys
 
 #: Blocks remembered, the least lately asked for forgotten first.
 BLOCKS = 1 << 18

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanKind
-
-from kvshare import tracing
+from prefillshare.kvshare import tracing
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 @contextmanager

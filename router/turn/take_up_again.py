@@ -7,11 +7,11 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
-from router.turn.wedging import check_may_go_on
+from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
+from prefillshare.router.turn.wedging import check_may_go_on
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 logger = logging.getLogger(__name__)
 

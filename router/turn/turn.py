@@ -22,26 +22,25 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from opentelemetry.trace import INVALID_SPAN, Span
-
-from kvshare.caller import cache_salt
-from kvshare.decoders import Decoder
-from kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
-from kvshare.handoff import Handoff, TokenChunk
-from kvshare.layer_group import LayerGroup
-from kvshare.modes import get_mode
-from kvshare.priority import RESUMED
-from kvshare.usage import TurnUsage
-from kvshare_vllm.surface.turn_call import TurnCall
-from router.admission.grant import Grant
-from router.pools.route import Route
-from router.turn.admit import admitted
-from router.turn.decode import decode
-from router.turn.prefill import prefill
-from router.turn.prefix import Prefix
-from router.turn.services import Services
-from router.turn.span import turn_span
-from router.turn.take_up_again import take_up_again
-from router.turn.terms import Terms
+from prefillshare.kvshare.caller import cache_salt
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
+from prefillshare.kvshare.handoff import Handoff, TokenChunk
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare.priority import RESUMED
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router.admission.grant import Grant
+from prefillshare.router.pools.route import Route
+from prefillshare.router.turn.admit import admitted
+from prefillshare.router.turn.decode import decode
+from prefillshare.router.turn.prefill import prefill
+from prefillshare.router.turn.prefix import Prefix
+from prefillshare.router.turn.services import Services
+from prefillshare.router.turn.span import turn_span
+from prefillshare.router.turn.take_up_again import take_up_again
+from prefillshare.router.turn.terms import Terms
 
 logger = logging.getLogger(__name__)
 

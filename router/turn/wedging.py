@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
+from prefillshare.kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
 
 if TYPE_CHECKING:
-    from router.turn.turn import Turn
+    from prefillshare.router.turn.turn import Turn
 
 
 class NoToken(PrefixLost):

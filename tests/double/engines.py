@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
+from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from prefillshare.kvshare.modes import SharingMode
+from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
+from prefillshare.router.pools.cache_index import BlockKeys
+
 from double.arithmetic import BASE, KV, extended, next_token
-from kvshare.decode_request import DecodeRequest
-from kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
-from kvshare.handoff import Handoff, PrefillResult, TokenChunk
-from kvshare.modes import SharingMode
-from kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
-from router.pools.cache_index import BlockKeys
 
 BLOCK = 8
 CONTRACT = "one"

@@ -7,11 +7,10 @@ from contextlib import aclosing
 from types import SimpleNamespace
 
 from char_tokenizer import Tokenizer
-
-from kvshare.caller import Caller
-from kvshare_vllm.surface.text_work import TextWork
-from kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
-from router.turn.orchestrator import Orchestrator
+from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare_vllm.surface.text_work import TextWork
+from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
+from prefillshare.router.turn.orchestrator import Orchestrator
 
 VOCABULARY, LENGTH = 256, 4096
 

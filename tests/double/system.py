@@ -9,6 +9,31 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from types import SimpleNamespace
 
+from prefillshare.kvshare.caller import ANONYMOUS, Caller
+from prefillshare.kvshare.config import Base, Router
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router.admission.admission import Admission
+from prefillshare.router.ahead import pull_back as pull_back_module
+from prefillshare.router.ahead.eager import EagerPrefill
+from prefillshare.router.ahead.pull_back import PullBack
+from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.pools import fleet as fleet_module
+from prefillshare.router.pools import replicas as replicas_module
+from prefillshare.router.pools.fleet import Fleet
+from prefillshare.router.pools.health import Health
+from prefillshare.router.sessions.memory import MemorySessions
+from prefillshare.router.sessions.turns import Turns
+from prefillshare.router.turn import decode as decode_module
+from prefillshare.router.turn import orchestrator as orchestrator_module
+from prefillshare.router.turn import prefill as prefill_module
+from prefillshare.router.turn import take_up_again as take_up_again_module
+from prefillshare.router.turn import turn as turn_module
+from prefillshare.router.turn.orchestrator import Orchestrator
+from prefillshare.router.turn.terms import Terms
 from prometheus_client import CollectorRegistry
 from virtual_time import clock
 
@@ -16,31 +41,6 @@ from double import arithmetic
 from double.cluster import Cluster, DecodeEngine, PrefillEngine
 from double.engines import BLOCK
 from double.frontend import Frontend
-from kvshare.caller import ANONYMOUS, Caller
-from kvshare.config import Base, Router
-from kvshare.decoders import Decoder
-from kvshare.handoff import TokenChunk
-from kvshare.metrics import Metrics
-from kvshare.modes import get_mode
-from kvshare_vllm.surface.turn_call import TurnCall
-from router.admission.admission import Admission
-from router.ahead import pull_back as pull_back_module
-from router.ahead.eager import EagerPrefill
-from router.ahead.pull_back import PullBack
-from router.ahead.response_kv import ResponseKV
-from router.pools import fleet as fleet_module
-from router.pools import replicas as replicas_module
-from router.pools.fleet import Fleet
-from router.pools.health import Health
-from router.sessions.memory import MemorySessions
-from router.sessions.turns import Turns
-from router.turn import decode as decode_module
-from router.turn import orchestrator as orchestrator_module
-from router.turn import prefill as prefill_module
-from router.turn import take_up_again as take_up_again_module
-from router.turn import turn as turn_module
-from router.turn.orchestrator import Orchestrator
-from router.turn.terms import Terms
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}

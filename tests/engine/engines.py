@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from conftest import wait_until
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.errors import PrefixLost
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import get_mode
 
-from kvshare.decode_request import DecodeRequest
-from kvshare.engine_settings import EngineSettings
-from kvshare.errors import PrefixLost
-from kvshare.handoff import TokenChunk
-from kvshare.layer_group import LayerGroup
-from kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
@@ -54,7 +54,7 @@ def settings_of(folder: Path, smollm: Path, mode: str, adapters: Iterable[str], 
 @asynccontextmanager
 async def started(decode: EngineSettings, *others: EngineSettings):
     """A prefill engine for `decode`, the decode engine, and the others."""
-    from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
+    from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 
     prefill = replace(
         decode,

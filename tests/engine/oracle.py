@@ -7,9 +7,9 @@ from pathlib import Path
 
 import reference
 import torch
+from prefillshare.kvshare import decoders
+from prefillshare.kvshare.config import Deployment
 
-from kvshare import decoders
-from kvshare.config import Deployment
 from prefillshare.client import RemoteSession, TurnResult
 
 TOLERANCE = 1e-3

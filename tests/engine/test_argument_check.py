@@ -25,7 +25,7 @@ def settings(tmp_path_factory, smollm):
     ],
 )
 def test_vllm_has_nothing_against_what_runs(settings, changes):
-    from kvshare_vllm.engine.argument_check import problems
+    from prefillshare.kvshare_vllm.engine.argument_check import problems
 
     assert list(problems({"pool": replace(settings, **changes)}, "hermes")) == []
 
@@ -43,7 +43,7 @@ def test_vllm_has_nothing_against_what_runs(settings, changes):
     ],
 )
 def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, message):
-    from kvshare_vllm.engine.argument_check import problems
+    from prefillshare.kvshare_vllm.engine.argument_check import problems
 
     (problem,) = problems({"pool": replace(settings, **changes)}, None)
     assert (problem["engine"], problem["argument"]) == ("pool", argument)
@@ -51,7 +51,7 @@ def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, 
 
 
 def test_a_tool_parser_that_vllm_does_not_have_is_refused_with_those_it_has(settings):
-    from kvshare_vllm.engine.argument_check import problems
+    from prefillshare.kvshare_vllm.engine.argument_check import problems
 
     (problem,) = problems({}, "hermmes")
     assert (problem["engine"], problem["argument"]) == ("", "tool_call_parser")

@@ -13,10 +13,10 @@ import pytest
 from conftest import System, ids, system, wait_until
 from faults import kept_whole, processes
 from oracle import Oracle
+from prefillshare.kvshare import metrics_text
+from prefillshare.kvshare.config import parse
 
 from benchmarks.faults.processes import stopped
-from kvshare import metrics_text
-from kvshare.config import parse
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base

@@ -9,10 +9,9 @@ import json
 import pytest
 import pytest_asyncio
 from polling import until
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.handoff import TokenChunk
 from stub_turn import StubTurn
-
-from kvshare.config import Base
-from kvshare.handoff import TokenChunk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,7 +55,7 @@ class Router:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def router(smollm):
-    from kvshare_vllm.surface.openai_app import build_openai_app
+    from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
 
     router = Router()
     base = Base(model=str(smollm), dtype="float32", max_model_len=8192)

@@ -8,12 +8,11 @@ import json
 import httpx
 import pytest
 import pytest_asyncio
+from prefillshare.kvshare.caller import ANONYMOUS
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
+from prefillshare.kvshare.handoff import TokenChunk
 from stub_turn import StubTurn
-
-from kvshare.caller import ANONYMOUS
-from kvshare.config import Base
-from kvshare.errors import InvalidInput, Overloaded, Unavailable
-from kvshare.handoff import TokenChunk
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -40,7 +39,7 @@ class Surface:
         self._sent = asyncio.Event()
 
     async def start(self, model: str) -> None:
-        from kvshare_vllm.surface.openai_app import build_openai_app
+        from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
 
         self.base = Base(model=model, dtype="float32", max_model_len=MAX_LEN)
         self.app, self.frontend = await build_openai_app(self.base, ["planner"], self._turn, lambda *_: None)
@@ -91,8 +90,8 @@ def error_of(answer: httpx.Response) -> dict:
 
 
 async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here_are_not_there(surface):
-    from kvshare_vllm.surface import openai_app
-    from kvshare_vllm.surface.http_routes import LEFT_OUT, SERVED
+    from prefillshare.kvshare_vllm.surface import openai_app
+    from prefillshare.kvshare_vllm.surface.http_routes import LEFT_OUT, SERVED
 
     theirs = openai_app.build_app(openai_app._arguments(surface.base), ("generate",), surface.frontend.model_config)
     assert {route.path for route in theirs.routes} == SERVED | LEFT_OUT.keys()
@@ -253,11 +252,11 @@ async def of_length(surface: Surface, path: str, tokens: int) -> dict:
 
 
 async def test_sessions_say_the_same_near_the_models_length(surface, smollm):
-    from kvshare.decoders import Decoder
-    from kvshare_vllm.sampling import make_sampling_params
-    from router.ahead.response_kv import ResponseKV
-    from router.sessions import MemorySessions
-    from router.sessions.turns import Turns
+    from prefillshare.kvshare.decoders import Decoder
+    from prefillshare.kvshare_vllm.sampling import make_sampling_params
+    from prefillshare.router.ahead.response_kv import ResponseKV
+    from prefillshare.router.sessions import MemorySessions
+    from prefillshare.router.sessions.turns import Turns
 
     base, decoders = surface.base, {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
     turns = Turns(base, decoders, surface.frontend, MemorySessions(10, 100), ResponseKV())

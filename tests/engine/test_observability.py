@@ -23,11 +23,11 @@ from opentelemetry.context import attach, detach
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from otlp_collector import Collector
 from ports import free_port
+from prefillshare.kvshare.metrics import DEFINITIONS
+from prefillshare.kvshare.metrics_text import total
 from prometheus_server import Prometheus
 
 from benchmarks.load import quantile
-from kvshare.metrics import DEFINITIONS
-from kvshare.metrics_text import total
 from prefillshare.apply import apply
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
@@ -294,9 +294,10 @@ def asked(running: System) -> str:
 def test_logs_are_objects_that_name_the_request(running):
     request = asked(running)
     (line,) = wait_until(lambda: [one for one in logged() if request in one.get("request_id", "")])
-    assert (line["levelname"], line["name"], line["outcome"], line["decoder"]) == ("INFO", "router.turn.turn", "ok", "b")
+    said = line["levelname"], line["name"], line["outcome"], line["decoder"]
+    assert said == ("INFO", "prefillshare.router.turn.turn", "ok", "b")
     assert line["completion_tokens"] == 2
-    assert {one["name"].split(".")[0] for one in logged()} >= {"vllm", "router"}
+    assert {one["name"].split(".")[0] for one in logged()} >= {"vllm", "prefillshare"}
 
 
 def test_the_level_changes_while_it_runs(running):

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 import pytest_asyncio
+from prefillshare.kvshare.caller import ANONYMOUS
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.sessions import MemorySessions
 from stub_turn import StubTurn
-
-from kvshare.caller import ANONYMOUS
-from kvshare.config import Base
-from kvshare.decoders import Decoder
-from kvshare.handoff import TokenChunk
-from router.ahead.response_kv import ResponseKV
-from router.sessions import MemorySessions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -26,8 +25,8 @@ class Router:
         self.says, self.at_once, self.prompts = [], 1, []
 
     async def start(self, model: str):
-        from kvshare_vllm.surface.openai_app import build_openai_app
-        from router.sessions.turns import Turns
+        from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
+        from prefillshare.router.sessions.turns import Turns
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         _, frontend = await build_openai_app(base, ["planner"], self.run_turn, lambda *_: None, middleware=[])
@@ -49,7 +48,7 @@ class Router:
 
     async def turn(self, session: str, *, stop: list[str], text: str = ASK):
         """(the text that was shown, the last event)"""
-        from kvshare_vllm.sampling import make_sampling_params
+        from prefillshare.kvshare_vllm.sampling import make_sampling_params
 
         sampling, shown = make_sampling_params(stop=stop, max_tokens=64), ""
         turn = self.turns.take(session, "planner", ("text", text), None, sampling, f"r-{len(self.prompts)}", ANONYMOUS)

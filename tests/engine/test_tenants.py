@@ -10,15 +10,15 @@ import httpx
 import pytest
 import pytest_asyncio
 from ports import free_port
+from prefillshare.kvshare.caller import cache_salt
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, Unauthenticated
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.router.tenants import KeysFile, Tenants
 from stub_turn import StubTurn
 
-from kvshare.caller import cache_salt
-from kvshare.config import Base
-from kvshare.decoders import Decoder
-from kvshare.errors import InvalidInput, NotFound, PermissionDenied, Unauthenticated
-from kvshare.handoff import TokenChunk
 from prefillshare.client import Client
-from router.tenants import KeysFile, Tenants
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,12 +53,12 @@ class Router:
         Decoder("planner", "pool", "prefillshare", "planner", "lora", max_logprobs=5).check_logprobs(logprobs)
 
     async def start(self, model: str, tenants: Tenants):
-        from kvshare_vllm.surface.openai_app import build_openai_app
-        from router.ahead.response_kv import ResponseKV
-        from router.sessions import MemorySessions
-        from router.sessions.turns import Turns
-        from router.surfaces.grpc_api import GrpcServer, Servicer
-        from router.surfaces.http_auth import ApiKeys
+        from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
+        from prefillshare.router.ahead.response_kv import ResponseKV
+        from prefillshare.router.sessions import MemorySessions
+        from prefillshare.router.sessions.turns import Turns
+        from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
+        from prefillshare.router.surfaces.http_auth import ApiKeys
 
         base = Base(model=model, dtype="float32", max_model_len=512)
         app, frontend = await build_openai_app(

@@ -9,12 +9,12 @@ import httpx
 import pytest
 import uvicorn
 from certificates import Authority
+from prefillshare.kvshare import config
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import ConfigError, Unauthenticated
+from prefillshare.router import tenants
 
-from kvshare import config
-from kvshare.config import Router
-from kvshare.errors import ConfigError, Unauthenticated
 from prefillshare import demo, serve_http
-from router import tenants
 
 
 @pytest.fixture

@@ -77,14 +77,14 @@ def test_other_weights_or_other_words_are_asked_again(study, monkeypatch):
     study.weights = "others"
     study.right(most=5)
     assert len(study.asked) == 10
-    monkeypatch.setattr("finetuning.tasks.arithmetic.SYSTEM", "Solve it.")
+    monkeypatch.setattr("prefillshare.finetuning.tasks.arithmetic.SYSTEM", "Solve it.")
     study.right(most=5)
     assert len(study.asked) == 15
 
 
 @pytest.mark.parametrize("study", accuracy.STUDIES.values(), ids=lambda study: study.name)
 def test_every_training_is_a_recipe_with_a_folder_of_its_own(study, monkeypatch):
-    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)  # the base need not be there
+    monkeypatch.setattr("prefillshare.finetuning.recipe.Path.is_file", lambda path: True)  # the base need not be there
     recipes = {name: training.recipe(study) for name, training in accuracy.TRAININGS.items()}
     assert len({recipe.output for recipe in recipes.values()}) == len(recipes)
     assert recipes["PrefillShare, LoRA"].output == f"adapters/{study.name}"
@@ -199,7 +199,7 @@ def test_what_is_there_of_another_recipe_is_not_compared(monkeypatch):
         raise SystemExit(f"{recipe.output} was made by another recipe")
 
     monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
-    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)
+    monkeypatch.setattr("prefillshare.finetuning.recipe.Path.is_file", lambda path: True)
     monkeypatch.setattr(accuracy, "check_made", another)
     with pytest.raises(SystemExit, match="another recipe"):
         accuracy.check_comparable(accuracy.STUDIES.values())
@@ -220,7 +220,7 @@ def test_rows_without_a_decoder_are_left_out_and_nothing_is_asked_twice(monkeypa
 def test_decoders_of_unequal_data_are_not_compared(monkeypatch):
     transcripts = chain([2229, 545], repeat(2229))
     monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
-    monkeypatch.setattr("finetuning.recipe.Path.is_file", lambda path: True)
+    monkeypatch.setattr("prefillshare.finetuning.recipe.Path.is_file", lambda path: True)
     monkeypatch.setattr(accuracy, "check_made", lambda recipe: None)
     monkeypatch.setattr(accuracy, "_learnt", lambda training, study: {"transcripts": next(transcripts)})
     with pytest.raises(SystemExit, match="'LoRA fine-tuning': 545"):

@@ -3,10 +3,9 @@
 import asyncio
 
 from admission_lab import Lab
+from prefillshare.router.admission.decode_line import MAX_PASSED
+from prefillshare.router.admission.grant import Demand, TenantShare
 from virtual_time import on_virtual_time, settle
-
-from router.admission.decode_line import MAX_PASSED
-from router.admission.grant import Demand, TenantShare
 
 
 def two_replicas(**router):

@@ -7,10 +7,9 @@ from contextlib import suppress
 
 import pytest
 from admission_lab import BLOCK, Lab
+from prefillshare.kvshare.errors import Overloaded, Unavailable
+from prefillshare.router.admission.grant import Demand, TenantShare
 from virtual_time import on_virtual_time, run, settle
-
-from kvshare.errors import Overloaded, Unavailable
-from router.admission.grant import Demand, TenantShare
 
 
 @on_virtual_time

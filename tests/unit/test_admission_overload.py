@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 from admission_lab import Lab
+from prefillshare.router.admission.grant import Demand, TenantShare
 from virtual_time import clock, run
-
-from router.admission.grant import Demand, TenantShare
 
 SECONDS = 150
 #: With these sizes and speeds, decode blocks are what runs out, at just under 3 turns per second.

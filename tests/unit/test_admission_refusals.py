@@ -4,12 +4,11 @@ import asyncio
 
 import pytest
 from admission_lab import Lab
+from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
+from prefillshare.kvshare.metrics import DEFINITIONS
+from prefillshare.router.admission.grant import TenantShare
+from prefillshare.router.admission.refusals import Refusal
 from virtual_time import clock, on_virtual_time, settle
-
-from kvshare.errors import InvalidInput, Overloaded, Unavailable
-from kvshare.metrics import DEFINITIONS
-from router.admission.grant import TenantShare
-from router.admission.refusals import Refusal
 
 
 def waiting_turns(lab, number, **demand):

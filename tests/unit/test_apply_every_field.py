@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from certificates import Authority
+from prefillshare.kvshare import config
+from prefillshare.kvshare.config import Deployment, changes
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
+from prefillshare.kvshare.live_changes import taken_over
 from pydantic import BaseModel
 
-from kvshare import config
-from kvshare.config import Deployment, changes
-from kvshare.errors import ConfigError, EngineStartError
-from kvshare.live_changes import taken_over
 from prefillshare import app
 from prefillshare import apply as applying
 from prefillshare.engines import engine_settings

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
+from prefillshare.kvshare import config
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
-from kvshare import config
-from kvshare.errors import ConfigError, EngineStartError
 from prefillshare import argument_check
 from prefillshare.argument_check import check_arguments
 from prefillshare.engines import engine_settings, fields

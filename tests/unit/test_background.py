@@ -4,10 +4,9 @@ import asyncio
 import logging
 
 import pytest
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.background import Background
 from prometheus_client import CollectorRegistry
-
-from kvshare.metrics import Metrics
-from router.background import Background
 
 
 @pytest.fixture

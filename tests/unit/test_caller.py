@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from kvshare.caller import ANONYMOUS, Caller, cache_salt, current_caller
-from kvshare.errors import InvalidInput, PermissionDenied
+from prefillshare.kvshare.caller import ANONYMOUS, Caller, cache_salt, current_caller
+from prefillshare.kvshare.errors import InvalidInput, PermissionDenied
 
 RESEARCH = Caller("research", "research", ("handbook", "drafts"), priority=3)
 

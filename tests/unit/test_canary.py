@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from prefillshare.kvshare.caller import ANONYMOUS
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router.turn.canary import TOP, Canary, as_asked, divergence
 from prometheus_client import CollectorRegistry
 from stub_turn import StubTurn
-
-from kvshare.caller import ANONYMOUS
-from kvshare.decoders import Decoder
-from kvshare.errors import Unavailable
-from kvshare.handoff import TokenChunk
-from kvshare.metrics import Metrics
-from kvshare_vllm.surface.turn_call import TurnCall
-from router.turn.canary import TOP, Canary, as_asked, divergence
 
 
 def logs(**probabilities):

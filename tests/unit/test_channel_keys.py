@@ -8,14 +8,13 @@ import pytest
 import zmq
 from channels import HANDSHAKE, LIMIT_S, REPLAY, turned_away
 from polling import until
+from prefillshare.kvshare import channel_keys
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare_vllm.patches import nixl_handshakes
+from prefillshare.router.pools import kv_follower
+from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from publisher import BLOCK, Engine, becomes, stored, tokens
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker
-
-from kvshare import channel_keys
-from kvshare.errors import ConfigError
-from kvshare_vllm.patches import nixl_handshakes
-from router.pools import kv_follower
-from router.pools.cache_index import BlockKeys, CacheIndex
 
 TOKEN, OTHER_TOKEN = "a cluster's token", "another cluster's token"
 

@@ -2,9 +2,8 @@
 
 import pytest
 from char_tokenizer import Tokenizer, text
-
-from kvshare.errors import InvalidInput
-from router.sessions.chat import ChatLayout
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.router.sessions.chat import ChatLayout
 
 
 @pytest.fixture

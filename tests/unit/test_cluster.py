@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import ConfigError
 from ray._private import services
 from ray._private.authentication import authentication_token_setup
 
-from kvshare.config import Deployment
-from kvshare.errors import ConfigError
 from prefillshare import cluster
 from prefillshare.cluster import Record
 

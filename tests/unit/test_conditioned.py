@@ -5,11 +5,10 @@ import random
 import pytest
 import reference
 import torch
+from prefillshare.finetuning import conditioned
+from prefillshare.finetuning.methods import METHODS
+from prefillshare.finetuning.transcripts import Example
 from tiny_in_memory import KINDS, SIZES, model, with_adapter
-
-from finetuning import conditioned
-from finetuning.methods import METHODS
-from finetuning.transcripts import Example
 
 TOLERANCE = 1e-4
 

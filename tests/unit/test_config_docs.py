@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+from prefillshare.finetuning import training_docs
+from prefillshare.finetuning.recipe import Lora, Recipe
+from prefillshare.kvshare import config
+from prefillshare.kvshare.config import access, placement, tree
+from prefillshare.kvshare.modes import mode_names
+from prefillshare.router.tenants import Tenant
 
-from finetuning import training_docs
-from finetuning.recipe import Lora, Recipe
-from kvshare import config
-from kvshare.config import access, placement, tree
-from kvshare.modes import mode_names
 from prefillshare import config_docs
-from router.tenants import Tenant
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
@@ -56,6 +56,7 @@ def test_row_gives_values_range_and_default(row):
 
 def test_the_training_page_is_up_to_date():
     wanted = training_docs.markdown()
-    assert (PAGE.parent / "training.md").read_text() == wanted, "run: python -m finetuning.training_docs > docs/training.md"
+    how = "run: python -m prefillshare.finetuning.training_docs > docs/training.md"
+    assert (PAGE.parent / "training.md").read_text() == wanted, how
     for node in (Recipe, Lora):
         assert [name for name, field in node.model_fields.items() if not (field.description or "").strip().endswith(".")] == []

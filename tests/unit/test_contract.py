@@ -6,10 +6,9 @@ import re
 from dataclasses import replace
 
 import pytest
-
-from kvshare import contract, fingerprint
-from kvshare.contract import BaseIdentity, DecoderContract, KVContract, KVShape
-from kvshare.errors import ConfigError, ContractMismatch
+from prefillshare.kvshare import contract, fingerprint
+from prefillshare.kvshare.contract import BaseIdentity, DecoderContract, KVContract, KVShape
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 
 YARN = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 ONE, TWO = b"\x01" * 16, b"\x02" * 16

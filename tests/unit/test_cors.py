@@ -2,16 +2,15 @@
 
 import httpx
 import pytest
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import Overloaded
+from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_failure
+from prefillshare.router.surfaces.cors import cors
+from prefillshare.router.surfaces.http_auth import ApiKeys
+from prefillshare.router.tenants import KeysFile, Tenants
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-
-from kvshare.config import Router
-from kvshare.errors import Overloaded
-from kvshare_vllm.surface.http_refusals import HttpRefusals, note_failure
-from router.surfaces.cors import cors
-from router.surfaces.http_auth import ApiKeys
-from router.tenants import KeysFile, Tenants
 
 KEY = "psk-first-tenants-key"
 TENANTS = Tenants(KeysFile.model_validate({"tenants": {"research": {"keys": [KEY]}}}).tenants)

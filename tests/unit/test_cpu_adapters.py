@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from kvshare_vllm.patches.cpu_adapters import AdapterRows, rows_by_adapter
+from prefillshare.kvshare_vllm.patches.cpu_adapters import AdapterRows, rows_by_adapter
 
 SLICES = (6, 3)
 

@@ -3,8 +3,7 @@
 import random
 
 import pytest
-
-from router.admission.decode_room import DecodeRoom, ReplicaCapacity
+from prefillshare.router.admission.decode_room import DecodeRoom, ReplicaCapacity
 
 
 class Pool:

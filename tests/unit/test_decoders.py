@@ -5,9 +5,8 @@ import re
 import shutil
 
 import pytest
-
-from kvshare import config, decoders
-from kvshare.errors import ConfigError, ContractMismatch, InvalidInput
+from prefillshare.kvshare import config, decoders
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 
 #: One sequence of 1024 tokens in blocks of 32, plus one block, at 256 bytes a token: 33 * 32 * 256 bytes.
 NEED_GIB = 33 * 32 * 256 / 2**30

@@ -4,14 +4,13 @@ import asyncio
 
 import pytest
 from one_replica import OneReplica
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.handoff import PrefillResult
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.priority import BEHIND
+from prefillshare.router.ahead.eager import EagerPrefill
 from prometheus_client import CollectorRegistry
-
-from kvshare.config import Base
-from kvshare.errors import Unavailable
-from kvshare.handoff import PrefillResult
-from kvshare.metrics import Metrics
-from kvshare.priority import BEHIND
-from router.ahead.eager import EagerPrefill
 
 BLOCK = 32
 

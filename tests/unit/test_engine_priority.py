@@ -2,11 +2,10 @@
 
 import pytest
 from double.system import system
+from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare.errors import PrefixLost, ResumeReason
+from prefillshare.kvshare.priority import PRIORITIES, RESUMED
 from virtual_time import run
-
-from kvshare.caller import Caller
-from kvshare.errors import PrefixLost, ResumeReason
-from kvshare.priority import PRIORITIES, RESUMED
 
 PROMPT = list(range(20, 57))
 

@@ -3,14 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare.decode_request import DecodeRequest
+from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, PrefixLost, Unavailable
+from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
+from prefillshare.kvshare_vllm.sampling import make_sampling_params
 from vllm import SamplingParams
 from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidationError
-
-from kvshare.decode_request import DecodeRequest
-from kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, PrefixLost, Unavailable
-from kvshare.handoff import Handoff
-from kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
-from kvshare_vllm.sampling import make_sampling_params
 
 SETTINGS = SimpleNamespace(mode="prefillshare", contract="ours", role="decode", pool="agents", block_size=32, lease_s=20)
 REFUSALS = [

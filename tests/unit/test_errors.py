@@ -4,9 +4,8 @@ import pickle
 import re
 
 import pytest
-
-from kvshare import errors
-from kvshare.errors import GrpcCode, PrefillShareError, ResumeReason
+from prefillshare.kvshare import errors
+from prefillshare.kvshare.errors import GrpcCode, PrefillShareError, ResumeReason
 
 EXTRA = {
     errors.Overloaded: {"retry_after_s": 2.5},

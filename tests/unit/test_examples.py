@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from kvshare import config, decoders, fingerprint
-from kvshare.config.access import Auth, Tls, with_files
-from kvshare.contract import DecoderContract, KVShape
-from kvshare.layer_group import LayerGroup
-from kvshare.layer_profile import FILE, LayerProfile, Point
-from kvshare.modes import get_mode
-from router import tenants
+from prefillshare.kvshare import config, decoders, fingerprint
+from prefillshare.kvshare.config.access import Auth, Tls, with_files
+from prefillshare.kvshare.contract import DecoderContract, KVShape
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.router import tenants
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "configs"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))

@@ -3,9 +3,8 @@
 import asyncio
 
 import pytest
-
-from kvshare.errors import Overloaded
-from kvshare_vllm.fair_gate import FairGate
+from prefillshare.kvshare.errors import Overloaded
+from prefillshare.kvshare_vllm.fair_gate import FairGate
 
 
 async def settled():

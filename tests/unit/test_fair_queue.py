@@ -5,9 +5,8 @@ import sys
 from collections import Counter
 
 import pytest
-
-from router.admission.fair_queue import FairQueue, Ticket, Work
-from router.admission.lazy_heap import LazyHeap
+from prefillshare.router.admission.fair_queue import FairQueue, Ticket, Work
+from prefillshare.router.admission.lazy_heap import LazyHeap
 
 
 def ticket(tenant="t", cost=100, weight=1.0, priority=0, item=None):

@@ -1,4 +1,4 @@
-from kvshare_vllm.engine.first_word import FirstWord
+from prefillshare.kvshare_vllm.engine.first_word import FirstWord
 
 
 def test_the_first_of_two_words_holds():

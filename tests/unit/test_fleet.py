@@ -3,12 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare import config
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.pools.fleet import Fleet
 from prometheus_client import CollectorRegistry
-
-from kvshare import config
-from kvshare.errors import Unavailable
-from kvshare.metrics import Metrics
-from router.pools.fleet import Fleet
 
 
 class Replicas:

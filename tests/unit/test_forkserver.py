@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefillshare.kvshare_vllm import forkserver
+from prefillshare.kvshare_vllm.forkserver import openmp
+from prefillshare.kvshare_vllm.forkserver.passing import named
 
-from kvshare_vllm import forkserver
-from kvshare_vllm.forkserver import openmp
-from kvshare_vllm.forkserver.passing import named
 from prefillshare.forkserver import start
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ print(json.dumps({{
 
 SPAWNS = f"""
 import multiprocessing, os, sys
-from kvshare_vllm.forkserver import spare
+from prefillshare.kvshare_vllm.forkserver import spare
 
 def child(connection):
     inherited = os.environ.get("MARK"), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)

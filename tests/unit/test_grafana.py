@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from kvshare.metrics import DEFINITIONS
+from prefillshare.kvshare.metrics import DEFINITIONS
 
 FOLDER = Path(__file__).parents[2] / "deploy/grafana"
 SPEC = importlib.util.spec_from_file_location("dashboards", FOLDER / "dashboards.py")

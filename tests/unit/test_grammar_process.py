@@ -5,8 +5,7 @@ import json
 
 import pytest
 import xgrammar
-
-from kvshare_vllm.grammars.client import TOO_MUCH_CPU, GrammarClient
+from prefillshare.kvshare_vllm.grammars.client import TOO_MUCH_CPU, GrammarClient
 
 #: Bytes, some letters in a row, and an end.
 VOCABULARY = [bytes([n]) for n in range(256)] + [b"a" * n for n in range(2, 17)] + [b"</s>"]

@@ -4,12 +4,11 @@ import asyncio
 import json
 
 import pytest
+from prefillshare.kvshare.errors import InvalidInput, Unavailable
+from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
+from prefillshare.kvshare_vllm.grammars.grammars import BACKEND, MOST_BYTES, Grammars
+from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
 from vllm.sampling_params import StructuredOutputsParams as Asked
-
-from kvshare.errors import InvalidInput, Unavailable
-from kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
-from kvshare_vllm.grammars.grammars import BACKEND, MOST_BYTES, Grammars
-from kvshare_vllm.grammars.schema_coverage import not_held
 
 TRIP = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 

@@ -4,10 +4,9 @@ import asyncio
 
 import pytest
 from admission_lab import BLOCK, Lab
+from prefillshare.kvshare.errors import Internal, Unavailable
+from prefillshare.router.admission.grant import TenantShare
 from virtual_time import on_virtual_time, settle
-
-from kvshare.errors import Internal, Unavailable
-from router.admission.grant import TenantShare
 
 
 def two_replicas():

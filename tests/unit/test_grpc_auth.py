@@ -11,18 +11,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from ports import free_port
+from prefillshare.kvshare.caller import current_caller
+from prefillshare.kvshare.config.access import Tls
+from prefillshare.kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailable
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.router.surfaces.grpc_api import GrpcServer
+from prefillshare.router.surfaces.grpc_auth import ApiKeys
+from prefillshare.router.surfaces.grpc_errors import abort
+from prefillshare.router.surfaces.grpc_tls import credentials
+from prefillshare.router.tenants import KeysFile, Tenants
 
-from kvshare.caller import current_caller
-from kvshare.config.access import Tls
-from kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailable
 from prefillshare.client import Client
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
-from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.surfaces.grpc_api import GrpcServer
-from router.surfaces.grpc_auth import ApiKeys
-from router.surfaces.grpc_errors import abort
-from router.surfaces.grpc_tls import credentials
-from router.tenants import KeysFile, Tenants
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"
 TWO = Tenants(KeysFile.model_validate({"tenants": {"research": {"keys": [KEY]}, "support": {"keys": [OTHER]}}}).tenants)

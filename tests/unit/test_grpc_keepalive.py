@@ -5,11 +5,10 @@ from contextlib import asynccontextmanager
 
 import grpc
 from ports import free_port
-
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
-from protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from router.surfaces.grpc_api import GrpcServer
-from router.surfaces.grpc_keepalive import server_options
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.router.surfaces.grpc_api import GrpcServer
+from prefillshare.router.surfaces.grpc_keepalive import server_options
 
 #: gRPC sends at most one ping a second. By default a server closes a connection at the third.
 PINGS = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]

@@ -1,9 +1,8 @@
 """Ejection of replicas that keep failing, and proof before they return."""
 
 import pytest
-
-from kvshare.errors import ResumeReason
-from router.pools.health import Health
+from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.router.pools.health import Health
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare_vllm.surface import http_hang_ups
+from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
-
-from kvshare_vllm.surface import http_hang_ups
-from kvshare_vllm.surface.http_hang_ups import HangUps
 
 HTTP = {"type": "http"}
 START = {"type": "http.response.start", "status": 200, "headers": []}

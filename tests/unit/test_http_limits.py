@@ -4,10 +4,9 @@ import asyncio
 
 import httpx
 import pytest
-
-from kvshare.config import Base, Router
-from router.surfaces.http_limits import HttpLimits
-from router.surfaces.request_limits import HEADER_BYTES, LEAST_BODY_BYTES, RequestLimits
+from prefillshare.kvshare.config import Base, Router
+from prefillshare.router.surfaces.http_limits import HttpLimits
+from prefillshare.router.surfaces.request_limits import HEADER_BYTES, LEAST_BODY_BYTES, RequestLimits
 
 LIMITS = RequestLimits(body_bytes=1000, header_bytes=500)
 

@@ -4,10 +4,9 @@ import asyncio
 import time
 
 import pytest
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.turn.in_progress import InProgress
 from prometheus_client import CollectorRegistry
-
-from kvshare.metrics import Metrics
-from router.turn.in_progress import InProgress
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """Which of its groups of layers a turn has the decoder compute."""
 
 import pytest
-
-from kvshare.decoders import Decoder
-from kvshare.layer_group import LayerGroup
-from router.turn.layer_choice import LEAST_TOKENS, LayerChoice
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.router.turn.layer_choice import LEAST_TOKENS, LayerChoice
 
 MOST, SOME = LayerGroup(2, 9), LayerGroup(2, 3)
 

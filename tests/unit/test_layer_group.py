@@ -1,8 +1,7 @@
 """Groups of layers: what a text means, whose blocks are whose, what hidden states take."""
 
 import pytest
-
-from kvshare.layer_group import LayerGroup, block_salt, ecache_parts, layer_group
+from prefillshare.kvshare.layer_group import LayerGroup, block_salt, ecache_parts, layer_group
 
 
 def test_a_group_is_written_as_its_first_and_last_layer():

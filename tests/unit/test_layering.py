@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from kvshare.modes import mode_names
+from prefillshare.kvshare.modes import mode_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,13 +58,26 @@ def allowed(folder: str) -> set[str]:
     return {folder}.union(*LAYERS[depth + 1 :], {"protos"} if folder in MAY_IMPORT_PROTOS else ())
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and top-level name of every import, those inside functions and type-checking blocks too."""
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every import, those inside functions and type-checking blocks too; of ours, as the folders stand."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.lineno, node.module.split(".")[0]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((node.lineno, _folder(name)) for name in names)
+
+
+def _folder(name: str) -> str:
+    inside = name.removeprefix("prefillshare.")
+    return inside if inside.split(".")[0] in FOLDERS else name
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and top-level name, or folder of ours."""
+    return ((line, name.split(".")[0]) for line, name in imported(tree))
 
 
 def mode_name_comparisons(tree: ast.AST, names: tuple[str, ...]) -> Iterator[int]:
@@ -112,14 +124,7 @@ def test_imports_point_down_only(sources):
 
 def modules(tree: ast.AST, folder: str) -> Iterator[tuple[int, str]]:
     """Line and room of every import from a folder of ours."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module] if node.module != folder else [f"{folder}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith(f"{folder}."))
+    return ((line, name.split(".")[1]) for line, name in imported(tree) if name.startswith(f"{folder}."))
 
 
 @pytest.mark.parametrize("folder", ROOMS)
@@ -162,13 +167,12 @@ def test_the_lowest_layer_loads_no_heavy_library(sources):
     modules = [".".join(path.with_suffix("").parts) for path in sources if path.parts[0] == "kvshare"]
     program = (
         "import importlib, json, sys\n"
-        f"for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))\n"
-        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+        f"for name in {modules!r}: importlib.import_module('prefillshare.' + name.removesuffix('.__init__'))\n"
+        "print(json.dumps(sorted(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    loaded = set(json.loads(done.stdout))
-    assert "kvshare" in loaded
-    assert loaded & (HEAVY | FOLDERS) == {"kvshare"}
+    loaded = {_folder(name).split(".")[0] for name in json.loads(done.stdout)}
+    assert loaded & (HEAVY | FOLDERS) == {"kvshare", "prefillshare"}  # the latter: the package that it stands in
 
 
 def test_only_the_modes_know_their_names(sources):
@@ -206,5 +210,10 @@ def test_layers_above_and_beside_are_not_allowed():
 
 
 def test_hidden_imports_are_seen():
-    code = "def f():\n from vllm.v1 import x\nif TYPE_CHECKING:\n import router.turns as t\nfrom . import here\n"
+    code = "def f():\n from vllm.v1 import x\nif TYPE_CHECKING:\n import prefillshare.router.turns as t\nfrom . import here\n"
     assert sorted(imports(ast.parse(code))) == [(2, "vllm"), (4, "router")]
+
+
+def test_folders_inside_the_package_are_told_from_its_own_modules():
+    code = "from prefillshare import router\nfrom prefillshare import app\nfrom prefillshare.app import kvshare\n"
+    assert list(imports(ast.parse(code))) == [(1, "router"), (2, "prefillshare"), (3, "prefillshare")]

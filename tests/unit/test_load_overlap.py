@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from kvshare_vllm.transfer.load_overlap import LoadOverlap
+from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
 
 
 def overlap(step_s: float = 0.05, bytes_per_s: float = 1e9, begin: str = "pays") -> LoadOverlap:

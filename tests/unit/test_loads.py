@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from kvshare.layer_group import LayerGroup
-from kvshare.modes import modes
-from kvshare_vllm.transfer.load_overlap import LoadOverlap
-from kvshare_vllm.transfer.loads import Loads, rest_of
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import modes
+from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
+from prefillshare.kvshare_vllm.transfer.loads import Loads, rest_of
 
 BLOCK = 4
 GROUP = LayerGroup(2, 3)

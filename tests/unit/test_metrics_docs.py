@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 from prometheus_client import CollectorRegistry
 
-from kvshare.metrics import DEFINITIONS, Metrics
 from prefillshare import metrics_docs
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"

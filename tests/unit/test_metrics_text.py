@@ -1,8 +1,7 @@
 """Figures are found in Prometheus' text whatever order and labels they come with."""
 
 import pytest
-
-from kvshare.metrics_text import samples, total
+from prefillshare.kvshare.metrics_text import samples, total
 
 TEXT = """\
 # HELP turns_total Turns, "quoted" and all

@@ -2,8 +2,8 @@ import hashlib
 import json
 
 import pytest
+from prefillshare.kvshare.errors import ConfigError
 
-from kvshare.errors import ConfigError
 from prefillshare import models
 
 GGUF = b"a stand-in for a model file"

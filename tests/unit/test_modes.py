@@ -1,8 +1,7 @@
 """The arithmetic of R1 and R2 in every sharing mode."""
 
 import pytest
-
-from kvshare.modes import SharingMode, get_mode, mode_names, modes
+from prefillshare.kvshare.modes import SharingMode, get_mode, mode_names, modes
 
 
 def test_modes_are_listed_in_the_order_help_shows_them():

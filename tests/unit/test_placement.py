@@ -1,10 +1,9 @@
 """Filter -> Score -> Pick: where a prompt goes, and why."""
 
 import pytest
-
-from kvshare.config.placement import Placement
-from kvshare.errors import Unavailable
-from router.pools.placement import POLICIES, SCORERS, Call, Candidate, place, reason, score, weights, with_room
+from prefillshare.kvshare.config.placement import Placement
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.pools.placement import POLICIES, SCORERS, Call, Candidate, place, reason, score, weights, with_room
 
 PREFILL, DECODE = POLICIES["prefix_aware"]
 

@@ -4,15 +4,14 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason, Unavailable
+from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.health import Health
+from prefillshare.router.pools.placement import POLICIES
+from prefillshare.router.pools.pool import Pool
+from prefillshare.router.pools.replicas import Replica, ReplicaSet
 from ray.exceptions import RayError
-
-from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason, Unavailable
-from kvshare.replica_info import KVEvents, ReplicaInfo
-from router.pools.cache_index import BlockKeys
-from router.pools.health import Health
-from router.pools.placement import POLICIES
-from router.pools.pool import Pool
-from router.pools.replicas import Replica, ReplicaSet
 
 BLOCK = 32
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from kvshare.metrics import DEFINITIONS
+from prefillshare.kvshare.metrics import DEFINITIONS
 
 RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yaml"
 PROMTOOL = shutil.which("promtool")

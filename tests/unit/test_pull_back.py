@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 import pytest
 from one_replica import OneReplica
 from polling import until
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.ahead.pull_back import PullBack
 from prometheus_client import CollectorRegistry
-
-from kvshare.config import Base
-from kvshare.errors import Unavailable
-from kvshare.handoff import Handoff, PrefillResult
-from kvshare.metrics import Metrics
-from router.ahead.pull_back import PullBack
 
 BLOCK = 32
 
@@ -135,7 +134,7 @@ async def test_what_was_measured_long_ago_counts_no_more(pull_back, pool, metric
     for number in (1, 2):
         pull_back.lent("s", list(range(155)), loan(154), None)
         await counts(metrics, "done", number)
-    monkeypatch.setattr("router.ahead.pull_back.MEMORY_S", 0.0)
+    monkeypatch.setattr("prefillshare.router.ahead.pull_back.MEMORY_S", 0.0)
     pull_back.lent("s", list(range(155)), loan(154), None)
     await counts(metrics, "done", 3)
 

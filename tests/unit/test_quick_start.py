@@ -5,8 +5,7 @@ import multiprocessing
 import sys
 
 import pytest
-
-from kvshare_vllm.engine import quick_start
+from prefillshare.kvshare_vllm.engine import quick_start
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -46,6 +45,6 @@ def test_spawned_processes_and_those_that_they_spawn_begin_with_a_pause():
         child = SPAWN.Process(target=tell, args=(queue, 2))
         child.start()
     assert sys.modules["__main__"].__spec__ is before
-    assert [queue.get(timeout=60), queue.get(timeout=60)] == [(False, "kvshare_vllm.engine.spawned")] * 2
+    assert [queue.get(timeout=60), queue.get(timeout=60)] == [(False, "prefillshare.kvshare_vllm.engine.spawned")] * 2
     child.join(60)
     assert child.exitcode == 0

@@ -7,10 +7,9 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
+from prefillshare.router.telemetry.ray_metrics import RayMetrics
 from prometheus_client import CollectorRegistry
-
-from kvshare.metrics import DEFINITIONS, Metrics
-from router.telemetry.ray_metrics import RayMetrics
 
 
 class Told:

@@ -4,11 +4,10 @@ import asyncio
 
 import pytest
 from polling import PATIENCE_S
-
-from kvshare.decoders import Decoder
-from kvshare.errors import Overloaded, ReplicaLost
-from router.sessions import MemorySessions, RedisSessions
-from router.surfaces.readiness import Readiness
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Overloaded, ReplicaLost
+from prefillshare.router.sessions import MemorySessions, RedisSessions
+from prefillshare.router.surfaces.readiness import Readiness
 
 POOLS = {"a": "one", "b": "one", "c": "two"}
 DECODERS = {name: Decoder(name, pool, "prefillshare", name, "lora") for name, pool in POOLS.items()}

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.turn import releases
+from prefillshare.router.turn.releases import Releases
 from prometheus_client import CollectorRegistry
-
-from kvshare.errors import Unavailable
-from kvshare.handoff import Handoff, PrefillResult
-from kvshare.metrics import Metrics
-from router.turn import releases
-from router.turn.releases import Releases
 
 
 class Call:

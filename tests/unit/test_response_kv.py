@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-
-from kvshare.handoff import Handoff
-from kvshare.modes import modes
-from router.ahead.response_kv import ResponseKV
+from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare.modes import modes
+from prefillshare.router.ahead.response_kv import ResponseKV
 
 SESSION = ("tenant", "session")
 LENT = Handoff(4, "contract", 60.0, {})

@@ -4,10 +4,9 @@ import random
 import uuid
 
 import pytest
+from prefillshare.kvshare.errors import Conflict, NotFound, SessionDamaged, Unavailable
+from prefillshare.router.sessions import RedisSessions
 from redis.asyncio import Redis
-
-from kvshare.errors import Conflict, NotFound, SessionDamaged, Unavailable
-from router.sessions import RedisSessions
 
 CONTEXT = (1, 2, 3)
 #: What the session's own words may not be, in any error.

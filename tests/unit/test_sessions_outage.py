@@ -6,13 +6,12 @@ import re
 
 import pytest
 from polling import PATIENCE_S, until
+from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.errors import ConfigError, Unavailable
+from prefillshare.router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions
+from prefillshare.router.sessions.redis import MAX_CONNECTIONS
 from prometheus_client import CollectorRegistry, Gauge
 from redis.exceptions import ResponseError
-
-from kvshare.config import Router
-from kvshare.errors import ConfigError, Unavailable
-from router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions
-from router.sessions.redis import MAX_CONNECTIONS
 
 PASSWORD = "p w/@:#"
 

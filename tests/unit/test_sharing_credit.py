@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from router.pools.cache_index import BlockKeys
-from router.turn.sharing_credit import SharingCredit
+from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.turn.sharing_credit import SharingCredit
 
 BLOCK = 4
 PROMPT = list(range(100, 140))

@@ -8,11 +8,11 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare.config import parse
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.replica_info import ReplicaStats
 from rich.console import Console
 
-from kvshare.config import parse
-from kvshare.errors import Unavailable
-from kvshare.replica_info import ReplicaStats
 from prefillshare import status
 
 STATS = vars(ReplicaStats(active=3, queued_tokens=4096, running=2, waiting=1, blocks_used=50, blocks_total=200, preemptions=7))

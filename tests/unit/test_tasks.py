@@ -3,13 +3,12 @@
 import json
 
 import pytest
-
-from finetuning.evaluate import Score, difference
-from finetuning.tasks import TASKS, arithmetic, tool_calls
-from finetuning.tasks.base import check_disjoint, in_company
-from finetuning.tasks.synthetic_calls import synthetic_calls
-from finetuning.tasks.tool_calls import TESTED, parse_call
-from kvshare.errors import ConfigError
+from prefillshare.finetuning.evaluate import Score, difference
+from prefillshare.finetuning.tasks import TASKS, arithmetic, tool_calls
+from prefillshare.finetuning.tasks.base import check_disjoint, in_company
+from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
+from prefillshare.finetuning.tasks.tool_calls import TESTED, parse_call
+from prefillshare.kvshare.errors import ConfigError
 
 SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500}
 #: A right answer to the first question of each.

@@ -10,11 +10,10 @@ import traceback
 
 import pytest
 import yaml
-
-from kvshare.config.access import Auth
-from kvshare.errors import ConfigError, Unauthenticated
-from router import tenants
-from router.tenants import bearer, digest, new_key
+from prefillshare.kvshare.config.access import Auth
+from prefillshare.kvshare.errors import ConfigError, Unauthenticated
+from prefillshare.router import tenants
+from prefillshare.router.tenants import bearer, digest, new_key
 
 KEY, OTHER = "psk-first-tenants-key", "psk-second-tenants-key"
 TWO = {"tenants": {"research": {"keys": [KEY]}, "support": {"keys": [OTHER], "priority": -5, "may_share": ["handbook"]}}}

@@ -5,10 +5,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-
-from kvshare.caller import Caller, current_caller
-from kvshare.errors import DeadlineExceeded, InvalidInput
-from kvshare_vllm.surface.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of
+from prefillshare.kvshare.caller import Caller, current_caller
+from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput
+from prefillshare.kvshare_vllm.surface.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of
 
 LONG, SHORT = SHORT_CHARS + 1, SHORT_CHARS
 

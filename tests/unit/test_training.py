@@ -6,15 +6,14 @@ from itertools import chain
 
 import pytest
 import torch
+from prefillshare.finetuning import log, output, recipe, train
+from prefillshare.finetuning.batches import Batches
+from prefillshare.kvshare import config, decoders
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from finetuning import log, output, recipe, train
-from finetuning.batches import Batches
-from kvshare import config, decoders
-from kvshare.contract import DecoderContract
-from kvshare.errors import ConfigError, ContractMismatch
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"

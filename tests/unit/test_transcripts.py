@@ -5,9 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from char_tokenizer import Tokenizer, ToolTokenizer, text
-
-from finetuning import transcripts
-from kvshare.errors import ConfigError
+from prefillshare.finetuning import transcripts
+from prefillshare.kvshare.errors import ConfigError
 
 CHAT = [
     {"role": "user", "content": "hello"},

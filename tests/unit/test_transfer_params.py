@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-from kvshare.errors import ResumeReason
-from kvshare.layer_group import LayerGroup
-from kvshare_vllm.transfer import params
-from kvshare_vllm.transfer.params import Asked, LoadCost, Told
+from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare_vllm.transfer import params
+from prefillshare.kvshare_vllm.transfer.params import Asked, LoadCost, Told
 
 #: As a transport gives it with a handoff.
 TRANSFER = {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": [[1, 2, 3]], "remote_host": "h"}

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 from char_tokenizer import Tokenizer, text
-
-from kvshare.config import Base
-from kvshare.errors import InvalidInput
-from kvshare_vllm.surface.text_work import SHORT_CHARS, TextWork
-from router.sessions.turns import Turns
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.text_work import SHORT_CHARS, TextWork
+from prefillshare.router.sessions.turns import Turns
 
 LENGTH = 2 * SHORT_CHARS
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.kvshare.handoff import LEASE_MARGIN_S, TokenChunk
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.router.turn.metrics import TurnMetrics
 from prometheus_client import CollectorRegistry
-
-from kvshare.errors import ResumeReason
-from kvshare.handoff import LEASE_MARGIN_S, TokenChunk
-from kvshare.metrics import Metrics
-from kvshare.usage import TurnUsage
-from router.turn.metrics import TurnMetrics
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from dataclasses import fields
 
-from kvshare.usage import TurnUsage
-from protos.prefillshare.v1 import prefillshare_pb2 as pb
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 #: Of TurnUsage, what no client sees.
 INTERNAL = {"queue_s"}

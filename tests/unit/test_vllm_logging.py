@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import logging, logging.config, logging.handlers, sys
-from kvshare_vllm.patches import vllm_logging
+from prefillshare.kvshare_vllm.patches import vllm_logging
 
 def a_library_of_that_kind():
     own = {"own": {"class": "logging.StreamHandler"}}
@@ -44,10 +44,10 @@ def test_handlers_of_others_are_open_after_a_library_has_set_up_its_own(guard, t
 
 OURS = """
 import json, logging
-from kvshare_vllm.patches import vllm_logging
+from prefillshare.kvshare_vllm.patches import vllm_logging
 vllm_logging.set_up("{level}", "{form}")
 vllm_logging.set_up("{level}", "{form}")
-log = logging.getLogger("router.turn.orchestrator")
+log = logging.getLogger("prefillshare.router.turn.orchestrator")
 log.info("one", extra={{"request_id": "r1"}})
 vllm_logging.set_level("debug")
 log.debug("two")
@@ -67,7 +67,7 @@ def lines(level: str, form: str) -> list[str]:
 
 def test_our_modules_write_what_vllms_do_in_its_format_and_at_a_level_that_changes():
     told = [json.loads(line) for line in lines("info", "json")]
-    us, them = "router.turn.orchestrator", "vllm.engine"
+    us, them = "prefillshare.router.turn.orchestrator", "vllm.engine"
     ours = [(one["levelname"], one["name"], one["message"]) for one in told if one["name"] in (us, them)]
     assert ours == [("INFO", us, "one"), ("DEBUG", us, "two"), ("DEBUG", them, "three")]
     assert next(one for one in told if one["message"] == "one")["request_id"] == "r1"

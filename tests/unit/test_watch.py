@@ -6,9 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from prefillshare.kvshare.errors import Unavailable
 from typer.testing import CliRunner
 
-from kvshare.errors import Unavailable
 from prefillshare import app, cli, watch
 from prefillshare.watch import PATIENCE_S, Trouble, Watch
 

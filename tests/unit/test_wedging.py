@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-
-from kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
-from router.turn.wedging import NoToken, check_may_go_on
+from prefillshare.kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
+from prefillshare.router.turn.wedging import NoToken, check_may_go_on
 
 PLAIN, WITH_FORMAT = SimpleNamespace(structured_outputs=None), SimpleNamespace(structured_outputs=object())
 WEDGED = ReplicaLost("replica d0 does not answer", reason=ResumeReason.WEDGED)

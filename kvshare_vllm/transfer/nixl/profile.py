@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.modes import get_mode
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.platforms import current_platform
-
-from kvshare.engine_settings import EngineSettings
-from kvshare.modes import get_mode
 
 #: Ours, and vLLM's own for modes in which nothing is guarded.
 _CONNECTOR, _STOCK = "SharedKVConnector", "NixlConnector"
@@ -25,7 +24,7 @@ LOAN_S = 15
 def register() -> None:
     """So that vLLM finds the connector by its name. May be called again."""
     if _CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(_CONNECTOR, "kvshare_vllm.transfer.nixl.connector", _CONNECTOR)
+        KVConnectorFactory.register_connector(_CONNECTOR, "prefillshare.kvshare_vllm.transfer.nixl.connector", _CONNECTOR)
 
 
 def kv_transfer_config(s: EngineSettings) -> dict[str, Any]:

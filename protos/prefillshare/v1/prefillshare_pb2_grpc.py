@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.prefillshare.v1 import prefillshare_pb2 as protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/prefillshare/v1/prefillshare_pb2_grpc.py depends on'
+        + ' but the generated code in prefillshare/protos/prefillshare/v1/prefillshare_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,38 +36,38 @@ class PrefillShareStub:
         """
         self.ListDecoders = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/ListDecoders',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.FromString,
                 _registered_method=True)
         self.GetReadiness = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/GetReadiness',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.FromString,
                 _registered_method=True)
         self.CreateSession = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/CreateSession',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
                 _registered_method=True)
         self.GetSession = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/GetSession',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
                 _registered_method=True)
         self.ForkSession = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/ForkSession',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
                 _registered_method=True)
         self.DeleteSession = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/DeleteSession',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/prefillshare.v1.PrefillShare/Generate',
-                request_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
                 _registered_method=True)
 
 
@@ -129,38 +129,38 @@ def add_PrefillShareServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'ListDecoders': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDecoders,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.SerializeToString,
             ),
             'GetReadiness': grpc.unary_unary_rpc_method_handler(
                     servicer.GetReadiness,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.SerializeToString,
             ),
             'CreateSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSession,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
             ),
             'GetSession': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSession,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
             ),
             'ForkSession': grpc.unary_unary_rpc_method_handler(
                     servicer.ForkSession,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
             ),
             'DeleteSession': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteSession,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.SerializeToString,
             ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.FromString,
-                    response_serializer=protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -188,8 +188,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/ListDecoders',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListDecodersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -215,8 +215,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/GetReadiness',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetReadinessResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -242,8 +242,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/CreateSession',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.CreateSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,
@@ -269,8 +269,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/GetSession',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GetSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,
@@ -296,8 +296,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/ForkSession',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ForkSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,
@@ -323,8 +323,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/DeleteSession',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -350,8 +350,8 @@ class PrefillShare:
             request,
             target,
             '/prefillshare.v1.PrefillShare/Generate',
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
-            protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

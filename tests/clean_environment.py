@@ -1,0 +1,62 @@
+"""The package as pip installs it, in an environment of its own with the dependencies that it asks for and no others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import Distribution, distribution, distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+
+
+def wheel(folder: Path) -> Path:
+    """Build it. Nothing is downloaded: what builds it is installed here."""
+    build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def install(made: Path, folder: Path) -> Path:
+    """The Python of an environment with the wheel and its dependencies; those are the ones installed here."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(site)
+    (info,) = site.glob("prefillshare-*.dist-info")
+    for one in _closure(Distribution.at(info)):
+        for name in {Path(file).parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(one.locate_file(name))
+    return folder / "bin" / "python"
+
+
+def _closure(of: Distribution) -> list[Distribution]:
+    """All that it needs without extras."""
+    needed: dict[str, Distribution] = {}
+    waiting = [(of, frozenset({""}))]
+    while waiting:
+        one, extras = waiting.pop()
+        for text in one.requires or ():
+            wanted = Requirement(text)
+            if wanted.marker and not any(wanted.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            if wanted.name not in needed:
+                needed[wanted.name] = distribution(wanted.name)
+                waiting.append((needed[wanted.name], frozenset({"", *wanted.extras})))
+    return list(needed.values())
+
+
+def importable(site: Path) -> set[str]:
+    """Top-level names that an installed package puts there."""
+    return {
+        name
+        for one in distributions(path=[str(site)])
+        if one.name == "prefillshare"
+        for name in {Path(file).parts[0] for file in one.files or ()}
+        if not name.endswith(".dist-info") and name != ".."
+    }

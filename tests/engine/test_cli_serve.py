@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import clean_environment
 import psutil
 import pytest
 import yaml
@@ -115,6 +116,23 @@ def test_the_key_stands_in_no_command_line_and_in_no_log(serving):
     logs = [file for file in (Path(tempfile.gettempdir()) / "ray/session_latest/logs").rglob("*.*") if file.is_file()]
     assert len(logs) > 5
     assert not [file for file in logs if secret.encode() in file.read_bytes()]
+
+
+TURN = """
+import sys
+from prefillshare.client import Client
+with Client(sys.argv[1]) as client:
+    turn = client.create_session(token_ids=[3, 4, 5]).turn("a", token_ids=[6], max_tokens=3, ignore_eos=True)
+print(*turn.token_ids)
+"""
+
+
+def test_the_client_as_pip_installs_it_takes_a_turn(serving, tmp_path):
+    """Without an extra: no torch, no Ray, no vLLM."""
+    python = clean_environment.install(clean_environment.wheel(tmp_path), tmp_path / "env")
+    address = f"127.0.0.1:{serving.data['router']['grpc_port']}"
+    done = subprocess.run([python, "-I", "-c", TURN, address], capture_output=True, text=True, timeout=60)
+    assert (len(done.stdout.split()), done.stderr) == (3, "")
 
 
 def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero(serving):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import Distribution, distribution, distributions
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -13,9 +14,14 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 
 
+#: Of the project's folder, what no wheel has anything of; setuptools would take what it finds in build/ for ours.
+_ELSEWHERE = shutil.ignore_patterns(".*", "adapters", "benchmarks", "build", "data", "models", "tests", "__pycache__", "*.egg-info")
+
+
 def wheel(folder: Path) -> Path:
-    """Build it. Nothing is downloaded: what builds it is installed here."""
-    build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    """Build it, from a copy. Nothing is downloaded: what builds it is installed here."""
+    source = shutil.copytree(ROOT, folder / "source", ignore=_ELSEWHERE)
+    build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
     (made,) = folder.glob("*.whl")
     return made
@@ -49,14 +55,3 @@ def _closure(of: Distribution) -> list[Distribution]:
                 needed[wanted.name] = distribution(wanted.name)
                 waiting.append((needed[wanted.name], frozenset({"", *wanted.extras})))
     return list(needed.values())
-
-
-def importable(site: Path) -> set[str]:
-    """Top-level names that an installed package puts there."""
-    return {
-        name
-        for one in distributions(path=[str(site)])
-        if one.name == "prefillshare"
-        for name in {Path(file).parts[0] for file in one.files or ()}
-        if not name.endswith(".dist-info") and name != ".."
-    }

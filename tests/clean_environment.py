@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 #: Of the project's folder, what no wheel has anything of; setuptools would take what it finds in build/ for ours.
-_ELSEWHERE = shutil.ignore_patterns(".*", "adapters", "benchmarks", "build", "data", "models", "tests", "__pycache__", "*.egg-info")
+_ELSEWHERE = (".*", "adapters", "benchmarks", "build", "data", "models", "tests", "__pycache__", "*.egg-info")
 
 
 def wheel(folder: Path) -> Path:
     """Build it, from a copy. Nothing is downloaded: what builds it is installed here."""
-    source = shutil.copytree(ROOT, folder / "source", ignore=_ELSEWHERE)
+    source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*_ELSEWHERE))
     build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
     (made,) = folder.glob("*.whl")

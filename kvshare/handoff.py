@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefillshare.kvshare.logprobs import Logprobs
+
 #: A read that ends so near the end of its lease counts as late: slack for the error of the clock offset that engines measure
 #: when they shake hands (half a round trip), and for how often they look.
 LEASE_MARGIN_S = 0.5
@@ -46,12 +48,12 @@ class PrefillResult:
 class TokenChunk:
     """Newly generated tokens of one request, in order.
 
-    logprobs: per token, a list of (token id, log-probability, rank), the sampled token first; None if not asked.
+    logprobs: one row per token; None if not asked.
     finish_reason: "stop" | "length" on the last chunk, else None. stop_reason: the stop token id, if one ended it.
     """
 
     token_ids: list[int]
-    logprobs: list[list[tuple[int, float, int]]] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     #: What loading this request's prefix cost: bytes pulled over the transport, and prompt tokens found in the decode

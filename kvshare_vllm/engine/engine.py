@@ -26,16 +26,16 @@ from prefillshare.kvshare.errors import (
 )
 from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from prefillshare.kvshare.layer_group import block_salt
+from prefillshare.kvshare.logprobs import Logprobs
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaStats
-from prefillshare.kvshare_vllm.engine import quick_start
+from prefillshare.kvshare_vllm.engine import array_logprobs, quick_start
 from prefillshare.kvshare_vllm.engine.adapters import Adapters
 from prefillshare.kvshare_vllm.engine.first_word import FirstWord
 from prefillshare.kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from prefillshare.kvshare_vllm.engine.log_tail import LogTail
 from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.patches import gentle_grammars, vllm_logging
-from prefillshare.kvshare_vllm.sampling import logprob_rows
 from prefillshare.kvshare_vllm.transfer import params
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 from vllm import SamplingParams
@@ -107,6 +107,7 @@ class Engine:
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
                 with one_process(config, settings), quick_start.of_spawned(), spare.become_what_is_spawned():
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
+            array_logprobs.keep(llm.output_processor)
             engine = cls(settings, llm, gauges[0], log, kv_events)
             await engine.set_adapters(settings.adapters)
             if problems := engine.adapter_problems:
@@ -299,19 +300,17 @@ class DecodeEngine(Engine):
         super().__init__(*parts)
         self._calls = FirstWord()
 
-    async def own_next(
-        self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0
-    ) -> list[tuple[int, float, int]]:
-        """What the decoder would say next with its own KV of all of `token_ids`, as a row of TokenChunk.logprobs: for
-        comparison with what it says over shared KV (modes that recompute). Nothing of it is shared with anybody."""
+    async def own_next(self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0) -> Logprobs:
+        """What the decoder would say next with its own KV of all of `token_ids`, one row: for comparison with what it says
+        over shared KV (modes that recompute). Nothing of it is shared with anybody."""
         extra = {"kv_transfer_params": params.to_prefill_alone()}
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=top, detokenize=False, extra_args=extra)
-        name, row = f"own-{uuid.uuid4().hex}", None
+        name, rows = f"own-{uuid.uuid4().hex}", None
         async for output in self._generate(token_ids, sampling, name, adapter, name, priority):
-            row = logprob_rows(output.outputs[0])
-        if not row:
+            rows = output.outputs[0].logprobs
+        if not rows:
             raise Unavailable(f"request {name} ended early")
-        return row[0]
+        return Logprobs.of_rows(rows)
 
     def check(self, handoff: Handoff) -> None:
         """The contract again, at handoff (R4): an engine may have been replaced since start-up."""
@@ -358,7 +357,7 @@ class DecodeEngine(Engine):
         cost = told.cost
         return TokenChunk(
             token_ids=list(completion.token_ids),
-            logprobs=logprob_rows(completion),
+            logprobs=Logprobs.of_rows(completion.logprobs) if completion.logprobs else None,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             kv_bytes=cost.pulled_bytes,

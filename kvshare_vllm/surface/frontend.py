@@ -15,7 +15,6 @@ from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
 
-import numpy as np
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
@@ -331,16 +330,9 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage
     """The turn's usage goes where vLLM's server has room for what a KV connector reports; it shows the last output's."""
     logprobs, k = None, request.sampling_params.num_logprobs
     may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
-    if chunk.logprobs is not None and k is not None and chunk.token_ids:
-        k = k if k >= 0 else len(chunk.logprobs[0])  # all there are
-        # vLLM wants the sampled token first, then the k likeliest in order, every row equally long.
-        rows = [[row[0], *sorted((e for e in row if e[2]), key=lambda e: e[2])[:k]] for row in chunk.logprobs]
-        rows = [row + [row[-1]] * (k + 1 - len(row)) for row in rows]
-        logprobs = LogprobsLists(
-            np.array([[e[0] for e in row] for row in rows], np.int32),
-            np.array([[e[1] for e in row] for row in rows], np.float32),
-            np.array([row[0][2] for row in rows], np.int32),
-        )
+    if chunk.logprobs is not None and k is not None:
+        told = chunk.logprobs if k < 0 else chunk.logprobs.likeliest(k)
+        logprobs = LogprobsLists(told.token_ids, told.values, told.ranks)
     return EngineCoreOutput(
         request_id=request.request_id,
         new_token_ids=list(chunk.token_ids),

@@ -19,6 +19,7 @@ from dataclasses import replace
 from prefillshare.kvshare.decoders import ALL, Decoder
 from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
+from prefillshare.kvshare.logprobs import Logprobs
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.priority import BEHIND
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: Likeliest tokens that are compared one by one, if the decoder's pool gives so many.
 TOP = 20
-
-Row = list[tuple[int, float, int]]
 
 
 class Canary:
@@ -61,16 +60,16 @@ class Canary:
         return self._orchestrator.turn(call)
 
     def look(
-        self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], rows: list[Row], request_id: str
+        self, decoder: Decoder, route: Route, prompt: list[int], tokens: list[int], told: Logprobs, request_id: str
     ) -> None:
         if self._task and not self._task.done():
             self._metrics["canary_turns_total"].labels(decoder.name, "dropped").inc()
             return
-        place = self._rng.randrange(len(rows))
-        comparing = self._compare(decoder, route, [*prompt, *tokens[:place]], rows[place])
+        place = self._rng.randrange(len(told))
+        comparing = self._compare(decoder, route, [*prompt, *tokens[:place]], told.row(place))
         self._task = self._background.start("canary", comparing, request=request_id)
 
-    async def _compare(self, decoder: Decoder, route: Route, context: list[int], shared: Row) -> None:
+    async def _compare(self, decoder: Decoder, route: Route, context: list[int], shared: Mapping[int, float]) -> None:
         outcome = "failed"
         try:
             placement = await route.decode.choose(len(context), BlockKeys([0], 1))
@@ -78,7 +77,7 @@ class Canary:
                 call = route.decode.replicas.on(placement.replica.id).own_next
                 top = _top(decoder)
                 own = await answer(call.remote(context, adapter=decoder.adapter, top=top, priority=BEHIND))
-            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(_likely(own), _likely(shared)))
+            self._metrics["canary_divergence"].labels(decoder.name).observe(divergence(own.row(0), shared))
             outcome = "done"
         except (PrefillShareError, *CALL_ERRORS) as error:
             logger.warning("the canary of %s: %s: %s", decoder.name, type(error).__name__, error)
@@ -112,13 +111,14 @@ class _LookedAt:
         self._turn.text_has_ended()
 
     async def chunks(self) -> AsyncIterator[TokenChunk]:
-        tokens, rows = [], []
+        tokens, told = [], []
         async with aclosing(self._turn.chunks()) as chunks:
             async for chunk in chunks:
                 tokens += chunk.token_ids
-                rows += chunk.logprobs or ()
-                if chunk.finish_reason and rows:
-                    self._canary.look(self._decoder, self._route, self._call.prompt, tokens, rows, self._call.request_id)
+                told += [chunk.logprobs] if chunk.logprobs else []
+                if chunk.finish_reason and told:
+                    whole = Logprobs.joined(told)
+                    self._canary.look(self._decoder, self._route, self._call.prompt, tokens, whole, self._call.request_id)
                 yield replace(chunk, logprobs=as_asked(chunk.logprobs, self._asked))
 
 
@@ -126,11 +126,11 @@ def _top(decoder: Decoder) -> int:
     return TOP if decoder.max_logprobs == ALL else min(TOP, decoder.max_logprobs)
 
 
-def as_asked(rows: list[Row] | None, asked: int | None) -> list[Row] | None:
-    """Of rows with more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
-    if rows is None or asked is None:
+def as_asked(told: Logprobs | None, asked: int | None) -> Logprobs | None:
+    """Of more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
+    if told is None or asked is None:
         return None
-    return rows if asked == ALL else [[row[0], *(other for other in row[1:] if other[2] <= asked)] for row in rows]
+    return told if asked == ALL else told.likeliest(asked)
 
 
 def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:
@@ -140,7 +140,3 @@ def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:
     parts = [(math.exp(own[token]), math.exp(shared[token])) for token in both]
     parts.append(tuple(max(1e-9, 1 - sum(part[side] for part in parts)) for side in (0, 1)))
     return max(0.0, sum(p * math.log(p / q) for p, q in parts if p > 0))
-
-
-def _likely(row: Row) -> dict[int, float]:
-    return {token: logprob for token, logprob, _ in row}

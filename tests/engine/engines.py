@@ -118,7 +118,7 @@ async def turn(
                 own_layers=group,
             ):
                 tokens += chunk.token_ids
-                logprobs += [row[0][1] for row in chunk.logprobs]
+                logprobs += chunk.logprobs.values[:, 0].tolist()
             return tokens, logprobs, chunk, reasons
         except PrefixLost as lost:
             reasons.append(lost.reason)

@@ -13,6 +13,7 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
 from stub_turn import StubTurn
+from told_logprobs import logprobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -203,7 +204,7 @@ async def test_no_refusal_advises_how_to_start_vllm(surface, path, body):
 
 
 async def test_a_completion_without_a_limit_generates_at_most_sixteen_tokens_and_what_fits(surface):
-    token = TokenChunk([500], logprobs=[[(500, -0.5, 1), (501, -0.9, 2)]], finish_reason="length")
+    token = TokenChunk([500], logprobs=logprobs((500, -0.5), (500, -0.5), (501, -0.9)), finish_reason="length")
     for prompt_tokens, generated in ((100, 16), (112, 16), (113, 15), (127, 1)):
         for body in ({}, {"max_tokens": None}, {"stream": True}):
             answer = await surface.post(COMPLETIONS, prompt=[500] * prompt_tokens, **body)
@@ -321,7 +322,7 @@ async def test_what_asks_for_none_is_let_through(surface, path, body):
 
 @pytest.mark.parametrize(("path", "body"), [(CHAT, {"logprobs": True}), (COMPLETIONS, {"logprobs": 0})])
 async def test_zero_log_probabilities_of_generated_tokens_are_the_tokens_own(surface, path, body):
-    chunk = TokenChunk([500], logprobs=[[(500, -0.5, 1)]], finish_reason="length")
+    chunk = TokenChunk([500], logprobs=logprobs((500, -0.5)), finish_reason="length")
     answer = await surface.post(path, steps=[chunk], **body)
     told = answer.json()["choices"][0]["logprobs"]
     assert [told["content"][0]["logprob"]] == [-0.5] if path == CHAT else told["token_logprobs"] == [-0.5]

@@ -362,8 +362,9 @@ async def test_what_a_decoder_would_say_over_its_own_kv_is_kept_to_itself(runnin
     engine, adapter = (own, None) if decoder == "full" else (of_adapters, decoder)
     prompt = ids(3 * BLOCK + 5, salt=130)
     for _ in range(2):
-        (token, logprob, rank), *others = await engine.own_next(prompt, adapter=adapter, top=20)
+        told = await engine.own_next(prompt, adapter=adapter, top=20)
+        token, logprob = next(iter(told.row(0).items()))
         assert oracle.own(decoder, prompt, [token]) == pytest.approx([logprob], abs=TOLERANCE)
-        assert (rank, len(others)) == (1, 19)
+        assert (told.ranks.tolist(), len(told.row(0))) == ([1], 20)
     _, chunk, _ = await exact(running, prompt, 6, decoder, "2-2")
     assert chunk.local_tokens == 0

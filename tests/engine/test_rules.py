@@ -217,7 +217,7 @@ async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines
     handoff = await handed_over(engines, prompt)
     got, chunk = [], None
     async for chunk in decoding(decoder, prompt + whole[:70], handoff, sampling(80), new_id(), adapter="a", replay=70):
-        got += [row[0][1] for row in chunk.logprobs]
+        got += chunk.logprobs.values[:, 0].tolist()
     assert chunk.local_tokens == BLOCK
     assert max(abs(a - b) for a, b in zip(got, logprobs[70:], strict=True)) < 1e-3
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from polling import until
 from prefillshare.kvshare.caller import ANONYMOUS
-from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.decoders import ALL, Decoder
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.metrics import Metrics
@@ -17,6 +17,7 @@ from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router.turn.canary import TOP, Canary, as_asked, divergence
 from prometheus_client import CollectorRegistry
 from stub_turn import StubTurn
+from told_logprobs import logprobs
 
 
 def logs(**probabilities):
@@ -39,10 +40,11 @@ def test_what_is_in_one_list_only_counts_among_the_rest():
 
 
 def test_the_client_gets_the_rows_it_asked_for():
-    rows = [[(9, -2.0, 3), (1, -0.1, 1), (2, -1.0, 2), (4, -3.0, 4)]]
-    assert as_asked(rows, None) is None
-    assert as_asked(rows, 0) == [[(9, -2.0, 3)]]
-    assert as_asked(rows, 2) == [[(9, -2.0, 3), (1, -0.1, 1), (2, -1.0, 2)]]
+    told = logprobs((9, -2.0), (1, -0.1), (2, -1.0), (9, -2.0), (4, -3.0), rank=3)
+    assert as_asked(told, None) is None
+    assert as_asked(told, 0).row(0) == {9: -2.0}
+    assert as_asked(told, 2).row(0) == {9: -2.0, 1: pytest.approx(-0.1), 2: -1.0}
+    assert as_asked(told, ALL) is told
 
 
 class Sampling:
@@ -71,8 +73,9 @@ class World:
     async def _chunks(self, sampling):
         self.samplings.append(sampling.logprobs)
         for token in (5, 6, 7):
-            row = [(token, math.log(0.9), 1), (8, math.log(0.05), 2)] if sampling.logprobs is not None else None
-            yield TokenChunk([token], logprobs=row and [row], finish_reason="length" if token == 7 else None)
+            told = logprobs((token, math.log(0.9)), (token, math.log(0.9)), (8, math.log(0.05)))
+            asked = sampling.logprobs is not None
+            yield TokenChunk([token], logprobs=told if asked else None, finish_reason="length" if token == 7 else None)
 
     async def choose(self, tokens, keys):
         return SimpleNamespace(replica=SimpleNamespace(id="one"))
@@ -86,7 +89,7 @@ class World:
         if self.error:
             raise self.error
         self.asked.append((token_ids, adapter, top))
-        return [(token, math.log(0.3), 1) for token in (5, 6, 7)] + [(8, math.log(0.05), 4)]
+        return logprobs(*((token, math.log(0.3)) for token in (5, 6, 7)), (8, math.log(0.05)))
 
 
 @pytest.fixture

@@ -27,6 +27,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks import accuracy_report
+from benchmarks.accuracy_asker import KEPT_BYTES, Asker
+from benchmarks.accuracy_rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
+from benchmarks.result import write
+from benchmarks.small import MODEL, bars
 from prefillshare.finetuning import layer_profile, layer_profile_report, output, transcripts
 from prefillshare.finetuning.checkpoint import MAY_CHANGE
 from prefillshare.finetuning.evaluate import Difference, difference, score
@@ -36,14 +44,6 @@ from prefillshare.finetuning.train import train
 from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.layer_profile import FILE as PROFILE_FILE
-from rich.console import Console
-from transformers import AutoTokenizer
-
-from benchmarks import accuracy_report
-from benchmarks.accuracy_asker import KEPT_BYTES, Asker
-from benchmarks.accuracy_rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
-from benchmarks.result import write
-from benchmarks.small import MODEL, bars
 from prefillshare.models import fetch
 
 #: Transcripts by which a decoder's layers are profiled; of another seed than its training data.

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
+
+from benchmarks import accuracy_rows
+from benchmarks.accuracy_rows import Row
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import evenly, offline_answers
 from prefillshare.finetuning.tasks import TASKS, Question
@@ -18,10 +22,6 @@ from prefillshare.finetuning.transcripts import stop_ids
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import LayerProfile
-from transformers import AutoTokenizer
-
-from benchmarks import accuracy_rows
-from benchmarks.accuracy_rows import Row
 
 #: As decoders are served on GPUs; half the time of float32 on CPUs.
 DTYPE = torch.bfloat16

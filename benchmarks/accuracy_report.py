@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefillshare.kvshare.layer_profile import Point, frontier_of
-
 from benchmarks.accuracy_rows import REFERENCE, ROWS
+from prefillshare.kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
 #: What people make of the figures: written by hand, put into the page.

@@ -25,11 +25,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from prefillshare.finetuning.tasks import TASKS
-from prefillshare.kvshare.config import Deployment, parse
-from prefillshare.kvshare.contract import KVShape
-from prefillshare.kvshare.layer_group import LayerGroup
-from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -40,6 +35,11 @@ from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.finetuning.tasks import TASKS
+from prefillshare.kvshare.config import Deployment, parse
+from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_full_decoder

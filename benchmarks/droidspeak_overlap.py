@@ -28,14 +28,13 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.children import events
+from benchmarks.small import BLOCK, VOCABULARY
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.decoders import ecache_share
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.layer_group import LayerGroup
-
-from benchmarks.children import events
-from benchmarks.small import BLOCK, VOCABULARY
 from prefillshare.platform import engine_environment
 
 WAYS = {"overlapped": "pays", "one after another": "never"}
@@ -74,8 +73,9 @@ def links() -> bool:
 async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int) -> AsyncIterator[dict]:
     """Per length, repeat and way: seconds until the loads had ended, and until the first token. Repeat -1 shakes hands, shows
     the engine how long a step takes, and does not count."""
-    from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
     from vllm import SamplingParams
+
+    from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 
     some, one = (SamplingParams(max_tokens=tokens, temperature=0.0) for tokens in (8, 1))
     prefill_settings = _settings(model, group, max(lengths))

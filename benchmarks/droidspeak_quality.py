@@ -7,15 +7,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
+from benchmarks.accuracy_asker import best_group
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import difference, evenly, offline_answers
 from prefillshare.finetuning.tasks import TASKS
 from prefillshare.finetuning.transcripts import stop_ids
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import LayerProfile
-from transformers import AutoTokenizer
-
-from benchmarks.accuracy_asker import best_group
 
 BATCH = 32
 

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
@@ -23,6 +22,7 @@ from benchmarks.result import write
 from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY, bars
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

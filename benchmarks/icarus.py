@@ -19,8 +19,6 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -31,6 +29,8 @@ from benchmarks.sessions import Lengths, play
 from benchmarks.small import ADDRESS, BLOCK, MODEL, bars
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

@@ -25,11 +25,12 @@ class Stepper:
 
     def __init__(self, model: str, adapters: dict[str, str], two_streams: bool, cores: str, context: int, batch: int):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
-        from prefillshare.kvshare_vllm.names import TWO_STREAMS
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.utils.ompmultiprocessing import OMPProcessManager
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        from prefillshare.kvshare_vllm.names import TWO_STREAMS
 
         options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
         if adapters:

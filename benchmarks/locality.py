@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
@@ -28,6 +27,7 @@ from benchmarks.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
 from prefillshare.app import running
 from prefillshare.apply import apply
 from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

@@ -99,9 +99,8 @@ async def ours(model: str) -> AsyncIterator[Started]:
 
     The decoder is the base's own weights served as a decoder with full weights, so that no adapter slows it down.
     """
-    from prefillshare.kvshare.config import parse
-
     from prefillshare.app import running
+    from prefillshare.kvshare.config import parse
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

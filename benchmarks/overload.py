@@ -20,8 +20,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.errors import Overloaded, PrefillShareError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,6 +28,8 @@ from benchmarks.result import write
 from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import Overloaded, PrefillShareError
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

@@ -22,17 +22,17 @@ import msgspec
 import numpy as np
 import uvloop
 import zmq
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.result import RESULTS, write
+from benchmarks.small import bars
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from prefillshare.router.pools.health import Health
 from prefillshare.router.pools.placement import POLICIES
 from prefillshare.router.pools.pool import Pool
 from prefillshare.router.pools.replicas import Replica
-from rich.console import Console
-from rich.progress import Progress
-
-from benchmarks.result import RESULTS, write
-from benchmarks.small import bars
 
 BLOCK = 32
 VOCABULARY = 50_000

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment, parse
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from prefillshare.kvshare.config import Deployment, parse
 
 MODEL = "smollm2-135m-instruct"
 DECODERS = ("planner", "coder", "caller")

@@ -14,14 +14,14 @@ import resource
 import tempfile
 from pathlib import Path
 
-from prefillshare.finetuning import log
-from prefillshare.finetuning.recipe import parse
-from prefillshare.finetuning.tasks.tool_calls import ToolCalls
-from prefillshare.finetuning.train import train
 from rich.console import Console
 
 from benchmarks.result import write
 from benchmarks.small import MODEL
+from prefillshare.finetuning import log
+from prefillshare.finetuning.recipe import parse
+from prefillshare.finetuning.tasks.tool_calls import ToolCalls
+from prefillshare.finetuning.train import train
 from prefillshare.models import fetch
 
 METHODS = ("prefillshare", "icarus", "ordinary")

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from prefillshare.finetuning.conditioned import LayersKV, side_by_side
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from prefillshare.finetuning.conditioned import LayersKV, side_by_side
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from prefillshare.finetuning.recipe import Recipe
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.contract import DecoderContract

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from prefillshare.kvshare.errors import ConfigError, InvalidInput
 from rich.console import Console
+
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
 
 
 def train(
@@ -109,9 +110,10 @@ def profile(
     """
     suites = _tasks(task or [])
     import torch
+    from transformers import AutoTokenizer
+
     from prefillshare.finetuning import layer_profile, layer_profile_report, subjects, transcripts
     from prefillshare.finetuning.recipe import DTYPES, device_of
-    from transformers import AutoTokenizer
 
     if dtype not in DTYPES:
         raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
@@ -133,12 +135,13 @@ def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: i
     if not (base / "config.json").is_file():
         raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
     import torch
+    from transformers import AutoTokenizer
+
     from prefillshare.finetuning import subjects
     from prefillshare.finetuning.evaluate import offline_answers
     from prefillshare.finetuning.methods import METHODS
     from prefillshare.finetuning.recipe import DTYPES, device_of
     from prefillshare.finetuning.transcripts import stop_ids
-    from transformers import AutoTokenizer
 
     method = method or subjects.trained_for(decoder)
     for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
@@ -153,9 +156,8 @@ def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: i
 
 
 def _served(address: str, name: str, at_once: int):
-    from prefillshare.finetuning.evaluate import served_answers
-
     from prefillshare.client import Client
+    from prefillshare.finetuning.evaluate import served_answers
 
     def ask(task, questions, advance):
         with Client(address) as client:

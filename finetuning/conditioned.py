@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import cross_entropy, pad
+from transformers import DynamicCache
+
 from prefillshare.finetuning.methods import Method, View
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.layer_group import LayerGroup
-from torch.nn.functional import cross_entropy, pad
-from transformers import DynamicCache
 
 #: Keys and values per layer, each [contexts, KV heads, tokens, head size].
 LayersKV = Sequence[tuple[torch.Tensor, torch.Tensor]]

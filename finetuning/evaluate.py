@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+from prefillshare.client import Client
 from prefillshare.finetuning.generate import generate
 from prefillshare.finetuning.subjects import Subject
 from prefillshare.finetuning.tasks import Question, Task
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.router.sessions.chat import ChatLayout
-
-from prefillshare.client import Client
 
 T = TypeVar("T")
 

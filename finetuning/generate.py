@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
+
 from prefillshare.finetuning import conditioned
 from prefillshare.finetuning.conditioned import LayersKV, SharedKV, hidden_states, plain
 from prefillshare.finetuning.methods import Method
 from prefillshare.finetuning.subjects import FrozenBase
 from prefillshare.finetuning.token_blend import blended
 from prefillshare.kvshare.layer_group import LayerGroup
-from torch.nn.functional import pad
 
 
 class _KV:

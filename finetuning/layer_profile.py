@@ -19,6 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from transformers import DynamicCache
+
 from prefillshare.finetuning.conditioned import own_layers, plain
 from prefillshare.finetuning.evaluate import evenly, offline_answers
 from prefillshare.finetuning.log import bars
@@ -27,8 +30,6 @@ from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point, frontier_of
-from rich.console import Console
-from transformers import DynamicCache
 
 #: Of the examples, for what is only a candidate; and at least so many.
 PART, LEAST = 4, 4

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefillshare.kvshare.layer_profile import LayerProfile
 from rich.table import Table
+
+from prefillshare.kvshare.layer_profile import LayerProfile
 
 PLOT = "layer_profile.png"
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.modes import get_mode
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig
+
 from prefillshare.finetuning.checkpoint import FILE as CHECKPOINT_FILE
 from prefillshare.finetuning.recipe import Recipe
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError
-from transformers import AutoConfig
 
 PACKAGES = ("torch", "transformers", "peft")
 #: What a run keeps in its folder until it is done.

@@ -11,11 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field, ValidationError, model_validator
+
 from prefillshare.finetuning.methods import METHODS
 from prefillshare.kvshare.config.errors import as_config_error
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node, read
-from pydantic import Field, ValidationError, model_validator
 
 DTYPES = ("float32", "bfloat16")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
+from pydantic import Field, ValidationError, field_validator, model_validator
+
 from prefillshare.kvshare.config.errors import as_config_error, shown
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node
-from pydantic import Field, ValidationError, field_validator, model_validator
 
 
 class Function(Node):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, DynamicCache
+
 from prefillshare.finetuning import grouped_attention
 from prefillshare.finetuning.methods import METHODS, Method
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import InvalidInput
-from transformers import AutoModelForCausalLM, DynamicCache
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ baseline to DroidSpeak's choice of layers; offline only.
 from __future__ import annotations
 
 import torch
+
 from prefillshare.finetuning.conditioned import LayersKV, plain
 
 #: Layers that are computed for all tokens before any are chosen.

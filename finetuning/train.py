@@ -17,6 +17,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from prefillshare.finetuning import conditioned, output, transcripts
 from prefillshare.finetuning.base_kv_store import BaseKVStore
 from prefillshare.finetuning.batches import Batches
@@ -26,8 +29,6 @@ from prefillshare.finetuning.log import TrainingLog, training_bar
 from prefillshare.finetuning.recipe import Recipe, device_of
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.errors import ConfigError
-from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Decoder:

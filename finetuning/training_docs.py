@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from prefillshare.finetuning.recipe import Lora, Recipe
-
 from prefillshare.config_docs import fields
+from prefillshare.finetuning.recipe import Lora, Recipe
 
 _PAGE = """\
 # Training decoders

@@ -18,8 +18,9 @@ import hmac
 import os
 
 import zmq
-from prefillshare.kvshare.errors import ConfigError
 from zmq.utils import z85
+
+from prefillshare.kvshare.errors import ConfigError
 
 #: 64 hexadecimal digits.
 ENVIRONMENT = "PREFILLSHARE_CHANNEL_SECRET"

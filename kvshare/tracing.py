@@ -13,6 +13,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
 from prefillshare.kvshare.config import Tracing
 
 _W3C = TraceContextTextMapPropagator()

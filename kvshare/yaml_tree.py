@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from prefillshare.kvshare.errors import ConfigError
 from pydantic import BaseModel, ConfigDict, Field
+
+from prefillshare.kvshare.errors import ConfigError
 
 #: Names that appear in URLs, metrics labels and Ray deployment names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]

@@ -11,11 +11,12 @@ _MODELS = "prefillshare.kvshare_vllm.models"
 
 
 def register() -> None:
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+
     from prefillshare.kvshare_vllm.engine import kv_events, quick_start
     from prefillshare.kvshare_vllm.patches import gentle_grammars, gloo_loops, nixl_handshakes, vllm_logging
     from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
-    from vllm import ModelRegistry
-    from vllm.platforms import current_platform
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()

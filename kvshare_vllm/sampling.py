@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 from vllm import SamplingParams
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
+
+from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
 
 def make_sampling_params(**fields) -> SamplingParams:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefillshare.kvshare.errors import InvalidInput, Overloaded
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
+
+from prefillshare.kvshare.errors import InvalidInput, Overloaded
 
 
 @contextmanager

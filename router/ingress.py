@@ -15,6 +15,8 @@ from dataclasses import asdict
 from functools import partial
 
 from fastapi import Response
+from ray import serve
+
 from prefillshare.kvshare import decoders as served_decoders
 from prefillshare.kvshare import tracing
 from prefillshare.kvshare.caller import ANONYMOUS
@@ -24,7 +26,6 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.router.tenants import Tenants
-from ray import serve
 
 logger = logging.getLogger(__name__)
 

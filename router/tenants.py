@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
 from prefillshare.kvshare.caller import ANONYMOUS, Caller
 from prefillshare.kvshare.config.access import Auth
 from prefillshare.kvshare.config.errors import as_config_error
 from prefillshare.kvshare.errors import ConfigError, Unauthenticated
 from prefillshare.kvshare.yaml_tree import Name, Node, from_yaml
 from prefillshare.router.admission import grant
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
 #: What fits into a header as it is.

@@ -4,14 +4,15 @@ blocks that run out. A decode replica that has none left gives back the turn tha
 import asyncio
 from collections import Counter
 
+from prometheus_client import CollectorRegistry
+from virtual_time import clock
+
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import Overloaded
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.decode_room import ReplicaCapacity
 from prefillshare.router.admission.grant import Demand
-from prometheus_client import CollectorRegistry
-from virtual_time import clock
 
 BLOCK = 16
 STEP_TOKENS = 32

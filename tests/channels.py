@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import msgspec
 import psutil
 import zmq
-from prefillshare.kvshare import channel_keys
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import GET_META_MSG
 from zmq.utils.monitor import recv_monitor_message
+
+from prefillshare.kvshare import channel_keys
 
 #: Longest wait for an answer, or for being turned away.
 LIMIT_S = 20

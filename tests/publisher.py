@@ -5,9 +5,10 @@ import socket
 import time
 
 import zmq
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+
 from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.kvshare_vllm.engine.kv_events import StatePublisher
-from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
 BLOCK = 32
 

@@ -2,8 +2,9 @@
 
 import uuid
 
-from prefillshare.router.sessions import MemorySessions, RedisSessions
 from redis.asyncio import Redis
+
+from prefillshare.router.sessions import MemorySessions, RedisSessions
 
 
 class InMemory:

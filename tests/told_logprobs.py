@@ -1,6 +1,7 @@
 """Log-probabilities as engines tell them."""
 
 import numpy as np
+
 from prefillshare.kvshare.logprobs import Logprobs
 
 

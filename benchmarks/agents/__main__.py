@@ -24,9 +24,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from prefillshare.kvshare.contract import KVShape
-from prefillshare.kvshare.layer_group import LayerGroup
-from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.progress import Progress
 
@@ -39,6 +36,9 @@ from benchmarks.agents.workload import PATTERNS, Scale, sessions
 from benchmarks.environment import revision
 from benchmarks.result import write
 from benchmarks.small import BLOCK, MODEL, bars
+from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

@@ -12,14 +12,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefillshare.kvshare.contract import KVShape
-
 from benchmarks.agents import driver, fit
 from benchmarks.agents.simulation import Costs
 from benchmarks.agents.systems import Running
 from benchmarks.agents.workload import Session, Turn
 from benchmarks.small import VOCABULARY
 from prefillshare.client import Client
+from prefillshare.kvshare.contract import KVShape
 
 #: Tokens: contexts that are prefilled whole, and what is then given to them.
 CONTEXTS, GIVEN = (64, 256, 512, 1024), (32, 256)

@@ -20,7 +20,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from prefillshare.kvshare.errors import ConfigError
 from rich.console import Console
 
 from benchmarks import load
@@ -29,6 +28,7 @@ from benchmarks.overhead_surfaces import Http
 from benchmarks.result import write
 from benchmarks.small import HTTP_PORT, MODEL, VOCABULARY
 from prefillshare.app import running
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 

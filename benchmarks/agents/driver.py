@@ -16,11 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
-from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 
 from benchmarks.agents.workload import Session
 from benchmarks.small import VOCABULARY
 from prefillshare.client import Client
+from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 
 #: Sessions under way in an open loop; more wait, and their waiting counts.
 MOST_AT_ONCE = 256

@@ -22,8 +22,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prefillshare.kvshare.errors import ConfigError
-from prefillshare.kvshare.modes import get_mode
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +31,8 @@ from benchmarks.agents.simulation import Costs, Simulation, Site
 from benchmarks.agents.workload import PATTERNS, Scale, Session, poisson, sessions
 from benchmarks.result import RESULTS, write
 from benchmarks.small import BLOCK, bars
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.modes import get_mode
 
 MODES = ("none", "prefillshare", "icarus", "droidspeak")
 #: Figures that are shown.

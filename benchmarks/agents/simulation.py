@@ -17,11 +17,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import simpy
-from prefillshare.kvshare.modes import get_mode
-from prefillshare.router.pools.placement import POLICIES, Call, Candidate, place, shortlist
 
 from benchmarks.agents.driver import Cost, TurnRecord
 from benchmarks.agents.workload import Session
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.router.pools.placement import POLICIES, Call, Candidate, place, shortlist
 
 
 def attended(computed: int, prompt: int) -> float:

@@ -18,10 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from prefillshare.kvshare import metrics_text
-from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.contract import KVShape
-from prefillshare.kvshare.modes import get_mode
 
 from benchmarks import small
 from benchmarks.agents.driver import Conversation, Ours, Stock
@@ -30,6 +26,10 @@ from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn,
 from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.kvshare import metrics_text
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.modes import get_mode
 
 RANK = 8
 #: DroidSpeak: what every decoder computes itself, of SmolLM2's 30 layers.

@@ -24,7 +24,6 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 
-from prefillshare.kvshare.config import Deployment
 from rich.console import Console
 
 from benchmarks import small
@@ -36,6 +35,7 @@ from benchmarks.redis_server import RedisServer
 from benchmarks.result import write
 from benchmarks.small import DECODERS, MODEL, bars
 from prefillshare.app import running
+from prefillshare.kvshare.config import Deployment
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base

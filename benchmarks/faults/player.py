@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from prefillshare.kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError, Unavailable
-
 from benchmarks.small import ADDRESS, DECODERS, VOCABULARY
 from prefillshare.client import Client, RemoteSession
+from prefillshare.kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError, Unavailable
 
 TURNS_PER_SESSION = 4
 INPUT, OUTPUT = (20, 120), (20, 60)

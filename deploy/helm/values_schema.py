@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from prefillshare.kvshare.config import Deployment
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from prefillshare.kvshare.config import Deployment
 
 FILE = Path(__file__).parent / "prefillshare" / "values.schema.json"
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prefillshare.kvshare.config.errors import as_config_error, shown
 from prefillshare.kvshare.config.files import with_files_found
 from prefillshare.kvshare.config.router import Router
 from prefillshare.kvshare.config.tree import Base, Cluster, DecodePool, Deployment, Engines, Logs, Prefill, Tracing
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import read
-from pydantic import ValidationError
 
 
 def parse(data: Any, folder: Path | None = None) -> Deployment:

@@ -6,10 +6,11 @@ import ssl
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import Field, model_validator
+
 from prefillshare.kvshare.config.changes import ROUTERS, refused
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node
-from pydantic import Field, model_validator
 
 
 class Auth(Node):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from prefillshare.kvshare.errors import ConfigError
 from pydantic import BaseModel, ValidationError
+
+from prefillshare.kvshare.errors import ConfigError
 
 #: pydantic's words for kinds of value, in the words of YAML.
 _SHOULD_BE = {

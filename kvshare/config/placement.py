@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field, field_validator
+
 from prefillshare.kvshare.config.changes import TAKEN_OVER
 from prefillshare.kvshare.yaml_tree import Node
-from pydantic import Field, field_validator
 
 Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from prefillshare.kvshare import origins, redis_url
 from prefillshare.kvshare.config.access import Auth, Tls
 from prefillshare.kvshare.config.changes import ROUTERS, TAKEN_OVER, refused
 from prefillshare.kvshare.config.placement import Placement
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node
-from pydantic import Field, field_validator, model_validator
 
 _OF_PROXIES = refused("Ray Serve's proxies keep listening where they do while they run", fix="start anew")
 

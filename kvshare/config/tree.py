@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from prefillshare.kvshare.config.changes import BOTH, ENGINES, ROUTERS, TAKEN_OVER, Change, refused
 from prefillshare.kvshare.config.router import Router
 from prefillshare.kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
@@ -15,7 +17,6 @@ from prefillshare.kvshare.layer_group import layer_group
 from prefillshare.kvshare.modes import get_mode, mode_names
 from prefillshare.kvshare.yaml_tree import Name
 from prefillshare.kvshare.yaml_tree import Node as _Node
-from pydantic import Field, field_validator, model_validator
 
 Folder = Annotated[str, Field(min_length=1)]
 _ANOTHER = Change("one goes, another comes", replaces_engines=True)

@@ -20,12 +20,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prefillshare.kvshare.engine_settings import EngineSettings
-from prefillshare.kvshare.replica_info import KVEvents
-from prefillshare.kvshare_vllm.engine.launch import Ports, engine_args, set_environment
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.replica_info import KVEvents
+from prefillshare.kvshare_vllm.engine.launch import Ports, engine_args, set_environment
 
 _NOWHERE = KVEvents("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
 _KNOWN = [field.name for field in dataclasses.fields(AsyncEngineArgs)]

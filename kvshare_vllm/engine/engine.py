@@ -12,6 +12,15 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
+
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.errors import (
@@ -38,14 +47,6 @@ from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.patches import gentle_grammars, vllm_logging
 from prefillshare.kvshare_vllm.transfer import params
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
-from vllm import SamplingParams
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 
 #: An engine that has started but does not generate a token within so long has not started.
 FIRST_TOKEN_S = 300.0

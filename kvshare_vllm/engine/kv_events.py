@@ -30,7 +30,6 @@ from typing import Any
 
 import msgspec
 import zmq
-from prefillshare.kvshare import channel_keys
 from vllm.distributed.kv_events import (
     MEDIUM_GPU,
     AllBlocksCleared,
@@ -41,6 +40,8 @@ from vllm.distributed.kv_events import (
     EventPublisherFactory,
     KVEventBatch,
 )
+
+from prefillshare.kvshare import channel_keys
 
 logger = logging.getLogger(__name__)
 

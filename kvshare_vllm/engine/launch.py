@@ -12,6 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.config import StructuredOutputsConfig
+from vllm.platforms import current_platform
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.loopback import ADDRESS, INTERFACE, is_loopback
@@ -21,9 +25,6 @@ from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
 from prefillshare.kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
-from vllm.config import StructuredOutputsConfig
-from vllm.platforms import current_platform
-from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:

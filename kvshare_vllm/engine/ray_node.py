@@ -11,6 +11,7 @@ Seam: ray/_private/authentication; ray/serve/_private/replica.py (`add_port_to_g
 from __future__ import annotations
 
 import ray
+
 from prefillshare.kvshare import channel_keys
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.loopback import ADDRESS, is_loopback

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import ray
+from ray import serve
+
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.replica_info import ReplicaInfo, ReplicaStats
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
-from ray import serve
 
 
 class EngineReplica(ABC):

@@ -18,15 +18,16 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.request import RequestStatus
+
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.layer_group import OwnLayers
 from prefillshare.kvshare_vllm.patches.block_keys import share_blocks_between_adapters
 from prefillshare.kvshare_vllm.transfer.loads import is_rest, request_of
 from prefillshare.kvshare_vllm.transfer.params import Asked, Params, given_back, refused
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.request import RequestStatus
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import util
 
-from prefillshare.kvshare_vllm.forkserver.passing import Program, receive
 from setproctitle import setproctitle
+
+from prefillshare.kvshare_vllm.forkserver.passing import Program, receive
 
 #: A spawned process is Python with this argument, and a program of multiprocessing's own before it.
 _SPAWNED = "--multiprocessing-fork"

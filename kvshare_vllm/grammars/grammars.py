@@ -17,15 +17,16 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
+from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, Unavailable
 from prefillshare.kvshare_vllm.fair_gate import FairGate
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
-from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
-from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 #: The one backend of router and engines: vLLM would choose by what the first request asks for, and keep it.
 BACKEND = "xgrammar"

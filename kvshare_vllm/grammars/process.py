@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import xgrammar
+
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 
 THREADS, NICENESS = 2, 10

@@ -9,8 +9,9 @@ Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/utils.py (`zmq_ctx` call
 from __future__ import annotations
 
 import zmq
-from prefillshare.kvshare import channel_keys
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import utils
+
+from prefillshare.kvshare import channel_keys
 
 
 class _Protecting:

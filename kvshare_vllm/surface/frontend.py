@@ -15,17 +15,6 @@ from contextlib import aclosing
 from copy import copy
 from http import HTTPStatus
 
-from prefillshare.kvshare.caller import Caller, current_caller
-from prefillshare.kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
-from prefillshare.kvshare.handoff import TokenChunk
-from prefillshare.kvshare.usage import TurnUsage
-from prefillshare.kvshare_vllm.grammars.client import GrammarClient
-from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
-from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, note_failure
-from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
-from prefillshare.kvshare_vllm.surface.text_work import TextWork
-from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall, TurnRunner
-from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
@@ -42,6 +31,18 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists
 from xgrammar import TokenizerInfo
+
+from prefillshare.kvshare.caller import Caller, current_caller
+from prefillshare.kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
+from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.kvshare_vllm.grammars.client import GrammarClient
+from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
+from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, note_failure
+from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
+from prefillshare.kvshare_vllm.surface.text_work import TextWork
+from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall, TurnRunner
+from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)
 

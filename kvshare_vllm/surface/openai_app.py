@@ -20,13 +20,6 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"  # whoever knows a stored response's id could read it (R7)
 
-from prefillshare.kvshare_vllm.surface import openai_requests
-from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
-from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
-from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
-from prefillshare.kvshare_vllm.surface.http_routes import keep_served
-from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
-from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -34,6 +27,14 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from prefillshare.kvshare_vllm.surface import openai_requests
+from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
+from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
+from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
+from prefillshare.kvshare_vllm.surface.http_routes import keep_served
+from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
+from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 
 openai_requests.install()
 

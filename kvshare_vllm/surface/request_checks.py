@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 
-from prefillshare.kvshare.errors import InvalidInput
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
+
+from prefillshare.kvshare.errors import InvalidInput
 
 MOST_STOPS = 16
 #: Of all stop texts, and of all bad words, together: every new piece of text is compared with them, or they are tokenised.

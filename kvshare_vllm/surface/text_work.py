@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from vllm.renderers.hf import safe_apply_chat_template
+
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, PrefillShareError
 from prefillshare.kvshare_vllm.fair_gate import FairGate
-from vllm.renderers.hf import safe_apply_chat_template
 
 T = TypeVar("T")
 

@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vllm.sampling_params import SamplingParams
+
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
-from vllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

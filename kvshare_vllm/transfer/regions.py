@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker import _region_sort_key
+
+from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import msgspec
+
 from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import zmq
 import zmq.asyncio
+
 from prefillshare.kvshare import channel_keys
 from prefillshare.kvshare.replica_info import KVEvents
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 
-from prefillshare.kvshare.errors import ReplicaLost
 from ray.serve._private.request_router.request_router import RequestRouter
+
+from prefillshare.kvshare.errors import ReplicaLost
 
 #: (application, deployment) -> ids of its running replicas, as last pushed to this process.
 MEMBERS: dict[tuple[str, str], frozenset[str]] = {}

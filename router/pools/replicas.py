@@ -18,14 +18,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import grpc
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
 from prefillshare.kvshare.errors import PrefillShareError, ReplicaLost, ResumeReason, Unavailable
 from prefillshare.kvshare.replica_info import ReplicaInfo, ReplicaStats
 from prefillshare.router.background import Background
 from prefillshare.router.pools.health import Health
 from prefillshare.router.pools.own_calls import OwnCalls
 from prefillshare.router.pools.pinned import MEMBERS, WATCHERS
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 logger = logging.getLogger(__name__)
 

@@ -14,15 +14,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 
 import numpy as np
-from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
-from prefillshare.kvshare.redis_url import shown
-from prefillshare.router.sessions import scripts
-from prefillshare.router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
+
+from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
+from prefillshare.kvshare.redis_url import shown
+from prefillshare.router.sessions import scripts
+from prefillshare.router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
 
 logger = logging.getLogger(__name__)
 

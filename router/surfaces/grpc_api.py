@@ -15,6 +15,7 @@ from contextlib import aclosing
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
 from prefillshare.kvshare import addresses
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.config.access import Tls

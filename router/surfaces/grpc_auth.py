@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
+
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import Unauthenticated
 from prefillshare.router.surfaces.grpc_errors import abort

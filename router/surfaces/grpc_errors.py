@@ -9,6 +9,7 @@ from __future__ import annotations
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
+
 from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 

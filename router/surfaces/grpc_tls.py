@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import grpc
+
 from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import PermissionDenied, Unauthenticated
 from prefillshare.router.tenants import Tenants, bearer
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
 #: Paths that take no key: is it up, what does it measure, what does it serve. They show nothing of a tenant's.
 OPEN = frozenset({

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from prefillshare.router.surfaces.request_limits import RequestLimits
 from starlette.responses import JSONResponse
+
+from prefillshare.router.surfaces.request_limits import RequestLimits
 
 
 class HttpLimits:

@@ -9,8 +9,9 @@ import logging
 from collections.abc import Iterator
 
 import httpx
-from prefillshare.kvshare import metrics_text
 from prometheus_client import Metric, generate_latest
+
+from prefillshare.kvshare import metrics_text
 
 logger = logging.getLogger(__name__)
 

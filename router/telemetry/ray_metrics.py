@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from types import SimpleNamespace
 
-from prefillshare.kvshare.metrics import DEFINITIONS
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric as Family
+
+from prefillshare.kvshare.metrics import DEFINITIONS
 
 logger = logging.getLogger(__name__)
 

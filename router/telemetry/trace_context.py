@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import grpc
 from opentelemetry.context import attach, detach
-from prefillshare.kvshare.tracing import sent_with
 from starlette.datastructures import Headers
+
+from prefillshare.kvshare.tracing import sent_with
 
 
 class GrpcTraces(grpc.aio.ServerInterceptor):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span
+
 from prefillshare.kvshare import tracing
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable

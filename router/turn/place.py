@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span, SpanKind
+
 from prefillshare.kvshare import tracing
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.router.pools.cache_index import BlockKeys

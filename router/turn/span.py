@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanKind
+
 from prefillshare.kvshare import tracing
 
 if TYPE_CHECKING:

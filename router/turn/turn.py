@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from opentelemetry.trace import INVALID_SPAN, Span
+
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost

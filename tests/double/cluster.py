@@ -11,13 +11,13 @@ from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 
+from ray.exceptions import RayActorError
+
+from double.engines import BLOCK, DecodeEngine, Engine, Leases, PrefillEngine
 from prefillshare.kvshare.errors import ReplicaLost
 from prefillshare.kvshare.modes import SharingMode
 from prefillshare.router.pools.cache_index import BlockKeys
 from prefillshare.router.pools.pinned import MEMBERS, WATCHERS, tell
-from ray.exceptions import RayActorError
-
-from double.engines import BLOCK, DecodeEngine, Engine, Leases, PrefillEngine
 
 APP = "double"
 #: Virtual seconds that a call is on its way, until a death is known, and until a replica has started.

@@ -8,14 +8,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from double.arithmetic import BASE, KV, extended, next_token
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
 from prefillshare.kvshare.modes import SharingMode
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
 from prefillshare.router.pools.cache_index import BlockKeys
-
-from double.arithmetic import BASE, KV, extended, next_token
 
 BLOCK = 8
 CONTRACT = "one"

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from types import SimpleNamespace
 
 from char_tokenizer import Tokenizer
+
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
 from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall

@@ -9,6 +9,13 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from types import SimpleNamespace
 
+from prometheus_client import CollectorRegistry
+from virtual_time import clock
+
+from double import arithmetic
+from double.cluster import Cluster, DecodeEngine, PrefillEngine
+from double.engines import BLOCK
+from double.frontend import Frontend
 from prefillshare.kvshare.caller import ANONYMOUS, Caller
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.decoders import Decoder
@@ -34,13 +41,6 @@ from prefillshare.router.turn import take_up_again as take_up_again_module
 from prefillshare.router.turn import turn as turn_module
 from prefillshare.router.turn.orchestrator import Orchestrator
 from prefillshare.router.turn.terms import Terms
-from prometheus_client import CollectorRegistry
-from virtual_time import clock
-
-from double import arithmetic
-from double.cluster import Cluster, DecodeEngine, PrefillEngine
-from double.engines import BLOCK
-from double.frontend import Frontend
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}

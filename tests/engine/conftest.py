@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
-from prefillshare.kvshare.config import Deployment, parse
 
 from prefillshare import cluster, forkserver
 from prefillshare.app import running
 from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment, parse
 from prefillshare.models import fetch
 from prefillshare.platform import engine_environment
 

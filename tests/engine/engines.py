@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from conftest import wait_until
+
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.errors import PrefixLost
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode
-
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

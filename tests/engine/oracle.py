@@ -7,10 +7,10 @@ from pathlib import Path
 
 import reference
 import torch
-from prefillshare.kvshare import decoders
-from prefillshare.kvshare.config import Deployment
 
 from prefillshare.client import RemoteSession, TurnResult
+from prefillshare.kvshare import decoders
+from prefillshare.kvshare.config import Deployment
 
 TOLERANCE = 1e-3
 

@@ -20,14 +20,14 @@ import zmq
 from channels import HANDSHAKE, REPLAY, listeners, turned_away
 from conftest import ids, wait_until
 from ports import free_port
-from prefillshare.kvshare.engine_settings import SHARED_PREFILL
-from prefillshare.kvshare.errors import Unavailable
-from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 from ray import serve
 from test_system_llama import deployment
 
 from prefillshare import cluster, forkserver
 from prefillshare.client import Client
+from prefillshare.kvshare.engine_settings import SHARED_PREFILL
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 
 pytestmark = pytest.mark.engine
 

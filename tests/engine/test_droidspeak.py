@@ -9,8 +9,8 @@ import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kill_busy, wait_whole
 from oracle import Oracle
-from prefillshare.kvshare import metrics_text
 
+from prefillshare.kvshare import metrics_text
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 

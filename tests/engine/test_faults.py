@@ -20,15 +20,15 @@ import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kill, kill_busy, processes, wait_whole
 from oracle import Oracle
-from prefillshare.kvshare import adapter_settings, metrics_text
-from prefillshare.kvshare.config import parse
-from prefillshare.kvshare.errors import ConfigError, EngineStartError, NotFound
 from ray import serve
 from ray.exceptions import RayError
 
 from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.processes import stopped, titled
 from prefillshare.apply import apply
+from prefillshare.kvshare import adapter_settings, metrics_text
+from prefillshare.kvshare.config import parse
+from prefillshare.kvshare.errors import ConfigError, EngineStartError, NotFound
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 

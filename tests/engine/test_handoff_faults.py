@@ -13,11 +13,11 @@ import pytest
 from conftest import System, ids, system, wait_until
 from faults import kept_whole, processes
 from oracle import Oracle
-from prefillshare.kvshare import metrics_text
-from prefillshare.kvshare.config import parse
 
 from benchmarks.faults.processes import stopped
 from prefillshare.apply import apply
+from prefillshare.kvshare import metrics_text
+from prefillshare.kvshare.config import parse
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

@@ -9,9 +9,10 @@ import json
 import pytest
 import pytest_asyncio
 from polling import until
+from stub_turn import StubTurn
+
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.handoff import TokenChunk
-from stub_turn import StubTurn
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -20,11 +20,11 @@ from chart import groups, ray_start, rendered, serve_config
 from conftest import ids, wait_until
 from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
+
+from prefillshare.client import Client, collect
 from prefillshare.kvshare import metrics_text
 from prefillshare.kvshare.config import parse
 from prefillshare.kvshare.errors import DeadlineExceeded, Unavailable
-
-from prefillshare.client import Client, collect
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

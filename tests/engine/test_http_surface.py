@@ -8,12 +8,13 @@ import json
 import httpx
 import pytest
 import pytest_asyncio
+from stub_turn import StubTurn
+from told_logprobs import logprobs
+
 from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
-from stub_turn import StubTurn
-from told_logprobs import logprobs
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -23,8 +23,8 @@ from engines import (
     started,
     turn,
 )
-from prefillshare.kvshare.errors import Internal, PrefixLost, ResumeReason
 
+from prefillshare.kvshare.errors import Internal, PrefixLost, ResumeReason
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]

@@ -23,12 +23,12 @@ from opentelemetry.context import attach, detach
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from otlp_collector import Collector
 from ports import free_port
-from prefillshare.kvshare.metrics import DEFINITIONS
-from prefillshare.kvshare.metrics_text import total
 from prometheus_server import Prometheus
 
 from benchmarks.load import quantile
 from prefillshare.apply import apply
+from prefillshare.kvshare.metrics import DEFINITIONS
+from prefillshare.kvshare.metrics_text import total
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 

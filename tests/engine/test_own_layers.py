@@ -27,9 +27,9 @@ from engines import (
 )
 from oracle import TOLERANCE, load
 from peft import PeftModel
+
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.layer_group import LayerGroup
-
 from prefillshare.tiny_models import make_full_decoder
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]

@@ -24,8 +24,9 @@ from engines import (
     started,
     turn,
 )
-from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 from safetensors.torch import load_file, save_file
+
+from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

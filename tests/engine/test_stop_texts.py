@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import pytest
 import pytest_asyncio
+from stub_turn import StubTurn
+
 from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions import MemorySessions
-from stub_turn import StubTurn
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

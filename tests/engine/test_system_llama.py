@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import System, ids, system
 from oracle import Oracle
-from prefillshare.kvshare.config import parse
-from prefillshare.kvshare.errors import ContractMismatch, EngineStartError
 
 from prefillshare.app import running as run_deployment
+from prefillshare.kvshare.config import parse
+from prefillshare.kvshare.errors import ContractMismatch, EngineStartError
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 

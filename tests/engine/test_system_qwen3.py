@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import System, system
 from oracle import Oracle
-from prefillshare.kvshare.modes import get_mode
 from test_system_llama import SMALL_GIB, deployment, ids
 
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = pytest.mark.engine

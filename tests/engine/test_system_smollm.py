@@ -15,6 +15,10 @@ import pytest
 from conftest import System, system, wait_until
 from grpc_status import rpc_status
 from oracle import TOLERANCE, Oracle
+from transformers import AutoTokenizer
+
+from prefillshare import demo
+from prefillshare.client import Client
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import offline_answers, served_answers
 from prefillshare.finetuning.tasks import TASKS
@@ -22,10 +26,6 @@ from prefillshare.finetuning.transcripts import stop_ids
 from prefillshare.kvshare import errors, metrics_text
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from transformers import AutoTokenizer
-
-from prefillshare import demo
-from prefillshare.client import Client
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = pytest.mark.engine

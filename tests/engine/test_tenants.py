@@ -10,15 +10,15 @@ import httpx
 import pytest
 import pytest_asyncio
 from ports import free_port
+from stub_turn import StubTurn
+
+from prefillshare.client import Client
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, Unauthenticated
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.tenants import KeysFile, Tenants
-from stub_turn import StubTurn
-
-from prefillshare.client import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,9 +8,9 @@ import pytest
 from model_folders import CONFIG, LINEAR, WEIGHTS, lora, write_safetensors
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
-from prefillshare.kvshare.contract import DecoderContract
 
 from benchmarks.redis_server import RedisServer
+from prefillshare.kvshare.contract import DecoderContract
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ import httpx
 import pytest
 import uvicorn
 from certificates import Authority
+
+from prefillshare import demo, serve_http
 from prefillshare.kvshare import config
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import ConfigError, Unauthenticated
 from prefillshare.router import tenants
-
-from prefillshare import demo, serve_http
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from model_folders import LINEAR, lora, write_safetensors
+from safetensors import SafetensorError, safe_open
+
 from prefillshare.kvshare import adapter_files, config, decoders
 from prefillshare.kvshare.adapter_settings import AdapterSettings
 from prefillshare.kvshare.errors import ConfigError
-from safetensors import SafetensorError, safe_open
-
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 ROOT = Path(__file__).parents[2]

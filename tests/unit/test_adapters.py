@@ -1,8 +1,9 @@
 """Adapters of an engine that cannot load one of them: the others stay, and it says which and why."""
 
 import pytest
-from prefillshare.kvshare_vllm.engine.adapters import Adapters
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from prefillshare.kvshare_vllm.engine.adapters import Adapters
 
 GOOD = {"a": "/adapters/a", "b": "/adapters/b"}
 

@@ -3,9 +3,10 @@
 import asyncio
 
 from admission_lab import Lab
+from virtual_time import on_virtual_time, settle
+
 from prefillshare.router.admission.decode_line import MAX_PASSED
 from prefillshare.router.admission.grant import Demand, TenantShare
-from virtual_time import on_virtual_time, settle
 
 
 def two_replicas(**router):

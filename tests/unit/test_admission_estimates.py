@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 from admission_lab import Lab
-from prefillshare.kvshare.errors import Overloaded
 from virtual_time import clock, on_virtual_time, settle
+
+from prefillshare.kvshare.errors import Overloaded
 
 
 async def busy_lab(turns_per_s=2.0, **router):

@@ -7,9 +7,10 @@ from contextlib import suppress
 
 import pytest
 from admission_lab import BLOCK, Lab
+from virtual_time import on_virtual_time, run, settle
+
 from prefillshare.kvshare.errors import Overloaded, Unavailable
 from prefillshare.router.admission.grant import Demand, TenantShare
-from virtual_time import on_virtual_time, run, settle
 
 
 @on_virtual_time

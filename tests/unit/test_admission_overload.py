@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 from admission_lab import Lab
-from prefillshare.router.admission.grant import Demand, TenantShare
 from virtual_time import clock, run
+
+from prefillshare.router.admission.grant import Demand, TenantShare
 
 SECONDS = 150
 #: With these sizes and speeds, decode blocks are what runs out, at just under 3 turns per second.

@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 from admission_lab import Lab
+from virtual_time import clock, on_virtual_time, settle
+
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.metrics import DEFINITIONS
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.admission.refusals import Refusal
-from virtual_time import clock, on_virtual_time, settle
 
 
 def waiting_turns(lab, number, **demand):

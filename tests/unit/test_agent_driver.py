@@ -4,12 +4,12 @@ import threading
 import time
 
 import pytest
-from prefillshare.kvshare.errors import Unavailable
 
 from benchmarks.agents import driver, measures
 from benchmarks.agents.driver import Conversation, Cost, TurnRecord
 from benchmarks.agents.measures import Objective
 from benchmarks.agents.workload import Session, Turn
+from prefillshare.kvshare.errors import Unavailable
 
 TURNS = (Turn(0, 3, 4), Turn(1, 2, 5, pause_s=0.01))
 

@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
-from prefillshare.kvshare.errors import ConfigError
 
 from benchmarks import result
 from benchmarks.agents import plan
 from benchmarks.agents.measures import Objective
 from benchmarks.agents.workload import Scale, poisson, sessions
+from prefillshare.kvshare.errors import ConfigError
 
 
 @pytest.fixture

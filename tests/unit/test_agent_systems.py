@@ -6,12 +6,12 @@ import json
 
 import httpx
 import pytest
-from prefillshare.kvshare.errors import Unavailable
 
 from benchmarks.agents import crosscheck, driver, experiments, report, systems
 from benchmarks.agents.driver import Cost, Stock, TurnRecord
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.workload import Scale, write_trace
+from prefillshare.kvshare.errors import Unavailable
 
 NAMES = ("a", "b")
 

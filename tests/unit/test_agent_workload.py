@@ -6,10 +6,10 @@ import statistics
 from itertools import pairwise
 
 import pytest
-from prefillshare.kvshare.errors import ConfigError
 
 from benchmarks.agents import workload
 from benchmarks.agents.workload import Lengths, Scale, Session, Turn
+from prefillshare.kvshare.errors import ConfigError
 
 SCALE = Scale.named("small")
 

@@ -10,8 +10,9 @@ from double.system import nothing_held, session_system
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
-from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from virtual_time import VirtualLoop
+
+from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 
 DECODERS = st.sampled_from(("a", "b", "base", "s", "t", "c", "d"))
 GIVEN = st.lists(st.integers(10, 99), min_size=1, max_size=20)

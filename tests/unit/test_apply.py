@@ -3,16 +3,16 @@
 import shutil
 
 import pytest
-from prefillshare.kvshare import config
-from prefillshare.kvshare.errors import ConfigError, EngineStartError
-from prefillshare.kvshare.live_changes import fixed_for_router
-from prefillshare.router import tenants
 
 from prefillshare import apply as apply_module
 from prefillshare import serve_config
 from prefillshare.app import _replicas
 from prefillshare.apply import check_change
 from prefillshare.engines import engine_settings
+from prefillshare.kvshare import config
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
+from prefillshare.kvshare.live_changes import fixed_for_router
+from prefillshare.router import tenants
 
 
 @pytest.fixture

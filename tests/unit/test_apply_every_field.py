@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 from certificates import Authority
-from prefillshare.kvshare import config
-from prefillshare.kvshare.config import Deployment, changes
-from prefillshare.kvshare.errors import ConfigError, EngineStartError
-from prefillshare.kvshare.live_changes import taken_over
 from pydantic import BaseModel
 
 from prefillshare import app
 from prefillshare import apply as applying
 from prefillshare.engines import engine_settings
+from prefillshare.kvshare import config
+from prefillshare.kvshare.config import Deployment, changes
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
+from prefillshare.kvshare.live_changes import taken_over
 
 
 class Routers:

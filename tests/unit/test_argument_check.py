@@ -4,12 +4,12 @@ import json
 import sys
 
 import pytest
-from prefillshare.kvshare import config
-from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
 from prefillshare import argument_check
 from prefillshare.argument_check import check_arguments
 from prefillshare.engines import engine_settings, fields
+from prefillshare.kvshare import config
+from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
 ASKED = "import sys, json; asked = json.load(sys.stdin); "
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.background import Background
-from prometheus_client import CollectorRegistry
 
 
 @pytest.fixture

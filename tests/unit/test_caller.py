@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prefillshare.kvshare.caller import ANONYMOUS, Caller, cache_salt, current_caller
 from prefillshare.kvshare.errors import InvalidInput, PermissionDenied
 

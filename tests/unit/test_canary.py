@@ -8,6 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from prometheus_client import CollectorRegistry
+from stub_turn import StubTurn
+from told_logprobs import logprobs
+
 from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.decoders import ALL, Decoder
 from prefillshare.kvshare.errors import Unavailable
@@ -15,9 +19,6 @@ from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router.turn.canary import TOP, Canary, as_asked, divergence
-from prometheus_client import CollectorRegistry
-from stub_turn import StubTurn
-from told_logprobs import logprobs
 
 
 def logs(**probabilities):

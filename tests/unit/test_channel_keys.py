@@ -8,13 +8,14 @@ import pytest
 import zmq
 from channels import HANDSHAKE, LIMIT_S, REPLAY, turned_away
 from polling import until
+from publisher import BLOCK, Engine, becomes, stored, tokens
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker
+
 from prefillshare.kvshare import channel_keys
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare_vllm.patches import nixl_handshakes
 from prefillshare.router.pools import kv_follower
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
-from publisher import BLOCK, Engine, becomes, stored, tokens
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_scheduler, base_worker
 
 TOKEN, OTHER_TOKEN = "a cluster's token", "another cluster's token"
 

@@ -2,6 +2,7 @@
 
 import pytest
 from char_tokenizer import Tokenizer, text
+
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.router.sessions.chat import ChatLayout
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.errors import ConfigError
 from ray._private import services
 from ray._private.authentication import authentication_token_setup
 
 from prefillshare import cluster
 from prefillshare.cluster import Record
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.errors import ConfigError
 
 
 @pytest.fixture

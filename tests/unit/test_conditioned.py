@@ -5,10 +5,11 @@ import random
 import pytest
 import reference
 import torch
+from tiny_in_memory import KINDS, SIZES, model, with_adapter
+
 from prefillshare.finetuning import conditioned
 from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.transcripts import Example
-from tiny_in_memory import KINDS, SIZES, model, with_adapter
 
 TOLERANCE = 1e-4
 

@@ -3,11 +3,12 @@
 import re
 
 import pytest
+from pydantic import ValidationError
+
 from prefillshare.kvshare import config, modes
 from prefillshare.kvshare.engine_settings import OUR_ENGINE_ARGS
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.layer_profile import LayerProfile, Point
-from pydantic import ValidationError
 
 ONE_KIND = "give either `adapters` (LoRA on the base) or `model` (full weights), and not both"
 

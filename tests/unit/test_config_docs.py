@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+
+from prefillshare import config_docs
 from prefillshare.finetuning import training_docs
 from prefillshare.finetuning.recipe import Lora, Recipe
 from prefillshare.kvshare import config
 from prefillshare.kvshare.config import access, placement, tree
 from prefillshare.kvshare.modes import mode_names
 from prefillshare.router.tenants import Tenant
-
-from prefillshare import config_docs
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+
 from prefillshare.kvshare import contract, fingerprint
 from prefillshare.kvshare.contract import BaseIdentity, DecoderContract, KVContract, KVShape
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch

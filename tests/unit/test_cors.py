@@ -2,15 +2,16 @@
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import Overloaded
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_failure
 from prefillshare.router.surfaces.cors import cors
 from prefillshare.router.surfaces.http_auth import ApiKeys
 from prefillshare.router.tenants import KeysFile, Tenants
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
 
 KEY = "psk-first-tenants-key"
 TENANTS = Tenants(KeysFile.model_validate({"tenants": {"research": {"keys": [KEY]}}}).tenants)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from prefillshare.kvshare_vllm.patches.cpu_adapters import AdapterRows, rows_by_adapter
 
 SLICES = (6, 3)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from prefillshare.router.admission.decode_room import DecodeRoom, ReplicaCapacity
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+
 from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 

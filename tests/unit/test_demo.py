@@ -3,12 +3,12 @@
 import io
 import json
 
-from prefillshare.finetuning.tasks import arithmetic, tool_calls
-from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from rich.console import Console
 
 from prefillshare import demo
 from prefillshare.client import TurnResult
+from prefillshare.finetuning.tasks import arithmetic, tool_calls
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 
 def test_its_instructions_are_those_the_adapters_were_trained_with():

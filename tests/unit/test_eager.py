@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 from one_replica import OneReplica
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import PrefillResult
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.priority import BEHIND
 from prefillshare.router.ahead.eager import EagerPrefill
-from prometheus_client import CollectorRegistry
 
 BLOCK = 32
 

@@ -2,10 +2,11 @@
 
 import pytest
 from double.system import system
+from virtual_time import run
+
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason
 from prefillshare.kvshare.priority import PRIORITIES, RESUMED
-from virtual_time import run
 
 PROMPT = list(range(20, 57))
 

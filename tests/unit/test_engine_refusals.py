@@ -3,13 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
+from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidationError
+
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, PrefixLost, Unavailable
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 from prefillshare.kvshare_vllm.sampling import make_sampling_params
-from vllm import SamplingParams
-from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidationError
 
 SETTINGS = SimpleNamespace(mode="prefillshare", contract="ours", role="decode", pool="agents", block_size=32, lease_s=20)
 REFUSALS = [

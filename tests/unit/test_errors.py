@@ -4,6 +4,7 @@ import pickle
 import re
 
 import pytest
+
 from prefillshare.kvshare import errors
 from prefillshare.kvshare.errors import GrpcCode, PrefillShareError, ResumeReason
 

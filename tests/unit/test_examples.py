@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from prefillshare.kvshare import config, decoders, fingerprint
 from prefillshare.kvshare.config.access import Auth, Tls, with_files
 from prefillshare.kvshare.contract import DecoderContract, KVShape

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from prefillshare.kvshare.errors import Overloaded
 from prefillshare.kvshare_vllm.fair_gate import FairGate
 

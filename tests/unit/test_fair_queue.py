@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 
 import pytest
+
 from prefillshare.router.admission.fair_queue import FairQueue, Ticket, Work
 from prefillshare.router.admission.lazy_heap import LazyHeap
 

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare import config
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.pools.fleet import Fleet
-from prometheus_client import CollectorRegistry
 
 
 class Replicas:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from prefillshare.forkserver import start
 from prefillshare.kvshare_vllm import forkserver
 from prefillshare.kvshare_vllm.forkserver import openmp
 from prefillshare.kvshare_vllm.forkserver.passing import named
-
-from prefillshare.forkserver import start
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(forkserver.__file__).with_name("stand_in.py")

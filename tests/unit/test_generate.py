@@ -5,12 +5,13 @@ import random
 import pytest
 import reference
 import torch
+from tiny_in_memory import KINDS, SIZES, model, with_adapter
+
 from prefillshare.finetuning import grouped_attention
 from prefillshare.finetuning.generate import generate
 from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.subjects import FrozenBase
 from prefillshare.kvshare.layer_group import LayerGroup
-from tiny_in_memory import KINDS, SIZES, model, with_adapter
 
 PROMPTS = [[random.Random(n).randrange(SIZES["vocab_size"]) for _ in range(length)] for n, length in enumerate((11, 4, 1))]
 NO_TOKEN = SIZES["vocab_size"]

@@ -6,12 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
-from prefillshare.kvshare_vllm.patches import gentle_grammars
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.structured_output import StructuredOutputManager
+
+from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
+from prefillshare.kvshare_vllm.patches import gentle_grammars
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 from double.system import system
-from prefillshare.kvshare.errors import DeadlineExceeded
 from virtual_time import on_virtual_time, settle
+
+from prefillshare.kvshare.errors import DeadlineExceeded
 
 PROMPT = list(range(20, 57))
 #: Until a decode call is under way, and less than until its first token.

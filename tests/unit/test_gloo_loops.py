@@ -5,8 +5,9 @@ from datetime import timedelta
 
 import pytest
 import torch
-from prefillshare.kvshare_vllm.patches import gloo_loops
 from torch.distributed import HashStore, distributed_c10d
+
+from prefillshare.kvshare_vllm.patches import gloo_loops
 
 GROUPS = 5
 

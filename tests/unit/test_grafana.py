@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from prefillshare.kvshare.metrics import DEFINITIONS
 
 FOLDER = Path(__file__).parents[2] / "deploy/grafana"

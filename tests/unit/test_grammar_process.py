@@ -5,6 +5,7 @@ import json
 
 import pytest
 import xgrammar
+
 from prefillshare.kvshare_vllm.grammars.client import TOO_MUCH_CPU, GrammarClient
 
 #: Bytes, some letters in a row, and an end.

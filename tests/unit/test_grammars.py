@@ -4,11 +4,12 @@ import asyncio
 import json
 
 import pytest
+from vllm.sampling_params import StructuredOutputsParams as Asked
+
 from prefillshare.kvshare.errors import InvalidInput, Unavailable
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 from prefillshare.kvshare_vllm.grammars.grammars import BACKEND, MOST_BYTES, Grammars
 from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
-from vllm.sampling_params import StructuredOutputsParams as Asked
 
 TRIP = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 

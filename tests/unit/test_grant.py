@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 from admission_lab import BLOCK, Lab
+from virtual_time import on_virtual_time, settle
+
 from prefillshare.kvshare.errors import Internal, Unavailable
 from prefillshare.router.admission.grant import TenantShare
-from virtual_time import on_virtual_time, settle
 
 
 def two_replicas():

@@ -11,6 +11,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from ports import free_port
+
+from prefillshare.client import Client
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError, InvalidInput, Unauthenticated, Unavailable
@@ -21,8 +23,6 @@ from prefillshare.router.surfaces.grpc_auth import ApiKeys
 from prefillshare.router.surfaces.grpc_errors import abort
 from prefillshare.router.surfaces.grpc_tls import credentials
 from prefillshare.router.tenants import KeysFile, Tenants
-
-from prefillshare.client import Client
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"
 TWO = Tenants(KeysFile.model_validate({"tenants": {"research": {"keys": [KEY]}, "support": {"keys": [OTHER]}}}).tenants)

@@ -8,13 +8,13 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from ports import free_port
+
+from prefillshare.client import Client
 from prefillshare.kvshare.errors import InvalidInput, NotFound, Overloaded
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 from prefillshare.router.surfaces.grpc_errors import MOST_CHARS
-
-from prefillshare.client import Client
 
 SECRET = "redis://user:secret@10.0.0.1/0"
 CALLS = {

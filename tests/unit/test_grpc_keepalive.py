@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 from ports import free_port
+
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from prefillshare.router.surfaces.grpc_api import GrpcServer

@@ -1,6 +1,7 @@
 """Ejection of replicas that keep failing, and proof before they return."""
 
 import pytest
+
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.router.pools.health import Health
 

@@ -18,9 +18,10 @@ import yaml
 from chart import CHART, ROOT, groups, of_kind, pods, rendered, serve_config
 from helm_python import HelmError, lint
 from ports import free_port
-from prefillshare.kvshare.config import Deployment
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
+
+from prefillshare.kvshare.config import Deployment
 
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 SPEC = importlib.util.spec_from_file_location("values_schema", ROOT / "deploy/helm/values_schema.py")

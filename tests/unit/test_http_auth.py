@@ -7,10 +7,11 @@ import logging
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from starlette.responses import StreamingResponse
+
 from prefillshare.kvshare.caller import ANONYMOUS, cache_salt, current_caller
 from prefillshare.router.surfaces.http_auth import DOMAIN_HEADER, OPEN, ApiKeys
 from prefillshare.router.tenants import KeysFile, Tenants
-from starlette.responses import StreamingResponse
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"
 FILE = {"tenants": {"research": {"keys": [KEY], "may_share": ["handbook"], "priority": 2}, "support": {"keys": [OTHER]}}}

@@ -4,9 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
 from prefillshare.kvshare_vllm.surface import http_hang_ups
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
-from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 HTTP = {"type": "http"}
 START = {"type": "http.response.start", "status": 200, "headers": []}

@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 import pytest
+
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.router.surfaces.http_limits import HttpLimits
 from prefillshare.router.surfaces.request_limits import HEADER_BYTES, LEAST_BODY_BYTES, RequestLimits

@@ -5,12 +5,13 @@ import json
 
 import httpx
 import pytest
-from prefillshare.kvshare.errors import Internal, InvalidInput, Overloaded, Unavailable
-from prefillshare.kvshare_vllm.surface.http_errors import UNFORESEEN, for_clients
-from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_begun, note_failure
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+
+from prefillshare.kvshare.errors import Internal, InvalidInput, Overloaded, Unavailable
+from prefillshare.kvshare_vllm.surface.http_errors import UNFORESEEN, for_clients
+from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_begun, note_failure
 
 FULL = Overloaded("no room", retry_after_s=6.2)
 OPENAI, RESPONSES, ANTHROPIC = "/v1/chat/completions", "/v1/responses", "/v1/messages"

@@ -4,9 +4,10 @@ import asyncio
 import time
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.turn.in_progress import InProgress
-from prometheus_client import CollectorRegistry
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Of a response that a stop text ended, a session keeps the tokens whose text was shown, and the rest of the text anew."""
 
 import pytest
+
 from prefillshare.router.sessions.kept_response import kept_response
 
 

@@ -4,11 +4,12 @@ import msgspec
 import pytest
 import zmq
 from polling import until
+from publisher import BLOCK, Engine, becomes, removed, stored, tokens
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
+
 from prefillshare.kvshare_vllm.engine import kv_events
 from prefillshare.router.pools import kv_follower
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
-from publisher import BLOCK, Engine, becomes, removed, stored, tokens
-from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Which of its groups of layers a turn has the decoder compute."""
 
 import pytest
+
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.router.turn.layer_choice import LEAST_TOKENS, LayerChoice

@@ -1,6 +1,7 @@
 """Groups of layers: what a text means, whose blocks are whose, what hidden states take."""
 
 import pytest
+
 from prefillshare.kvshare.layer_group import LayerGroup, block_salt, ecache_parts, layer_group
 
 

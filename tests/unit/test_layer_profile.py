@@ -5,6 +5,9 @@ from itertools import combinations
 
 import pytest
 import reference
+from rich.console import Console
+from tiny_in_memory import model as tiny
+
 from prefillshare.finetuning import layer_profile_report
 from prefillshare.finetuning.layer_profile import Measured, Profiler, Seen
 from prefillshare.finetuning.transcripts import Example
@@ -12,8 +15,6 @@ from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point
-from rich.console import Console
-from tiny_in_memory import model as tiny
 
 EXAMPLES = [Example(tuple((7 * i + n) % 90 for i in range(20 + n)), ((12, 18 + n),)) for n in range(6)]
 QUIET = Console(quiet=True)

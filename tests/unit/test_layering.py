@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from prefillshare.kvshare.modes import mode_names
 
 ROOT = Path(__file__).parents[2]

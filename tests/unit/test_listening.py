@@ -4,14 +4,14 @@ import os
 
 import pytest
 import ray
-from prefillshare.kvshare import channel_keys
-from prefillshare.kvshare.engine_settings import EngineSettings
-from prefillshare.kvshare.errors import ConfigError
-from prefillshare.kvshare_vllm.engine import launch, ray_node
 from ray._private import services
 from ray._private.authentication import authentication_utils
 from ray.serve._private import replica
 
+from prefillshare.kvshare import channel_keys
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare_vllm.engine import launch, ray_node
 from prefillshare.local_ray import loopback_kept
 
 OUTSIDE = "192.0.2.7"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
 
 

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from prefillshare.kvshare.logprobs import Logprobs
-from prefillshare.kvshare_vllm.engine import array_logprobs
 from told_logprobs import logprobs
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.outputs import LogprobsLists
+
+from prefillshare.kvshare.logprobs import Logprobs
+from prefillshare.kvshare_vllm.engine import array_logprobs
 
 
 def test_parts_join_in_order_and_are_cut_to_what_is_wanted():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 from prometheus_client import CollectorRegistry
 
 from prefillshare import metrics_docs
+from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 

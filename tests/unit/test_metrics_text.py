@@ -1,6 +1,7 @@
 """Figures are found in Prometheus' text whatever order and labels they come with."""
 
 import pytest
+
 from prefillshare.kvshare.metrics_text import samples, total
 
 TEXT = """\

@@ -2,9 +2,9 @@ import hashlib
 import json
 
 import pytest
-from prefillshare.kvshare.errors import ConfigError
 
 from prefillshare import models
+from prefillshare.kvshare.errors import ConfigError
 
 GGUF = b"a stand-in for a model file"
 

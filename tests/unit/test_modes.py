@@ -1,6 +1,7 @@
 """The arithmetic of R1 and R2 in every sharing mode."""
 
 import pytest
+
 from prefillshare.kvshare.modes import SharingMode, get_mode, mode_names, modes
 
 

@@ -5,9 +5,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import httpx
+from prometheus_client import CollectorRegistry, Counter, make_asgi_app
+
 from prefillshare.kvshare.metrics_text import samples, total
 from prefillshare.router.telemetry.node_metrics import NodeMetrics
-from prometheus_client import CollectorRegistry, Counter, make_asgi_app
 
 AGENT = b"""\
 # HELP ray_vllm_num_requests_running running

@@ -1,6 +1,7 @@
 """Filter -> Score -> Pick: where a prompt goes, and why."""
 
 import pytest
+
 from prefillshare.kvshare.config.placement import Placement
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.router.pools.placement import POLICIES, SCORERS, Call, Candidate, place, reason, score, weights, with_room

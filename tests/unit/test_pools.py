@@ -4,6 +4,8 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayError
+
 from prefillshare.kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo
 from prefillshare.router.pools.cache_index import BlockKeys
@@ -11,7 +13,6 @@ from prefillshare.router.pools.health import Health
 from prefillshare.router.pools.placement import POLICIES
 from prefillshare.router.pools.pool import Pool
 from prefillshare.router.pools.replicas import Replica, ReplicaSet
-from ray.exceptions import RayError
 
 BLOCK = 32
 

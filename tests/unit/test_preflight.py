@@ -6,11 +6,11 @@ import socket
 import psutil
 import pytest
 from ports import free_port
+
+from prefillshare import platform
 from prefillshare.kvshare.config import parse
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
-
-from prefillshare import platform
 from prefillshare.preflight import check_machine, ecache_cost
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from prefillshare.kvshare.metrics import DEFINITIONS
 
 RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yaml"

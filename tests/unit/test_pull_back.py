@@ -6,12 +6,13 @@ from contextlib import asynccontextmanager
 import pytest
 from one_replica import OneReplica
 from polling import until
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.ahead.pull_back import PullBack
-from prometheus_client import CollectorRegistry
 
 BLOCK = 32
 

@@ -5,6 +5,7 @@ import multiprocessing
 import sys
 
 import pytest
+
 from prefillshare.kvshare_vllm.engine import quick_start
 
 SPAWN = multiprocessing.get_context("spawn")

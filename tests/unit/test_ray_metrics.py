@@ -7,9 +7,10 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 from prefillshare.router.telemetry.ray_metrics import RayMetrics
-from prometheus_client import CollectorRegistry
 
 
 class Told:

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from polling import PATIENCE_S
+
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Overloaded, ReplicaLost
 from prefillshare.router.sessions import MemorySessions, RedisSessions

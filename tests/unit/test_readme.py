@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import typer
 from google.protobuf import json_format
-from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.modes import mode_names
-from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 from prefillshare.cli import app
 from prefillshare.client import RemoteSession
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.modes import mode_names
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.turn import releases
 from prefillshare.router.turn.releases import Releases
-from prometheus_client import CollectorRegistry
 
 
 class Call:

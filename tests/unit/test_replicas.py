@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
+from ray.serve import context as serve_context
+
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
 from prefillshare.router.pools import replicas as replicas_module
 from prefillshare.router.pools.pinned import MEMBERS, WATCHERS, tell
 from prefillshare.router.pools.replicas import ReplicaSet
-from ray.serve import context as serve_context
 
 DEPLOYMENT = ("app", "prefill")
 KNOWN_WITHIN_S = 2.0

@@ -4,6 +4,12 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
+
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.request_checks import (
     _checked,
@@ -12,11 +18,6 @@ from prefillshare.kvshare_vllm.surface.request_checks import (
     check_something_is_left,
     turns_of,
 )
-from vllm import SamplingParams
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
 VOCAB, EOS = 10, 9
 ASKED = [{"role": "user", "content": "a"}]

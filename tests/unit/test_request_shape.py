@@ -5,6 +5,8 @@ import json
 
 import httpx
 import pytest
+from pydantic import ValidationError
+
 from prefillshare.kvshare_vllm.surface.request_shape import (
     MOST_ENTRIES,
     MOST_PARTS,
@@ -13,7 +15,6 @@ from prefillshare.kvshare_vllm.surface.request_shape import (
     stop_at_the_first_wrong_item,
     too_much,
 )
-from pydantic import ValidationError
 
 MOST_NUMBERS = 5000
 ASKED = {"role": "user", "content": "a"}

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare.modes import modes
 from prefillshare.router.ahead.response_kv import ResponseKV

@@ -7,8 +7,9 @@ from contextlib import AsyncExitStack
 import pytest
 from double.engines import LEASE_S
 from double.system import deployment, nothing_held, session_system
-from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
 from virtual_time import on_virtual_time
+
+from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
 
 PROMPT = list(range(20, 57))
 

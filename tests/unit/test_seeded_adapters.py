@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from prefillshare.kvshare.contract import DecoderContract
-from prefillshare.kvshare.errors import ConfigError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prefillshare.kvshare.contract import DecoderContract
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 

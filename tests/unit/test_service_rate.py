@@ -1,6 +1,7 @@
 """Measured rates and usual times: what they say before, during and long after they are fed."""
 
 import pytest
+
 from prefillshare.router.service_rate import LEAST_BACKLOG_S, MEMORY_S, DrainRate, MeanRatio, UsualTime
 
 

@@ -1,8 +1,9 @@
 """What every session store does: bounded, forgotten in time, one turn at once, changed only by turns that end well."""
 
 import pytest
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
 from session_stores import InMemory, InRedis
+
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
 
 
 @pytest.fixture(params=["memory", "redis"])

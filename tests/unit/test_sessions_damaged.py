@@ -4,9 +4,10 @@ import random
 import uuid
 
 import pytest
+from redis.asyncio import Redis
+
 from prefillshare.kvshare.errors import Conflict, NotFound, SessionDamaged, Unavailable
 from prefillshare.router.sessions import RedisSessions
-from redis.asyncio import Redis
 
 CONTEXT = (1, 2, 3)
 #: What the session's own words may not be, in any error.

@@ -6,12 +6,13 @@ import re
 
 import pytest
 from polling import PATIENCE_S, until
+from prometheus_client import CollectorRegistry, Gauge
+from redis.exceptions import ResponseError
+
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import ConfigError, Unavailable
 from prefillshare.router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions
 from prefillshare.router.sessions.redis import MAX_CONNECTIONS
-from prometheus_client import CollectorRegistry, Gauge
-from redis.exceptions import ResponseError
 
 PASSWORD = "p w/@:#"
 

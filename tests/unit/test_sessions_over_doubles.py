@@ -9,8 +9,9 @@ from contextlib import suppress
 import pytest
 from double.engines import LEASE_S
 from double.system import nothing_held, session_system
-from prefillshare.kvshare.errors import Conflict, NotFound, PrefixLost, ResumeReason, Unavailable
 from virtual_time import on_virtual_time
+
+from prefillshare.kvshare.errors import Conflict, NotFound, PrefixLost, ResumeReason, Unavailable
 
 PROMPT = list(range(20, 57))
 SHARING = ("a", "b", "base", "s", "t")

@@ -5,10 +5,11 @@ import uuid
 
 import pytest
 from polling import PATIENCE_S, until
-from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
-from prefillshare.router.sessions import RedisSessions
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as ConnectionLost
+
+from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
+from prefillshare.router.sessions import RedisSessions
 
 #: For tests in which a lease or a TTL ends by itself.
 SHORT_S = 0.2

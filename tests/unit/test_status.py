@@ -8,12 +8,12 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
-from prefillshare.kvshare.config import parse
-from prefillshare.kvshare.errors import Unavailable
-from prefillshare.kvshare.replica_info import ReplicaStats
 from rich.console import Console
 
 from prefillshare import status
+from prefillshare.kvshare.config import parse
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.replica_info import ReplicaStats
 
 STATS = vars(ReplicaStats(active=3, queued_tokens=4096, running=2, waiting=1, blocks_used=50, blocks_total=200, preemptions=7))
 WELL = {"node": "10.0.0.1", "pid": 42, "usable": True, "reason": ""}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from prefillshare.finetuning.evaluate import Score, difference
 from prefillshare.finetuning.tasks import TASKS, arithmetic, tool_calls
 from prefillshare.finetuning.tasks.base import check_disjoint, in_company

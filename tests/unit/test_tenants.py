@@ -10,6 +10,7 @@ import traceback
 
 import pytest
 import yaml
+
 from prefillshare.kvshare.config.access import Auth
 from prefillshare.kvshare.errors import ConfigError, Unauthenticated
 from prefillshare.router import tenants

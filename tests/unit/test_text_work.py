@@ -5,6 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput
 from prefillshare.kvshare_vllm.surface.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from prefillshare.finetuning import conditioned, grouped_attention
 from prefillshare.finetuning.token_blend import WHOLE_LAYERS, blended
-from transformers import LlamaConfig, LlamaForCausalLM
 
 LAYERS = 5
 CONTEXTS = [[3, 9, 4, 1, 7, 7, 2, 8, 5, 6], [8, 2, 6, 4, 9]]

@@ -6,14 +6,15 @@ from itertools import chain
 
 import pytest
 import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from prefillshare.finetuning import log, output, recipe, train
 from prefillshare.finetuning.batches import Batches
 from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
-from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from char_tokenizer import Tokenizer, ToolTokenizer, text
+
 from prefillshare.finetuning import transcripts
 from prefillshare.kvshare.errors import ConfigError
 

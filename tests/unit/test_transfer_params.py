@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare_vllm.transfer import params

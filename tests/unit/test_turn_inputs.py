@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from char_tokenizer import Tokenizer, text
+
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.text_work import SHORT_CHARS, TextWork

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry
+
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.handoff import LEASE_MARGIN_S, TokenChunk
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.router.turn.metrics import TurnMetrics
-from prometheus_client import CollectorRegistry
 
 
 @pytest.fixture

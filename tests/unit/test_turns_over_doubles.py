@@ -10,8 +10,9 @@ import pytest
 from double.cluster import KNOWN_S, START_S
 from double.engines import LEASE_S
 from double.system import nothing_held, system
-from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
 from virtual_time import clock, on_virtual_time
+
+from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
 
 PROMPT = list(range(20, 57))
 DECODERS = ("a", "b", "base", "s", "t", "c", "d")

@@ -6,10 +6,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from prefillshare.kvshare.errors import Unavailable
 from typer.testing import CliRunner
 
 from prefillshare import app, cli, watch
+from prefillshare.kvshare.errors import Unavailable
 from prefillshare.watch import PATIENCE_S, Trouble, Watch
 
 

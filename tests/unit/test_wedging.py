@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from prefillshare.kvshare.errors import InvalidInput, PrefixLost, ReplicaLost, ResumeReason
 from prefillshare.router.turn.wedging import NoToken, check_may_go_on
 

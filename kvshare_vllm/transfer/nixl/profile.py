@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefillshare.kvshare.engine_settings import EngineSettings
-from prefillshare.kvshare.modes import get_mode
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.platforms import current_platform
+
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.modes import get_mode
 
 #: Ours, and vLLM's own for modes in which nothing is guarded.
 _CONNECTOR, _STOCK = "SharedKVConnector", "NixlConnector"

@@ -17,6 +17,7 @@ import resource
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -32,7 +33,7 @@ from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from prefillshare.router.pools.health import Health
 from prefillshare.router.pools.placement import POLICIES
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.pools.replicas import Replica
+from prefillshare.router.pools.replica import Replica
 
 BLOCK = 32
 VOCABULARY = 50_000
@@ -45,7 +46,7 @@ class SimulatedReplicas:
     """Stands for a ReplicaSet: replicas that are always there."""
 
     def __init__(self, name: str, count: int):
-        self.name, self.listener = name, None
+        self.name, self.joined = name, SimpleNamespace(listener=None)
         self.members = {
             f"{name}-{n:04d}": Replica(ReplicaInfo(f"{name}-{n:04d}", KVEvents("", None), 10_000, BLOCK, 64), Health())
             for n in range(count)

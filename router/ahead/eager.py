@@ -21,8 +21,8 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.priority import BEHIND
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.calls import answer
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.pools.replicas import answer
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.calls import CALL_ERRORS, answer
 from prefillshare.router.pools.pool import Placed, Pool
-from prefillshare.router.pools.replicas import CALL_ERRORS, answer
 from prefillshare.router.service_rate import MEMORY_S, MeanRatio
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,10 @@ from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, U
 from prefillshare.kvshare.replica_info import ReplicaInfo
 from prefillshare.router.admission.decode_room import ReplicaCapacity
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
+from prefillshare.router.pools.calls import CALL_ERRORS
 from prefillshare.router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
-from prefillshare.router.pools.replicas import CALL_ERRORS, Replica, ReplicaSet
+from prefillshare.router.pools.replica import Replica
+from prefillshare.router.pools.replicas import ReplicaSet
 
 FILL_HALF_LIFE_S = 3600.0
 COMING_S = 2.0
@@ -45,7 +47,7 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.name, self.replicas = replicas.name, replicas
-        replicas.listener = self._tell_index
+        replicas.joined.listener = self._tell_index
         self._index, self.weights, self._wait_s, self._clock = index, weights, wait_s, clock
         self._began, self._placed = clock(), 0
         #: Replica -> prompts given to it in the last COMING_S, of which the index may not know yet.
@@ -108,7 +110,7 @@ class Pool:
         # Newer tokens weigh more instead of older ones less: nothing has to be looked at again.
         replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
         try:
-            async with self.replicas.using(replica, queued_tokens):
+            async with replica.call(queued_tokens):
                 yield
         except PrefixLost:
             raise

@@ -26,7 +26,7 @@ from prefillshare.kvshare.priority import BEHIND
 from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import BlockKeys
-from prefillshare.router.pools.replicas import CALL_ERRORS, answer
+from prefillshare.router.pools.calls import CALL_ERRORS, answer
 from prefillshare.router.pools.route import Route
 from prefillshare.router.turn.orchestrator import Orchestrator
 

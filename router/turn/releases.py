@@ -9,8 +9,8 @@ from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.background import Background
+from prefillshare.router.pools.calls import CALL_ERRORS, answer
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.pools.replicas import CALL_ERRORS, answer
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from prefillshare.router.pools.cache_index import BlockKeys
 from prefillshare.router.pools.health import Health
 from prefillshare.router.pools.placement import POLICIES
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.pools.replicas import Replica, ReplicaSet
+from prefillshare.router.pools.replica import Replica
+from prefillshare.router.pools.replicas import ReplicaSet
 
 BLOCK = 32
 
@@ -44,8 +45,8 @@ async def pool():
 
 
 def join(pool, name):
-    pool.replicas._replicas[name] = Replica(ReplicaInfo(name, KVEvents("", None), 100, BLOCK, 8), Health())
-    pool.replicas._note_change()
+    pool.replicas.members[name] = Replica(ReplicaInfo(name, KVEvents("", None), 100, BLOCK, 8), Health())
+    pool.replicas.note_change()
 
 
 async def choose(pool, prompt, **kw):
@@ -71,14 +72,14 @@ async def test_prompts_that_share_a_beginning_go_where_it_is_being_made(pool):
 
 async def test_a_replica_that_failed_this_turn_is_taken_only_if_there_is_no_other(pool):
     assert (await choose(pool, tokens(50), without={"a"})).replica.id == "b"
-    del pool.replicas._replicas["b"]
-    pool.replicas._note_change()
+    del pool.replicas.members["b"]
+    pool.replicas.note_change()
     assert (await choose(pool, tokens(50), without={"a"})).replica.id == "a"
 
 
 async def test_a_pool_without_replicas_is_waited_for_and_then_unavailable(pool):
-    pool.replicas._replicas.clear()
-    pool.replicas._note_change()
+    pool.replicas.members.clear()
+    pool.replicas.note_change()
     with pytest.raises(Unavailable, match=r"no replica of prefill has been ready for 0\.05 s"):
         await choose(pool, tokens(50))
     asyncio.get_running_loop().call_later(0.01, join, pool, "c")

@@ -57,7 +57,7 @@ async def replicas():
         told.append((replica, info is not None))
 
     replicas = ReplicaSet("prefill", Handle(), wedged_after_s=5)
-    replicas.listener, replicas.told = listener, told
+    replicas.joined.listener, replicas.told = listener, told
     tell(DEPLOYMENT, {"first"})
     await replicas.start(timeout_s=KNOWN_WITHIN_S)
     yield replicas

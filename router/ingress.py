@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from prefillshare.kvshare.live_changes import taken_over
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
+from prefillshare.router import clock
 from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ class RouterIngress:
 
     async def _first_turns(self, timeout_s: float) -> None:
         """A turn on every pool. Where the engines are being replaced, too, it may take some. Raises RuntimeError."""
-        until = time.monotonic() + timeout_s
+        until = clock.now() + timeout_s
         while reason := await self._readiness.not_ready_because():
-            if time.monotonic() > until:
+            if clock.now() > until:
                 raise RuntimeError(f"the first turn failed: {reason}")
             logger.warning("not ready yet: %s", reason)
             await asyncio.sleep(1)

@@ -15,7 +15,6 @@ Only waiting is asynchronous. One event changes all it changes before anybody el
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from prefillshare.router.admission.decode_room import Capacity, DecodeRoom
 from prefillshare.router.admission.fair_queue import Ticket, Work
 from prefillshare.router.admission.grant import Demand, Grant, TenantShare
 from prefillshare.router.admission.refusals import Refusal, Refusals
+from prefillshare.router.clock import now
 from prefillshare.router.service_rate import Clock
 
 #: An estimate beyond this says that the rate is about nothing, not when the turn would start.
@@ -51,7 +51,7 @@ class Admission:
         block_size: int,
         pools: Mapping[str, PoolSource],
         metrics: Metrics,
-        clock: Clock = time.monotonic,
+        clock: Clock = now,
     ):
         self._config, self.block_size, self._clock, self._metrics = config, block_size, clock, metrics
         self._refusals = Refusals(metrics)

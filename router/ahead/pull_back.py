@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 import uuid
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import PrefillShareError, PrefixLost
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router import clock
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import BlockKeys
 from prefillshare.router.pools.calls import CALL_ERRORS, answer
@@ -67,7 +67,7 @@ class PullBack:
     ):
         self._pool, self._base, self._metrics, self._limit = pool, base, metrics, limit
         self._always = when == "always"
-        self._compute_s, self._pull_s = compute_s, MeanRatio(time.monotonic)
+        self._compute_s, self._pull_s = compute_s, MeanRatio(clock.now)
         self._measured_at = -math.inf
         #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
         self._met: set[tuple[str, str]] = set()
@@ -161,19 +161,19 @@ class PullBack:
             logger.warning("a loan of %d tokens ends by itself: %s: %s", lent.tokens, type(error).__name__, error)
 
     async def _pull(self, pool: Pool, placement: Placed, pull: _Pull, keys: BlockKeys) -> PrefillResult:
-        began = time.monotonic()
+        began = clock.now()
         async with pool.calling(placement, keys=keys):
             call = pool.replicas.on(placement.replica.id).pull
             result = await answer(call.remote(pull.token_ids, pull.lent, _new_name(), cache_salt=pull.salt))
         if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:
-            self._measured_at = time.monotonic()
+            self._measured_at = clock.now()
             self._pull_s.add(self._measured_at - began, placement.missing_tokens)
         self._met.add(pair)
         return result
 
     def _worth(self) -> bool:
         compute_s, pull_s = self._compute_s(), self._pull_s.value
-        if self._always or compute_s is None or pull_s is None or time.monotonic() - self._measured_at > MEMORY_S:
+        if self._always or compute_s is None or pull_s is None or clock.now() - self._measured_at > MEMORY_S:
             return True  # to know it
         return pull_s < compute_s
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.router.clock import now
 
 
 class Health:
@@ -14,7 +14,7 @@ class Health:
     FAILURES_TO_EJECT = 3
     FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = now):
         self._clock = clock
         self._failures = 0
         self._ejections = 0

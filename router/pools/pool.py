@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
 from prefillshare.kvshare.replica_info import ReplicaInfo
 from prefillshare.router.admission.decode_room import ReplicaCapacity
+from prefillshare.router.clock import now
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from prefillshare.router.pools.calls import CALL_ERRORS
 from prefillshare.router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
@@ -44,7 +44,7 @@ class Pool:
         weights: Weights,
         *,
         wait_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = now,
     ):
         self.name, self.replicas = replicas.name, replicas
         replicas.joined.listener = self._tell_index

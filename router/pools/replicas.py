@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from prefillshare.kvshare.errors import PrefillShareError, ResumeReason, Unavailable
 from prefillshare.kvshare.replica_info import ReplicaStats
+from prefillshare.router import clock
 from prefillshare.router.background import Background
 from prefillshare.router.pools.calls import CALL_ERRORS, Calls, answer
 from prefillshare.router.pools.members import Members
@@ -88,8 +88,8 @@ class ReplicaSet:
         next_s = 0.0
         while True:
             self.joined.told.clear()
-            if is_time := time.monotonic() >= next_s:
-                next_s = time.monotonic() + STATS_S
+            if is_time := clock.now() >= next_s:
+                next_s = clock.now() + STATS_S
             try:
                 await self.joined.reconcile()
                 if is_time:
@@ -97,7 +97,7 @@ class ReplicaSet:
             except Exception:
                 logger.exception("watching replicas of %s", self.name)
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, next_s - time.monotonic())):
+                async with asyncio.timeout(max(0.0, next_s - clock.now())):
                     await self.joined.told.wait()
 
     def on(self, replica: str) -> OwnCalls:
@@ -140,11 +140,11 @@ class ReplicaSet:
             except (*CALL_ERRORS, PrefillShareError, TimeoutError):
                 return None  # it gets no turns, or is about to
 
-        until = time.monotonic() + timeout_s
+        until = clock.now() + timeout_s
         while True:
             told = [states for states in await asyncio.gather(*map(ask, list(self.members))) if states is not None]
             late = [name for name in names if any(name not in states for states in told)]
-            if (not late and len(told) >= replicas) or time.monotonic() > until:
+            if (not late and len(told) >= replicas) or clock.now() > until:
                 failed = {name: why for states in told for name, why in states.items() if why and name in names}
                 return failed | dict.fromkeys(late, f"it is not loaded after {timeout_s:g} s")
             await asyncio.sleep(ADAPTERS_S)

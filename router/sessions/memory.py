@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from prefillshare.router.clock import now
 from prefillshare.router.sessions.base import Session, SessionStore
 
 
@@ -33,7 +33,7 @@ class MemorySessions(SessionStore):
         max_sessions: int,
         ttl_s: float,
         max_per_tenant: Mapping[str, int] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = now,
     ):
         super().__init__(max_sessions, ttl_s, max_per_tenant)
         self._clock = clock

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Overloaded, PrefillShareError, Unavailable
+from prefillshare.router import clock
 from prefillshare.router.sessions import SessionStore
 
 #: A successful probe is believed for so long.
@@ -40,7 +40,7 @@ class Readiness:
         async with self._lock:
             by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
             for pool, name in by_pool.items():
-                if time.monotonic() - self._probed.get(pool, -PROBE_TTL_S) < PROBE_TTL_S:
+                if clock.now() - self._probed.get(pool, -PROBE_TTL_S) < PROBE_TTL_S:
                     continue
                 try:
                     await self._probe(name)
@@ -48,5 +48,5 @@ class Readiness:
                     pass  # it is up, and busy: taking it out of rotation would help nobody
                 except PrefillShareError as error:
                     return f"pool {pool}: {error}"
-                self._probed[pool] = time.monotonic()
+                self._probed[pool] = clock.now()
         return ""

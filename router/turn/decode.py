@@ -14,6 +14,7 @@ from prefillshare.kvshare import tracing
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
+from prefillshare.router import clock
 from prefillshare.router.turn.place import calling, decode_place
 from prefillshare.router.turn.wedging import NoToken
 
@@ -32,7 +33,7 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
         async with calling(turn, "decode", pool, placed) as span, _loading(turn) as loading:
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
-            called, called_ns = time.perf_counter(), time.time_ns()
+            called, called_ns = clock.now(), time.time_ns()
             async for chunk in stream:
                 if loading.when() is not None and not loading.expired():
                     loading.reschedule(None)
@@ -85,7 +86,7 @@ def _note_loaded(
     """The first token has come: both engines have done well."""
     services, usage, pool = turn.services, turn.usage, turn.route.decode
     computed = len(turn.prefix.token_ids) - chunk.local_tokens
-    services.layer_choice.took(turn.decoder.pool, computed, turn.own_layers, time.perf_counter() - called)
+    services.layer_choice.took(turn.decoder.pool, computed, turn.own_layers, clock.now() - called)
     usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
     if handoff is not None and (load_s := max(chunk.load_s, chunk.rest_load_s)):
         services.counted.kv_loaded(turn.decoder.name, load_s, turn.lease_ends - called - load_s)

@@ -10,12 +10,12 @@ configured with, all good enough, each turn takes the one of most layers with wh
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.router.clock import now
 from prefillshare.router.service_rate import MeanRatio
 
 #: Fewer tokens tell more of a call than of the layers.
@@ -23,7 +23,7 @@ LEAST_TOKENS = 32
 
 
 class LayerChoice:
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, clock: Callable[[], float] = now):
         #: Pool -> seconds per token and layer.
         self._rates: dict[str, MeanRatio] = defaultdict(lambda: MeanRatio(clock))
 

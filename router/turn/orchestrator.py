@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -12,6 +11,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import NotFound, Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router import clock
 from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.route import Route
@@ -49,7 +49,7 @@ class Orchestrator:
             releases=Releases(metrics),
             layer_choice=LayerChoice(),
             counted=TurnMetrics(metrics, base.block_size),
-            compute_s=MeanRatio(time.monotonic),
+            compute_s=MeanRatio(clock.now),
             tenants=tenants,
         )
         self._watch_capacity()

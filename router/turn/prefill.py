@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from prefillshare.kvshare import tracing
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
+from prefillshare.router import clock
 from prefillshare.router.turn.place import calling, prefill_place
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ async def prefill(turn: Turn) -> Handoff | None:
     replica = turn.source = placed.replica.id
     # An engine computes at least the last token, and so its block, again.
     predicted = min(placed.cached_tokens, (len(shared) - 1) // services.block_size * services.block_size)
-    queued, started = len(shared) - predicted, time.perf_counter()
+    queued, started = len(shared) - predicted, clock.now()
     turn.avoid.add(replica)
     async with calling(turn, "prefill", pool, placed, queued, keys) as span:
         call = pool.replicas.on(replica).prefill.remote(
@@ -39,8 +39,8 @@ async def prefill(turn: Turn) -> Handoff | None:
     turn.avoid.discard(replica)
     turn.grant.prefill_done()
     if result.handoff is not None:
-        turn.lease_ends = time.perf_counter() + result.handoff.lease_s
-    _note(turn, result, predicted, time.perf_counter() - started)
+        turn.lease_ends = clock.now() + result.handoff.lease_s
+    _note(turn, result, predicted, clock.now() - started)
     turn.terms.replicas[pool.name] = replica
     return result.handoff
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
+from prefillshare.router import clock
 from prefillshare.router.turn.wedging import check_may_go_on
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ async def take_up_again(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
     InvalidInput where it may be what stops engines (wedging.py)."""
     check_may_go_on(turn, lost)
     config, decoder, request_id = turn.services.config, turn.decoder.name, turn.call.request_id
-    turn.services.counted.resumed(decoder, lost.reason, turn.lease_ends - time.perf_counter())
+    turn.services.counted.resumed(decoder, lost.reason, turn.lease_ends - clock.now())
     turn.usage.resumes += 1
     turn.span.add_event("taken up again", {"reason": lost.reason.value})
     turn.number += 1

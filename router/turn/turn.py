@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -32,6 +31,7 @@ from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.priority import RESUMED
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
 from prefillshare.router.pools.route import Route
 from prefillshare.router.turn.admit import admitted
@@ -66,7 +66,7 @@ class Turn:
         self.avoid: set[str] = set()
         #: The decode call under way has given no token yet.
         self.is_silent = False
-        #: Where the KV that the decode engine loads comes from, and when its lease ends, at the latest (time.perf_counter).
+        #: Where the KV that the decode engine loads comes from, and when its lease ends, at the latest (clock.now).
         self.source, self.lease_ends = "", math.inf
         #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
         self.own_layers: LayerGroup | None = None
@@ -92,7 +92,7 @@ class Turn:
         """Yields the turn's tokens, and fills its usage. Raises PrefillShareError only."""
         name, request_id, services = self.decoder.name, self.call.request_id, self.services
         deadline_s = self.terms.deadline_s if self.terms.deadline_s is not None else services.config.default_deadline_s
-        started, outcome = time.perf_counter(), "cancelled"
+        started, outcome = clock.now(), "cancelled"
         try:
             with turn_span(self), services.in_progress.turn(name):
                 async with asyncio.timeout(deadline_s):
@@ -100,7 +100,7 @@ class Turn:
                         await self.terms.ready()
                     async with admitted(self), aclosing(self._attempts()) as chunks:
                         async for chunk in chunks:
-                            services.counted.generated(name, self.usage, chunk, time.perf_counter() - started)
+                            services.counted.generated(name, self.usage, chunk, clock.now() - started)
                             yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -119,7 +119,7 @@ class Turn:
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._record(outcome, time.perf_counter() - started)
+            self._record(outcome, clock.now() - started)
 
     async def _attempts(self) -> AsyncIterator[TokenChunk]:
         while True:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from functools import partial
+from contextlib import aclosing, asynccontextmanager
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
@@ -23,22 +22,13 @@ from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
-from prefillshare.router.admission.admission import Admission
-from prefillshare.router.ahead import pull_back as pull_back_module
 from prefillshare.router.ahead.eager import EagerPrefill
 from prefillshare.router.ahead.pull_back import PullBack
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.pools import fleet as fleet_module
-from prefillshare.router.pools import replicas as replicas_module
+from prefillshare.router.clock import taken_from
 from prefillshare.router.pools.fleet import Fleet
-from prefillshare.router.pools.health import Health
 from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.turns import Turns
-from prefillshare.router.turn import decode as decode_module
-from prefillshare.router.turn import orchestrator as orchestrator_module
-from prefillshare.router.turn import prefill as prefill_module
-from prefillshare.router.turn import take_up_again as take_up_again_module
-from prefillshare.router.turn import turn as turn_module
 from prefillshare.router.turn.orchestrator import Orchestrator
 from prefillshare.router.turn.terms import Terms
 
@@ -118,7 +108,7 @@ class SessionSystem(System):
         self.pull_back = PullBack(
             fleet.shared_prefill, base, metrics, when="always", limit=4, compute_s=lambda: rate.value
         )
-        self.sessions = MemorySessions(1_000, 3600, clock=clock)
+        self.sessions = MemorySessions(1_000, 3600)
         self.frontend = Frontend(self.orchestrator)
         response_kv = ResponseKV(self.eager, self.pull_back)
         self.turns = Turns(base, self.orchestrator.decoders, self.frontend, self.sessions, response_kv)
@@ -160,7 +150,7 @@ async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluste
         if not get_mode(sharing).shares_prefill:
             pools[f"prefill-{name}"] = (PrefillEngine, get_mode(sharing), replicas)
     cluster, metrics = cluster or Cluster(pools), Metrics(CollectorRegistry())
-    with _on_the_loops_clock():
+    with taken_from(clock):
         fleet = Fleet(BLOCK, lambda name: cluster.pools[name].handle, metrics)
         fleet._index = cluster.index
         decoders = {
@@ -176,29 +166,6 @@ async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluste
             await fleet._background.stop()
             if owned:
                 cluster.close()
-
-
-@contextmanager
-def _on_the_loops_clock():
-    """Whatever asks what time it is, asks the loop."""
-    ticking = SimpleNamespace(monotonic=clock, perf_counter=clock, time_ns=lambda: round(clock() * 1e9))
-    changed = (
-        (replicas_module, "time", ticking),
-        (replicas_module, "Health", partial(Health, clock=clock)),
-        (fleet_module, "Pool", partial(fleet_module.Pool, clock=clock)),
-        (orchestrator_module, "time", ticking),
-        *((stage, "time", ticking) for stage in (turn_module, prefill_module, decode_module, take_up_again_module)),
-        (pull_back_module, "time", ticking),
-        (orchestrator_module, "Admission", partial(Admission, clock=clock)),
-    )
-    before = [(where, name, getattr(where, name)) for where, name, _ in changed]
-    for where, name, value in changed:
-        setattr(where, name, value)
-    try:
-        yield
-    finally:
-        for where, name, value in before:
-            setattr(where, name, value)
 
 
 async def nothing_held(running: System, *, within_s: float = 2.0, leases_s: float | None = None) -> None:

@@ -32,7 +32,7 @@ ROOMS = {
         {"turn", "ahead"},
         {"pools", "tenants"},
         {"admission"},
-        {"telemetry", "background", "service_rate"},
+        {"telemetry", "background", "service_rate", "clock"},
     ),
     "kvshare_vllm": (
         {"plugin"},

@@ -78,12 +78,6 @@ def test_a_server_that_is_gone_fails_the_turn():
         Stock(client, NAMES, [1]).turn(0, [2], 3, lambda count: None)
 
 
-def test_metrics_are_summed_over_their_labels():
-    lines = ["# HELP n of it", 'n{engine="0"} 3.0', 'n{engine="1"} 4.0', "n_more 9"]
-    text = "\n".join(lines)
-    assert systems._metric(text, "n") == 7.0
-
-
 def test_experiments_have_names_of_their_own_and_play_what_they_say(tmp_path):
     chosen = experiments.full(8)
     assert len({experiment.name for experiment in chosen}) == len(chosen)

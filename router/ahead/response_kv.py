@@ -15,10 +15,14 @@ from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
+from prefillshare.kvshare.config import Deployment
+from prefillshare.kvshare.decoders import ecache_layers
 from prefillshare.kvshare.handoff import Handoff
+from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import SharingMode
 from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
 from prefillshare.router.ahead.pull_back import PullBack
+from prefillshare.router.pools.pool import Pool
 
 
 class ResponseKV:
@@ -26,6 +30,22 @@ class ResponseKV:
 
     def __init__(self, eager: EagerPrefill | None = None, pull_back: PullBack | None = None):
         self._eager, self._pull_back = eager, pull_back
+
+    @classmethod
+    def of(
+        cls, deployment: Deployment, shared: Callable[[], Pool], metrics: Metrics, compute_s: Callable[[], float | None]
+    ) -> ResponseKV:
+        """As the deployment has it. `shared`: the shared prefill pool; `compute_s`: of a token of prefill, measured."""
+        config, base = deployment.router, deployment.base
+        eager = pull_back = None
+        if config.eager_prefill:
+            limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
+            eager = EagerPrefill(shared, base, metrics, **limits)
+        # What a decode engine lends has no hidden states beside it.
+        if config.pull_back != "never" and not ecache_layers(deployment.decode):
+            limits = {"when": config.pull_back, "limit": config.pull_back_max}
+            pull_back = PullBack(shared, base, metrics, compute_s=compute_s, **limits)
+        return cls(eager, pull_back)
 
     @contextmanager
     def of_turn(

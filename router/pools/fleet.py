@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.engine_settings import SHARED_PREFILL, own_prefill
@@ -84,6 +85,24 @@ class Fleet:
         for found in await asyncio.gather(*asked):
             problems |= found
         return problems
+
+    async def stats_now(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Pool -> replica -> figures of those that answer, asked for now."""
+        pools = dict(self.pools)  # they may change meanwhile
+        told = await asyncio.gather(*(pool.replicas.stats_now() for pool in pools.values()))
+        return {
+            name: {replica: asdict(stats) for replica, stats in one.items()} for name, one in zip(pools, told, strict=True)
+        }
+
+    def info(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Pool -> replica -> what it is, and whether it may get work."""
+        return {
+            name: {
+                r.id: asdict(r.info) | {"usable": r.health.usable, "reason": r.health.reason}
+                for r in pool.replicas.members.values()
+            }
+            for name, pool in self.pools.items()
+        }
 
     async def forget(self, deployment: Deployment) -> None:
         """Close pools the deployment no longer has. Turns that were sent there end as they would have."""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
+from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Overloaded, PrefillShareError, Unavailable
+from prefillshare.kvshare_vllm.sampling import make_prompt, make_sampling_params
+from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.router import clock
 from prefillshare.router.sessions import SessionStore
+from prefillshare.router.turn.terms import Terms
 
+PROBE_DEADLINE_S = 60.0
 #: A successful probe is believed for so long.
 PROBE_TTL_S = 10.0
 
@@ -50,3 +56,12 @@ class Readiness:
                     return f"pool {pool}: {error}"
                 self._probed[pool] = clock.now()
         return ""
+
+
+async def probe(frontend: Frontend, decoder: str) -> None:
+    """A turn of one token. Raises what a client would get."""
+    sampling, name = make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}"
+    request = frontend.prepare(make_prompt([1, 2, 3]), sampling, name, decoder)
+    run = frontend.run(request, decoder, ANONYMOUS, terms=Terms(deadline_s=PROBE_DEADLINE_S))
+    async for _ in run.outputs():
+        pass

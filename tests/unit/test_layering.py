@@ -28,7 +28,7 @@ ROOMS = {
     "router": (
         {"ingress"},
         {"surfaces"},
-        {"sessions"},
+        {"core", "sessions"},
         {"turn", "ahead"},
         {"pools", "tenants"},
         {"admission"},

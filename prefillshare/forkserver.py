@@ -56,12 +56,8 @@ def running(folder: Path, name: str) -> Iterator[None]:
         if server.poll() is not None:
             logger.warning("The fork server ended with status %d; replicas have started without it", server.returncode)
     finally:
-        server.stdin.close()
-        try:
-            server.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it is still importing
-            server.kill()
-            server.wait()
+        server.kill()  # what it has forked goes on
+        server.communicate()
         address.unlink(missing_ok=True)
 
 

@@ -30,9 +30,9 @@ class Stepper:
         from vllm.utils.ompmultiprocessing import OMPProcessManager
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from prefillshare.kvshare_vllm.names import TWO_STREAMS
+        from prefillshare.kvshare_vllm.models.families import TwoStreams
 
-        options = {"hf_overrides": {"architectures": [TWO_STREAMS + "LlamaForCausalLM"]}} if two_streams else {}
+        options = {"hf_overrides": {"architectures": [TwoStreams.prefix + "LlamaForCausalLM"]}} if two_streams else {}
         if adapters:
             options |= {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": 8}
         args = EngineArgs(

@@ -207,7 +207,7 @@ class Simulation:
         self._keep(decode, decode_key, mode.cacheable_tokens(prompt, whole - 1))
         freed, self._freed = self._freed, env.event()
         freed.succeed()
-        if mode.two_streams:
+        if mode.lends_responses:
             self._pulls[base_key] = env.process(self._pulled_back(prefill, base_key, whole - 1, answer))
         elif mode.shares_prefill and self._site.eager_prefill:
             env.process(self._computed(prefill, base_key, whole - 1, priority=1))
@@ -272,7 +272,7 @@ class Simulation:
                 yield replica.changed
             batch = list(replica.running)
             step = self._costs.step(len(batch), sum(request.context for request in batch))
-            step *= self._costs.second_stream if self._mode.two_streams else 1.0
+            step *= self._costs.second_stream if self._mode.lends_responses else 1.0
             began, changed = env.now, replica.changed
             for request in batch:
                 request.first_s = request.first_s or began + step

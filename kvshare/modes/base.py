@@ -24,11 +24,13 @@ class SharingMode(ABC):
     adapters_share_blocks: bool
     #: True: full-weight decoders may be served; every mode serves LoRA adapters.
     full_weights: bool
-    #: True: the decode engine runs base and adapter side by side; the base makes all KV, of generated tokens too. Then any
-    #: decoder may use that KV, and the prefill pool may pull it instead of computing it.
-    two_streams: bool = False
+    #: True: the KV of generated tokens is the base's, too. Then any decoder may use it, and the prefill pool may pull it
+    #: instead of computing it.
+    lends_responses: bool = False
     #: True: the decoder computes some layers of the shared prefix itself (kvshare/layer_group.py).
     recomputes: bool = False
+    #: Family of ours whose models its decode engines run (kvshare_vllm/models/families.py); None: vLLM's own.
+    models: str | None = None
     #: LoRA modules an adapter may have; None: any. Others would stay without effect.
     adapter_modules: frozenset[str] | None = None
     #: Architectures of bases (config.json) that it can serve; None: any that vLLM serves.

@@ -13,4 +13,5 @@ class DroidSpeak(PromptShared):
     adapters_share_blocks = False
     full_weights = True
     recomputes = True
+    models = "own_layers"
     architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})

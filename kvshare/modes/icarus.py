@@ -12,7 +12,8 @@ class Icarus(SharingMode):
     guards_prefix = True
     adapters_share_blocks = True
     full_weights = False
-    two_streams = True
+    lends_responses = True
+    models = "two_streams"
     architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})
     #: No adapter makes keys or values.
     adapter_modules = frozenset({"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})

@@ -16,13 +16,12 @@ from vllm.config import StructuredOutputsConfig
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
-from prefillshare.kvshare_vllm.names import PARTIAL_LAYERS, TWO_STREAMS
+from prefillshare.kvshare_vllm.models import families
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
 
@@ -30,18 +29,12 @@ from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     mode = get_mode(s.mode)
     args: dict[str, Any] = {"scheduling_policy": "priority"}
-    decodes_partly = s.role == "decode" and mode.recomputes
-    if s.ecache_layers or decodes_partly:
-        # Prompts run eagerly, layer by layer; what is captured are decodes, which run as in the stock model.
-        args |= _model_of_ours(s, PARTIAL_LAYERS, ecache_layers=list(s.ecache_layers), keeps_ecache=s.role == "prefill")
+    args |= families.of_engine(s).engine_args(s)
     if mode.guards_prefix and s.role == "decode":
         args |= {
             "scheduler_cls": "prefillshare.kvshare_vllm.engine.scheduler.SharedKVScheduler",
             "worker_cls": "prefillshare.kvshare_vllm.engine.worker.SharedKVWorker",
         }
-        if mode.two_streams:
-            # The layers' graph changes with the adapters of a batch: captured where it does not, compiled nowhere.
-            args |= _model_of_ours(s, TWO_STREAMS)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}
     if s.adapters:
@@ -78,15 +71,6 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         }
         | dict(s.engine_args)
     )
-
-
-def _model_of_ours(s: EngineSettings, prefix: str, **config: Any) -> dict[str, Any]:
-    """Run the model called `prefix` + the stock one's name; batches of decodes are captured as graphs, nothing is compiled."""
-    stock = fingerprint.read_json(s.model, "config.json")["architectures"]
-    return {
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        "hf_overrides": {"architectures": [prefix + name for name in stock], **config},
-    }
 
 
 @contextmanager
@@ -139,8 +123,8 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
         # Block keys must agree between processes that exchange KV events.
         "PYTHONHASHSEED": "0",
     }
-    if s.role == "decode" and get_mode(s.mode).recomputes:
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the V2 runner has no `_build_attention_metadata` (models/own_layers.py)
+    if s.role == "decode":
+        env |= families.of_engine(s).environment
     if s.cpu_cores is not None and current_platform.is_cpu():
         env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
     if s.traces_endpoint:

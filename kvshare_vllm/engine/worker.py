@@ -20,8 +20,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from prefillshare.kvshare.modes import get_mode
-from prefillshare.kvshare_vllm.models.own_layers import follow_plans
-from prefillshare.kvshare_vllm.models.two_streams import TwoStreams, follow_adapters
+from prefillshare.kvshare_vllm.models import families
 
 
 class ReplayGenerator(torch.Generator):
@@ -53,14 +52,11 @@ class ReplayGenerator(torch.Generator):
 class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
-        two_streams = isinstance(self.model_runner.get_model(), TwoStreams)
+        family = families.of_model(self.model_runner.get_model())
         transfer = self.vllm_config.kv_transfer_config
-        if transfer and get_mode(transfer.kv_connector_extra_config["sharing_mode"]).two_streams != two_streams:
+        if transfer and families.of_decode(get_mode(transfer.kv_connector_extra_config["sharing_mode"])) is not family:
             raise RuntimeError("the engine's model is not the one its sharing mode runs")
-        if two_streams and self.vllm_config.lora_config:
-            follow_adapters(self.model_runner)
-        if transfer and get_mode(transfer.kv_connector_extra_config["sharing_mode"]).recomputes:
-            follow_plans(self.model_runner)
+        family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
         if current_platform.is_cpu():
             take_back_draws(self.model_runner)
 

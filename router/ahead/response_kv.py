@@ -56,7 +56,7 @@ class ResponseKV:
         self.given_up(session)
         # Base KV of a response is of use only where turns draw on the shared pool.
         eager = self._eager if mode.shares_prefill else None
-        response = ResponseOfTurn(session, eager, self._pull_back, kept, lendable=lendable, lends=mode.two_streams)
+        response = ResponseOfTurn(session, eager, self._pull_back, kept, lendable=lendable, lends=mode.lends_responses)
         try:
             yield response
         finally:

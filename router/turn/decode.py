@@ -74,7 +74,7 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
         replay=len(turn.generated),
         cache_salt=turn.salt,
         priority=turn.priority,
-        lend=turn.terms.lend and turn.mode.two_streams,
+        lend=turn.terms.lend and turn.mode.lends_responses,
         own_layers=turn.own_layers,
         trace=tracing.headers(span),
     )

@@ -30,7 +30,7 @@ class Prefix:
 
     def decode_keys(self, own_layers: LayerGroup | None) -> BlockKeys:
         """Of the decode side, where the decoder has computed these layers itself."""
-        if not get_mode(self.decoder.sharing).recomputes:
+        if get_mode(self.decoder.sharing).adapters_share_blocks:
             return self.keys
         salt = block_salt(self.salt, own_layers)
         return BlockKeys(self.token_ids, self.block_size, salt=salt, adapter=self.decoder.adapter)

@@ -145,7 +145,7 @@ class DecodeEngine(Engine):
             await self._moment("decode")
             decoder = request.adapter or BASE
             kv = await self._shared(request)
-            maker = BASE if self.mode.two_streams else decoder
+            maker = BASE if self.mode.lends_responses else decoder
             kv = extended(kv, request.token_ids[len(kv) :], maker)
             for number in range(request.replay + 1, request.sampling.max_tokens + 1):
                 await asyncio.sleep(STEP_S)

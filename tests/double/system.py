@@ -81,7 +81,7 @@ class System:
         """The same, of a decoder that may not be served any more."""
         mode, name = get_mode(SHARING[pool]), decoder  # the base is called as its KV's maker is
         shared = mode.handoff_tokens(len(prompt)) if mode.shares_prefill else 0
-        generated_by = arithmetic.BASE if mode.two_streams else None
+        generated_by = arithmetic.BASE if mode.lends_responses else None
         return arithmetic.response(prompt, name, tokens, shared=shared, generated_by=generated_by)
 
     def held(self) -> dict[str, object]:

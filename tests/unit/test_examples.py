@@ -157,7 +157,7 @@ def test_the_droidspeak_adapter_has_a_profile_of_its_own_weights_and_is_exact_wi
 def test_eight_icarus_adapters_stand_on_two_gpus(load):
     tree = load(FOLDER / "icarus.yaml")
     assert [e.replicas * e.gpu_share for e in (tree.prefill, *tree.decode)] == [1, 1]
-    assert get_mode(tree.decode[0].sharing).two_streams
+    assert get_mode(tree.decode[0].sharing).lends_responses
     assert len(tree.decode[0].adapters) == 8
 
 

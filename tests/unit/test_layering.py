@@ -41,7 +41,7 @@ ROOMS = {
         {"transfer"},
         {"patches"},
         {"sampling"},
-        {"vllm_refusals", "fair_gate", "names", "forkserver"},
+        {"vllm_refusals", "fair_gate", "forkserver"},
     ),
 }
 #: The generated stubs stand beside the layers: they import none of them.

@@ -12,7 +12,7 @@ from prefillshare.kvshare_vllm.transfer.loads import Loads, rest_of
 BLOCK = 4
 GROUP = LayerGroup(2, 3)
 RECOMPUTES = next(mode for mode in modes() if mode.recomputes)
-TWO_STREAMS = next(mode for mode in modes() if mode.two_streams)
+TWO_STREAMS = next(mode for mode in modes() if mode.lends_responses)
 #: Of a prompt of 20 tokens.
 KEYS = tuple("abcde")
 

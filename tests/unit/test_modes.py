@@ -16,7 +16,8 @@ def test_mode_declares_its_whole_policy(name):
     assert mode.name == name
     assert mode.summary
     assert "\n" not in mode.summary
-    for question in ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "two_streams", "recomputes"):
+    asked = ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "lends_responses", "recomputes")
+    for question in asked:
         assert isinstance(getattr(mode, question), bool), question
 
 
@@ -58,7 +59,7 @@ def test_icarus_hands_over_all_but_the_last_token_and_offers_everything(prompt_t
 
 def test_only_base_kv_can_be_handed_over_for_generated_tokens():
     for mode in modes():
-        assert mode.two_streams or mode.handoff_tokens(33, 40) == mode.handoff_tokens(33), mode.name
+        assert mode.lends_responses or mode.handoff_tokens(33, 40) == mode.handoff_tokens(33), mode.name
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 32, 33])
@@ -78,5 +79,5 @@ def test_no_mode_offers_or_hands_over_what_does_not_exist(mode):
 
 def test_block_shared_between_adapters_never_holds_decoder_kv():
     for mode in modes():
-        if mode.adapters_share_blocks and not mode.two_streams:
+        if mode.adapters_share_blocks and not mode.lends_responses:
             assert all(mode.cacheable_tokens(n, 10 * n) <= mode.handoff_tokens(n) for n in range(1, 200)), mode.name

@@ -10,8 +10,8 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 
 SESSION = ("tenant", "session")
 LENT = Handoff(4, "contract", 60.0, {})
-LENDING = next(mode for mode in modes() if mode.two_streams)
-SHARING = next(mode for mode in modes() if mode.shares_prefill and not mode.two_streams)
+LENDING = next(mode for mode in modes() if mode.lends_responses)
+SHARING = next(mode for mode in modes() if mode.shares_prefill and not mode.lends_responses)
 PER_MODEL = next(mode for mode in modes() if not mode.shares_prefill)
 
 

@@ -48,7 +48,7 @@ def kv_transfer_config(s: EngineSettings) -> dict[str, Any]:
         }
         if s.role == "prefill":
             config["kv_role"] = _ROLE_OF_SHARED_PREFILL
-        if s.role == "prefill" or mode.two_streams:  # decode engines lend what they generated, the prefill pool pulls it
+        if s.role == "prefill" or mode.lends_responses:  # decode engines lend what they generated, the prefill pool pulls it
             extra |= {
                 "bidirectional_kv_xfer": True,
                 "decoder_kv_blocks_ttl": min(s.lease_s, LOAN_S),

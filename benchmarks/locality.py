@@ -21,9 +21,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import small
-from benchmarks.result import write
-from benchmarks.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
+from benchmarks.shared import small
+from benchmarks.shared.result import write
+from benchmarks.shared.small import ADDRESS, BLOCK, DECODERS, MODEL, VOCABULARY, bars
 from prefillshare.app import running
 from prefillshare.apply import apply
 from prefillshare.client import Client

@@ -28,10 +28,10 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from benchmarks import small
-from benchmarks.load import quantile
-from benchmarks.result import write
-from benchmarks.small import DECODERS, HTTP_PORT, MODEL
+from benchmarks.shared import small
+from benchmarks.shared.load import quantile
+from benchmarks.shared.result import write
+from benchmarks.shared.small import DECODERS, HTTP_PORT, MODEL
 from prefillshare.app import running
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters

@@ -23,9 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import small
-from benchmarks.result import write
-from benchmarks.small import ADDRESS, DECODERS, MODEL, VOCABULARY
+from benchmarks.shared import small
+from benchmarks.shared.result import write
+from benchmarks.shared.small import ADDRESS, DECODERS, MODEL, VOCABULARY
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Deployment

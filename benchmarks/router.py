@@ -26,8 +26,8 @@ import zmq
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.result import RESULTS, write
-from benchmarks.small import bars
+from benchmarks.shared.result import RESULTS, write
+from benchmarks.shared.small import bars
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from prefillshare.router.pools.health import Health

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.result import write
-from benchmarks.small import MODEL
+from benchmarks.shared.result import write
+from benchmarks.shared.small import MODEL
 from prefillshare.finetuning import log
 from prefillshare.finetuning.recipe import parse
 from prefillshare.finetuning.tasks.tool_calls import ToolCalls

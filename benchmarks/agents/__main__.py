@@ -33,9 +33,9 @@ from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
 from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, Budget, Running
 from benchmarks.agents.workload import PATTERNS, Scale, sessions
-from benchmarks.environment import revision
-from benchmarks.result import write
-from benchmarks.small import BLOCK, MODEL, bars
+from benchmarks.shared.environment import revision
+from benchmarks.shared.result import write
+from benchmarks.shared.small import BLOCK, MODEL, bars
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode

@@ -16,7 +16,7 @@ from benchmarks.agents import driver, fit
 from benchmarks.agents.simulation import Costs
 from benchmarks.agents.systems import Running
 from benchmarks.agents.workload import Session, Turn
-from benchmarks.small import VOCABULARY
+from benchmarks.shared.small import VOCABULARY
 from prefillshare.client import Client
 from prefillshare.kvshare.contract import KVShape
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import load
 from benchmarks.agents.systems import RANK, Budget, deployment
-from benchmarks.overhead_surfaces import Http
-from benchmarks.result import write
-from benchmarks.small import HTTP_PORT, MODEL, VOCABULARY
+from benchmarks.overhead.surfaces import Http
+from benchmarks.shared import load
+from benchmarks.shared.result import write
+from benchmarks.shared.small import HTTP_PORT, MODEL, VOCABULARY
 from prefillshare.app import running
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.models import fetch

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from benchmarks.agents.workload import Session
-from benchmarks.small import VOCABULARY
+from benchmarks.shared.small import VOCABULARY
 from prefillshare.client import Client
 from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 

@@ -18,9 +18,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from benchmarks.agents import fit
-from benchmarks.icarus_shapes import LLAMA_8B, Model, captured, replay_ms, step
-from benchmarks.result import write
-from benchmarks.small import bars
+from benchmarks.icarus.shapes import LLAMA_8B, Model, captured, replay_ms, step
+from benchmarks.shared.result import write
+from benchmarks.shared.small import bars
 
 #: Longest context of a decode step's requests, so that the largest batches fit.
 STEP_CONTEXTS = (512, 2048, 8192)
@@ -91,7 +91,7 @@ def main() -> None:
         headline |= found.costs | {f"{name}_fit_error": round(found.error, 4), f"{name}_fit_worst": round(found.worst, 4)}
     config = vars(args) | {"shapes": vars(LLAMA_8B), "dtype": "bfloat16"}
     rows = {"prefill": [asdict(row) for row in prefills], "step": [asdict(row) for row in steps]}
-    write("gpu_costs", console, config, headline, **rows)
+    write("agents.gpu_costs", console, config, headline, file="gpu_costs", **rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.agents.driver import TurnRecord
-from benchmarks.load import quantile
+from benchmarks.shared.load import quantile
 
 #: Resamples of the sessions for an interval (bootstrap).
 RESAMPLES = 200

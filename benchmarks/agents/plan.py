@@ -29,8 +29,8 @@ from benchmarks.agents.driver import TurnRecord
 from benchmarks.agents.measures import Objective, share_good, summary
 from benchmarks.agents.simulation import Costs, Simulation, Site
 from benchmarks.agents.workload import PATTERNS, Scale, Session, poisson, sessions
-from benchmarks.result import RESULTS, write
-from benchmarks.small import BLOCK, bars
+from benchmarks.shared.result import RESULTS, write
+from benchmarks.shared.small import BLOCK, bars
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
 
@@ -78,7 +78,7 @@ _A100 = Costs(
 )
 _SHEET = (
     "Llama-3.1-8B on A100-80G: 312 TFLOP/s of which half is reached at prefill, 2.0 TB/s of which 0.8 at decode (data sheet, "
-    "usual shares); 25 GB/s between GPUs; 48 GiB of KV each. ICaRus' second stream: 1.03 (benchmarks.icarus_shapes); "
+    "usual shares); 25 GB/s between GPUs; 48 GiB of KV each. ICaRus' second stream: 1.03 (benchmarks.icarus.shapes); "
     "DroidSpeak: 4 of 32 layers"
 )
 _SITE = Site(prefill=1, decode=1, kv_tokens=(48 << 30) // _KV_BYTES, max_running=256, block=16)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.agents.experiments import LOADS, MODELS, OTHER_MODELS
-from benchmarks.result import RESULTS
+from benchmarks.shared.result import RESULTS
 
 #: Figures that tables show: name -> (title, factor, decimals).
 SHOWN = {

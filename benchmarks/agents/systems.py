@@ -19,11 +19,11 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks import small
 from benchmarks.agents.driver import Conversation, Ours, Stock
-from benchmarks.cache_watch import CacheWatch
-from benchmarks.overhead_systems import BOTH_CORES, environment, healthy, spawn, stop
-from benchmarks.small import ADDRESS, BLOCK, HTTP_PORT
+from benchmarks.overhead.systems import BOTH_CORES, environment, healthy, spawn, stop
+from benchmarks.shared import small
+from benchmarks.shared.cache_watch import CacheWatch
+from benchmarks.shared.small import ADDRESS, BLOCK, HTTP_PORT
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare import metrics_text
@@ -114,7 +114,7 @@ def vllm(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[
         "--generation-config", "vllm", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(len(names)),
         "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items()),
     ]  # fmt: skip
-    process, url = spawn("benchmarks.one_process_server", flags, environment(BOTH_CORES))
+    process, url = spawn("benchmarks.overhead.one_process_server", flags, environment(BOTH_CORES))
     try:
         asyncio.run(healthy([url], {"vLLM's server": process}))
         with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:

@@ -26,14 +26,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import small
 from benchmarks.faults.http_turns import HttpTurns
 from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.player import Player, make_trace
 from benchmarks.faults.strikes import HANG_S, REDIS_AWAY_S, Faults
-from benchmarks.redis_server import RedisServer
-from benchmarks.result import write
-from benchmarks.small import DECODERS, MODEL, bars
+from benchmarks.shared import small
+from benchmarks.shared.redis_server import RedisServer
+from benchmarks.shared.result import write
+from benchmarks.shared.small import DECODERS, MODEL, bars
 from prefillshare.app import running
 from prefillshare.kvshare.config import Deployment
 from prefillshare.models import fetch

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import httpx
 
-from benchmarks.small import DECODERS, HTTP_PORT
+from benchmarks.shared.small import DECODERS, HTTP_PORT
 
 URL = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
 PROMPT = list(range(100, 160))

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from benchmarks.small import ADDRESS, DECODERS, VOCABULARY
+from benchmarks.shared.small import ADDRESS, DECODERS, VOCABULARY
 from prefillshare.client import Client, RemoteSession
 from prefillshare.kvshare.errors import Conflict, ConnectionLost, DeadlineExceeded, NotFound, PrefillShareError, Unavailable
 

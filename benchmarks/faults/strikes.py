@@ -15,8 +15,8 @@ import psutil
 from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.processes import routers, stopped, titled
-from benchmarks.redis_server import RedisServer
-from benchmarks.small import DECODERS, GRPC_PORT, HTTP_PORT
+from benchmarks.shared.redis_server import RedisServer
+from benchmarks.shared.small import DECODERS, GRPC_PORT, HTTP_PORT
 
 HANG_S, REDIS_AWAY_S = 12, 3
 HANG_UPS = 200

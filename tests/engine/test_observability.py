@@ -25,7 +25,7 @@ from otlp_collector import Collector
 from ports import free_port
 from prometheus_server import Prometheus
 
-from benchmarks.load import quantile
+from benchmarks.shared.load import quantile
 from prefillshare.apply import apply
 from prefillshare.kvshare.metrics import DEFINITIONS
 from prefillshare.kvshare.metrics_text import total

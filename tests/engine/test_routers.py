@@ -10,7 +10,7 @@ from oracle import Oracle
 from ports import free_port
 
 from benchmarks.faults.processes import routers
-from benchmarks.redis_server import RedisServer
+from benchmarks.shared.redis_server import RedisServer
 from prefillshare.kvshare.errors import Conflict, Unavailable
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base

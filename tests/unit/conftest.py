@@ -9,7 +9,7 @@ from model_folders import CONFIG, LINEAR, WEIGHTS, lora, write_safetensors
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
-from benchmarks.redis_server import RedisServer
+from benchmarks.shared.redis_server import RedisServer
 from prefillshare.kvshare.contract import DecoderContract
 
 

@@ -11,7 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from benchmarks import accuracy, accuracy_asker, accuracy_report, accuracy_rows
+from benchmarks.accuracy import __main__ as accuracy
+from benchmarks.accuracy import asker as accuracy_asker
+from benchmarks.accuracy import report as accuracy_report
+from benchmarks.accuracy import rows as accuracy_rows
 
 SUITE = "arithmetic"
 SETTINGS = accuracy.Settings(Path("base"), "cpu", 100, 10, 8, 1)

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from benchmarks import result
 from benchmarks.agents import plan
 from benchmarks.agents.measures import Objective
 from benchmarks.agents.workload import Scale, poisson, sessions
+from benchmarks.shared import result
 from prefillshare.kvshare.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.agents import fit
 from benchmarks.agents.gpu_costs import prefill
 from benchmarks.agents.simulation import Costs
-from benchmarks.icarus_shapes import Model, Shapes, step
+from benchmarks.icarus.shapes import Model, Shapes, step
 
 COSTS = Costs(0.01, 2e-4, 3e-8, 0.02, 1e-3, 2e-6, 100, 1e9)
 

@@ -1,9 +1,9 @@
-"""The step that benchmarks.icarus_shapes times computes what it says."""
+"""The step that benchmarks.icarus.shapes times computes what it says."""
 
 import pytest
 import torch
 
-from benchmarks.icarus_shapes import ADAPTERS, Model, Shapes, step
+from benchmarks.icarus.shapes import ADAPTERS, Model, Shapes, step
 
 SHAPES = Shapes(layers=3, hidden=32, intermediate=48, heads=4, kv_heads=2, head=8, vocabulary=50)
 

@@ -30,11 +30,11 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks import accuracy_report
-from benchmarks.accuracy_asker import KEPT_BYTES, Asker
-from benchmarks.accuracy_rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
-from benchmarks.result import write
-from benchmarks.small import MODEL, bars
+from benchmarks.accuracy import report
+from benchmarks.accuracy.asker import KEPT_BYTES, Asker
+from benchmarks.accuracy.rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
+from benchmarks.shared.result import write
+from benchmarks.shared.small import MODEL, bars
 from prefillshare.finetuning import layer_profile, layer_profile_report, output, transcripts
 from prefillshare.finetuning.checkpoint import MAY_CHANGE
 from prefillshare.finetuning.evaluate import Difference, difference, score
@@ -313,7 +313,7 @@ def main() -> None:
         console.print("A part of the study: docs/accuracy.md and benchmarks/results/accuracy.json stay as they are.")
         print(json.dumps(headline))
         return
-    accuracy_report.write(write("accuracy", console, vars(args), headline, studies=found))
+    report.write(write("accuracy", console, vars(args), headline, studies=found))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.environment import hardware, revision, versions
+from benchmarks.shared.environment import hardware, revision, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write(name: str, console: Console, config: dict, headline: dict, file: str = "", **parts) -> dict:

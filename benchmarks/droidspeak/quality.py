@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy_asker import best_group
+from benchmarks.accuracy.asker import best_group
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import difference, evenly, offline_answers
 from prefillshare.finetuning.tasks import TASKS

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import aiohttp
 
-from benchmarks.load import Surface
-from benchmarks.overhead_surfaces import Bare, Grpc, Http
+from benchmarks.overhead.surfaces import Bare, Grpc, Http
+from benchmarks.shared.load import Surface
 from prefillshare.platform import engine_environment
 
 START_TIMEOUT_S = 240.0
@@ -86,7 +86,7 @@ async def stock_pd(model: str, server: str = "vllm.entrypoints.openai.api_server
             flags = ["--host", "127.0.0.1", *_flags(model, role)]
             processes[name], urls[name] = spawn(server, flags, environment(cores) | side_channel)
         targets = ["--prefill-url", urls["prefill server"], "--decode-url", urls["decode server"]]
-        processes["proxy"], urls["proxy"] = spawn("benchmarks.stock_pd_proxy", targets, {})
+        processes["proxy"], urls["proxy"] = spawn("benchmarks.overhead.stock_pd_proxy", targets, {})
         await healthy(urls.values(), processes)
         yield Started({"http": Http(urls["proxy"], "base")}, {p.pid: name for name, p in processes.items()})
     finally:
@@ -127,7 +127,7 @@ async def ours(model: str) -> AsyncIterator[Started]:
 @asynccontextmanager
 async def stock_pd_one_process(model: str) -> AsyncIterator[Started]:
     """As stock_pd, but with each engine's scheduler and model in one process, which is how ours run on CPUs."""
-    async with stock_pd(model, "benchmarks.one_process_server") as started:
+    async with stock_pd(model, "benchmarks.overhead.one_process_server") as started:
         yield started
 
 

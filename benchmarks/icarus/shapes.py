@@ -1,6 +1,6 @@
 """What a decode step of two streams costs at the shapes of a large model, on a GPU, in plain torch (ICaRus, arXiv 2603.13281).
 
-    python -m benchmarks.icarus_shapes [--batches 1 4 16 64 128 256] [--contexts 1024 4096]
+    python -m benchmarks.icarus.shapes [--batches 1 4 16 64 128 256] [--contexts 1024 4096]
 
 Random weights of Llama-3.1-8B's shapes. Three systems take one decode step for a batch of requests, each captured as a CUDA
 graph; their replays take turns:
@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from benchmarks.result import write
-from benchmarks.small import bars
+from benchmarks.shared.result import write
+from benchmarks.shared.small import bars
 
 SYSTEMS = ("plain", "plain with adapters", "two streams")
 ADAPTERS, RANK = 4, 16
@@ -178,7 +178,7 @@ def main() -> None:
         for batch, systems in by_batch.items()
     }
     config = vars(args) | {"shapes": vars(LLAMA_8B), "adapters": ADAPTERS, "rank": RANK, "dtype": "bfloat16"}
-    write("icarus_shapes", console, config, headline, steps=found)
+    write("icarus.shapes", console, config, headline, file="icarus_shapes", steps=found)
 
 
 if __name__ == "__main__":

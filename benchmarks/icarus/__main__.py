@@ -22,11 +22,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import icarus_steps, small
-from benchmarks.cache_watch import CacheWatch
-from benchmarks.result import write
-from benchmarks.sessions import Lengths, play
-from benchmarks.small import ADDRESS, BLOCK, MODEL, bars
+from benchmarks.icarus import steps
+from benchmarks.shared import small
+from benchmarks.shared.cache_watch import CacheWatch
+from benchmarks.shared.result import write
+from benchmarks.shared.sessions import Lengths, play
+from benchmarks.shared.small import ADDRESS, BLOCK, MODEL, bars
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Deployment
@@ -41,12 +42,12 @@ KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
 
 
-def steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
+def decode_steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
     """Batch size -> system -> seconds of a decode step: the median over repeats, and the ratio to the plain model's."""
     batches = [str(batch) for batch in args.batches]
-    task = progress.add_task("decode steps", total=len(batches) * args.repeats * len(icarus_steps.SYSTEMS))
-    times: dict[str, dict[str, list[float]]] = {batch: {name: [] for name in icarus_steps.SYSTEMS} for batch in batches}
-    with icarus_steps.children(model, adapters, args.cores, args.context, max(args.batches)) as engines:
+    task = progress.add_task("decode steps", total=len(batches) * args.repeats * len(steps.SYSTEMS))
+    times: dict[str, dict[str, list[float]]] = {batch: {name: [] for name in steps.SYSTEMS} for batch in batches}
+    with steps.children(model, adapters, args.cores, args.context, max(args.batches)) as engines:
         for repeat in range(args.repeats):
             order = list(engines)[repeat % len(engines) :] + list(engines)[: repeat % len(engines)]
             for batch in batches:
@@ -117,10 +118,10 @@ def main() -> None:
     args = parser.parse_args()
     console, model = Console(stderr=True), fetch(MODEL)
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
-        names = [f"agent-{n}" for n in range(icarus_steps.ADAPTERS)]
+        names = [f"agent-{n}" for n in range(steps.ADAPTERS)]
         modules = get_mode("icarus").adapter_modules
         adapters = make_seeded_adapters(model, Path(folder) / "steps", names=names, modules=modules)
-        by_batch = steps(model, adapters, args, progress)
+        by_batch = decode_steps(model, adapters, args, progress)
         console.print(by_batch)
         by_count = sessions(model, Path(folder) / "sessions", args, console, progress)
     headline = {f"step_cost_ratio_b{batch}": systems["two streams"]["ratio"] for batch, systems in by_batch.items()}

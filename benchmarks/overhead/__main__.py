@@ -20,10 +20,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import children, environment, load
-from benchmarks.overhead_measure import Plan
-from benchmarks.overhead_report import console_table, markdown
-from benchmarks.overhead_systems import BOTH_CORES, DECODE_CORES, ENGINE, KV_GIB, PREFILL_CORES, SYSTEMS
+from benchmarks.overhead.measure import Plan
+from benchmarks.overhead.report import console_table, markdown
+from benchmarks.overhead.systems import BOTH_CORES, DECODE_CORES, ENGINE, KV_GIB, PREFILL_CORES, SYSTEMS
+from benchmarks.shared import children, environment, load
 
 RESULTS = Path("benchmarks/results")
 #: The rest is measured if --only names it: it takes the run from 11 to 14 minutes on two cores.
@@ -115,7 +115,7 @@ def _systems(text: str) -> tuple[str, ...]:
 
 def _run(system: str, plan: Plan, limit_s: float, console: Console, began: float) -> dict[str, object]:
     """{"start_s", "surfaces": {name: {concurrency: {"figures", "cpu_s_per_turn"}}}}, over repeats."""
-    command = [sys.executable, "-m", "benchmarks.overhead_measure", system, plan.as_json()]
+    command = [sys.executable, "-m", "benchmarks.overhead.measure", system, plan.as_json()]
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     start_s, stage = 0.0, ""
     with console.status(system) as status:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.accuracy_rows import REFERENCE, ROWS
+from benchmarks.accuracy.rows import REFERENCE, ROWS
 from prefillshare.kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
 #: What people make of the figures: written by hand, put into the page.
-NOTES = Path(__file__).parent / "accuracy_notes.md"
+NOTES = Path(__file__).parent / "notes.md"
 
 _INTRO = """\
 # What sharing costs in right answers
 
-<!-- Made by `make accuracy`; change benchmarks/accuracy_report.py or accuracy_notes.md instead. -->
+<!-- Made by `make accuracy`; change benchmarks/accuracy/report.py or notes.md instead. -->
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
 are in percent, with 95 % intervals (Wilson). Differences are over the same questions, with the 95 % interval for paired

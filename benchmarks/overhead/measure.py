@@ -1,6 +1,6 @@
 """One system of benchmarks.overhead in a process of its own: start, warm up, measure, stop.
 
-    python -m benchmarks.overhead_measure SYSTEM PLAN_AS_JSON
+    python -m benchmarks.overhead.measure SYSTEM PLAN_AS_JSON
 
 Events go to stdout as JSON, one a line; everything the system itself prints goes to stderr.
 """
@@ -16,9 +16,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import load
-from benchmarks.environment import CpuUse
-from benchmarks.overhead_systems import SYSTEMS, Started
+from benchmarks.overhead.systems import SYSTEMS, Started
+from benchmarks.shared import load
+from benchmarks.shared.environment import CpuUse
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import uuid
 import aiohttp
 import grpc
 
-from benchmarks.load import TURN_TIMEOUT_S, Surface
-from benchmarks.stock_pd_proxy import PREFILL_HEADER
+from benchmarks.overhead.stock_pd_proxy import PREFILL_HEADER
+from benchmarks.shared.load import TURN_TIMEOUT_S, Surface
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 

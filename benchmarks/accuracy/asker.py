@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import accuracy_rows
-from benchmarks.accuracy_rows import Row
+from benchmarks.accuracy import rows
+from benchmarks.accuracy.rows import Row
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import evenly, offline_answers
 from prefillshare.finetuning.tasks import TASKS, Question
@@ -61,7 +61,7 @@ class Asker:
         seen += f"-tokens-{row.tokens:g}" if row.tokens else ""
         weights = weights_of(self._base), weights_of(decoder or self._base)
         key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
-        file = accuracy_rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
+        file = rows.RUNS / "answers" / f"{suite}-{seen}-{key}.jsonl"
         with _alone_with(file):
             given = self._answered(row, decoder, suite, questions, group, share, file, advance)
         return [question.is_right(given[question.name]) for question in questions]
@@ -120,7 +120,7 @@ def weights_of(folder: Path) -> str:
     if not any(folder.glob("*.safetensors")):
         return file.read_text()
     found = fingerprint.weights(folder)
-    if folder.is_relative_to(accuracy_rows.RUNS) and (not file.is_file() or file.read_text() != found):
+    if folder.is_relative_to(rows.RUNS) and (not file.is_file() or file.read_text() != found):
         file.write_text(found)
     return found
 

@@ -28,11 +28,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import droidspeak_overlap
-from benchmarks.droidspeak_quality import profiled_point, quality
-from benchmarks.result import RESULTS, write
-from benchmarks.sessions import Lengths, play
-from benchmarks.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
+from benchmarks.droidspeak import overlap
+from benchmarks.droidspeak.quality import profiled_point, quality
+from benchmarks.shared.result import RESULTS, write
+from benchmarks.shared.sessions import Lengths, play
+from benchmarks.shared.small import ADDRESS, BLOCK, GRPC_PORT, HTTP_PORT, MODEL, VOCABULARY, bars, deployment
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.finetuning.tasks import TASKS
@@ -118,16 +118,16 @@ def overlaps(
     found = {}
     for link in (None, args.link_mbit) if args.link_mbit else (None,):
         name = f"{link} Mbit/s" if link else "shared memory"
-        if link and not droidspeak_overlap.links():
+        if link and not overlap.links():
             console.print(f"No link of {name} here: that needs root and iproute2. Left out.")
             continue
-        total = len(args.tokens) * (args.repeats + 1) * len(droidspeak_overlap.WAYS)
+        total = len(args.tokens) * (args.repeats + 1) * len(overlap.WAYS)
         task = progress.add_task(f"overlap, {name}", total=total)
-        turns = droidspeak_overlap.measured(
+        turns = overlap.measured(
             model, decoder, group, args.tokens, args.repeats, link, lambda task=task: progress.advance(task)
         )
-        droidspeak_overlap.write_trace(turns, RESULTS / "droidspeak_trace.json")
-        console.print(f"{name}: {(summary := droidspeak_overlap.summary(turns))}")
+        overlap.write_trace(turns, RESULTS / "droidspeak_trace.json")
+        console.print(f"{name}: {(summary := overlap.summary(turns))}")
         found[name] = summary
     return found
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import NamedTuple
 
-from benchmarks.load import quantile
-from benchmarks.small import VOCABULARY
+from benchmarks.shared.load import quantile
+from benchmarks.shared.small import VOCABULARY
 from prefillshare.client import Client, collect
 
 

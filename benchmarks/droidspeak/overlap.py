@@ -7,7 +7,7 @@ at a time, from the decode engine's being asked.
 Between two processes of one machine KV moves through shared memory, faster than any network. With a link of so many Mbit/s the
 engines run in a network namespace of their own, whose loopback is held to that, and UCX takes TCP (needs root and iproute2).
 
-    python -m benchmarks.droidspeak_overlap MODEL DECODER 13-16    (started by benchmarks.droidspeak)
+    python -m benchmarks.droidspeak.overlap MODEL DECODER 13-16    (started by benchmarks.droidspeak)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.children import events
-from benchmarks.small import BLOCK, VOCABULARY
+from benchmarks.shared.children import events
+from benchmarks.shared.small import BLOCK, VOCABULARY
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.decoders import ecache_share

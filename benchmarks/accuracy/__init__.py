@@ -1,0 +1,1 @@
+"""What sharing costs in right answers."""

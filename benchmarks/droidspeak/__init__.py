@@ -1,0 +1,1 @@
+"""What DroidSpeak saves, and what it costs in answers."""

@@ -1,0 +1,1 @@
+"""What ICaRus costs and saves."""

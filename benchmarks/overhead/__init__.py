@@ -1,0 +1,1 @@
+"""What our path costs, against a bare engine and stock vLLM."""

@@ -1,0 +1,1 @@
+"""What measurements have in common: small models and deployments, load, results, the machine they ran on."""

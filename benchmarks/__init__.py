@@ -1,5 +1,5 @@
-"""Measurements, one module or folder per question. Each prints what it does, says its options with --help, and leaves its figures
-with hardware, versions and command in benchmarks/results/.
+"""Measurements, one module or folder per question. Each prints what it does, says its options with --help, and leaves its
+figures with hardware, versions and command in benchmarks/results/.
 
     agents      what is sharing worth, against a cache per model and against stock vLLM? (plan: on other machines, estimated)
     accuracy    what does sharing cost in right answers?

@@ -42,7 +42,7 @@ KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
 
 
-def decode_steps(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
+def step_times(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
     """Batch size -> system -> seconds of a decode step: the median over repeats, and the ratio to the plain model's."""
     batches = [str(batch) for batch in args.batches]
     task = progress.add_task("decode steps", total=len(batches) * args.repeats * len(steps.SYSTEMS))
@@ -121,7 +121,7 @@ def main() -> None:
         names = [f"agent-{n}" for n in range(steps.ADAPTERS)]
         modules = get_mode("icarus").adapter_modules
         adapters = make_seeded_adapters(model, Path(folder) / "steps", names=names, modules=modules)
-        by_batch = decode_steps(model, adapters, args, progress)
+        by_batch = step_times(model, adapters, args, progress)
         console.print(by_batch)
         by_count = sessions(model, Path(folder) / "sessions", args, console, progress)
     headline = {f"step_cost_ratio_b{batch}": systems["two streams"]["ratio"] for batch, systems in by_batch.items()}

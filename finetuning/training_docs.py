@@ -32,7 +32,7 @@ it is: weights or a PEFT adapter, `kv_contract.json`, a model card, the recipe, 
 | `ordinary` | its own KV | LoRA on all linear layers, or all weights | `none` |
 
 `finetuning/conditioned.py` is one forward pass for all of them: the model of `transformers`, with positions and a mask that
-say what is seen. `tests/unit/test_conditioned.py` compares its log-probabilities with the reference's, to 1e-4.
+say what is seen. `tests/unit/finetuning/test_conditioned.py` compares its log-probabilities with the reference's, to 1e-4.
 
 **A transcript with several responses trains in one pass**, each with the semantics a session has: in `prefillshare` earlier
 responses are base KV.

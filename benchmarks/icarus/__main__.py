@@ -42,7 +42,9 @@ KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
 
 
-def step_times(model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress) -> dict[str, dict[str, dict]]:
+def step_times(
+    model: Path, adapters: dict[str, Path], args: argparse.Namespace, progress: Progress
+) -> dict[str, dict[str, dict]]:
     """Batch size -> system -> seconds of a decode step: the median over repeats, and the ratio to the plain model's."""
     batches = [str(batch) for batch in args.batches]
     task = progress.add_task("decode steps", total=len(batches) * args.repeats * len(steps.SYSTEMS))

@@ -13,7 +13,7 @@ from prefillshare.kvshare.config import access, placement, tree
 from prefillshare.kvshare.modes import mode_names
 from prefillshare.router.tenants import Tenant
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 NODES = [config.Deployment, config.Base, config.Engines, config.Prefill, config.DecodePool]
 NODES += [tree.Autoscale, placement.Placement, config.Router, config.Cluster, config.Logs, config.Tracing]
 NODES += [access.Auth, access.Tls]

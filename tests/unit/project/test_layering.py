@@ -11,7 +11,7 @@ import pytest
 
 from prefillshare.kvshare.modes import mode_names
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 #: From top to bottom; folders of one row do not know each other.
 LAYERS = (

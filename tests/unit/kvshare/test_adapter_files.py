@@ -13,7 +13,7 @@ from prefillshare.kvshare.adapter_settings import AdapterSettings
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from prefillshare.kvshare.metrics import DEFINITIONS
 
-RULES = Path(__file__).parents[2] / "deploy/prometheus/rules.yaml"
+RULES = Path(__file__).parents[3] / "deploy/prometheus/rules.yaml"
 PROMTOOL = shutil.which("promtool")
 
 

@@ -17,7 +17,7 @@ from prefillshare.kvshare_vllm import forkserver
 from prefillshare.kvshare_vllm.forkserver import openmp
 from prefillshare.kvshare_vllm.forkserver.passing import named
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STAND_IN = Path(forkserver.__file__).with_name("stand_in.py")
 RUNTIME = Path(sys.prefix) / "lib" / openmp.RUNTIME
 #: Imported by the server, and slow to import as far as these tests go.

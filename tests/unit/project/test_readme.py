@@ -17,7 +17,7 @@ from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.modes import mode_names
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
 NAMES = ("README.md", "docs/using.md", "docs/deploying.md", "docs/architecture.md")
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}

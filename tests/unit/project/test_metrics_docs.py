@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prefillshare import metrics_docs
 from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def test_page_is_up_to_date():

@@ -15,7 +15,7 @@ import yaml
 
 from prefillshare.kvshare.metrics import DEFINITIONS
 
-FOLDER = Path(__file__).parents[2] / "deploy/grafana"
+FOLDER = Path(__file__).parents[3] / "deploy/grafana"
 SPEC = importlib.util.spec_from_file_location("dashboards", FOLDER / "dashboards.py")
 dashboards = importlib.util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = dashboards  # dataclasses look there

@@ -17,7 +17,7 @@ from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.router import tenants
 
-FOLDER = Path(__file__).parents[2] / "deploy" / "configs"
+FOLDER = Path(__file__).parents[3] / "deploy" / "configs"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))
 KEYS = FOLDER.parent / "keys" / "example.yaml"
 

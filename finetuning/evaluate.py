@@ -1,7 +1,7 @@
 """Task scores of a decoder, through the served system or offline by the same definition.
 
-Offline is what tests/unit/finetuning/test_generate.py proves equal to the reference, token by token; it batches freely and needs no
-engines. Through the system, answers come from `prefillshare serve` over gRPC.
+Offline is what tests/unit/finetuning/test_generate.py proves equal to the reference, token by token; it batches freely and
+needs no engines. Through the system, answers come from `prefillshare serve` over gRPC.
 """
 
 from __future__ import annotations

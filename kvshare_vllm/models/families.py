@@ -60,7 +60,7 @@ class PartialLayers(Instead):
     captured are decodes, which run as in the stock model."""
 
     prefix, module = "DroidSpeak", "own_layers"
-    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the V2 runner has no `_build_attention_metadata`
+    environment: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the V2 runner has no `_build_attention_metadata`
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
         scheduler = "prefillshare.kvshare_vllm.engine.own_layers_scheduler.OwnLayersScheduler"

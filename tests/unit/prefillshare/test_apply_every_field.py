@@ -92,7 +92,7 @@ def served(monkeypatch):
     monkeypatch.setattr(applying, "wait_until_running", lambda deployment, progress: None)
     monkeypatch.setattr(applying, "running_handle", serve.handle)
     monkeypatch.setattr("prefillshare.serve_config.is_from_config", lambda application: False)
-    # Of every deployment Ray pickles the class that routes to it, which looks through all modules there are; nobody reads it here.
+    # Of every deployment Ray pickles the class that routes to it, looking through all modules there are; nobody reads it here.
     monkeypatch.setattr("ray.serve.config.RequestRouterConfig._serialize_request_router_cls", lambda self: None)
     return serve
 

@@ -49,7 +49,7 @@ def started(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def running(folder: Path, name: str) -> Iterator[None]:
-    address = _address(folder, name)
+    address = socket_of(folder, name)
     server = start(address, env=os.environ | engine_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield
@@ -81,9 +81,9 @@ def runtime_env(folder: Path, spares: int = 0) -> dict[str, str]:
     names = {node["Labels"].get(LABEL) for node in ray.nodes() if node["Alive"]}
     if len(names) != 1 or None in names:
         return {}
-    stand_in, address = Path(forkserver.__file__).with_name("stand_in.py"), _address(folder, *names)
+    stand_in, address = Path(forkserver.__file__).with_name("stand_in.py"), socket_of(folder, *names)
     return {"py_executable": shlex.join([sys.executable, "-I", "-S", str(stand_in), str(address), str(spares)])}
 
 
-def _address(folder: Path, name: str) -> Path:
+def socket_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.socket"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from lent_spares import LentSpares
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
@@ -14,6 +15,7 @@ from prefillshare import cluster, forkserver
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Deployment, parse
+from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.models import fetch
 from prefillshare.platform import engine_environment
 
@@ -32,13 +34,14 @@ def _engine_environment():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _fork_server():
-    """One for all systems: vLLM is imported once."""
+def _fork_server(tmp_path_factory):
+    """One for all systems, and for engines of this process: vLLM is imported once."""
     name = f"tests-{os.getpid()}"
-    with forkserver.running(cluster.folder(), name):
-        os.environ[forkserver.SETTING] = name
+    with forkserver.running(cluster.folder(), name), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(forkserver.SETTING, name)
+        server = forkserver.socket_of(cluster.folder(), name)
+        patch.setattr(spare, "_spares", LentSpares(server, tmp_path_factory.mktemp("spares")))
         yield
-        del os.environ[forkserver.SETTING]
 
 
 class System:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lent_spares import LentSpares
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
@@ -30,12 +29,14 @@ def smollm() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _engine_environment():
     """Engines started in this process want what replicas get."""
-    os.environ.update({k: v for k, v in engine_environment().items() if k != "LD_PRELOAD"})
+    os.environ.update(engine_environment())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server(tmp_path_factory):
     """One for all systems, and for engines of this process: vLLM is imported once."""
+    from lent_spares import LentSpares
+
     name = f"tests-{os.getpid()}"
     with forkserver.running(cluster.folder(), name), pytest.MonkeyPatch.context() as patch:
         patch.setenv(forkserver.SETTING, name)

@@ -1,34 +1,33 @@
 """Engines that tests start in their own process start with vLLM imported: theirs are forked from the fork server, which gives
 each up to this process as a child of its own.
 
-Linux gives an orphan to the nearest ancestor that asks for it (PR_SET_CHILD_SUBREAPER). This process asks while a spare is
-made, and no longer: orphans of others are none of its business.
+A process between has a spare made, hands it over, and ends. Linux gives an orphan to the nearest ancestor that asks for it
+(PR_SET_CHILD_SUBREAPER); this process asks while a spare is made, and no longer: orphans of others are none of its business.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 from pathlib import Path
 
 import psutil
+from conftest import wait_until
 
 from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.forkserver.passing import Program, named
+from prefillshare.kvshare_vllm.forkserver.stand_in import STARTED
 
 _SUBREAPER = 36
-_SCRIPT = """
-import os, socket, sys, time
-between = os.getpid()
-if os.fork():
-    os._exit(0)
-while os.getppid() == between:
-    time.sleep(0.001)
+_BETWEEN = """
+import socket, sys
 from prefillshare.kvshare_vllm.forkserver import spare
-connection = socket.socket(fileno=int(sys.argv[1]))
-connection.sendall(os.getpid().to_bytes(4, "big"))
-spare._become(connection)
+[one] = spare._spares
+with socket.socket(fileno=int(sys.argv[1])) as asker:
+    socket.send_fds(asker, [one.pid.to_bytes(4, "big")], [one.connection.fileno()])
 """
+PATIENCE_S = 120
 
 
 class LentSpares(list):
@@ -36,25 +35,29 @@ class LentSpares(list):
 
     def __init__(self, server: Path, folder: Path):
         super().__init__()
-        self._server, self._script = server, folder / "lent_spare.py"
-        self._script.write_text(_SCRIPT)
+        self._server, self._script = server, folder / "between.py"
+        self._script.write_text(_BETWEEN)
 
     def __bool__(self) -> bool:
         return True
 
     def pop(self) -> spare._Spare:
-        ours, its = socket.socketpair()
-        libc = ctypes.CDLL(None, use_errno=True)
+        libc = ctypes.CDLL(None)
         libc.prctl(_SUBREAPER, 1)
         try:
-            with its, socket.socket(socket.AF_UNIX) as server, named(self._server) as name:
-                server.settimeout(120)
-                server.connect(name)
-                Program(["0", str(self._script), str(its.fileno())], files=[0, 1, 2, its.fileno()]).send(server)
-            ours.settimeout(120)
-            pid = int.from_bytes(ours.recv(4), "big")
+            return self._lent()
         finally:
             libc.prctl(_SUBREAPER, 0)
-        ours.settimeout(None)
-        assert psutil.Process(pid).ppid() == psutil.Process().pid
-        return spare._Spare(pid, ours)
+
+    def _lent(self) -> spare._Spare:
+        ours, its = socket.socketpair()
+        with ours, its, socket.socket(socket.AF_UNIX) as server, named(self._server) as name:
+            for one in (ours, server):
+                one.settimeout(PATIENCE_S)
+            server.connect(name)
+            Program(["1", str(self._script), str(its.fileno())], files=[0, 1, 2, its.fileno()]).send(server)
+            assert server.recv(1) == STARTED
+            told, [connection], *_ = socket.recv_fds(ours, 4, 1)
+        pid = int.from_bytes(told, "big")
+        wait_until(lambda: psutil.Process(pid).ppid() == os.getpid(), step_s=0.001)
+        return spare._Spare(pid, socket.socket(fileno=connection))

@@ -16,6 +16,7 @@ def register() -> None:
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
+        quick_start.end_soon()
     for transport in TRANSPORTS.values():
         transport.register()
     kv_events.register()

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
+from multiprocessing import resource_tracker
 
 
 class LogTail:
@@ -23,6 +24,7 @@ class LogTail:
     def __enter__(self) -> LogTail:
         sys.stdout.flush()
         sys.stderr.flush()
+        resource_tracker.ensure_running()  # one of this process, which outlives the engine: else it would keep the pipe open
         self._saved = (os.dup(1), os.dup(2))
         read, write = os.pipe()
         os.dup2(write, 1)

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import subprocess
 import sys
 
 import pytest
@@ -49,3 +50,14 @@ def test_spawned_processes_and_those_that_they_spawn_begin_with_a_pause():
     assert [queue.get(timeout=60), queue.get(timeout=60)] == [(False, "prefillshare.kvshare_vllm.engine.spawned")] * 2
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_a_process_that_is_to_end_soon_looks_for_no_garbage_at_its_end():
+    program = (
+        "import atexit, gc\n"
+        "from prefillshare.kvshare_vllm.engine import quick_start\n"
+        "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 1000))\n"
+        "quick_start.end_soon()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -104,7 +104,8 @@ uv() {
     [ -x .venv/bin/uv ] || pip "$UV" || return 1
     local settings
     mapfile -t settings < <(.venv/bin/python requirements/uv_settings.py)
-    env "${settings[@]}" VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --no-progress --compile-bytecode "$@"
+    env "${settings[@]}" VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --no-progress --compile-bytecode \
+        --index-strategy unsafe-best-match "$@" # of several indexes, as pip does
 }
 
 install() { uv "$@" || pip "$@"; }

@@ -38,6 +38,7 @@ from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.grammars.client import GrammarClient
 from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
+from prefillshare.kvshare_vllm.surface.http_hang_ups import told_of_hang_up
 from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, note_failure
 from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
@@ -285,10 +286,11 @@ class Run:
                 self.turns.append(turn)
                 processor.add_request(child, self._prompt_text, parent, index, queue)
                 pumps.append(asyncio.create_task(self._pump(child, turn, queue)))
-            while not finished:
-                output = queue.get_nowait() or await queue.get()
-                finished = output.finished
-                yield output
+            with told_of_hang_up(lambda: queue.put(Unavailable("the client has hung up"))):
+                while not finished:
+                    output = queue.get_nowait() or await queue.get()
+                    finished = output.finished
+                    yield output
         finally:
             for pump in pumps:
                 pump.cancel()

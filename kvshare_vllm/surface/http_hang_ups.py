@@ -9,6 +9,8 @@ ASGI middleware, outside of all others, tells the app in the way that it listens
  3. An app that does not listen, and has not ended after PATIENCE_S, is cancelled. One that does is on its way: how soon it
     hears of it depends on what else the event loop has to do, and cancelled before, it would leave its handler behind. It has
     LONGEST_S.
+ 4. A handler may be left behind all the same: cancelled between its beginning and its first listening, which on a busy loop is
+    not at once. So what generates for it is told, too (`told_of_hang_up`).
 
 Seam: vllm/entrypoints/serve/utils/api_utils.py (with_cancellation), ray/serve/_private/replica.py (_call_http_entrypoint)
 """
@@ -17,12 +19,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S, LONGEST_S = 0.5, 30.0
 
 _DISCONNECT = {"type": "http.disconnect"}
+
+#: Of the HTTP request that is being served: done when its client has hung up.
+_hung_up: ContextVar[asyncio.Future | None] = ContextVar("hung_up", default=None)
+
+
+@contextmanager
+def told_of_hang_up(tell: Callable[[], None]) -> Iterator[None]:
+    """`tell` is called if the client hangs up meanwhile, or has hung up; whichever task of the request this is entered in."""
+    hung_up = _hung_up.get()
+    if hung_up is None:
+        yield
+        return
+
+    def called(_: asyncio.Future) -> None:
+        tell()
+
+    hung_up.add_done_callback(called)
+    try:
+        yield
+    finally:
+        hung_up.remove_done_callback(called)
 
 
 class HangUps:
@@ -33,6 +59,7 @@ class HangUps:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         client = _Client(receive, send)
+        _hung_up.set(client.hung_up)
         serving = asyncio.create_task(self._app(scope, client.receive, client.send))
         try:
             await asyncio.wait({serving})

@@ -13,6 +13,7 @@ from stub_turn import StubTurn
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare_vllm.surface import http_hang_ups
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -114,3 +115,26 @@ async def test_a_request_whose_client_hangs_up_leaves_no_turn_running(router, ki
     for _ in range(20):  # vLLM's handler has been cancelled, and is left to end
         await asyncio.sleep(0)
     assert router.running == set()
+
+
+@pytest.mark.parametrize("where", ["waiting", "generating"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_handler_that_is_left_behind_ends_its_turn(router, monkeypatch, kind, stream, where):
+    """As on a loop so busy that the handler has begun and does not listen yet when its request is cancelled."""
+    monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0)
+    monkeypatch.setattr(http_hang_ups._Client, "is_heard", property(lambda self: False, lambda self, is_heard: None))
+    path, body, turns = KINDS[kind]
+    router.room.set() if where == "generating" else router.room.clear()
+    task = posted(router.app, path, body | {"stream": stream}, told=False)
+
+    async def under_way():
+        return len(getattr(router, where)) == turns
+
+    async def ended():
+        return not router.running
+
+    await until(under_way)
+    task.hang_up()
+    await asyncio.gather(task, return_exceptions=True)
+    await until(ended)

@@ -104,6 +104,44 @@ async def test_an_app_that_is_slow_to_hear_of_it_leaves_no_handler_behind(monkey
     assert ended == ["handler"]
 
 
+async def test_what_is_left_behind_is_told(monkeypatch):
+    """Whether it asks before the client hangs up or after, and whatever becomes of the app."""
+    monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0)
+    told, behind, go_on = [], [], asyncio.Event()
+
+    async def left_behind(name: str, after: asyncio.Event):
+        await after.wait()
+        with http_hang_ups.told_of_hang_up(lambda: told.append(name)):
+            await asyncio.sleep(0.05)
+
+    async def app(scope, receive, send):
+        at_once = asyncio.Event()
+        at_once.set()
+        behind.extend(asyncio.create_task(left_behind(*one)) for one in (("before", at_once), ("after", go_on)))
+        await asyncio.Event().wait()
+
+    task = await served(app, Client())
+    await asyncio.sleep(0)
+    await hang_up(task)
+    go_on.set()
+    await asyncio.gather(*behind)
+    assert told == ["before", "after"]
+
+
+async def test_what_ends_before_is_not_told():
+    told = []
+
+    async def app(scope, receive, send):
+        with http_hang_ups.told_of_hang_up(lambda: told.append("too late")):
+            pass
+        await asyncio.Event().wait()
+
+    await hang_up(await served(app, Client()))
+    with http_hang_ups.told_of_hang_up(lambda: told.append("no request")):
+        await asyncio.sleep(0)
+    assert told == []
+
+
 async def test_an_app_that_hears_of_it_and_goes_on_is_cancelled_in_the_end(monkeypatch):
     monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0.01)
     monkeypatch.setattr(http_hang_ups, "LONGEST_S", 0.05)

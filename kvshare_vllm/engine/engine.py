@@ -398,6 +398,5 @@ class DecodeEngine(Engine):
 
 
 def _spares(s: EngineSettings):
-    """An engine of several ranks starts the ordinary way: its ranks import vLLM all the same, and a scheduler that was forked
-    was seen to hear of them so late that loans ended."""
+    """An engine of several ranks starts the ordinary way: its ranks import vLLM all the same."""
     return spare.become_what_is_spawned() if s.tensor_parallel_size == 1 else nullcontext()

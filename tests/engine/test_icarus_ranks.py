@@ -25,7 +25,8 @@ async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family):
     decode = settings_of(tmp_path, smollm, "icarus", ("a", "b"), family)
     base = model(decode.model)
     decoders = {name: PeftModel.from_pretrained(model(decode.model), path).eval() for name, path in decode.adapters.items()}
-    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1")) as engines:
+    # Two ranks and the prefill engine share two cores, and wait for each other by spinning: a loan has to last.
+    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1", lease_s=60)) as engines:
         prefill, _ = engines
         context = ids(45)
         for name in ("a", None, "b"):

@@ -24,10 +24,10 @@ model: $(INSTALLED) ## make the embedded default model's folder, models/smollm2-
 demo: model ## start a small cluster on this machine and run a session in which decoders take turns
 	@$(BIN)/prefillshare demo
 
-test: model test-unit ## all tests, those that start engines included (about an hour on 2 cores)
+test: model test-unit ## all tests, those that start engines included (about 40 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/engine
 
-test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (a few minutes, most of them imports)
+test-unit: $(INSTALLED) ## the tests that need neither an engine nor a model (three minutes, most of them imports)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 
 accuracy: model ## train what is compared in docs/accuracy.md, ask the test questions, write the page (hours; goes on where it was)

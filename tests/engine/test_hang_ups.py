@@ -123,7 +123,8 @@ async def test_a_request_whose_client_hangs_up_leaves_no_turn_running(router, ki
 async def test_a_handler_that_is_left_behind_ends_its_turn(router, monkeypatch, kind, stream, where):
     """As on a loop so busy that the handler has begun and does not listen yet when its request is cancelled."""
     monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0)
-    monkeypatch.setattr(http_hang_ups._Client, "is_heard", property(lambda self: False, lambda self, is_heard: None))
+    deaf = property(lambda self: False, lambda self, is_heard: None)
+    monkeypatch.setattr(http_hang_ups._Client, "is_heard", deaf, raising=False)
     path, body, turns = KINDS[kind]
     router.room.set() if where == "generating" else router.room.clear()
     task = posted(router.app, path, body | {"stream": stream}, told=False)

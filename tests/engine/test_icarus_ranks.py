@@ -13,6 +13,8 @@ from engines import new_id, nothing_held, settings_of, started, turn
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from prefillshare.kvshare_vllm.forkserver import spare
+
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 
@@ -21,12 +23,14 @@ def model(folder: str | Path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family):
+async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family, monkeypatch):
+    # Ranks whose OpenMP is Intel's hold the cores between steps, and the prefill engine reads their loan too late.
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(spare, "_spares", [])
     decode = settings_of(tmp_path, smollm, "icarus", ("a", "b"), family)
     base = model(decode.model)
     decoders = {name: PeftModel.from_pretrained(model(decode.model), path).eval() for name, path in decode.adapters.items()}
-    # Two ranks and the prefill engine share two cores, and wait for each other by spinning: a loan has to last.
-    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1", lease_s=60)) as engines:
+    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1")) as engines:
         prefill, _ = engines
         context = ids(45)
         for name in ("a", None, "b"):

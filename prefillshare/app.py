@@ -72,6 +72,7 @@ def build(
 
     handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment, check_files).items():
+        spares = int(settings.tensor_parallel_size == 1)  # the ranks of one of several import vLLM all the same
         engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
@@ -89,7 +90,7 @@ def build(
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "resources": dict(engines.resources),
-                "runtime_env": {"env_vars": env, **forkserver.runtime_env(cluster.folder(), spares=1)},
+                "runtime_env": {"env_vars": env, **forkserver.runtime_env(cluster.folder(), spares)},
             },
         )
         handles[name] = _kept_while(engine, settings.fixed).bind(settings)

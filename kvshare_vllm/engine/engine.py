@@ -9,7 +9,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from vllm import SamplingParams
@@ -106,7 +106,7 @@ class Engine:
                 gentle_grammars.trust_the_router()
                 kv_events = kv_events_on(host, ports)
                 config = AsyncEngineArgs(**engine_args(settings, kv_events)).create_engine_config()
-                with one_process(config, settings), quick_start.of_spawned(), _spares(settings):
+                with one_process(config, settings), quick_start.of_spawned(), spare.become_what_is_spawned():
                     llm = AsyncLLM.from_vllm_config(config, stat_loggers=[make_gauges, *stat_loggers])
             array_logprobs.keep(llm.output_processor)
             engine = cls(settings, llm, gauges[0], log, kv_events)
@@ -395,8 +395,3 @@ class DecodeEngine(Engine):
         self.check(handoff)
         if handoff.tokens != expected:
             raise Internal(f"handoff of {handoff.tokens} tokens for a shared prefix of {expected}")
-
-
-def _spares(s: EngineSettings):
-    """An engine of several ranks starts the ordinary way: its ranks import vLLM all the same."""
-    return spare.become_what_is_spawned() if s.tensor_parallel_size == 1 else nullcontext()

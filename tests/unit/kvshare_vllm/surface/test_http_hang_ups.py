@@ -107,25 +107,27 @@ async def test_an_app_that_is_slow_to_hear_of_it_leaves_no_handler_behind(monkey
 async def test_what_is_left_behind_is_told(monkeypatch):
     """Whether it asks before the client hangs up or after, and whatever becomes of the app."""
     monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0)
-    told, behind, go_on = [], [], asyncio.Event()
+    behind, asks, go_on = [], asyncio.Event(), asyncio.Event()
 
-    async def left_behind(name: str, after: asyncio.Event):
+    async def left_behind(after: asyncio.Event):
+        told = asyncio.Event()
         await after.wait()
-        with http_hang_ups.told_of_hang_up(lambda: told.append(name)):
-            await asyncio.sleep(0.05)
+        with http_hang_ups.told_of_hang_up(told.set):
+            asks.set()
+            await told.wait()
 
     async def app(scope, receive, send):
         at_once = asyncio.Event()
         at_once.set()
-        behind.extend(asyncio.create_task(left_behind(*one)) for one in (("before", at_once), ("after", go_on)))
+        behind.extend(asyncio.create_task(left_behind(after)) for after in (at_once, go_on))
         await asyncio.Event().wait()
 
     task = await served(app, Client())
-    await asyncio.sleep(0)
+    await asks.wait()
     await hang_up(task)
     go_on.set()
-    await asyncio.gather(*behind)
-    assert told == ["before", "after"]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*behind)
 
 
 async def test_what_ends_before_is_not_told():

@@ -3,16 +3,7 @@
 import asyncio
 import logging
 
-import pytest
-from prometheus_client import CollectorRegistry
-
-from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.background import Background
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 def failures(metrics) -> float:

@@ -4,12 +4,10 @@ import asyncio
 
 import pytest
 from one_replica import OneReplica
-from prometheus_client import CollectorRegistry
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import PrefillResult
-from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.priority import BEHIND
 from prefillshare.router.ahead.eager import EagerPrefill
 
@@ -38,11 +36,6 @@ class Call:
 
     def cancel(self):
         self._pool.cancelled += 1
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 @pytest.fixture

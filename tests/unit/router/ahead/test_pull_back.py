@@ -6,12 +6,10 @@ from contextlib import asynccontextmanager
 import pytest
 from one_replica import OneReplica
 from polling import until
-from prometheus_client import CollectorRegistry
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
-from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.ahead.pull_back import PullBack
 
 BLOCK = 32
@@ -39,11 +37,6 @@ class Pool(OneReplica):
 
 def _task(function):
     return lambda *args, **kwargs: asyncio.ensure_future(function(*args, **kwargs))
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 @pytest.fixture

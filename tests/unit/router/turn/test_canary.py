@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from polling import until
-from prometheus_client import CollectorRegistry
 from stub_turn import StubTurn
 from told_logprobs import logprobs
 
@@ -16,7 +15,6 @@ from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.decoders import ALL, Decoder
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
-from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router.turn.canary import TOP, Canary, as_asked, divergence
 
@@ -91,11 +89,6 @@ class World:
             raise self.error
         self.asked.append((token_ids, adapter, top))
         return logprobs(*((token, math.log(0.3)) for token in (5, 6, 7)), (8, math.log(0.05)))
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 async def turn(canary, asked=None):

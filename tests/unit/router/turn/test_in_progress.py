@@ -3,16 +3,7 @@
 import asyncio
 import time
 
-import pytest
-from prometheus_client import CollectorRegistry
-
-from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.turn.in_progress import InProgress
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 async def test_the_end_of_the_named_decoders_turns_is_waited_for(metrics):

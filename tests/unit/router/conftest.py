@@ -1,0 +1,12 @@
+"""What tests of the router share."""
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from prefillshare.kvshare.metrics import Metrics
+
+
+@pytest.fixture
+def metrics():
+    """The project's, in a registry of their own."""
+    return Metrics(CollectorRegistry())

@@ -20,16 +20,17 @@ _HEAD = """\
 
 <!-- Made by `python -m prefillshare.config_docs > docs/configuration.md`; change kvshare/config/ instead. -->
 
-One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it and `prefillshare serve FILE`
-runs it. Unknown keys are refused. All sizes are per replica. The last column says what a change does to a deployment that
-runs (`prefillshare apply FILE`); what turns notice of it: [operations](operations.md#change-what-runs).
+One YAML file describes a deployment; `prefillshare check FILE` says what is wrong with it, and `prefillshare serve FILE`
+runs it. Unknown keys are refused. All sizes are per replica. The last column says what a change does to a running
+deployment (`prefillshare apply FILE`): "taken over" means that what runs adopts the new value without being replaced. What
+turns notice of a change is described in [operations](operations.md#change-what-runs).
 """
 _KEYS_FILE = """\
 ## The keys file
 
-`router.auth.keys_file`, or the content of the environment variable `router.auth.keys_env`: YAML or JSON, one mapping
-`tenants` from a tenant's name to the keys below. Unknown keys are refused. What is said about a wrong one shows names, never
-values. Example: [example.yaml](../deploy/keys/example.yaml).
+`router.auth.keys_file` names the keys file, or the environment variable `router.auth.keys_env` holds its content. It is YAML
+or JSON with one mapping, `tenants`, from a tenant's name to the keys below. Unknown keys are refused. Error messages show
+names only, never values. Example: [example.yaml](../deploy/keys/example.yaml).
 """
 #: Where each node of the tree stands in the file.
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
@@ -54,10 +55,11 @@ def markdown() -> str:
     for path, node in _SECTIONS:
         parts += [f"## `{path}`\n\n{inspect.cleandoc(node.__doc__)}\n", fields(node)]
     refused = ", ".join(f"`{name}`" for name in sorted(OUR_ENGINE_ARGS))
-    parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. Refused, because fields above or "
-              f"the KV contract decide them:\n{refused}.\n"]
+    parts += [f"## `engine_args`\n\nArguments of vLLM's engine, passed on as they are. The following are refused, because "
+              f"fields above or the KV contract decide them:\n{refused}.\n"]
     parts += [_KEYS_FILE, fields(tenants.Tenant)]
-    parts += ["## Examples\n\nIn `deploy/configs/`, one per scenario.\n", _table(("file", "scenario"), _examples())]
+    parts += ["## Examples\n\nThe files are in `deploy/configs/`, one per scenario.\n"]
+    parts += [_table(("file", "scenario"), _examples())]
     return "\n".join(parts)
 
 

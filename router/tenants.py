@@ -66,23 +66,23 @@ class Tenant(Node):
     keys: tuple[Annotated[bytes, BeforeValidator(_as_digest, json_schema_input_type=str)], ...] = Field(
         min_length=1, repr=False
     )
-    """Its API keys, each as it is (16 characters or more) or as "sha256:" and its SHA-256 in hexadecimal digits.
-    `prefillshare key` makes both."""
+    """The tenant's API keys, each either as it is (16 characters or more) or as "sha256:" and its SHA-256 in hexadecimal
+    digits. `prefillshare key` prints both forms."""
     weight: float = Field(1, gt=0, le=1000)
-    """Its share where tenants wait for each other: one of weight 2 gets twice as much as one of weight 1."""
+    """The tenant's share where tenants wait for each other: a tenant of weight 2 gets twice as much as one of weight 1."""
     max_in_progress: int | None = Field(None, ge=1)
-    """Most turns it has in progress at once; unset: as many as router.max_queued."""
+    """Most turns that the tenant may have in progress at once; unset: as many as router.max_queued."""
     max_sessions: int | None = Field(None, ge=1)
-    """Most sessions it holds at once; creating another one is refused. Unset: its part of router.max_sessions by weight, at
-    least 1. All tenants together never hold more than router.max_sessions."""
+    """Most sessions that the tenant may hold at once; creating another one is refused. Unset: a part of router.max_sessions in
+    proportion to its weight, at least 1. All tenants together never hold more than router.max_sessions."""
     priority: int = Field(0, ge=-100, le=100)
-    """Lower is sooner, as in vLLM: turns of lower number go before all of higher number, in the router and in the engines. A
-    request may add up to 100 to it, and so let others go first."""
+    """Priority of the tenant's turns; lower is sooner, as in vLLM: turns of a lower number go before all turns of a higher
+    number, in the router and in the engines. A request may add up to 100 to it, and so let others go first."""
     cache_domain: Name | None = None
-    """Its prompts share KV with those of the same domain only; unset: a domain of its own, named like the tenant."""
+    """The tenant's prompts share KV only with prompts of the same domain. Unset: a domain of its own, named like the tenant."""
     may_share: tuple[Name, ...] = ()
-    """Further cache domains it may choose for a session or request. Who shares a domain can find out, from answer
-    times, whether others in it have sent the same beginning of a prompt."""
+    """Further cache domains that the tenant may choose for a session or request. Anybody who shares a domain can find out, from
+    response times, whether others in it have sent the same beginning of a prompt."""
 
 
 class KeysFile(Node):

@@ -15,15 +15,15 @@ from prefillshare.kvshare.yaml_tree import Node
 
 class Auth(Node):
     """Who may call: tenants and their API keys, from a keys file (its format: "The keys file", below). Without
-    `router.auth` everybody may, as one anonymous tenant. Read when the deployment starts or is changed."""
+    `router.auth` anybody may call, as one anonymous tenant. The file is read when the deployment starts or is changed."""
 
     CHANGE: ClassVar = ROUTERS
 
     keys_file: str | None = Field(None, min_length=1)
     """The keys file. Relative paths are tried as for base.model."""
     keys_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable of `prefillshare serve` that holds the keys file's content, instead of `keys_file`. Processes
-    it starts inherit the variable: better only digests in it."""
+    """Environment variable of `prefillshare serve` that holds the keys file's content, instead of `keys_file`. Processes that
+    it starts inherit the variable, so it should hold digests only."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Auth:
@@ -33,13 +33,14 @@ class Auth(Node):
 
 
 class Tls(Node):
-    """TLS for both surfaces; without `router.tls` they are plain. PEM files, at the same path on every machine that
-    runs a router or an HTTP proxy; relative paths are tried as for base.model. Read when the deployment starts."""
+    """TLS for both surfaces; without `router.tls` they are not encrypted. The files are PEM files and must be at the same path
+    on every machine that runs a router or an HTTP proxy. Relative paths are tried as for base.model. The files are read when
+    the deployment starts."""
 
     CHANGE: ClassVar = refused("Ray Serve's proxies keep their certificates while they run", fix="start anew")
 
     cert_file: str = Field(min_length=1)
-    """The server's certificate, followed by those that lead to its root."""
+    """The server's certificate, followed by the certificates that lead to its root."""
     key_file: str = Field(min_length=1)
     """The certificate's private key, not encrypted."""
     client_ca_file: str | None = Field(None, min_length=1)

@@ -13,17 +13,17 @@ Scorer = Literal["work", "prefix", "balance", "session", "fill", "turn"]
 
 
 class Placement(Node):
-    """How a replica is chosen: scorers in [0, 1], weighted (router/pools/placement.py)."""
+    """How a replica is chosen: by a weighted sum of scorers in [0, 1] (router/pools/placement.py)."""
 
     CHANGE: ClassVar = TAKEN_OVER
 
     policy: Literal["prefix_aware", "least_loaded", "session_sticky", "round_robin"] = "prefix_aware"
-    """Weights by name. prefix_aware: where the least work is left before the first token, cached prefixes counted, and
-    for decode by load and cached prefix; the others are for comparison."""
+    """Named sets of weights. prefix_aware: for prefill, the replica with the least work left before the first token, cached
+    prefixes included; for decode, by load and cached prefix. The other policies are for comparison."""
     prefill_weights: dict[Scorer, float] = Field(default_factory=dict)
-    """Weights of one's own for prefill, instead of the policy's: scorer -> weight."""
+    """Your own weights for prefill, instead of the policy's: a mapping from scorers to weights."""
     decode_weights: dict[Scorer, float] = Field(default_factory=dict)
-    """Weights of one's own for decode, instead of the policy's."""
+    """Your own weights for decode, instead of the policy's."""
 
     @field_validator("prefill_weights", "decode_weights")
     @classmethod

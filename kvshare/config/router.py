@@ -23,83 +23,87 @@ class Router(Node):
     CHANGE: ClassVar = ROUTERS
 
     replicas: Annotated[int, TAKEN_OVER] = Field(1, ge=1)
-    """Router replicas. More than one needs redis_url, and a machine for each: all listen on the same ports."""
+    """Number of router replicas. More than one needs redis_url and a machine for each replica, since all listen on the same
+    ports."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Custom Ray resources that a router takes, as for engines."""
     host: Annotated[str, _OF_PROXIES] = Field("127.0.0.1", pattern=r"^[^\[\]/\s]+$")
-    """Address both surfaces listen on, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all. On loopback, a local Ray
-    cluster and the engines are there, too."""
+    """Address on which both surfaces listen, IPv4 or IPv6 (without brackets); "0.0.0.0" or "::" for all addresses. If it is a
+    loopback address, a local Ray cluster and the engines listen on loopback, too."""
     http_port: Annotated[int, _OF_PROXIES] = Field(8000, ge=1, le=65535)
     """Port of the OpenAI-compatible HTTP surface."""
     grpc_port: int = Field(9000, ge=1, le=65535)
     """Port of the gRPC surface."""
     max_queued: Annotated[int, TAKEN_OVER] = Field(256, ge=1)
-    """Most turns in progress or waiting for room. Beyond that the last in the longest line is refused with
+    """Most turns that are in progress or wait for room. Beyond that, the last turn in the longest line is refused with
     RESOURCE_EXHAUSTED / 429 and a retry hint."""
     max_wait_s: Annotated[float, TAKEN_OVER] = Field(30, gt=0)
-    """Longest a turn waits for room, seconds. One that by the measured rates would wait longer, or too long to end before its
-    deadline, is refused at once."""
+    """Longest time that a turn waits for room, seconds. A turn that, by the measured rates, would wait longer, or too long to
+    end before its deadline, is refused at once."""
     max_request_bytes: int | None = Field(None, ge=4096)
     """Largest body of an HTTP request and largest gRPC message, in bytes; larger ones are refused unread. Unset: 64 bytes per
     token of base.max_model_len, at least 1 MiB."""
     grammar_cpu_s: float = Field(5, gt=0)
-    """Most CPU time that compiling the format of a response (JSON schema, regex, choice, grammar) may take, seconds; what takes
-    longer is refused. It is tried in a process of its own, before a turn waits for room."""
+    """Most CPU time that compiling the format of a response (JSON schema, regex, choice, grammar) may take, seconds; a format
+    that takes longer is refused. It is tried in a process of its own, before the turn waits for room."""
     max_queued_prefill_tokens: int = Field(32768, ge=1)
     """While a prefill replica has this many tokens of admitted turns still to compute, no further turn starts there. It should
     be enough to keep a replica busy. With more, turns wait in the engine instead of in the router, and only the router's queue
     looks at priorities and tenants."""
     expected_output_tokens: Annotated[int, TAKEN_OVER] = Field(256, ge=1)
-    """Tokens a turn is expected to generate where its max_tokens is not lower: decode blocks are reserved for prompt and so
-    many. Too low: turns outgrow what was reserved and engines preempt; too high: room stays unused."""
+    """Number of tokens that a turn is expected to generate if its max_tokens is not lower: decode blocks are reserved for the
+    prompt and this many tokens. If it is too low, turns outgrow what was reserved and engines preempt; if it is too high, room
+    stays unused."""
     max_sessions: int = Field(10_000, ge=1)
-    """Most sessions kept, with Redis by all routers together; creating another one is refused."""
+    """Most sessions kept; with Redis, by all routers together. Beyond that, a new session is refused."""
     session_ttl_s: float = Field(3600, gt=0)
-    """A session unused for so long is forgotten, seconds."""
+    """A session that is unused for this long is deleted, seconds."""
     redis_url: str | None = None
     """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
-    "unix://path". Options: ssl_*. Unset: in the router's memory, where they end with it. Required for several routers."""
+    "unix://path". Options: ssl_*. Unset: sessions are kept in the router's memory and are lost when the router ends. Required
+    for several routers."""
     redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the Redis password, on every machine where a router may run. It never stands in
-    this file, which others may see: Ray shows what it deploys."""
+    """Environment variable that holds the Redis password, on every machine where a router may run. The password itself never
+    stands in this file, which others may see, because Ray shows what it deploys."""
     redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """What this deployment's keys in Redis begin with. Deployments that share a server need different ones."""
+    """Prefix of this deployment's keys in Redis. Deployments that share a server need different prefixes."""
     default_deadline_s: Annotated[float, TAKEN_OVER] = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: Annotated[int, TAKEN_OVER] = Field(64, ge=0)
     """How often one turn may be taken up again, for whatever reason, before it fails."""
     max_retries: Annotated[int, TAKEN_OVER] = Field(5, ge=0)
-    """How often one turn may go on elsewhere because a replica failed it, before it fails."""
+    """How often one turn may go on elsewhere because a replica failed, before the turn fails."""
     replica_wait_s: float = Field(60, ge=0)
-    """How long a turn waits for a replica where none may get work, seconds; its deadline may be sooner."""
+    """How long a turn waits for a replica when no replica may be given work, seconds. The wait ends earlier if the turn's
+    deadline does."""
     wedged_after_s: float = Field(30, gt=0)
-    """A replica that leaves a question unanswered, or an engine that does not step, for so long is not waited for:
-    its turns go on elsewhere and it gets no further ones until a probe succeeds, seconds. Longer than the longest step
-    of an engine: on CPUs a step of a few thousand prompt tokens takes ten seconds, on GPUs 5 is enough."""
+    """If a replica leaves a question unanswered, or its engine makes no step, for this long, it is no longer waited for,
+    seconds: its turns go on elsewhere, and it gets no further turns until a probe succeeds. Must be longer than the longest
+    step of an engine: on CPUs a step of a few thousand prompt tokens takes ten seconds, on GPUs 5 is enough."""
     eager_prefill: bool = True
-    """Have the prefill pool make a response's KV while it streams and when it has ended, at the lowest priority, so
+    """Let the prefill pool make a response's KV while the response streams and when it has ended, at the lowest priority, so
     that the session's next turn finds it there."""
     eager_prefill_max: int = Field(8, ge=1)
-    """Most eager prefills one router has running at once."""
+    """Most eager prefills that one router runs at once."""
     eager_prefill_stride_tokens: int = Field(256, ge=1)
-    """While a response streams, its KV is made every so many tokens."""
+    """While a response streams, its KV is made each time that this many tokens have been added."""
     pull_back: Literal["cheaper", "always", "never"] = "cheaper"
-    """Have the prefill pool pull a response's KV from the decode engine, in modes whose generated KV is base KV. cheaper:
-    where that has lately taken less time than computing it; always: to spare the prefill pool; never: it is computed."""
+    """Let the prefill pool pull a response's KV from the decode engine, in modes whose generated KV is base KV. cheaper: if
+    that has lately taken less time than computing it; always: to spare the prefill pool; never: the KV is computed."""
     pull_back_max: int = Field(32, ge=1)
-    """Most responses whose KV one router has the prefill pool pull at once."""
+    """Most responses whose KV the prefill pool pulls at once for one router."""
     canary_share: float = Field(0.001, ge=0, le=1)
-    """Part of the turns in mode droidspeak of which one token is predicted again with the decoder's own prefill, at the lowest
-    priority; prefillshare_canary_divergence says how far apart the two are."""
+    """Share of the turns in mode droidspeak for which one token is predicted again with the decoder's own prefill, at the
+    lowest priority; prefillshare_canary_divergence shows how far apart the two predictions are."""
     placement: Annotated[Placement, TAKEN_OVER] = Field(default_factory=Placement)
     """How replicas are chosen."""
     auth: Auth | None = None
-    """Tenants and their API keys; unset: everybody may call, as one anonymous tenant."""
+    """Tenants and their API keys; unset: anybody may call, as one anonymous tenant."""
     tls: Annotated[Tls | None, Tls.CHANGE] = None
-    """Certificates of both surfaces; unset: no encryption."""
+    """Certificates for both surfaces; unset: no encryption."""
     cors_origins: tuple[str, ...] = ()
-    """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all.
-    Empty: none."""
+    """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all
+    origins. Empty: none."""
 
     @field_validator("cors_origins")
     @classmethod

@@ -19,78 +19,80 @@ from prefillshare.kvshare.yaml_tree import Name
 from prefillshare.kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
-_ANOTHER = Change("one goes, another comes", replaces_engines=True)
+_ANOTHER = Change("the old one is removed, a new one is added", replaces_engines=True)
 _UNDER_ITS_NAME = refused("another one than runs under this name", fix="give the pool another name")
 _ANOTHER_TRANSPORT = refused("engines of two transports cannot exchange KV", fix="start a second deployment")
 _ANOTHER_CLUSTER = refused("it runs on another cluster", fix="start a second deployment there")
 
 
 class Base(_Node):
-    """The frozen base model: it makes all shared KV."""
+    """The frozen base model, which makes all shared KV."""
 
     CHANGE: ClassVar = refused("the base cannot change while it runs", fix="start a second deployment")
 
     model: Folder
-    """Folder of the base model in Hugging Face format. Relative paths are tried from the current folder, then from
-    the deployment file's."""
+    """Folder of the base model in Hugging Face format. Relative paths are tried from the current folder, then from the folder
+    of the deployment file."""
     name: Name = "base"
     """Name under which the base itself is served beside its decoders."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of weights and KV, the same in every engine. On CPUs without AVX-512 bfloat16 is slow: use float32."""
+    """Type of weights and KV, the same in every engine. bfloat16 is slow on CPUs without AVX-512: use float32 there."""
     max_model_len: int = Field(4096, ge=16)
-    """Longest prompt plus response, in tokens. At most the model's own limit."""
+    """Greatest length of prompt plus response, in tokens. At most the model's own limit."""
     block_size: int = Field(32, ge=1, le=256)
-    """Tokens per KV block. CPU attention wants a multiple of 32; on GPUs 16 is usual."""
+    """Tokens per KV block. CPU attention needs a multiple of 32; on GPUs 16 is usual."""
     tool_call_parser: str | None = None
-    """vLLM tool parser of the base's family ("hermes", "llama3_json", ...). Unset: tools are refused unless named."""
+    """vLLM's tool parser for the base's family ("hermes", "llama3_json", ...). Unset: a request with tools is refused unless it
+    names the tool to call."""
 
 
 class Autoscale(_Node):
-    """Replicas by load (Ray Serve's autoscaling), between two bounds."""
+    """The number of replicas follows the load between two bounds (Ray Serve's autoscaling)."""
 
     CHANGE: ClassVar = TAKEN_OVER
 
     min_replicas: int = Field(1, ge=1, le=4096)
     """Fewest replicas."""
     max_replicas: int = Field(ge=1, le=4096)
-    """Most replicas. Where the cluster has no room for them, its own autoscaler is asked for machines."""
+    """Most replicas. Where the cluster has no room for them, its own autoscaler is asked for more machines."""
     target_calls: float = Field(8, gt=0)
-    """Calls that a replica should have under way on the mean: turns at decode, prompts at prefill. Turns that wait in the
-    router are none: keep it well below what one replica has room for."""
+    """Mean number of calls that a replica should have under way: turns at decode, prompts at prefill. Turns that wait in the
+    router do not count, so keep this well below what one replica has room for."""
     upscale_delay_s: float = Field(30, ge=0)
-    """Replicas are added when load has been above the target for so long, seconds."""
+    """Replicas are added when the load has been above the target for this long, seconds."""
     downscale_delay_s: float = Field(600, ge=0)
-    """They are taken away when it has been below for so long, seconds. Their caches go with them, running calls end first."""
+    """Replicas are removed when the load has been below the target for this long, seconds. Running calls end first; the
+    replicas' caches are lost."""
 
 
 class Engines(_Node):
-    """Replicas of one kind of engine and what each of them gets."""
+    """Replicas of one kind of engine, and what each of them gets."""
 
     CHANGE: ClassVar = ENGINES
 
     replicas: Annotated[int, TAKEN_OVER] = Field(1, ge=1, le=4096)
-    """Number of engine replicas; with autoscale, at the start."""
+    """Number of engine replicas; with autoscale, the number at the start."""
     autoscale: Annotated[Autoscale | None, TAKEN_OVER] = None
-    """Have the number follow the load; unset: it stays."""
+    """Let the number of replicas follow the load; unset: it is fixed."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache per replica, GiB; on each of its GPUs, if it has several. Must hold at least one sequence of
+    """KV cache per replica, GiB; with several GPUs per replica, on each of them. Must hold at least one sequence of
     base.max_model_len."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per replica. Leave at 1 on CPUs."""
     gpu_share: float = Field(1.0, gt=0, le=1)
-    """Part of a GPU one replica is placed on; below 1, engines stand together on one GPU, and engine_args must give
-    each of them a gpu_memory_utilization that leaves room for the others. Not with tensor_parallel_size above 1."""
+    """Part of a GPU on which one replica is placed. Below 1, several engines share one GPU, and engine_args must give each of
+    them a gpu_memory_utilization that leaves room for the others. Not with tensor_parallel_size above 1."""
     max_num_seqs: int = Field(64, ge=1)
-    """Most sequences one replica runs at once."""
+    """Most sequences that one replica runs at once."""
     max_num_batched_tokens: int | None = Field(None, ge=16)
-    """Most tokens one replica processes per step, at least max_num_seqs; unset: vLLM's default."""
+    """Most tokens that one replica processes per step, at least max_num_seqs; unset: vLLM's default."""
     cpu_cores: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
-    """CPU build only: cores every replica of this pool computes on, like "0" or "0-3,6". Unset: vLLM chooses."""
+    """CPU build only: the cores on which every replica of this pool computes, like "0" or "0-3,6". Unset: vLLM chooses."""
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Custom Ray resources that a replica takes, like {prefill-node: 0.01}: it is placed on machines that offer them. Unset:
-    wherever there is room."""
+    """Custom Ray resources that a replica takes, like {prefill-node: 0.01}: it is placed on machines that offer them. Unset: it
+    is placed wherever there is room."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Those this system sets itself are refused."""
+    """Further vLLM engine arguments, e.g. {gpu_memory_utilization: 0.9}. Arguments that this system sets itself are refused."""
 
     @model_validator(mode="after")
     def _begins_within_its_bounds(self):
@@ -145,32 +147,35 @@ class DecodePool(Engines):
     pool: Annotated[Name, _ANOTHER]
     """Name of the pool."""
     sharing: Annotated[str, _UNDER_ITS_NAME] = "prefillshare"
-    """Sharing mode: where this pool's prompt KV comes from."""
+    """Sharing mode: it decides where this pool's prompt KV comes from."""
     adapters: Annotated[dict[Name, Folder], TAKEN_OVER] = Field(default_factory=dict)
-    """Decoder name -> folder of its LoRA adapter in PEFT format."""
+    """Mapping from a decoder's name to the folder of its LoRA adapter in PEFT format."""
     max_lora_rank: Literal[8, 16, 32, 64, 128, 256] = 16
-    """Highest LoRA rank this pool's engines make room for."""
+    """Highest LoRA rank for which this pool's engines reserve room."""
     max_loras: int = Field(8, ge=1)
-    """Adapters this pool's engines make room for: as many may run in one step, and as many may be served. Adapters can be added
-    while it runs as long as there is room; another value replaces the engines. A place takes the memory of an adapter of
-    max_lora_rank on every linear layer: for a base of 8 billion parameters 80 MiB at rank 16 in bfloat16."""
+    """Number of adapters for which this pool's engines reserve room: this many may run in one step, and this many may be
+    served. Adapters can be added while the pool runs as long as there is room; a change of this number replaces the engines.
+    Each place takes the memory of an adapter of max_lora_rank on every linear layer: for a base of 8 billion parameters 80 MiB
+    at rank 16 in bfloat16."""
     serve_base: Annotated[bool, TAKEN_OVER] = True
-    """Adapter pools only: also serve the plain base under base.name. The first pool that does gets it."""
+    """Adapter pools only: also serve the plain base, under base.name. If several pools have this setting, the first one serves
+    it."""
     model: Annotated[Folder | None, _UNDER_ITS_NAME] = None
-    """Folder of a decoder with full weights."""
+    """Folder of a decoder with weights of its own."""
     name: Annotated[Name | None, _ANOTHER] = None
-    """Name the full-weight decoder is served under; default: the pool's name."""
+    """Name under which the decoder in `model` is served; default: the pool's name."""
     own_layers: Annotated[dict[Name, tuple[str, ...]], TAKEN_OVER] = Field(default_factory=dict)
-    """Mode droidspeak only: decoder name -> groups of layers that it may compute itself over a prompt, most layers first, like
-    ["4-9", "4-7"], or one, "4-9"; "none": all KV is taken from the base. Unset: by quality_floor, else "none"."""
+    """Mode droidspeak only: mapping from a decoder's name to the groups of layers that it may compute itself over a prompt, the
+    largest group first, like ["4-9", "4-7"], or to one group, "4-9". "none": all KV is taken from the base. Unset:
+    quality_floor decides; without it, "none"."""
     quality_floor: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
-    """Mode droidspeak only: largest divergence from the decoder's own prefill, nats per token. Decoders without own_layers get
-    the groups within it from the layer_profile.json beside them (prefillshare profile)."""
+    """Mode droidspeak only: largest allowed divergence from the decoder's own prefill, nats per token. A decoder without
+    own_layers gets those groups from the layer_profile.json beside it (prefillshare profile) that are within this limit."""
     ttft_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
-    """Mode droidspeak only: of several groups, a turn takes the one of most layers with which its first token is expected
-    within so many seconds. Unset: always the first."""
+    """Mode droidspeak only: objective for the time to first token, seconds. If a decoder has several groups, a turn takes the
+    largest one with which its first token is expected within this time. Unset: always the first group."""
     prefill: Engines | None = None
-    """Modes that do not share prefill only: the pool's own prefill engines; default: one, with the pool's sizes."""
+    """Modes that do not share prefill only: the pool's own prefill engines. Default: one engine with the pool's sizes."""
 
     @field_validator("sharing")
     @classmethod
@@ -241,43 +246,44 @@ class Cluster(_Node):
     CHANGE: ClassVar = ENGINES
 
     address: Annotated[str | None, _ANOTHER_CLUSTER] = None
-    """Address of a running Ray cluster ("auto", "ray://..."), which asks for a token (RAY_AUTH_MODE=token) where other machines
-    reach it; unset: start a local one and end it on exit."""
+    """Address of a running Ray cluster ("auto", "ray://..."). If other machines can reach it, it must ask for a token
+    (RAY_AUTH_MODE=token). Unset: a local cluster is started, and ended on exit."""
     num_cpus: Annotated[int | None, _ANOTHER_CLUSTER] = Field(None, ge=1)
-    """Local cluster only: CPUs Ray may hand out; unset: all."""
+    """Local cluster only: number of CPUs that Ray may hand out; unset: all."""
     start_timeout_s: Annotated[float, TAKEN_OVER] = Field(600, gt=0)
-    """How long all replicas may take to be ready, seconds."""
+    """How long it may take until all replicas are ready, seconds."""
     kv_transport: Annotated[Literal["nixl"], _ANOTHER_TRANSPORT] = "nixl"
-    """How KV moves between engines. All engines of a deployment use the same; part of the KV contract."""
+    """How KV moves between engines. All engines of a deployment use the same transport; it is part of the KV contract."""
     kv_lease_s: int = Field(60, ge=6)
     """How long a prefill replica holds KV for a decode replica that has not read it yet, seconds."""
     kv_load_timeout_s: Annotated[float, ROUTERS] = Field(30, gt=0)
-    """A decode call that has not given its first token after so long is given up, seconds; the turn gets its KV from
-    elsewhere. More than a load and a decode step may take under load."""
+    """A decode call that has not returned its first token after this time is given up, seconds; the turn then gets its KV from
+    elsewhere. Set it higher than the time that a load and a decode step may take under load."""
 
 
 class Logs(_Node):
-    """What routers and engines log: to their standard output, which Ray keeps in its session's folder of logs."""
+    """What routers and engines log. They log to standard output, which Ray keeps in the logs folder of its session."""
 
     CHANGE: ClassVar = BOTH
 
     level: Annotated[Literal["debug", "info", "warning", "error"], TAKEN_OVER] = "info"
-    """Least severe messages that are written. It can change while the deployment runs (prefillshare apply)."""
+    """Least severe level of messages that are written. It can change while the deployment runs (prefillshare apply)."""
     format: Literal["text", "json"] = "text"
-    """json: an object a line, with the request's id where there is one."""
+    """json: one JSON object per line, with the id of the request if there is one."""
 
 
 class Tracing(_Node):
-    """OpenTelemetry traces: a span per turn, with one for each of its stages, from the router and the engines."""
+    """OpenTelemetry traces from the router and the engines: one span per turn, and one for each of its stages."""
 
     CHANGE: ClassVar = BOTH
 
     otlp_endpoint: str = Field(pattern=r"^https?://[^/\s]+(/\S*)?$")
     """Collector that takes OTLP: "http://HOST:4317" for gRPC, "http://HOST:4318/v1/traces" for HTTP."""
     protocol: Literal["grpc", "http/protobuf"] = "grpc"
-    """How it is spoken to."""
+    """Protocol of the collector."""
     sample_share: Annotated[float, ROUTERS] = Field(1.0, ge=0, le=1)
-    """Part of the turns that are traced; of callers that send a W3C traceparent, those whose own trace is sampled."""
+    """Share of the turns that are traced. If a caller sends a W3C traceparent, its turn is traced exactly if that trace is
+    sampled."""
 
 
 class Deployment(_Node):
@@ -292,11 +298,11 @@ class Deployment(_Node):
     router: Router = Field(default_factory=Router)
     """The ingress."""
     cluster: Cluster = Field(default_factory=Cluster)
-    """The Ray cluster all of it runs on."""
+    """The Ray cluster on which everything runs."""
     logs: Logs = Field(default_factory=Logs)
     """What is logged, and how."""
     tracing: Annotated[Tracing | None, BOTH] = None
-    """Where traces go; unset: none are made."""
+    """Where traces are sent; unset: no traces are made."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Deployment:

@@ -7,7 +7,7 @@ from prefillshare.kvshare.modes.base import PromptShared
 
 class DroidSpeak(PromptShared):
     name = "droidspeak"
-    summary = "prompt KV from the base but for a few layers, which the decoder computes itself; nothing is trained for it"
+    summary = "prompt KV from the base, except in a few layers, which the decoder computes itself; needs no training"
     shares_prefill = True
     guards_prefix = True
     adapters_share_blocks = False

@@ -7,7 +7,7 @@ from prefillshare.kvshare.modes.base import SharingMode
 
 class Icarus(SharingMode):
     name = "icarus"
-    summary = "KV of prompt and response from the frozen base, for every decoder; adapters predict in a stream of their own"
+    summary = "KV of prompt and response from the frozen base, for all decoders; adapters only predict, in their own stream"
     shares_prefill = True
     guards_prefix = True
     adapters_share_blocks = True

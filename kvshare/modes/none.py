@@ -7,7 +7,7 @@ from prefillshare.kvshare.modes.base import SharingMode
 
 class PerModel(SharingMode):
     name = "none"
-    summary = "per-model baseline: own prefill engine; adapters on both legs with caches apart"
+    summary = "per-model baseline: own prefill engine; adapters on prefill and decode engines, with a cache per adapter"
     shares_prefill = False
     guards_prefix = False
     adapters_share_blocks = False

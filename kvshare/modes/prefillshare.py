@@ -7,7 +7,7 @@ from prefillshare.kvshare.modes.base import PromptShared
 
 class PrefillShare(PromptShared):
     name = "prefillshare"
-    summary = "prompt KV from one frozen base for all decoders; generated KV private to the decoder"
+    summary = "prompt KV from one frozen base for all decoders; generated KV is private to the decoder"
     shares_prefill = True
     guards_prefix = True
     adapters_share_blocks = True

@@ -40,61 +40,62 @@ class Lora(Node):
     alpha: float = Field(32, gt=0)
     """Scale: the update counts alpha / rank times."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the update's inputs dropped while training."""
+    """Share of the update's inputs that is dropped while training."""
     last_layers: int | None = Field(None, ge=1)
-    """Adapt only so many of the model's last layers; unset: all. The others' KV stays the base's: of an `ordinary` fine-tune
-    DroidSpeak then has to compute these layers only, and is exact. Costs the decoder some of what it could learn."""
+    """Adapt only this many of the model's last layers; unset: all. The other layers' KV stays the base's. For an `ordinary`
+    fine-tune, DroidSpeak then has to compute only the adapted layers, and is exact. The decoder can learn somewhat less this
+    way."""
     saved_as: Literal["float32", "bfloat16"] = "float32"
-    """Type in the adapter's files. bfloat16: half the size, rounded."""
+    """Type of the numbers in the adapter's files. bfloat16: half the size, rounded."""
 
 
 class Recipe(Node):
     """Relative paths are the current folder's."""
 
     base: str
-    """Folder of the base model in Hugging Face format. It stays as it is."""
+    """Folder of the base model in Hugging Face format. It is not changed."""
     method: Literal["prefillshare", "icarus", "ordinary"] = "prefillshare"
-    """prefillshare: over base KV of the prompt. icarus: over base KV of everything. ordinary: what fine-tuning is elsewhere,
-    served in mode none."""
+    """What the decoder is trained over. prefillshare: base KV of the prompt. icarus: base KV of everything. ordinary: its own
+    KV, as in ordinary fine-tuning; served in mode none."""
     weights: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights (not with icarus)."""
     lora: Lora = Lora()
-    """Unused with weights: full."""
+    """The LoRA adapter (keys below); unused with weights: full."""
     train: str
     """JSONL of transcripts: {"messages": [...]} or {"prompt": ..., "response": ...} on each line."""
     validation: str | None = None
-    """JSONL whose loss is measured after every epoch."""
+    """JSONL of transcripts on which the loss is measured after every epoch."""
     output: str
-    """Folder for the decoder. Checkpoints stand in it until it is done."""
+    """Folder for the decoder. It holds the checkpoints until training is done."""
     max_tokens: int = Field(1024, ge=16)
-    """Longest transcript; of a longer one the responses that fit are learnt."""
+    """Most tokens of a transcript. Of a longer transcript, the responses that fit are learnt."""
     epochs: int = Field(1, ge=1)
-    """Times every transcript is seen."""
+    """How many times every transcript is seen."""
     batch_size: int = Field(16, ge=1)
     """Transcripts per optimizer step."""
     micro_batch_size: int = Field(4, ge=1)
-    """Transcripts per forward pass; gradients are accumulated over a step's."""
+    """Transcripts per forward pass; gradients are accumulated over the forward passes of a step."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak rate. It rises linearly over `warmup` and falls as a cosine to a tenth."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the rate rises."""
+    """Share of the steps during which the rate rises."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Longer gradients are cut to this."""
+    """Longer gradients are scaled down to this norm."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the base and its KV in training: choose what you serve. With bfloat16 what is trained stays float32; a decoder
-    that is then served in float32 sees KV that differs by rounding from what it was trained on."""
+    """Type of the base and its KV in training: choose the one that you serve. With bfloat16 the trained weights stay float32;
+    if the decoder is then served in float32, it sees KV that differs by rounding from what it was trained on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    """auto: a GPU if there is one, else the CPU."""
     gradient_checkpointing: bool = False
-    """Compute activations again instead of keeping them: less memory, about a third slower."""
+    """Recompute activations instead of keeping them: takes less memory, and is about a third slower."""
     base_kv_gib: float = Field(8.0, ge=0)
-    """Disk for the prompts' base KV, GiB; 0: compute it anew in every epoch. Given back at the end."""
+    """Disk space for the prompts' base KV, GiB; 0: the KV is computed anew in every epoch. The space is freed at the end."""
     checkpoint_every_steps: int = Field(50, ge=1)
-    """A run that was ended goes on from its last checkpoint."""
+    """Steps between two checkpoints. A run that was interrupted goes on from its last checkpoint."""
     seed: int = Field(0, ge=0)
-    """Decides the order of the data, the adapter's beginnings and dropout."""
+    """Determines the order of the data, the adapter's initial weights and dropout."""
 
     @model_validator(mode="after")
     def _icarus_is_lora(self):

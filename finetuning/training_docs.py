@@ -11,8 +11,7 @@ _PAGE = """\
 <!-- Made by `python -m prefillshare.finetuning.training_docs > docs/training.md`; change finetuning/ instead. -->
 
 A decoder of a sharing pool sees KV that the base made. An ordinary fine-tune was never trained for that: the more of its
-prompt is base KV, the worse it answers. `prefillshare train` makes decoders that see in training exactly what serving feeds
-them.
+prompt is base KV, the worse it answers. `prefillshare train` trains decoders on exactly what serving feeds them.
 
 ```bash
 prefillshare data bfcl_simple_python --count 3600 --others 1 --output data/tools.jsonl  # or your own
@@ -20,66 +19,71 @@ prefillshare train finetuning/recipes/tools.yaml --output adapters/my-tools
 prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 ```
 
-A run that was ended goes on from its last checkpoint, with the losses it would have had. The output folder can be served as
-it is: weights or a PEFT adapter, `kv_contract.json`, a model card, the recipe, `log.csv` with every step.
+A run that was interrupted goes on from its last checkpoint, with the losses that it would have had without the
+interruption. The output folder can be served as it is: it holds weights or a PEFT adapter, `kv_contract.json`, a model
+card, the recipe, and `log.csv` with every step.
 
 ## Methods
 
 | method | what it sees | what is trained | served in mode |
 | --- | --- | --- | --- |
-| `prefillshare` | base KV of all that is before the last prompt token, its own KV from there | LoRA on all linear layers, or all weights | `prefillshare` |
-| `icarus` | base KV of every token up to the present one; it makes none | LoRA on q, o and the MLP | `icarus` |
+| `prefillshare` | base KV of everything before the last prompt token, its own KV from that token on | LoRA on all linear layers, or all weights | `prefillshare` |
+| `icarus` | base KV of every token up to the current one; it makes no KV | LoRA on q, o and the MLP | `icarus` |
 | `ordinary` | its own KV | LoRA on all linear layers, or all weights | `none` |
 
-`finetuning/conditioned.py` is one forward pass for all of them: the model of `transformers`, with positions and a mask that
-say what is seen. `tests/unit/finetuning/test_conditioned.py` compares its log-probabilities with the reference's, to 1e-4.
+`finetuning/conditioned.py` is one forward pass for all methods: the model of `transformers`, with positions and a mask that
+determine what is seen. `tests/unit/finetuning/test_conditioned.py` compares its log-probabilities with the reference's, to
+1e-4.
 
-**A transcript with several responses trains in one pass**, each with the semantics a session has: in `prefillshare` earlier
-responses are base KV.
+**A transcript with several responses is trained in one pass.** Each response sees what it would see in a session: in
+`prefillshare`, earlier responses are base KV.
 
-**The base is frozen, so its KV of a prompt never changes**: it is computed once, kept on disk within `base_kv_gib`, and read
-in later epochs. Only response tokens are computed and back-propagated over. What that is worth beside ordinary fine-tuning on
-the same data, in tokens per second: [benchmarks/results/training.json](../benchmarks/results/training.json)
-(`python -m benchmarks.training`). On a GPU set `base_kv_gib: 0`: it computes KV faster than a disk gives it back.
+**The base is frozen, so its KV of a prompt never changes.** It is computed once, kept on disk within `base_kv_gib`, and
+read in later epochs. Only response tokens are computed and back-propagated over.
+[benchmarks/results/training.json](../benchmarks/results/training.json) compares this with ordinary fine-tuning on the same
+data, in tokens per second (`python -m benchmarks.training`). On a GPU set `base_kv_gib: 0`: it computes KV faster than a
+disk returns it.
 
 ## Layers for DroidSpeak
 
 A fine-tune that was trained without any of this can be served in mode `droidspeak`: it computes a few layers of each prompt
-itself. `prefillshare profile DECODER --data FILE` measures which (a search from coarse to fine; it goes on where it was ended),
-writes `layer_profile.json` and a plot beside the contract, and prints the frontier of (layers recomputed, divergence). The
-deployment names groups (`own_layers`) or a limit to the divergence (`quality_floor`).
+itself. `prefillshare profile DECODER --data FILE` measures which layers it should compute. The search goes from coarse to
+fine, and continues where an interrupted one ended. It writes `layer_profile.json` and a plot beside the contract, and
+prints the frontier of (layers recomputed, divergence). The deployment file names groups (`own_layers`) or a limit to the
+divergence (`quality_floor`).
 
 ## Data
 
-One JSON object per line, laid out as the server lays out a session:
+The data is one JSON object per line. It is laid out as the server lays out a session:
 
 ```json
 {"messages": [{"role": "system", "content": "..."}, {"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 {"prompt": "...", "response": "..."}
 ```
 
-Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared session
-is context. A line may offer `tools`, and an assistant message may have `tool_calls`, as OpenAI defines both: they are laid out by
-the base's chat template, as over HTTP, and a call is learnt like text. Messages of the role `tool` may have `tool_call_id` and
-`name`. A line is refused, with its number, if it has another key, an answer without content, or tools that the base's template
-leaves out: nothing in it is ignored. `prefillshare data` makes data for the task suites below; it refuses to
-write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other decoders before each, as
-a shared session has them: a decoder that has only seen its own prompts may copy what another has just said.
+Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared
+session is only context. A line may offer `tools`, and an assistant message may have `tool_calls`, as OpenAI defines both.
+The base's chat template lays them out, as it does over HTTP, and a call is learnt like text. Messages of the role `tool`
+may have `tool_call_id` and `name`. Nothing in a line is ignored: a line is refused, with its number, if it has another key,
+an answer without content, or tools that the base's template leaves out. `prefillshare data` makes data for the task suites
+below; it refuses to write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other
+decoders before each transcript, as in a shared session: a decoder that has only seen its own prompts may copy what another
+one has just said.
 
 ## Task suites
 
 | suite | test questions | an answer is right if | training data |
 | --- | --- | --- | --- |
-| `bfcl_simple_python` | BFCL v4, 400 | BFCL's own AST checker says so | BFCL's live categories, other functions; calls made from a seed |
+| `bfcl_simple_python` | BFCL v4, 400 | BFCL's own AST checker accepts it | BFCL's live categories, with other functions; calls made from a seed |
 | `bfcl_multiple` | BFCL v4, 200 | the same | the same |
-| `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is | the same templates, other seeds: other names and numbers |
+| `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is right | the same templates with other seeds: other names and numbers |
 
-`prefillshare eval` answers offline, batched, by the definition of the method (`finetuning/generate.py`, compared with the
-reference token by token), or asks a running deployment with `--served HOST:PORT --name DECODER`.
+`prefillshare eval` answers offline and in batches, by the definition of the method (`finetuning/generate.py`, compared with
+the reference token by token). With `--served HOST:PORT --name DECODER` it asks a running deployment instead.
 
 ## The recipe
 
-Relative paths are the current folder's. Unknown keys are refused.
+Relative paths are relative to the current folder. Unknown keys are refused.
 
 """  # noqa: E501 - a table's row is one line
 

@@ -17,10 +17,11 @@ _INTRO = """\
 <!-- Made by `make accuracy`; change benchmarks/accuracy/report.py or notes.md instead. -->
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
-are in percent, with 95 % intervals (Wilson). Differences are over the same questions, with the 95 % interval for paired
-shares (Agresti and Min): from full fine-tuning, and from the same decoder over its own prefill. Intervals are over questions
-like these, for one training each: another seed's decoder is not in them. What the suites are: [training.md](training.md); the
-arithmetic ones use templates that training has seen, with names and numbers that it has not.
+are in percent, with 95 % intervals (Wilson). Differences are from full fine-tuning, and from the same decoder over its own
+prefill; they are over the same questions, with the 95 % interval for paired shares (Agresti and Min). The intervals are over
+questions like these, for one training each; they do not cover how decoders differ between training seeds. The suites are
+described in [training.md](training.md); the arithmetic questions use templates that training has seen, with names and numbers
+that it has not.
 
 | row | |
 | --- | --- |
@@ -43,8 +44,8 @@ def markdown(result: dict) -> str:
     parts.append(
         "## Accuracy against the share of the prompt that is base KV\n\n"
         f"![accuracy by share]({PLOT.name})\n\n"
-        "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be, at 100 % "
-        f"it is naive sharing. {result['config']['curve_questions']} questions per point, the same for all; bars: 95 %."
+        "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be; 100 % is "
+        f"naive sharing. Each point is over the same {result['config']['curve_questions']} questions; bars: 95 %."
     )
     parts.append(NOTES.read_text().strip())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -77,8 +78,8 @@ def _apart(apart: dict) -> str:
 def _trainings(found: dict) -> str:
     data, first = found["data"], next(iter(found["trainings"].values()))
     lines = [
-        f"Trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}` the "
-        f"{first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
+        f"All were trained on the same data: of {data['transcripts']:,} transcripts by `prefillshare data {data['suite']}`, "
+        f"the {first['transcripts']:,} that are no longer than the recipe's `max_tokens`:",
         "",
         "| | transcripts | epochs | loss at the end | minutes | on |",
         "| --- | ---: | ---: | ---: | ---: | --- |",

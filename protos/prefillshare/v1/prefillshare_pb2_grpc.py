@@ -75,21 +75,22 @@ class PrefillShareServicer:
     """Missing associated documentation comment in .proto file."""
 
     def ListDecoders(self, request, context):
-        """Names that can take a turn, the base included.
+        """List the decoders that can take a turn, including the base.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetReadiness(self, request, context):
-        """True only when a turn on every pool would succeed: found out by taking one, and by asking the session store.
+        """Tell whether a turn on every pool would succeed. The server finds out by taking a turn on each and by asking the session
+        store.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateSession(self, request, context):
-        """Start a session: an empty or given context that turns extend.
+        """Start a session. Its context is empty or given; turns extend it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,7 +103,7 @@ class PrefillShareServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """A new session with the same context. Costs no KV: the context is cached under its content.
+        """Start a new session with the same context. This costs no KV, because the context is cached under its content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,8 +117,8 @@ class PrefillShareServicer:
 
     def Generate(self, request, context):
         """Take one turn: append the input to the session's context and let one decoder respond. Tokens stream as they are
-        made; the last message has `done`. The context changes only if the turn ends well, then by input and response: by the
-        response as it was shown where one of `stop` has ended it.
+        made; the last message has `done`. The context changes only if the turn ends well. Then input and response are appended;
+        if a text in `stop` ended the response, it is appended as it was shown.
         Cancelling the call ends the turn and frees its KV on every worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

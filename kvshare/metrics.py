@@ -213,7 +213,8 @@ DEFINITIONS = {
             "Background work that ended in an unforeseen error, by task (eager_prefill, pull_back, loan_release, "
             "handoff_release, canary, replica_question).",
             ("task",),
-            "Above 0: a defect of prefillshare. Turns are not affected; the router's log has the error and the session or "
+            "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the session "
+            "or "
             "request.",
             known=("eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question"),
         ),

@@ -1,6 +1,6 @@
 # CPU image (x86-64): docker build -f deploy/containers/cpu.Dockerfile -t prefillshare:0.1.0-cpu .
-# The same set-up as `make setup`, for trying out (prefillshare model fetch smollm2-135m-instruct && prefillshare demo) and for tests in
-# a cluster.
+# The same set-up as `make setup`. It is for trying prefillshare out (prefillshare model fetch smollm2-135m-instruct && prefillshare
+# demo) and for tests in a cluster.
 ARG PYTHON=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON} AS build

@@ -1,6 +1,6 @@
 # GPU image (CUDA, x86-64): docker build -f deploy/containers/gpu.Dockerfile -t prefillshare:0.1.0-gpu .
-# CUDA's libraries come with torch (requirements/gpu.lock); the base image brings the compilers that kernels need which are built
-# at their first use.
+# CUDA's libraries come with torch (requirements/gpu.lock). The base image brings the compilers for kernels that are built at their
+# first use.
 ARG CUDA=nvidia/cuda:13.0.1-devel-ubuntu24.04
 
 FROM ${CUDA} AS build
@@ -8,7 +8,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3.12-venv
 WORKDIR /opt/prefillshare
 ENV PATH=/opt/prefillshare/.venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3.12 -m venv .venv
-# By itself: it changes less often than the code.
+# The lock file is copied separately, because it changes less often than the code.
 COPY requirements/gpu.lock requirements/gpu.lock
 RUN pip install --no-deps -r requirements/gpu.lock
 COPY . src/

@@ -83,18 +83,19 @@ BOARDS = (
     Board("prefillshare-overview", "prefillshare: overview", "decoder", {
         "What users feel": (
             Panel("Turns", "reqps", {_rate("prefillshare_turns_total", "outcome", **DECODER): "{{outcome}}"},
-                  "Turns that ended, by outcome. Errors rising: read the router's log for that one; Overloaded: add replicas."),
+                  "Turns that ended, by outcome. If errors rise, read the router's log for that error; if it is Overloaded, "
+                  "add replicas."),
             Panel("Latency of a turn", "s", _quantiles("prefillshare_turn_seconds", **DECODER),
                   "From arrival to the last token."),
             Panel("Time to first token", "s", _quantiles("prefillshare_time_to_first_token_seconds", **DECODER),
-                  "Compare with prefill, below, to see which side waits."),
+                  "Compare with the time of prefill to see whether prefill or decode waits."),
         ),
         "What sharing saves": (
             Panel("Prefix-cache hit ratio", "percentunit", {HIT: "all", HIT_BY_DECODER: "{{decoder}}"},
                   "Share of prompt tokens found cached at prefill. Falling: contexts are evicted (more KV memory for prefill), "
                   "or sessions lose their replica."),
             Panel("Prompt tokens at prefill", "short", {_rate(TOKENS, "source", **DECODER): "{{source}} a second"},
-                  "Cached ones cost nothing."),
+                  "Cached tokens cost nothing."),
             Panel("Errors", "percentunit",
                   {f'{_rate("prefillshare_turns_total", outcome="[A-Z].*", **DECODER)} / '
                    f'{_rate("prefillshare_turns_total", **DECODER)}': "of all turns"},
@@ -102,23 +103,24 @@ BOARDS = (
         ),
         "Under way": (
             Panel("Turns in progress", "short", {"sum (prefillshare_turns_in_progress)": "in progress"},
-                  "Near router.max_queued turns are refused: add decode replicas."),
+                  "Near router.max_queued, turns are refused: add decode replicas."),
             Panel("Sessions", "short", {"max (prefillshare_sessions)": "sessions"},
                   "Near router.max_sessions: lower the TTL or raise the limit."),
             Panel("Tokens generated", "short",
                   {_rate("prefillshare_completion_tokens_total", "decoder", **DECODER): "{{decoder}}"},
-                  "A second, by decoder."),
+                  "Per second, by decoder."),
         ),
     }),
     Board("prefillshare-cache", "prefillshare: cache and sharing", "decoder", {
         "Hits": (
             Panel("Hit ratio by decoder", "percentunit", {HIT_BY_DECODER: "{{decoder}}"},
-                  "A decoder far below the others has contexts of its own, or is asked first in its sessions."),
+                  "A decoder far below the others has contexts of its own, or is the first to be asked in its sessions."),
             Panel("Computed tokens", "short", {_rate(TOKENS, "decoder", source="computed", **DECODER): "{{decoder}}"},
-                  "A second; the prefill pool's work."),
+                  "Per second. This is the prefill pool's work."),
             Panel("Saved by sharing", "short",
                   {_rate("prefillshare_prefill_tokens_saved_total", "decoder", **DECODER): "{{decoder}}"},
-                  "Tokens a second that a cache per model would have computed: found cached, and asked for by others only."),
+                  "Tokens per second that a cache per model would have computed: they were found cached, but only other "
+                  "decoders had asked for them."),
             Panel("Turns with a hit across models", "percentunit",
                   {f'{_rate("prefillshare_cross_model_hits_total", "decoder", **DECODER)} / '
                    f'{_rate("prefillshare_turns_total", "decoder", **DECODER)}': "{{decoder}}"},
@@ -126,26 +128,27 @@ BOARDS = (
             Panel("Index: predicted against actual", "short",
                   {_rate("prefillshare_predicted_cached_tokens_total", "pool"): "predicted, {{pool}}",
                    _rate("prefillshare_actual_cached_tokens_total", "pool"): "actual, {{pool}}"},
-                  "What the router's index said the replica had, and what it had. Apart: KV events arrive late or never."),
+                  "What the replica had cached according to the router's index, and what it had. If they differ, KV events "
+                  "arrive late or never."),
         ),
         "KV made ahead": (
             Panel("Eager prefills", "reqps", {_rate("prefillshare_eager_prefills_total", "outcome"): "{{outcome}}"},
-                  "cancelled rising: sessions go on faster than the pool can; dropped: raise router.eager_prefill_max."),
+                  "cancelled rising: next turns arrive before the pool has finished; dropped: raise router.eager_prefill_max."),
             Panel("Pull-backs", "reqps", {_rate("prefillshare_pull_backs_total", "outcome"): "{{outcome}}"},
                   "Mode icarus. failed rising: look at the network; declined: computing is faster."),
             Panel("Tokens that no turn waits for", "short",
                   {_rate("prefillshare_eager_prefill_tokens_total"): "computed ahead",
                    _rate("prefillshare_pulled_back_tokens_total"): "pulled back"},
-                  "A second."),
+                  "Per second."),
         ),
         "Decoders' own layers (DroidSpeak)": (
             Panel("Layers computed", "reqps",
                   {_rate("prefillshare_own_layer_turns_total", "decoder, layers", **DECODER): "{{decoder}}: {{layers}}"},
-                  "Fewer than before: the pool cannot keep ttft_objective_s with more; add decode replicas."),
+                  "Fewer than before: with more, the pool cannot meet ttft_objective_s; add decode replicas."),
             Panel("Divergence of sampled turns", "short",
                   {_mean("prefillshare_canary_divergence", "decoder", **DECODER): "{{decoder}}",
                    f'max by (decoder) ({_of("prefillshare_quality_floor", **DECODER)})': "{{decoder}}: floor"},
-                  "Nats from the decoder's own prefill. Above its floor: run prefillshare profile with present data."),
+                  "Distance from the decoder's own prefill, nats. Above its floor: run prefillshare profile with recent data."),
             Panel("Sampled turns", "reqps", {_rate("prefillshare_canary_turns_total", "outcome", **DECODER): "{{outcome}}"},
                   "dropped: lower router.canary_share; failed: read the router's log."),
         ),
@@ -157,18 +160,19 @@ BOARDS = (
             Panel("KV moved per turn", "bytes",
                   {f'{_rate("prefillshare_kv_transfer_bytes_total", "decoder", **DECODER)} / '
                    f'{_rate("prefillshare_turns_total", "decoder", **DECODER)}': "{{decoder}}"},
-                  "Falls where a session's turns go back to the same decode replica."),
+                  "It falls if a session's turns go back to the same decode replica."),
             Panel("Turns taken up again", "reqps", {_rate("prefillshare_resumes_total", "reason", **DECODER): "{{reason}}"},
-                  "preempted: more KV memory on decode; kv_load_failed: look at the network or the lease; others: a replica "
+                  "preempted: give decode more KV memory; kv_load_failed: look at the network or the lease; others: a replica "
                   "fails."),
         ),
         "Loads and leases": (
             Panel("Time to load a prompt's KV", "s", _quantiles("prefillshare_kv_load_seconds", **DECODER),
-                  "Of turns that had to read some. Rising at equal bytes: look at the network."),
+                  "For turns that had to read some KV. Rising while sizes stay equal: look at the network."),
             Panel("Left of the lease", "s", _quantiles("prefillshare_lease_margin_seconds", (0.01, 0.5), **DECODER),
-                  "When the KV had been read. Near zero: reads are about to be late; raise cluster.kv_lease_s."),
+                  "Time left when the KV had been read. Near zero: reads will soon be late; raise cluster.kv_lease_s."),
             Panel("Late reads", "reqps", {_rate("prefillshare_late_reads_total", "decoder", **DECODER): "{{decoder}}"},
-                  "Given up because the lease had ended; the turns were taken up again. Raise cluster.kv_lease_s."),
+                  "Reads that were given up because the lease had ended; the turns were taken up again. Raise "
+                  "cluster.kv_lease_s."),
             Panel("KV moved per turn, distribution", "bytes",
                   {f'{_rate("vllm_nixl_bytes_transferred_sum", "model_name")} / '
                    f'{_rate("vllm_nixl_bytes_transferred_count", "model_name")}': "{{model_name}}, per read"},
@@ -176,11 +180,13 @@ BOARDS = (
         ),
         "NIXL": (
             Panel("Time of a read", "s", _quantiles("vllm_nixl_xfer_time_seconds"),
-                  "From posting to its end, as NIXL has it. Rising at equal sizes: the fabric is slow or shared."),
+                  "From posting to its end, as NIXL measures it. Rising while sizes stay equal: the network is slow or "
+                  "shared."),
             Panel("Failures", "reqps",
                   {f"{_rate(f'vllm_nixl_num_{what}_total')} or vector(0)": what.replace("_", " ")
                    for what in ("failed_transfers", "failed_notifications", "kv_expired_reqs")},
-                  "kv expired reqs: leases that ended before they were read; raise cluster.kv_lease_s. Others: the network."),
+                  "kv expired reqs: leases that ended before they were read; raise cluster.kv_lease_s. Others: look at the "
+                  "network."),
         ),
     }),
     Board("prefillshare-prefill", "prefillshare: prefill pools", "pool", {
@@ -188,7 +194,7 @@ BOARDS = (
             Panel("Prefill leg", "s", _quantiles("prefillshare_prefill_seconds"),
                   "As the router sees it. Rising: add prefill replicas, or look for lost cache hits."),
             Panel("Tokens computed", "short", {_rate("vllm_prompt_tokens_total", "model_name", **ENGINES): "{{model_name}}"},
-                  "Prompt tokens a second, by the engines' own count."),
+                  "Prompt tokens per second, as the engines count them."),
             Panel("Requests in the engines", "short", IN_ENGINES,
                   "Waiting for long in a prefill pool: lower router.max_queued_prefill_tokens, or add replicas."),
         ),
@@ -199,9 +205,10 @@ BOARDS = (
             Panel("Engines' own hit ratio", "percentunit",
                   {f'{_rate("vllm_prefix_cache_hits_total", "model_name", **ENGINES)} / '
                    f'{_rate("vllm_prefix_cache_queries_total", "model_name", **ENGINES)}': "{{model_name}}"},
-                  "Of tokens looked up, eager prefills and probes included."),
+                  "Share of the tokens that were looked up, including those of eager prefills and probes."),
             Panel("Prediction error", "short", {_mean("prefillshare_prediction_error_tokens", "pool", **POOL): "{{pool}}"},
-                  "Mean tokens by which the index was wrong. Growing: look at the network between engines and routers."),
+                  "Mean number of tokens by which the index was wrong. Growing: look at the network between engines and "
+                  "routers."),
         ),
     }),
     Board("prefillshare-decode", "prefillshare: decode pools", "pool", {
@@ -211,7 +218,7 @@ BOARDS = (
             Panel("Decoding of a turn", "s", _quantiles("prefillshare_decode_seconds"), "From its first token to its end."),
             Panel("Tokens generated", "short",
                   {_rate("vllm_generation_tokens_total", "model_name", **ENGINES): "{{model_name}}"},
-                  "A second, by the engines' own count."),
+                  "Per second, as the engines count them."),
         ),
         "Room": (
             Panel("KV blocks", "short",
@@ -222,7 +229,7 @@ BOARDS = (
             Panel("Preemptions", "reqps",
                   {f'{_rate("vllm_num_preemptions_total", "model_name", **ENGINES)} '
                    f'or 0 * sum by (model_name) ({_of("vllm_num_requests_running", **ENGINES)})': "{{model_name}}"},
-                  "More KV memory on decode, or a higher router.expected_output_tokens."),
+                  "Rising: give decode more KV memory, or raise router.expected_output_tokens."),
         ),
     }),
     Board("prefillshare-router", "prefillshare: router", "pool", {
@@ -230,7 +237,7 @@ BOARDS = (
             Panel("Turns waiting", "short", {f'sum by (pool) ({_of("prefillshare_turns_waiting", **POOL)})': "{{pool}}"},
                   "Above zero for long: the pool is at its limit."),
             Panel("Time in the queue", "s", _quantiles("prefillshare_queue_seconds", **POOL),
-                  "Near router.max_wait_s turns are refused."),
+                  "Near router.max_wait_s, turns are refused."),
             Panel("Turns refused", "reqps",
                   {_rate("prefillshare_turns_refused_total", "pool, reason", **POOL): "{{pool}}: {{reason}}"},
                   "too_late: add replicas; queue_full: raise router.max_queued; never_fits: raise kv_cache_gib."),
@@ -238,14 +245,15 @@ BOARDS = (
         "Placement": (
             Panel("Calls placed", "reqps",
                   {_rate("prefillshare_placements_total", "pool, reason", **POOL): "{{pool}}: {{reason}}"},
-                  "load rising against prefix: hot replicas cost locality; add replicas, or weigh prefix more."),
+                  "load rising relative to prefix: busy replicas cost cache hits; add replicas, or weigh prefix more."),
             Panel("Replicas", "short",
                   {f'max by (pool, state) ({_of("prefillshare_replicas", **POOL)})': "{{pool}}: {{state}}"},
                   "ejected above 0: that replica fails or does not answer; read its log."),
         ),
         "Behind turns": (
             Panel("Failures", "reqps", {_rate("prefillshare_background_failures_total", "task"): "{{task}}"},
-                  "Above 0: a fault of ours, turns go on without; the router's log has the error and the session or request."),
+                  "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the "
+                  "session or request."),
         ),
     }),
     Board("prefillshare-slo", "prefillshare: objectives and alerts", "decoder", {
@@ -253,7 +261,7 @@ BOARDS = (
             Panel("Turns without error", "percentunit",
                   {f'1 - ({_rate("prefillshare_turns_total", outcome="[A-Z].*", **DECODER)} or vector(0)) / '
                    f'{_rate("prefillshare_turns_total", **DECODER)}': "of all turns"},
-                  "What clients cancelled is none. Below the objective: the overview names the errors."),
+                  "Turns that clients cancelled do not count as errors. Below the objective: the overview names the errors."),
             Panel("First token within $ttft s", "percentunit", {
                 f'{_rate("prefillshare_time_to_first_token_seconds_bucket", "decoder", le="$ttft", **DECODER)} / '
                 f'{_rate("prefillshare_time_to_first_token_seconds_count", "decoder", **DECODER)}': "{{decoder}}"

@@ -1,5 +1,5 @@
-{{- /* Refused at install: what would otherwise show at the first request only, or as a pod or a replica that waits for ever. What
-one value alone can tell, values.schema.json refuses. */ -}}
+{{- /* Refuses at install what would otherwise show only at the first request, or as a pod or a replica that waits for ever.
+values.schema.json refuses what can be told from one value alone. */ -}}
 {{- define "prefillshare.check" -}}
 {{- include "prefillshare.checkPlaces" . }}
 {{- include "prefillshare.checkCapacity" . }}
@@ -9,16 +9,16 @@ one value alone can tell, values.schema.json refuses. */ -}}
 {{- define "prefillshare.checkPlaces" -}}
 {{- $router := .Values.deployment.router | default dict }}
 {{- if ne (get $router "host" | toString) "0.0.0.0" }}
-{{- fail "deployment.router.host: give 0.0.0.0, routers are asked from other pods" }}
+{{- fail "deployment.router.host: give 0.0.0.0, because other pods call the routers" }}
 {{- end }}
 {{- if not (get $router "resources") }}
-{{- fail "deployment.router.resources: name what a group offers, like router: 0.01; the Service looks for routers there" }}
+{{- fail "deployment.router.resources: name what a group offers, like router: 0.01; the Service finds routers by it" }}
 {{- end }}
 {{- if has 8080 (list (include "prefillshare.httpPort" . | int) (include "prefillshare.grpcPort" . | int)) }}
-{{- fail "deployment.router: port 8080 is that of the metrics, choose another" }}
+{{- fail "deployment.router: port 8080 is that of the metrics; choose another one" }}
 {{- end }}
 {{- if not (hasPrefix "/" .Values.deployment.base.model) }}
-{{- fail (printf "deployment.base.model: %s is not a folder of the pods, like %s/base" .Values.deployment.base.model .Values.models.mountPath) }}
+{{- fail (printf "deployment.base.model: %s is not an absolute path in the pods, like %s/base" .Values.deployment.base.model .Values.models.mountPath) }}
 {{- end }}
 {{- with .Values.models }}
 {{- $given := compact (list .existingClaim .hostPath (ternary "download" "" (not (empty .download)))) }}
@@ -33,8 +33,8 @@ one value alone can tell, values.schema.json refuses. */ -}}
 {{- end }}
 {{- end }}
 
-{{- /* Resources and GPUs that engines and routers take, against what the groups offer. A pool of mode none has prefill engines of
-its own, which are not counted. */ -}}
+{{- /* Compares the resources and GPUs that engines and routers take with what the groups offer. A pool of mode none has prefill engines
+of its own, which are not counted. */ -}}
 {{- define "prefillshare.checkCapacity" -}}
 {{- $groups := list (dict "name" "head" "offers" .Values.head.rayResources "pods" 1 "gpus" 0) }}
 {{- range $name, $group := .Values.workers }}
@@ -77,21 +77,21 @@ its own, which are not counted. */ -}}
 {{- fail (printf "deployment.%s.resources: no group offers %s (rayResources of head and workers)" $taker.place $name) }}
 {{- end }}
 {{- if not $fits }}
-{{- fail (printf "deployment.%s: a replica takes %v %s and %v GPUs, no pod of a group has them" $taker.place $amount $name $gpus) }}
+{{- fail (printf "deployment.%s: a replica takes %v %s and %v GPUs, but no pod of a group has them" $taker.place $amount $name $gpus) }}
 {{- end }}
 {{- if gt (float64 (get $taken $name)) (float64 $offered) }}
-{{- fail (printf "deployment.%s: its replicas make it %v %s, the groups offer %v (rayResources times pods)" $taker.place (get $taken $name) $name $offered) }}
+{{- fail (printf "deployment.%s: with its replicas, %v %s are taken in all, but the groups offer %v (rayResources times pods)" $taker.place (get $taken $name) $name $offered) }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- $gpus := 0 }}
 {{- range $groups }}{{ $gpus = add $gpus (mul .pods .gpus) }}{{ end }}
 {{- if and (gt (int $gpus) 0) (gt (float64 $gpusTaken) (float64 $gpus)) }}
-{{- fail (printf "deployment: its engines take %v GPUs, the groups have %d (workers.GROUP.gpus.count times pods)" $gpusTaken $gpus) }}
+{{- fail (printf "deployment: its engines take %v GPUs, but the groups have %d (workers.GROUP.gpus.count times pods)" $gpusTaken $gpus) }}
 {{- end }}
 {{- end }}
 
-{{- /* A secret that is mounted and not used, or used and not mounted. */ -}}
+{{- /* Refuses a secret that is mounted but not used, or used but not mounted. */ -}}
 {{- define "prefillshare.checkSecrets" -}}
 {{- $router := .Values.deployment.router }}
 {{- $keys := ternary "/etc/prefillshare/keys/keys.yaml" "" (not (empty .Values.auth.keysFile.secretName)) }}
@@ -103,10 +103,10 @@ its own, which are not counted. */ -}}
 {{- range $field, $key := dict "cert_file" $secret.certKey "key_file" $secret.keyKey "client_ca_file" $secret.clientCaKey }}
 {{- $file := ternary (printf "/etc/prefillshare/tls/%s" $key) "" (and $secret.secretName $key | empty | not) }}
 {{- if ne (get $tls $field | default "") $file }}
-{{- fail (printf "deployment.router.tls.%s: tls mounts %s; HTTP takes the one and gRPC the other" $field ($file | default "no such file")) }}
+{{- fail (printf "deployment.router.tls.%s: tls mounts %s, and both have to name the same file" $field ($file | default "no such file")) }}
 {{- end }}
 {{- end }}
 {{- if and .Values.redis.password.secretName (not (get $router "redis_password_env")) }}
-{{- fail "deployment.router.redis_password_env: redis.password becomes a variable, name it" }}
+{{- fail "deployment.router.redis_password_env: name the environment variable that redis.password is put into" }}
 {{- end }}
 {{- end }}

@@ -161,7 +161,7 @@ spec:
   {{- with get $group "priorityClassName" }}
   priorityClassName: {{ . }}
   {{- end }}
-  # Longer than engines and routers take to finish what they have (prefillshare/app.py).
+  # Longer than engines and routers take to finish their running turns (prefillshare/app.py).
   terminationGracePeriodSeconds: 120
   {{- with include "prefillshare.downloads" $root }}
   initContainers: {{- . | nindent 4 }}
@@ -204,7 +204,7 @@ spec:
         {{- end }}
         {{- with $group.env }}{{ toYaml . | nindent 8 }}{{ end }}
       {{- if $root.Values.tls.secretName }}
-      # KubeRay's own asks by plain HTTP. (No probe of a turn: the head has to be ready before it may start Serve.)
+      # KubeRay's own probe uses plain HTTP. (This one takes no turn: the head has to be ready before it may start Serve.)
       readinessProbe:
         tcpSocket: {port: {{ ternary 6379 (include "prefillshare.httpPort" $root | int) .head }}}
         periodSeconds: 10

@@ -16,10 +16,10 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.")],
     output: Annotated[Path | None, typer.Option(help="Folder for the decoder.", show_default="the recipe's")] = None,
 ) -> None:
-    """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method the recipe names.
+    """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method that the recipe names.
 
-    A run that was ended goes on from its last checkpoint when it is started again. The output folder can be served as
-    it is; `log.csv` in it holds every step's loss.
+    A run that was interrupted goes on from its last checkpoint when it is started again. The output folder can be served
+    as it is; `log.csv` in it holds every step's loss.
     """
     from prefillshare.finetuning.recipe import load
     from prefillshare.finetuning.train import train as run
@@ -33,13 +33,13 @@ def data(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to make training data for, e.g. arithmetic.")],
     output: Annotated[Path, typer.Option(help="JSONL file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Most transcripts per suite.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed: other made-up problems, another choice of real ones.")] = 0,
-    split: Annotated[str, typer.Option(help="train or validation: they have nothing in common.")] = "train",
+    seed: Annotated[int, typer.Option(min=0, help="Determines the made-up problems and the choice of real ones.")] = 0,
+    split: Annotated[str, typer.Option(help="train or validation; the two have nothing in common.")] = "train",
     others: Annotated[
-        int, typer.Option(min=0, help="Most turns of other decoders, not to be learnt, before each: as in a shared session.")
+        int, typer.Option(min=0, help="Most turns of other decoders before each transcript, which are not learnt.")
     ] = 0,
 ) -> None:
-    """Make training data for task suites, checked to hold none of their test questions."""
+    """Make training data for task suites. It is checked to hold none of their test questions."""
     chosen = _tasks(tasks)
     from prefillshare.finetuning.tasks import SPLITS, write_transcripts
 
@@ -49,25 +49,25 @@ def data(
 
 
 def evaluate(
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to ask, e.g. bfcl_simple_python.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to answer, e.g. bfcl_simple_python.")],
     base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
     decoder: Annotated[Path | None, typer.Option(help="Folder of the decoder.", show_default="the base itself")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="prefillshare, icarus or ordinary: how it sees context.", show_default="as the decoder was trained"),
+        typer.Option(help="How it sees context: prefillshare, icarus or ordinary.", show_default="as the decoder was trained"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: as it is served.")] = "float32",
     served: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask a running deployment (gRPC) instead.")] = None,
     name: Annotated[str | None, typer.Option(help="With --served: the decoder's name there.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="Write questions' names and answers here (JSONL).")] = None,
+    answers: Annotated[Path | None, typer.Option(help="File for the questions' names and the answers (JSONL).")] = None,
 ) -> None:
     """Score a decoder on task suites, with 95 % intervals. The last line of output is one JSON object."""
     chosen = _tasks(tasks)
     if served and not name:
-        raise InvalidInput("whose answers?", field="--name", fix="give the decoder's name in the deployment")
+        raise InvalidInput("required with --served", field="--name", fix="give the decoder's name in the deployment")
     if answers:
         answers.parent.mkdir(parents=True, exist_ok=True)
     ask = _served(served, name, batch_size) if served else _offline(base, decoder, method, batch_size, device, dtype)
@@ -96,7 +96,7 @@ def profile(
     decoder: Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="Transcripts like those it will serve (JSONL, docs/training.md).")],
     base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
-    examples: Annotated[int, typer.Option(min=2, help="Transcripts to measure with, evenly spread over the file.")] = 32,
+    examples: Annotated[int, typer.Option(min=2, help="Number of transcripts to use, evenly spread over the file.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(metavar="SUITE", help="Also score the frontier on this suite.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="With --task: questions to ask.")] = 100,
@@ -105,8 +105,8 @@ def profile(
 ) -> None:
     """Find which layers of a prompt a decoder should compute itself over the base's KV (sharing mode droidspeak).
 
-    Writes layer_profile.json, and a plot, beside the decoder's KV contract. One that was ended goes on when it is started
-    again. The last line of output is one JSON object: the frontier, layers -> divergence.
+    Writes layer_profile.json and a plot beside the decoder's KV contract. A run that was interrupted goes on when it is
+    started again. The last line of output is one JSON object: the frontier, layers -> divergence.
     """
     suites = _tasks(task or [])
     import torch

@@ -214,8 +214,7 @@ DEFINITIONS = {
             "handoff_release, canary, replica_question).",
             ("task",),
             "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the session "
-            "or "
-            "request.",
+            "or request.",
             known=("eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question"),
         ),
         Metric(

@@ -63,7 +63,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     handle = running_handle()
     if is_from_config(APP):
         raise ConfigError(
-            "what runs was deployed from a config file of Ray Serve's (KubeRay)", fix="change it there, by helm upgrade"
+            "the running deployment came from a config file of Ray Serve (KubeRay)", fix="change it there, by helm upgrade"
         )
     old = running_deployment(handle)
     check_change(old, new)
@@ -129,7 +129,7 @@ def _refuse(problems: Mapping[str, str], new: Deployment) -> None:
         raise ConfigError(
             message + "".join(f"\n  {also}: {why}" for also, why in rest),
             field=field,
-            fix="give an adapter that vLLM loads with this base; what ran before goes on",
+            fix="give an adapter that vLLM loads with this base; the previous deployment goes on",
         )
 
 
@@ -137,8 +137,8 @@ def _go_back(as_before, old: Deployment, error: PrefillShareError, progress: Pro
     try:
         _step(as_before, old, progress)
     except PrefillShareError as second:
-        message = f"{error}\nand what ran before has not come back: {second.message}"
-        raise EngineStartError(message, fix="apply the file that ran before, or start anew") from error
+        message = f"{error}\nand the previous deployment has not come back: {second.message}"
+        raise EngineStartError(message, fix="apply the previous file, or start anew") from error
 
 
 def _confirm(handle, new: Deployment) -> None:
@@ -151,7 +151,7 @@ def _confirm(handle, new: Deployment) -> None:
             return
         if time.monotonic() > deadline:
             what = ", ".join(differing) or f"{len(answers)} routers answer"
-            raise EngineStartError(f"what runs is not what the file says: {what}", fix="apply it again, or start anew")
+            raise EngineStartError(f"what runs differs from what the file says: {what}", fix="apply it again, or start anew")
         time.sleep(0.2)
 
 
@@ -175,9 +175,9 @@ def check_change(old: Deployment, new: Deployment) -> None:
     kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
     if kept != wanted:
         raise ConfigError(
-            f"the prefill pool keeps the inputs of layers {list(kept)}, the new own_layers need those of {list(wanted)}",
+            f"the prefill pool keeps the inputs of layers {list(kept)}, but the new own_layers need those of {list(wanted)}",
             field="decode",
-            fix="start anew, or a second deployment; groups that begin at the same layers can change while it runs",
+            fix="start anew, or start a second deployment; groups that begin at the same layers can change while it runs",
         )
     before = {pool.pool: pool for pool in old.decode}
     for number, pool in enumerate(new.decode):
@@ -188,7 +188,7 @@ def check_change(old: Deployment, new: Deployment) -> None:
         for name, folder in pool.adapters.items():
             if known.adapters.get(name, folder) != folder:
                 raise ConfigError(
-                    f"adapter {name!r} is another one than the one that runs ({known.adapters[name]})",
+                    f"adapter {name!r} is not the one that runs under this name ({known.adapters[name]})",
                     field=f"decode.{number}.adapters.{name}",
                     fix="give it another name",
                 )

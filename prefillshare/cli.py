@@ -93,10 +93,10 @@ def serve(file: File) -> None:
 
 @app.command()
 def apply(file: File) -> None:
-    """Change a running deployment into FILE's: replicas, adapters, decode pools, the router's limits.
+    """Bring a running deployment in line with FILE: replicas, adapters, decode pools, the router's limits.
 
-    Turns go on meanwhile. The base and the cluster stay as they are; a change of the gRPC port or
-    of sessions replaces the router, one of the HTTP port or TLS needs a new start.
+    Turns go on meanwhile. The base and the cluster cannot change. A change of the gRPC port or of
+    sessions replaces the router; a change of the HTTP port or of TLS needs a new start.
     """
     from prefillshare.apply import apply_command
 
@@ -105,9 +105,9 @@ def apply(file: File) -> None:
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Of the Ray cluster; auto: that of the deployment on this machine.")] = "auto",
-    watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again every so many seconds, until Ctrl-C.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster; auto: the deployment on this machine.")] = "auto",
+    watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again at this interval, seconds, until Ctrl-C.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Show what runs: decoders with their contracts, replicas with their queues and KV caches."""
     from prefillshare.status import status_command
@@ -125,7 +125,7 @@ def check(file: File) -> None:
 
 @app.command()
 def examples(
-    name: Annotated[str | None, typer.Argument(help="Of the one to print; unset: their names, and what they are for.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the example to print; unset: list them.")] = None,
 ) -> None:
     """Show deployment files to begin with: prefillshare examples icarus > deployment.yaml"""
     from prefillshare.examples import scenarios, text
@@ -141,9 +141,9 @@ def examples(
 
 @app.command()
 def doctor(
-    file: Annotated[Path | None, typer.Argument(help="A deployment file to check, too.", dir_okay=False)] = None,
+    file: Annotated[Path | None, typer.Argument(help="A deployment file to check as well.", dir_okay=False)] = None,
 ) -> None:
-    """Check this machine: versions, NIXL by a read, shared memory, limits, GPUs and their peer access; say what to fix.
+    """Check this machine (versions, a NIXL read, shared memory, limits, GPUs and their peer access) and say what to fix.
 
     Ends with status 1 if something is wrong.
     """
@@ -156,7 +156,7 @@ def doctor(
 def key() -> None:
     """Make a new API key for a tenant: the key itself, for the tenant, and its line for the keys file.
 
-    The keys file (`router.auth.keys_file`) needs only the second, from which nobody can find the key.
+    The keys file (`router.auth.keys_file`) needs only the second. The key cannot be recovered from it.
     """
     from prefillshare.router.tenants import new_key
 
@@ -177,7 +177,7 @@ def demo(
     Needs the embedded model: `prefillshare model fetch smollm2-135m-instruct`. The last line of output is one JSON object.
 
     With a deployment that has `router.auth`, the environment variable `PREFILLSHARE_API_KEY` holds the key of the tenant
-    that runs the demo. It is no option: other users of the machine can see those.
+    that runs the demo. The key is not an option, because other users of the machine can see options.
     """
     from prefillshare.demo import run
 
@@ -189,7 +189,7 @@ def model_fetch(
     name: Annotated[str, typer.Argument(help="Name of a known model, see `prefillshare model list`.")],
     target: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="models/NAME")] = None,
 ) -> None:
-    """Make the model's folder in Hugging Face format and check it by hash. Once made, a second run only checks it."""
+    """Make the model's folder in Hugging Face format and check it by hash. If it exists already, only check it."""
     with FetchProgress() as bars:
         folder = models.fetch(name, target, bars.update)
     typer.echo(f"{name} is in {folder}")
@@ -206,12 +206,12 @@ def model_list() -> None:
 def contract_write(
     decoder: Decoder,
     base: Base,
-    trained_with: Annotated[str, typer.Option(help="How the decoder was made, for people.")] = "vouched for by hand",
+    trained_with: Annotated[str, typer.Option(help="Note for people: how the decoder was made.")] = "vouched for by hand",
     force: Annotated[bool, typer.Option("--force", help="Replace a contract that names another base.")] = False,
 ) -> None:
     """Vouch that DECODER was trained against the base: write its `kv_contract.json`.
 
-    Nothing can find out from the weights whether that is true; a decoder of another base gives wrong answers.
+    The weights do not show whether this is true; a decoder that was trained against another base gives wrong answers.
     """
     _require_weights(decoder)
     wanted = contract.DecoderContract.of_base(base, trained_with)
@@ -219,7 +219,7 @@ def contract_write(
         contract.DecoderContract.read(decoder).check(wanted, str(decoder))
     if (decoder / "config.json").is_file() and (shape := contract.KVShape.of(decoder)) != wanted.shape:
         raise ConfigError(
-            f"{decoder} has KV of {shape}, {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"
+            f"{decoder} has KV of {shape}, but {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"
         )
     typer.echo(f"wrote {wanted.write(decoder)}")
 

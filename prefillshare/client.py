@@ -200,7 +200,7 @@ def collect(pieces: Iterable[pb.GenerateResponse], seen: Callable[[str], None] =
         done = piece.done if piece.HasField("done") else done
         seen(text)
     if done is None:
-        raise errors.ConnectionLost("the server ended the stream without a result", fix="look whether the session has grown")
+        raise errors.ConnectionLost("the server ended the stream without a result", fix="check whether the session has grown")
     return TurnResult(text, tokens, logprobs, done.finish_reason, done.context_tokens, done.usage)
 
 
@@ -219,7 +219,7 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     if not api_key:
         return ()
     if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
-        raise errors.InvalidInput("a key is ASCII text without spaces", field="api_key", fix="look for a line break in it")
+        raise errors.InvalidInput("a key is ASCII text without spaces", field="api_key", fix="check it for a line break")
     return (("authorization", f"Bearer {api_key}"),)
 
 

@@ -92,7 +92,7 @@ def started(deployment: Deployment) -> Iterator[None]:
 
     if (mode := os.environ.get(AUTH_MODE_ENV_VAR, "token")).lower() != "token":
         raise ConfigError(
-            f"{AUTH_MODE_ENV_VAR} is {mode!r}: whoever reaches Ray's ports could run programs as this user",
+            f"{AUTH_MODE_ENV_VAR} is {mode!r}: anybody who reaches Ray's ports could run programs as this user",
             fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
         )
     _enable_token_auth()  # as Ray would, with a warning that says how to opt out
@@ -137,7 +137,7 @@ def joined(address: str, field: str | None = None) -> Iterator[None]:
     where = _named(address)
     if where is not None and not _answers(*where):
         raise ConfigError(
-            f"nothing answers at {where[0]}:{where[1]}", field=field, fix="give the address of a Ray cluster that runs"
+            f"nothing answers at {where[0]}:{where[1]}", field=field, fix="give the address of a running Ray cluster"
         )
     # Ray itself does so for clusters that it finds by itself only.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -166,7 +166,8 @@ def _of_this_machine(http_port: int | None) -> str:
         return fitting[0].address
     which = "several deployments run here" if fitting else f"no deployment with router.http_port {http_port} runs here"
     listed = "".join(f"\n  {record}" for record in running)
-    raise ConfigError(f"{which}; those that run:{listed}", fix="say which" if fitting else "start it: prefillshare serve FILE")
+    fix = "say which one" if fitting else "start it: prefillshare serve FILE"
+    raise ConfigError(f"{which}; the running ones are:{listed}", fix=fix)
 
 
 def running_handle():

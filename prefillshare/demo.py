@@ -142,14 +142,14 @@ def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = Non
     turns = [turn for turn in TURNS if turn.decoder in names]
     if len({turn.decoder for turn in turns}) < 2:
         wanted = ", ".join(dict.fromkeys(turn.decoder for turn in TURNS))
-        raise ConfigError(f"the demo wants at least two decoders of {wanted}", field="decode")
+        raise ConfigError(f"the demo needs at least two of the decoders {wanted}", field="decode")
     connection = client_options(deployment, ca_file)
     with startup_progress(console) as progress, running(deployment, progress):
         progress.done()
         console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
         with Client(addresses.joined(deployment.router.host, deployment.router.grpc_port), **connection) as client:
             rows = _session(client, turns, "base" in names, max_tokens, console)
-    with _busy("checking every generated token against the reference: each model computes its turns anew ...", console):
+    with _busy("checking every generated token against the reference; each model computes its turns anew ...", console):
         worst = _oracle(deployment, rows)
     without = prefilled_without_sharing(rows, deployment.base.block_size)
     for number, row in enumerate(rows, 1):
@@ -157,8 +157,8 @@ def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = Non
     console.print(_table(rows))
     totals = _totals(rows, without, worst)
     console.print(
-        f"prefilled [bold]{totals['computed_tokens']}[/] tokens; without sharing, each model for itself: [bold]{without}[/]. "
-        f"Largest difference from the reference: {worst:.1e}"
+        f"prefilled [bold]{totals['computed_tokens']}[/] tokens; without sharing, the models would have prefilled "
+        f"[bold]{without}[/]. Largest difference from the reference: {worst:.1e}"
     )
     print(json.dumps(totals))
     if worst > TOLERANCE:
@@ -170,7 +170,7 @@ def client_options(deployment: Deployment, ca_file: Path | None = None) -> dict[
     auth, tls = deployment.router.auth, deployment.router.tls
     if auth is not None:
         if not (key := os.environ.get(API_KEY_VARIABLE)):
-            raise Unauthenticated("the deployment has tenants", field=API_KEY_VARIABLE, fix="set it to the key of one")
+            raise Unauthenticated("the deployment has tenants", field=API_KEY_VARIABLE, fix="set it to a tenant's key")
         tenants.load(auth).identify(key)
     return {"ca_file": ca_file or tls.cert_file} if tls is not None else {}
 

@@ -84,9 +84,9 @@ def nixl() -> Iterator[Finding]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LOOPBACK_LIMIT_S)
     except subprocess.TimeoutExpired:
-        done = subprocess.CompletedProcess(command, 1, "", f"no end within {LOOPBACK_LIMIT_S:g} s")
+        done = subprocess.CompletedProcess(command, 1, "", f"it did not end within {LOOPBACK_LIMIT_S:g} s")
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        why = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
         fix = "look at UCX_TLS and UCX_NET_DEVICES; ucx_info -d lists the transports; pip install nixl-cu12 if it is missing"
         yield Finding("NIXL", Level.WRONG, f"a read by {BACKEND} failed: {why}", fix)
         return
@@ -128,7 +128,7 @@ def ports(wanted: Mapping[int, str] = PORTS) -> Iterator[Finding]:
         if port in listening:
             pid = listening[port]  # unknown of other users' processes
             by = f"process {pid} ({psutil.Process(pid).name()})" if pid else "another process"
-            fix = f"fine if that is a deployment of yours; else end it, or change {about}"
+            fix = f"fine if that is a deployment of yours; otherwise end it, or change {about}"
             yield Finding("ports", Level.WARNING, f"{port} is taken by {by}", fix)
     if free := [port for port in wanted if port not in listening]:
         yield Finding("ports", Level.OK, f"{', '.join(map(str, free))} free")
@@ -142,7 +142,7 @@ def accelerators() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         fix = "look at nvidia-smi; install the driver, or the CPU build of vLLM (make setup)"
-        yield Finding("GPUs", Level.WRONG, "vLLM's CUDA build, and torch sees no GPU", fix)
+        yield Finding("GPUs", Level.WRONG, "vLLM's CUDA build is installed, but torch sees no GPU", fix)
         return
     count = torch.cuda.device_count()
     yield Finding("GPUs", Level.OK, ", ".join(torch.cuda.get_device_name(n) for n in range(count)))
@@ -189,7 +189,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
         seen = f"files; the machines of the Ray cluster at {deployment.cluster.address} are not seen from here"
     yield Finding("deployment", Level.OK, f"{file}: {seen}")
     if unchecked:
-        yield Finding("deployment", Level.OK, f"not checked: what vLLM says to the engines' arguments ({unchecked})")
+        yield Finding("deployment", Level.OK, f"not checked: whether vLLM accepts the engines' arguments ({unchecked})")
     for line in ecache_cost(deployment, contract.shape):
         yield Finding("deployment", Level.OK, line)
 

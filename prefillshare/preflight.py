@@ -84,7 +84,7 @@ def _check_memory(deployment: Deployment) -> None:
         total += engines.most_replicas * (engines.kv_cache_gib + ENGINE_OVERHEAD_GIB + _weights_gib(model, scale) + places_gib)
         if total > available:
             raise ConfigError(
-                f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, {available:.1f} are available",
+                f"with {engines.kv_cache_gib:g} GiB here the engines need about {total:.1f} GiB, but {available:.1f} are free",
                 field=f"{field}.kv_cache_gib",
                 fix="lower kv_cache_gib or replicas, or use a machine with more memory",
             )
@@ -132,7 +132,7 @@ def check_command(file: Path) -> None:
     for line in ecache_cost(deployment, contract.shape):
         console.print(f"  {line}")
     if unchecked:
-        console.print(f"  not checked: what vLLM says to the engines' arguments ({unchecked})")
-    console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): everybody may call")
+        console.print(f"  not checked: whether vLLM accepts the engines' arguments ({unchecked})")
+    console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): anybody may call")
     if known and deployment.router.tls is None:
-        console.print("  no TLS (router.tls): API keys can be read on their way here")
+        console.print("  no TLS (router.tls): API keys are sent unencrypted")

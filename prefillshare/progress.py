@@ -34,11 +34,11 @@ def startup_progress(console: Console) -> Iterator[StartupProgress]:
 
 
 _STAGES = {
-    "waiting": "waiting for another run that makes this folder",
+    "waiting": "waiting for another run that is making this folder",
     "checking": "checking the folder's hashes",
     "hashing": "checking the package's file",
     "converting": "converting to float32",
-    "recording": "hashing what was written",
+    "recording": "hashing the written files",
 }
 
 

@@ -79,13 +79,13 @@ def check_proxies(router: Router) -> None:
     there, wanted = _get_global_client().http_config, http_options(router)
     if any(getattr(there, name) != getattr(wanted, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")):
         raise ConfigError(
-            "Ray Serve runs already on this cluster, with other certificates or none",
+            "Ray Serve already runs on this cluster, with other certificates or none",
             field="router.tls",
             fix="end it there first (serve shutdown), or use the same files",
         )
     if router.tls.client_ca_file and serves_without_certificate(router.host, router.http_port):
         raise EngineStartError(
-            "the HTTP surface serves clients that show no certificate, against router.tls.client_ca_file",
+            "the HTTP surface serves clients that show no certificate, although router.tls.client_ca_file is set",
             fix=f"start Ray on every machine with {_CALLBACK}={__name__}.{ask_for_client_certificates.__name__}",
         )
 

@@ -93,7 +93,7 @@ def _trouble(restart_s: float) -> Trouble | None:
 
     found = serve.status().applications.get(APP)
     if found is None:
-        return Trouble("its application is gone from Ray Serve: somebody has deleted it, or shut Serve down", 5 * ASK_S)
+        return Trouble("its application is gone from Ray Serve: somebody has deleted it, or has shut Serve down", 5 * ASK_S)
     state = found.status.value
     if state in ("DEPLOYING", "RUNNING"):
         return None

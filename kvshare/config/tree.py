@@ -20,7 +20,7 @@ from prefillshare.kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
 _ANOTHER = Change("the old one is removed, a new one is added", replaces_engines=True)
-_UNDER_ITS_NAME = refused("another one than runs under this name", fix="give the pool another name")
+_UNDER_ITS_NAME = refused("it differs from that of the running pool of this name", fix="give the pool another name")
 _ANOTHER_TRANSPORT = refused("engines of two transports cannot exchange KV", fix="start a second deployment")
 _ANOTHER_CLUSTER = refused("it runs on another cluster", fix="start a second deployment there")
 

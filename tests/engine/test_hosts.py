@@ -196,7 +196,7 @@ def test_what_cannot_change_while_it_runs_is_refused_and_all_goes_on(cluster, tm
     right = dict(pool["adapters"])
     pool["adapters"]["a"] = pool["adapters"]["b"]
     cluster.upgrade()
-    wait_until(lambda: "adapter 'a' is another one than the one that runs" in cluster.message(), 60)
+    wait_until(lambda: "adapter 'a' is not the one that runs under this name" in cluster.message(), 60)
     cluster.turn("a", ids(40, salt=12))
     pool["adapters"] = right
     file = tmp_path / "deployment.yaml"

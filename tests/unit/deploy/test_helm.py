@@ -354,7 +354,7 @@ def test_further_objects_are_rendered():
     (("deployment", "base", "model"), "models/llama", "deployment.base.model: .* like /models/base"),
     (("deployment", "router", "http_port"), 8080, "port 8080 is that of the metrics"),
     (("deployment", "prefill", "replicas"), 9, "deployment: its engines take 5 GPUs, but the groups have 1"),
-    (("deployment", "prefill", "resources"), {"gpu": 0.995}, "decode.0: with its replicas, 1.005 gpu are taken .* groups offer 1"),
+    (("deployment", "prefill", "resources"), {"gpu": 0.995}, "decode.0: with its replicas, 1.005 gpu .* groups offer 1"),
     (("deployment", "prefill", "resources"), {"gpu": 2}, "prefill: a replica takes 2 gpu .* no pod of a group has them"),
     (("workers", "gpu", "minReplicas"), 2, "workers.gpu: minReplicas <= replicas <= maxReplicas"),
     (("head", "rayResources"), {"router": 0.5}, "rayResources"),

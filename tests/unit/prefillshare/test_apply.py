@@ -36,8 +36,8 @@ def test_adapters_come_and_go(deploy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sharing": "none"}, r"decode\.0\.sharing: another one than runs under this name"),
-        ({"adapters": {"a": "b"}}, "adapter 'a' is another one"),
+        ({"sharing": "none"}, r"decode\.0\.sharing: it differs from that of the running pool"),
+        ({"adapters": {"a": "b"}}, "adapter 'a' is not the one"),
     ],
 )
 def test_a_name_keeps_its_meaning(deploy, change, message):
@@ -68,7 +68,7 @@ def test_own_layers_may_change_where_the_prefill_pool_keeps_what_they_need(deplo
         return deploy(sharing="droidspeak", own_layers={"a": group})
 
     check_change(own("0-0"), own("none"))
-    with pytest.raises(ConfigError, match=r"keeps the inputs of layers \[\], the new own_layers need those of \[1\]"):
+    with pytest.raises(ConfigError, match=r"keeps the inputs of layers \[\], but the new own_layers need those of \[1\]"):
         check_change(own("0-0"), own("1-1"))
 
 
@@ -216,7 +216,8 @@ def test_when_even_going_back_fails_both_reasons_are_given(deploy, monkeypatch):
     old, new = deploy(), deploy(pool="others")
     serve = Serve(monkeypatch, old)
     serve.fails = {"others", "agents"}
-    with pytest.raises(EngineStartError, match=r"others.* did not start\nand what ran before has not come back: agents did"):
+    both = r"others.* did not start\nand the previous deployment has not come back: agents did"
+    with pytest.raises(EngineStartError, match=both):
         apply_module.apply(new)
 
 

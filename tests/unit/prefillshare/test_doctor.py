@@ -82,7 +82,7 @@ def test_a_transport_that_hangs_is_ended(monkeypatch):
 
     monkeypatch.setattr(doctor.subprocess, "run", hangs)
     (finding,) = doctor.nixl()
-    assert "no end within 60 s" in finding.found
+    assert "it did not end within 60 s" in finding.found
 
 
 def test_the_loopback_notices_a_wrong_read(monkeypatch):

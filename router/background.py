@@ -1,4 +1,4 @@
-"""Work behind turns, which nobody waits for: what becomes of it is known all the same."""
+"""Background work that no turn waits for. Its failures are logged and counted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Owns tasks until they have ended, `stop` at the latest. One that raises is logged and counted."""
+    """Owns its tasks until they end, at the latest at `stop`. A task that raises is logged and counted."""
 
     def __init__(self, metrics: Metrics | None = None):
         self._failures = metrics["background_failures_total"] if metrics is not None else None
         self._running: set[asyncio.Task] = set()
 
     def start(self, what: str, work: Coroutine, **whose: object) -> asyncio.Task:
-        """`what`: the metric's label. `whose`: the session, request or replica that the log names."""
+        """Run `work` as a task. `what`: the metric's label. `whose`: the session, request or replica that the log names."""
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(partial(self._ended, what, whose))
         return task
 
     async def stop(self) -> None:
-        """Ends what still runs."""
+        """Cancel the tasks that still run and wait for them."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)

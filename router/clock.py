@@ -1,4 +1,4 @@
-"""What time it is in a router. Whoever measures, or waits for a time to come, asks here: a test can so let time pass."""
+"""The router's clock. Code that measures time, or waits for a point in time, reads it here, so that tests can control time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _source: Callable[[], float] = time.monotonic
 
 
 def now() -> float:
-    """Seconds since some moment that stays the same."""
+    """Seconds since an arbitrary but fixed moment."""
     return _source()
 
 
 @contextmanager
 def taken_from(source: Callable[[], float]) -> Iterator[None]:
-    """Inside, that is the time."""
+    """Within this context, `now` reads `source`."""
     global _source
     before, _source = _source, source
     try:

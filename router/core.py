@@ -1,4 +1,4 @@
-"""What makes turns, whatever surface they come by: the fleet of pools, the decoders served, orchestrator and canary."""
+"""The part of a router that runs the turns of all surfaces: the fleet of pools, the served decoders, orchestrator, canary."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class Core:
-    """`handle_of`: name of a Serve deployment -> its handle. `start` comes first, `stop` last, whatever became of the start."""
+    """`handle_of`: name of a Serve deployment -> its handle. Call `start` first and `stop` last, even if `start` failed."""
 
     def __init__(self, base: Base, handle_of: Callable[[str], object]):
         self.metrics = Metrics()
         self.fleet = Fleet(base.block_size, handle_of, self.metrics)
-        #: Adapters of what is served that engines could not load, and why.
+        #: Adapters of the served deployment that engines could not load -> the reason.
         self.left_out: dict[str, str] = {}
 
     async def start(self, deployment: Deployment, tenants: Mapping[str, TenantShare]) -> None:
-        """Waits for the pools. Raises Unavailable if one has no replica in time."""
+        """Wait for the pools. Raises Unavailable if one of them has no replica in time."""
         routes = await self.fleet.adopt(deployment)
         self.orchestrator = Orchestrator(
             deployment.router,
@@ -42,11 +42,11 @@ class Core:
 
     @property
     def decoders(self) -> dict[str, served_decoders.Decoder]:
-        """What is served, by name; changed in place."""
+        """The served decoders by name. The dict is changed in place."""
         return self.orchestrator.decoders
 
     async def take_over(self, deployment: Deployment) -> set[str]:
-        """From now on serve this. Returns the decoders that are served no more; turns in progress go on (`let_go`)."""
+        """Serve this deployment from now on. Returns the decoders that are no longer served; their turns go on (`let_go`)."""
         routes = await self.fleet.adopt(deployment)
         loaded = await self._loaded(deployment)
         before = set(self.decoders)
@@ -55,7 +55,7 @@ class Core:
         return before - set(self.decoders)
 
     async def let_go(self, decoders: set[str], deployment: Deployment, grace_s: float) -> None:
-        """Wait until the turns of these have ended, at most `grace_s`, and close the pools that the deployment has no more."""
+        """Wait until the turns of these decoders have ended, at most `grace_s`; then close pools that are no longer used."""
         await self.orchestrator.services.in_progress.ended(decoders, grace_s)
         await self.fleet.forget(deployment)
 
@@ -65,7 +65,7 @@ class Core:
         await self.fleet.stop()
 
     async def _loaded(self, deployment: Deployment) -> dict[str, served_decoders.Decoder]:
-        """What can be served of the deployment: all but adapters that a replica could not load."""
+        """The deployment's decoders, except for adapters that a replica could not load."""
         self.left_out = await self.fleet.adapter_problems(deployment)
         for name, why in self.left_out.items():
             logger.error("decoder %s is not served: %s", name, why)

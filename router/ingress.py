@@ -23,13 +23,13 @@ from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
-#: How long a stopping router lets running turns go on; less than Serve's own patience with the replica.
+#: Seconds that a stopping router lets running turns go on; less than Serve gives the replica to stop.
 GRACE_S = 30.0
 
 
 @serve.ingress()
 class RouterIngress:
-    """`handles`: of the engine deployments, by name. What changes while it runs comes through `reconfigure`."""
+    """`handles`: Serve handles of the engine deployments, by name. Changes at run time come through `reconfigure`."""
 
     async def __init__(self, deployment: Deployment, handles: Mapping[str, object], tenants: Tenants):
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
@@ -42,7 +42,7 @@ class RouterIngress:
             from prefillshare.router.telemetry.ray_metrics import RayMetrics
 
         self._deployment, self._tenants = deployment, tenants
-        #: What stops what has started, the last first.
+        #: Stops the started parts in reverse order.
         self._stopping = AsyncExitStack()
         at_end = self._stopping.push_async_callback
         ray_metrics = RayMetrics()
@@ -70,7 +70,10 @@ class RouterIngress:
         await self._surfaces.grpc.set_ready(True)
 
     async def _first_turns(self, timeout_s: float) -> None:
-        """A turn on every pool. Where the engines are being replaced, too, it may take some. Raises RuntimeError."""
+        """Wait until a turn on every pool succeeds, which may take several tries while engines are being replaced.
+
+        Raises RuntimeError after `timeout_s` seconds.
+        """
         until = clock.now() + timeout_s
         while reason := await self._surfaces.readiness.not_ready_because():
             if clock.now() > until:
@@ -82,7 +85,7 @@ class RouterIngress:
         return self._surfaces.app
 
     async def reconfigure(self, plain: dict) -> None:
-        """Serve calls this at the start, and when decoders, pools, or what may change of the router have changed."""
+        """Called by Serve at the start, and when decoders, pools or changeable settings of the router have changed."""
         deployment = taken_over(self._deployment, Deployment.model_validate(plain))
         if deployment == self._deployment:
             return
@@ -90,27 +93,27 @@ class RouterIngress:
         dropped = await self._core.take_over(deployment)
         self._deployment = deployment
         self._surfaces.list_decoders()
-        # Only then may engines drop what these turns still need.
+        # Engines may drop what these turns need only after this has returned.
         await self._core.let_go(dropped, deployment, GRACE_S)
 
     async def left_out(self) -> dict[str, str]:
-        """Adapters of what is served that engines could not load, and why."""
+        """Adapters of the served deployment that engines could not load -> the reason."""
         return self._core.left_out
 
     async def adapter_problems(self, plain: dict) -> dict[str, str]:
-        """Adapters of a deployment, given as plain data, whose replicas all run: those that one cannot serve, and why."""
+        """Adapters that some replica cannot serve -> the reason. `plain`: a deployment, all replicas of which run."""
         return await self._core.fleet.adapter_problems(Deployment.model_validate(plain), of_all=True)
 
     async def deployment(self) -> dict:
-        """What is served now, as plain data: what cannot be taken over is as it was at the start."""
+        """The deployment served now, as plain data. Settings that cannot change at run time are as they were at the start."""
         return self._deployment.model_dump(mode="json")
 
     async def tenants(self) -> Tenants:
-        """Who may call. Of keys it has digests only."""
+        """Who may call. Of API keys, only digests are in it."""
         return self._tenants
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Pool -> replica -> figures of those that answer, asked for now; for tests and operators."""
+        """Pool -> replica -> current figures, for the replicas that answer; for tests and operators."""
         return await self._core.fleet.stats_now()
 
     async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
@@ -118,7 +121,7 @@ class RouterIngress:
         return self._core.fleet.info()
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse new turns, finish running ones, at most `timeout_s`."""
+        """Refuse new turns and let running ones finish, for at most `timeout_s` seconds."""
         grpc = self._surfaces.grpc
         await grpc.set_ready(False)
         await asyncio.gather(grpc.stop(timeout_s), self._core.orchestrator.drain(timeout_s))

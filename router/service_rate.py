@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 Clock = Callable[[], float]
 
-#: What is so old counts 1/e.
+#: An observation of this age, in seconds, counts 1/e.
 MEMORY_S = 20.0
-#: Backlog that must have been seen lately for a rate to be believed.
+#: Seconds of recent backlog that a rate must be based on to be trusted.
 LEAST_BACKLOG_S = 2.0
 
 
 class MeanRatio:
-    """Mean of `amount` per `unit` of what was added lately."""
+    """Recent mean of `amount` per unit."""
 
     def __init__(self, clock: Clock):
         self._clock = clock
@@ -38,7 +38,10 @@ class MeanRatio:
 
 
 class UsualTime:
-    """What most took lately: mean plus DEVIATIONS standard deviations, which nine of ten do not exceed if they are normal."""
+    """Upper end of recent values: their mean plus DEVIATIONS standard deviations.
+
+    Nine of ten values do not exceed it if they are normally distributed.
+    """
 
     DEVIATIONS = 1.3
 
@@ -59,8 +62,8 @@ class UsualTime:
 class DrainRate:
     """Amount finished per second of backlog.
 
-    Only while turns wait does a pool work at its limit: what it does in quiet times says nothing about how long a queue would
-    take. Without backlog the rate stands still, and is forgotten after about a minute, so that a bad one does not stay.
+    A pool works at its limit only while turns wait: what it finishes in quiet times says nothing about how long a queue would
+    take. Without backlog the rate does not change, and is forgotten after about a minute, so that a bad one does not stay.
     """
 
     def __init__(self, clock: Clock):
@@ -81,7 +84,7 @@ class DrainRate:
 
     @property
     def per_s(self) -> float | None:
-        """None before anything has been measured, or long after."""
+        """None before anything has been measured, and again some time after the last backlog."""
         self.backlog(self._backlog)
         self._mean.add(0, 0)
         return self._mean.value if self._mean.units > LEAST_BACKLOG_S else None

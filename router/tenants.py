@@ -1,7 +1,7 @@
-"""Tenants: who may call, told by an API key (R7).
+"""Tenants: who may call, identified by an API key (R7).
 
 A keys file, or the environment variable in its place, maps tenants to keys. Keys are kept as SHA-256 digests only; no
-error, log line or repr shows a key, nor anything that could be one in the wrong place.
+error, log line or repr shows a key, or a value that could be a key written in the wrong place.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prefillshare.kvshare.yaml_tree import Name, Node, from_yaml
 from prefillshare.router.admission import grant
 
 MIN_KEY_CHARS, MAX_KEY_CHARS = 16, 512
-#: What fits into a header as it is.
+#: Characters that a header can hold without encoding.
 _KEY_CHARS = frozenset(string.ascii_letters + string.digits + string.punctuation)
 _DIGEST = "sha256:"
 
@@ -106,7 +106,7 @@ class KeysFile(Node):
 
 
 class Tenants:
-    """The tenants of a deployment; none: everybody is the one anonymous tenant. Read-only, crosses process borders."""
+    """The tenants of a deployment; without any, every caller is the anonymous tenant. Read-only; passed between processes."""
 
     def __init__(self, tenants: Mapping[str, Tenant] | None = None):
         self.by_name = dict(tenants or {})
@@ -119,7 +119,7 @@ class Tenants:
         return hashlib.sha256(repr(everything).encode()).hexdigest()
 
     def identify(self, key: str | None) -> Caller:
-        """Who presents this key. Raises Unauthenticated. Takes as long for a wrong key as for a right one."""
+        """The caller that presents this key. Raises Unauthenticated. A wrong key takes as long to check as a right one."""
         if not self.by_name:
             return ANONYMOUS
         if not key:
@@ -134,11 +134,11 @@ class Tenants:
         return Caller(found, tenant.cache_domain or found, tenant.may_share, tenant.priority)
 
     def shares(self) -> dict[str, grant.TenantShare]:
-        """Name -> what the queue knows of it."""
+        """Tenant name -> what the queue knows of the tenant."""
         return {name: grant.TenantShare(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
 
     def max_sessions(self, in_all: int) -> dict[str, int]:
-        """Name -> most sessions it holds, of the `in_all` that the store keeps."""
+        """Tenant name -> most sessions it may hold of the `in_all` that the store keeps."""
         weights = sum(tenant.weight for tenant in self.by_name.values())
         return {
             name: tenant.max_sessions or max(1, int(in_all * tenant.weight / weights)) for name, tenant in self.by_name.items()
@@ -152,7 +152,7 @@ def bearer(authorization: str | None) -> str | None:
 
 
 def load(auth: Auth | None) -> Tenants:
-    """Raises ConfigError, which shows no value of the file."""
+    """The tenants of the keys file that `auth` names. Raises ConfigError, which shows no value of the file."""
     if auth is None:
         return Tenants()
     if auth.keys_env:
@@ -168,7 +168,7 @@ def load(auth: Auth | None) -> Tenants:
 
 
 def _parse(text: str, field: str, where: str) -> KeysFile:
-    # Raised outside of the handlers: what pydantic and YAML raise quotes the file, and must not travel as a context.
+    # Raised outside the handlers: the errors of pydantic and YAML quote the file and must not become this error's context.
     try:
         data = from_yaml(text)
         if isinstance(data, dict):
@@ -182,7 +182,7 @@ def _parse(text: str, field: str, where: str) -> KeysFile:
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """(content, why not)"""
+    """(content, ""), or ("", why the file cannot be read)."""
     try:
         return path.read_text(), ""
     except OSError as error:

@@ -1,1 +1,1 @@
-"""When a turn starts: room for its prefill and decode, a place in line, or a refusal."""
+"""Decides when a turn starts: it gets room for its prefill and decode, waits in line, or is refused."""

@@ -1,15 +1,15 @@
-"""Admission: a turn starts when there is room for its prefill and for its decode, waits in order, or is refused at once.
+"""Admission: a turn starts when there is room for its prefill and its decode; otherwise it waits in line or is refused.
 
 1. A turn that no replica could ever hold, or whose tenant is at its limit, is refused.
 2. It joins its decode pool's line (decode_line.py), ordered by priority, tenant and arrival (fair_queue.py).
-3. Whatever fits starts: it holds prefill tokens until `prefill_done`, KV blocks and a sequence until `release`.
-4. One that has to wait is refused if by the estimate it would start too late: after router.max_wait_s, or with less time to
-   its deadline than turns like it take. The estimate is the work ahead by measured rates; while unmeasured, it may wait.
-5. If now more than router.max_queued turns are in progress or waiting, the last in the longest line is refused. That is not
-   always the newcomer: no pool, priority or tenant can keep others out by filling the queue.
-6. Whenever room is given back, 3 again. Who has waited as long as 4 would have let it is refused then.
+3. A turn that fits starts. It holds prefill tokens until `prefill_done`, KV blocks and a sequence until `release`.
+4. A turn that has to wait is refused if it is estimated to start too late: after router.max_wait_s, or with less time to its
+   deadline than such turns take. The estimate is the work ahead divided by measured rates; before any is known, the turn waits.
+5. If more than router.max_queued turns are then in progress or waiting, the last turn of the longest line is refused. This is
+   not always the newcomer: no pool, priority or tenant can keep others out by filling the queue.
+6. Whenever room is given back, step 3 runs again. A turn that has waited as long as step 4 allows is refused.
 
-Only waiting is asynchronous. One event changes all it changes before anybody else can look.
+Only waiting is asynchronous: each event makes all its changes before any other task runs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from prefillshare.router.admission.refusals import Refusal, Refusals
 from prefillshare.router.clock import now
 from prefillshare.router.service_rate import Clock
 
-#: An estimate beyond this says that the rate is about nothing, not when the turn would start.
+#: A longer estimate only means that the measured rate is close to zero, not that the turn would start at that time.
 LONGEST_ESTIMATE_S = 600.0
 
 
 @dataclass(frozen=True)
 class PoolSource:
-    """Where a decode pool's room comes from: its replicas, the name of its prefill pool, how many replicas that has now."""
+    """Where a decode pool's room comes from: its replicas, its prefill pool's name and current number of replicas."""
 
     capacity: Capacity
     prefill: str
@@ -64,7 +64,7 @@ class Admission:
         self.serve(config, pools)
 
     def serve(self, config: Router, pools: Mapping[str, PoolSource]) -> None:
-        """From now on admit to these pools, under these limits. Turns in a line that is gone keep what they hold of it."""
+        """Admit to these pools under these limits from now on. Turns in a line that is removed keep what they hold."""
         self._config = config
         self._full = f"{config.max_queued} turns are in progress or waiting (router.max_queued)"
         for name in self._lines.keys() - pools.keys():
@@ -101,7 +101,7 @@ class Admission:
         return grant
 
     def check_turns(self, turns: int, tenant: TenantShare) -> None:
-        """Raises InvalidInput if so many turns of one request could never be in progress at once."""
+        """Raises InvalidInput if this many turns of one request could never be in progress at once."""
         most, whose = self._config.max_queued, "router.max_queued"
         if tenant.max_in_progress is not None and tenant.max_in_progress < most:
             most, whose = tenant.max_in_progress, f"max_in_progress of tenant {tenant.name!r}"
@@ -113,7 +113,7 @@ class Admission:
             )
 
     def refresh(self) -> None:
-        """Replicas came or went. Without this it is noticed at the pool's next event."""
+        """Take note that replicas came or went. Without this call, the pool's next event would notice it."""
         for line in self._lines.values():
             line.room.refresh()
         for line in self._lines.values():
@@ -121,7 +121,9 @@ class Admission:
 
     def room(self, pool: str) -> Mapping[str, int]:
         """Free blocks of the replicas that have a free sequence: a live view, for placement to score.
-        Whether a turn that holds a grant may go somewhere, `Grant.fits` says: it counts what the turn holds itself."""
+
+        Use `Grant.fits` to find out whether a turn with a grant may go to a replica: it counts what the turn itself holds.
+        """
         return self._lines[pool].room.free
 
     def held(self, pool: str) -> Mapping[str, tuple[int, int]]:
@@ -134,13 +136,13 @@ class Admission:
     def queued_prefill_tokens(self, prefill: str) -> int:
         return self._prefill[prefill].queued_tokens
 
-    # What Grant calls.
+    # Called by Grant.
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def start_what_fits(self, line: DecodeLine) -> None:
-        """After any change: start all that can, in this line and in those that draw on the same prefill pool."""
+        """After any change: start all turns that can, in this line and in those that draw on the same prefill pool."""
         line.room.refresh()
         while ready := self._next_start(line.prefill):
             self._start(*ready)
@@ -161,7 +163,7 @@ class Admission:
         self._drop(grant)
         self.start_what_fits(grant.line)
 
-    # Everything below keeps the counters.
+    # Everything below updates the counters.
 
     def _join(self, demand: Demand) -> Grant:
         if demand.pool not in self._lines:
@@ -202,7 +204,7 @@ class Admission:
             raise self._refusals.overloaded(Refusal.TENANT_LIMIT, grant, text, retry_s)
 
     def _refuse(self, grant: Grant, reason: Refusal, text: str) -> None:
-        """Refuse a turn that is in already. The hint: when a turn like it could join the end of the line."""
+        """Refuse a turn that has joined already. The hint says when a turn like it could join the end of the line."""
         line = grant.line
         too_long_s = line.wait_s(grant.ticket) - grant.may_wait_s if grant.ticket else 0.0
         grant.error = self._refusals.overloaded(reason, grant, text, max(too_long_s, line.ended_turns.seconds_for(1)))
@@ -218,7 +220,7 @@ class Admission:
             self.start_what_fits(grant.line)
 
     def _next_start(self, prefill: PrefillPool) -> tuple[Ticket, str] | None:
-        """Of all lines: the highest priority first, then the line that has started nothing for longest."""
+        """The next turn over all lines: highest priority first, then the line whose last start is longest ago."""
         ready, has_room = [], prefill.has_room
         for line in prefill.lines:
             while (first := line.queue.first()) and line.room.replicas and first.work.blocks > line.room.largest:
@@ -241,7 +243,7 @@ class Admission:
             self._metrics["queue_seconds"].labels(line.pool).observe(grant.waited_s)
 
     def _drop(self, grant: Grant) -> None:
-        """Give back all a grant holds, in whatever state it is."""
+        """Give back everything a grant holds, whatever its state."""
         line, tenant = grant.line, grant.demand.tenant.name
         self.in_progress -= 1
         self._by_tenant[tenant] -= 1

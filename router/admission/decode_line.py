@@ -1,9 +1,9 @@
-"""The line before one decode pool: who is next, where it fits, and how long the last one will wait.
+"""The waiting line of one decode pool: which turn is next, which replica it fits on, how long the last one will wait.
 
 A turn starts when a decode replica has the blocks and the sequence it needs, and the prefill pool's queued tokens are below
-their bound. The first in line that fits nowhere keeps the replica with most free blocks for itself: what gets free there
-stays free until it fits. Only the one after it may start meanwhile, on another replica, and no more than MAX_PASSED turns
-may do so. So a large turn is never starved by small ones, and small ones wait for it no longer than for one replica to drain.
+their bound. If the first turn in line fits nowhere, the replica with most free blocks is kept for it: what becomes free there
+stays free until the turn fits. Meanwhile only the turn after it may start, on another replica, and at most MAX_PASSED turns
+may pass it. So small turns never starve a large one, and wait for it no longer than one replica takes to drain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PrefillPool:
 
     @property
     def has_room(self) -> bool:
-        """Not asked of a turn's own size: the bound is exceeded by one turn at most, and no turn is too large for it."""
+        """Independent of a turn's own size: at most one turn exceeds the bound, and no turn is too large for it."""
         return self.queued_tokens < self.limit
 
     def done(self, tokens: int, finished: bool) -> None:
@@ -46,7 +46,7 @@ class DecodeLine:
         self.pool, self.room, self.prefill = pool, room, prefill
         self.queue = FairQueue()
         self.running = 0
-        #: When it last started a turn, counted in starts of all lines: those of one prefill pool take turns.
+        #: When this line last started a turn, counted in starts of all lines; lines of one prefill pool alternate by it.
         self.last_start = 0
         self.freed_blocks, self.ended_turns = DrainRate(clock), DrainRate(clock)
         #: Seconds from start to end per expected output token.
@@ -74,7 +74,7 @@ class DecodeLine:
         self.ended_turns.done(1)
 
     def next_start(self) -> tuple[Ticket, str] | None:
-        """The turn that decode has room for now, and a replica that has it. Prefill room is not asked for."""
+        """The next turn that fits on a decode replica, and that replica. Room for its prefill is not checked."""
         first = self.queue.first()
         if first is None:
             return None
@@ -86,9 +86,10 @@ class DecodeLine:
         return None
 
     def wait_s(self, ticket: Ticket) -> float:
-        """Estimated time until a turn that has just joined starts; 0 before anything has been measured.
+        """Estimated seconds until a turn that has just joined starts; 0 before anything has been measured.
 
-        The longest of: blocks, sequences and prefill tokens that it and the work ahead of it lack, at their measured rates.
+        The turn and the work ahead of it lack blocks, sequences and prefill tokens: the longest of the times until these are
+        free, at their measured rates.
         """
         ahead = self.queue.ahead_of(ticket)
         others = [line.queue.work.tokens for line in self.prefill.lines if line is not self and len(line.queue)]

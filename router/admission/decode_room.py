@@ -17,8 +17,8 @@ class ReplicaCapacity:
     sequences: int
 
 
-#: The replicas there are now. Must answer with the same, unchanged mapping while nothing has changed: it is asked on every
-#: event, and compared by identity.
+#: Returns the current replicas. It must return the same, unmodified mapping while nothing has changed: it is called on every
+#: event, and its results are compared by identity.
 Capacity = Callable[[], Mapping[str, ReplicaCapacity]]
 
 
@@ -31,11 +31,11 @@ class DecodeRoom:
         self._held: dict[str, tuple[int, int]] = {}  # blocks, turns
         self._free: dict[str, int] = {}
         self._by_room: LazyHeap[str] = LazyHeap()
-        #: Free blocks per replica with a free sequence. Negative where running turns have grown past what there is.
+        #: Free blocks per replica with a free sequence. Negative where running turns have outgrown the replica.
         self.free: Mapping[str, int] = MappingProxyType(self._free)
         #: Over all replicas.
         self.free_blocks = self.free_sequences = 0
-        #: Most blocks one replica has.
+        #: Blocks of the largest replica.
         self.largest = 0
 
     @property
@@ -44,7 +44,7 @@ class DecodeRoom:
 
     @property
     def held(self) -> Mapping[str, tuple[int, int]]:
-        """Blocks and turns reserved, per replica that has any, those that are gone included."""
+        """Replica -> (blocks, turns) reserved on it, where there are any; includes replicas that are gone."""
         return MappingProxyType(self._held)
 
     def refresh(self) -> bool:
@@ -81,7 +81,7 @@ class DecodeRoom:
         return self._free.get(replica, -1) >= blocks
 
     def find(self, blocks: int, *, but_the_emptiest: bool = False) -> str | None:
-        """The replica with most free blocks, or with second most, if it has room for a turn of so many."""
+        """The replica with most free blocks, or second most with `but_the_emptiest`; None if it has fewer than `blocks`."""
         replica = self._by_room.first()
         if but_the_emptiest and replica is not None:
             replica = self._by_room.first(besides=replica)

@@ -20,7 +20,7 @@ from prefillshare.router.admission.lazy_heap import LazyHeap
 
 
 class Work(NamedTuple):
-    """What a turn takes, or many together: KV blocks to decode in, tokens to prefill, and the cost fairness counts."""
+    """What one turn or several need: KV blocks to decode in, tokens to prefill, and the cost that fairness counts."""
 
     turns: float = 0
     blocks: float = 0
@@ -42,7 +42,7 @@ class Ticket:
     item: Any
     #: Virtual time at which it would start if nobody left before it.
     tag: float = 0.0
-    #: How many turns have gone past it since it was first in line.
+    #: How many turns have started before it since it became first in line.
     passed: int = 0
 
 
@@ -51,7 +51,7 @@ class _Flow:
 
     def __init__(self, start: float, weight: float):
         self.start, self.weight = start, weight
-        #: Cost of turns that went past the first one, and of growth: charged when the first one starts.
+        #: Cost of turns that passed the first one, and of turns that grew; charged when the first one starts.
         self.debt = 0.0
         self.work = Work()
         self.waiting: OrderedDict[Ticket, None] = OrderedDict()
@@ -65,7 +65,7 @@ class _Flow:
 
 
 class _Level:
-    """All waiting turns of one priority. It ends, and with it its virtual time, when none is left."""
+    """All waiting turns of one priority. The level, and with it its virtual time, ends when no turn is left."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -124,7 +124,7 @@ class _Level:
         return other.nth(0)
 
     def ahead_of(self, ticket: Ticket) -> Work:
-        """Of its own tenant, all but itself. Of the others, what their weights entitle them to until its tag comes up."""
+        """All other turns of its tenant, and of other tenants what their weights entitle them to until its tag comes up."""
         flow = self.flows[ticket.tenant]
         own = flow.work.plus(ticket.work, -1)
         others = self.work.plus(flow.work, -1)
@@ -162,7 +162,7 @@ class FairQueue:
             self._priorities.remove(ticket.priority)
 
     def charge(self, tenant: str, weight: float, priority: int, cost: float) -> None:
-        """A turn that has started costs more than was known. Nothing to do where nobody waits: no one is behind it."""
+        """Charge for a started turn that costs more than was known. Does nothing if no turn of this priority waits."""
         if (level := self._levels.get(priority)) is None:
             return
         if flow := level.flows.get(tenant):
@@ -171,7 +171,7 @@ class FairQueue:
             level.leave(tenant, max(level.now, level.away.get(tenant, 0.0)) + cost / weight)
 
     def first(self, besides: Ticket | None = None) -> Ticket | None:
-        """The turn to start next; with `besides`, which must be that one, the turn after it."""
+        """The turn to start next, or the turn after it if the next one is given as `besides`."""
         for priority in self._priorities[:2]:  # a level that exists is not empty
             if ticket := self._levels[priority].first(besides):
                 return ticket

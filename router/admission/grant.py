@@ -13,7 +13,7 @@ from prefillshare.router.admission.fair_queue import Ticket
 
 @dataclass(frozen=True)
 class TenantShare:
-    """Whose turn it is. `weight`: its share beside other tenants. `max_in_progress`: its turns at once, waiting ones too."""
+    """A turn's tenant. `weight`: its share relative to others. `max_in_progress`: most turns at once, waiting ones included."""
 
     name: str = ""
     weight: float = 1.0
@@ -29,12 +29,12 @@ NOBODY = TenantShare()
 
 @dataclass(frozen=True)
 class Demand:
-    """What a turn needs. `cached_tokens`: of its prompt, those expected to be cached at prefill."""
+    """What a turn needs. `cached_tokens`: prompt tokens expected to be cached at prefill."""
 
     pool: str
     prompt_tokens: int
     cached_tokens: int = 0
-    #: Most tokens it may generate, if that is known to be less than router.expected_output_tokens.
+    #: Most tokens it may generate; None: not known.
     max_tokens: int | None = None
     tenant: TenantShare = NOBODY
     #: Lower starts first.
@@ -68,7 +68,7 @@ class Grant:
         self.replica: str | None = None
         self.waited_s = 0.0
         self._keeper = keeper
-        # Admission's own. A grant waits (ticket), runs (replica), or has ended; never two of these.
+        # Used by Admission only. A grant waits (`ticket`), runs (`replica`) or has ended (`ended`); never two of these at once.
         self.line, self.ticket, self.ended = line, None, False
         self.prefill_tokens = 0
         self.may_wait_s = self.waits_since = self.started_at = 0.0
@@ -98,15 +98,18 @@ class Grant:
             self._keeper.start_what_fits(self.line)
 
     def prefill_done(self) -> None:
-        """The prompt's KV is made. Idempotent."""
+        """The prompt's KV has been computed: give back its prefill tokens. Idempotent."""
         tokens, self.prefill_tokens = self.prefill_tokens, 0
         if tokens:
             self.line.prefill.done(tokens, finished=True)
             self._keeper.start_what_fits(self.line)
 
     def grow_to(self, output_tokens: int) -> None:
-        """So many tokens have been generated. Beyond what was expected, reserve what the engine has taken, be there room or
-        not: where there is not, nothing new starts on that replica until turns have ended. Tenants pay for it in the queue."""
+        """Take note that the turn has generated `output_tokens` tokens.
+
+        Blocks beyond the expected number are reserved even without room, as the engine has already taken them: nothing new
+        starts on that replica then until turns have ended. The tenant is charged for them in the queue.
+        """
         more = self._keeper.blocks_for(self.demand.prompt_tokens + output_tokens) - self.blocks
         if self.replica is not None and more > 0:
             self.line.room.change(self.replica, more, 0)
@@ -115,15 +118,18 @@ class Grant:
             self.blocks += more
 
     async def readmit(self, output_tokens: int) -> None:
-        """The decode engine has given the turn back, or is gone, after so many tokens: wait for room for them and for as many
-        again as were expected, ahead of every turn that has not started. Waits as long as the caller does."""
+        """Wait for room again after the decode engine gave the turn back, or was lost, at `output_tokens` tokens.
+
+        The turn needs room for these and for as many more as were first expected, and goes ahead of every turn that has not
+        started. Only the caller's own deadline limits the wait.
+        """
         self._keeper.readmit(self, output_tokens)
         await self.decided.wait()
         if self.error:
             raise self.error
 
     def release(self) -> None:
-        """Give back everything. Idempotent, and right in any state."""
+        """Give back everything. Idempotent, and allowed in any state."""
         if not self.ended:
             self._keeper.end(self)
 

@@ -1,4 +1,4 @@
-"""A heap whose entries can be moved and removed: stale ones stay until they come up, or until they outnumber the rest."""
+"""A heap whose entries can be moved and removed. Stale ones stay in it until they reach the top or outnumber the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class LazyHeap(Generic[K]):
-    """Keys by rank, lowest first, equal ranks in the order they were put. Every operation is O(log n), amortised."""
+    """Keys by rank, lowest first; equal ranks in the order of `put`. Every operation is O(log n), amortised."""
 
     def __init__(self) -> None:
         self._heap: list[tuple] = []
@@ -30,7 +30,7 @@ class LazyHeap(Generic[K]):
         self._entries.pop(key, None)
 
     def first(self, besides: K | None = None) -> K | None:
-        """The key of lowest rank, or of second lowest if that is `besides`; None where there is none."""
+        """The key of lowest rank, or of the second lowest if the first is `besides`; None if there is no such key."""
         top = self._top()
         if top is None or top[2] != besides:
             return top and top[2]

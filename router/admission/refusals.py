@@ -1,4 +1,4 @@
-"""Why a turn is not admitted, what its client is told, and the count of it."""
+"""Refused turns: the reasons, the errors that clients get, and their count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prefillshare.kvshare.errors import InvalidInput, Overloaded, PrefillShareEr
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.admission.grant import Grant
 
-#: Bounds of the hint when to try again.
+#: Bounds of the hint when to try again, in seconds.
 LEAST_RETRY_S, MOST_RETRY_S = 1.0, 60.0
 
 

@@ -1,8 +1,8 @@
-"""Eager prefill: the base's KV of a response is made before the next turn asks for it.
+"""Eager prefill: the base's KV of a response is computed before the next turn asks for it.
 
-A decoder's own KV of what it generated is private to it; the next turn, whoever takes it, wants the base's. Idle time
-between turns pays for it:
- 1. While a response streams, every `stride_tokens` of it, and when it has ended, the context so far goes to the prefill
+A decoder's own KV of what it generated is private to it; the next turn, of whatever decoder, needs the base's KV. It is
+computed in idle time:
+ 1. Every `stride_tokens` tokens while a response streams, and when it has ended, the context so far is sent to the prefill
     replica that holds most of it, at the lowest priority: any waiting turn goes first.
  2. At most `limit` such calls run at once; further ones are dropped, and counted.
  3. The session's next turn, or its deletion, cancels what still runs. Blocks computed so far stay cached.
@@ -31,20 +31,20 @@ SessionKey = tuple[str, str]
 
 
 class EagerPrefill:
-    """`pool`: the shared prefill pool as it is now; raises Unavailable where there is none."""
+    """`pool` returns the current shared prefill pool, or raises Unavailable if there is none."""
 
     def __init__(self, pool: Callable[[], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
         self._pool, self._base, self._metrics = pool, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
         self._background = Background(metrics)
         self._running: dict[SessionKey, asyncio.Task] = {}
-        #: Tokens of a session's context that have been asked for, while its response streams.
+        #: Session -> tokens of its context that have been requested, while its response streams.
         self._asked: dict[SessionKey, int] = {}
 
     def grew(
         self, session: SessionKey, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
     ) -> None:
-        """A session's context has `tokens` tokens by now; `ended`: and stays so until its next turn."""
+        """Take note that a session's context has `tokens` tokens now. `ended`: it stays so until its next turn."""
         if ended:
             self.cancel(session)
         elif tokens - self._asked.setdefault(session, tokens) < self._stride_tokens:
@@ -65,7 +65,7 @@ class EagerPrefill:
             self._asked.pop(session, None)
 
     def cancel(self, session: SessionKey) -> None:
-        """The session goes on without it, or is gone."""
+        """Cancel what runs for a session that goes on without it, or is gone."""
         self._asked.pop(session, None)
         if task := self._running.pop(session, None):
             task.cancel()
@@ -86,7 +86,7 @@ class EagerPrefill:
                 outcome = "needless"
                 return
             async with pool.calling(placement):
-                # Step by step: an engine goes on with what it has begun before it begins a turn's prefill.
+                # In steps, because an engine continues a prefill that it has begun before it begins a turn's.
                 for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
                     await self._make(pool.replicas.on(placement.replica.id), token_ids[: end + self._stride_tokens], salt)
             outcome = "done"

@@ -1,13 +1,14 @@
-"""Pull-back: KV of a response goes from the decode engine that made it to the prefill pool, instead of being computed again.
+"""Pull-back: the prefill pool reads the KV of a response from the decode engine that made it, instead of computing it again.
 
-In modes whose generated KV is base KV (ICaRus), the next turn, whoever takes it, wants what the decode engine already has:
+In modes whose generated KV is base KV (ICaRus), the decode engine already has the KV that the next turn of any decoder needs:
  1. At the end of a session's turn the decode engine lends the context's KV, under a lease.
- 2. Pulling it, or computing it in the next turn: whichever has lately taken less time for so many tokens, or always pulling
-    (`router.pull_back`). Less than a block is never worth a pull.
+ 2. It is pulled if pulling has lately taken less time per token than computing, or always, depending on `router.pull_back`.
+    Less than a block is never pulled.
  3. The prefill replica that holds most of the context pulls what it lacks. The next turn's prefill waits for that read
-    (kvshare_vllm/transfer/nixl/connector.py), wherever it stands.
- 4. A next turn that comes meanwhile waits, at most as long as computing those tokens would take; then the pull is ended.
- 5. A loan that nobody reads is given back at once. If it was not pulled, `otherwise` is called.
+    (kvshare_vllm/transfer/nixl/connector.py), however far it has come.
+ 4. A next turn that comes meanwhile waits for the pull, but only as long as computing those tokens would take; then the pull
+    is cancelled.
+ 5. A loan that will not be read is given back at once. If the KV was not pulled, `otherwise` is called.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from prefillshare.router.service_rate import MEMORY_S, MeanRatio
 
 logger = logging.getLogger(__name__)
 
-#: The decode engine keeps the blocks meanwhile, and the next turn's prefill waits.
+#: Longest time for a pull, in seconds: meanwhile the decode engine keeps the blocks, and the next turn's prefill waits.
 PATIENCE_S = 10.0
 
 
 @dataclass(eq=False)
 class _Pull:
-    """`missing`: tokens that are to be pulled, at most all."""
+    """`missing`: number of tokens to pull; all of them until the replica has been chosen."""
 
     token_ids: list[int]
     lent: Handoff
@@ -51,9 +52,9 @@ class _Pull:
 
 
 class PullBack:
-    """`pool`: the shared prefill pool as it is now; raises Unavailable where there is none. `when`: as
-    config.Router.pull_back. `compute_s`: seconds that the prefill pool has lately taken to compute a token, None
-    while that is not known."""
+    """`pool` returns the current shared prefill pool, or raises Unavailable if there is none. `when`: as
+    config.Router.pull_back. `compute_s` returns the seconds that the prefill pool has lately taken to compute a token,
+    None while that is not known."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class PullBack:
         self._always = when == "always"
         self._compute_s, self._pull_s = compute_s, MeanRatio(clock.now)
         self._measured_at = -math.inf
-        #: Prefill replicas that have pulled: the first time engines must meet, which says nothing of the next.
+        #: Pairs of prefill replica and decode engine that have had a pull. The first includes connecting and is not measured.
         self._met: set[tuple[str, str]] = set()
         self._background = Background(metrics)
         #: Session -> the pull of its context.
@@ -83,7 +84,7 @@ class PullBack:
         salt: str | None,
         otherwise: Callable[[], object] | None = None,
     ) -> None:
-        """The context of a session that has just ended a turn, and what the decode engine lends of it."""
+        """A session has ended a turn. `token_ids`: its context. `lent`: the part of its KV that the decode engine lends."""
         pull = _Pull(token_ids[: lent.tokens + 1], lent, salt)
         if len(self._of_session) >= self._limit:
             self.give_back(lent, "dropped")
@@ -100,12 +101,12 @@ class PullBack:
         task.add_done_callback(ended)
 
     def give_back(self, lent: Handoff, outcome: str = "unwanted") -> None:
-        """Nobody will pull this; unless told otherwise, because the turn that made it has failed."""
+        """Release a loan that nobody will pull; by default because the turn that made it has failed."""
         self._release(lent)
         self._count(outcome)
 
     async def settled(self, session: Hashable) -> None:
-        """Returns when nothing is being pulled for the session. What takes longer than computing it would is ended."""
+        """Wait until nothing is being pulled for the session. A pull that takes longer than computing would is cancelled."""
         if pull := self._of_session.get(session):
             compute_s = self._compute_s()
             timeout = PATIENCE_S if compute_s is None else min(PATIENCE_S, pull.missing * compute_s)
@@ -147,7 +148,7 @@ class PullBack:
         self._metrics["pull_backs_total"].labels(outcome).inc()
 
     def _release(self, lent: Handoff, placement: Placed | None = None) -> None:
-        """Have a prefill replica, any, tell the decode engine that nobody will read."""
+        """Have any prefill replica tell the decode engine that nobody will read the loan."""
         name = _new_name()
         self._background.start("loan_release", self._have_released(lent, placement, name), request=name)
 

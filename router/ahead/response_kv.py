@@ -1,9 +1,9 @@
-"""Where the base's KV of a response comes from before the next turn asks for it.
+"""How the base's KV of a response comes about before the next turn asks for it.
 
  1. While a response streams, and when it has ended, it is prefilled ahead of the next turn (router/ahead/eager.py).
  2. A decode engine that has made base KV itself lends it at the end instead, and the prefill pool pulls it
     (router/ahead/pull_back.py); what it does not pull is prefilled ahead.
- 3. The next turn takes over: what is still prefilled ahead is given up, what is being pulled is waited for.
+ 3. When the next turn comes, prefilling ahead is given up, and a pull in progress is waited for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prefillshare.router.pools.pool import Pool
 
 
 class ResponseKV:
-    """`eager`, `pull_back`: None where the deployment does without."""
+    """`eager`, `pull_back`: None if the deployment does not use it."""
 
     def __init__(self, eager: EagerPrefill | None = None, pull_back: PullBack | None = None):
         self._eager, self._pull_back = eager, pull_back
@@ -35,13 +35,14 @@ class ResponseKV:
     def of(
         cls, deployment: Deployment, shared: Callable[[], Pool], metrics: Metrics, compute_s: Callable[[], float | None]
     ) -> ResponseKV:
-        """As the deployment has it. `shared`: the shared prefill pool; `compute_s`: of a token of prefill, measured."""
+        """As the deployment configures it. `shared` returns the shared prefill pool, `compute_s` the measured seconds per token
+        of prefill."""
         config, base = deployment.router, deployment.base
         eager = pull_back = None
         if config.eager_prefill:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
             eager = EagerPrefill(shared, base, metrics, **limits)
-        # What a decode engine lends has no hidden states beside it.
+        # What a decode engine lends comes without the hidden states that an E-cache needs.
         if config.pull_back != "never" and not ecache_layers(deployment.decode):
             limits = {"when": config.pull_back, "limit": config.pull_back_max}
             pull_back = PullBack(shared, base, metrics, compute_s=compute_s, **limits)
@@ -51,10 +52,10 @@ class ResponseKV:
     def of_turn(
         self, session: SessionKey, mode: SharingMode, kept: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
-        """`kept`: the session's context before the response. `lendable`: the decoder sees just that (no suffix). A turn left
-        before its response has ended leaves nothing behind."""
+        """The response of one turn. `kept`: the session's context before it. `lendable`: the decoder sees exactly that context
+        (no suffix). If the block is left before the response has ended, its KV is given up."""
         self.given_up(session)
-        # Base KV of a response is of use only where turns draw on the shared pool.
+        # Only turns that draw on the shared pool can use base KV of a response.
         eager = self._eager if mode.shares_prefill else None
         response = ResponseOfTurn(session, eager, self._pull_back, kept, lendable=lendable, lends=mode.lends_responses)
         try:
@@ -66,7 +67,7 @@ class ResponseKV:
                     self._pull_back.give_back(response.lent)
 
     def given_up(self, session: SessionKey) -> None:
-        """Nothing more is prefilled ahead for the session: it goes on without, or is gone."""
+        """Stop prefilling ahead for a session that goes on without it, or is gone."""
         if self._eager:
             self._eager.cancel(session)
 
@@ -78,14 +79,14 @@ class ResponseKV:
 class Making(Protocol):
     """The turn that makes the response."""
 
-    #: What the decode engine lends at its end.
+    #: What the decode engine lends at the turn's end.
     lent: Handoff | None
     salt: str | None
 
 
 class ResponseOfTurn:
-    """`token_ids`: generated so far; whoever takes the turn adds to them, and says where the turn is found once it has begun
-    (`turns`). `lends`: the decode engine makes base KV."""
+    """`token_ids`: generated so far. The code that takes the turn appends to them, and sets `turns` once the turn has begun.
+    `lends`: the decode engine makes base KV."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class ResponseOfTurn:
     ):
         self._session, self._eager, self._pull_back, self._kept = session, eager, pull_back, kept
         self._lends = lends and pull_back is not None
-        #: The decode engine is to lend the context's KV at the end, where its mode lets it.
+        #: Whether the decode engine is to lend the context's KV at the end, if its mode allows that.
         self.lend = lendable and pull_back is not None
         self.turns: Sequence[Making] = ()
         self.token_ids: list[int] = []
@@ -108,7 +109,7 @@ class ResponseOfTurn:
 
     @property
     def ready(self) -> Callable[[], Awaitable[None]] | None:
-        """To be awaited before the turn's prefix is looked up: what is being pulled for the session."""
+        """Waits for a pull for the session; to be awaited before the turn's prefix is looked up."""
         return partial(self._pull_back.settled, self._session) if self._pull_back else None
 
     @property
@@ -117,7 +118,7 @@ class ResponseOfTurn:
 
     @property
     def context(self) -> list[int]:
-        """The session's, with the response."""
+        """The session's context with the response."""
         return [*self._kept, *self._response]
 
     @property
@@ -129,16 +130,16 @@ class ResponseOfTurn:
         self._instead = token_ids
 
     def grew(self) -> None:
-        """It has become longer, and goes on; called for every piece that streams."""
+        """The response has become longer and goes on; called for every piece that streams."""
         if not self._lends:
             self._prefill_ahead(ended=False)
 
     def ended(self) -> None:
-        """It is whole, and the session keeps it."""
+        """The response is complete, and the session keeps it."""
         self.has_ended = True
         ahead = partial(self._prefill_ahead, ended=True)
         if self._lends and (lent := self.lent):
-            # It is KV of what was generated.
+            # The loan is KV of the generated tokens; it is of use as far as the session keeps these.
             alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
             lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
             self._pull_back.lent(self._session, self.context, lent, self.turns[0].salt, otherwise=ahead)

@@ -1,1 +1,1 @@
-"""The replicas of each engine deployment: who is there, what each has cached, which one gets the next call."""
+"""The replicas of each engine deployment: which there are, what each has cached, which one gets the next call."""

@@ -1,7 +1,7 @@
 """Which replica holds which prefix: Dynamo's radix tree, one per pool, fed by the engines' KV events.
 
-Every router replica has an index of its own. A question is answered in place, in tens of microseconds; what enters and
-leaves the engines' caches comes in between (router/pools/kv_follower.py).
+Every router replica has its own index. A lookup does not wait and takes tens of microseconds; changes of the engines' caches
+are applied between lookups (router/pools/kv_follower.py).
 
 Seam: dynamo.llm.RadixTree
 """
@@ -26,12 +26,12 @@ from dynamo.llm import RadixTree, compute_block_hash_for_seq
 logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
-#: Where blocks lie that an engine reads in place; vLLM's name for it, on CPUs too. Others have been offloaded.
+#: Where blocks are that an engine reads in place: vLLM says "GPU", on CPUs too. Blocks elsewhere have been offloaded.
 DEVICE = (None, "GPU")
 
 
 class BlockKeys:
-    """The keys of a prompt's full blocks, as the index has them: made once per turn, used for every pool."""
+    """The keys of a prompt's full blocks, as used by the index. Made once per turn, used for every pool."""
 
     __slots__ = ("hashes", "tokens")
 
@@ -41,7 +41,7 @@ class BlockKeys:
         self.hashes: list[int] = compute_block_hash_for_seq(tokens, block_size, lora_name=adapter, cache_namespace=salt)
 
     def shared_tokens(self, other: BlockKeys, block_size: int) -> int:
-        """Leading tokens both prompts have in the same full blocks."""
+        """Number of leading tokens that both prompts have in equal full blocks."""
         blocks = 0
         for mine, others in zip(self.hashes, other.hashes, strict=False):
             if mine != others:
@@ -111,7 +111,7 @@ class _PoolIndex:
         try:
             self._tree.apply_event(worker, _encode({"event_id": self._number, "data": data, "dp_rank": 0}))
         except RuntimeError as error:
-            # A block the tree does not know under this worker, or one whose parent it does not: no prompt leads to it.
+            # The tree does not know the block, or its parent, under this worker: no prompt leads to it.
             logger.debug("replica %s: %s", self._replicas.get(worker), error)
 
     def _stored(self, event: BlockStored) -> dict:

@@ -1,4 +1,4 @@
-"""Calls to the replicas of one Serve deployment: to which of them is the caller's choice."""
+"""Calls to the replicas of one Serve deployment; the caller chooses the replica."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ray.serve.exceptions import RayServeException
 
 from prefillshare.router.pools.own_calls import OwnCalls
 
-#: How a call to a replica fails for the replica's sake: its process, Serve, or the transport between.
+#: Errors of a call that the replica's side causes: its process, Serve, or the transport in between.
 CALL_ERRORS = (RayError, RayServeException, grpc.aio.AioRpcError)
 
 
 class Calls:
-    """`handle`: Serve's, of the deployment."""
+    """`handle`: Serve's handle of the deployment."""
 
     def __init__(self, handle):
         self._app_handle = handle
@@ -42,7 +42,7 @@ class Calls:
 
 
 async def answer(response):
-    """What a replica answers; a call nobody waits for any more is taken back."""
+    """Wait for a replica's answer. If the waiting task is cancelled, the call is cancelled, too."""
     try:
         return await response
     except asyncio.CancelledError:

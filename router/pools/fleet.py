@@ -1,7 +1,7 @@
 """All pools of a deployment, and how they change while turns run.
 
-`adopt` brings the pools in line with a deployment: new ones are waited for before anything is sent to them, those that
-are gone are forgotten when the last turn that was sent there has ended.
+`adopt` brings the pools in line with a deployment: new pools are waited for before anything is sent to them. Pools that the
+deployment no longer has are closed by `forget`, after the last turn that was sent there has ended.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class Fleet:
         return {decode: Route(self.pools[decode], self.pools[prefill]) for decode, prefill in sources.items()}
 
     def shared_prefill(self) -> Pool:
-        """The pool that all sharing decoders draw on. Raises Unavailable where there is none, or none any more."""
+        """The pool that all sharing decoders draw on. Raises Unavailable if there is none, or no longer one."""
         if pool := self.pools.get(SHARED_PREFILL):
             return pool
         raise Unavailable("no pool shares a prefill pool", fix="serve a decode pool with a sharing mode")
 
     async def adapter_problems(self, deployment: Deployment, of_all: bool = False) -> dict[str, str]:
-        """Adapters of the deployment that some replica of the pools known here cannot serve, and why. To be asked before turns
-        that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing engines.
-        `of_all`: all replicas of the deployment run already, and each must have said so."""
+        """Adapters of the deployment that some replica of the pools known here cannot serve -> the reason. To be called before
+        turns that need them are sent: Ray Serve tells engines and routers of a change in any order, and may be replacing
+        engines. `of_all`: all replicas of the deployment run already, and all of them must answer."""
         timeout_s = deployment.cluster.start_timeout_s
         asked = [
             self.pools[name].replicas.adapter_problems(pool.adapters, timeout_s, engines.fewest_replicas if of_all else 1)
@@ -87,7 +87,7 @@ class Fleet:
         return problems
 
     async def stats_now(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Pool -> replica -> figures of those that answer, asked for now."""
+        """Pool -> replica -> current figures, for the replicas that answer."""
         pools = dict(self.pools)  # they may change meanwhile
         told = await asyncio.gather(*(pool.replicas.stats_now() for pool in pools.values()))
         return {
@@ -105,7 +105,7 @@ class Fleet:
         }
 
     async def forget(self, deployment: Deployment) -> None:
-        """Close pools the deployment no longer has. Turns that were sent there end as they would have."""
+        """Close pools the deployment no longer has. Turns that were sent there end as they would have anyway."""
         sources = _sources(deployment)
         for name in self.pools.keys() - sources.keys() - set(sources.values()):
             pool = self.pools.pop(name)

@@ -1,4 +1,7 @@
-"""Whether a replica gets work: ejected when it keeps failing, let back in on proof. Pure, with an injected clock."""
+"""Whether a replica gets work: it is ejected when it keeps failing, and let back in when a probe succeeds.
+
+Pure, with an injected clock.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from prefillshare.router.clock import now
 
 
 class Health:
-    """Consecutive failures eject; after a growing pause a probe decides. A turn that succeeds forgives all."""
+    """Consecutive failures eject the replica; after a growing pause a probe decides. A successful turn resets all counts."""
 
     FAILURES_TO_EJECT = 3
     FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -35,10 +38,10 @@ class Health:
             self.reason = None
 
     def failed(self, reason: ResumeReason, *, for_good: bool = False) -> bool:
-        """True if this ejects the replica now. At once: one whose engine is dead (`for_good`), and a wedged one, for what
-        it holds up is not its to lose."""
+        """True if this failure ejects the replica. One whose engine is dead (`for_good`) and a wedged one are ejected at once:
+        the turns that a wedged replica holds up can go on elsewhere."""
         self._failures += 1
-        if self.usable or reason is ResumeReason.WEDGED:  # one that hangs stays known as that until a probe succeeds
+        if self.usable or reason is ResumeReason.WEDGED:  # a wedged replica stays marked so until a probe succeeds
             self.reason = reason
         at_once = for_good or reason is ResumeReason.WEDGED
         if not self.usable or not (at_once or self._failures >= self.FAILURES_TO_EJECT):

@@ -1,7 +1,7 @@
-"""Follows one replica's KV events, so that what the index holds of it is what it has cached.
+"""Follows one replica's KV events, so that the index matches what the replica has cached.
 
-Wire format: vllm/distributed/kv_events.py, with the block's salt (kvshare_vllm/engine/kv_events.py). Batches are numbered;
-after a gap, and at first, the whole state is asked for. What the state already tells is then left out by its number.
+Wire format: vllm/distributed/kv_events.py, with the block's salt (kvshare_vllm/engine/kv_events.py). Batches are numbered.
+At first, and after a gap, the whole state is asked for; batches that it already covers are then skipped by their number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RETRY_S = 1.0
 
 
 class BlockStored(msgspec.Struct, tag=True, gc=False):
-    """Full blocks that follow each other, each the next one's parent."""
+    """Consecutive full blocks, each the parent of the next."""
 
     block_hashes: list[int | bytes]
     parent_block_hash: int | bytes | None
@@ -60,7 +60,7 @@ class Follower:
     def __init__(self, replica: str, events: KVEvents, apply: Callable[[list[Event]], None]):
         self._replica, self._events, self._apply = replica, events, apply
         self._decode = msgspec.msgpack.Decoder(EventBatch).decode
-        #: Number of the last batch that is known; None: nothing is.
+        #: Number of the last batch that has been applied; None: the state has to be asked for.
         self._known: int | None = None
         self._task: asyncio.Task | None = None
 
@@ -76,7 +76,7 @@ class Follower:
         while True:
             try:
                 await self._read()
-            except Exception:  # whatever it was: what is known from here on is learnt anew
+            except Exception:  # whatever it was: start again with the whole state
                 logger.exception("replica %s: its KV events could not be followed", self._replica)
                 self._known = None
                 await asyncio.sleep(RETRY_S)
@@ -108,7 +108,7 @@ class Follower:
         await asyncio.sleep(0)  # ZMQ does not give way while there is more to read
 
     async def _learn_state(self) -> None:
-        """Ask until it is told."""
+        """Ask for the whole state until the replica answers."""
         while True:
             try:
                 async with asyncio.timeout(STATE_TIMEOUT_S):

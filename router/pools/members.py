@@ -1,4 +1,4 @@
-"""Who is in a pool. Serve pushes who runs (router/pools/pinned.py); a newcomer is asked to describe itself, and joins."""
+"""The members of a pool. Serve pushes which replicas run (router/pools/pinned.py); a new one describes itself and joins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefillshare.router.pools.replica import Replica
 logger = logging.getLogger(__name__)
 
 ANSWER_S = 30.0
-#: Told of a replica that has joined, with what it is, or left (None).
+#: Called with a replica's id, and what it is if it has joined, or None if it has left.
 Listener = Callable[[str, ReplicaInfo | None], Awaitable[None]]
 
 
@@ -28,7 +28,7 @@ class Members:
         self._pool, self._calls, self._questions, self._on_change = pool, calls, questions, on_change
         self.replicas: dict[str, Replica] = {}
         self.listener: Listener | None = None
-        #: Set when there may be somebody to join or to leave.
+        #: Set when there may be replicas that have to join or leave.
         self.told = asyncio.Event()
         self._watcher: Callable[[], None] | None = None
 
@@ -41,7 +41,7 @@ class Members:
             del WATCHERS[self._calls.deployment]
 
     async def reconcile(self) -> None:
-        """Let join and leave whom Serve has told of."""
+        """Let replicas join and leave as Serve has last told."""
         there = MEMBERS.get(self._calls.deployment, frozenset())
         for replica in self.replicas.keys() - there:
             await self._leave(replica)

@@ -1,8 +1,8 @@
-"""Calls to replicas that nobody but their caller ends.
+"""Calls to replicas that Serve does not cancel on behalf of their caller.
 
 Serve takes every call that is made while it serves a request for a part of that request. When the client of an HTTP request has
-gone, Serve ends those calls first, and only then the task that waits for them, which could not tell this from a replica that
-dropped its call. A call made here belongs to no request: it is ended by the task that made it, or by the replica.
+gone, Serve cancels those calls first, and only then the task that waits for them. The task could not tell this from a replica
+that dropped its call. A call made here belongs to no request: only the task that made it, or the replica, can end it.
 
 Seam: ray/serve/context.py (_serve_request_context), ray/serve/_private/replica.py (_on_request_cancelled)
 """
@@ -33,7 +33,7 @@ class _OwnCall:
         return copy_context().run(self._call, args, kwargs)
 
     def _call(self, args, kwargs):
-        # Serve gives a call without an id of its own a new one, which no request of a client has.
+        # If a call has no internal id, Serve gives it a new one, which belongs to no client's request.
         mine = replace(_get_serve_request_context(), _internal_request_id="", cancel_on_parent_request_cancel=False)
         _serve_request_context.set(mine)
         return self._method.remote(*args, **kwargs)

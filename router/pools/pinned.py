@@ -1,9 +1,9 @@
-"""Sending a call to one chosen replica, and knowing which there are.
+"""Sends a call to one chosen replica, and keeps track of which replicas there are.
 Seam: ray/serve/_private/request_router/request_router.py
 
 Serve asks a RequestRouter for a replica per request; ours takes the one whose id the caller put into
 `handle.options(session_id=...)`, and fails at once if it is gone, where Serve's own would wait or take another.
-Serve's controller pushes changes of membership to it; a replica that is stopping is no member any more.
+Serve's controller pushes changes of membership to it; a replica that is stopping is no longer a member.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefillshare.kvshare.errors import ReplicaLost
 
 #: (application, deployment) -> ids of its running replicas, as last pushed to this process.
 MEMBERS: dict[tuple[str, str], frozenset[str]] = {}
-#: Called, from Serve's thread, when that has changed.
+#: Called from Serve's thread when MEMBERS has changed.
 WATCHERS: dict[tuple[str, str], Callable[[], None]] = {}
 
 

@@ -1,17 +1,17 @@
 """Placement: Filter -> Score in [0, 1] -> Pick. Pure functions over a snapshot of a pool's replicas.
 
 The same three steps serve prefill and decode; what differs is what counts as load:
-  prefill  tokens queued there and not computed yet; with what the prompt lacks there, the work before its first token
+  prefill  tokens queued there and not computed yet; with the prompt's missing part, the work before its first token
   decode   turns that run there
 
-Scorers (each 1 for the best a replica can be):
-  work     prefill work ahead of the first token, queued and the prompt's own missing part, least of all replicas = 1.
-           A replica that holds a hot prefix loses to an idle one as soon as its queue outweighs what it would save -
-           somewhat more with a weight on `prefix`: a second copy also takes room from other contexts.
+Scorers (1 is best):
+  work     prefill work before the first token: queued tokens and the prompt's own missing part; 1 for the replica with least.
+           A replica that holds a hot prefix loses to an idle one as soon as its queue outweighs what it would save. With a
+           weight on `prefix` the queue must be somewhat longer, because a second copy also takes room from other contexts.
   prefix   share of the prompt that is cached there
-  balance  load against the least loaded replica's
-  session  1 where the session's last turn was
-  fill     least filled by this router lately: where nothing else decides, contexts spread over the pool's caches
+  balance  load relative to the least loaded replica
+  session  1 for the replica of the session's last turn
+  fill     1 for the replica that this router has lately filled least: if nothing else decides, contexts spread over the caches
   turn     round robin: 1 for the replica whose turn it is
 """
 
@@ -48,13 +48,13 @@ class Call:
     """One request to place."""
 
     prompt_tokens: int
-    #: Replica of the session's last turn, and the one whose turn it is, for the policies that look at them.
+    #: Replica of the session's last turn, and the next one in round robin, for the policies that look at them.
     last_replica: str | None = None
     next_replica: str | None = None
 
 
 class Member(Protocol):
-    """A replica of a pool. `load`: whatever orders them by how much they have to do."""
+    """A replica of a pool. `load` orders replicas by how much they have to do."""
 
     id: str
 
@@ -63,7 +63,7 @@ class Member(Protocol):
 
 
 M = TypeVar("M", bound=Member)
-#: Of a large pool, placement looks at so many replicas that hold most of the prompt, and at so many with least load.
+#: In a large pool, placement looks at this many replicas that hold most of the prompt, and at as many with least load.
 SHORTLIST = 8
 
 Scorer = Callable[[Sequence[Candidate], Call], Sequence[float]]
@@ -118,13 +118,13 @@ POLICIES: Mapping[str, tuple[Weights, Weights]] = {
 
 
 def weights(config: PlacementConfig) -> tuple[Weights, Weights]:
-    """(prefill's, decode's): the policy's, or one's own."""
+    """(weights for prefill, weights for decode): those configured, else the policy's."""
     prefill, decode = POLICIES[config.policy]
     return config.prefill_weights or prefill, config.decode_weights or decode
 
 
 def with_room(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Filter: those with room for the turn; all, if none has - the turn was admitted, so room is about to be."""
+    """Filter: candidates with room for the turn. If none has room, all: the turn was admitted, so there will be room soon."""
     return [c for c in candidates if c.fits] or candidates
 
 
@@ -138,7 +138,7 @@ def score(candidates: Sequence[Candidate], call: Call, weights: Weights) -> list
 
 
 def place(candidates: Sequence[Candidate], call: Call, weights: Weights, pool: str = "the pool") -> Candidate:
-    """Pick the best. Equal ones: the first by name, so that routers agree. Raises Unavailable where there is none."""
+    """Pick the best; among equals the first by name, so that routers agree. Raises Unavailable without candidates."""
     if not candidates:
         raise Unavailable(f"no replica of {pool} is ready", fix="try again when it has started")
     candidates = sorted(with_room(candidates), key=lambda c: c.replica)
@@ -162,7 +162,7 @@ def reason(chosen: Candidate, candidates: Sequence[Candidate], weights: Weights)
 def shortlist(
     replicas: Sequence[M], overlaps: Mapping[str, int], call: Call, fits: Callable[[str], bool]
 ) -> Sequence[M]:
-    """The replicas a placement can fall on; what it costs does not grow with the pool."""
+    """The replicas to be scored; their number does not grow with the pool unless none of them has room."""
     if len(replicas) <= 2 * SHORTLIST:
         return replicas
     held = nlargest(SHORTLIST, (r for r in replicas if r.id in overlaps), key=lambda r: overlaps[r.id])

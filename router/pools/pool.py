@@ -1,7 +1,7 @@
 """A pool: the replicas of one deployment, what they have cached, and the choice among them.
 
-Owns the replica set. `calling` is the one way to put work on a replica: it counts the load, and turns whatever means
-"this replica failed, the request did not" into ReplicaLost.
+Owns the replica set. `calling` is the one way to put work on a replica: it counts the load, and turns errors that mean
+"the replica failed, not the request" into ReplicaLost.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Pool:
         self._capacity: tuple[int, Mapping[str, ReplicaCapacity]] = (-1, {})
 
     def capacity(self) -> Mapping[str, ReplicaCapacity]:
-        """What each replica that may get work has. The same object while nothing has changed."""
+        """The capacity of each replica that may get work. The same object while nothing has changed."""
         if self._capacity[0] != self.replicas.changes:
             has = {r.id: ReplicaCapacity(r.info.blocks_total, r.info.max_num_seqs) for r in self.replicas.usable()}
             self._capacity = (self.replicas.changes, has)
@@ -74,8 +74,8 @@ class Pool:
         last_replica: str | None = None,
         without: Collection[str] = (),
     ) -> Placed:
-        """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. Waits for a replica where
-        none may get work; Unavailable after `wait_s`, sooner if the turn's deadline is."""
+        """Place one request of `prompt_tokens` tokens, on a replica that `fits` if there is one. If no replica may get work,
+        waits for one and raises Unavailable after `wait_s`; the turn's deadline may end the wait earlier."""
         while not (replicas := self.replicas.usable(without)):
             await self._wait()
         self._placed += 1
@@ -101,13 +101,13 @@ class Pool:
     async def calling(
         self, placement: Placed, queued_tokens: int = 0, keys: BlockKeys | None = None
     ) -> AsyncIterator[None]:
-        """One call on the chosen replica, which caches the prompt of `keys` meanwhile. What it raises has been counted
-        against the replica."""
+        """One call on the chosen replica, which caches the prompt of `keys` meanwhile. ReplicaLost is raised after it has been
+        counted against the replica."""
         replica = placement.replica
         if keys is not None:
             self._coming.setdefault(replica.id, []).append(keys)
             asyncio.get_running_loop().call_later(COMING_S, self._has_come, replica.id, keys)
-        # Newer tokens weigh more instead of older ones less: nothing has to be looked at again.
+        # Newer tokens weigh more, instead of older ones less, so that earlier sums need no update.
         replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
         try:
             async with replica.call(queued_tokens):
@@ -120,7 +120,7 @@ class Pool:
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise
-            # The caller was not cancelled, and nobody else ends its calls (own_calls.py): the replica stopped and did.
+            # The caller was not cancelled, and only the replica can have ended its call otherwise (own_calls.py).
             self.replicas.failed(replica.id, ResumeReason.GONE)
             raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
         except (*CALL_ERRORS, Unavailable) as error:
@@ -129,7 +129,7 @@ class Pool:
             raise ReplicaLost(f"replica {replica.id} of {self.name}: {type(error).__name__}: {error}", reason=reason) from error
 
     def _with_what_is_coming(self, overlaps: Mapping[str, int], keys: BlockKeys) -> Mapping[str, int]:
-        """Prompts that replicas have just been given count as cached there: those that share them go the same way."""
+        """Count prompts that replicas have just been given as cached there, so that others with the same beginning follow."""
         if not self._coming:
             return overlaps
         known = dict(overlaps)

@@ -1,4 +1,4 @@
-"""Questions that a router asks of replicas now and then, behind the turns."""
+"""Questions that a router asks replicas from time to time, in the background."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from prefillshare.router.background import Background
 
 
 class Questions:
-    """Of one pool: one of a kind at a time."""
+    """The questions of one pool, at most one of each kind at a time."""
 
     def __init__(self, pool: str, background: Background):
         self._pool, self._background = pool, background
         self._asking: dict[str, asyncio.Task] = {}
 
     def ask(self, what: str, question: Coroutine) -> None:
-        """`what`: its kind; while it is being asked, another one is dropped."""
+        """`what`: the question's kind. While one of this kind is being asked, another one is dropped."""
         if what in self._asking:
             question.close()
             return

@@ -22,7 +22,7 @@ class Replica:
     #: This router's calls and uncomputed prompt tokens there.
     active: int = 0
     queued_tokens: int = 0
-    #: Other routers', as the replica last told.
+    #: Those of other routers, as the replica last told.
     others_active: int = 0
     others_queued_tokens: int = 0
     #: See Candidate.filled_tokens.
@@ -47,7 +47,7 @@ class Replica:
         return load, self.filled_tokens
 
     def told(self, stats: ReplicaStats, active: int, queued_tokens: int) -> None:
-        """What it told, and what of that was this router's when it was asked."""
+        """The replica has told `stats`. `active`, `queued_tokens`: what of it was this router's when it was asked."""
         self.stats = stats
         self.others_active = max(0, stats.active - active)
         self.others_queued_tokens = max(0, stats.queued_tokens - queued_tokens)

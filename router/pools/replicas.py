@@ -1,5 +1,5 @@
-"""The replicas of one Serve deployment as a router sees them: who is there (members.py), how they fare (wellbeing.py), which of
-them may get work, how to call one."""
+"""The replicas of one Serve deployment as a router sees them: which there are (members.py), whether they work (wellbeing.py),
+which of them may get work, how to call one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATS_S = 1.0
 
 
 class ReplicaSet:
-    """`wedged_after_s`: as Wellbeing's."""
+    """`wedged_after_s`: see Wellbeing."""
 
     def __init__(self, name: str, handle, wedged_after_s: float, background: Background | None = None):
         self.name, self.calls = name, Calls(handle)
@@ -46,8 +46,8 @@ class ReplicaSet:
         return self.joined.replicas
 
     def usable(self, without: Collection[str] = ()) -> list[Replica]:
-        """Replicas that may get work; those in `without` only if there is no other. Where all are ejected, those that
-        at least answer: a pool that refuses everything helps nobody."""
+        """Replicas that may get work; those in `without` only if there is no other. If all are ejected, those that at least
+        answer: a pool that refuses everything helps nobody."""
         if self._usable[0] != self.changes:
             replicas = self.members.values()
             answering = [r for r in replicas if r.health.reason is not ResumeReason.WEDGED]
@@ -61,7 +61,7 @@ class ReplicaSet:
         self.on_change()
 
     async def wait_usable(self) -> None:
-        """Until a replica may get work. The caller's deadline bounds it."""
+        """Wait until a replica may get work. Only the caller's deadline limits this."""
         while not self.usable():
             self._changed.clear()
             await self._changed.wait()
@@ -111,11 +111,11 @@ class ReplicaSet:
         self.wellbeing.succeeded(replica_id)
 
     def failed(self, replica_id: str, reason: ResumeReason) -> None:
-        """A call on this replica failed, and not through the fault of what it was asked."""
+        """A call on this replica failed, and not because of the request."""
         self.wellbeing.failed(replica_id, reason)
 
     async def stats_now(self) -> dict[str, ReplicaStats]:
-        """How each fares, asked for now; those that do not answer within STATS_S are left out."""
+        """Current figures of each replica; replicas that do not answer within STATS_S are left out."""
 
         async def ask(replica: str) -> ReplicaStats | None:
             try:
@@ -129,16 +129,19 @@ class ReplicaSet:
         return {replica: stats for replica, stats in told if stats is not None}
 
     async def adapter_problems(self, names: Collection[str], timeout_s: float, replicas: int = 1) -> dict[str, str]:
-        """Of these adapters, those that some replica cannot serve, and why. Waits until so many replicas answer, and each that
-        answers has loaded them or has failed to; what some has done neither with after `timeout_s` is a problem, too. (Serve
-        tells of a replica that is taking over a change as if it were gone.)"""
+        """Those of the adapters `names` that some replica cannot serve -> the reason.
+
+        Waits until at least `replicas` replicas answer, and each that answers has loaded all adapters or has failed to. An
+        adapter with which some replica has done neither after `timeout_s` is a problem, too. (While a replica is taking over a
+        change, Serve reports it as gone.)
+        """
 
         async def ask(replica: str) -> dict[str, str] | None:
             try:
                 async with asyncio.timeout(self.wellbeing.wedged_after_s):
                     return await answer(self.calls.on(replica).adapters.remote())
             except (*CALL_ERRORS, PrefillShareError, TimeoutError):
-                return None  # it gets no turns, or is about to
+                return None  # such a replica gets no turns, or soon will not
 
         until = clock.now() + timeout_s
         while True:

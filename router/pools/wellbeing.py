@@ -1,10 +1,10 @@
-"""How the replicas of a pool fare.
+"""Watches whether the replicas of a pool work.
 
-1. Each is asked now and then. One whose engine has died is ejected; one that does not answer, or whose engine does not step,
-   is wedged.
-2. Calls on a wedged replica end at once, as ReplicaLost: the turn goes on elsewhere. One that has died fails its calls itself;
-   one that is being stopped finishes them.
-3. An ejected replica is probed now and then, and used again when it has generated a token.
+1. Each replica is asked from time to time. One whose engine has died is ejected; one that does not answer, or whose engine does
+   not step, is wedged.
+2. Calls on a wedged replica end at once, as ReplicaLost: the turn goes on elsewhere. A replica that has died fails its calls
+   itself; one that is being stopped finishes them.
+3. An ejected replica is probed from time to time, and used again when it has generated a token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class Wellbeing:
-    """Of `replicas`, by id. `wedged_after_s`: how long one may leave a question unanswered, or an engine calls without a step.
-    `on_change` is called when one may get work no more, or again."""
+    """Watches `replicas`, by id. `wedged_after_s`: how long a replica may leave a question unanswered, or an engine with calls
+    may go without a step. `on_change` is called when a replica may no longer get work, or may again."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Wellbeing:
             replica.health.succeeded()
 
     def failed(self, replica_id: str, reason: ResumeReason, *, for_good: bool = False) -> None:
-        """A call on this replica failed, and not through the fault of what it was asked. `for_good`: so will the next."""
+        """A call on this replica failed, and not because of the request. `for_good`: the next one will fail, too."""
         replica = self._replicas.get(replica_id)
         if replica is None:
             return

@@ -1,4 +1,4 @@
-"""What a session is, and what every store of sessions does. Refusals are worded here, once for all stores."""
+"""What a session is, and what every session store does. Errors for clients are worded here, once for all stores."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Session:
     turns: int = 0
     #: True while the context ends in a response to chat messages that nobody has closed yet (router/sessions/chat.py).
     open_response: bool = False
-    #: Pool -> replica that its last turn ran on, for prefill as for decode. What a turn notes is kept by its commit.
+    #: Pool -> replica that its last turn ran on, for prefill and decode. What a turn changes here is stored by its commit.
     replicas: dict[str, str] = field(default_factory=dict)
-    #: Whose blocks this session's KV is shared with; forks have their parent's.
+    #: Cache domain within which this session's KV is shared; a fork has its parent's.
     cache_domain: str = ""
     #: A turn holds it.
     busy: bool = False
-    #: Grows with every commit: a commit on top of another version than it began from is refused.
+    #: Grows with every commit. A commit is refused if the stored version is not the one that its turn began from.
     version: int = 0
     #: The turn that this object was handed to; empty outside a turn.
     turn_id: str = ""
@@ -51,7 +51,7 @@ class SessionStore(ABC):
     async def create(
         self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
     ) -> Session:
-        """Raises InvalidInput, Conflict if the name is taken, Overloaded if the tenant or all hold their most."""
+        """Raises InvalidInput, Conflict if the name is taken, Overloaded at the limit of the tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -82,11 +82,11 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def check(self) -> None:
-        """Raises Unavailable if sessions cannot be had now."""
+        """Raises Unavailable if the store cannot be used now."""
 
     @abstractmethod
     async def expires_in_s(self, session: Session) -> float:
-        """Seconds until the session is forgotten if nobody uses it; 0 if it is."""
+        """Seconds until the session is forgotten if nobody uses it; 0 if it has been forgotten."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -122,7 +122,7 @@ class SessionStore(ABC):
         return self.max_per_tenant.get(tenant, self.max_sessions)
 
     def _full(self, tenant: str) -> Overloaded:
-        """The tenant holds its most."""
+        """The error for a tenant that holds as many sessions as it may."""
         if tenant not in self.max_per_tenant:
             return self._all_full()
         return Overloaded(

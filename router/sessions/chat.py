@@ -2,7 +2,7 @@
 
 A chat template lays out whole conversations. To append messages to a context of token ids, we lay out a small
 conversation that ends in an assistant's answer with and without the new messages: the difference is what they add.
-It begins with what closes an answer, which is left out where the context does not end in an open one.
+If the context ends in an open answer, what closes it is put before that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ChatLayout:
     def appended(
         self, context: Sequence[int], open_response: bool, messages: Sequence[dict[str, str]], answer: bool = True
     ) -> list[int]:
-        """What `messages` add to a non-empty context; see the module's text."""
+        """What `messages` add to a non-empty context; see the module docstring."""
         before = self._render(self._prior, False)
         after = self._render([*self._prior, *messages], answer)
         if not after.startswith(before):
@@ -56,12 +56,12 @@ class ChatLayout:
         return self.closing(context) + added if open_response else added
 
     def closing(self, context: Sequence[int]) -> list[int]:
-        """What ends the open answer at the end of `context`; a response that stopped by itself holds part of it."""
+        """What closes the open answer at the end of `context`; a response that stopped by itself already has part of it."""
         ids = self.ids(self._closing_text())
         return ids[1:] if ids and context and context[-1] == ids[0] else ids
 
     def calling(self, message: dict[str, Any]) -> str:
-        """The text of an answer with `tool_calls`, from behind its opening to before what closes it."""
+        """The text of an answer with `tool_calls`, without the answer's opening and without what closes it."""
         text = self._answer(message)
         names = [call["function"]["name"] for call in message["tool_calls"]]
         without = self._answer({"role": message["role"], "content": message["content"]})

@@ -1,7 +1,7 @@
-"""What a session keeps of a response that a stop text has ended: what the client saw, no more and no less.
+"""What a session keeps of a response that a stop text has ended: exactly what the client saw.
 
-Tokens do not end where the shown text ends. Kept are those up to the last one whose text was shown whole. Where the shown text
-ends inside the next one, the rest of it is tokenised anew and appended, as the text of an input is.
+The shown text need not end where a token ends. The session keeps the tokens up to the last one whose text was shown whole. If
+the shown text ends inside the next token, the rest of it is tokenised again and appended, as the text of an input is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 def kept_response(
     token_ids: Sequence[int], text_lengths: Sequence[int], shown: str, encode: Callable[[str], list[int]]
 ) -> list[int]:
-    """`text_lengths`: characters of text there are after each token. A token that ends inside a character adds none, so that
-    trailing ones whose character was not shown are not kept."""
+    """`text_lengths`: length of the text after each token, in characters. A token that ends inside a character adds none, so
+    that trailing tokens whose character was not shown are not kept."""
     within = bisect_right(text_lengths, len(shown))
     whole = text_lengths[within - 1] if within else 0
     tokens = bisect_left(text_lengths, whole) + 1 if whole else 0

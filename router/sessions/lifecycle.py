@@ -1,4 +1,4 @@
-"""What a router replica does with its store beside taking turns: it opens it, and reports how many sessions there are."""
+"""Opens a router replica's session store, and reports how many sessions there are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GAUGE_PERIOD_S = 5.0
 
 
 async def open_sessions(config: Router, max_per_tenant: Mapping[str, int]) -> SessionStore:
-    """The deployment's store, which has answered. Raises ConfigError or Unavailable."""
+    """The deployment's store, after it has answered once. Raises ConfigError or Unavailable."""
     if config.redis_url is None:
         return MemorySessions(config.max_sessions, config.session_ttl_s, max_per_tenant)
     store = RedisSessions(

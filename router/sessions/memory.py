@@ -1,4 +1,4 @@
-"""Sessions in the memory of the one router. They end with it."""
+"""Sessions in the memory of a deployment's only router. They are lost when it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefillshare.router.sessions.base import Session, SessionStore
 
 @dataclass
 class _Record:
-    """`session` is never handed out: callers get copies, as they do from a store elsewhere."""
+    """`session` is never handed out: callers get copies, as they do from a store outside this process."""
 
     session: Session
     used_at: float

@@ -1,7 +1,7 @@
-"""Sessions in Redis: shared by several routers, and there after any of them has gone.
+"""Sessions in Redis: shared by several routers, and kept when any of them ends.
 
-A turn holds its session by a lease that its router renews. If the router dies the lease ends by itself, and with it only
-the turn is lost. The turn's router keeps the context it read, so its commit sends what is new and nothing else.
+A turn holds its session by a lease that its router renews. If the router dies, the lease ends by itself, and only the turn is
+lost. The turn's router keeps the context that it read, so that a commit sends only what is new.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from prefillshare.router.sessions.base import MAX_NAME_CHARS, Session, SessionSt
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
-#: What clients can be told (protos/prefillshare/v1: int32).
+#: Largest token id that clients can be sent (protos/prefillshare/v1: int32).
 MAX_TOKEN_ID = 2**31 - 1
 RETRY_S = 0.1
 
 
 class RedisSessions(SessionStore):
-    """`prefix` tells the deployments apart that use one server. `lease_s`: how long a turn outlives a silent router.
+    """`prefix` tells apart the deployments that use one server. `lease_s`: how long a turn holds its session without renewal.
 
     `timeout_s` bounds every call, its retry included. A commit that ends in Unavailable may or may not have happened;
     any other error means that it has not.
@@ -54,8 +54,8 @@ class RedisSessions(SessionStore):
     ):
         super().__init__(max_sessions, ttl_s, max_per_tenant)
         self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
-        # Timeout and retry are `_call`'s. With a socket_timeout, redis-py sends through asyncio.wait_for, which before Python
-        # 3.12 may swallow a cancellation: a task that is being stopped would go on.
+        # `_call` sets the timeout and retries. With a socket_timeout, redis-py sends through asyncio.wait_for, which before
+        # Python 3.12 may swallow a cancellation: a task that is being stopped would go on.
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
@@ -98,7 +98,7 @@ class RedisSessions(SessionStore):
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         keys, name = self._keys(tenant, session_id)
-        # Not retried: where the first try worked, the second would say that there is no such session.
+        # Not retried: if the first try worked, the second would say that there is no such session.
         self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), tenant, session_id)
 
     async def count(self, tenant: str | None = None) -> int:
@@ -152,7 +152,7 @@ class RedisSessions(SessionStore):
         await self._redis.aclose()
 
     async def _renew(self, tenant: str, session_id: str, turn_id: str) -> None:
-        """Runs as long as the turn. That a turn has lost its session is for its commit to say."""
+        """Runs as long as the turn. If the turn has lost its session, its commit will say so."""
         pause_s = self._lease_s / 3
         while True:
             await asyncio.sleep(pause_s)
@@ -178,7 +178,7 @@ class RedisSessions(SessionStore):
         return _ms(self.ttl_s)
 
     def _keys(self, tenant: str, session_id: str) -> tuple[list[str], str]:
-        """Keys as scripts.py wants them, and the session's name in its sets. No two sessions share a name."""
+        """Keys as scripts.py expects them, and the session's name in its sets. No two sessions share a name."""
         if len(session_id) > MAX_NAME_CHARS:
             raise self._missing(session_id)
         name, p = f"{len(tenant)}:{tenant}:{session_id}", self._prefix
@@ -209,7 +209,7 @@ class RedisSessions(SessionStore):
                 raise self._all_full()
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
-        """From what `load` of scripts.py answers; scripts.py has looked at its numbers. Raises SessionDamaged."""
+        """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
         _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
@@ -236,7 +236,7 @@ class RedisSessions(SessionStore):
         return await self._call(lambda: registered(keys=keys, args=args), again=again)
 
     async def _call(self, work: Callable[[], Awaitable], *, again: bool = True):
-        """Raises Unavailable only. `again`: may be done twice, so a lost connection is tried once more."""
+        """Raises Unavailable only. `again`: `work` may be done twice, so it is tried once more after a lost connection."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 try:
@@ -257,7 +257,7 @@ class RedisSessions(SessionStore):
         raise Unavailable(f"the session store: {text}", fix="try again; if it lasts, tell those who run this service")
 
     def _note(self, reason: str) -> None:
-        """Logs changes only: where the store is gone, every call finds that out."""
+        """Logs changes only, because every call would log that the store is gone."""
         if self._secret:  # a server's message may repeat what it was sent
             reason = reason.replace(self._secret, "***")
         trouble = f"{self._url}: {reason}" if reason else ""

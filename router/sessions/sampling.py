@@ -9,7 +9,7 @@ from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.sampling import make_sampling_params
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
-# field -> (lowest, highest, lowest allowed itself)
+# field -> (lowest, highest, whether the lowest itself is allowed)
 _RANGES = {
     "max_tokens": (1, None, True),
     "temperature": (0, 2, True),
@@ -19,7 +19,7 @@ _RANGES = {
     "presence_penalty": (-2, 2, True),
     "frequency_penalty": (-2, 2, True),
     "repetition_penalty": (0, 2, False),
-    "logprobs": (0, None, True),  # at most, says the decoder's pool
+    "logprobs": (0, None, True),  # the decoder's pool says how many at most
     "min_tokens": (0, None, True),
 }
 MAX_STOP = 16
@@ -54,7 +54,7 @@ def to_sampling_params(message):
 
 
 def check_min_tokens(asked: int, max_tokens: int | None) -> None:
-    """Raises InvalidInput where a turn may not generate as many as are asked for; `max_tokens`: None if that is not known."""
+    """Raises InvalidInput if a turn may not generate as many tokens as are asked for. `max_tokens`: None if it is not known."""
     if max_tokens is not None and asked > max_tokens:
         raise InvalidInput(
             f"{asked} is more than the {max_tokens} tokens this turn may generate",
@@ -65,7 +65,8 @@ def check_min_tokens(asked: int, max_tokens: int | None) -> None:
 
 @contextmanager
 def named_as_sent() -> Iterator[None]:
-    """A refusal that names a sampling parameter names the message's field, one that names nothing the message."""
+    """An InvalidInput raised inside that names a sampling parameter is made to name the message's field; one that names no
+    field is made to name the message."""
     try:
         yield
     except InvalidInput as error:

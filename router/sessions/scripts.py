@@ -1,11 +1,12 @@
-"""What the Redis store does on the server, each atomic: Lua for Redis 6.2 or newer.
+"""The Redis store's scripts, which run on the server, each of them atomic: Lua for Redis 6.2 or newer.
 
-A session is two keys that expire together: a hash (state, and the turn that holds it until when) and a string (token ids,
-4 bytes each, little-endian). Two sorted sets hold the names of all sessions and of one tenant's by the time they expire;
-what is past is dropped before they are counted, and each set expires with its last name.
+A session is two keys that expire together: a hash (state, the turn that holds it, and until when) and a string (token ids,
+4 bytes each, little-endian). Two sorted sets hold the names of all sessions and of each tenant's sessions, by the time at which
+they expire. Expired names are dropped before counting, and each set expires with its last name.
 
-KEYS: the session's hash, its tokens, the names of all, the names of its tenant's. ARGV: its name there, the TTL in ms.
-Further ones as noted. The server's clock decides. Answers begin with a status; `load` gives what `RedisSessions` reads.
+KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's. ARGV: its name in these sets, the
+TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns what
+`RedisSessions` reads.
 """
 
 _COUNTING = """
@@ -72,7 +73,8 @@ end
 """
 )
 
-#: ARGV: who makes it (a retry finds its own), most sessions of all and of its tenant, tokens, cache domain.
+#: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, tokens, cache
+#: domain.
 CREATE = (
     _COMMON
     + """
@@ -102,8 +104,7 @@ return load(session, tokens)
 """
 )
 
-#: KEYS: also the new session's two. ARGV: the new one's name, who makes it, most sessions of all and of its
-#: tenant.
+#: KEYS: also the new session's two. ARGV: the new one's name, an id of this creation, most sessions of all and of its tenant.
 FORK = (
     _COMMON
     + """
@@ -165,7 +166,7 @@ return {'ok'}
 )
 
 #: A turn whose lease has ended may commit if no other has begun since.
-#: ARGV: turn, version it began from, tokens, how many are there before them ("": they replace all), open, prefilled.
+#: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled.
 COMMIT = (
     _COMMON
     + """

@@ -1,10 +1,10 @@
 """Turns on sessions: inputs become token ids, a decoder answers, the context grows.
 
 1. Hold the session; a second turn meanwhile is refused.
-2. context + input (+ suffix) as token ids; nothing that was there before is tokenised again.
+2. Lay out context + input (+ suffix) as token ids; the context is not tokenised again.
 3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.surface.frontend).
-4. At a good end the context becomes context + input + response, without the suffix. Of a response that a stop text has ended
-   it keeps what the client saw (router/sessions/kept_response.py). Any other end changes nothing.
+4. If the turn ends well, the context becomes context + input + response, without the suffix. Of a response that a stop text has
+   ended, it keeps what the client saw (router/sessions/kept_response.py). Otherwise the context stays as it was.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Turns:
             return kept, kept
         if suffix[0] != "messages":
             return kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix")
-        # The answer's opening stands once, after the suffix.
+        # The answer's opening is laid out once, after the suffix.
         before = context + await self._ids(context, session.open_response, given, answer=False, field="input")
         still_open = session.open_response and given is None
         return kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix")

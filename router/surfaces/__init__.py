@@ -1,1 +1,1 @@
-"""What clients talk to beside vLLM's own HTTP app: gRPC, and what both surfaces check of a request before it is one."""
+"""The gRPC surface, and what the router checks before requests on both surfaces: API keys, sizes, readiness."""

@@ -7,14 +7,14 @@ from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 
-#: What scripts may read of a response beside what the browser shows them anyway.
+#: Response headers that scripts may read, besides those that browsers always show them.
 _SHOWN = ("retry-after", "x-request-id")
 
 
 def cors(origins: Sequence[str]) -> list[Callable]:
-    """Middleware to put around the check of keys: a browser asks without one what it may send. None without origins.
+    """Middleware to put around the check of keys: a browser's question what it may send has no key. Empty without origins.
 
-    Pages send their keys in headers; cookies play no part, so that no credentials are allowed.
+    Pages send their keys in headers; cookies are not used, so no credentials are allowed.
     """
     if not origins:
         return []

@@ -1,4 +1,4 @@
-"""The gRPC surface (protos/prefillshare/v1). Translates; sessions, text and turns are elsewhere.
+"""The gRPC surface (protos/prefillshare/v1). Only translates; sessions, text and turns are elsewhere.
 
 A server of our own in the router replica, not Serve's gRPC proxy: the proxy hides the client's deadline, drops the
 trailing metadata of errors raised before the first message, and cannot be bound to one address.
@@ -35,7 +35,7 @@ from prefillshare.router.tenants import Tenants
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
-#: Of an answer: a session's tokens, if they are asked for.
+#: The largest answers have a session's tokens, if they are asked for.
 _MAX_ANSWER_BYTES = 16 << 20
 
 
@@ -185,17 +185,17 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
 
 def _unexpected(what: str) -> Internal:
-    """Says where to look: what went wrong inside is not for clients."""
+    """An error that says where to look, without details that are not for clients."""
     return Internal(f"{what} failed in the router", fix="if it lasts, have the router's log searched for it")
 
 
 def _tenant() -> str:
-    """Whose sessions this call sees."""
+    """The tenant whose sessions this call sees."""
     return current_caller.get().tenant
 
 
 def _deadline_s(context) -> float | None:
-    """Seconds the client still waits. gRPC gives a very large number where it set no deadline."""
+    """Seconds the client still waits; None if it set no deadline, for which gRPC may give a very large number."""
     left = context.time_remaining()
     if left is None or left > 10 * 365 * 86400:
         return None

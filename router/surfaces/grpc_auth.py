@@ -16,7 +16,7 @@ OPEN = (health.SERVICE_NAME, reflection.SERVICE_NAME)
 
 
 class ApiKeys(grpc.aio.ServerInterceptor):
-    """Interceptor and handler run in one context per call (grpc.aio.ServerInterceptor): what is set here is seen there."""
+    """Interceptor and handler run in one context per call (grpc.aio.ServerInterceptor): the handler sees what is set here."""
 
     def __init__(self, tenants: Tenants):
         self._tenants = tenants

@@ -1,6 +1,6 @@
-"""Our errors as gRPC statuses, with details the standard way: a google.rpc.Status that holds an ErrorDetail.
+"""Our errors as gRPC statuses, with details in the standard way: a google.rpc.Status that holds an ErrorDetail.
 
-Beside it stand, where they apply, google.rpc's own BadRequest and RetryInfo, which clients may know how to follow.
+Where they apply, it also holds google.rpc's own BadRequest and RetryInfo, which clients may understand.
 Seam: https://github.com/grpc/proposal/blob/master/L44-python-rich-status.md
 """
 
@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
-#: A client's default bound on all metadata is 8 KiB, and the message stands there three times.
+#: Longest text in a status. Clients accept 8 KiB of metadata by default, and the message is in it three times.
 MOST_CHARS = 1_000
 
 

@@ -11,14 +11,14 @@ from prefillshare.kvshare.errors import ConfigError
 
 
 def credentials(tls: Tls) -> grpc.ServerCredentials:
-    """Where `client_ca_file` is given, clients must show a certificate that leads to it. Raises ConfigError."""
+    """If `client_ca_file` is given, clients must show a certificate signed by one in it. Raises ConfigError."""
     pair = (_read(tls, "key_file"), _read(tls, "cert_file"))
     roots = _read(tls, "client_ca_file") if tls.client_ca_file else None
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
 
 
 def _read(tls: Tls, name: str) -> bytes:
-    """Checked when the deployment file was loaded, but this may be another machine."""
+    """The file was checked when the deployment file was loaded, but maybe on another machine."""
     try:
         return Path(getattr(tls, name)).read_bytes()
     except OSError as error:

@@ -1,6 +1,6 @@
 """API keys on the HTTP surface: every request but those to OPEN carries one, and runs as its tenant.
 
-Around vLLM's whole app, so that nothing it serves is reached without a key by oversight.
+The check is around vLLM's whole app, so that nothing it serves can be reached without a key by oversight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import PermissionDenied, Unauthenticated
 from prefillshare.router.tenants import Tenants, bearer
 
-#: Paths that take no key: is it up, what does it measure, what does it serve. They show nothing of a tenant's.
+#: Paths that take no key: health, metrics and the description of the API. They show nothing of any tenant.
 OPEN = frozenset({
     "/ready", "/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json",
 })
@@ -52,7 +52,7 @@ async def _refuse(error: Unauthenticated | PermissionDenied, scope, receive, sen
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008, "reason": error.message})
     status = HTTPStatus(error.http_status)
-    # As vLLM's own errors look (vllm/entrypoints/serve/engine/protocol.py: ErrorResponse), and OpenAI's.
+    # The format of vLLM's own errors (vllm/entrypoints/serve/engine/protocol.py: ErrorResponse), and of OpenAI's.
     body = {"error": {"message": str(error), "type": status.phrase, "param": error.field, "code": status.value}}
     headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
     await JSONResponse(body, status, headers)(scope, receive, send)

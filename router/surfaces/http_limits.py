@@ -1,6 +1,6 @@
-"""Bounds of an HTTP request, outside everything else: what is larger is refused before it is read, parsed or looked at.
+"""Size limits of HTTP requests, checked before all else: what is larger is refused before it is read or parsed.
 
-A body is refused by its announced length at once, else when more has come than may. Nothing is kept of it here.
+A body is refused at once by its announced length, otherwise when more than the limit has come. It is not buffered here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prefillshare.router.surfaces.request_limits import RequestLimits
 
 
 class HttpLimits:
-    """ASGI middleware. Errors look as OpenAI's, and vLLM's, do."""
+    """ASGI middleware. Errors have the format of OpenAI's and vLLM's."""
 
     def __init__(self, app, limits: RequestLimits):
         self._app, self._limits = app, limits
@@ -59,7 +59,7 @@ class HttpLimits:
 
 
 class _TooLarge(Exception):
-    """Passes through what is inside: it read the body and has not answered."""
+    """Raised through the wrapped app while it reads the body."""
 
 
 async def _refuse(status: HTTPStatus, message: str, scope, receive, send) -> None:

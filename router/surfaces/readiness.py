@@ -16,12 +16,12 @@ from prefillshare.router.sessions import SessionStore
 from prefillshare.router.turn.terms import Terms
 
 PROBE_DEADLINE_S = 60.0
-#: A successful probe is believed for so long.
+#: Seconds for which a successful probe is believed.
 PROBE_TTL_S = 10.0
 
 
 class Readiness:
-    """`decoders`: changed in place by whoever serves them. `probe`: takes a turn of the named decoder, with a deadline."""
+    """`decoders` is changed in place by its owner. `probe` takes a turn of the named decoder, with a deadline."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Readiness:
         self._lock = asyncio.Lock()
 
     async def not_ready_because(self) -> str:
-        """Empty if a turn on every pool succeeds now, else why not. Ends early where the store does not answer."""
+        """Empty if a turn on every pool succeeds now, else the reason. If the store does not answer, no turn is tried."""
         if self._is_draining():
             return "the router is stopping"
         try:

@@ -1,4 +1,4 @@
-"""How large one request may be, on either surface: what is larger is refused before it is parsed."""
+"""How large a request may be, on either surface. Larger ones are refused before they are parsed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefillshare.kvshare.config import Base, Router
 
-#: A request's text and what is around it, per token of the model's length. English takes four to five bytes per token.
+#: Bytes for a request's text and what surrounds it, per token of the model's length. English has four to five per token.
 BYTES_PER_TOKEN = 64
 LEAST_BODY_BYTES = 1 << 20
 #: Names and values of all headers (HTTP) or metadata (gRPC) together.

@@ -24,7 +24,7 @@ from prefillshare.router.tenants import Tenants
 
 
 class Surfaces:
-    """`app`: what HTTP is served by; Serve listens for it."""
+    """`app` answers HTTP requests; Serve listens for it."""
 
     def __init__(self, core: Core, base: str, app: FastAPI, shutdown, readiness: Readiness, grpc: GrpcServer):
         self.app, self.readiness, self.grpc = app, readiness, grpc
@@ -34,7 +34,7 @@ class Surfaces:
     async def over(
         cls, core: Core, deployment: Deployment, tenants: Tenants, sessions: SessionStore, response_kv
     ) -> Surfaces:
-        """Nothing is listened to before `grpc.start`."""
+        """Nothing listens before `grpc.start`."""
         config, base = deployment.router, deployment.base
         bounds = RequestLimits.of(config, base)
         app, frontend = await build_openai_app(
@@ -59,7 +59,7 @@ class Surfaces:
         return cls(core, base.name, app, frontend.shutdown, readiness, grpc)
 
     def list_decoders(self) -> None:
-        """HTTP accepts and lists what the core serves now."""
+        """Make the HTTP surface accept and list the decoders that the core serves now."""
         set_decoders(self.app, _beside(self._base, self._core))
 
     async def stop(self) -> None:

@@ -1,1 +1,1 @@
-"""What the router tells of itself: metrics for Prometheus and Ray, and the caller's trace continued."""
+"""The router's telemetry: metrics for Prometheus and Ray, and spans that continue the caller's trace."""

@@ -1,5 +1,6 @@
-"""`GET /metrics` of a router: its own metrics, and behind them what the engines on its machine export through Ray's metrics
-agent (vLLM's and NIXL's). A Prometheus that knows nothing of Ray finds all of one machine there; on several, scrape the agents.
+"""`GET /metrics` of a router: its own metrics, followed by those that the engines on its machine export through Ray's metrics
+agent (vLLM's and NIXL's). A Prometheus that knows nothing of Ray finds all metrics of one machine there; with several machines,
+scrape the agents.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prefillshare.kvshare import metrics_text
 logger = logging.getLogger(__name__)
 
 PATH = "/metrics"
-#: Ray puts its name before theirs.
+#: The engines' prefix, in front of which Ray puts its own.
 _OF_ENGINES = "ray_vllm_"
 AGENT_S = 5.0
 
@@ -40,12 +41,12 @@ class NodeMetrics:
                 message = {**message, "body": message.get("body", b"") + engines}
             await send(message)
 
-        # Neither compressed nor in a format that has an end.
+        # Without these headers the answer is neither compressed nor in a format with an end marker: more can follow it.
         plain = [(name, value) for name, value in scope["headers"] if not name.lower().startswith(b"accept")]
         await self._app({**scope, "headers": plain}, receive, send_both)
 
     async def _of_engines(self) -> bytes:
-        """As they would be without Ray. Empty if the agent does not answer, or with something else."""
+        """The engines' metrics, as they would be without Ray. Empty if the agent does not answer with metrics."""
         try:
             async with httpx.AsyncClient(timeout=AGENT_S, trust_env=False, verify=False) as client:
                 answer = (await client.get(self._agent)).raise_for_status()
@@ -56,7 +57,7 @@ class NodeMetrics:
 
 
 class _Engines:
-    """A registry of those that an agent's text tells."""
+    """A registry of the engines' metrics in an agent's text."""
 
     def __init__(self, text: str):
         self._text = text
@@ -70,7 +71,7 @@ class _Engines:
 
 
 def agent_of_this_node() -> str | None:
-    """In a Ray worker."""
+    """URL of this node's metrics agent; None if it has none. To be called in a Ray worker."""
     import ray
 
     mine = ray.get_runtime_context().get_node_id()

@@ -1,8 +1,8 @@
-"""Our metrics for Ray's metrics agents: each node's agent exports those of all Ray processes on it, so that a Prometheus which
-scrapes every node finds every router, and the engines beside them.
+"""Passes our metrics on to Ray's metrics agents. Each node's agent exports those of all Ray processes on it, so that a
+Prometheus which scrapes every node finds every router and every engine.
 
-What prometheus_client has counted is told to Ray every so often, as what has changed since. A histogram's observations are told
-as the middles of their buckets: Ray's own export keeps no more of them. There, names begin with `ray_`.
+At regular intervals Ray is told what has changed in the metrics of prometheus_client. A histogram's observations are told as
+the middles of their buckets, as Ray's own export keeps no more of them. The exported names begin with `ray_`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TELL_S = 5.0
 
 
 class RayMetrics:
-    """`ray`: has Counter, Gauge and Histogram as ray.util.metrics; None: that module."""
+    """`ray`: an object with Counter, Gauge and Histogram like those of ray.util.metrics; None: that module."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, ray: SimpleNamespace | None = None):
         if ray is None:
@@ -46,7 +46,7 @@ class RayMetrics:
         self._task = asyncio.create_task(self._keep_telling())
 
     async def stop(self) -> None:
-        """Tells what is left."""
+        """Stop after telling Ray what it has not been told yet."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -64,7 +64,7 @@ class RayMetrics:
             logger.exception("metrics could not be told to Ray")
 
     def tell(self) -> None:
-        with self._telling:  # a thread that was given up may still be at it
+        with self._telling:  # a thread that nobody waits for any more may still be telling
             self._tell()
 
     def _tell(self) -> None:
@@ -86,7 +86,8 @@ class RayMetrics:
 
 
 def _observed(family: Family) -> Iterator[tuple[Mapping[str, str], float, float]]:
-    """(labels, value, how often it has been observed): of a histogram, a value in each bucket; else (labels, value, value)."""
+    """Per bucket of a histogram: (labels, a value in the bucket, observations in it). Of a gauge: (labels, value, value), of a
+    counter: (labels, 0, value)."""
     if family.type != "histogram":
         for sample in family.samples:
             if not sample.name.endswith("_created"):

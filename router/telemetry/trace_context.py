@@ -10,7 +10,7 @@ from prefillshare.kvshare.tracing import sent_with
 
 
 class GrpcTraces(grpc.aio.ServerInterceptor):
-    """Interceptor and handler run in one context per call: what is attached here is current there."""
+    """Interceptor and handler run in one context per call: what is attached here is current in the handler."""
 
     async def intercept_service(self, continuation, handler_call_details):
         attach(sent_with(dict(handler_call_details.invocation_metadata or ())))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def admitted(turn: Turn) -> AsyncIterator[None]:
-    """The turn holds its grant meanwhile. Raises as Admission.admit does."""
+    """Within this context the turn holds its grant. Raises as Admission.admit does."""
     with tracing.span("queue", tracing.inside(turn.span)):
         room = await turn.services.admission.admit(_demand(turn))
     with room as turn.grant:
@@ -25,7 +25,7 @@ async def admitted(turn: Turn) -> AsyncIterator[None]:
 
 def _demand(turn: Turn) -> Demand:
     call, prefix = turn.call, turn.prefix
-    # A prompt of which nothing is handed over has nothing to be prefilled.
+    # If nothing of the prompt is handed over, nothing has to be prefilled.
     cached = max(turn.route.prefill.overlaps(prefix.keys).values(), default=0) if prefix.token_ids else len(call.prompt)
     return Demand(
         pool=turn.decoder.pool,

@@ -1,10 +1,10 @@
-"""The canary: how far answers over shared KV are from the decoder's own, measured on live turns (DroidSpeak drifts with data).
+"""The canary measures on live turns how far answers over shared KV are from the decoder's own (DroidSpeak drifts with data).
 
-Of a sampled share of the turns of decoders that recompute layers, one place in the response is looked at again:
- 1. The turn runs as always, but its likeliest tokens are asked for, too; the client gets what it asked for.
- 2. When it has ended, a decode replica predicts the same place from the decoder's own prefill of prompt and response so far,
-    at the lowest priority. One at a time; what comes meanwhile is left out.
- 3. The divergence of the two is exported. Where it grows, the layers that matter have changed: profile again.
+In a sampled share of the turns of decoders that recompute layers, one place in the response is looked at again:
+ 1. The turn runs as always, but its likeliest tokens are asked for, too; the client gets only what it asked for.
+ 2. When it has ended, a decode replica predicts the same place again, from the decoder's own prefill of the prompt and the
+    response up to there, at the lowest priority. One turn is looked at at a time; those that end meanwhile are left out.
+ 3. The divergence of the two predictions is exported. If it grows, the layers that matter have changed: profile again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from prefillshare.router.turn.orchestrator import Orchestrator
 
 logger = logging.getLogger(__name__)
 
-#: Likeliest tokens that are compared one by one, if the decoder's pool gives so many.
+#: Number of likeliest tokens that are compared one by one, if the decoder's pool returns that many.
 TOP = 20
 
 
 class Canary:
-    """Takes turns as the orchestrator does. `share`: of the turns that are looked at."""
+    """Makes turns as the orchestrator does. `share`: the part of the turns that are looked at, 0 to 1."""
 
     def __init__(self, orchestrator: Orchestrator, metrics: Metrics, share: float, rng: random.Random | None = None):
         self._orchestrator, self._metrics, self._share = orchestrator, metrics, share
@@ -45,7 +45,7 @@ class Canary:
         self._background, self._task = Background(metrics), None
 
     def expect(self, decoders: Mapping[str, Decoder]) -> None:
-        """Export what these decoders are measured against."""
+        """Export the quality floors that these decoders are measured against."""
         floor = self._metrics["quality_floor"]
         floor.clear()
         for decoder in decoders.values():
@@ -89,7 +89,7 @@ class Canary:
 
 
 class _LookedAt:
-    """A turn whose likeliest tokens are asked for, too."""
+    """A turn for which the likeliest tokens are asked for, too."""
 
     def __init__(self, canary: Canary, orchestrator: Orchestrator, decoder: Decoder, call: TurnCall):
         self._canary, self._decoder, self._call = canary, decoder, call
@@ -127,15 +127,18 @@ def _top(decoder: Decoder) -> int:
 
 
 def as_asked(told: Logprobs | None, asked: int | None) -> Logprobs | None:
-    """Of more tokens than the client wants, what it wants: the sampled token, and the `asked` likeliest."""
+    """Only the log-probabilities that the client wants: of the sampled token and of the `asked` likeliest ones."""
     if told is None or asked is None:
         return None
     return told if asked == ALL else told.likeliest(asked)
 
 
 def divergence(own: Mapping[int, float], shared: Mapping[int, float]) -> float:
-    """Kullback-Leibler divergence of `shared` from `own`, in nats, as a layer profile has it. Both: tokens -> log-probabilities
-    of the likeliest; those in both one by one, all others as one. Never more than the divergence over all tokens."""
+    """Kullback-Leibler divergence of `shared` from `own`, in nats, as in a layer profile.
+
+    Both arguments map the likeliest tokens to their log-probabilities. Tokens in both are compared one by one, all others
+    together as one. The result is never more than the divergence over all tokens.
+    """
     both = own.keys() & shared.keys()
     parts = [(math.exp(own[token]), math.exp(shared[token])) for token in both]
     parts.append(tuple(max(1e-9, 1 - sum(part[side] for part in parts)) for side in (0, 1)))

@@ -46,7 +46,7 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
                     return
             raise Unavailable(f"request {turn.name}: the stream ended early")
     except PrefixLost as lost:
-        if lost.reason is ResumeReason.KV_LOAD_FAILED:  # whose fault it was shows where turns go well
+        if lost.reason is ResumeReason.KV_LOAD_FAILED:  # both are counted; a turn that goes well clears its replicas
             turn.route.prefill.replicas.failed(turn.source, lost.reason)
             pool.replicas.failed(replica, lost.reason)
         else:
@@ -83,7 +83,7 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
 def _note_loaded(
     turn: Turn, chunk: TokenChunk, handoff: Handoff | None, span: Span, called: float, called_ns: int
 ) -> None:
-    """The first token has come: both engines have done well."""
+    """The first token has come: count both engines' calls as successes, and how long the load took."""
     services, usage, pool = turn.services, turn.usage, turn.route.decode
     computed = len(turn.prefix.token_ids) - chunk.local_tokens
     services.layer_choice.took(turn.decoder.pool, computed, turn.own_layers, clock.now() - called)
@@ -99,8 +99,8 @@ def _note_loaded(
 
 @asynccontextmanager
 async def _loading(turn: Turn) -> AsyncIterator[asyncio.Timeout]:
-    """Bounds the wait for a decode call's first token. A read that hangs is left to the engine, which keeps the blocks it may
-    still write to; the turn goes on elsewhere."""
+    """Limits the wait for a decode call's first token. If a read hangs, the turn goes on elsewhere, and the engine keeps the
+    blocks that the read may still write to."""
     limit_s = turn.services.load_timeout_s
     scope = asyncio.timeout(limit_s)
     try:

@@ -1,4 +1,4 @@
-"""Turns that run now, by decoder: counted, and waited for by what must not end before them."""
+"""Counts the turns that run now, by decoder, and waits for their end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InProgress:
             self._one_ended.set()
 
     async def ended(self, decoders: Collection[str] | None, timeout_s: float) -> None:
-        """Until no turn of these decoders (None: of any) runs, at most `timeout_s`."""
+        """Wait until no turn of these decoders (None: of any) runs, at most `timeout_s` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._running(decoders):

@@ -1,11 +1,12 @@
-"""How many layers of a prompt a decoder computes itself, where it may choose (DroidSpeak, arXiv 2411.02820, section 4.4).
+"""How many layers of a prompt a decoder computes itself, if it has a choice (DroidSpeak, arXiv 2411.02820, section 4.4).
 
-The more layers, the nearer the answer is to the decoder's own, and the later its first token. Of the groups that a decoder is
-configured with, all good enough, each turn takes the one of most layers with which its first token is expected in time:
- 1. The decision falls when the prefill has ended: what the turn has waited is known then.
- 2. What is left: tokens that no decode replica has for that group, times its layers, times what a token and layer have lately
-    taken in that pool, waiting in the engine included. So under load groups become smaller, and grow again after it.
- 3. A turn that is taken up again keeps its group: the tokens it has were made with it.
+With more layers the answer is closer to the decoder's own, and its first token comes later. All groups of layers that a decoder
+is configured with are good enough. Each turn takes the largest of them with which its first token is expected in time:
+ 1. The decision is made when the prefill has ended, because the turn's waiting time is known then.
+ 2. The time still needed is the number of tokens that no decode replica has for that group, times the group's layers, times the
+    seconds per token and layer lately measured in that pool, waiting in the engine included. So groups become smaller under
+    load, and grow again after it.
+ 3. A turn that is taken up again keeps its group: the tokens it has so far were made with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.router.clock import now
 from prefillshare.router.service_rate import MeanRatio
 
-#: Fewer tokens tell more of a call than of the layers.
+#: With fewer tokens, a measurement shows the cost of a call rather than that of the layers.
 LEAST_TOKENS = 32
 
 
@@ -30,7 +31,8 @@ class LayerChoice:
     def choose(
         self, decoder: Decoder, tokens: int, spent_s: float, cached_tokens: Callable[[LayerGroup | None], int]
     ) -> LayerGroup | None:
-        """For a prefix of so many tokens, so long after the turn came. `cached_tokens`: what the best decode replica has."""
+        """The group for a prefix of `tokens` tokens, `spent_s` seconds after the turn came. `cached_tokens`: group -> tokens of
+        the prefix that the best decode replica has."""
         rate, objective = self._rates[decoder.pool].value, decoder.ttft_objective_s
         if rate is None or objective is None:
             return decoder.own_layers[0]
@@ -41,6 +43,6 @@ class LayerChoice:
         return decoder.own_layers[-1]
 
     def took(self, pool: str, tokens: int, group: LayerGroup | None, seconds: float) -> None:
-        """From the decode call to the first token."""
+        """Note the seconds from the decode call to the first token, of which the decoder computed `tokens` itself."""
         if group and tokens >= LEAST_TOKENS:
             self._rates[pool].add(seconds, tokens * len(group))

@@ -1,4 +1,4 @@
-"""What is counted of turns, per decoder and pool. Definitions: kvshare/metrics.py."""
+"""Metrics of turns, per decoder and pool. They are defined in kvshare/metrics.py."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class TurnMetrics:
         self._metrics["prefill_seconds"].labels(decoder).observe(elapsed_s)
 
     def found_cached(self, pool: str, predicted: int, cached_tokens: int) -> None:
-        """Of a turn's first prefill: a later one finds what the turn has put there itself."""
+        """For a turn's first prefill only: a later one finds what the turn has put there itself."""
         self._metrics["predicted_cached_tokens_total"].labels(pool).inc(predicted)
         self._metrics["actual_cached_tokens_total"].labels(pool).inc(cached_tokens)
         self._metrics["prediction_error_tokens"].labels(pool).observe(abs(predicted - cached_tokens))
 
     def asked_of_shared(self, decoder: str, keys: BlockKeys, cached_tokens: int) -> None:
-        """A prompt that all decoders' turns are prefilled with together."""
+        """For prompts that are prefilled in the pool which all decoders share."""
         if saved := self._credit.ask(keys, decoder, cached_tokens):
             self._metrics["prefill_tokens_saved_total"].labels(decoder).inc(saved)
             self._metrics["cross_model_hits_total"].labels(decoder).inc()
@@ -41,13 +41,13 @@ class TurnMetrics:
         self._metrics["lease_margin_seconds"].labels(decoder).observe(max(0.0, lease_left_s))
 
     def resumed(self, decoder: str, reason: ResumeReason, lease_left_s: float) -> None:
-        """`lease_left_s`: of the lease on the turn's prefix, when its KV was given up."""
+        """`lease_left_s`: what was left of the lease on the turn's prefix when its KV was given up."""
         self._metrics["resumes_total"].labels(decoder, reason.value).inc()
         if reason is ResumeReason.KV_LOAD_FAILED and lease_left_s <= LEASE_MARGIN_S:
             self._metrics["late_reads_total"].labels(decoder).inc()
 
     def generated(self, decoder: str, usage: TurnUsage, chunk: TokenChunk, elapsed_s: float) -> None:
-        """New tokens, so long after the turn's arrival. Fills the usage."""
+        """Count new tokens, `elapsed_s` seconds after the turn's arrival, and update its usage."""
         tokens = len(chunk.token_ids)
         if tokens and not usage.completion_tokens:
             usage.ttft_s = elapsed_s

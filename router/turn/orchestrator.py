@@ -1,4 +1,4 @@
-"""Turns, made and counted: what is served now, and what every turn of the router draws on."""
+"""Makes turns, and holds what is served now and what all turns of the router have in common."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prefillshare.router.turn.turn import Turn
 
 
 class Orchestrator:
-    """`tenants`: what each may ask of the queue; others may what anybody may."""
+    """`tenants`: what each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Orchestrator:
         self._watch_capacity()
 
     def serve(self, decoders: Mapping[str, Decoder], routes: Mapping[str, Route], config: Router) -> None:
-        """From now on serve these. Turns in progress keep the route they started on."""
+        """Serve these from now on. Turns in progress keep the route they started on."""
         self.decoders.clear()
         self.decoders.update(decoders)
         self.routes, self.services.config = routes, config
@@ -69,8 +69,9 @@ class Orchestrator:
         return Turn(self.services, call, decoder, self.routes[decoder.pool])
 
     def admit(self, decoder: str | None, turns: int = 1, logprobs: int | None = None) -> None:
-        """Raises before any of a request's turns is made: NotFound, InvalidInput for more than there is ever room for or than
-        the decoder's engines would take, or Unavailable while stopping. A decoder that is None is not looked at."""
+        """Check a request before any of its turns is made. Raises NotFound, InvalidInput for more turns than there is ever room
+        for or more log-probabilities than the decoder's engines return, Unavailable while stopping. A `decoder` of None is not
+        checked."""
         self.services.admission.check_turns(turns, self.services.share_of(current_caller.get().tenant))
         if decoder is not None and decoder not in self.decoders:
             raise NotFound(f"unknown decoder {decoder!r}", field="decoder", fix=f"use one of {', '.join(self.decoders)}")

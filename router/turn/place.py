@@ -1,4 +1,4 @@
-"""Where a turn's calls go: which replica, and over which layers of its own; and the call itself, counted and traced."""
+"""Chooses the replicas of a turn's calls, and the layers that the decoder computes itself; counts and traces the calls."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 async def prefill_place(turn: Turn) -> Placed:
-    """For the shared prefix. Raises as Pool.choose does."""
+    """The replica to prefill the shared prefix. Raises as Pool.choose does."""
     pool, prefix = turn.route.prefill, turn.prefix
     last = turn.terms.replicas.get(pool.name)
     return await pool.choose(len(prefix.token_ids), prefix.keys, last_replica=last, without=turn.avoid)
 
 
 async def decode_place(turn: Turn) -> Placed:
-    """The first time, this decides which layers the turn has the decoder compute: each group's blocks have keys of their own.
-    The turn's room moves to the replica, if it fits there."""
+    """The replica to decode on; the turn's room moves there if it fits. The first call for a turn also decides which layers the
+    decoder computes itself, because each group's blocks have their own keys."""
     pool, grant = turn.route.decode, turn.grant
     last = turn.terms.replicas.get(pool.name)
     placed = await pool.choose(
@@ -38,7 +38,7 @@ async def decode_place(turn: Turn) -> Placed:
 
 
 def _decode_keys(turn: Turn) -> BlockKeys:
-    """Of the prefix's blocks where they are read."""
+    """Keys of the prefix's blocks on the decode side."""
     prefix, usage, services = turn.prefix, turn.usage, turn.services
 
     def cached_tokens(group: LayerGroup | None) -> int:
@@ -55,7 +55,7 @@ def _decode_keys(turn: Turn) -> BlockKeys:
 
 @asynccontextmanager
 async def calling(turn: Turn, stage: str, pool: Pool, placed: Placed, *work) -> AsyncIterator[Span]:
-    """As Pool.calling; counted, and a span of the turn's."""
+    """As Pool.calling, but counted, and in a span of the turn."""
     turn.services.counted.placed(pool.name, placed.reason)
     where = {"pool": pool.name, "replica": placed.replica.id, "placed_by": placed.reason}
     attributes = {f"prefillshare.{name}": value for name, value in where.items()}

@@ -1,4 +1,4 @@
-"""A turn's second stage: KV of the shared prefix, and a lease on it."""
+"""A turn's second stage: get the KV of the shared prefix computed, and a lease on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 async def prefill(turn: Turn) -> Handoff | None:
-    """None where nothing is shared. Raises ReplicaLost, or Unavailable where no replica may get work."""
+    """Returns None if nothing is shared. Raises ReplicaLost, or Unavailable if no replica may get work."""
     shared, keys, pool, services = turn.prefix.token_ids, turn.prefix.keys, turn.route.prefill, turn.services
     if not shared:
         return None
@@ -47,7 +47,7 @@ async def prefill(turn: Turn) -> Handoff | None:
 
 def _note(turn: Turn, result: PrefillResult, predicted: int, elapsed: float) -> None:
     usage, services, decoder = turn.usage, turn.services, turn.decoder.name
-    if turn.mode.shares_prefill and result.computed_tokens >= services.block_size:  # less says what a call costs
+    if turn.mode.shares_prefill and result.computed_tokens >= services.block_size:  # less shows a call's cost
         services.compute_s.add(result.prefill_s, result.computed_tokens)
     services.counted.prefilled(decoder, elapsed)
     if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself

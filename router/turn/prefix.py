@@ -1,4 +1,4 @@
-"""A turn's shared prefix: its tokens, and the keys of its blocks where they are made and where they are read."""
+"""A turn's shared prefix: its tokens, and the keys of its blocks on the prefill side and on the decode side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefillshare.router.pools.cache_index import BlockKeys
 
 @dataclass(frozen=True)
 class Prefix:
-    """`keys`: of the prefill side. `salt`: of the caller's domain and request."""
+    """`keys`: block keys on the prefill side. `salt`: that of the caller's domain and request."""
 
     token_ids: list[int]
     keys: BlockKeys
@@ -22,14 +22,14 @@ class Prefix:
 
     @classmethod
     def of(cls, decoder: Decoder, prompt: list[int], generated: list[int], block_size: int, salt: str | None) -> Prefix:
-        """What is handed over of a prompt and the tokens generated after it."""
+        """The part of a prompt and of the tokens generated after it that is handed over."""
         mode = get_mode(decoder.sharing)
         shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
         keys = BlockKeys(shared, block_size, salt=salt, adapter=None if mode.shares_prefill else decoder.adapter)
         return cls(shared, keys, decoder, block_size, salt)
 
     def decode_keys(self, own_layers: LayerGroup | None) -> BlockKeys:
-        """Of the decode side, where the decoder has computed these layers itself."""
+        """Block keys on the decode side, if the decoder computes these layers itself."""
         if get_mode(self.decoder.sharing).adapters_share_blocks:
             return self.keys
         salt = block_salt(self.salt, own_layers)

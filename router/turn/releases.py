@@ -1,4 +1,4 @@
-"""Handoffs that nobody will read: their leases are ended early, behind the turn's back."""
+"""Handoffs that nobody will read: their leases are ended early, in the background."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prefillshare.router.pools.pool import Pool
 
 logger = logging.getLogger(__name__)
 
-#: How long a prefill that nobody waits for any more may go on to its end.
+#: Seconds that a prefill may still take when nobody waits for it any more.
 LAST_WORD_S = 0.25
-#: How long it may take until a call that is taken back has ended, with an answer or without.
+#: Seconds that a cancelled call may take to end, with or without an answer.
 TAKEN_BACK_S = 5.0
 
 
@@ -25,8 +25,8 @@ class Releases:
         self._background = Background(metrics)
 
     async def answered(self, call, decode: Pool, request_id: str) -> PrefillResult:
-        """What a prefill call answers. A turn that is ended meanwhile does not take the call back at once: the answer may be on
-        its way, and only it says what is leased."""
+        """Wait for the answer of a prefill call. If the turn is cancelled meanwhile, the call is not cancelled at once: its
+        answer may be on its way, and only the answer says what is leased."""
         answering = asyncio.create_task(answer(call))
         try:
             return await asyncio.shield(answering)
@@ -47,12 +47,12 @@ class Releases:
             self.have_released(decode, handoff, request_id)
 
     def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
-        """Have any decode replica say that nobody will read it. If none can, the lease ends by itself."""
+        """Have any decode replica say that nobody will read the handoff. If none can, the lease ends by itself."""
         if usable := decode.replicas.usable():
             self._tell(decode.replicas.on(usable[0].id).release, handoff, request_id)
 
     def give_up(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
-        """The turn has ended while its call to this decode replica was under way: it may have arrived there, or not."""
+        """The turn has ended while its call to this decode replica was under way: the call may or may not have arrived."""
         self._tell(decode.replicas.on(replica).give_up, handoff, request_id)
 
     def _tell(self, method, handoff: Handoff, request_id: str) -> None:

@@ -21,7 +21,7 @@ class Services:
 
     config: Router
     block_size: int
-    #: How long a decode call may take to its first token.
+    #: Seconds that a decode call may take to its first token.
     load_timeout_s: float
     admission: Admission
     in_progress: InProgress
@@ -30,7 +30,7 @@ class Services:
     counted: TurnMetrics
     #: Seconds per token that the shared pool has lately computed.
     compute_s: MeanRatio
-    #: What each may ask of the queue; others may what anybody may.
+    #: What each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY.
     tenants: Mapping[str, TenantShare]
 
     def share_of(self, tenant: str) -> TenantShare:

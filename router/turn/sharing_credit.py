@@ -1,7 +1,7 @@
 """What sharing has saved: prompt tokens found cached that only other decoders had asked for before.
 
-With a cache per model a decoder finds what it has asked for itself; the rest of what it finds here it would have computed. As
-far as this router has seen, and remembers: with several routers each counts for itself.
+With a cache per model, a decoder would find only what it has asked for itself, and would compute the rest of what it finds
+here. Only what this router has seen and still remembers is counted: with several routers, each counts for itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from prefillshare.router.pools.cache_index import BlockKeys
 
-#: Blocks remembered, the least lately asked for forgotten first.
+#: Number of blocks remembered; the least recently asked for is forgotten first.
 BLOCKS = 1 << 18
 
 
@@ -22,7 +22,8 @@ class SharingCredit:
         self._bits: dict[str, int] = {}
 
     def ask(self, keys: BlockKeys, decoder: str, cached_tokens: int) -> int:
-        """`decoder` asks for a prompt of which so many leading tokens were cached: those of them that sharing has saved it."""
+        """`decoder` asks for a prompt of which `cached_tokens` leading tokens were cached. Returns how many of these tokens
+        sharing has saved it."""
         bit = self._bits.setdefault(decoder, 1 << len(self._bits))
         prefix, saved = 0, 0
         for number, block in enumerate(keys.hashes, 1):

@@ -1,4 +1,4 @@
-"""The span that a turn's others stand in (docs/operations.md: traces)."""
+"""The span that contains a turn's other spans (docs/operations.md: traces)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def turn_span(turn: Turn) -> Iterator[None]:
-    """The turn's span, which tells at its end what the turn cost."""
+    """The turn's span. At its end it gets attributes that say what the turn cost."""
     usage = turn.usage
     asked = {"gen_ai.request.model": turn.decoder.name, "prefillshare.request_id": turn.call.request_id}
     with tracing.span("turn", kind=SpanKind.SERVER, **asked) as turn.span:

@@ -1,4 +1,4 @@
-"""A turn that has lost its prefix or its replica goes on, or has lost enough."""
+"""Decides whether a turn that has lost its prefix or its replica goes on or fails."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 
 
 async def take_up_again(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
-    """Count the loss, wait for room, and pause if a replica failed. Raises Unavailable where the turn has lost enough, and
-    InvalidInput where it may be what stops engines (wedging.py)."""
+    """Count the loss, wait for room, and pause if a replica failed. Raises Unavailable if this has happened to the turn too
+    often, and InvalidInput if the turn may be what stops engines (wedging.py)."""
     check_may_go_on(turn, lost)
     config, decoder, request_id = turn.services.config, turn.decoder.name, turn.call.request_id
     turn.services.counted.resumed(decoder, lost.reason, turn.lease_ends - clock.now())

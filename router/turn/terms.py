@@ -1,4 +1,4 @@
-"""How a turn is to be taken, beside what it asks."""
+"""The conditions under which a turn is taken, besides what it asks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Terms:
     deadline_s: float | None = None
     #: Pool -> replica that its session's last turn ran on. The turn notes its own there.
     replicas: dict[str, str] = field(default_factory=dict)
-    #: The decode engine is to lend the context's KV at the end, where its mode lets it.
+    #: Whether the decode engine is to lend the context's KV at the end, if its mode allows that.
     lend: bool = False
     #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
     ready: Callable[[], Awaitable[None]] | None = None

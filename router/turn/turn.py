@@ -1,15 +1,16 @@
-"""A turn over token ids: prefill, handoff, decode, and again where a replica or the prefix was lost.
+"""A turn over token ids: prefill, handoff, decode, and the same again if a replica or the prefix is lost.
 
 1. Admit (admit.py): room for the turn's decode and prefill, or a place in the queue, or a refusal.
 2. Prefill (prefill.py): the mode says how many prompt tokens are handed over. A replica of the shared pool, or of the pool's
    own, computes what it has not cached and answers with a lease on the blocks.
 3. Decode (decode.py): the tokens stream. From the first contact the decode engine owns the lease; before it, we do.
-4. Take up again (take_up_again.py): PrefixLost (preempted, or the load failed or came late) or ReplicaLost (died, wedged, says
-   it cannot) lead back to 2 with the tokens so far as `replay`, past the replica that failed. The client sees one stream, as if
-   nothing had happened.
-5. Whatever ends the turn - its end, an error, the deadline, a client that left - closes both calls, which frees KV.
+4. Take up again (take_up_again.py): after PrefixLost (preempted, or the load failed or came late) or ReplicaLost (the replica
+   died, is wedged, or says that it cannot), the turn goes back to 2 with the tokens so far as `replay`, and avoids the replica
+   that failed. The client sees one stream, as if nothing had happened.
+5. However the turn ends (complete, by an error, at the deadline, or because the client left), both calls are closed, which
+   frees KV.
 
-Where each call goes, place.py decides.
+place.py decides where each call goes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Turn:
         self.prefix = self._prefix()
         #: What the turn holds of its pools' room, once it is admitted.
         self.grant: Grant | None = None
-        #: Attempts before this one; those that a replica failed.
+        #: Attempts before this one, and how many of them failed because of a replica.
         self.number = self.failures = 0
         #: Replicas that failed this turn.
         self.avoid: set[str] = set()
@@ -71,18 +72,18 @@ class Turn:
         #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
         self.own_layers: LayerGroup | None = None
         self.is_chosen = False
-        #: What the decode engine lends at the end.
+        #: The loan of KV that the decode engine offers at the end.
         self.lent: Handoff | None = None
         self._text_has_ended = False
 
     @property
     def name(self) -> str:
-        """Of this attempt, in engines."""
+        """This attempt's request id in engines."""
         return f"{self.call.request_id}-{self.number}"
 
     @property
     def priority(self) -> int:
-        """In the engines' own queues: the turn's, as in the router's."""
+        """The turn's priority in the engines' queues, as in the router's."""
         return RESUMED if self.number else self.call.caller.priority
 
     def text_has_ended(self) -> None:
@@ -138,7 +139,7 @@ class Turn:
                 self.prefix = self._prefix()
 
     def _prefix(self) -> Prefix:
-        """What is handed over of the prompt and the tokens generated after it."""
+        """The part of the prompt and of the tokens generated after it that is handed over."""
         return Prefix.of(self.decoder, self.call.prompt, self.generated, self.services.block_size, self.salt)
 
     def _record(self, outcome: str, elapsed: float) -> None:

@@ -1,8 +1,8 @@
 """A turn that may be what stopped an engine is not given to the next one.
 
-Only a response's format can do that: engines compile it, and look at it with every step. Formats are tried before
-(kvshare_vllm/grammars/grammars.py); this is for what that has not found. A plain turn cannot stop an engine, and goes on
-elsewhere.
+Only a response's format can stop an engine, which compiles it and uses it at every step. Formats are tried beforehand
+(kvshare_vllm/grammars/grammars.py); this is for those that pass and are harmful nevertheless. A turn without a format cannot
+stop an engine, and goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class NoToken(PrefixLost):
 
 
 def check_may_go_on(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
-    """Raises InvalidInput, which clients do not send again by themselves: for a turn with a format that an engine which stopped
-    had given no token, or a second one in time."""
+    """Raises InvalidInput, after which clients do not retry by themselves, for a turn with a format if an engine stopped before
+    it gave the turn a token, or if a second engine gave it none in time."""
     if getattr(turn.call.sampling, "structured_outputs", None) is None or not turn.is_silent:
         return
     if lost.reason is ResumeReason.WEDGED or (isinstance(lost, NoToken) and turn.failures):

@@ -1,10 +1,10 @@
 """One decode replica: a full-weight decoder, or the base with several LoRA decoders.
 
 A request's life here:
- 1. `decode` has the engine check the handoff's contract, and gives it prompt, handoff and sampling.
+ 1. `decode` gives the engine prompt, handoff and sampling; the engine checks the handoff's contract.
  2. The engine pulls the blocks it lacks and generates; tokens stream out as they are made.
- 3. If the engine loses the shared prefix (preemption, failed or late load), PrefixLost goes up; the router hands
-    over again and sends the turn back with the tokens it has (`replay`).
+ 3. If the engine loses the shared prefix (preemption, failed or late load), it raises PrefixLost; the router has the prefix
+    handed over again and sends the turn back with the tokens so far (`replay`).
  4. Closing the stream aborts the request and frees its blocks.
 """
 

@@ -1,7 +1,8 @@
-"""The weights of a LoRA adapter (adapter_model.safetensors), accounted for against its settings and its base, one by one.
+"""Checks the weights of a LoRA adapter (adapter_model.safetensors), tensor by tensor, against its settings and its base.
 
-vLLM loads what it finds a place for and drops the rest without a word: such an adapter answers as the base, or as half of
-itself. Here every tensor has its place, every place that the settings name has its tensors, and their shapes are right.
+vLLM loads the tensors that it finds a place for and silently drops the rest: such an adapter answers as the base, or as half of
+itself. An adapter that passes this check has a place for every tensor, tensors for every module that its settings name, and the
+right shapes.
 
 Seam: vllm/lora/lora_model.py (`from_lora_tensors`), vllm/lora/model_manager.py (`activate_adapter`)
 """
@@ -18,13 +19,13 @@ from prefillshare.kvshare.errors import ConfigError
 
 FILE = "adapter_model.safetensors"
 
-#: Name of a linear module -> (outputs, inputs); None where it is stored packed, so that its shape does not say.
+#: Name of a linear module -> (outputs, inputs); None if it is stored packed, so that its shape does not tell them.
 LinearModules = Mapping[str, tuple[int, int] | None]
 
 _LORA = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
-#: A linear module of the base's layers, in the names that both transformers and PEFT give it.
+#: A linear module of the base's layers, under the name that both transformers and PEFT give it.
 _LINEAR = re.compile(r"(?P<module>.*\.\d+\..+)\.(?P<kind>weight|qweight|weight_packed)")
-#: What other tensors an adapter's file may hold, by their names.
+#: Tensors of other kinds that an adapter's file may hold, by their names.
 _OTHERS = (
     (r"\.lora_[AB]\.[^.]+\.weight$", "has the adapter's own name in it", "save it with PEFT's save_pretrained"),
     (r"\.lora_magnitude_vector", "is DoRA's", None),
@@ -37,7 +38,7 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def linear_modules(base: str) -> LinearModules:
-    """Those of the base's layers, as its weights' files have them. Embeddings and the head are none."""
+    """The linear modules of the base's layers, as in its weight files. Embeddings and the head are not among them."""
     modules: dict[str, tuple[int, int] | None] = {}
     for file in fingerprint.weight_files(Path(base)):
         for name, entry in fingerprint.safetensors_header(file).items():
@@ -48,13 +49,13 @@ def linear_modules(base: str) -> LinearModules:
 
 
 def place_elements(base: LinearModules, rank: int) -> int:
-    """Numbers that an engine keeps room for, for one adapter of this rank on every linear module whose shape is known."""
+    """How many numbers an engine keeps room for, per adapter of this rank on every linear module whose shape is known."""
     return sum(rank * sum(shape) for shape in base.values() if shape)
 
 
 def check(folder: str, settings: AdapterSettings, base: LinearModules) -> frozenset[str]:
-    """Names of the modules it adapts. Raises ConfigError for the first tensor that has no place, for one that is missing, and
-    for shapes that fit neither the base nor the settings."""
+    """Returns the names of the modules that the adapter adapts. Raises ConfigError for the first tensor that has no place, for
+    one that is missing, and for shapes that do not fit the base or the settings."""
     file = Path(folder) / FILE
     if not file.is_file():
         raise ConfigError(f"{folder} has no {FILE}", fix="save the adapter in safetensors format")
@@ -122,13 +123,13 @@ def _check_pair(file: Path, module: str, shapes: Mapping[str, list[int]], rank: 
 
 
 def _check_targets(folder: str, settings: AdapterSettings, adapted: Collection[str], base: LinearModules) -> None:
-    """The file holds what the settings name, and no more: PEFT would leave the rest out, vLLM would not."""
+    """The file must hold what the settings name and nothing else: PEFT would leave the rest out, vLLM would not."""
     if more := [module for module in adapted if not settings.adapts(module)]:
         raise ConfigError(
             f"{folder}/{FILE} has {more[0]}, which target_modules in adapter_config.json does not name",
             fix="set target_modules to the modules that the adapter was trained on",
         )
-    # Experts are modules of their own in some releases of transformers only.
+    # Only in some releases of transformers are experts modules of their own.
     missing = [module for module in base if ".experts." not in module and settings.adapts(module) and module not in adapted]
     if missing:
         raise ConfigError(

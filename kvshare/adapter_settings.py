@@ -1,7 +1,7 @@
 """The settings of a LoRA adapter (adapter_config.json): what they say of rank and modules, and whether engines follow them.
 
-vLLM reads a few of PEFT's settings, refuses some, and ignores the rest. One that changes what the adapter computes and that
-no engine follows is refused here: the adapter would answer as something else than what was trained.
+vLLM reads a few of PEFT's settings, refuses some, and ignores the rest. A setting that changes what the adapter computes and
+that no engine follows is refused here, because the adapter would not answer as it was trained to.
 
 Seam: peft/tuners/lora/config.py; peft/tuners/tuners_utils.py (`check_target_module_exists`); vllm/lora/peft_helper.py
 """
@@ -18,7 +18,7 @@ from prefillshare.kvshare.errors import ConfigError
 
 FILE = "adapter_config.json"
 
-#: Settings that make it something else than LoRA on linear modules, each with its name.
+#: Settings that make the adapter something else than LoRA on linear modules -> what they make it.
 _OTHER_KINDS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias of LoRA B",
@@ -34,9 +34,9 @@ _OTHER_KINDS = {
     "monteclora_config": "MonteCLoRA",
     "fan_in_fan_out": "weights stored transposed",
 }
-#: Of `init_lora_weights`: these set A and B and nothing else. Others (PiSSA, OLoRA, CorDA, LoftQ) change the base, too.
+#: Values of `init_lora_weights` that set only A and B. Others (PiSSA, OLoRA, CorDA, LoftQ) change the base, too.
 _OWN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-#: Settings that are read here, or that mean nothing once it is trained.
+#: Settings that are read here, or that have no effect once the adapter is trained.
 _KNOWN = frozenset({
     "peft_type", "task_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights", "lora_dropout", "inference_mode",
@@ -50,7 +50,7 @@ _SAVE = "give a LoRA adapter saved by PEFT"
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """`rank` and `alpha` hold where no pattern says otherwise."""
+    """`rank` is that of modules for which no pattern says otherwise."""
 
     rank: int
     rank_pattern: Mapping[str, int]
@@ -100,7 +100,7 @@ class AdapterSettings:
         return max(self.rank, *self.rank_pattern.values(), 1)
 
     def rank_of(self, module: str) -> int:
-        """`module`: its whole name in the base, model.layers.0.self_attn.q_proj."""
+        """`module`: its full name in the base, such as model.layers.0.self_attn.q_proj."""
         matching = (rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module))
         return next(matching, self.rank)
 
@@ -135,7 +135,7 @@ def _refuse_other_kinds(folder: str, config: Mapping[str, Any]) -> None:
             f"{folder}/{FILE} has init_lora_weights = {init!r}: it belongs to a base changed with it, not to the one served",
             fix="convert it to plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
         )
-    for key, value in config.items():  # figures alone switch nothing on
+    for key, value in config.items():  # a number alone enables nothing
         if key not in _KNOWN and value and (value is True or not isinstance(value, int | float)):
             raise ConfigError(
                 f"{folder}/{FILE} has {key} = {value!r}, which this release does not know",
@@ -160,7 +160,7 @@ def _is_regex(value: Any) -> bool:
 
 
 def _names(value: Any) -> str | tuple[str, ...] | None:
-    """A pattern, or names; () for nothing, None for what is neither."""
+    """A pattern, or names; () if `value` is empty, None if it is neither."""
     if not value:
         return ()
     if isinstance(value, str):

@@ -1,8 +1,8 @@
 """Who makes a call, and with whom its prompts share KV (R7).
 
-A cache domain is a set of prompts that may share KV. A tenant has one of its own; it puts a session or request into
-another one only on purpose, and only where its entry in the keys file allows it. What goes to engines is the domain's
-salt: they mix it into the key of a prompt's first block, on which all later keys depend.
+A cache domain is a set of prompts that may share KV. Every tenant has one of its own. It must name another domain explicitly to
+put a session or request there, and its entry in the keys file must allow it. Engines get the domain's salt: they mix it into
+the key of a prompt's first block, on which all later keys depend.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from prefillshare.kvshare.priority import PRIORITIES
 
 @dataclass(frozen=True)
 class Caller:
-    """A tenant as one call sees it. "" is the one anonymous tenant of deployments without `router.auth`."""
+    """A tenant as one call sees it. "" is the only, anonymous tenant of deployments without `router.auth`."""
 
     tenant: str = ""
     cache_domain: str = ""
     #: Further domains this tenant may choose.
     may_share: tuple[str, ...] = ()
-    #: Of its turns; lower is sooner, as in vLLM.
+    #: Priority of its turns; lower is sooner, as in vLLM.
     priority: int = 0
 
     def in_domain(self, chosen: str) -> Caller:
-        """The caller in a domain it chose; "" is its own. Raises PermissionDenied."""
+        """The caller in the domain that it chose; "" is its own. Raises PermissionDenied."""
         if chosen in ("", self.cache_domain):
             return self
         if chosen not in self.may_share:
@@ -40,8 +40,8 @@ class Caller:
         return replace(self, cache_domain=chosen)
 
     def behind(self, steps: int) -> Caller:
-        """The caller of a request that lets others go first: `steps` behind the tenant's own priority, as far as that goes.
-        Raises InvalidInput for one that would go before its tenant's others."""
+        """The caller of a request that lets others go first: `steps` behind the tenant's own priority, at most the last.
+        Raises InvalidInput for `steps` out of range, for example to go before the tenant's other requests."""
         if not 0 <= steps <= PRIORITIES[-1]:
             raise InvalidInput(
                 f"{steps} is out of range",
@@ -57,10 +57,10 @@ current_caller: ContextVar[Caller] = ContextVar("prefillshare_caller", default=A
 
 
 def cache_salt(domain: str, client_salt: str | None = None) -> str | None:
-    """The salt engines get. None for the anonymous domain without a salt of the client's: such keys stay unsalted.
+    """The salt that engines get. None for the anonymous domain without a client's salt: such keys stay unsalted.
 
-    Different (domain, client_salt) give different salts, on every router and after every restart the same. It needs no
-    secret: a client's own salt never reaches an engine as it is, so nobody can send the salt of another domain.
+    Different (domain, client_salt) give different salts, which are the same on every router and after every restart. No secret
+    is needed: a client's own salt never reaches an engine unchanged, so nobody can send the salt of another domain.
     """
     if not domain and client_salt is None:
         return None

@@ -1,11 +1,11 @@
 """Keys of the ZMQ channels between engines and routers: KV events, their replays, and NIXL's handshakes.
 
 The channels are encrypted and authenticated with CURVE. Every process derives the same server key pair from one secret of
-the deployment, so no key is ever sent. A client needs the server's public key to be answered at all, and only holders of the
-secret can derive it: whoever connects without it learns nothing, and a server cannot be impersonated.
+the deployment, so no key is ever sent. A server answers only clients that have its public key, and only holders of the secret
+can derive that key: a client without it learns nothing, and nobody can impersonate a server.
 
-The secret stands in the environment of the processes that need it (an engine's own process inherits it), and nowhere else:
-not in settings, arguments or logs. Without a secret the channels are plain, which is allowed on loopback only
+The secret is kept in the environment of the processes that need it (an engine's own process inherits it), and nowhere else:
+not in settings, arguments or logs. Without a secret the channels are not encrypted, which is allowed on loopback only
 (kvshare_vllm/engine/ray_node.py).
 
 CURVE: https://rfc.zeromq.org/spec/26/
@@ -29,19 +29,19 @@ _SALT, _CHANNELS, _SERVER = b"prefillshare 1", b"channels", b"server key pair"
 
 
 def derive_secret(token: str) -> str:
-    """The channels' secret, from a token that every process of the deployment has. It does not tell the token."""
+    """The channels' secret, from a token that every process of the deployment has. It does not reveal the token."""
     return _expand(hmac.digest(_SALT, token.encode(), "sha256"), _CHANNELS).hex()
 
 
 def use(secret: str) -> None:
-    """From now on the channels of this process, and of processes that it starts, are protected."""
+    """Protect the channels of this process, and of the processes that it starts, from now on."""
     os.environ[ENVIRONMENT] = secret
 
 
 def protect(channel: zmq.Socket, *, server: bool) -> zmq.Socket:
     """Give a socket its keys before it binds or connects; `server`: the side that binds. Returns the socket.
 
-    Leaves it as it is where the process has no secret. Raises ConfigError if the secret is not one."""
+    Leaves it as it is if the process has no secret. Raises ConfigError if the secret is malformed."""
     secret = os.environ.get(ENVIRONMENT)
     if not secret:
         return channel
@@ -60,5 +60,5 @@ def protect(channel: zmq.Socket, *, server: bool) -> zmq.Socket:
 
 
 def _expand(key: bytes, purpose: bytes) -> bytes:
-    """32 bytes: HKDF's expansion (RFC 5869), of which one block is enough."""
+    """32 bytes: one block of HKDF's expansion (RFC 5869)."""
     return hmac.digest(key, purpose + b"\x01", hashlib.sha256)

@@ -69,7 +69,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class DecoderContract:
-    """What a decoder was trained against. `trained_with`: how it was made, for people."""
+    """What a decoder was trained against. `trained_with`: how it was made, for human readers only."""
 
     base: BaseIdentity
     shape: KVShape
@@ -128,12 +128,12 @@ class KVContract:
     dtype: str
     block_size: int
     engine: str
-    #: How KV moves between them.
+    #: How KV moves between engines.
     transport: str = "nixl"
     #: Layers whose inputs prefill engines keep beside the KV.
     ecache_layers: tuple[int, ...] = ()
 
     @property
     def digest(self) -> str:
-        """What engines compare. Short enough for a log line, long enough not to collide."""
+        """The digest that engines compare. Short enough for a log line, long enough not to collide."""
         return fingerprint.of_json({"version": VERSION, **asdict(self)})[:32]

@@ -1,4 +1,4 @@
-"""What a router asks of a decode replica: one value, from the router to the engine."""
+"""What a router asks of a decode replica, as one value that is passed from the router to the engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from prefillshare.kvshare.layer_group import LayerGroup
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, elsewhere.
+    """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, on another replica.
 
-    sampling: vLLM's SamplingParams, the turn's own: its limits count over the whole turn.
+    sampling: the turn's own SamplingParams (vLLM). Its limits apply to the whole turn.
     """
 
     request_id: str
     token_ids: list[int]
-    #: Of the shared prefix. None: there is nothing to share. From the call on it is the engine's: it reads it, or has the
-    #: prefill engine told that nobody will.
+    #: Handoff of the shared prefix. None: there is nothing to share. From the call on, the decode engine owns it: it reads the
+    #: KV, or has the prefill engine told that nobody will.
     handoff: Handoff | None
     sampling: Any
     #: None: the base, or the pool's own weights.
@@ -29,9 +29,9 @@ class DecodeRequest:
     cache_salt: str | None = None
     #: Lower is sooner, as in vLLM.
     priority: int = 0
-    #: At the end hold the KV for the prefill pool (modes whose generated KV is base KV).
+    #: Whether to hold the KV for the prefill pool at the end (modes whose generated KV is base KV).
     lend: bool = False
-    #: Computed here over the shared prefix, instead of taken from the base (modes that recompute).
+    #: Layers that the decoder computes over the shared prefix, instead of taking them from the base (modes that recompute).
     own_layers: LayerGroup | None = None
-    #: W3C headers.
+    #: W3C trace headers.
     trace: Mapping[str, str] | None = None

@@ -1,4 +1,4 @@
-"""The decoders of a deployment: which name is served where, and whether its files may be served at all."""
+"""The decoders of a deployment: which name is served by which pool, and whether its files may be served at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidIn
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts, layer_group
 from prefillshare.kvshare.modes import get_mode
 
-#: vLLM's default (vllm/config/model.py: max_logprobs), and its number for all tokens there are.
+#: vLLM's default (vllm/config/model.py: max_logprobs), and its number for the whole vocabulary.
 VLLM_MAX_LOGPROBS, ALL = 20, -1
 
 
@@ -30,17 +30,18 @@ class Decoder:
     adapter: str | None
     #: "base", "lora" or "full".
     kind: str
-    #: Layers it may compute itself over a prompt, most first; None: none.
+    #: Groups of layers that it may compute itself over a prompt, largest first; None: no layers.
     own_layers: tuple[LayerGroup | None, ...] = (None,)
-    #: Seconds to the first token with which it takes as many of them as it can; None: always most.
+    #: Seconds to the first token: it takes the largest group expected to keep within them; None: always the largest.
     ttft_objective_s: float | None = None
-    #: Divergence from its own prefill that is good enough; None: nobody has said.
+    #: Divergence from its own prefill that is good enough; None: not configured.
     quality_floor: float | None = None
-    #: Likeliest tokens of which its engines tell the log-probabilities, at most, or ALL.
+    #: The most likeliest tokens whose log-probabilities its engines return, or ALL.
     max_logprobs: int = VLLM_MAX_LOGPROBS
 
     def check_logprobs(self, asked: int | None) -> None:
-        """`asked`: of so many likeliest tokens, or ALL; None: of none. Raises InvalidInput."""
+        """`asked`: for how many of the likeliest tokens log-probabilities are asked, or ALL; None: for none. Raises
+        InvalidInput if the engines do not return so many."""
         if asked is None or self.max_logprobs == ALL or 0 <= asked <= self.max_logprobs:
             return
         many = "the whole vocabulary" if asked == ALL else asked
@@ -106,7 +107,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
 
 @contextmanager
 def _about(field: str) -> Iterator[None]:
-    """Errors about a folder's files name the field of the deployment that gave the folder."""
+    """Make errors about a folder's files name the field of the deployment that gave the folder."""
     try:
         yield
     except InvalidInput as error:
@@ -117,7 +118,7 @@ def _about(field: str) -> Iterator[None]:
 def _check_positions(folder: str, length: int) -> None:
     config = fingerprint.read_json(folder, "config.json")
     limit, rope = config.get("max_position_embeddings"), fingerprint.rope(config)
-    if limit and rope["rope_type"] in ("linear", "dynamic"):  # these stretch it; the others' figure counts the stretch
+    if limit and rope["rope_type"] in ("linear", "dynamic"):  # these extend the limit; the others' limit includes that
         limit = int(limit * rope.get("factor", 1))
     if limit and length > limit:
         raise ConfigError(
@@ -147,7 +148,7 @@ def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
 
 
 def ecache_share(base: str, shape: KVShape) -> float:
-    """Cache that the inputs of one layer take, as a part of what a token's KV takes."""
+    """Cache that the inputs of one layer take, as a fraction of the cache for KV."""
     hidden_size = fingerprint.read_json(base, "config.json")["hidden_size"]
     return ecache_parts(hidden_size, shape.kv_heads, shape.head_size) / shape.layers
 
@@ -220,7 +221,7 @@ def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
             raise ContractMismatch(
                 f"{folder} has KV of {shape}, the base has {base.shape}", fix="serve a fine-tune of the base's own architecture"
             )
-    # Sessions are token ids: whoever takes part must read them alike, whatever KV it uses.
+    # Sessions are token ids: all decoders must read these alike, whatever KV they use.
     if (mine := fingerprint.tokenizer(folder)) != base.base.tokenizer:
         raise ContractMismatch(
             f"{folder} has tokenizer {mine}, the base has {base.base.tokenizer}",

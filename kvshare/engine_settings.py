@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-#: vLLM engine arguments that the deployment's own fields decide, or that would change what KV means (R4).
+#: vLLM engine arguments that are decided by the deployment's own fields, or that would change what KV means (R4).
 OUR_ENGINE_ARGS = frozenset({
     "model", "tokenizer", "dtype", "max_model_len", "block_size", "tensor_parallel_size", "max_num_seqs",
     "max_num_batched_tokens", "kv_cache_memory_bytes", "kv_cache_dtype", "hf_overrides", "enable_prefix_caching",
@@ -35,15 +35,15 @@ class EngineSettings:
     #: Layers whose inputs (hidden states) the engine's cache has room for beside the KV, in order: a prefill engine keeps them,
     #: a decode engine begins with them.
     ecache_layers: tuple[int, ...] = ()
-    #: Decode engines: those of the prefill engines that they read from.
+    #: Decode engines: `ecache_layers` of the prefill engines that they read from.
     prefill_ecache_layers: tuple[int, ...] = ()
-    #: Decode engines that compute layers themselves: begin with them while the other layers' KV is still being loaded.
-    #: "pays": where that is expected to be faster (kvshare_vllm/transfer/load_overlap.py); "always"; "never".
+    #: Decode engines that compute layers themselves: whether to begin with these while the other layers' KV is still being
+    #: loaded. "pays": if that is expected to be faster (kvshare_vllm/transfer/load_overlap.py); "always"; "never".
     overlap_loads: str = "pays"
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_lora_rank: int = 16
-    #: Places for adapters; `adapters` may become more while the engine runs, but not more than these.
+    #: Number of places for adapters, which `adapters` may not exceed when it grows while the engine runs.
     max_loras: int = 8
     tensor_parallel_size: int = 1
     max_num_seqs: int = 128
@@ -58,7 +58,7 @@ class EngineSettings:
     #: As Logs of the config. The level can change while the engine runs.
     log_level: str = "info"
     log_format: str = "text"
-    #: Where OpenTelemetry spans go, and how ("grpc" or "http/protobuf"); None: none are made.
+    #: Where OpenTelemetry spans go, and how ("grpc" or "http/protobuf"); None: no spans are made.
     traces_endpoint: str | None = None
     traces_protocol: str = "grpc"
     #: Further vLLM engine arguments, as given in the config (`engine_args`).
@@ -66,12 +66,12 @@ class EngineSettings:
 
     @property
     def changeable(self) -> dict[str, Any]:
-        """What an engine that runs takes over, as plain data."""
+        """The settings that a running engine takes over, as plain data."""
         return {"adapters": dict(self.adapters), "log_level": self.log_level}
 
     @property
     def fixed(self) -> object:
-        """What replaces it. It runs with room for adapters, or without."""
+        """The settings whose change replaces the engine; among them, whether it has room for adapters at all."""
         return replace(self, adapters={}, log_level=""), bool(self.adapters)
 
 

@@ -47,16 +47,16 @@ class ResumeReason(StrEnum):
     KV_LOAD_FAILED = "kv_load_failed"
     #: The replica's process or engine has died, or Serve has stopped it.
     GONE = "gone"
-    #: It lives and does not answer, or its engine does not step.
+    #: The replica lives but does not answer, or its engine does not step.
     WEDGED = "wedged"
-    #: It answered that it cannot, or its stream ended early.
+    #: The replica answered that it cannot serve the turn, or its stream ended early.
     UNAVAILABLE = "unavailable"
 
 
 class PrefillShareError(Exception):
     """Base of all errors we raise on purpose.
 
-    `field` names the offending field of a request, config or file, where there is one; `fix` says what to do.
+    `field` names the offending field of a request, config or file, if there is one; `fix` says what to do.
     """
 
     grpc_code = GrpcCode.INTERNAL
@@ -136,7 +136,7 @@ class Unavailable(PrefillShareError):
 
 
 class ConnectionLost(Unavailable):
-    """The client's: the connection broke before an answer. Whether a turn was committed, its session says."""
+    """Raised by the client: the connection broke before an answer. The session shows whether the turn was committed."""
 
 
 class EngineStartError(Unavailable):

@@ -1,7 +1,7 @@
-"""Fingerprints of a model's files: what they are, not how they are stored. Pure Python: no torch, no tensors in memory.
+"""Fingerprints of the contents of a model's files, however they are stored. Pure Python: no torch, no tensors in memory.
 
 Weights are hashed tensor by tensor in order of name, so that sharding does not matter. Hashing 16 GB takes a minute;
-results are remembered per file (path, size, time of change) in the user's cache folder.
+results are remembered per set of files (path, size, time of change) in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def weights(folder: str | Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files the index names, where there is one (a folder may hold the weights in a second format too), else all."""
+    """The files that the index names, if there is one (a folder may hold the weights in a second format, too), else all."""
     if not (folder / _INDEX).is_file():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -76,7 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def config(folder: str | Path) -> str:
-    """Hash of config.json as far as it decides what the model computes, whichever transformers version wrote it."""
+    """Hash of the keys of config.json that decide what the model computes; independent of the transformers version."""
     data = read_json(folder, "config.json")
     return of_json({k: v for k, v in data.items() if k not in _VOLATILE | _ROPE} | {"rope": rope(data)})
 
@@ -106,12 +106,12 @@ def tokenizer(folder: str | Path) -> str:
     return _tokenizers[content]
 
 
-#: SHA-256 of a tokenizer.json's bytes -> its fingerprint, which is asked for again at every change of a deployment.
+#: SHA-256 of a tokenizer.json's bytes -> its fingerprint, which is needed again at every change of a deployment.
 _tokenizers: dict[str, str] = {}
 
 
 def chat_template(folder: str | Path) -> str:
-    """Hash of the chat template's text; "none" where the tokenizer has none."""
+    """Hash of the chat template's text; "none" if the tokenizer has none."""
     file = Path(folder) / "chat_template.jinja"
     text = file.read_text() if file.is_file() else read_json(folder, "tokenizer_config.json").get("chat_template")
     return hashlib.sha256(text.encode()).hexdigest() if isinstance(text, str) else ("none" if text is None else of_json(text))
@@ -137,7 +137,7 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     """Tensor name -> dtype, shape, start and length in bytes. Format: safetensors, 8 bytes of length, then JSON.
 
-    Raises ConfigError for a file that is not whole.
+    Raises ConfigError for an incomplete file.
     """
     entries = {}
     try:
@@ -164,7 +164,7 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_layout(file: Path, entries: dict[str, dict[str, Any]], at: int, size: int) -> None:
-    """As the safetensors library asks: tensors stand one behind the other up to the file's end, each as large as its shape."""
+    """The layout that the safetensors library requires: tensors without gaps up to the file's end, as large as their shapes."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1]["start"], item[1]["bytes"])):
         if entry["start"] != at:
             message = f"{file} is not a safetensors file: a gap or an overlap before tensor {name}"
@@ -181,7 +181,7 @@ def _check_layout(file: Path, entries: dict[str, dict[str, Any]], at: int, size:
 
 
 def cache_folder() -> Path:
-    """The user's, for what costs time to find out again."""
+    """The user's cache folder, for results that take time to compute."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prefillshare"
 
 

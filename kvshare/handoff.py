@@ -1,4 +1,4 @@
-"""The KV handoff: what a prefill replica tells a decode replica about blocks it holds for it."""
+"""The KV handoff: what a prefill replica tells a decode replica about the blocks that it holds for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from prefillshare.kvshare.logprobs import Logprobs
 
-#: A read that ends so near the end of its lease counts as late: slack for the error of the clock offset that engines measure
-#: when they shake hands (half a round trip), and for how often they look.
+#: A read that ends less than this before the end of its lease, in seconds, counts as late. It allows for the error of the clock
+#: offset that engines measure when they shake hands (half a round trip), and for how often they look.
 LEASE_MARGIN_S = 0.5
 
 
@@ -24,15 +24,15 @@ class Handoff:
     tokens: int
     #: Digest of the KV contract the blocks were made under (R4).
     contract: str
-    #: Seconds the lease lasts from when the prefill engine finished.
+    #: Seconds that the lease lasts after the prefill engine has finished.
     lease_s: float
-    #: Connector's parameters (vLLM's kv_transfer_params): opaque above the plugin.
+    #: The connector's parameters (vLLM's kv_transfer_params): opaque above the plugin.
     transfer: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """Answer of a prefill replica. `handoff` is None where there was nothing to hand over."""
+    """Answer of a prefill replica. `handoff` is None if there was nothing to hand over."""
 
     handoff: Handoff | None
     prompt_tokens: int
@@ -48,7 +48,7 @@ class PrefillResult:
 class TokenChunk:
     """Newly generated tokens of one request, in order.
 
-    logprobs: one row per token; None if not asked.
+    logprobs: one row per token; None if not asked for.
     finish_reason: "stop" | "length" on the last chunk, else None. stop_reason: the stop token id, if one ended it.
     """
 
@@ -60,9 +60,9 @@ class TokenChunk:
     #: engine's own cache. The same on every chunk of a request.
     kv_bytes: int = 0
     local_tokens: int = 0
-    #: Seconds from asking for the KV until the request could begin with it, and, where it began with layers of its own, until
-    #: that of the other layers was there, too.
+    #: Seconds from asking for the KV until the request could begin with it and, if it began with layers of its own, until the
+    #: KV of the other layers was there, too.
     load_s: float = 0.0
     rest_load_s: float = 0.0
-    #: On the last chunk of a request that was asked to lend: the KV of all its tokens but the last, to be pulled.
+    #: On the last chunk of a request that was asked to lend: a handoff of the KV of all its tokens but the last, to be pulled.
     lent: Handoff | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class LayerGroup:
-    """Layers `first` to `last`, both counted from 0 and in the group. Written "4-9"."""
+    """Layers `first` to `last`, both included and counted from 0. Written "4-9"."""
 
     first: int
     last: int
@@ -35,28 +35,29 @@ class LayerGroup:
 
     @property
     def transition(self) -> int | None:
-        """The layer whose input the prefill side must keep (E-cache); None: the group begins with the embedding."""
+        """The layer whose input the prefill side must keep (E-cache); None if the group begins with the embedding."""
         return self.first or None
 
 
 def layer_group(text: str) -> LayerGroup | None:
-    """Of a configuration's text: None for "none". Raises ValueError."""
+    """The group that a configuration's text names; None for "none". Raises ValueError."""
     return None if text == "none" else LayerGroup.parse(text)
 
 
 @dataclass(frozen=True)
 class OwnLayers:
-    """Of one request: its first `shared_tokens` tokens pass through the layers of `group` only."""
+    """For one request: its first `shared_tokens` tokens pass through the layers of `group` only."""
 
     shared_tokens: int
     group: LayerGroup
 
 
 def ecache_parts(hidden_size: int, kv_heads: int, head_size: int, ranks: int = 1) -> int:
-    """Cache layers of the model's KV shape that hold what enters one layer, on each of `ranks` tensor-parallel ranks."""
+    """Number of cache layers of the model's KV shape that hold the input of one layer, on each of `ranks` tensor-parallel
+    ranks."""
     return -(-(hidden_size // ranks) // (2 * max(1, kv_heads // ranks) * head_size))
 
 
 def block_salt(cache_salt: str | None, group: LayerGroup | None) -> str | None:
-    """Salt of a decode engine's blocks: KV that a decoder made of one group is never taken for another's (R2)."""
+    """Salt of a decode engine's blocks: KV that a decoder made with one group is never taken for that of another (R2)."""
     return cache_salt if group is None else f"{cache_salt or ''} own layers {group}"

@@ -1,8 +1,8 @@
-"""`layer_profile.json` beside a decoder's KV contract: what recomputing which layers is worth, as `prefillshare profile` has
-measured it (DroidSpeak, arXiv 2411.02820, section 4.2).
+"""`layer_profile.json` beside a decoder's KV contract: how much recomputing which layers helps, as measured by
+`prefillshare profile` (DroidSpeak, arXiv 2411.02820, section 4.2).
 
 Divergence: mean Kullback-Leibler divergence, in nats per response token, of the next-token distribution over shared KV from the
-decoder's own with its own prefill. 0 is no difference.
+one with the decoder's own prefill. 0 is no difference.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 FILE = "layer_profile.json"
 VERSION = 1
-#: Groups a decoder may choose from at run time; more would hardly differ.
+#: Most groups that a decoder may choose from at run time; more would hardly differ.
 MOST_GROUPS = 4
 
 
 @dataclass(frozen=True)
 class Point:
     """`layers`: "4-9" or "none". `low`, `high`: 95 % interval of the divergence over examples. `agreement`: share of response
-    tokens whose likeliest token is the same. `scores`: share of right answers by task suite, where they were asked."""
+    tokens whose likeliest token is the same. `scores`: share of right answers by task suite, if suites were run."""
 
     layers: str
     divergence: float
@@ -46,8 +46,8 @@ class Point:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """`points`: all that were measured on all examples, fewest layers first. `sensitivity`: per layer, the divergence if that
-    layer alone is the base's."""
+    """`points`: all points measured on all examples, fewest layers first. `sensitivity`: per layer, the divergence if only that
+    layer's KV is the base's."""
 
     base: str
     decoder: str
@@ -58,12 +58,12 @@ class LayerProfile:
 
     @property
     def frontier(self) -> tuple[Point, ...]:
-        """Points to which no other of as few layers is better."""
+        """The points than which no other of at most as many layers is better."""
         return tuple(frontier_of(self.points, lambda point: (point.size, point.divergence)))
 
     def within(self, floor: float) -> tuple[str, ...]:
-        """Groups of at most that divergence, most layers first: the smallest, and larger ones that begin at the same layer and
-        are better, so that the prefill pool keeps the inputs of one layer only. Empty if there is none."""
+        """Groups of at most `floor` divergence, most layers first: the smallest one, and larger ones that are better and begin
+        at the same layer, so that the prefill pool keeps the inputs of one layer only. Empty if there is none."""
         good = [point for point in self.frontier if point.divergence <= floor]
         if not good:
             return ()
@@ -84,8 +84,8 @@ class LayerProfile:
     def read(
         cls, decoder: str | Path, base: str | Path, weights: Callable[[str | Path], str] = fingerprint.weights
     ) -> LayerProfile:
-        """`weights`: a folder's fingerprint. Raises ConfigError if there is none that can be read, ContractMismatch if it is
-        of other weights."""
+        """`weights`: folder -> fingerprint. Raises ConfigError if no profile can be read, ContractMismatch if it is that of
+        other weights."""
         again = f"measure it: prefillshare profile {decoder} --base {base} --data FILE"
         if not (Path(decoder) / FILE).is_file():
             raise ConfigError(f"{decoder} has no {FILE}, so nothing says which layers to recompute", fix=again)
@@ -106,7 +106,7 @@ class LayerProfile:
 
 
 def frontier_of(items: Iterable[T], size_and_divergence: Callable[[T], tuple[int, float]]) -> list[T]:
-    """Smallest first: those to which none of at most their size is better."""
+    """The items than which none of at most their size is better, smallest first."""
     best: list[T] = []
     least = math.inf
     for item in sorted(items, key=size_and_divergence):

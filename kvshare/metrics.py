@@ -1,4 +1,4 @@
-"""Definitions of the metrics this system exports beside vLLM's. Base units, bounded labels, one place.
+"""Definitions of all metrics that this system exports beside vLLM's, in base units and with bounded labels.
 
 `help` says what the figure is; `when` says what to do when it moves.
 """
@@ -313,7 +313,7 @@ class Metrics:
         }
 
     def expect(self, decoders: Iterable[str], pools: Iterable[str]) -> None:
-        """Have what these will be counted under exported from now on."""
+        """Export the metrics with labels for these decoders and pools from now on, before anything is counted."""
         values = {"decoder": list(decoders), "pool": list(pools)}
         for name, m in DEFINITIONS.items():
             choices = [values.get(label, m.known) for label in m.labels]

@@ -1,4 +1,4 @@
-"""Prometheus' text format, read: the figures that a process tells of itself."""
+"""Reads metrics in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from prometheus_client.samples import Sample
 
 
 def families(text: str) -> Iterator[Metric]:
-    """Raises ValueError if it is not that format."""
+    """Raises ValueError if `text` is not in that format."""
     return text_string_to_metric_families(text)
 
 
 def samples(text: str, name: str, **labels: str) -> list[Sample]:
-    """Those of this name (a histogram's with their suffix) that have at least these labels."""
+    """The samples of this name (a histogram's with their suffix) that have at least these labels."""
     return [
         sample
         for family in families(text)
@@ -25,5 +25,5 @@ def samples(text: str, name: str, **labels: str) -> list[Sample]:
 
 
 def total(text: str, name: str, **labels: str) -> float:
-    """The sum of those; 0.0 if there are none."""
+    """The sum of the same samples; 0.0 if there are none."""
     return sum(sample.value for sample in samples(text, name, **labels))

@@ -10,7 +10,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def problem(origins: Sequence[str]) -> str:
-    """Empty if browsers can name each of them so, else what is wrong."""
+    """Empty if each is written as browsers name it, else what is wrong."""
     if ANY in origins and len(origins) > 1:
         return f'"{ANY}" allows every origin; remove the others or "{ANY}"'
     for origin in origins:
@@ -21,7 +21,7 @@ def problem(origins: Sequence[str]) -> str:
 
 
 def _as_named(origin: str) -> str | None:
-    """As a browser names the origin of this URL; None: it has none."""
+    """The origin of this URL as a browser names it; None if it has none."""
     try:
         parts = urlsplit(origin)
         host, port = parts.hostname, parts.port

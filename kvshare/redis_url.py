@@ -1,4 +1,4 @@
-"""A Redis URL: is it one, and how it is shown. It may hold a password, also where somebody wrote one wrongly."""
+"""Checks a Redis URL, and shows it without secrets. It may hold a password, even in a wrong place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ SCHEMES = ("redis", "rediss", "unix")
 
 
 def problem(url: str) -> str:
-    """Empty if it is one, else what is wrong. Repeats no part of the URL: any part may belong to a password."""
+    """Empty if it is the URL of a Redis server, else what is wrong. The text repeats no part of the URL, as any part may belong
+    to a password."""
     try:
         parts = urlsplit(url)
         where = parts.path if parts.scheme == "unix" else parts.hostname
@@ -31,7 +32,7 @@ def problem(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Without password and options."""
+    """The URL without password and options."""
     parts = urlsplit(url)
     credentials, _, host = parts.netloc.rpartition("@")
     user = credentials.partition(":")[0]

@@ -1,4 +1,4 @@
-"""What an engine replica tells routers of itself: once what it is, and again and again how it fares."""
+"""What an engine replica tells routers about itself: once what it is, and regularly how it is doing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KVEvents:
-    """Where an engine tells what enters and leaves its prefix cache: tcp://HOST:PORT of the stream and of replays.
+    """Where an engine publishes what enters and leaves its prefix cache: tcp://HOST:PORT of the stream and of replays.
 
-    Without replays, what a subscriber misses stays unknown to it.
+    Without replays, a subscriber never learns what it has missed.
     """
 
     endpoint: str
@@ -32,9 +32,9 @@ class ReplicaInfo:
 
 @dataclass(frozen=True)
 class ReplicaStats:
-    """How a replica fares now, over all routers that use it."""
+    """Current figures of a replica, over all routers that use it."""
 
-    #: Calls accepted and not ended, and of prefill calls the prompt tokens still to be computed.
+    #: Calls accepted and not ended, and the prompt tokens that prefill calls have still to compute.
     active: int = 0
     queued_tokens: int = 0
     #: The engine's own view: sequences in its batch and in its queue.
@@ -44,5 +44,5 @@ class ReplicaStats:
     blocks_used: int = 0
     blocks_total: int = 0
     preemptions: int = 0
-    #: Seconds since the engine's last step while calls were waiting for it; 0 where none is.
+    #: Seconds since the engine's last step while calls were waiting for it; 0 if no call waits.
     stalled_s: float = 0.0

@@ -1,7 +1,7 @@
 """OpenTelemetry spans of a turn, in W3C trace context: from the caller, through the router, to the engines.
 
-Spans are never made "current": a turn is a generator that is resumed wherever its consumer is. They are handed on instead.
-Where nothing has set up tracing, they record nothing.
+Spans are never made "current", because a turn is a generator that is resumed in the context of its consumer. They are passed on
+explicitly instead. If tracing has not been set up, they record nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prefillshare.kvshare.config import Tracing
 
 _W3C = TraceContextTextMapPropagator()
-#: Spans that wait to be exported; further ones are dropped, never waited for.
+#: Most spans that wait to be exported; further ones are dropped.
 QUEUE = 4096
 
 
 def set_up(config: Tracing, service: str, instance: str):
-    """Have this process's spans exported. Returns the provider, to be shut down at the end: that exports what is left."""
+    """Have this process's spans exported. Returns the provider; shutting it down at the end exports what is left."""
     from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -40,7 +40,7 @@ def set_up(config: Tracing, service: str, instance: str):
 
 
 def sent_with(headers: Mapping[str, str]) -> Context:
-    """The caller's trace, if it sent one. Names of headers in lower case."""
+    """The caller's trace, if it sent one. `headers`: names in lower case."""
     return _W3C.extract(headers)
 
 
@@ -48,7 +48,7 @@ def sent_with(headers: Mapping[str, str]) -> Context:
 def span(
     name: str, within: Context | None = None, kind: SpanKind = SpanKind.INTERNAL, **attributes: str | float
 ) -> Iterator[Span]:
-    """`within`: None is what is current, the caller's trace. What is raised within is told by the span, too."""
+    """A span in `within`; None: in the current context, which has the caller's trace. The span records exceptions."""
     made = trace.get_tracer("prefillshare").start_span(name, within or get_current(), kind, attributes)
     try:
         yield made
@@ -65,7 +65,7 @@ def inside(of: Span) -> Context:
 
 
 def headers(of: Span) -> dict[str, str] | None:
-    """For a call that goes on with the trace; None where there is none."""
+    """Headers for a call that continues the trace; None if there is none."""
     if not of.is_recording():
         return None
     carrier: dict[str, str] = {}
@@ -74,6 +74,6 @@ def headers(of: Span) -> dict[str, str] | None:
 
 
 def past(name: str, within: Context, began_ns: int, seconds: float, **attributes: str | float) -> None:
-    """A span that has ended, so many seconds after `began_ns` (time.time_ns)."""
+    """Make a span that has already ended, `seconds` after `began_ns` (time.time_ns)."""
     made = trace.get_tracer("prefillshare").start_span(name, within, attributes=attributes, start_time=began_ns)
     made.end(began_ns + int(seconds * 1e9))

@@ -1,4 +1,4 @@
-"""What one turn cost, as clients, logs and metrics are told."""
+"""What one turn cost, as reported to clients, logs and metrics."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class TurnUsage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    #: Prompt tokens the prefill side found in its cache / had to compute; tokens prefilled = their sum.
+    #: Prompt tokens that the prefill side found in its cache, and those that it had to compute; together all tokens prefilled.
     cached_tokens: int = 0
     computed_tokens: int = 0
-    #: What the router's index had said of cached_tokens.
+    #: What the router's index had predicted for cached_tokens.
     predicted_tokens: int = 0
     kv_bytes: int = 0
-    #: Times the turn was taken up again: preempted, a failed load, a lost replica.
+    #: How often the turn was taken up again: after a preemption, a failed load or the loss of a replica.
     resumes: int = 0
-    #: Waited for room before the prefill.
+    #: Time that the turn waited for room before the prefill.
     queue_s: float = 0.0
     prefill_s: float = 0.0
     #: The decode engine's, as in TokenChunk.
@@ -33,7 +33,7 @@ class TurnUsage:
     own_layers: str = ""
 
     def report(self) -> dict[str, int | float | str]:
-        """As clients see it: names and meanings of message Usage (protos/prefillshare/v1)."""
+        """The usage as clients see it, with the names and meanings of message Usage (protos/prefillshare/v1)."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

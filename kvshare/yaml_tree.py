@@ -1,4 +1,4 @@
-"""What all our YAML files have in common: frozen nodes, unknown keys refused, no key given twice."""
+"""What all our YAML files have in common: frozen nodes; unknown keys and keys given twice are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def from_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which plain YAML would silently keep the last."""
+    """Refuses a key given twice, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -1,12 +1,12 @@
-"""One prefill replica: the base (or, where nothing is shared, a pool's own model) making KV for decode replicas.
+"""One prefill replica: the base (or, in a pool that shares nothing, its own model) makes KV for decode replicas.
 
 A request's life here:
  1. `prefill` gives the engine the prompt's shared part; what is cached is not computed again (partial prefill).
  2. The engine holds the blocks under a lease and answers with the handoff.
- 3. A decode engine reads them and says so, or the lease ends; either frees them. Cancelling the call frees them too.
+ 3. The blocks are freed when a decode engine reports that it has read them, when the lease ends, or when the call is cancelled.
 
-`warm` does 1 alone, for a context whose next turn is expected: nothing is held, the blocks stay in the cache. `pull` is
-`warm` for a context whose base KV a decode engine has lent: it is read, not computed.
+`warm` does only 1, for a context whose next turn is expected: nothing is held, and the blocks stay in the cache. `pull` is like
+`warm`, for a context whose base KV a decode engine has lent: the KV is read instead of computed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrefillService(EngineReplica):
         priority: int = 0,
         trace: Mapping[str, str] | None = None,
     ) -> PrefillResult:
-        """`queued_tokens`: what the router expects to be computed, told to all routers as this replica's load."""
+        """`queued_tokens`: tokens that the router expects to be computed, reported to all routers as this replica's load."""
         with self._queued(queued_tokens):
             return await self._engine.prefill(
                 token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority, trace=trace

@@ -1,4 +1,4 @@
-"""The questions a sharing mode answers. Orchestration and the vLLM plugin ask; they never look at the name."""
+"""The questions that a sharing mode answers. Orchestration and the vLLM plugin ask them and never look at the mode's name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SharingMode(ABC):
     shares_prefill: bool
     #: True: the decode engine runs our scheduler and connector, which uphold R1-R6. False: vLLM's own.
     guards_prefix: bool
-    #: True: a block's cache key ignores the adapter, because its KV is base KV whatever adapter asks (R5).
+    #: True: a block's cache key ignores the adapter, because its KV is base KV whichever adapter asks for it (R5).
     adapters_share_blocks: bool
     #: True: full-weight decoders may be served; every mode serves LoRA adapters.
     full_weights: bool
@@ -29,9 +29,9 @@ class SharingMode(ABC):
     lends_responses: bool = False
     #: True: the decoder computes some layers of the shared prefix itself (kvshare/layer_group.py).
     recomputes: bool = False
-    #: Family of ours whose models its decode engines run (kvshare_vllm/models/families.py); None: vLLM's own.
+    #: Our family of models that its decode engines run (kvshare_vllm/models/families.py); None: vLLM's own models.
     models: str | None = None
-    #: LoRA modules an adapter may have; None: any. Others would stay without effect.
+    #: Modules that an adapter may change; None: any. LoRA on others would have no effect.
     adapter_modules: frozenset[str] | None = None
     #: Architectures of bases (config.json) that it can serve; None: any that vLLM serves.
     architectures: frozenset[str] | None = None
@@ -47,8 +47,8 @@ class SharingMode(ABC):
 
 
 class PromptShared(SharingMode):
-    """Modes in which the prompt alone is shared, up to its last token: that one is the decoder's first input, and its KV and
-    all after it the decoder's."""
+    """Modes in which only the prompt is shared, without its last token. That token is the decoder's first input: its KV, and
+    all KV after it, is the decoder's own."""
 
     def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
         return prompt_tokens - 1

@@ -1,4 +1,4 @@
-"""ICaRus (arXiv 2603.13281): the frozen base makes the KV of every token, adapters only predict."""
+"""ICaRus (arXiv 2603.13281): the frozen base makes the KV of every token; adapters only predict."""
 
 from __future__ import annotations
 

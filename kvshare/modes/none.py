@@ -1,4 +1,4 @@
-"""No sharing: every model prefills for itself, as peers do today. The baseline everything is measured against."""
+"""No sharing: every model prefills for itself, as in other systems today. The baseline of all measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PrefillShare (arXiv 2602.12029): base KV for the prompt, the decoder's own, private KV for what it generates."""
+"""PrefillShare (arXiv 2602.12029): the base's KV for the prompt, and the decoder's own, private KV for what it generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user touches: command line, Python client, app builder, demo. The other packages stand in this one when it is
+"""What users work with: command line, Python client, app builder, demo. The other packages are inside this one when it is
 installed (setup.py), and beside it in a checkout."""
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Config -> Serve application, and its life: check, start, wait until ready, stop.
+"""Builds the Serve application of a deployment, and runs it: check, start, wait until ready, stop.
 
-`running(deployment)` is what `serve`, the demo, tests and benchmarks all use.
+`serve`, the demo, tests and benchmarks all use `running(deployment)`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prefillshare.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-#: Serve's patience with a stopping replica, over the router's with its turns (router.ingress.GRACE_S).
+#: Seconds that Serve gives a replica to stop; more than the router gives its turns (router.ingress.GRACE_S).
 STOP_TIMEOUT_S = 40.0
 
 #: Called with (seconds since start, deployment name -> state) while waiting.
@@ -50,7 +50,7 @@ class RunsAs:
 
     @property
     def version(self) -> object:
-        """Routers are replaced when this changes, and take over everything else while they run."""
+        """Routers are replaced when this changes; they take over everything else while they run."""
         return live_changes.fixed_for_router(self.deployment), self.tenants.fingerprint
 
 
@@ -59,8 +59,8 @@ def build(
 ):
     """The Serve application of a deployment. Raises ConfigError or ContractMismatch before anything starts.
 
-    `routers`: what they serve, if that is not all of it. `scaled`: engines that run and have followed their load.
-    `check_files`: of the decoders, unless they run already.
+    `routers`: what routers serve, if that differs from `deployment`. `scaled`: names of running engines that follow their load.
+    `check_files`: check the decoders' files, which is not needed if they run already.
     """
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -72,7 +72,7 @@ def build(
 
     handles, env = {}, engine_environment()
     for name, (settings, engines) in engine_settings(deployment, check_files).items():
-        spares = int(settings.tensor_parallel_size == 1)  # the ranks of one of several import vLLM all the same
+        spares = int(settings.tensor_parallel_size == 1)  # with several ranks, each imports vLLM nevertheless
         engine = serve.deployment(
             PrefillService if settings.role == "prefill" else DecodeService,
             name=name,
@@ -125,7 +125,7 @@ def _replicas(engines: Engines, as_scaled: bool) -> dict:
     return {
         "autoscaling_config": {
             "min_replicas": scale.min_replicas,
-            # Serve would go back to it at every change.
+            # Serve would go back to this number at every change.
             "initial_replicas": None if as_scaled else engines.replicas,
             "max_replicas": scale.max_replicas,
             "target_ongoing_requests": scale.target_calls,
@@ -136,9 +136,9 @@ def _replicas(engines: Engines, as_scaled: bool) -> dict:
 
 
 def application(args: dict[str, Any]):
-    """For Ray Serve's own config files, as KubeRay's RayService has them: `import_path: prefillshare.app:application`, `args:
-    {deployment: {...}}`, a deployment file's content. Changed args change what runs, as `apply` would. Raises as `build` does,
-    and ConfigError for what cannot change while it runs."""
+    """The application for Ray Serve's own config files, as KubeRay's RayService has them: `import_path:
+    prefillshare.app:application`, `args: {deployment: {...}}` with the content of a deployment file. Changed args change what
+    runs, as `apply` would. Raises as `build` does, and ConfigError for what cannot change while it runs."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -148,7 +148,7 @@ def application(args: dict[str, Any]):
     try:
         old = running_deployment(cluster.running_handle())
     except (ConfigError, TimeoutError, RayError, RayServeException) as error:
-        # Nothing runs, or no router came up: it may be replaced. (Serve does not tell its status while it builds.)
+        # Nothing runs, or no router came up: the application may be replaced. (Serve tells no status while it builds one.)
         logger.info("no router answers: %s", error)
     else:
         check_change(old, deployment)
@@ -176,7 +176,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
 
     from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 
-    engine_settings(deployment)  # files first: the cheapest refusals
+    engine_settings(deployment)  # files first: they are the cheapest to check
     tenants.load(deployment.router.auth)
     check_machine(deployment)
     with ExitStack() as until_the_end:
@@ -186,7 +186,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
             with proxy_environment(deployment.router):
                 ray_cluster = cluster.started(deployment) if owned else cluster.joined(address, "cluster.address")
                 until_the_end.enter_context(ray_cluster)
-            channel_secret()  # what each replica would refuse
+            channel_secret()  # each replica would refuse this, too
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         until_the_end.callback(_end, owned)
         serve.start(http_options=http_options(deployment.router))
@@ -196,7 +196,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
         handle = serve.get_app_handle(APP)
         try:
             yield handle
-            _drain(handle)  # where something failed, there may be nobody to wait for
+            _drain(handle)  # not after a failure: then there may be no router to wait for
         finally:
             handle.shutdown()
 
@@ -207,23 +207,23 @@ def _end(owned: bool) -> None:
     if owned:
         serve.shutdown()
     elif APP in serve.status().applications:
-        serve.delete(APP)  # a cluster of others: their applications stay
+        serve.delete(APP)  # the cluster is not ours: other applications stay
 
 
 def deploy(application) -> None:
-    """Put the application in place of what runs; does not wait."""
+    """Replace what runs by the application. Does not wait."""
     from ray import serve
 
     serve.run_many([serve.RunTarget(application, name=APP, route_prefix="/")], wait_for_applications_running=False)
 
 
 def autoscaled(deployment: Deployment) -> list[str]:
-    """Names of the engines of a deployment that runs which follow their load."""
+    """Names of those engines of a running deployment that follow their load."""
     return [name for name, (_, engines) in engine_settings(deployment, check_files=False).items() if engines.autoscale]
 
 
 def running_deployment(handle) -> Deployment:
-    """What a running router serves, as it says itself."""
+    """The deployment that a running router says it serves."""
     return Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
 
 
@@ -247,7 +247,7 @@ def wait_until_running(deployment: Deployment, progress: Progress | None) -> Non
             progress(elapsed, {name: d.status.value for name, d in status.deployments.items()})
         if status.status.value == "RUNNING":
             return
-        # The application has the state of its worst deployment. Right after a change theirs may still be those before it.
+        # The application's state is that of its worst deployment. Right after a change, deployments may have an earlier state.
         failed = ("DEPLOY_FAILED", "UNHEALTHY")
         if status.status.value in failed:
             unhealthy = {n: d.message for n, d in status.deployments.items() if d.status.value in failed}
@@ -264,7 +264,7 @@ def wait_until_running(deployment: Deployment, progress: Progress | None) -> Non
 def serve_command(file: Path) -> None:
     """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop.
 
-    Raises Unavailable if what was started is gone before, or does not come back.
+    Raises Unavailable if what was started is gone before that, or does not come back.
     """
     import signal
     import threading
@@ -278,7 +278,7 @@ def serve_command(file: Path) -> None:
     check_arguments(deployment)
     stop = threading.Event()
     with startup_progress(console) as progress, running(deployment, progress):
-        # Not before: until here a signal ends the start-up, and Ray has set handlers of its own.
+        # Not earlier: until here a signal ends the start-up, and Ray has set its own handlers.
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, lambda *_: stop.set())
         progress.done()

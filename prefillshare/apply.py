@@ -1,12 +1,12 @@
-"""`prefillshare apply FILE`: what runs becomes what the file says, while turns run.
+"""`prefillshare apply FILE`: changes what runs into what the file says, while turns run.
 
-1. What cannot change while it runs is refused.
-2. Engines become those of old and new deployment together; routers stay as they are. If an engine does not start, or cannot
-   load an adapter, the engines become the old deployment's again, and the change is refused.
-3. Routers become the new deployment's: they take it over, or are replaced where they cannot (kvshare/live_changes.py). If
-   one that replaces them does not start, all becomes the old deployment's again, as in 2.
-4. Engines that the new deployment does not have go.
-5. Every router is asked what it serves: only then has it changed.
+1. Changes that are not possible at run time are refused.
+2. The engines of the old and the new deployment run together; routers stay as they are. If an engine does not start, or cannot
+   load an adapter, the old deployment's engines are restored, and the change is refused.
+3. Routers take over the new deployment, or are replaced if they cannot (kvshare/live_changes.py). If a new router does not
+   start, the old deployment is restored, as in 2.
+4. Engines that the new deployment does not have are removed.
+5. Every router is asked what it serves: the change is complete when all of them serve the new deployment.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from prefillshare.kvshare import decoders, live_changes
 from prefillshare.kvshare.config import Deployment, load
 from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 
-#: How long routers may take to say that they serve the new deployment, once Serve says that they run.
+#: Seconds that routers may take to say that they serve the new deployment, after Serve has said that they run.
 CONFIRM_S = 60.0
 
 
 def apply_command(file: Path) -> None:
-    """`prefillshare apply FILE`: change the deployment that runs, and return when it has changed."""
+    """`prefillshare apply FILE`: change the running deployment, and return when it has changed."""
     from rich.console import Console
 
     from prefillshare.progress import startup_progress
@@ -55,8 +55,8 @@ def apply_command(file: Path) -> None:
 def apply(new: Deployment, progress: Progress | None = None) -> None:
     """Bring the running application in line with `new`; when this returns, what runs is what `new` says.
 
-    Nothing that runs is lost: engines take on what comes before the router sends to it, and drop what goes after the
-    router has stopped. Raises ConfigError for what cannot change while it runs, or if nothing runs.
+    No running turn is lost: engines take on additions before the router sends turns there, and drop removals after the router
+    has stopped doing so. Raises ConfigError for what cannot change while it runs, or if nothing runs.
     """
     from prefillshare.serve_config import is_from_config
 
@@ -69,7 +69,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
     both, scaled = _union(old, new), autoscaled(old)
-    # All are built before any is put in place: what is wrong with the new one's files is said first.
+    # All are built before any is deployed, so that errors in the new deployment's files are found first.
     fewer_engines, new_routers = build(new, after, scaled), build(both, after, scaled, check_files=False)
     more_engines, as_before = (build(deployment, before, scaled, check_files=False) for deployment in (both, old))
     try:
@@ -90,7 +90,7 @@ def _step(application, deployment: Deployment, progress: Progress | None) -> Non
 
 
 def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
-    """Raises ConfigError naming every adapter that some replica cannot load, and why; EngineStartError if no router says."""
+    """Raises ConfigError naming every adapter that some replica cannot load, and why; EngineStartError if no router answers."""
     timeout_s = new.cluster.start_timeout_s + STOP_TIMEOUT_S
     with _answers():
         problems = handle.adapter_problems.remote(new.model_dump(mode="json")).result(timeout_s=timeout_s)
@@ -98,7 +98,7 @@ def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
 
 
 def _refuse_what_routers_leave_out(handle, new: Deployment) -> None:
-    """As above, of what routers serve now: an engine may have been away when it was asked."""
+    """The same check for what routers serve now: an engine may have been away when it was asked before."""
     with _answers():
         told = handle.broadcast("left_out").results(timeout_s=STOP_TIMEOUT_S)
     for left_out in told:
@@ -142,7 +142,7 @@ def _go_back(as_before, old: Deployment, error: PrefillShareError, progress: Pro
 
 
 def _confirm(handle, new: Deployment) -> None:
-    """Every router serves `new`, as it says itself. Raises EngineStartError with what differs."""
+    """Wait until every router says that it serves `new`. Raises EngineStartError with what differs."""
     deadline = time.monotonic() + CONFIRM_S
     while True:
         answers = handle.broadcast("deployment").results(timeout_s=STOP_TIMEOUT_S)
@@ -169,8 +169,8 @@ def differences(one: Deployment, other: Deployment) -> list[str]:
 
 
 def check_change(old: Deployment, new: Deployment) -> None:
-    """Of what runs. A name means the same before and after, and so does a block: a turn that runs meanwhile must not meet other
-    weights, nor engines of two contracts. Raises ConfigError."""
+    """Check that what runs may change from `old` to `new`. Names and KV blocks must keep their meaning: a turn that runs
+    meanwhile must not meet other weights, or engines of two contracts. Raises ConfigError."""
     live_changes.refuse(old, new)
     kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
     if kept != wanted:
@@ -195,7 +195,7 @@ def check_change(old: Deployment, new: Deployment) -> None:
 
 
 def _union(old: Deployment, new: Deployment) -> Deployment:
-    """Everything either serves, in the new one's sizes."""
+    """Everything that either deployment serves, in the sizes of the new one."""
     before = {pool.pool: pool for pool in old.decode}
     pools = [
         pool.model_copy(update={"adapters": {**before[pool.pool].adapters, **pool.adapters}}) if pool.pool in before else pool

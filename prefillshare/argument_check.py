@@ -1,4 +1,4 @@
-"""Before engines start: would vLLM take the arguments that a deployment gives them? Asked of vLLM, in a process of its own."""
+"""Checks, before engines start, that vLLM accepts the arguments that a deployment gives them; asks it in a separate process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
 from prefillshare.platform import vllm_build
 
-#: Many times what importing vLLM takes on idle cores; past it the engines themselves will tell.
+#: Seconds; many times what importing vLLM takes on idle cores. After that the engines themselves will show it.
 LIMIT_S = 300.0
-#: Answers that are remembered.
+#: Number of answers that are remembered.
 KEPT = 100
 _MODULE = "prefillshare.kvshare_vllm.engine.argument_check"
 
 
 def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> str:
-    """Why vLLM could not be asked; empty if it has nothing against any engine of the deployment.
+    """Returns why vLLM could not be asked; empty if it accepts the arguments of all engines of the deployment.
 
-    Raises ConfigError naming the fields and what vLLM says, and as `engine_settings` does. Takes as long as importing vLLM
-    does, unless the same engines were asked about before.
+    Raises ConfigError naming the fields and what vLLM says, and as `engine_settings` does. Takes as long as importing vLLM,
+    unless the same engines have been checked before.
     """
     if not vllm_build():
         return "vLLM is not installed here"
@@ -67,7 +67,7 @@ def _file() -> Path:
 
 
 def _good() -> list[str]:
-    """Digests of what vLLM has had nothing against, the newest last."""
+    """Digests of arguments that vLLM has accepted, the newest last."""
     try:
         return _file().read_text().split()[-KEPT:]
     except OSError:

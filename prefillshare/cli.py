@@ -1,4 +1,4 @@
-"""The command line. An error we raise on purpose becomes one message on standard error and exit status 2."""
+"""The command line. An error that we raise on purpose becomes one message on standard error and exit status 2."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Commands(TyperGroup):
 
 
 def _show(error: PrefillShareError) -> None:
-    """One message. Never wrapped nor read as markup: paths and commands in it are there to be copied."""
+    """Print one message, neither wrapped nor read as markup, so that paths and commands in it can be copied."""
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
 
 
@@ -263,7 +263,7 @@ def _require_weights(decoder: Path) -> None:
 
 
 def _add_commands() -> None:
-    """Commands of the layers above this one, which nothing here imports."""
+    """Add the commands of higher layers, which nothing here imports."""
     for command in importlib.metadata.entry_points(group="prefillshare.commands"):
         app.command(command.name)(command.load())
 

@@ -7,7 +7,7 @@ with Client("127.0.0.1:9000") as client:
     for piece in session.stream("coder", text=" Now the code:"):
         print(piece.text, end="")
 
-Calls carry the OpenTelemetry trace that is current in the calling code.
+Calls carry the current OpenTelemetry trace of the calling code.
 
 With API keys and TLS: Client("router.example:9000", api_key=KEY, ca_file="ca.pem").
 """
@@ -36,7 +36,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class TurnResult:
-    """A whole turn. `logprobs`: one per token if asked for, of the chosen tokens."""
+    """A complete turn. `logprobs`: those of the generated tokens, one per token, if asked for."""
 
     text: str
     token_ids: list[int]
@@ -47,9 +47,9 @@ class TurnResult:
 
 
 class Client:
-    """One connection. `timeout_s`: deadline of calls that name none.
+    """One connection. `timeout_s`: deadline, in seconds, of calls that set none.
 
-    `api_key`: default from the environment variable PREFILLSHARE_API_KEY; neither: calls carry no key.
+    `api_key`: by default from the environment variable PREFILLSHARE_API_KEY; without either, calls carry no key.
     `tls`: trust the roots that gRPC comes with; `ca_file`: TLS that trusts the PEM file's roots instead.
     `cert_file`, `key_file`: the client's own certificate and its key, for servers that ask for one.
     """
@@ -68,11 +68,11 @@ class Client:
         options = [
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.use_local_subchannel_pool", 1),  # gRPC lets channels of a process share one: all on the same router
-            # Routers that are back after an outage are found at once; gRPC's own pause between two tries grows to 2 minutes.
+            ("grpc.use_local_subchannel_pool", 1),  # else a process's channels share a connection, to one router
+            # To find routers at once that are back after an outage; gRPC's own pause between tries grows to 2 minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2_000),
-            # A router that is gone is noticed while a turn is silent, and what lies between keeps an idle connection.
+            # To notice during a silent turn that a router is gone, and to have load balancers in between keep idle connections.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.ping_timeout_ms", 20_000),
@@ -100,7 +100,7 @@ class Client:
         return list(self._call(self._stub.ListDecoders, pb.ListDecodersRequest()).decoders)
 
     def not_ready_because(self) -> str:
-        """Empty if a turn on every pool would succeed, else why not."""
+        """Empty if a turn on every pool would succeed, else the reason."""
         return self._call(self._stub.GetReadiness, pb.GetReadinessRequest()).reason
 
     def create_session(
@@ -112,7 +112,7 @@ class Client:
         token_ids: Sequence[int] | None = None,
         cache_domain: str = "",
     ) -> RemoteSession:
-        """`cache_domain`: share KV with the sessions and requests of this domain; default: the tenant's own."""
+        """Make a session. `cache_domain`: share KV with the sessions and requests of this domain; default: the tenant's own."""
         request = pb.CreateSessionRequest(
             session_id=session_id, input=_input(messages, text, token_ids), cache_domain=cache_domain
         )
@@ -127,7 +127,7 @@ class Client:
             return method(request, timeout=self.timeout_s, metadata=self.metadata())
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of a call: the key, and the OpenTelemetry trace that is current here, which the server continues."""
+        """Metadata of a call: the key, and the current OpenTelemetry trace, which the server continues."""
         trace: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(trace)
         return (*self._metadata, *trace.items())
@@ -167,7 +167,7 @@ class RemoteSession:
         timeout_s: float | None = None,
         **sampling,
     ) -> Iterator[pb.GenerateResponse]:
-        """One turn as it comes. `priority`: how far it goes behind the tenant's others. `sampling`: fields of
+        """One turn, streamed. `priority`: how far it goes behind the tenant's other turns. `sampling`: fields of
         pb.SamplingParams. Closing the iterator cancels the turn."""
         request = pb.GenerateRequest(
             session_id=self.session_id,
@@ -186,12 +186,12 @@ class RemoteSession:
                 call.cancel()
 
     def turn(self, decoder: str, **kwargs) -> TurnResult:
-        """One turn, whole. Arguments as for `stream`."""
+        """One turn, returned when it is complete. Arguments as for `stream`."""
         return collect(self.stream(decoder, **kwargs))
 
 
 def collect(pieces: Iterable[pb.GenerateResponse], seen: Callable[[str], None] = lambda text: None) -> TurnResult:
-    """A streamed turn as a whole. `seen` is called with the text so far after every piece."""
+    """Collect a streamed turn. `seen` is called with the text so far after every piece."""
     text, tokens, logprobs, done = "", [], [], None
     for piece in pieces:
         text += piece.text
@@ -253,11 +253,11 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
             more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
-        # gRPC's own, before the router sees the message: no room will come of waiting.
+        # gRPC itself refuses a message that is too large, before the router sees it: waiting would not help.
         return errors.InvalidInput(error.details(), fix="send less, or raise router.max_request_bytes")
     by_code = {
         grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-        grpc.StatusCode.UNAVAILABLE: errors.ConnectionLost,  # the router's own carry a detail
+        grpc.StatusCode.UNAVAILABLE: errors.ConnectionLost,  # the router's own has details
         grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
         grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
         grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,

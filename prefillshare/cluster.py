@@ -1,7 +1,7 @@
 """The Ray cluster of a deployment: started for it on this machine or joined, and found again by `apply` and `status`.
 
-A deployment that starts a cluster of its own leaves a record of it, under its HTTP port, in a folder that only this user
-reads. Several deployments on one machine are told apart by these records, where Ray would take its latest cluster.
+A deployment that starts its own cluster leaves a record of it, under its HTTP port, in a folder that only this user can read.
+These records tell several deployments on one machine apart; Ray itself would take its latest cluster.
 
 Seam: ray/_private/worker.py (`ray.init`), ray/_private/authentication/authentication_token_setup.py
 """
@@ -30,9 +30,9 @@ from prefillshare.local_ray import loopback_kept
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
 ROUTER = "router"
-#: How long whatever listens at a cluster's address may take to accept a connection.
+#: Seconds that whatever listens at a cluster's address may take to accept a connection.
 CONNECT_S = 5.0
-#: Something listens at the address, and Ray's client does not get through: it does not say which of the two it is.
+#: For when something listens at the address and Ray's client cannot connect: Ray does not say which of the two causes it is.
 _REFUSED_FIX = (
     "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
     " of this version"
@@ -41,7 +41,7 @@ _REFUSED_FIX = (
 
 @dataclass(frozen=True)
 class Record:
-    """A deployment that runs in a local cluster of its own. `started`: when its process was, as psutil tells."""
+    """A deployment that runs in its own local cluster. `started`: when its process was started, as psutil reports it."""
 
     address: str
     http_port: int
@@ -61,7 +61,7 @@ class Record:
 
 
 def folder() -> Path:
-    """Only this user's: what stands there is believed."""
+    """The folder of records. Only this user may write there, because its content is trusted."""
     mine = Path(tempfile.gettempdir()) / f"prefillshare-{os.getuid()}"
     mine.mkdir(mode=0o700, exist_ok=True)
     if mine.stat().st_uid != os.getuid() or mine.is_symlink():
@@ -70,7 +70,7 @@ def folder() -> Path:
 
 
 def records() -> list[Record]:
-    """Of the deployments that run on this machine as this user in clusters of their own."""
+    """Records of the deployments that this user runs on this machine in their own clusters."""
     found = []
     for file in sorted(folder().glob("*.json")):
         try:
@@ -86,7 +86,7 @@ def records() -> list[Record]:
 
 @contextmanager
 def started(deployment: Deployment) -> Iterator[None]:
-    """A local Ray cluster that listens where the router does and asks for a token. Raises ConfigError if it does not start."""
+    """A local Ray cluster that listens where the router does and requires a token. Raises ConfigError if it does not start."""
     import ray
     from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR, _enable_token_auth
 
@@ -130,7 +130,7 @@ def _record(deployment: Deployment) -> Path:
 
 @contextmanager
 def joined(address: str, field: str | None = None) -> Iterator[None]:
-    """A Ray cluster that runs already. Raises ConfigError, which names `field`, if it cannot be joined."""
+    """Join a running Ray cluster. Raises ConfigError, which names `field`, if it cannot be joined."""
     import ray
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -139,7 +139,7 @@ def joined(address: str, field: str | None = None) -> Iterator[None]:
         raise ConfigError(
             f"nothing answers at {where[0]}:{where[1]}", field=field, fix="give the address of a running Ray cluster"
         )
-    # Ray itself does so for clusters that it finds by itself only.
+    # Ray does this itself only for clusters that it finds by itself.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     with loopback_kept(where[0] if where else None):
         _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
@@ -151,8 +151,8 @@ def joined(address: str, field: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def connected(address: str, http_port: int | None = None) -> Iterator[None]:
-    """To the cluster in which a deployment runs. `address` "auto": this machine's; `http_port` says of which deployment, where
-    that is known. Raises ConfigError if there is none, or several and nothing says which."""
+    """Connected to the cluster in which a deployment runs. `address` "auto": a cluster on this machine; `http_port`: that of
+    the deployment, if it is known. Raises ConfigError if there is none, or several and it is not clear which one is meant."""
     with joined(address if address != "auto" or "RAY_ADDRESS" in os.environ else _of_this_machine(http_port)):
         yield
 
@@ -171,7 +171,7 @@ def _of_this_machine(http_port: int | None) -> str:
 
 
 def running_handle():
-    """The router's, of the application that runs. Raises ConfigError if none does."""
+    """The router's handle in the running application. Raises ConfigError if none runs."""
     from ray import serve
 
     try:
@@ -193,12 +193,12 @@ def _init(address: str, failed: str, fix: str, field: str | None = None, **optio
             configure_logging=False,
             **options,
         )
-    except Exception as error:  # Ray has no type of its own for what goes wrong here
+    except Exception as error:  # Ray has no common type for what goes wrong here
         raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
 
 
 def _close_token_file() -> None:
-    """Ray lets everybody on the machine read the token that it makes."""
+    """Make the token file private: Ray lets every user of the machine read the token that it makes."""
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
 
     file = _get_default_token_path()
@@ -207,7 +207,7 @@ def _close_token_file() -> None:
 
 
 def _named(address: str) -> tuple[str, int] | None:
-    """Host and port that an address names, or RAY_ADDRESS in its place; None: Ray finds the cluster by itself."""
+    """Host and port in an address, or in RAY_ADDRESS if that takes its place; None: Ray finds the cluster by itself."""
     if address in ("auto", "local"):
         address = os.environ.get("RAY_ADDRESS") or address
     found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)

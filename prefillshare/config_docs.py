@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the config tree: `python -m prefillshare.config_docs > docs/configuration.md`."""
+"""Makes docs/configuration.md from the config tree: `python -m prefillshare.config_docs > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KEYS_FILE = """\
 or JSON with one mapping, `tenants`, from a tenant's name to the keys below. Unknown keys are refused. Error messages show
 names only, never values. Example: [example.yaml](../deploy/keys/example.yaml).
 """
-#: Where each node of the tree stands in the file.
+#: Where each node of the tree is in the file.
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("base", config.Base),
     ("prefill", config.Prefill),
@@ -103,7 +103,7 @@ _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="))
 
 
 def _default(item: dict[str, Any]) -> str:
-    value = item.get("default", {})  # a mapping, if no default is written down
+    value = item.get("default", {})  # without a default in the schema, it is a mapping
     if value is None:
         return "unset"
     shown = str(value).lower() if isinstance(value, bool) else f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,7 @@
-"""`prefillshare demo`: trained decoders take turns over one growing context, on the embedded default.
+"""`prefillshare demo`: trained decoders take turns over one growing context, by default with the embedded model.
 
 Starts the deployment of a file, runs one session turn by turn, asks the base the same on forks of the session, checks every
-generated token's log-probability against the oracle (tests/reference.py), and says what the same session would have
+generated token's log-probability against the oracle (tests/reference.py), and reports how much the same session would have
 prefilled without sharing.
 """
 
@@ -33,7 +33,7 @@ from prefillshare.router import tenants
 
 CONFIG = Path("deploy/configs/demo.yaml")
 MODEL = "smollm2-135m-instruct"
-#: The oracle's bound.
+#: Largest allowed difference from the oracle's log-probabilities.
 TOLERANCE = 1e-3
 
 BRIEF = """You are a small team that runs the booking service of a ferry line. Here is what is known.
@@ -70,7 +70,7 @@ CANCEL = _tool("cancel_departure", "Cancel a departure.", ferry="string, Name of
 
 @dataclass(frozen=True)
 class Turn:
-    """`wanted`: what a right answer says: a number, or a call; None: nothing can be wrong about it."""
+    """`wanted`: what a right answer contains, a number or a call; None: any answer will do."""
 
     decoder: str
     question: str
@@ -83,7 +83,7 @@ class Turn:
         return [*before, {"role": "user", "content": self.question}]
 
     def is_right(self, answer: str) -> bool:
-        """However it is put: the last number, or the first call."""
+        """Whether the last number, or the first call, in the answer is the wanted one."""
         return self.wanted == (_call(answer) if isinstance(self.wanted, dict) else _number(answer))
 
 
@@ -122,7 +122,7 @@ def _call(answer: str) -> dict | None:
 
 @dataclass
 class Row:
-    """`base_text`: what the base says instead, where there is a right answer."""
+    """`base_text`: what the base says instead, for turns that have a right answer."""
 
     turn: Turn
     prompt: list[int]
@@ -135,7 +135,7 @@ class Row:
 
 
 def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = None) -> None:
-    """Raises PrefillShareError; prints progress, a table, and as last line one JSON object."""
+    """Prints progress, a table, and as last line one JSON object. Raises PrefillShareError."""
     console = Console()
     deployment = _prepare(config, console)
     names = decoders.served(deployment)
@@ -177,7 +177,7 @@ def client_options(deployment: Deployment, ca_file: Path | None = None) -> dict[
 
 @contextmanager
 def _busy(what: str, console: Console) -> Iterator[None]:
-    """Says so, also where nobody looks at a terminal."""
+    """Say what is being done, even if the output is no terminal."""
     if not console.is_terminal:
         console.print(what)
     with console.status(what):
@@ -185,7 +185,7 @@ def _busy(what: str, console: Console) -> Iterator[None]:
 
 
 def _prepare(config: Path, console: Console) -> Deployment:
-    """The model's folder, made if it is not there, then the deployment file."""
+    """Make the default model's folder if it is not there, then load the deployment file."""
     from prefillshare.models import fetch
 
     if not config.is_file():
@@ -196,7 +196,7 @@ def _prepare(config: Path, console: Console) -> Deployment:
 
 
 def _session(client: Client, turns: list[Turn], with_base: bool, max_tokens: int, console: Console) -> list[Row]:
-    """The turns on one session; then, if the base is served, what it says in the same places."""
+    """Run the turns on one session; then, if the base is served, ask it the same questions."""
     session = client.create_session(messages=[{"role": "system", "content": BRIEF}])
     rows, forks = [], []
     for number, turn in enumerate(turns, 1):
@@ -275,8 +275,8 @@ def _load_reference():
 
 
 def prefilled_without_sharing(rows: list[Row], block_size: int) -> int:
-    """Tokens prefilled if every model kept a cache of its own: per turn, the prompt minus the whole blocks that this
-    model has seen before as a prefix, in an earlier prompt or response of its own."""
+    """Tokens that would be prefilled if every model kept its own cache: per turn, the prompt minus the full blocks at its
+    beginning that this model has seen in an earlier prompt or response of its own."""
     seen: dict[str, list[list[int]]] = {}
     total = 0
     for row in rows:

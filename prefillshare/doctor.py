@@ -1,7 +1,6 @@
-"""`prefillshare doctor`: is this machine fit to run engines, and what to do where it is not.
+"""`prefillshare doctor`: checks whether this machine can run engines, and says what to do if it cannot.
 
-Every check looks for itself and says what it found. Nothing is started but a NIXL read between two agents, in a process of its
-own.
+Every check reports what it has found. Nothing is started except a NIXL read between two agents, in a separate process.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import PrefillShareError
 
 PACKAGE = "prefillshare"
-#: What NIXL moves KV with, here and between machines.
+#: The backend by which NIXL moves KV, on one machine and between machines.
 BACKEND = "UCX"
 LOOPBACK_LIMIT_S = 60.0
 #: GiB of /dev/shm: Ray's object store and the transports' shared memory; a container has 64 MiB unless told otherwise.
 SHARED_MEMORY_GIB = 2.0
 OPEN_FILES = 4096
 GIB = 2**30
-#: Port -> what it is for; the router's where a deployment names none.
+#: Port -> what it is for; among them the router's default ports.
 PORTS = {
     Router().http_port: "router.http_port",
     Router().grpc_port: "router.grpc_port",
@@ -48,7 +47,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """`fix`: what to do, unless it is ok."""
+    """`fix`: what to do, unless the level is OK."""
 
     about: str
     level: Level
@@ -57,7 +56,7 @@ class Finding:
 
 
 def versions() -> Iterator[Finding]:
-    """Of what the project's own metadata asks for."""
+    """Versions of the packages that the project's metadata requires."""
     wrong = []
     for line in importlib.metadata.requires(PACKAGE) or ():
         wanted = Requirement(line)
@@ -122,11 +121,11 @@ def limits() -> Iterator[Finding]:
 
 
 def ports(wanted: Mapping[int, str] = PORTS) -> Iterator[Finding]:
-    """Whether another process listens where we would, and which."""
+    """Whether another process listens on a port that we need, and which process."""
     listening = {c.laddr.port: c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     for port, about in wanted.items():
         if port in listening:
-            pid = listening[port]  # unknown of other users' processes
+            pid = listening[port]  # None for other users' processes
             by = f"process {pid} ({psutil.Process(pid).name()})" if pid else "another process"
             fix = f"fine if that is a deployment of yours; otherwise end it, or change {about}"
             yield Finding("ports", Level.WARNING, f"{port} is taken by {by}", fix)
@@ -168,7 +167,7 @@ def _cpu() -> Iterator[Finding]:
 
 
 def of_deployment(file: Path) -> Iterator[Finding]:
-    """What `prefillshare check` refuses."""
+    """Everything that `prefillshare check` would refuse."""
     from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
     from prefillshare.kvshare.config import load

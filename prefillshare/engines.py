@@ -1,4 +1,4 @@
-"""Config -> what every engine of the deployment starts with, under one KV contract."""
+"""Makes the settings of all engines of a deployment from its config, under one KV contract."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prefillshare.platform import vllm_build
 
 
 def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
-    """Check every decoder's files and return the contract all engines of the deployment start under. `check_files`: not those
-    of what runs already: they may be gone."""
+    """Check every decoder's files and return the contract under which all engines of the deployment start. `check_files`: False
+    for a deployment that runs already, whose files may be gone."""
     base = decoders.check_files(deployment) if check_files else DecoderContract.of_base(deployment.base.model)
     return KVContract(
         base=base.base,
@@ -26,7 +26,7 @@ def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
 
 
 def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[str, tuple[EngineSettings, Engines]]:
-    """Serve deployment name -> what its engines start with, and how many. `check_files`: as kv_contract."""
+    """Serve deployment name -> (what its engines start with, their section of the config). `check_files`: as for kv_contract."""
     contract, base, tracing = kv_contract(deployment, check_files), deployment.base, deployment.tracing
     traces = {"traces_endpoint": tracing.otlp_endpoint, "traces_protocol": tracing.protocol} if tracing else {}
 
@@ -56,7 +56,7 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
 
     result = {}
     if any(get_mode(pool.sharing).shares_prefill for pool in deployment.decode):
-        # The same whichever modes draw on it: pools that come and go do not restart it.
+        # Independent of the modes that draw on it, so that pools that come and go do not restart it.
         sharing = next(mode.name for mode in modes() if mode.shares_prefill)
         result[SHARED_PREFILL] = settings(
             "prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model, ecache_layers=contract.ecache_layers
@@ -73,7 +73,7 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
 
 
 def fields(deployment: Deployment) -> dict[str, str]:
-    """Serve deployment name -> field of the deployment file that its engines are described by; "" -> the base's."""
+    """Serve deployment name -> field of the deployment file that describes its engines; "" -> that of the base."""
     result = {"": "base", SHARED_PREFILL: "prefill"}
     for number, pool in enumerate(deployment.decode):
         result[pool.pool] = f"decode.{number}"

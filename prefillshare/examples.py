@@ -7,17 +7,17 @@ from pathlib import Path
 import prefillshare
 from prefillshare.kvshare.errors import ConfigError
 
-#: In a checkout beside this package, else inside it.
+#: Beside this package in a checkout, else inside it.
 FOLDER = next(folder for root in prefillshare.__path__ if (folder := Path(root) / "deploy" / "configs").is_dir())
 
 
 def scenarios() -> dict[str, str]:
-    """Name -> what it is for."""
+    """Name of an example -> what it is for."""
     return {file.stem: file.read_text().splitlines()[0].removeprefix("# ") for file in sorted(FOLDER.glob("*.yaml"))}
 
 
 def text(name: str) -> str:
-    """Raises ConfigError if there is none of this name."""
+    """The example's content. Raises ConfigError if there is none of this name."""
     if name not in (known := scenarios()):
         raise ConfigError(f"no example is called {name!r}", fix=f"one of {', '.join(known)}")
     return (FOLDER / f"{name}.yaml").read_text()

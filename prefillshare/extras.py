@@ -1,4 +1,4 @@
-"""What the extras of this package bring, for whoever has installed it without."""
+"""Tells users which extra of this package brings a missing module."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from prefillshare.kvshare.errors import ConfigError
 
 _ENGINES = "'prefillshare[gpu]' where there are GPUs; on CPUs take a checkout and `make setup`"
 _TRAINING = "'prefillshare[train]'"
-#: Top-level module -> the extra that brings it. Whatever else is missing comes with engines.
+#: Top-level module -> the extra that brings it. All other modules come with the engines.
 _EXTRAS = {"peft": _TRAINING, "accelerate": _TRAINING, "gguf": _TRAINING, "reasoning_gym": "'prefillshare[eval]'"}
 _HERE = "prefillshare"
 
 
 def missing(error: ModuleNotFoundError) -> ConfigError | None:
-    """The same for people; None if it is no extra that is missing, but something of ours."""
+    """The error as a message for users; None if the missing module is our own, and belongs to no extra."""
     module = (error.name or "").partition(".")[0]
     if not module or module == _HERE:
         return None

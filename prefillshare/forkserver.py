@@ -1,7 +1,7 @@
-"""The fork server of a deployment that has a Ray cluster of its own on this machine (kvshare_vllm/forkserver).
+"""The fork server of a deployment that has its own Ray cluster on this machine (kvshare_vllm/forkserver).
 
-The cluster's node bears the server's name as a label, so that every command that deploys to it finds the same: replicas are
-replaced when what starts them changes.
+The cluster's node has the server's name as a label, so that every command that deploys to the cluster finds the same server:
+replicas are replaced when what starts them changes.
 
 Seam: ray/_private/runtime_env/py_executable.py, ray/_private/runtime_env/context.py (`exec_worker`: a line for the shell)
 """
@@ -27,15 +27,15 @@ from prefillshare.platform import engine_environment, on_cpu
 logger = logging.getLogger(__name__)
 
 LABEL = "prefillshare/fork-server"
-#: Environment variable: the name of one that runs already, for several deployments one after another, or OFF.
+#: Environment variable: the name of a running fork server, for several deployments one after another, or OFF.
 SETTING = "PREFILLSHARE_FORK_SERVER"
 OFF = "off"
 
 
 @contextmanager
 def started(folder: Path) -> Iterator[dict[str, str]]:
-    """The labels of a cluster whose workers it forks. None on GPUs, where no engine has been seen to start so, and none where
-    an engine's OpenMP would not begin anew."""
+    """Yields the labels of a cluster whose workers the fork server forks. There are none on GPUs, where starting engines this
+    way is untested, and none if an engine's OpenMP runtime could not begin anew after a fork."""
     if name := os.environ.get(SETTING):
         yield {} if name == OFF else {LABEL: name}
         return
@@ -56,13 +56,14 @@ def running(folder: Path, name: str) -> Iterator[None]:
         if server.poll() is not None:
             logger.warning("The fork server ended with status %d; replicas have started without it", server.returncode)
     finally:
-        server.kill()  # what it has forked goes on
+        server.kill()  # the processes that it has forked go on
         server.communicate()
         address.unlink(missing_ok=True)
 
 
 def start(address: Path, *modules: str, **options) -> subprocess.Popen:
-    """From now on it can be asked; it answers when it has imported. `modules`: others than vLLM's. It ends with its input."""
+    """Start the server, which can be asked at once and answers when it has imported. `modules`: what it imports instead of
+    vLLM's. It ends when its standard input is closed."""
     with socket.socket(socket.AF_UNIX) as listener:
         with named(address) as name:
             listener.bind(name)
@@ -73,7 +74,8 @@ def start(address: Path, *modules: str, **options) -> subprocess.Popen:
 
 
 def runtime_env(folder: Path, spares: int = 0) -> dict[str, str]:
-    """What starts a replica in the cluster that this process is connected to. `spares`: processes that it will spawn."""
+    """The runtime_env that starts a replica in the cluster to which this process is connected. `spares`: number of processes
+    that the replica will spawn."""
     import ray
 
     if not ray.is_initialized():

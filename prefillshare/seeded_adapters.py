@@ -1,4 +1,4 @@
-"""Small LoRA adapters made from a seed instead of training: stand-ins with a visible effect for demos and tests.
+"""Small LoRA adapters made from a seed instead of by training: stand-ins with a visible effect for demos and tests.
 
 The same name, rank and base shape give the same bytes in every process. Needs neither torch nor the base's weights
 in memory: the shapes come from the headers of its safetensors files.
@@ -22,7 +22,8 @@ from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError
 
 NAMES = ("planner", "coder", "tools")
-#: Visible in greedy output, not yet babble: on SmolLM2-135M 0.02 changes no token of a short answer, 0.06 repeats itself.
+#: Enough to change greedy output, not enough to garble it: on SmolLM2-135M 0.02 changes no token of a short answer, and with
+#: 0.06 answers repeat themselves.
 _STD = 0.045
 #: The weight of a linear layer inside a transformer block, in the names transformers writes.
 _LINEAR = re.compile(r"^(?P<module>(?:.+\.)?layers\.\d+\..+)\.weight$")
@@ -35,8 +36,8 @@ def make_seeded_adapters(
     rank: int = 8,
     modules: Collection[str] | None = None,
 ) -> dict[str, Path]:
-    """Write one PEFT adapter per name under the target, with its KV contract, on the base's blocks: on their linear layers
-    called one of `modules` ("q_proj"), or on all.
+    """Write one PEFT adapter per name under the target folder, with its KV contract. It adapts the linear layers of the base's
+    transformer blocks: those named in `modules` (such as "q_proj"), or all.
 
     A and B are both drawn from N(0, 0.045^2). Files that are right already are left alone, so this may run while an engine
     reads them. Returns name -> folder. Raises ConfigError for a base folder without safetensors or linear layers.
@@ -98,7 +99,7 @@ def _config(layers: dict[str, tuple[int, int]], base: str | Path, rank: int) -> 
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write unless the file holds this already. By rename: no reader sees half a file."""
+    """Write `data` unless the file holds it already. The file is put in place by a rename, so no reader sees half of it."""
     if path.is_file() and path.read_bytes() == data:
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,7 +1,8 @@
-"""Applications that Ray Serve deploys from a config file, as KubeRay has it do.
+"""Applications that Ray Serve deploys from a config file, as with KubeRay.
 
-Serve gives all parts of such an application the version of the file, so that any change of it would replace every engine. A
-part's config keeps its own version instead: it decides what has to be replaced, as where an application is deployed by a call.
+Serve gives all parts of such an application the version of the file, so that any change of the file would replace every engine.
+Here a part's config keeps its own version instead, which decides what is replaced, as if the application were deployed by a
+call.
 
 Seam: ray/serve/_private/deploy_utils.py (get_deploy_args sets `deployment_config.version`), ray/serve/schema.py
 """
@@ -20,10 +21,10 @@ class _Versioned(DeploymentConfig):
 
 
 def keep_version(config: DeploymentConfig, version: str) -> DeploymentConfig:
-    """The same, with a version that stays."""
+    """A copy of `config` whose version cannot be changed any more."""
     return _Versioned.model_construct(**dict(config) | {"version": version})
 
 
 def is_from_config(application: str) -> bool:
-    """Whether what runs under that name was deployed from a config file."""
+    """Whether the running application of this name was deployed from a config file."""
     return _get_global_client().get_serve_details()["applications"][application]["source"] == APIType.DECLARATIVE

@@ -1,7 +1,8 @@
 """The HTTP proxies of Ray Serve: where they listen, and their TLS.
 
-Serve hands a CA file on to its HTTP server but not the wish that clients show a certificate, so that nobody is asked for
-one. Its proxies call a function of ours before they start, which adds the wish; whether it arrived is tried.
+Serve passes a CA file on to its HTTP server, but not the setting that clients must show a certificate, so that no client is
+asked for one. Its proxies call a function of ours before they start, which adds the setting. A test connection shows whether it
+works.
 
 Seam: ray/serve/config.py, ray/serve/_private/http_util.py (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH), uvicorn/config.py;
 ray/serve/_private/proxy_state.py (PROXY_HEALTH_CHECK_PERIOD_S)
@@ -19,7 +20,7 @@ from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
 _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-#: Seconds. The controller replaces a proxy that has failed three checks; with Ray's 10 s nobody would listen for 30 s.
+#: In seconds. The controller replaces a proxy after three failed checks; with Ray's 10 s nothing would listen for 30 s.
 HEALTH_CHECK_PERIOD = "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"
 _PROBE_TIMEOUT_S = 10.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -41,8 +42,8 @@ def http_options(router: Router):
 
 @contextmanager
 def proxy_environment(router: Router) -> Iterator[None]:
-    """Start a local Ray cluster inside: its processes inherit what its proxies and their controller need to know. What is set
-    already stays."""
+    """Start a local Ray cluster within this context: its processes inherit the environment variables that its proxies and their
+    controller need. Variables that are already set stay as they are."""
     wanted = {HEALTH_CHECK_PERIOD: "2"}
     if router.tls is not None and router.tls.client_ca_file is not None:
         wanted[_CALLBACK] = f"{__name__}.{ask_for_client_certificates.__name__}"
@@ -56,7 +57,7 @@ def proxy_environment(router: Router) -> Iterator[None]:
 
 
 def ask_for_client_certificates() -> list:
-    """Serve's callback, in a proxy's process: from now on an HTTP server with a CA file asks for certificates."""
+    """Serve's callback in a proxy's process: makes HTTP servers with a CA file require client certificates from now on."""
     import uvicorn
 
     init = uvicorn.Config.__init__
@@ -71,7 +72,8 @@ def ask_for_client_certificates() -> list:
 
 
 def check_proxies(router: Router) -> None:
-    """After Serve's start: raises if HTTP is not served as `router.tls` says. A Serve that runs already keeps its own."""
+    """To be called after Serve's start: raises if HTTP is not served as `router.tls` says, because a Serve that was already
+    running keeps its own settings."""
     from ray.serve.context import _get_global_client
 
     if router.tls is None:

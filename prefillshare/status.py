@@ -1,4 +1,4 @@
-"""`prefillshare status`: what a running deployment consists of, and how its replicas fare."""
+"""`prefillshare status`: what a running deployment consists of, and how its replicas are doing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, Unavailable
 
 ANSWER_S = 30.0
-#: Characters of a fingerprint that tables show.
+#: Number of characters of a fingerprint that tables show.
 SHORT = 12
 
 
@@ -26,7 +26,7 @@ def seen(handle) -> dict:
         deployment, info, stats = (
             call.remote().result(timeout_s=ANSWER_S) for call in (handle.deployment, handle.replica_info, handle.replica_stats)
         )
-    except Exception as error:  # it hangs, dies or is being replaced: Ray has an exception for each
+    except Exception as error:  # the router hangs, died or is being replaced: Ray has an exception for each
         raise Unavailable(f"the router does not answer: {type(error).__name__}: {error}", fix="look at its log") from error
     return {"decoders": list(_decoders(Deployment.model_validate(deployment))), "replicas": list(_replicas(info, stats))}
 
@@ -46,7 +46,7 @@ def _decoders(deployment: Deployment) -> Iterator[dict]:
 
 
 def _base_of(folder: str, kind: str) -> str | None:
-    """Fingerprint of the base's weights in the decoder's contract; None: it has none, or its files are not on this machine."""
+    """Fingerprint of the base's weights in the decoder's contract; None if it has no contract, or its files are elsewhere."""
     try:
         contract = DecoderContract.of_base(folder) if kind == "base" else DecoderContract.read(folder)
     except ConfigError:
@@ -91,7 +91,7 @@ def _state(replica: dict) -> list[str]:
 
 
 def status_command(address: str, watch: float | None, as_json: bool) -> None:
-    """Raises ConfigError if nothing runs there."""
+    """Print the status. Raises ConfigError if nothing runs there."""
     from prefillshare.cluster import connected, running_handle
 
     console = Console()
@@ -108,7 +108,7 @@ def status_command(address: str, watch: float | None, as_json: bool) -> None:
 
 
 def _again(handle, show: Callable[[dict], object], watch: float) -> Iterator[object]:
-    """Without end. A router that does not answer is told of, and asked again."""
+    """What to show, without end. If the router does not answer, this is shown, and it is asked again."""
     while True:
         try:
             yield show(seen(handle))

@@ -1,4 +1,4 @@
-"""Tiny random models for tests of protocol and faults: real architectures, a real tokenizer, weights that matter."""
+"""Tiny random models for tests of protocol and faults: real architectures, a real tokenizer, weights that affect the output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_base(kind: str, folder: Path, tokenizer_from: Path) -> Path:
 
 
 def make_full_decoder(base: Path, folder: Path, seed: int, noise: float = 0.2) -> Path:
-    """The base with every matrix disturbed, vouched for as trained against it."""
+    """The base with noise on every matrix, and with a contract that says it was trained against this base."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)

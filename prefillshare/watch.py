@@ -1,8 +1,8 @@
-"""Whether what `prefillshare serve` has started is still there.
+"""Watches whether what `prefillshare serve` has started is still there.
 
-Ray Serve brings back what dies: replicas, proxies, its controller. It can also give up, or be ended by somebody else, and
-then nobody would know: the command would go on as if all were well. A `Watch` asks Serve again and again, in a thread of its
-own, because a cluster that has died answers nobody.
+Ray Serve restarts what dies: replicas, proxies, its controller. It can also give up, or be ended by somebody else; the command
+would then go on as if all were well. A `Watch` asks Serve regularly, in a separate thread, because a question to a cluster that
+has died may never be answered.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from prefillshare.cluster import APP
 from prefillshare.kvshare.errors import Unavailable
 
 ASK_S = 1.0
-#: How long Ray may leave the question unanswered, or Serve may have given up: a controller that has died comes back sooner.
+#: Seconds for which Ray may not answer, or Serve may have given up: a controller that has died is back sooner.
 PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with the application, and how long it may be so before it counts as gone, seconds."""
+    """What is wrong with the application, and for how many seconds it may be so before the application counts as gone."""
 
     text: str
     patience_s: float
 
 
-#: None: it serves, or Serve is at work on it.
+#: Asks Serve; None: the application serves, or Serve is at work on it.
 Ask = Callable[[], Trouble | None]
 
 
 class Watch:
-    """Sets `ended` when what was started is gone or does not come back. `restart_s`: how long an engine that has died may take
+    """Sets `ended` when the application is gone or does not come back. `restart_s`: how long an engine that has died may take
     until it serves again."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        threading.Thread(target=self._keep_asking, name="watch-asks", daemon=True).start()  # it may hang in a question
+        threading.Thread(target=self._keep_asking, name="watch-asks", daemon=True).start()  # a question may hang
         self._thread.start()
         return self
 
@@ -60,7 +60,7 @@ class Watch:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises Unavailable, with the reason, if it has ended."""
+        """Raises Unavailable, with the reason, if the application has ended."""
         if self._why:
             raise Unavailable(f"what was started does not serve any more: {self._why}", fix="see Ray's logs; start it again")
 

@@ -26,7 +26,7 @@ def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
 
 
 def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[str, tuple[EngineSettings, Engines]]:
-    """Serve deployment name -> (what its engines start with, their section of the config). `check_files`: as for kv_contract."""
+    """Serve deployment name -> (its engines' settings, their section of the config). `check_files`: as for kv_contract."""
     contract, base, tracing = kv_contract(deployment, check_files), deployment.base, deployment.tracing
     traces = {"traces_endpoint": tracing.otlp_endpoint, "traces_protocol": tracing.protocol} if tracing else {}
 

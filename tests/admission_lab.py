@@ -1,5 +1,5 @@
-"""Admission on virtual time, and a model of engines by hand: a prefill replica that works in order, decode replicas with
-blocks that run out. A decode replica that has none left gives back the turn that asks for one, as ours do (R3)."""
+"""Admission on virtual time, with a simple model of engines: a prefill replica that works in order, and decode replicas whose
+blocks run out. A decode replica that has no block left gives back the turn that asks for one, as our engines do (R3)."""
 
 import asyncio
 from collections import Counter
@@ -47,7 +47,7 @@ class Lab:
         self.capacity[pool] = {name: ReplicaCapacity(*has) for name, has in replicas.items()}
 
     def ask(self, blocks, name=None, *, pool="agents", prefill_tokens=0, **demand) -> asyncio.Task:
-        """A turn of so many blocks (one of output) that appends `name` to `started` when it has its grant."""
+        """A turn of `blocks` blocks (one of them for output) that appends `name` to `started` when it has its grant."""
 
         async def turn():
             prompt = (blocks - 1) * BLOCK
@@ -67,7 +67,7 @@ class Lab:
 
     def assert_no_reservation_exceeds_capacity(self, pool="agents"):
         for replica, (blocks, turns) in self.admission.held(pool).items():
-            if has := self.capacity[pool].get(replica):  # gone with its turns, if not
+            if has := self.capacity[pool].get(replica):  # else the replica is gone, with its turns
                 assert blocks <= has.blocks, replica
                 assert turns <= has.sequences, replica
 
@@ -100,7 +100,7 @@ class Lab:
         self.finished.append(demand)
 
     async def _decode(self, grant, done, output_tokens, per_s) -> int:
-        """Tokens generated when it ended or was given back."""
+        """Returns the number of tokens generated when the turn ended or was given back."""
         room, pool = self.admission.room(grant.demand.pool), self.capacity[grant.demand.pool]
         replica = max((name for name in pool if grant.fits(name)), key=lambda name: (room.get(name, 0), name))
         grant.on(replica)

@@ -1,4 +1,4 @@
-"""Certificates for tests: a root of our own and what it signs, for localhost and 127.0.0.1, good for an hour."""
+"""Certificates for tests: our own root and what it signs, for localhost and 127.0.0.1, valid for an hour."""
 
 import datetime
 import ipaddress

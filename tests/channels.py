@@ -1,4 +1,4 @@
-"""Who listens where, and whom they answer."""
+"""Which processes listen on which addresses, and which clients they answer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from zmq.utils.monitor import recv_monitor_message
 
 from prefillshare.kvshare import channel_keys
 
-#: Longest wait for an answer, or for being turned away.
+#: Longest wait, in seconds, for an answer or for being turned away.
 LIMIT_S = 20
-#: What an engine asks another one that it wants to read from.
+#: What an engine asks another one from which it wants to read.
 HANDSHAKE = msgspec.msgpack.encode((GET_META_MSG, 0, 0))
 #: What a router asks an engine that it begins to follow.
 REPLAY = (b"", (0).to_bytes(8, "big"))
@@ -39,7 +39,7 @@ class Listener:
 
 
 def listeners(process: psutil.Process) -> Iterator[Listener]:
-    """Of a process and of all that it has started: TCP ports that take connections, UDP ports that take what comes."""
+    """TCP ports that accept connections, and UDP ports that accept data from anywhere, of a process and all its descendants."""
     for one in (process, *process.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
             name = " ".join(one.cmdline()).split("  ")[0][:80]
@@ -49,7 +49,7 @@ def listeners(process: psutil.Process) -> Iterator[Listener]:
 
 
 def turned_away(kind: int, endpoint: str, ask: Sequence[bytes] = ()) -> bool:
-    """Whether a socket with the keys that this process has now is disconnected by the server without getting anything."""
+    """Whether the server disconnects a socket that has this process's current keys, without sending it anything."""
     with zmq.Context() as context, context.socket(kind) as client:
         client.linger = 0
         if kind == zmq.SUB:

@@ -1,4 +1,4 @@
-"""A tokenizer and chat template that one can read."""
+"""A tokenizer and chat template whose output is readable."""
 
 import json
 
@@ -18,7 +18,7 @@ class Tokenizer:
 
 
 class ToolTokenizer(Tokenizer):
-    """Its template lays out tools at the beginning, and an answer's calls behind its text."""
+    """A tokenizer whose template puts tools at the beginning, and the calls of an answer after its text."""
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, tools=()):
         written = [m | {"content": m["content"] + "".join(map(_called, m.get("tool_calls", ())))} for m in messages]

@@ -1,4 +1,4 @@
-"""The Helm chart, rendered, and what KubeRay makes of it."""
+"""Renders the Helm chart, and shows what KubeRay makes of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def of_kind(documents: list[dict], kind: str) -> list[dict]:
 
 
 def groups(documents: list[dict]) -> dict[str, dict]:
-    """Component -> the RayCluster's group spec of it; the head's is "head"."""
+    """Component -> its group spec in the RayCluster; that of the head is "head"."""
     (service,) = of_kind(documents, "RayService")
     cluster = service["spec"]["rayClusterConfig"]
     return {"head": cluster["headGroupSpec"]} | {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
@@ -38,13 +38,13 @@ def pods(documents: list[dict]) -> dict[str, dict]:
 
 
 def serve_config(documents: list[dict]) -> dict:
-    """What KubeRay puts to Ray's dashboard, http://HEAD:8265/api/serve/applications/."""
+    """What KubeRay sends to Ray's dashboard by PUT, http://HEAD:8265/api/serve/applications/."""
     (service,) = of_kind(documents, "RayService")
     return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
 def ray_start(group: dict, **more: str) -> str:
-    """The line of shell by which KubeRay starts Ray in a pod of the group; without an `address` to join, in the head's.
+    """The shell command by which KubeRay starts Ray in a pod of the group; without an `address` to join, in the head's pod.
 
     Source: ray-operator/controllers/ray/common/pod.go, generateRayStartCommand
     """

@@ -1,4 +1,4 @@
-"""The package as pip installs it, in an environment of its own with the dependencies that it asks for and no others."""
+"""The package as pip installs it, in a separate environment with the dependencies that it asks for and no others."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 
 
-#: Of the project's folder, what no wheel has anything of; setuptools would take what it finds in build/ for ours.
+#: Folders of the project from which no wheel contains anything; setuptools would take what it finds in build/ for ours.
 _ELSEWHERE = (".*", "adapters", "benchmarks", "build", "data", "models", "tests", "__pycache__", "*.egg-info")
 
 
 def wheel(folder: Path) -> Path:
-    """Build it, from a copy. Nothing is downloaded: what builds it is installed here."""
+    """Build the wheel from a copy of the project. Nothing is downloaded: the build tools are installed here."""
     source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*_ELSEWHERE))
     build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run(build, check=True, capture_output=True, timeout=120)
@@ -28,7 +28,7 @@ def wheel(folder: Path) -> Path:
 
 
 def install(made: Path, folder: Path) -> Path:
-    """The Python of an environment with the wheel and its dependencies; those are the ones installed here."""
+    """The Python of an environment with the wheel and its dependencies, which are those installed here."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
     (site,) = folder.glob("lib/python*/site-packages")
     with zipfile.ZipFile(made) as archive:
@@ -42,7 +42,7 @@ def install(made: Path, folder: Path) -> Path:
 
 
 def _closure(of: Distribution) -> list[Distribution]:
-    """All that it needs without extras."""
+    """The distribution's dependencies, direct and indirect, without extras."""
     needed: dict[str, Distribution] = {}
     waiting = [(of, frozenset({""}))]
     while waiting:

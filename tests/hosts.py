@@ -1,4 +1,4 @@
-"""Several hosts on this machine: network namespaces on one bridge, each with an address, processes and a link of its own."""
+"""Several hosts on this machine: network namespaces on one bridge, each with its own address, processes and link."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ip(*words: str) -> str:
 
 
 def why_not() -> str:
-    """Why there can be no hosts here; empty if there can."""
+    """Why hosts cannot be made here; empty if they can."""
     name = "probe-" + secrets.token_hex(4)
     try:
         ip("netns", "add", name)
@@ -32,7 +32,7 @@ def why_not() -> str:
 
 
 class Host:
-    """`address`: on the bridge. What is started here sees no other network."""
+    """`address`: the host's on the bridge. Processes started on the host see no other network."""
 
     def __init__(self, tag: str, number: int, bridge: str):
         self.address, self._space, self._link = f"10.213.{int(tag, 16) % 256}.{number}", f"{tag}-{number}", f"{tag}l{number}"
@@ -66,14 +66,14 @@ class Host:
         return done.stdout
 
     def cut(self) -> None:
-        """Nothing gets in or out, and nobody is told."""
+        """Drop all traffic in and out, without telling anybody."""
         ip("link", "set", self._link, "down")
 
     def heal(self) -> None:
         ip("link", "set", self._link, "up")
 
     def kill(self) -> None:
-        """Everything that runs here, at once."""
+        """Kill all processes of this host at once."""
         for pid in ip("netns", "pids", self._space).split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -86,7 +86,7 @@ class Host:
 
 
 class Hosts:
-    """`count` hosts, reachable from here, too."""
+    """`count` hosts that this machine can reach, too."""
 
     def __init__(self, count: int):
         self._tag, self._count = "p" + secrets.token_hex(2), count

@@ -1,4 +1,4 @@
-"""What small hand-made model folders hold: settings, and weights of a few bytes, as the lower layers read them."""
+"""The contents of small hand-made model folders: settings, and weights of a few bytes, as the lower layers read them."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-#: A Llama of 2 layers, 2 KV heads of 8: one token's KV is 2*2*2*8 = 64 values, 256 bytes in float32.
+#: A Llama of 2 layers with 2 KV heads of size 8: one token's KV is 2*2*2*8 = 64 values, 256 bytes in float32.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 32,
@@ -31,7 +31,7 @@ WEIGHTS = {
 
 
 def write_safetensors(path: Path, tensors: dict[str, bytes | tuple[int, ...]]) -> Path:
-    """In the order given, each tensor as one row of bytes, or as float16 zeros of that shape."""
+    """Write the tensors in the order given, each as one row of bytes, or as float16 zeros of the given shape."""
     header, rows, start = {}, [], 0
     for name, data in tensors.items():
         whole = ("F16", list(data), bytes(2 * math.prod(data))) if isinstance(data, tuple) else ("U8", [len(data)], data)
@@ -45,7 +45,7 @@ def write_safetensors(path: Path, tensors: dict[str, bytes | tuple[int, ...]]) -
 
 
 def lora(modules: Iterable[str], rank: int = 8) -> dict[str, tuple[int, int]]:
-    """Tensors of an adapter on these modules of every layer, by the names that PEFT gives them."""
+    """Tensors of an adapter on these modules of every layer, under the names that PEFT gives them."""
     tensors = {}
     for layer in range(2):
         for module in modules:

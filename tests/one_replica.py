@@ -1,11 +1,11 @@
-"""A pool of one prefill replica that lacks `missing` tokens of whatever is asked for."""
+"""A pool of one prefill replica that lacks `missing` tokens of every prompt."""
 
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 
 class OneReplica:
-    """`methods`: of the replica, as Serve's handle has them: called with `.remote()`, what they return is awaited."""
+    """`methods`: the replica's, as in Serve's handle: they are called with `.remote()`, and what they return is awaited."""
 
     missing = 90
 

@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry spans: takes OTLP over gRPC on a loopback port and keeps what it gets."""
+"""A collector of OpenTelemetry spans: receives OTLP over gRPC on a loopback port and keeps what it gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks for conftest files: while pytest imports the tests, nobody looks for garbage (kvshare_vllm/engine/quick_start.py)."""
+"""Hooks for conftest files: no garbage collection while pytest imports the tests (kvshare_vllm/engine/quick_start.py)."""
 
 from prefillshare.kvshare_vllm.engine import quick_start
 

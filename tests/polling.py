@@ -1,9 +1,9 @@
-"""Waiting for what happens by itself: ask again until it is so."""
+"""Waits for a condition by asking for it again and again."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 
-#: Guards against a test that never ends; no claim is made about it.
+#: Seconds. Guards against a test that never ends; it is no requirement.
 PATIENCE_S = 60
 
 

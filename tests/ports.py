@@ -5,8 +5,8 @@ import socket
 
 
 def free_port() -> int:
-    """Outside the range from which the system hands out ports: Ray's workers take those while a deployment starts, and a
-    server finds its own again after a restart."""
+    """A port outside the range from which the system hands out ports: Ray's workers take ports of that range while a deployment
+    starts, and a server must find its port free again after a restart."""
     while True:
         port = random.randint(20_000, 30_000)
         with socket.socket() as probe:

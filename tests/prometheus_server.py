@@ -1,4 +1,4 @@
-"""A Prometheus of one's own on a loopback port."""
+"""A Prometheus server for a test, on a loopback port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START_TIMEOUT_S = 30
 
 
 class Prometheus:
-    """Scrapes `targets` (host:port) and evaluates `rules` every two seconds; its data goes with `folder`."""
+    """Scrapes `targets` (host:port) and evaluates `rules` every two seconds; keeps its data in `folder`."""
 
     def __init__(self, folder: Path, port: int, targets: list[str], rules: Path):
         every = {"scrape_interval": "2s", "evaluation_interval": "2s"}

@@ -1,4 +1,4 @@
-"""A real publisher of KV events in place of an engine, and an index that follows it."""
+"""A real publisher of KV events instead of an engine, and an index that follows it."""
 
 import asyncio
 import socket
@@ -54,7 +54,7 @@ class Engine:
             try:
                 self._publisher = StatePublisher(0, self.events.endpoint, self.events.replay_endpoint)
                 return
-            except zmq.ZMQError:  # the socket of the one before is still closing
+            except zmq.ZMQError:  # the previous one's socket is still closing
                 assert time.monotonic() < deadline
 
     def tell(self, *events):

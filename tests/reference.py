@@ -2,7 +2,7 @@
 
 Every function takes the prompt's and the response's token ids and returns one log-probability per response token,
 computed in float32 from the definition of the mode, with nothing cached, batched or handed over. With `pick=likeliest` it
-returns what the mode would have said at each place of the response.
+returns the token that the mode would have generated at each place of the response.
 """
 
 import torch
@@ -19,7 +19,7 @@ def likeliest(logits: torch.Tensor, response: list[int]) -> list[int]:
 
 @torch.no_grad()
 def prefillshare(base, decoder, prompt: list[int], response: list[int], *, pick=chosen) -> list[float]:
-    """The base makes KV of all prompt tokens but the last; the decoder runs from there on its own KV (arXiv 2602.12029)."""
+    """The base makes the KV of all prompt tokens but the last; from there the decoder makes its own KV (arXiv 2602.12029)."""
     past = base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values if len(prompt) > 1 else None
     logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
     return pick(logits, response)
@@ -58,8 +58,8 @@ def icarus(base, decoder, prompt: list[int], response: list[int], *, pick=chosen
 def droidspeak(
     base, decoder, prompt: list[int], response: list[int], own_layers: str = "", *, pick=chosen
 ) -> list[float]:
-    """KV of all prompt tokens but the last: of layers like "4-9" it is the decoder's, over what enters them in the base; of the
-    others the base's. The decoder runs from there on its own KV (arXiv 2411.02820)."""
+    """The KV of all prompt tokens but the last is the base's, except in a group of layers such as "4-9": there it is the
+    decoder's, computed from the group's input in the base. From there the decoder makes its own KV (arXiv 2411.02820)."""
     if len(prompt) == 1 or not own_layers:
         return prefillshare(base, decoder, prompt, response, pick=pick)
     first, last = map(int, own_layers.split("-"))

@@ -1,4 +1,4 @@
-"""Session stores for one suite of tests, and how time passes for each."""
+"""The session stores that one suite of tests runs on, and how time passes for each."""
 
 import uuid
 
@@ -18,7 +18,7 @@ class InMemory:
 
 
 class InRedis:
-    """Time passes by moving all that the server is to forget nearer; turns hold their session longer than it passes."""
+    """Time passes by moving all expiry times closer. Turns hold their sessions for longer than the time that passes."""
 
     def __init__(self, url: str):
         self._url, self._prefix = url, uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""A turn that a test takes in the router's place: chunks from wherever it likes."""
+"""A turn for tests, in the place of the router's, with chunks that the test supplies."""
 
 from __future__ import annotations
 

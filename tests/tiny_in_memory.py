@@ -1,4 +1,4 @@
-"""Tiny random models in memory, and adapters that do something."""
+"""Tiny random models in memory, and adapters that change their output."""
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""asyncio on a clock of its own: when everybody waits, time jumps to the next timer. Nothing sleeps, runs repeat exactly."""
+"""asyncio on a virtual clock: when all tasks wait, time jumps to the next timer. Nothing sleeps, and runs repeat exactly."""
 
 import asyncio
 import functools
@@ -46,6 +46,6 @@ def on_virtual_time(test):
 
 
 async def settle() -> None:
-    """Let everybody act who can act now."""
+    """Let all tasks run that can run now."""
     for _ in range(10):
         await asyncio.sleep(0)

@@ -1,7 +1,8 @@
-"""A deployment without engines: what routers call answers by arithmetic that can be done by hand, on virtual time.
+"""A deployment without engines: replicas that answer routers by arithmetic that can be done by hand, on virtual time.
 
-    arithmetic.py  tokens and KV as small numbers: whose KV was read shows in every token that follows
+    arithmetic.py  tokens and KV as small numbers: every token shows whose KV was read before it
     engines.py     a prefill and a decode replica that keep caches, leases and calls as real ones do
-    cluster.py     pools of them behind the handles that Ray Serve gives, and every way in which they fail
+    cluster.py     pools of such replicas behind handles like those of Ray Serve, and every way in which they fail
+    frontend.py    turns without text, in the place of the router's Frontend
     system.py      the router's own parts over such a cluster
 """

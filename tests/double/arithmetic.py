@@ -1,8 +1,8 @@
 """Tokens and KV as small numbers.
 
-The KV of a position is one number: of the position before it, of its token, and of who made it. The next token is a function
-of the last position's KV and of the decoder. So a token shows everything that came before it and whose KV it was: a handoff of
-another prompt, a position made by the wrong weights, a replayed token that is missing, each gives another one.
+The KV of a position is one number, computed from the KV of the position before it, its token, and whose weights made it. The
+next token is a function of the last position's KV and the decoder. So a token depends on everything before it and on whose KV
+that was: the handoff of another prompt, a position made by the wrong weights, or a missing replayed token changes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _number(name: str) -> int:
 
 
 def extended(kv: KV, token_ids: Sequence[int], maker: str) -> KV:
-    """`kv` with the positions of these tokens, as `maker`'s weights make them."""
+    """`kv` followed by the positions of these tokens, as `maker`'s weights make them."""
     made = list(kv)
     for token in token_ids:
         before = made[-1] if made else 1
@@ -33,8 +33,8 @@ def next_token(kv: KV, decoder: str) -> int:
 
 
 def response(prompt: Sequence[int], decoder: str, tokens: int, *, shared: int, generated_by: str | None = None) -> list[int]:
-    """What the decoder says to a prompt whose first `shared` positions the base has made. `generated_by`: who makes the KV of
-    what it generates, and of the prompt's rest; None: the decoder itself."""
+    """The decoder's response to a prompt whose first `shared` positions the base has made. `generated_by`: who makes the KV of
+    the generated tokens and of the rest of the prompt; None: the decoder itself."""
     maker = generated_by or decoder
     kv = extended(extended((), prompt[:shared], BASE), prompt[shared:], maker)
     said: list[int] = []

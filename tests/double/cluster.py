@@ -1,4 +1,4 @@
-"""Pools of replicas behind Ray Serve's handles, as far as routers know them, and every way in which a replica fails."""
+"""Pools of replicas behind handles like Ray Serve's, as far as routers use these, and every way in which a replica fails."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from prefillshare.router.pools.cache_index import BlockKeys
 from prefillshare.router.pools.pinned import MEMBERS, WATCHERS, tell
 
 APP = "double"
-#: Virtual seconds that a call is on its way, until a death is known, and until a replica has started.
+#: Virtual seconds that a call takes to arrive, until a death is known, and until a replica has started.
 CALL_S, KNOWN_S, START_S = 0.002, 0.5, 5.0
 
 
 class Replica:
-    """One that answers, hangs, or is dead."""
+    """A replica that answers, hangs, or is dead."""
 
     def __init__(self, name: str, engine_class: type[Engine], mode: SharingMode, leases: Leases):
         self.name, self.is_dead = name, False
         self.engine = engine_class(name, mode, leases, self._moment)
-        #: Moment -> what happens there, once: an error that is raised, or a function that is called.
+        #: Moment -> what happens at it, once: an error that is raised, or a function that is called.
         self.planned: dict[str, BaseException | Callable[[], None]] = {}
         self.calls: set[asyncio.Task] = set()
         self._answers = asyncio.Event()
@@ -57,7 +57,7 @@ class Replica:
             raise planned
         if planned is not None:
             planned()
-            await asyncio.sleep(0)  # where that has ended this call, it ends here
+            await asyncio.sleep(0)  # if that has cancelled this call, it ends here
             await self.answers()
 
 
@@ -86,7 +86,7 @@ class Pool:
         return replica
 
     def kill(self, replica: str) -> None:
-        """Its calls fail at once; routers learn of it, and another one comes, as Serve does it."""
+        """The replica's calls fail at once. As with Serve, routers learn of it later, and another replica starts."""
         self.replicas[replica].die()
         loop = asyncio.get_running_loop()
         loop.call_later(KNOWN_S, self._forget, replica)
@@ -105,7 +105,7 @@ class Pool:
 
 
 class Handle:
-    """A Serve handle: `options(session_id=...)` names the replica that is called."""
+    """Like a Serve handle: `options(session_id=...)` names the replica that is called."""
 
     is_initialized = True
 
@@ -128,7 +128,7 @@ class Handle:
 
 
 class Response(ABC):
-    """A call that is under way. Whoever waits for it may leave without ending it."""
+    """A call that is under way. A task that waits for it may stop waiting without ending the call."""
 
     def __init__(self, pool: Pool, name: str, method: str, args, kwargs):
         self.pool, self.method, self.args, self.kwargs, self.is_cancelled = pool.name, method, args, kwargs, False
@@ -159,7 +159,7 @@ class Response(ABC):
 
     @abstractmethod
     async def _take(self, result):
-        """What the replica's method has returned, to its end."""
+        """Consume what the replica's method has returned, to its end."""
 
 
 class Answer(Response):
@@ -186,11 +186,11 @@ class Stream(Response):
     async def __aiter__(self):
         while (chunk := await self._chunks.get()) is not None:
             yield chunk
-        self._task.result()  # or what it raised
+        self._task.result()  # raises the call's error, if any
 
 
 class Index:
-    """In the place of CacheIndex: what the engines hold, without events on the way."""
+    """Stands in for CacheIndex: looks up directly what the engines hold, without events."""
 
     block_size = BLOCK
 
@@ -223,7 +223,7 @@ class Cluster:
         self.index = Index(self.pools)
 
     def calls(self, *methods: str) -> list[Response]:
-        """That were made of these methods, in order."""
+        """The calls that were made of these methods, in order."""
         return [call for call in self._calls if call.method in methods]
 
     def close(self) -> None:

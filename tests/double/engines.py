@@ -1,4 +1,4 @@
-"""Replicas as routers call them: same methods, same errors, same ownership of KV; arithmetic in the engines' place."""
+"""Replicas as routers call them, with the same methods, errors and ownership of KV, but arithmetic instead of engines."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TOKEN_PREFILL_S, LOAD_S, STEP_S, LEASE_S = 0.001, 0.05, 0.1, 20.0
 
 @dataclass
 class Lease:
-    """`until`: on the loop's clock."""
+    """`until`: by the event loop's clock."""
 
     kv: KV
     until: float
 
 
 class Leases:
-    """All that any engine of the cluster lends."""
+    """The leases of all engines of the cluster."""
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
@@ -43,7 +43,7 @@ class Leases:
         return Handoff(len(kv), CONTRACT, lease_s, {"lease": name})
 
     def read(self, handoff: Handoff) -> KV:
-        """Ends the lease. Raises PrefixLost where it has ended before (R6)."""
+        """Ends the lease. Raises PrefixLost if it has ended before (R6)."""
         lease = self._leases.pop(handoff.transfer["lease"], None)
         if lease is None or lease.until < _now():
             raise PrefixLost("the lease has ended", reason=ResumeReason.KV_LOAD_FAILED)
@@ -54,13 +54,13 @@ class Leases:
 
     @property
     def held(self) -> int:
-        """Those that have not run out."""
+        """Number of leases that have not run out."""
         return sum(lease.until >= _now() for lease in self._leases.values())
 
 
 @dataclass
 class Cache:
-    """Whole blocks of base KV that an engine has found use for."""
+    """The full blocks of the prompts that an engine has computed or read."""
 
     prompts: list[BlockKeys] = field(default_factory=list)
 
@@ -72,7 +72,7 @@ class Cache:
 
 
 class Engine:
-    """One replica. `moment` is called where something may go wrong: at each step of a call, with its name."""
+    """One replica. `moment` is called at each step of a call where something may go wrong, with the step's name."""
 
     def __init__(self, name: str, mode: SharingMode, leases: Leases, moment: Callable[[str], Awaitable[None]]):
         self.name, self.mode, self.leases, self._moment = name, mode, leases, moment
@@ -138,7 +138,7 @@ class DecodeEngine(Engine):
         self._words: dict[str, str] = {}
 
     async def decode(self, request: DecodeRequest):
-        """An adapter that is None: the base."""
+        """An adapter of None is the base."""
         if self._words.setdefault(request.request_id, "begun") != "begun":
             raise Unavailable(f"{request.request_id} was given up before it came")
         with self._call():
@@ -157,7 +157,7 @@ class DecodeEngine(Engine):
                 kv = extended(kv, [token], maker)
 
     async def _shared(self, request: DecodeRequest) -> KV:
-        """The shared prefix, read; checked as an engine checks it."""
+        """Read the shared prefix, after checking the handoff as an engine does."""
         token_ids, handoff, replay = request.token_ids, request.handoff, request.replay
         expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
         if handoff is None:

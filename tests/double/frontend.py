@@ -1,4 +1,4 @@
-"""In the place of Frontend: turns without text. Tokens pass through as the orchestrator gives them."""
+"""Stands in for Frontend: turns without text. Tokens pass through as the orchestrator gives them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router's own fleet and turns over a cluster of doubles. What a client would get, token by token."""
+"""The router's own fleet and turns over a cluster of doubles; shows token by token what a client would get."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
 def deployment(replicas: int, **router) -> SimpleNamespace:
-    """As much of one as a fleet and an orchestrator read."""
+    """The parts of a deployment that a fleet and an orchestrator read."""
     pools = [
         SimpleNamespace(pool=name, sharing=SHARING[name], adapters=dict.fromkeys(names, ""), fewest_replicas=replicas)
         for name, names in ADAPTERS.items()
@@ -74,18 +74,18 @@ class System:
         return [token async for chunk in self.run(decoder, prompt, tokens, **terms) for token in chunk.token_ids]
 
     def expected(self, decoder: str, prompt: list[int], tokens: int = 6) -> list[int]:
-        """What the decoder says where whose KV is whose is right."""
+        """The decoder's response if every position's KV is made by the right weights."""
         return self.expected_of(decoder, self.orchestrator.decoders[decoder].pool, prompt, tokens)
 
     def expected_of(self, decoder: str, pool: str, prompt: list[int], tokens: int) -> list[int]:
-        """The same, of a decoder that may not be served any more."""
-        mode, name = get_mode(SHARING[pool]), decoder  # the base is called as its KV's maker is
+        """The same for a decoder that may no longer be served."""
+        mode, name = get_mode(SHARING[pool]), decoder  # the base has the same name as a maker of KV
         shared = mode.handoff_tokens(len(prompt)) if mode.shares_prefill else 0
         generated_by = arithmetic.BASE if mode.lends_responses else None
         return arithmetic.response(prompt, name, tokens, shared=shared, generated_by=generated_by)
 
     def held(self) -> dict[str, object]:
-        """What must be nothing once nobody asks: leases, calls, and room that turns have taken."""
+        """Leases, calls and room that are held: must be empty once no turn runs."""
         admission = self.orchestrator.services.admission
         found = {"leases": self.cluster.leases.held, "in progress": admission.in_progress}
         for name, pool in self.fleet.pools.items():
@@ -98,7 +98,7 @@ class System:
 
 
 class SessionSystem(System):
-    """With sessions in memory, eager prefill and pull-back."""
+    """A system with sessions in memory, eager prefill and pull-back."""
 
     def __init__(self, *parts):
         super().__init__(*parts)
@@ -114,7 +114,7 @@ class SessionSystem(System):
         self.turns = Turns(base, self.orchestrator.decoders, self.frontend, self.sessions, response_kv)
 
     async def take(self, session: str, decoder: str, given: list[int], tokens: int = 6, suffix: list[int] | None = None):
-        """A turn on a session: its tokens."""
+        """Take a turn on a session and return its tokens."""
         suffix = ("token_ids", suffix) if suffix else None
         sampling = SimpleNamespace(max_tokens=tokens, min_tokens=0, logprobs=None, stop=[], structured_outputs=None)
         name = f"r{next(self._numbers)}"
@@ -142,7 +142,7 @@ async def session_system(replicas: int = 2, cluster: Cluster | None = None, **ro
 
 @asynccontextmanager
 async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluster | None = None, **router):
-    """`cluster`: of another system, whose engines both use. `router`: settings of router.* that are other than usual."""
+    """`cluster`: that of another system, whose engines both use. `router`: settings of router.* that differ from the usual."""
     wanted = deployment(replicas, **router)
     owned, pools = cluster is None, {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():
@@ -169,7 +169,8 @@ async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluste
 
 
 async def nothing_held(running: System, *, within_s: float = 2.0, leases_s: float | None = None) -> None:
-    """Shortly after the last turn has ended. `leases_s`: how long a lease may go on that nobody could end."""
+    """Check that nothing is held shortly after the last turn has ended. `leases_s`: how long a lease may last that nobody could
+    end."""
     began = clock()
     while held := running.held():
         may_last_s = leases_s if leases_s and held.keys() == {"leases"} else within_s

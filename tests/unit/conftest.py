@@ -1,4 +1,5 @@
-"""Small hand-made model folders, right in every file the lower layers read, with weights of a few bytes; Redis servers."""
+"""Fixtures: small hand-made model folders, correct in every file that the lower layers read, with weights of a few bytes; Redis
+servers."""
 
 import json
 import sys
@@ -20,8 +21,8 @@ def _own_fingerprint_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Matrices here are tiny. With a thread per core each of a model's hundreds of steps ends with threads that spin until the
-    last is done: no gain on idle cores, and where other work has a core, minutes instead of seconds."""
+    """Matrices here are tiny. With a thread per core, each of a model's hundreds of steps ends with threads that spin until the
+    last one is done: no gain on idle cores, and minutes instead of seconds if other work occupies a core."""
     torch = sys.modules.get("torch")
     if torch is None:
         yield
@@ -59,7 +60,7 @@ def model(tmp_path):
 @pytest.fixture
 def adapter(tmp_path):
     """make(name, base=folder or None for no contract, r=, modules=, tensors=, config changes) -> folder of a LoRA adapter made
-    for that base. A change to `...` leaves the setting out."""
+    for that base. A config change to `...` leaves the setting out."""
 
     def make(name="planner", *, base: Path | None = None, r=8, modules=("q_proj",), tensors=None, **config) -> Path:
         folder = tmp_path / name
@@ -79,7 +80,7 @@ def adapter(tmp_path):
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):
-    """One for all tests, each of which uses a prefix of its own."""
+    """One server for all tests, each of which uses its own prefix."""
     server = RedisServer(tmp_path_factory.mktemp("redis"), free_port())
     try:
         server.start()

@@ -1,4 +1,4 @@
-"""What tests of the router share."""
+"""Fixtures that tests of the router share."""
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -8,5 +8,5 @@ from prefillshare.kvshare.metrics import Metrics
 
 @pytest.fixture
 def metrics():
-    """The project's, in a registry of their own."""
+    """The project's metrics, in their own registry."""
     return Metrics(CollectorRegistry())

@@ -129,7 +129,7 @@ def _check_targets(folder: str, settings: AdapterSettings, adapted: Collection[s
             f"{folder}/{FILE} has {more[0]}, which target_modules in adapter_config.json does not name",
             fix="set target_modules to the modules that the adapter was trained on",
         )
-    # Only in some releases of transformers are experts modules of their own.
+    # Experts are separate modules in some releases of transformers only.
     missing = [module for module in base if ".experts." not in module and settings.adapts(module) and module not in adapted]
     if missing:
         raise ConfigError(

@@ -41,7 +41,7 @@ class Caller:
 
     def behind(self, steps: int) -> Caller:
         """The caller of a request that lets others go first: `steps` behind the tenant's own priority, at most the last.
-        Raises InvalidInput for `steps` out of range, for example to go before the tenant's other requests."""
+        Raises InvalidInput if `steps` is out of range; below 0, the request would go before its tenant's others."""
         if not 0 <= steps <= PRIORITIES[-1]:
             raise InvalidInput(
                 f"{steps} is out of range",

@@ -12,7 +12,7 @@ from prefillshare.kvshare.layer_group import LayerGroup
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Generate after `token_ids`, whose last `replay` tokens this turn generated earlier, on another replica.
+    """Generate after `token_ids`, whose last `replay` tokens this turn generated in earlier attempts.
 
     sampling: the turn's own SamplingParams (vLLM). Its limits apply to the whole turn.
     """

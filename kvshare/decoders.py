@@ -32,11 +32,11 @@ class Decoder:
     kind: str
     #: Groups of layers that it may compute itself over a prompt, largest first; None: no layers.
     own_layers: tuple[LayerGroup | None, ...] = (None,)
-    #: Seconds to the first token: it takes the largest group expected to keep within them; None: always the largest.
+    #: Objective for the seconds to the first token: a turn takes the largest group expected to meet it; None: the largest.
     ttft_objective_s: float | None = None
     #: Divergence from its own prefill that is good enough; None: not configured.
     quality_floor: float | None = None
-    #: The most likeliest tokens whose log-probabilities its engines return, or ALL.
+    #: For how many of the likeliest tokens its engines return log-probabilities, at most; or ALL.
     max_logprobs: int = VLLM_MAX_LOGPROBS
 
     def check_logprobs(self, asked: int | None) -> None:

@@ -49,13 +49,13 @@ class EngineSettings:
     max_num_seqs: int = 128
     max_num_batched_tokens: int | None = None
     lease_s: int = 60
-    #: As Cluster of the config (kvshare_vllm/transfer/transports.py).
+    #: As in the config's Cluster (kvshare_vllm/transfer/transports.py).
     kv_transport: str = "nixl"
     #: CPU build only: cores this engine computes on ("0" or "0-3"); None lets vLLM choose.
     cpu_cores: str | None = None
     #: Port of the NIXL side channel; None takes a free one.
     side_channel_port: int | None = None
-    #: As Logs of the config. The level can change while the engine runs.
+    #: As in the config's Logs. The level can change while the engine runs.
     log_level: str = "info"
     log_format: str = "text"
     #: Where OpenTelemetry spans go, and how ("grpc" or "http/protobuf"); None: no spans are made.

@@ -58,7 +58,7 @@ class LayerProfile:
 
     @property
     def frontier(self) -> tuple[Point, ...]:
-        """The points than which no other of at most as many layers is better."""
+        """The points for which no other point of at most as many layers is better."""
         return tuple(frontier_of(self.points, lambda point: (point.size, point.divergence)))
 
     def within(self, floor: float) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class LayerProfile:
 
 
 def frontier_of(items: Iterable[T], size_and_divergence: Callable[[T], tuple[int, float]]) -> list[T]:
-    """The items than which none of at most their size is better, smallest first."""
+    """The items for which no other item of at most their size is better, smallest first."""
     best: list[T] = []
     least = math.inf
     for item in sorted(items, key=size_and_divergence):

@@ -22,7 +22,7 @@ class TurnUsage:
     #: Time that the turn waited for room before the prefill.
     queue_s: float = 0.0
     prefill_s: float = 0.0
-    #: The decode engine's, as in TokenChunk.
+    #: Load times at the decode engine, as in TokenChunk.
     load_s: float = 0.0
     rest_load_s: float = 0.0
     ttft_s: float = 0.0

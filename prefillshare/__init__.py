@@ -1,5 +1,5 @@
-"""What users work with: command line, Python client, app builder, demo. The other packages are inside this one when it is
-installed (setup.py), and beside it in a checkout."""
+"""The parts that users work with: command line, Python client, app builder, demo. The other packages are inside this one when
+it is installed (setup.py), and beside it in a checkout."""
 
 from pathlib import Path
 

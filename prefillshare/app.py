@@ -186,7 +186,7 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
             with proxy_environment(deployment.router):
                 ray_cluster = cluster.started(deployment) if owned else cluster.joined(address, "cluster.address")
                 until_the_end.enter_context(ray_cluster)
-            channel_secret()  # each replica would refuse this, too
+            channel_secret()  # raises early what each replica would raise
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         until_the_end.callback(_end, owned)
         serve.start(http_options=http_options(deployment.router))

@@ -95,7 +95,7 @@ def started(deployment: Deployment) -> Iterator[None]:
             f"{AUTH_MODE_ENV_VAR} is {mode!r}: anybody who reaches Ray's ports could run programs as this user",
             fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
         )
-    _enable_token_auth()  # as Ray would, with a warning that says how to opt out
+    _enable_token_auth()  # Ray would do it with a warning that says how to opt out
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
@@ -202,7 +202,7 @@ def _close_token_file() -> None:
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
 
     file = _get_default_token_path()
-    with suppress(OSError):  # none, or not ours
+    with suppress(OSError):  # there is none, or it is not ours
         file.chmod(0o600)
 
 

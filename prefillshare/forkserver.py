@@ -62,8 +62,8 @@ def running(folder: Path, name: str) -> Iterator[None]:
 
 
 def start(address: Path, *modules: str, **options) -> subprocess.Popen:
-    """Start the server, which can be asked at once and answers when it has imported. `modules`: what it imports instead of
-    vLLM's. It ends when its standard input is closed."""
+    """Start the server. It can be asked at once, and answers when its imports are done. `modules`: imported instead of vLLM's.
+    It ends when its standard input is closed."""
     with socket.socket(socket.AF_UNIX) as listener:
         with named(address) as name:
             listener.bind(name)

@@ -88,8 +88,8 @@ class DecodeLine:
     def wait_s(self, ticket: Ticket) -> float:
         """Estimated seconds until a turn that has just joined starts; 0 before anything has been measured.
 
-        The turn and the work ahead of it lack blocks, sequences and prefill tokens: the longest of the times until these are
-        free, at their measured rates.
+        It is the longest of three times: until the blocks, the sequences and the prefill tokens that the turn and the work
+        ahead of it lack are free, each at its measured rate.
         """
         ahead = self.queue.ahead_of(ticket)
         others = [line.queue.work.tokens for line in self.prefill.lines if line is not self and len(line.queue)]

@@ -175,7 +175,7 @@ class PullBack:
     def _worth(self) -> bool:
         compute_s, pull_s = self._compute_s(), self._pull_s.value
         if self._always or compute_s is None or pull_s is None or clock.now() - self._measured_at > MEMORY_S:
-            return True  # to know it
+            return True  # to measure it
         return pull_s < compute_s
 
 

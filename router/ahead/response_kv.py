@@ -53,7 +53,7 @@ class ResponseKV:
         self, session: SessionKey, mode: SharingMode, kept: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
         """The response of one turn. `kept`: the session's context before it. `lendable`: the decoder sees exactly that context
-        (no suffix). If the block is left before the response has ended, its KV is given up."""
+        (no suffix). If the block is left before the response has ended, the KV of the response is given up."""
         self.given_up(session)
         # Only turns that draw on the shared pool can use base KV of a response.
         eager = self._eager if mode.shares_prefill else None

@@ -105,7 +105,7 @@ class Follower:
     async def _learn(self, number: int, payload: bytes) -> None:
         self._apply(self._decode(payload).events)
         self._known = number
-        await asyncio.sleep(0)  # ZMQ does not give way while there is more to read
+        await asyncio.sleep(0)  # reading from ZMQ does not yield while there is more
 
     async def _learn_state(self) -> None:
         """Ask for the whole state until the replica answers."""

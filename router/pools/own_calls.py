@@ -1,7 +1,7 @@
 """Calls to replicas that Serve does not cancel on behalf of their caller.
 
 Serve takes every call that is made while it serves a request for a part of that request. When the client of an HTTP request has
-gone, Serve cancels those calls first, and only then the task that waits for them. The task could not tell this from a replica
+gone, Serve cancels those calls first, and only then the task that waits for them. That task cannot tell this from a replica
 that dropped its call. A call made here belongs to no request: only the task that made it, or the replica, can end it.
 
 Seam: ray/serve/context.py (_serve_request_context), ray/serve/_private/replica.py (_on_request_cancelled)

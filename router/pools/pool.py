@@ -120,7 +120,7 @@ class Pool:
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():
                 raise
-            # The caller was not cancelled, and only the replica can have ended its call otherwise (own_calls.py).
+            # The caller was not cancelled, and nobody else ends its calls (own_calls.py): the replica has ended this one.
             self.replicas.failed(replica.id, ResumeReason.GONE)
             raise ReplicaLost(f"replica {replica.id} of {self.name} dropped the call", reason=ResumeReason.GONE) from error
         except (*CALL_ERRORS, Unavailable) as error:

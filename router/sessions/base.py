@@ -21,7 +21,7 @@ class Session:
     tenant: str = ""
     token_ids: tuple[int, ...] = ()
     turns: int = 0
-    #: True while the context ends in a response to chat messages that nobody has closed yet (router/sessions/chat.py).
+    #: True while the context ends in a response to chat messages that has not been closed yet (router/sessions/chat.py).
     open_response: bool = False
     #: Pool -> replica that its last turn ran on, for prefill and decode. What a turn changes here is stored by its commit.
     replicas: dict[str, str] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give up connections. Sessions held elsewhere stay."""
+        """Close connections. Sessions held outside this process stay."""
 
     def _name(self, session_id: str) -> str:
         if len(session_id) > MAX_NAME_CHARS:

@@ -111,7 +111,7 @@ class RedisSessions(SessionStore):
         try:
             session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
         except (asyncio.CancelledError, SessionDamaged):
-            await self._end(tenant, session_id, turn_id)  # it may have begun all the same
+            await self._end(tenant, session_id, turn_id)  # the turn may have begun nevertheless
             raise
         session.turn_id = turn_id
         renewal = asyncio.create_task(self._renew(tenant, session_id, turn_id))

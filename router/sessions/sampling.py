@@ -65,8 +65,8 @@ def check_min_tokens(asked: int, max_tokens: int | None) -> None:
 
 @contextmanager
 def named_as_sent() -> Iterator[None]:
-    """An InvalidInput raised inside that names a sampling parameter is made to name the message's field; one that names no
-    field is made to name the message."""
+    """Within this context, an InvalidInput that names a sampling parameter is changed to name the message's field, and one that
+    names no field to name the message."""
     try:
         yield
     except InvalidInput as error:

@@ -1,1 +1,1 @@
-"""The gRPC surface, and what the router checks before requests on both surfaces: API keys, sizes, readiness."""
+"""The gRPC surface, and what the router adds to vLLM's HTTP app: API keys, size limits, CORS, readiness."""

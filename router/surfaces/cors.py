@@ -12,7 +12,7 @@ _SHOWN = ("retry-after", "x-request-id")
 
 
 def cors(origins: Sequence[str]) -> list[Callable]:
-    """Middleware to put around the check of keys: a browser's question what it may send has no key. Empty without origins.
+    """Middleware to put around the check of keys, because a browser's preflight request has no key. Empty without origins.
 
     Pages send their keys in headers; cookies are not used, so no credentials are allowed.
     """

@@ -35,7 +35,7 @@ from prefillshare.router.tenants import Tenants
 logger = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["PrefillShare"].full_name
-#: The largest answers have a session's tokens, if they are asked for.
+#: The largest answers hold a session's token ids, if they are asked for.
 _MAX_ANSWER_BYTES = 16 << 20
 
 

@@ -18,7 +18,7 @@ MOST_CHARS = 1_000
 
 
 async def abort(context, error: PrefillShareError) -> None:
-    """Does not return."""
+    """End the call with the error's status. Does not return."""
     retry_after_s = getattr(error, "retry_after_s", 0.0)
     status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=_cut(str(error)))
     detail = pb.ErrorDetail(

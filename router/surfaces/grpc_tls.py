@@ -11,7 +11,7 @@ from prefillshare.kvshare.errors import ConfigError
 
 
 def credentials(tls: Tls) -> grpc.ServerCredentials:
-    """If `client_ca_file` is given, clients must show a certificate signed by one in it. Raises ConfigError."""
+    """If `client_ca_file` is given, clients must show a certificate whose chain leads to it. Raises ConfigError."""
     pair = (_read(tls, "key_file"), _read(tls, "cert_file"))
     roots = _read(tls, "client_ca_file") if tls.client_ca_file else None
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)

@@ -43,6 +43,6 @@ class LayerChoice:
         return decoder.own_layers[-1]
 
     def took(self, pool: str, tokens: int, group: LayerGroup | None, seconds: float) -> None:
-        """Note the seconds from the decode call to the first token, of which the decoder computed `tokens` itself."""
+        """Note the seconds from a decode call to its first token. `tokens`: how many went through the layers of `group`."""
         if group and tokens >= LEAST_TOKENS:
             self._rates[pool].add(seconds, tokens * len(group))

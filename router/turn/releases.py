@@ -52,7 +52,7 @@ class Releases:
             self._tell(decode.replicas.on(usable[0].id).release, handoff, request_id)
 
     def give_up(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
-        """The turn has ended while its call to this decode replica was under way: the call may or may not have arrived."""
+        """Tell a decode replica that a turn has ended while its call there was under way; it may or may not have arrived."""
         self._tell(decode.replicas.on(replica).give_up, handoff, request_id)
 
     def _tell(self, method, handoff: Handoff, request_id: str) -> None:

@@ -1,4 +1,4 @@
-"""So many at once, and those who wait are let in tenant by tenant: what one asks for does not keep the others out."""
+"""A gate of fixed width: waiting callers are let in tenant by tenant, so that no tenant keeps the others out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prefillshare.kvshare.errors import Overloaded
 
 
 class FairGate:
-    """`width`: how many are inside at once. `most_waiting`: of one tenant; more are refused. One event loop."""
+    """`width`: callers inside at once. `most_waiting`: waiting callers of one tenant; more are refused. One event loop."""
 
     def __init__(self, what: str, width: int, most_waiting: int):
         self._what, self._free, self._most_waiting = what, width, most_waiting
-        #: In the order in which they are let in; a tenant that has been goes to the end.
+        #: Tenant -> its waiting callers, in the order in which tenants are served; a served tenant moves to the end.
         self._waiting: OrderedDict[str, deque[asyncio.Future]] = OrderedDict()
 
     @asynccontextmanager
     async def enter(self, tenant: str) -> AsyncIterator[None]:
-        """Raises Overloaded."""
+        """Be inside while the block runs. Raises Overloaded."""
         await self.join(tenant)
         try:
             yield
@@ -28,7 +28,7 @@ class FairGate:
             self.leave()
 
     async def join(self, tenant: str) -> None:
-        """Who returns from here is inside, until it calls `leave`. Raises Overloaded."""
+        """Wait to be let in; the caller is inside until it calls `leave`. Raises Overloaded."""
         if self._free and not self._waiting:
             self._free -= 1
             return

@@ -10,7 +10,7 @@ from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
 
 def make_sampling_params(**fields) -> SamplingParams:
-    """As vLLM's, streaming deltas; `max_tokens` unset stays unset. Raises InvalidInput for what vLLM refuses."""
+    """vLLM's SamplingParams, for streamed deltas; unset `max_tokens` stays None. Raises InvalidInput for what vLLM refuses."""
     with as_our_errors():
         return SamplingParams(**{"max_tokens": None, **fields}, output_kind=RequestOutputKind.DELTA)
 

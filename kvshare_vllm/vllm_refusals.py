@@ -1,4 +1,4 @@
-"""vLLM's refusals of a request, as errors of ours.
+"""vLLM's refusals of a request, as our own errors.
 
 Seam: vllm/exceptions.py, whose errors are no ValueErrors.
 """
@@ -15,11 +15,11 @@ from prefillshare.kvshare.errors import InvalidInput, Overloaded
 
 @contextmanager
 def as_our_errors() -> Iterator[None]:
-    """What vLLM refuses as wrong is InvalidInput that names vLLM's parameter; what it has no room for is Overloaded."""
+    """Raises InvalidInput, with vLLM's parameter, for what vLLM refuses as wrong; Overloaded for what it has no room for."""
     try:
         yield
     except VLLMClientError as error:
-        text = str(error.args[0] if error.args else error)  # str(error) says the parameter again
+        text = str(error.args[0] if error.args else error)  # str(error) repeats the parameter
         raise InvalidInput(text, field=getattr(error, "parameter", None)) from error
     except GracefulHTTPError as error:
         raise Overloaded(error.message, fix="try again") from error

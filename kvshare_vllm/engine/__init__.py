@@ -1,1 +1,1 @@
-"""One vLLM engine: how it is started and told apart by role, its scheduler and worker, and its life in a Serve replica."""
+"""One vLLM engine: how it starts in its role, its scheduler and worker, and its life in a Serve replica."""

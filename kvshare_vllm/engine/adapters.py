@@ -1,7 +1,7 @@
-"""The adapters of one engine, loaded and let go while it runs. One that cannot be loaded leaves the others as they are.
+"""The adapters of one engine, loaded and unloaded while it runs. One that cannot be loaded leaves the others as they are.
 
-vLLM keeps an adapter's weights for the modules it knows and drops the others without a word; what it has dropped is asked of
-the engine's own processes, and such an adapter is not served.
+vLLM keeps an adapter's weights for the modules it knows and silently drops the others. The engine's own processes are asked
+what was dropped, and an adapter that lost weights is not served.
 
 Seam: vllm/v1/engine/async_llm.py (`add_lora`); vllm/lora/worker_manager.py, vllm/lora/model_manager.py (`modules`)
 """
@@ -30,11 +30,11 @@ class Adapters:
         self.problems: dict[str, str] = {}
 
     async def serve(self, wanted: Mapping[str, str]) -> None:
-        """Load and unload so that these are served: name -> folder. Requests with an adapter that goes are let end. What cannot
-        be loaded is in `problems` afterwards. Raises EngineDeadError."""
+        """Load and unload adapters so that `wanted` (name -> folder) is served. Requests with an adapter that is unloaded may
+        run to their end. Adapters that cannot be loaded are in `problems` afterwards. Raises EngineDeadError."""
         self.problems.clear()
         for name in self.loaded.keys() - wanted.keys():
-            del self.loaded[name]  # vLLM drops its weights when another adapter wants the place
+            del self.loaded[name]  # vLLM drops its weights when another adapter needs the place
         for name, path in wanted.items():
             if name in self.loaded and self.loaded[name].lora_path == path:
                 continue
@@ -47,11 +47,11 @@ class Adapters:
                 self.loaded[name] = lora
 
     async def _load(self, lora: LoRARequest) -> str:
-        """Empty if it has been loaded, else why not; then nothing of it is left."""
+        """Load an adapter. Returns "" if it has been loaded, else the reason; nothing of it stays loaded in that case."""
         try:
             await self._llm.add_lora(lora)
             of_ranks = await self._llm.collective_rpc("adapter_weights_without_a_module", args=(lora.lora_int_id,))
-            dropped = set(of_ranks[0]).intersection(*of_ranks[1:])  # a stage of a pipeline has some of the modules only
+            dropped = set(of_ranks[0]).intersection(*of_ranks[1:])  # a pipeline stage has only some of the modules
             if not dropped:
                 return ""
             problem = f"the engine's model has no module for {len(dropped)} of its weights, {min(dropped)} among them"
@@ -67,6 +67,6 @@ class AdapterWeights:
     """Mixed into vLLM's workers (`worker_extension_cls`)."""
 
     def adapter_weights_without_a_module(self, number: int) -> list[str]:
-        """Of a loaded adapter: names of the modules that this process's model does not have."""
+        """Names of the modules of the loaded adapter `number` that this process's model does not have."""
         manager = self.model_runner.lora_manager._adapter_manager
         return sorted(manager.get_adapter(number).loras.keys() - manager.modules.keys())

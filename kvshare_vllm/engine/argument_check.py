@@ -1,10 +1,10 @@
-"""vLLM's own checks of the arguments that engines would start with: it makes their configurations, and no engine.
+"""Checks engines' arguments with vLLM's own code, which creates their configurations but no engine.
 
 `python -m prefillshare.kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name
 or null} from its standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to
 its output.
-`argument` is a field of EngineSettings, `engine_args.NAME`, or empty where no single one is at fault; `engine` is empty for
-what belongs to none. A process of its own: vLLM takes seconds to import, and writes to the environment.
+`argument` is a field of EngineSettings, `engine_args.NAME`, or empty if no single one is at fault; `engine` is empty for a
+problem that belongs to no engine. It runs in its own process: vLLM takes seconds to import and writes to the environment.
 
 Seam: vllm/engine/arg_utils.py (`create_engine_config`); vllm/tool_parsers/abstract_tool_parser.py
 """
@@ -55,7 +55,7 @@ def _of_parser(name: str) -> Iterator[dict[str, str]]:
 
 
 def refusal(settings: EngineSettings) -> str:
-    """What vLLM has against these; empty if nothing."""
+    """vLLM's objection to these settings; empty if it has none."""
     environment = dict(os.environ)
     try:
         set_environment(settings, "127.0.0.1", Ports(1, 2, 3))
@@ -71,7 +71,7 @@ def refusal(settings: EngineSettings) -> str:
 
 
 def _at_fault(settings: EngineSettings) -> str:
-    """The one argument without which vLLM has nothing against the others."""
+    """The one argument without which vLLM accepts the others; empty if there is none."""
     for key in settings.engine_args:
         if not refusal(dataclasses.replace(settings, engine_args=_without(settings.engine_args, key))):
             return f"engine_args.{key}"
@@ -86,7 +86,7 @@ def _without(arguments: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _here(settings: EngineSettings) -> EngineSettings:
-    """Other machines may have the devices that this one lacks: engines are checked as if they had one each."""
+    """The settings, with one device for an engine that wants more than this machine has: other machines may have them."""
     if current_platform.is_cpu() or settings.tensor_parallel_size <= current_platform.device_count():
         return settings
     return dataclasses.replace(settings, tensor_parallel_size=1)
@@ -94,7 +94,7 @@ def _here(settings: EngineSettings) -> EngineSettings:
 
 def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is no part of the answer
+    os.dup2(2, 1)  # what vLLM prints is not part of the answer
     asked = json.load(sys.stdin)
     if not current_platform.device_type:
         found: dict[str, Any] = {"problems": [], "unchecked": "vLLM finds no device on this machine"}

@@ -1,6 +1,6 @@
-"""An engine's outputs keep log-probabilities as the arrays that they come in, where vLLM makes a dict per token of them.
+"""An engine's outputs keep log-probabilities in the arrays they arrive in; vLLM would turn them into a dict per token.
 
-`CompletionOutput.logprobs` is a list of (token ids, values, rank) then, one per token, for `Logprobs.of_rows`.
+`CompletionOutput.logprobs` is then a list of (token ids, values, rank), one per token, for `Logprobs.of_rows`.
 
 Seam: vllm/v1/engine/output_processor.py (`OutputProcessor.add_request`, `RequestState.logprobs_processor`, which it cuts to the
 new tokens), vllm/v1/engine/logprobs.py (`LogprobsProcessor`)
@@ -17,14 +17,14 @@ from vllm.v1.outputs import LogprobsLists
 
 class _Arrays(LogprobsProcessor):
     def _update_sample_logprobs(self, logprobs_lists: LogprobsLists) -> None:
-        # A batch's arrays are as wide as the request in it wants that wants most.
+        # A batch's arrays are as wide as the largest number that one of its requests asks for.
         width = None if self.num_logprobs < 0 else self.num_logprobs + 1
         token_ids, values, ranks, _ = logprobs_lists
         self.logprobs.extend(zip(token_ids[:, :width], values[:, :width], ranks.tolist(), strict=True))
 
 
 def keep(processor: OutputProcessor) -> None:
-    """Of one engine's front end."""
+    """Have `processor`, of one engine's front end, keep the arrays."""
     stock = processor.add_request
 
     def add_request(request, *args, **kwargs) -> None:

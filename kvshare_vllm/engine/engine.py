@@ -1,4 +1,4 @@
-"""AsyncLLM as the two engines of the system: one that makes KV and hands it over, one that takes it and generates.
+"""AsyncLLM as the two engines of the system: one computes KV and hands it over, the other takes it and generates.
 
 Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
 """
@@ -48,7 +48,7 @@ from prefillshare.kvshare_vllm.patches import gentle_grammars, vllm_logging
 from prefillshare.kvshare_vllm.transfer import params
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
-#: An engine that has started but does not generate a token within so long has not started.
+#: Seconds within which an engine must generate its first token to count as started.
 FIRST_TOKEN_S = 300.0
 
 
@@ -113,7 +113,7 @@ class Engine:
             await engine.set_adapters(settings.adapters)
             if problems := engine.adapter_problems:
                 raise ValueError("; ".join(f"adapter {name}: {problem}" for name, problem in problems.items()))
-            async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at its first use is compiled before it is ready
+            async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at first use is compiled before it is ready
                 await engine.probe()
             return engine
         except Exception as error:
@@ -132,18 +132,18 @@ class Engine:
 
     @property
     def adapter_problems(self) -> Mapping[str, str]:
-        """Those that it was to serve and cannot load, and why."""
+        """The adapters that could not be loaded: name -> reason."""
         return self._adapters.problems
 
     async def set_adapters(self, adapters: Mapping[str, str]) -> None:
-        """Serve these: name -> folder. What cannot be loaded leaves the others alone; `adapter_problems` says so."""
+        """Serve these adapters: name -> folder. Those that cannot be loaded are in `adapter_problems`. Raises Unavailable."""
         try:
             await self._adapters.serve(adapters)
         except EngineDeadError as error:
             raise self._dead() from error
 
     async def set_log_level(self, level: str) -> None:
-        """Of this process and the engine's own."""
+        """Set the log level of this process and of the engine's own processes."""
         vllm_logging.set_level(level)
         await self._llm.collective_rpc("set_log_level", args=(level,))
 
@@ -160,7 +160,7 @@ class Engine:
 
     @property
     def blocks_total(self) -> int:
-        """Blocks requests can hold; one more is vLLM's null block."""
+        """Blocks that requests can hold, without vLLM's null block."""
         return (self._llm.vllm_config.cache_config.num_gpu_blocks or 1) - 1
 
     def stats(self) -> ReplicaStats:
@@ -176,13 +176,13 @@ class Engine:
         )
 
     async def nothing_held(self) -> None:
-        """Until no request and no lease holds a block; the lease bounds it."""
+        """Wait until no request and no lease holds a block, at most for the length of a lease."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self.settings.lease_s):
                 await self._gauges.nothing_held.wait()
 
     async def probe(self) -> None:
-        """Generate one token from one: proof that the engine steps. Raises Unavailable."""
+        """Generate one token from a prompt of one token, as proof that the engine steps. Raises Unavailable."""
         logprobs = self._probe_logprobs if self._llm.model_config.max_logprobs else None
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=logprobs, detokenize=False)
         async for _ in self._generate([0], sampling, f"probe-{uuid.uuid4().hex}", None, None):
@@ -223,8 +223,9 @@ class Engine:
         await self._llm.notify_kv_transfer_request_rejected(request_id, params.to_be_released(handoff.transfer))
 
     async def _release_unseen(self, handoff: Handoff | None, request_id: str, error: PrefillShareError) -> None:
-        """A call ends with `error` before anything came of it: if the engine has not seen the request, because it was refused
-        first, nobody reads the handoff. An engine that has, frees it itself; one that is Unavailable can tell nobody."""
+        """Release the handoff of a call that ended with `error` before its first output: if the request was refused before the
+        engine saw it, nobody would read the handoff. An engine that saw the request frees the handoff itself, and one that
+        is Unavailable cannot notify anybody."""
         if handoff is not None and not isinstance(error, Unavailable):
             await self.release(handoff, request_id)
 
@@ -254,16 +255,16 @@ class PrefillEngine(Engine):
     async def warm(
         self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
     ) -> PrefillResult:
-        """Only cache it."""
+        """Compute KV of `token_ids` for the prefix cache only; nothing is handed over."""
         output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None)
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
     async def pull(
         self, token_ids: list[int], lent: Handoff, request_id: str, *, cache_salt: str | None = None
     ) -> PrefillResult:
-        """Cache base KV that a decode engine has lent, all but that of the last token read instead of computed.
+        """Cache base KV that a decode engine has lent: only the last token's KV is computed, all other KV is read.
 
-        From the call on the loan is this engine's: it reads it or has the decode engine told that nobody will.
+        This engine owns the loan from the call on: it reads the KV or has the decode engine told that nobody will.
         Raises PrefixLost if it cannot be read.
         """
         wanted = len(token_ids) - 1
@@ -295,15 +296,15 @@ class PrefillEngine(Engine):
 
 
 class DecodeEngine(Engine):
-    _probe_logprobs = 1  # vLLM compiles how it ranks them
+    _probe_logprobs = 1  # vLLM compiles the code that ranks them
 
     def __init__(self, *parts):
         super().__init__(*parts)
         self._calls = FirstWord()
 
     async def own_next(self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0) -> Logprobs:
-        """What the decoder would say next with its own KV of all of `token_ids`, one row: for comparison with what it says
-        over shared KV (modes that recompute). Nothing of it is shared with anybody."""
+        """The decoder's log-probabilities for the next token over its own KV of all of `token_ids`, one row: for comparison
+        with those over shared KV (modes that recompute). None of this KV is shared."""
         extra = {"kv_transfer_params": params.to_prefill_alone()}
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=top, detokenize=False, extra_args=extra)
         name, rows = f"own-{uuid.uuid4().hex}", None
@@ -314,7 +315,7 @@ class DecodeEngine(Engine):
         return Logprobs.of_rows(rows)
 
     def check(self, handoff: Handoff) -> None:
-        """The contract again, at handoff (R4): an engine may have been replaced since start-up."""
+        """Check the contract again at handoff (R4): engines may have been replaced since start-up. Raises ContractMismatch."""
         if handoff.contract != self.settings.contract:
             raise ContractMismatch(
                 f"pool {self.settings.pool!r} reads KV of contract {self.settings.contract}, "
@@ -323,7 +324,7 @@ class DecodeEngine(Engine):
             )
 
     async def decode(self, request: DecodeRequest) -> AsyncIterator[TokenChunk]:
-        """Raises PrefixLost when the prefix must be handed over again; the tokens yielded so far stand."""
+        """Generate. Raises PrefixLost when the prefix must be handed over again; the tokens yielded so far remain valid."""
         request_id, handoff = request.request_id, request.handoff
         if not self._calls.holds(request_id, "begun"):
             raise Unavailable(f"request {request_id} was given up before it came")
@@ -334,7 +335,8 @@ class DecodeEngine(Engine):
             outputs = self._generate(
                 request.token_ids, sampling, request_id, request.adapter, salt, request.priority, request.trace
             )
-            # Closed here and now, however the loop ends, which aborts the request: an error keeps its frames, and these it.
+            # Closed at once however the loop ends, which aborts the request: an error would keep its frames alive, and with
+            # them `outputs`.
             async with aclosing(outputs):
                 async for output in outputs:
                     taken = True
@@ -345,7 +347,7 @@ class DecodeEngine(Engine):
             raise
 
     def _chunk(self, request_id: str, output: RequestOutput) -> TokenChunk:
-        """Raises what the output says of a request that has ended otherwise than well."""
+        """The output as a chunk. Raises the error that the output reports if the request has failed."""
         completion, told = output.outputs[0], params.Told(output.kv_transfer_params)
         if completion.finish_reason == "error":
             if told.refused:
@@ -369,13 +371,13 @@ class DecodeEngine(Engine):
         )
 
     async def give_up(self, handoff: Handoff, request_id: str) -> None:
-        """The turn whose `decode` was called, or was about to be, is gone. A call that has begun ends its lease itself; any
-        other never begins, and the prefill engine is told that nobody will read."""
+        """Called when a turn has gone whose `decode` was called or was about to be. A call that has begun ends its lease
+        itself; one that has not will never begin, and the prefill engine is told that nobody will read the KV."""
         if self._calls.holds(request_id, "given up"):
             await self.release(handoff, request_id)
 
     def _sampling(self, request: DecodeRequest) -> SamplingParams:
-        """The turn's, as the engine's scheduler and connector are to have it."""
+        """The turn's sampling parameters, with what the engine's scheduler and connector need to know."""
         self._check_handoff(request)
         transfer = request.handoff.transfer if request.handoff else None
         ask = params.to_read(transfer, replay=request.replay, lend=request.lend, own_layers=request.own_layers)
@@ -385,7 +387,7 @@ class DecodeEngine(Engine):
         return sampling
 
     def _check_handoff(self, request: DecodeRequest) -> None:
-        """It is of the shared prefix, under our contract."""
+        """Check that the handoff covers the shared prefix, under our contract. Raises Internal or ContractMismatch."""
         handoff = request.handoff
         expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay)
         if handoff is None:

@@ -1,14 +1,15 @@
-"""KV events an index can trust: what the prefix cache holds, told so that a router that missed something catches up.
+"""KV events that an index can trust: they report what the prefix cache holds, and a router that missed some can catch up.
 
-vLLM's publisher replays its last N batches; a router that joins later, or an idle engine, is never complete. Here:
+vLLM's publisher replays only its last N batches: a router that joins later, or follows an idle engine, never has the complete
+state. Here:
  1. Every change of the cache is published with a sequence number (ZMQ PUB), as vLLM does.
- 2. Where nothing changes, an empty batch goes out every HEARTBEAT_S: a subscriber that missed the last change, or has
+ 2. While nothing changes, an empty batch is sent every HEARTBEAT_S, so that a subscriber that missed the last change, or has
     just joined, sees the gap.
- 3. A replay request (ZMQ ROUTER) is answered with the state - cleared, then every block now held, in parts of STATE_BLOCKS
-    that all have the last number - instead of history. Its size is bounded by the cache, not by time.
+ 3. A replay request (ZMQ ROUTER) is answered with the state instead of history: cleared, then every block now held, in parts
+    of STATE_BLOCKS that all have the last sequence number. Its size is bounded by the cache, not by time.
 
-A block's key is told as the index needs it: the tenant's salt (R7), which vLLM puts into the first block's extra keys
-only, on every block; an adapter's name only where the block's key has it (in sharing pools it has not, R5). Events carry
+A block's event has what the index needs: the tenant's salt (R7) on every block, though vLLM puts it only into the first
+block's extra keys, and an adapter's name only if the block's key contains it (in sharing pools it does not, R5). Events carry
 prompts' token ids: both sockets are for holders of the deployment's key only (kvshare/channel_keys.py).
 
 Seam: vllm/distributed/kv_events.py, `EventPublisherFactory`; read by router/pools/kv_follower.py
@@ -58,7 +59,7 @@ class KeyedBlockStored(BlockStored, tag="BlockStored", kw_only=True):
 
 @dataclass(slots=True)
 class _Held:
-    """A key in the cache. vLLM may hold it in several blocks, and tells each one's coming and going."""
+    """A key in the cache. vLLM may hold it in several blocks, and reports each block's arrival and removal."""
 
     parent: Any
     token_ids: array
@@ -89,7 +90,7 @@ class StatePublisher(EventPublisher):
         self._topic = topic.encode()
         self._held: dict[Any, _Held] = {}
         self._sent_at = 0.0
-        # From the clock: an engine that restarts on this address goes on with higher numbers, which shows as a gap.
+        # Starts at the clock: an engine that restarts on this address continues with higher numbers, which shows as a gap.
         self._sequence = time.time_ns() // 1000
         self._encoder = msgspec.msgpack.Encoder()
         context = zmq.Context.instance()
@@ -133,13 +134,13 @@ class StatePublisher(EventPublisher):
                 if not self._work():
                     return
             except Exception:
-                # Whatever it was, nothing is claimed that may not be so: from here on the state is built anew.
+                # After any error the state may be wrong: it is cleared, and built anew from here on.
                 logger.exception("KV events could not be told")
                 self._held.clear()
                 self._send([AllBlocksCleared()], time.time())
 
     def _work(self) -> bool:
-        """One change, heartbeat or replay, waited for; False at the end."""
+        """Wait for one change, heartbeat or replay request and handle it; False at the end."""
         due_s = max(0.0, self._sent_at + HEARTBEAT_S - time.monotonic())
         ready = dict(self._work_to_do.poll(math.ceil(1000 * due_s)))
         if self._queued in ready:
@@ -175,7 +176,7 @@ class StatePublisher(EventPublisher):
         self._replays.send_multipart((client, b"", b"", END_SEQ, b""))
 
     def _apply(self, event) -> list:
-        """Fold an event of vLLM's into the state; returns what to publish for it."""
+        """Fold one of vLLM's events into the state; returns what to publish for it."""
         if isinstance(event, AllBlocksCleared):
             self._held.clear()
             return [event]
@@ -201,7 +202,7 @@ class StatePublisher(EventPublisher):
         return list(_told(stored))
 
     def _let_go(self, key) -> bool:
-        """One block less holds the key; True if none does any more."""
+        """Count one block less that holds the key; True if none is left."""
         held = self._held.get(key)
         if held is None:
             return False
@@ -212,7 +213,7 @@ class StatePublisher(EventPublisher):
 
 
 def _told(blocks: Iterable[tuple[Any, _Held]]) -> Iterator[KeyedBlockStored]:
-    """Events that tell these blocks, one per run of blocks of which each is the next one's parent."""
+    """Events that report these blocks, one event per run of blocks in which each is the parent of the next."""
     told: KeyedBlockStored | None = None
     for key, held in blocks:
         made_with = (held.block_size, held.medium, held.adapter, held.salt)
@@ -239,7 +240,7 @@ def _told(blocks: Iterable[tuple[Any, _Held]]) -> Iterator[KeyedBlockStored]:
 
 
 def _key_parts(extra_keys, lora_name: str | None) -> tuple[str | None, str | None]:
-    """(adapter, salt) of a block's extra keys: adapter first, if the key has it, then others, the salt among them."""
+    """(adapter, salt) of a block's extra keys: the adapter is first if the key contains it; the salt is among the others."""
     keys = list(extra_keys or ())
     adapter = keys.pop(0) if lora_name and keys and keys[0] == lora_name else None
     return adapter, next((key for key in keys if isinstance(key, str)), None)

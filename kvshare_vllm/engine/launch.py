@@ -38,7 +38,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}
     if s.adapters:
-        # While a deployment changes, the adapters that go and those that come are kept side by side, in the host's memory.
+        # While a deployment changes, the outgoing and the incoming adapters are kept side by side in the host's memory.
         args |= {"enable_lora": True, "max_loras": s.max_loras, "max_cpu_loras": 2 * s.max_loras}
         args |= {"max_lora_rank": s.max_lora_rank}
     if s.max_num_batched_tokens:
@@ -47,7 +47,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         args
         | {
             "model": s.model,
-            "served_model_name": s.pool,  # as vLLM's metrics name it
+            "served_model_name": s.pool,  # its name in vLLM's metrics
             "otlp_traces_endpoint": s.traces_endpoint,
             "logging_config": vllm_logging.config(s.log_level, s.log_format),
             "worker_extension_cls": "prefillshare.kvshare_vllm.engine.worker_calls.WorkerCalls",
@@ -75,9 +75,9 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
 
 @contextmanager
 def one_process(config, s: EngineSettings) -> Iterator[None]:
-    """CPU engines without tensor parallelism: scheduler and model in one process, threads bound as vLLM binds a worker's.
+    """Run scheduler and model of CPU engines without tensor parallelism in one process, threads bound as vLLM binds a worker's.
 
-    vLLM would start two that wait for each other by spinning; on few cores that takes the cores the model computes on.
+    vLLM would start two processes that wait for each other by spinning; if cores are few, the model lacks them.
     """
     if not current_platform.is_cpu() or s.tensor_parallel_size > 1:
         yield
@@ -98,9 +98,8 @@ class Ports:
 
 @contextmanager
 def reserved_ports(host: str, handshakes: int | None = None) -> Iterator[Ports]:
-    """Ports that stay ours until the engine listens on them: it binds them only when it has loaded its model, and nobody
-    may take them meanwhile. A socket that is bound and does not listen keeps others away, and lets ZMQ (which reuses
-    addresses) in."""
+    """Reserve ports until the engine listens on them: it binds them only after it has loaded its model, and nobody may take
+    them meanwhile. A socket that is bound but does not listen keeps others out, but not ZMQ, which reuses addresses."""
     with ExitStack() as held:
         ports = []
         for wanted in (handshakes or 0, 0, 0):
@@ -116,7 +115,7 @@ def kv_events_on(host: str, ports: Ports) -> KVEvents:
 
 
 def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
-    """vLLM reads these at import or engine start; the replica's process belongs to this one engine."""
+    """Set what vLLM reads at import or engine start; the replica's process belongs to this one engine."""
     env = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.handshakes),
@@ -135,13 +134,13 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
         }
     for name, value in _own_network(host).items():
         os.environ.setdefault(name, value)
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before this engine's own size
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override this engine's own size
     os.environ.update(env)
 
 
 def _own_network(host: str) -> dict[str, str]:
-    """Where the libraries below vLLM listen, unless the operator says otherwise. An engine's processes are on one machine, so
-    what they say to each other stays there; KV leaves it where `host` can be reached from elsewhere."""
+    """Environment that tells the libraries below vLLM where to listen, unless the operator sets it. An engine's processes are
+    on one machine, so their traffic stays there; KV leaves the machine only if `host` can be reached from elsewhere."""
     env = {"VLLM_HOST_IP": ADDRESS, "GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
     if is_loopback(host):
         env["UCX_NET_DEVICES"] = INTERFACE

@@ -1,4 +1,4 @@
-"""The end of an engine's log, kept at hand for the error that says why it did not start or died."""
+"""The end of an engine's log, kept for the error that says why the engine did not start or died."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LogTail:
     def __enter__(self) -> LogTail:
         sys.stdout.flush()
         sys.stderr.flush()
-        resource_tracker.ensure_running()  # one of this process, which outlives the engine: else it would keep the pipe open
+        resource_tracker.ensure_running()  # before the pipe exists: it outlives the engine and would keep the pipe open
         self._saved = (os.dup(1), os.dup(2))
         read, write = os.pipe()
         os.dup2(write, 1)
@@ -52,6 +52,6 @@ class LogTail:
         return b"".join(self._lines).decode(errors="replace").rstrip()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Wait for the reader; it ends once the engine's processes have."""
+        """Wait for the reader, which ends once the engine's processes have ended."""
         if self._thread is not None:
             self._thread.join(timeout_s)

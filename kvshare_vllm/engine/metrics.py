@@ -30,7 +30,7 @@ class EngineMetrics(RayPrometheusStatLogger):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # One series for every set of adapters that ever ran together: without bound.
+        # It would have a series for every set of adapters that ever ran together, without bound.
         self.gauge_lora_info = None
         threading.Thread(target=_keep_setting, name="engine-gauges", daemon=True).start()
 

@@ -1,10 +1,10 @@
 """The scheduler of decode engines whose decoders compute some layers of a shared prefix themselves (DroidSpeak).
 
-What a request adds to a turn as engine/scheduler.py has it:
- 1. Its load is in two: what enters its own layers, and the other layers' KV, the rest (transfer/loads.py).
- 2. When it has been loaded, or before the rest where that pays, the prefix is scheduled like a prompt; the worker runs it
-    through the request's own layers only.
- 3. What comes after the prefix passes through all layers, and waits for their KV.
+A request differs from what engine/scheduler.py describes in this:
+ 1. Its load has two parts: what enters its own layers, and the other layers' KV, called the rest (transfer/loads.py).
+ 2. When both have been loaded, or already before the rest if that pays, the prefix is scheduled like a prompt; the worker
+    runs it through the request's own layers only.
+ 3. Tokens after the prefix pass through all layers, and wait for the other layers' KV.
 
 Seam: vllm/v1/core/sched/scheduler.py
 """
@@ -35,14 +35,15 @@ class OwnLayersScheduler(SharedKVScheduler):
         return asked.prefills_alone
 
     def _get_local_prefix_cache_hit(self, request: Request):
-        if request.request_id in self._own_layers:  # it has its blocks, and all of their tokens are to be scheduled
+        if request.request_id in self._own_layers:  # its blocks are allocated, and all of their tokens are to be scheduled
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, request.shared_prefix_boundary, False
         return super()._get_local_prefix_cache_hit(request)
 
     # Loads in two parts ---------------------------------------------------------------------------------------------
 
     def _ended(self, names: list[str]) -> set[str]:
-        """Of two loads, the first lets the request begin where that pays; blocks of one that has ended are freed after both."""
+        """The requests that wait no longer. If a load has two parts, its request may begin after the first where that pays; the
+        blocks of a finished request are freed only after both."""
         ended = set()
         for name in names:
             arrival = self._loads.arrived(name)
@@ -57,7 +58,7 @@ class OwnLayersScheduler(SharedKVScheduler):
         return ended
 
     def _handle_failed_recving(self, failed_req_ids):
-        """A rest may fail when its request has begun, when it waits for both loads, and when it may begin and has no room."""
+        """A rest may fail after its request has begun, while it waits for both parts, or while it may begin but has no room."""
         rests = {request_of(name) for name in failed_req_ids if is_rest(name)}
         failed = {rid for rid in rests if self._loads.is_under_way(rid) and not self.requests[rid].is_finished()}
         self._failed_loads |= failed
@@ -73,7 +74,7 @@ class OwnLayersScheduler(SharedKVScheduler):
     # The prefix in the request's own layers -------------------------------------------------------------------------
 
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
-        """It has been loaded. What was loaded is scheduled like a prompt."""
+        """The request's prefix has been loaded: it is scheduled like a prompt."""
         group = Asked(request.kv_transfer_params).own_layers
         if group and request.request_id not in self.failed_recving_kv_req_ids:
             self._own_layers[request.request_id] = OwnLayers(self._loads.shared_tokens_of(request), group)
@@ -92,7 +93,7 @@ class OwnLayersScheduler(SharedKVScheduler):
         return meta
 
     def _own_layers_of(self, scheduler_output) -> dict[str, OwnLayers]:
-        """Of the requests in this step whose shared prefix is not yet scheduled to its end."""
+        """The own layers of the requests in this step whose shared prefix had not been scheduled to its end before it."""
         scheduled = {rid: own for rid, own in self._own_layers.items() if rid in scheduler_output.num_scheduled_tokens}
         for request_id, own in scheduled.items():
             computed = self.requests[request_id].num_computed_tokens

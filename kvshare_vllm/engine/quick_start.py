@@ -1,8 +1,8 @@
-"""Processes that import vLLM start and end sooner: meanwhile Python looks for no garbage.
+"""Processes that import vLLM start and end sooner, because Python's garbage collector is off meanwhile.
 
-Imports make half a million objects that stay. Looking through them for garbage, again and again, was more than a quarter of
-the work of importing vLLM, and every full collection afterwards would look through them once more, with an event loop waiting
-for it. So there is none while a process imports, and what is there then is left out for good.
+Imports create half a million objects that stay. Scanning them for garbage again and again was more than a quarter of the work
+of importing vLLM, and every later full collection would scan them once more while an event loop waits. So the collector is
+off while a process imports, and the objects that exist afterwards are exempt from collection for good.
 
 Seam: multiprocessing/spawn.py (`get_preparation_data`)
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-#: What processes that are spawned import first.
+#: The module that spawned processes import first.
 _FIRST = "prefillshare.kvshare_vllm.engine.spawned"
 
 
@@ -25,7 +25,7 @@ def pause() -> None:
 
 
 def end_soon() -> None:
-    """This process ends without looking for garbage, too: with vLLM imported that took it four seconds, and it was killed."""
+    """Have this process end without collecting garbage: with vLLM imported that took four seconds, and it was killed."""
     atexit.register(gc.freeze)
     atexit.register(gc.disable)
 
@@ -39,7 +39,7 @@ def resume() -> None:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """While this process imports."""
+    """Pause the collector while this process imports."""
     pause()
     try:
         yield
@@ -49,9 +49,9 @@ def paused() -> Iterator[None]:
 
 @contextmanager
 def of_spawned() -> Iterator[None]:
-    """Processes that are spawned meanwhile, and those that they spawn, pause before they import anything, until the plugin is
-    loaded. A spawned process imports its parent's main module first; here that is another one, and none of the parent's own
-    functions can be what it runs."""
+    """Have processes that are spawned meanwhile, and those that they spawn, pause the collector before they import anything,
+    until the plugin is loaded. A spawned process imports its parent's main module first. Here another module takes its place,
+    so the spawned process cannot run functions of the parent's main module."""
     main = sys.modules["__main__"]
     spec, main.__spec__ = main.__spec__, find_spec(_FIRST)
     try:

@@ -1,6 +1,6 @@
 """What a replica takes from the Ray node that it runs on: the address it listens on, and the key of its channels.
 
-A replica listens where Ray's own processes of the node do. A deployment whose surfaces are on loopback starts Ray there too
+A replica listens where the node's Ray processes do. A deployment whose surfaces are on loopback starts Ray there too
 (prefillshare/local_ray.py), so that nothing of it can be reached from another machine. Elsewhere the channels between engines
 and routers carry prompts over the network: they are protected by a key that comes from Ray's authentication token, which
 every process of the cluster has.
@@ -48,7 +48,7 @@ def channel_secret() -> str | None:
 
 
 def _keep_serve_on_loopback() -> None:
-    """The port that Serve opens for calls between replicas: after a replica's constructor, and on every address."""
+    """Bind Serve's port for calls between replicas to loopback. Serve opens it on all addresses, after the constructor."""
     from ray.serve._private import replica
 
     stock = replica.add_port_to_grpc_server

@@ -16,7 +16,7 @@ from prefillshare.kvshare_vllm.patches import vllm_logging
 
 
 class EngineReplica(ABC):
-    """Base of the Serve deployments. The class is imported where nothing runs; the engine's own is not."""
+    """Base of the Serve deployments. This class is also imported where no engine runs; the engine's own class is not."""
 
     @staticmethod
     @abstractmethod
@@ -37,7 +37,7 @@ class EngineReplica(ABC):
         await self._engine.set_log_level(changeable["log_level"])
 
     async def adapters(self) -> dict[str, str]:
-        """Of those it was told to serve: name -> why it cannot, empty where it does. One that is still being loaded is none."""
+        """The adapters it was told to serve: name -> why it cannot, empty if it does. Those still being loaded are left out."""
         return dict.fromkeys(self._engine.adapters, "") | dict(self._engine.adapter_problems)
 
     async def describe(self) -> ReplicaInfo:
@@ -65,7 +65,7 @@ class EngineReplica(ABC):
         await self._engine.check_health()
 
     async def __del__(self):
-        """Serve calls this when no call is running any more. KV that is still leased is waited for, as long as it may be."""
+        """Serve calls this when no call is running any more. Waits until no KV is leased, at most for the length of a lease."""
         if engine := getattr(self, "_engine", None):
             await engine.nothing_held()
             engine.close()

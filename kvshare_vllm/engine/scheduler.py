@@ -84,7 +84,7 @@ class SharedKVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _may_prefill(self, asked: Asked) -> bool:
-        """The request asks for what the decoder would say over its own KV."""
+        """Whether the request may prefill here, because it asks for the decoder's predictions over its own KV."""
         return False
 
     def _refuse(self, request: Request, why: str) -> None:
@@ -110,7 +110,7 @@ class SharedKVScheduler(AsyncScheduler):
             self._grammars_behind.discard(request.request_id)
             grammar = request.structured_output_request.grammar
             if not grammar.accept_tokens(request.request_id, list(request.output_token_ids)):
-                self.grammar_compile_error_reqs.add(request.request_id)  # as vLLM ends a request its grammar refuses
+                self.grammar_compile_error_reqs.add(request.request_id)  # how vLLM ends a request its grammar refuses
                 return False
             request.status = RequestStatus.PREEMPTED
         return ready
@@ -122,7 +122,7 @@ class SharedKVScheduler(AsyncScheduler):
         super()._update_from_kv_xfer_finished(replace(kv_connector_output, finished_recving=ended))
 
     def _ended(self, names: list[str]) -> set[str]:
-        """Of loads that have arrived, well or badly, the requests that have waited for them."""
+        """The requests that waited for these loads, which have succeeded or failed."""
         return {self._loads.arrived(name).request_id for name in names}
 
     def _handle_failed_recving(self, failed_req_ids):
@@ -133,7 +133,7 @@ class SharedKVScheduler(AsyncScheduler):
     def _build_kv_connector_meta(self, connector, scheduler_output):
         meta = super()._build_kv_connector_meta(connector, scheduler_output)
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids & self._replays
-        # The V1 model runner knows resumed requests only if it has run them before; ours it has not (worker.py).
+        # The V1 model runner knows a resumed request only if it has run it before; it has not run these (worker.py).
         meta.restored_requests = [
             NewRequestData.from_request(self.requests[rid], self.kv_cache_manager.get_block_ids(rid)) for rid in resumed
         ]

@@ -1,8 +1,8 @@
 """The decode engine's worker: restores the state of a resumed request that this process has not run before.
 
-vLLM's V2 model runner takes a resumed request as new, tokens and all, and draws its noise from (seed, position):
-nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table: we put it there first. Its seeded
-requests get generators that a prompt may come to in chunks.
+vLLM's V2 model runner takes a resumed request as new, with all of its tokens, and draws its noise from (seed, position), so
+there is nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table, so it is put there first.
+Seeded requests of the V1 runner get generators that stay right when a prompt is computed in chunks.
 
 Seam: vllm/v1/worker/gpu_model_runner.py, `_update_states`; vllm/v1/sample/ops/topk_topp_sampler.py (draws per token).
 """
@@ -34,7 +34,7 @@ class ReplayGenerator(torch.Generator):
 
     @classmethod
     def after(cls, drawn: int, seed: int) -> ReplayGenerator:
-        """As it stands after so many sampled tokens: on CPUs one integer per token seeds the fused kernel."""
+        """A generator as it is after `drawn` sampled tokens: on CPUs one integer per token seeds the fused kernel."""
         made = cls()
         made.manual_seed(seed)
         for _ in range(drawn):
@@ -80,7 +80,7 @@ class SharedKVWorker(PlatformWorker):
         return super().execute_model(scheduler_output)
 
     def _generator_after(self, params, drawn: int) -> torch.Generator | None:
-        """The request's generator as it stands after `drawn` sampled tokens."""
+        """The request's generator as it is after `drawn` sampled tokens."""
         if params.sampling_type != SamplingType.RANDOM_SEED:
             return None
         if current_platform.is_cpu():
@@ -94,7 +94,7 @@ class SharedKVWorker(PlatformWorker):
 
 
 def take_back_draws(runner) -> None:
-    """From now on the V1 runner's new requests that are seeded have generators that can."""
+    """From now on, the V1 runner's new seeded requests have generators that can take back a draw."""
     stock = runner._update_states
 
     def update_states(scheduler_output):

@@ -1,4 +1,4 @@
-"""OpenMP's runtime in a forked process: begun in its parent, it has taken its settings from that one's environment.
+"""Restarts OpenMP's runtime in a forked process: the inherited one took its settings from the parent's environment.
 
 Seam: Intel's libiomp5 (`omp_pause_resource_all`, OpenMP 5.0: after a hard pause the runtime begins anew when it is used, and
 then this one reads the environment again; GNU's does not); vllm/utils/ompmultiprocessing.py, which says by the environment
@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 
 _HARD = 2
-#: The file, as it stands in LD_PRELOAD.
+#: The runtime's file name, as in LD_PRELOAD.
 RUNTIME = "libiomp5.so"
 
 
 def begin_anew() -> None:
-    """Where the runtime is there. Raises RuntimeError if it cannot, for an engine would compute on cores of others."""
+    """Restart the runtime if it is loaded. Raises RuntimeError if that fails: an engine would compute on others' cores."""
     if (pause := getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)) and pause(_HARD):
         raise RuntimeError("OpenMP's runtime could not be paused: its threads would not run on the cores of this process")

@@ -1,4 +1,4 @@
-"""How one process tells another what to be: all that a child of its own would have from it. Standard library only."""
+"""How a process tells another what to become: it sends all that a child of its own would inherit. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_FILES = 64
 
 @dataclass(frozen=True)
 class Program:
-    """What `python *argv` would be, started here and now. `files`: descriptors that it has, under these numbers."""
+    """What `python *argv` would be if started here and now. `files`: the numbers of the descriptors that it has."""
 
     argv: list[str]
     files: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -34,14 +34,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Received:
-    """A program, with its files under whatever numbers they came."""
+    """A received program. `files`: its descriptors, under the numbers that they have in this process."""
 
     program: Program
     files: list[int]
 
     def adopt(self) -> None:
-        """Make this process what the program wants; what it runs is the caller's to run."""
-        from prefillshare.kvshare_vllm.forkserver import openmp  # the stand-in, which adopts nothing, is to start at once
+        """Give this process the program's files, environment, folder, cores and niceness. The caller runs its code."""
+        from prefillshare.kvshare_vllm.forkserver import openmp  # the stand-in adopts nothing, and has to start at once
 
         above = max([*self.program.files, *self.files], default=0) + 1
         moved = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in self.files]
@@ -63,7 +63,7 @@ class Received:
 
 
 def receive(connection: socket.socket) -> Received | None:
-    """None if the other end closed before it had sent a program. Raises OSError, ValueError or TypeError for what is none."""
+    """None if the other end closed before it had sent a program. Raises OSError, ValueError or TypeError for anything else."""
     head, files, _, _ = socket.recv_fds(connection, _HEAD, _MAX_FILES)
     with ExitStack() as unless_received:
         for file in files:
@@ -78,7 +78,7 @@ def receive(connection: socket.socket) -> Received | None:
 
 @contextmanager
 def named(path: os.PathLike | str) -> Iterator[str]:
-    """A short name of a socket: the kernel takes 107 bytes, TMPDIR may be longer. Raises OSError without its folder."""
+    """A short name for a socket: the kernel accepts 107 bytes, and TMPDIR may be longer. Raises OSError without its folder."""
     folder, name = os.path.split(path)
     folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:

@@ -1,6 +1,6 @@
 """The server: python -m prefillshare.kvshare_vllm.forkserver.server LISTENER [MODULE ...]
 
-`LISTENER`: file descriptor of a socket that listens. It ends when its standard input does.
+`LISTENER`: file descriptor of a socket that listens. The server ends when its standard input does.
 
 Seam: ray/_raylet (`RayConfig` takes what is particular to a worker from the environment when it is imported, so that it is not
 imported here); ray/_private/workers/default_worker.py, which is the script that is run
@@ -23,7 +23,7 @@ from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.forkserver.passing import Received, receive
 from prefillshare.kvshare_vllm.forkserver.stand_in import STARTED
 
-#: What is imported unless modules are named: what replicas, routers and engines want of vLLM, and what takes them long.
+#: Imported unless modules are named: what replicas, routers and engines need from vLLM and what takes long to import.
 PRELOADED = (
     "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.async_llm",
@@ -31,12 +31,12 @@ PRELOADED = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
-#: Longest that whoever asks takes to do so; others wait meanwhile.
+#: Seconds that a process has to send what it asks for; others wait meanwhile.
 ASKING_S = 5
 
 
 class _Withheld:
-    """A finder that finds no Ray."""
+    """An import finder that hides Ray."""
 
     def find_spec(self, name: str, path=None, target=None):
         if name.partition(".")[0] == "ray":
@@ -46,7 +46,7 @@ class _Withheld:
 
 @contextmanager
 def _ray_withheld() -> Iterator[None]:
-    """Modules inside believe that there is no Ray. Those of vLLM that are about Ray are forgotten, to be imported again."""
+    """Hide Ray from modules that are imported meanwhile. Forgets vLLM's modules about Ray, so that they are imported again."""
     finder = _Withheld()
     sys.meta_path.insert(0, finder)
     try:
@@ -68,7 +68,7 @@ def preload(modules: tuple[str, ...]) -> None:
 
 
 def serve(listener: socket.socket) -> tuple[Received, socket.socket]:
-    """Fork a process for each that asks; in that process, returns what it is to be. Ends with the standard input."""
+    """Fork a process for each that asks; returns in that process, with what it is to become. Exits when standard input ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
     while True:
         ready, _, _ = select.select([0, listener], [], [])

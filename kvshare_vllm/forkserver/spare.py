@@ -1,4 +1,4 @@
-"""Processes forked in advance, for those that this one will spawn: each is this one's child, as if it had been spawned.
+"""Processes forked in advance for those that this one will spawn: each is a child of this one, as if it had been spawned.
 
 Seam: multiprocessing/util.py (`spawnv_passfds`), multiprocessing/popen_spawn_posix.py; vllm/v1/engine/utils.py
 (`CoreEngineProcManager`, which spawns an engine's process)
@@ -18,7 +18,7 @@ from setproctitle import setproctitle
 
 from prefillshare.kvshare_vllm.forkserver.passing import Program, receive
 
-#: A spawned process is Python with this argument, and a program of multiprocessing's own before it.
+#: A spawned process is Python with a program of multiprocessing's own, followed by this argument.
 _SPAWNED = "--multiprocessing-fork"
 
 
@@ -32,7 +32,7 @@ _spares: list[_Spare] = []
 
 
 def make(*forget: Callable[[], None]) -> None:
-    """Called while this process has no thread. `forget`: called in the spare, to close what is not for it."""
+    """Fork a spare. Called while this process has no threads. `forget`: called in the spare, to close what is not for it."""
     ours, its = socket.socketpair()
     if pid := os.fork():
         its.close()
@@ -51,7 +51,7 @@ def _become(connection: socket.socket) -> None:
         asked = receive(connection)
     except KeyboardInterrupt:
         asked = None
-    if asked is None:  # whose spare it was has ended
+    if asked is None:  # the process whose spare this is has ended
         os._exit(0)
     connection.close()
     asked.adopt()
@@ -63,7 +63,7 @@ def _become(connection: socket.socket) -> None:
 
 @contextmanager
 def become_what_is_spawned() -> Iterator[None]:
-    """Processes that are spawned meanwhile are spares as long as there are some."""
+    """Have spares take the place of processes that are spawned meanwhile, as long as there are spares."""
     stock = util.spawnv_passfds
 
     def spawn(path, args, files):

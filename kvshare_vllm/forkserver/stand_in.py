@@ -1,15 +1,15 @@
-"""Stands where Ray would start Python for a worker: python -I -S stand_in.py SOCKET SPARES SCRIPT ARGUMENTS
+"""Runs where Ray would start Python for a worker: python -I -S stand_in.py SOCKET SPARES SCRIPT ARGUMENTS
 
-Asks the server for a process that runs the script, and ends when that does. Nothing that takes time is imported here.
+Asks the server for a process that runs the script, and ends when that process ends. Nothing slow is imported here.
 """
 
 import os
 import socket
 import sys
 
-#: What the server says when there is a process.
+#: The answer once there is a process.
 STARTED = b"+"
-#: The server may still be importing.
+#: Seconds to wait for the server, which may still be importing.
 PATIENCE_S = 50
 
 

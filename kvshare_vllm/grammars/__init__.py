@@ -1,1 +1,1 @@
-"""Formats of responses: compiled in a process that can be killed, and tried before an engine gets them."""
+"""Response formats: compiled in a process that can be killed, and tried before an engine gets them."""

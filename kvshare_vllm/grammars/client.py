@@ -1,7 +1,7 @@
-"""The process that compiles grammars (grammar_process.py), as the router sees it: started at its first job, and
-again if it died.
+"""The router's side of the process that compiles grammars (grammar_process.py), which is started at its first job, and again
+if it died.
 
-Owns the process and the thread that reads its verdicts, which ends with it.
+Owns the process and the thread that reads its verdicts; the thread ends with the process.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from contextlib import suppress
 
 from prefillshare.kvshare.errors import Unavailable
 
-#: What a verdict says where the child that compiled had to be ended, or ended itself.
+#: Verdicts on a child that had to be killed while it compiled, or died.
 TOO_MUCH_CPU, TOO_MUCH_TIME, DIED = "cpu", "wall", "died"
-#: The process imports for seconds, on a busy machine for longer.
+#: Seconds that the process may take to start: it imports for seconds, and for longer on a busy machine.
 START_S = 120.0
-#: A compilation that has not had its CPU time by then runs on a machine that is too busy, seconds.
+#: Seconds after which a compilation that has not had its CPU time is given up: the machine is too busy.
 LONGEST_S = 90.0
 _MODULE = "prefillshare.kvshare_vllm.grammars.process"
 
 
 class GrammarClient:
-    """`tokenizer_info`: makes what the process needs to know of the tokenizer; called off the event loop. One event loop."""
+    """`tokenizer_info`: returns what the process must know of the tokenizer; called off the event loop. One event loop."""
 
     def __init__(self, tokenizer_info, cpu_s: float):
         self._tokenizer_info, self._cpu_s = tokenizer_info, cpu_s
@@ -37,7 +37,7 @@ class GrammarClient:
         self._asked: dict[int | str, asyncio.Future] = {}
 
     async def try_out(self, kind: str, spec: str) -> str | None:
-        """What is wrong with a grammar; None: nothing. Raises Unavailable if the process does not start or dies."""
+        """What is wrong with a grammar; None if nothing is. Raises Unavailable if the process does not start or dies."""
         async with self._starting:
             if self._process is None or self._process.poll() is not None:
                 await self._start()
@@ -64,7 +64,7 @@ class GrammarClient:
                 await asyncio.to_thread(_write, process, json.dumps(told).encode() + b"\n")
                 return await verdict
         except (TimeoutError, OSError) as error:
-            process.kill()  # it answers for others no more than for this one
+            process.kill()  # it would not answer other requests either
             raise Unavailable(f"grammars cannot be compiled now: {error or 'no answer'}", fix="try again") from error
         finally:
             del self._asked[number]

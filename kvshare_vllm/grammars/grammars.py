@@ -1,9 +1,9 @@
-"""Formats of responses (JSON schema, regex, choice, grammar, structural tag): an engine gets only what has been tried before.
+"""Response formats (JSON schema, regex, choice, grammar, structural tag): an engine gets only formats that have been tried.
 
 vLLM converts a request's grammar on the event loop and compiles it beside an engine's steps, for as long as it takes. Here:
-1. It is bounded by its size, and refused if engines would not hold a response to all of it.
+1. Its size is bounded, and it is refused if engines would not enforce all of it.
 2. A process of its own compiles it and takes some steps with it, in limited CPU time (grammar_process.py). Tenants take turns.
-3. The verdict is kept. What fails is refused with its field; it has reached neither a queue nor an engine.
+3. The verdict is kept. A format that fails is refused with its field before it reaches a queue or an engine.
 
 Seam: vllm/sampling_params.py (_validate_structured_outputs), vllm/v1/structured_output/{utils,backend_xgrammar}.py
 """
@@ -28,10 +28,10 @@ from prefillshare.kvshare_vllm.fair_gate import FairGate
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
 
-#: The one backend of router and engines: vLLM would choose by what the first request asks for, and keep it.
+#: The backend of the router and of all engines: vLLM would choose one by what the first request asks for, and keep it.
 BACKEND = "xgrammar"
 MOST_BYTES = 128 << 10
-#: Grammars compiled at once; of one tenant waiting; verdicts kept; how long a request waits for its own, seconds.
+#: Grammars compiled at once; waiting requests of one tenant; verdicts kept; seconds that a request waits for its verdict.
 AT_ONCE, MOST_WAITING, KEPT, PATIENCE_S = 2, 16, 4096, 120.0
 
 _FIELDS = {name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar", "structural_tag")}
@@ -39,12 +39,12 @@ _FIELDS["json"] = "response_format"
 _CHEAPER = "lower the bounds of repetitions and lengths, do not nest them, and give fewer alternatives"
 _CORRECT = "correct it, or leave out what is not supported"
 
-#: (kind, grammar) -> what is wrong with it, as grammar_process.py tells it.
+#: (kind, grammar) -> what is wrong with it, as grammar_process.py reports it.
 Try = Callable[[str, str], Awaitable[str | None]]
 
 
 class Grammar(NamedTuple):
-    """`kind`: as grammar_process.py knows it. `field`: what a client sent it as."""
+    """`kind`: one that grammar_process.py knows. `field`: the request field that held it."""
 
     field: str
     kind: str
@@ -63,7 +63,8 @@ class Grammars:
         self._verdicts: OrderedDict[tuple[str, bytes], _Fault | None] = OrderedDict()
 
     async def tried(self, asked: StructuredOutputsParams) -> StructuredOutputsParams:
-        """What engines get. Raises InvalidInput for what they cannot hold in time, and what the wait for it raises."""
+        """The format as engines get it. Raises InvalidInput if they cannot enforce it in time, and what waiting for the verdict
+        raises."""
         if (grammar := laid_out(asked)) is None:
             return _for_engines(json_object=True)
         key = (grammar.kind, hashlib.sha256(grammar.spec.encode("utf-8", "surrogatepass")).digest())
@@ -77,7 +78,7 @@ class Grammars:
     async def _have_tried(self, key: tuple[str, bytes], grammar: Grammar) -> None:
         try:
             async with asyncio.timeout(PATIENCE_S), self._gate.enter(current_caller.get().tenant):
-                if key in self._verdicts:  # of another request, meanwhile
+                if key in self._verdicts:  # tried for another request meanwhile
                     return
                 self._verdicts[key] = self._fault(await self._try_out(grammar.kind, grammar.spec))
         except TimeoutError:
@@ -88,7 +89,7 @@ class Grammars:
     def _fault(self, problem: str | None) -> _Fault | None:
         if problem is None:
             return None
-        if problem == TOO_MUCH_TIME:  # not its fault: the next time is another
+        if problem == TOO_MUCH_TIME:  # not the grammar's fault: the next attempt may succeed
             raise Unavailable("the machine is too busy to compile the format of the response", fix="try again")
         if problem == TOO_MUCH_CPU:
             text = f"compiling it takes more than {self._cpu_s:g} s of CPU time (router.grammar_cpu_s)"
@@ -99,7 +100,7 @@ class Grammars:
 
 
 def check_size(asked: StructuredOutputsParams) -> None:
-    """Before anything is made of it. Raises InvalidInput."""
+    """Check the size before the format is processed. Raises InvalidInput."""
     for name, field in _FIELDS.items():
         value = getattr(asked, name)
         size = len(value if isinstance(value, str) else json.dumps(value)) if value is not None else 0
@@ -108,7 +109,7 @@ def check_size(asked: StructuredOutputsParams) -> None:
 
 
 def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
-    """What is to be compiled; None for any JSON object, which every engine knows. Raises InvalidInput."""
+    """The grammar to be compiled; None if any JSON object will do, which every engine knows. Raises InvalidInput."""
     check_size(asked)
     for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
         if getattr(asked, name):
@@ -137,7 +138,7 @@ def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
 
 
 def _schema(given: str | dict) -> str:
-    """As engines get it."""
+    """The schema as engines get it. Raises InvalidInput."""
     field = _FIELDS["json"]
     try:
         schema = json.loads(given) if isinstance(given, str) else given

@@ -4,9 +4,10 @@
 1. The first line of standard input is the tokenizer's information, as xgrammar serialises it.
 2. Every further line is a job: {"id", "kind", "spec", "cpu_s", "wall_s"}. A child compiles it as an engine will, and then
    takes some steps with it as an engine's would: a grammar that compiles at once can still take seconds per token.
-3. Every line of standard output is a verdict: {"id", "problem"}; "problem" is null for a grammar that is cheap and held.
+3. Every line of standard output is a verdict: {"id", "problem"}; "problem" is null for a grammar that is cheap and enforced.
 
-A child may use `cpu_s` of CPU time, whoever else wants the cores, and MORE_MEMORY_BYTES. When standard input ends, so does all.
+A child may use `cpu_s` of CPU time, however busy the cores are, and MORE_MEMORY_BYTES. When standard input ends, the process
+and its children end.
 
 Seam: vllm/v1/structured_output/backend_xgrammar.py (XgrammarBackend.compile_grammar)
 """
@@ -32,7 +33,7 @@ from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MU
 
 THREADS, NICENESS = 2, 10
 MORE_MEMORY_BYTES = 2 << 30
-#: Steps tried, and the CPU time that one of them may take: it is added to the step of everybody in the batch.
+#: Steps tried, and the CPU seconds that one of them may take, which delay every request in the batch.
 STEPS, MOST_STEP_S = 64, 0.02
 
 
@@ -60,7 +61,7 @@ def compiled(info: xgrammar.TokenizerInfo, kind: str, spec: str) -> xgrammar.Com
 
 
 def dearest_step_s(info: xgrammar.TokenizerInfo, grammar: xgrammar.CompiledGrammar) -> float:
-    """CPU seconds of the dearest step, over a response of the longest tokens and one of any. Stops at MOST_STEP_S."""
+    """CPU seconds of the dearest step, over a response of the longest tokens and one of random ones. Stops at MOST_STEP_S."""
     lengths = np.array([len(token) for token in info.decoded_vocab])
     lengths[list({*info.special_token_ids, *info.stop_token_ids})] = 0
     mask, chance, dearest = xgrammar.allocate_token_bitmask(1, info.vocab_size), random.Random(0), 0.0
@@ -84,7 +85,7 @@ def dearest_step_s(info: xgrammar.TokenizerInfo, grammar: xgrammar.CompiledGramm
 
 
 def problem_of(info: xgrammar.TokenizerInfo, kind: str, spec: str) -> str | None:
-    """What is wrong with a grammar. In a process that may be killed meanwhile."""
+    """What is wrong with a grammar; None if nothing is. Runs in a process that may be killed meanwhile."""
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)  # xgrammar warns there of what it leaves out
         try:
@@ -100,12 +101,12 @@ def problem_of(info: xgrammar.TokenizerInfo, kind: str, spec: str) -> str | None
 
 
 def _plain(text: str) -> str:
-    """Without where in xgrammar's sources it was said."""
+    """The message without its position in xgrammar's sources."""
     return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", text).strip()
 
 
 def serve(info: xgrammar.TokenizerInfo, jobs: int = 0, verdicts: int = 1) -> None:
-    """Until `jobs` (a file descriptor) ends. Single-threaded, so that it may fork."""
+    """Take jobs until `jobs` (a file descriptor) ends. Single-threaded, so that it may fork."""
     with selectors.DefaultSelector() as waiting:
         waiting.register(jobs, selectors.EVENT_READ)
         running: dict[int, tuple[int, int, float]] = {}
@@ -140,7 +141,7 @@ def serve(info: xgrammar.TokenizerInfo, jobs: int = 0, verdicts: int = 1) -> Non
 
 
 def _begun(info: xgrammar.TokenizerInfo, job: dict, ours: tuple[int, ...]) -> tuple[int, int]:
-    """(where its child's answer is read, the child)."""
+    """Begin a job. Returns (descriptor from which its child's answer is read, process id of the child)."""
     reads, writes = os.pipe()
     if child := os.fork():
         os.close(writes)
@@ -160,7 +161,7 @@ def _begun(info: xgrammar.TokenizerInfo, job: dict, ours: tuple[int, ...]) -> tu
 
 
 def _ended(result: int, number: int, child: int) -> tuple[int, str | None]:
-    """(the job, its verdict)."""
+    """(number of the job, its verdict)."""
     with open(result, "rb") as answer:
         text = answer.read()
     _, status = os.waitpid(child, 0)

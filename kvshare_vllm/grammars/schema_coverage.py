@@ -1,4 +1,4 @@
-"""Which JSON schemas engines hold a response to in full. What xgrammar passes over in silence is found here.
+"""Which JSON schemas engines enforce in full. Finds the keywords that xgrammar silently ignores.
 
 Seam: xgrammar's json_schema_converter; vllm/v1/structured_output/backend_xgrammar.py knows some more (it is asked, too)
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Not looked at, wherever they stand.
+#: Ignored wherever they appear.
 _NEVER = frozenset({
     "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef",
     "uniqueItems", "multipleOf",
@@ -18,14 +18,14 @@ _OF_OBJECTS = frozenset({"required", "minProperties", "maxProperties"})
 _OF_ARRAYS = frozenset({"minItems", "maxItems", "contains", "minContains", "maxContains"})
 _IMPLY_A_TYPE = {"object": ("properties", "patternProperties", "additionalProperties"), "array": ("items", "prefixItems")}
 _CONSTRAINTS = _OF_STRINGS | _OF_NUMBERS | _OF_OBJECTS | _OF_ARRAYS | {n for names in _IMPLY_A_TYPE.values() for n in names}
-#: Where one of them stands, nothing beside it is looked at.
+#: Beside one of these, other keywords are ignored.
 _ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 _NAMED, _LISTED = ("properties", "patternProperties", "$defs", "definitions"), ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "unevaluatedProperties", "propertyNames", "contains", "unevaluatedItems")
 
 
 def not_held(schema: Any) -> str | None:
-    """Where a schema asks for what a response would not be held to, and what it is; None if nowhere."""
+    """Path and name of a keyword of the schema that would not be enforced; None if there is none."""
     left: list[tuple[str, Any]] = [("", schema)]
     while left:
         path, node = left.pop()

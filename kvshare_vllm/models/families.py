@@ -1,5 +1,5 @@
-"""Which models an engine runs: vLLM's own, or a family of ours in their place. A mode names the family of its decode engines
-(`SharingMode.models`). vLLM finds a model of ours by the family's prefix before the stock architecture's name."""
+"""Which models an engine runs: vLLM's own, or one of our families in their place. A mode names the family of its decode engines
+(`SharingMode.models`). vLLM finds our models by the family's prefix before the stock architecture's name."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class Family:
     """vLLM's own models."""
 
     prefix = ""
-    #: For decode engines, over what is set there.
+    #: Environment variables of decode engines; they override what is set there.
     environment: Mapping[str, str] = {}
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
         return {}
 
     def follow(self, runner, has_adapters: bool) -> None:
-        """From now on a decode engine's model runner tells the model what it wants to know of a batch."""
+        """From now on, a decode engine's model runner tells the model what it needs to know about each batch."""
 
 
 class Instead(Family):
-    """`module`: in this folder, with a class for each architecture."""
+    """Models of ours in place of vLLM's. `module`: one in this folder, with a class for each architecture."""
 
     module: str
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
-        """Batches of decodes are captured as graphs, nothing is compiled."""
+        """Batches of decodes are captured as graphs; nothing is compiled."""
         stock = fingerprint.read_json(s.model, "config.json")["architectures"]
         return {
             "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -39,12 +39,12 @@ class Instead(Family):
         }
 
     def config(self, s: EngineSettings) -> dict[str, Any]:
-        """What the model finds in its config beside the stock one's."""
+        """What the model's config has in addition to the stock config."""
         return {}
 
 
 class TwoStreams(Instead):
-    """Base and adapter side by side. The layers' graph changes with a batch's adapters, and is captured where it does not."""
+    """Base and adapter side by side. What layers compute depends on a batch's adapters; it is captured where it does not."""
 
     prefix, module = "Icarus", "two_streams"
 
@@ -56,8 +56,8 @@ class TwoStreams(Instead):
 
 
 class PartialLayers(Instead):
-    """Tokens may pass through a few layers only, and layers' inputs may be kept. Prompts run eagerly, layer by layer; what is
-    captured are decodes, which run as in the stock model."""
+    """Tokens may pass through only a few layers, and layers' inputs may be kept. Prompts run eagerly, layer by layer; only
+    decodes, which run as in the stock model, are captured as graphs."""
 
     prefix, module = "DroidSpeak", "own_layers"
     environment: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the V2 runner has no `_build_attention_metadata`
@@ -91,7 +91,7 @@ def of_engine(s: EngineSettings) -> Family:
 
 
 def of_model(model: object) -> Family:
-    """The one that a model, as it runs, is of."""
+    """The family of a running model."""
     name = type(model).__name__
     return next((family for family in _FAMILIES.values() if family.prefix and name.startswith(family.prefix)), STOCK)
 

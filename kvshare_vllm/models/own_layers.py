@@ -1,14 +1,14 @@
-"""DroidSpeak in unforked vLLM: prompt tokens that pass through a few layers only (arXiv 2411.02820, sections 4.2 and 4.3).
+"""DroidSpeak in unforked vLLM: prompt tokens that pass through only a few layers (arXiv 2411.02820, sections 4.2 and 4.3).
 
 The same model serves both sides:
  - Prefill: all tokens pass through all layers; what enters the layers in `ecache_layers` is kept beside the KV.
  - Decode: a request's shared prefix is scheduled as vLLM schedules a prompt, in chunks, beside running decodes. Its tokens
    enter at the first layer of the request's group, as the base's hidden states (or as embeddings, at layer 0), and leave
-   after the last: that makes the decoder's own K and V there. In all other layers they are no rows at all; their KV has
-   been loaded. Every other token, from the last one of the prompt on, passes through all layers.
+   after the last, which computes the decoder's own K and V there. In all other layers they have no rows; their KV has been
+   loaded. Every other token, from the last one of the prompt on, passes through all layers.
 
-A step whose tokens all pass through all layers is the stock model's. Otherwise layers fall into segments in each of which the
-same rows run, and each segment gets attention metadata for just these rows.
+A step whose tokens all pass through all layers runs as in the stock model. Otherwise the layers are divided into segments, each
+of which runs the same rows throughout and gets attention metadata for just these rows.
 
 Seam: vllm/model_executor/models/{llama,qwen3}.py (layers take and give hidden states and residual);
 vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`, `_set_active_loras`); vllm/v1/worker/utils.py (AttentionGroup)
@@ -33,7 +33,7 @@ from prefillshare.kvshare_vllm.transfer.regions import ecache_names, ecache_part
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of a step's rows, and what attention is told of them."""
+    """Some of a step's rows, with their attention metadata and cache slots."""
 
     rows: torch.Tensor
     metadata: object
@@ -42,7 +42,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers [first, end) and what runs there; None: all rows, as vLLM has told attention."""
+    """Layers [first, end) and the rows that run there. `some`: None for all rows, with the metadata that vLLM has built."""
 
     first: int
     end: int
@@ -51,7 +51,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. `enter`: layer -> (rows, their cache slots) that begin there with what the E-cache holds."""
+    """What runs in one step. `enter`: layer -> (rows that begin there with the E-cache's hidden states, their cache slots)."""
 
     segments: Sequence[Segment]
     enter: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
@@ -75,11 +75,11 @@ class PartialLayers:
         self._keep_at = tuple(config.ecache_layers) if config.keeps_ecache else ()
         #: Set before each step whose tokens do not all pass through all layers (`follow_plans`).
         self.plan: Plan | None = None
-        #: Has the adapters' kernels told which rows run now: (rows or None).
+        #: Tells the adapters' kernels which rows run now: (rows, or None for all).
         self.run_adapters_on = lambda rows: None
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
-        """[T, hidden size]; of tokens that do not pass through the last layer, anything."""
+        """[T, hidden size]; the rows of tokens that do not pass through the last layer are undefined."""
         if self.plan is None and not self._keep_at:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         stream = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -111,7 +111,7 @@ class PartialLayers:
         return stream
 
     def _through(self, first: int, end: int, stream: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What leaves layer end - 1, of what enters layer `first`; [rows, hidden size] both."""
+        """The output of layer end - 1, given the input of layer `first`; both are [rows, hidden size]."""
         residual = None
         for layer in self.model.layers[first:end]:
             stream, residual = layer(positions, stream, residual)
@@ -174,9 +174,9 @@ def follow_plans(runner) -> None:
 
 
 def plan(runner, model: PartialLayers, metadata, build) -> Plan:
-    """Of a step in which a shared prefix is scheduled. `metadata`: vLLM's CommonAttentionMetadata of the whole step."""
+    """The plan of a step that schedules a shared prefix. `metadata`: vLLM's CommonAttentionMetadata of the whole step."""
     starts, batch = metadata.query_start_loc_cpu.tolist(), runner.input_batch
-    partial: list[tuple[int, int, LayerGroup | None]] = []  # per request: first row, rows that pass through its group only
+    partial: list[tuple[int, int, LayerGroup | None]] = []  # per request: first row, number of rows for its group only
     for place, request in enumerate(batch.req_ids):
         own, rows = runner.own_layers.get(request), starts[place + 1] - starts[place]
         left = min(max(0, own.shared_tokens - int(batch.num_computed_tokens_cpu[place])), rows) if own else 0
@@ -202,7 +202,7 @@ def plan(runner, model: PartialLayers, metadata, build) -> Plan:
 
 
 def _rows(begins: Sequence[int], starts: list[int], metadata, build) -> Rows:
-    """Those from `begins[i]` to the end of request i."""
+    """The rows from `begins[i]` to the end of request i, for every i."""
     lengths = [end - begin for begin, end in zip(begins, starts[1:], strict=True)]
     there = [place for place, length in enumerate(lengths) if length]
     device = metadata.slot_mapping.device

@@ -6,9 +6,9 @@ linear layer reads its base weights once for both; the adapter's delta goes to t
 attend to the encoder's keys and values in one call, as twice the heads: per KV head, first the encoder's group, then the
 decoder's. A token that nobody predicts from has no row in the decoder stream, and a zero query in the call.
 
-CUDA graphs: in a batch of decodes with an adapter among them every row is predicted from (a base's request has no delta),
-so that nothing but T decides what is computed; vLLM captures such batches, and those without adapters, apart. Batches with
-prompt tokens run eagerly and choose their rows. Without graphs all batches choose.
+CUDA graphs: in a batch that has only decodes, and adapters among them, the decoder stream has every row (a request to the base
+has no delta), so that only T decides what is computed; vLLM captures such batches separately from those without adapters.
+Batches with prompt tokens run eagerly and choose their rows. Without graphs, all batches choose their rows.
 
 Seam: vllm/model_executor/models/{llama,qwen3}.py (module names and order of operations); vllm/lora/layers/base_linear.py
 (`_apply_lora_to_output`); vllm/v1/worker/lora_model_runner_mixin.py (`_set_active_loras`)
@@ -32,7 +32,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 @dataclass(frozen=True)
 class Step:
-    """`tokens`: rows of the encoder stream; `rows`: those of them, [R], that the decoder stream has, too."""
+    """`tokens`: number of rows of the encoder stream. `rows`: those of them, [R], that the decoder stream has, too."""
 
     tokens: int
     rows: torch.Tensor
@@ -53,11 +53,11 @@ class TwoStreams:
             _double_heads(layer.self_attn)
         #: Requests of the batch that have an adapter, by their place in it; set before each step (`follow_adapters`).
         self.with_adapter: torch.Tensor | None = None
-        #: Instead: the batch has decodes only, adapters among them, and runs as a graph.
+        #: Set instead of it if the batch has only decodes, and adapters among them, and runs as a graph.
         self.every_row = False
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None) -> torch.Tensor:
-        """[T, hidden size]: at each row that is predicted from, the decoder stream's; the encoder's elsewhere."""
+        """[T, hidden size]: the decoder stream's state at each row that it has, the encoder stream's elsewhere."""
         hidden = _embedding(self.model.embed_tokens)(input_ids) if inputs_embeds is None else inputs_embeds
         rows = self._rows(positions.shape[-1])
         encoder, decoder = _through_layers(self.model, hidden, positions, Step(positions.shape[-1], rows))
@@ -69,12 +69,12 @@ class TwoStreams:
         if self.every_row:
             return torch.arange(tokens, device=device)
         ends = getattr(next(iter(metadata.values())), "query_start_loc", None) if metadata else None
-        if metadata and ends is None:  # said in the first step, which the engine takes before it is ready
+        if metadata and ends is None:  # raised in the first step, which the engine takes before it is ready
             raise RuntimeError("this attention backend does not say where requests begin (query_start_loc); ICaRus needs one "
                                "that does, e.g. engine_args: {attention_backend: FLASH_ATTN}")  # fmt: skip
         if chosen is None:
             return torch.empty(0, dtype=torch.long, device=device)
-        if ends is None:  # a dummy run: any rows do, as long as they are as many
+        if ends is None:  # a dummy run: any rows will do if they are as many
             return torch.arange(tokens - len(chosen), tokens, device=device)
         return (ends[1:].long() - 1)[chosen]
 
@@ -88,12 +88,12 @@ class IcarusQwen3ForCausalLM(TwoStreams, Qwen3ForCausalLM):
 
 
 def _embedding(layer) -> nn.Module:
-    """The base's; adapters have none of their own."""
+    """The base's embedding; adapters have none of their own."""
     return getattr(layer, "base_layer", layer)
 
 
 def _double_heads(attention) -> None:
-    """The module keeps its projections, of H heads; its attention call takes 2 H over the same keys and values."""
+    """The module keeps its projections of H heads; its attention call takes 2 H heads over the same keys and values."""
     stock = attention.attn
     context, config = get_current_vllm_config().compilation_config.static_forward_context, get_current_vllm_config()
     name = stock.layer_name
@@ -159,13 +159,13 @@ def _linear(layer, x: torch.Tensor, step: Step) -> torch.Tensor:
     output = base.quant_method.apply(base, x, bias)
     if x.shape[0] > step.tokens:
         layer._apply_lora_to_output(x[step.tokens :], output[step.tokens :])
-    # Every rank has a part of the sum, of the base's product as of the delta.
+    # Every rank has a part of the sum, both of the base's product and of the delta.
     return tensor_model_parallel_all_reduce(output) if split and layer.tp_size > 1 else output
 
 
 def follow_adapters(runner) -> None:
-    """From now on, before each step the model learns which requests have an adapter, and the adapters' kernels are told of
-    the decoder stream's rows only."""
+    """From now on, before each step, the model is told which requests have an adapter, and the adapters' kernels are told only
+    of the decoder stream's rows."""
     stock = runner._set_active_loras
     graphs = runner.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
@@ -176,7 +176,7 @@ def follow_adapters(runner) -> None:
         model.with_adapter = None
         if chosen and not model.every_row:
             model.with_adapter = torch.tensor(chosen).to(runner.device, non_blocking=True)
-        rows = tuple(of_requests[place] for place in chosen) or (0,)  # the kernels cannot be told of no row at all
+        rows = tuple(of_requests[place] for place in chosen) or (0,)  # the kernels do not accept an empty list of rows
         stock(of_requests, of_tokens if model.every_row else rows, adapters, *rest)
 
     runner._set_active_loras = set_active_loras

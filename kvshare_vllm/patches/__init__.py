@@ -1,1 +1,1 @@
-"""What is changed in vLLM and the libraries below it while a process runs; each file says when it can go."""
+"""Changes made at run time to vLLM and the libraries below it; each file says when it can go."""

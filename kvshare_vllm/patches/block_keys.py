@@ -1,7 +1,7 @@
 """Block keys of a shared pool (R5). Seam: vllm/v1/core/kv_cache_utils.py, `_gen_lora_extra_hash_keys`.
 
 vLLM mixes an adapter's name and path into the key of every block, so that adapters in one engine never share
-blocks. In a mode whose offered blocks are base KV whatever adapter asked, that is one copy per adapter too many.
+blocks. In a mode whose offered blocks are base KV whatever adapter asked, the copies per adapter are redundant.
 Tenants stay apart: the cache salt is a key of its own and is not touched (R7).
 """
 

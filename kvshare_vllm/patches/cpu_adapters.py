@@ -1,4 +1,4 @@
-"""Adapters' deltas on CPUs: one product per adapter, with its weights where they lie.
+"""Adapters' deltas on CPUs: one product per adapter, whose weights are used in place.
 
 vLLM's own kernels for CPUs copy an adapter's weights once for every row of a batch. Here the rows of one adapter make one
 product, in engines of every mode; everything else is vLLM's.
@@ -15,12 +15,12 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
-#: Rows of a batch: where they stand side by side a slice, which copies nothing.
+#: Rows of a batch: a slice if they are contiguous, which copies nothing.
 Rows = slice | torch.Tensor
 
 
 def rows_by_adapter(adapters: Sequence[int]) -> dict[int, Rows]:
-    """`adapters`: of each row; 0 is none."""
+    """Adapter -> its rows. `adapters`: the adapter of each row; 0 is none."""
     places: dict[int, list[int]] = {}
     for row, adapter in enumerate(adapters):
         if adapter > 0:
@@ -52,5 +52,5 @@ class AdapterRows(PunicaWrapperCPU):
 
 
 def use() -> None:
-    """From now on engines of this process that run on CPUs make deltas so."""
+    """From now on, CPU engines of this process compute deltas this way."""
     current_platform.__class__.get_punica_wrapper = classmethod(lambda _: f"{AdapterRows.__module__}.{AdapterRows.__name__}")

@@ -1,7 +1,7 @@
-"""In an engine's processes: grammars have been tried by the router, and are compiled without holding up the engine's steps.
+"""Has an engine's processes trust grammars that the router has tried, and compile them without holding up the engine's steps.
 
-A replica's event loop would convert each grammar once more, to check it, and the engine would compile it with eight threads
-of the priority of those that compute the model.
+Otherwise a replica's event loop would convert each grammar once more to check it, and the engine would compile it with eight
+threads of the same priority as those that compute the model.
 
 Seam: vllm/sampling_params.py (SamplingParams._validate_structured_outputs), vllm/v1/structured_output/__init__.py
 (StructuredOutputManager._create_grammar)
@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import threading
 
-#: Of the threads that compile, above their process's; those they start inherit it.
+#: Added to the process's niceness in threads that compile; threads that they start inherit it.
 NICENESS = 10
 
 
 def trust_the_router() -> None:
-    """In a replica's own process. What comes here has passed kvshare_vllm/grammars/grammars.py, and names its backend."""
+    """Called in a replica's own process. What arrives has passed kvshare_vllm/grammars/grammars.py, and names its backend."""
     from vllm import SamplingParams
 
     check = SamplingParams._validate_structured_outputs
@@ -33,7 +33,7 @@ def trust_the_router() -> None:
 
 
 def compile_behind_steps() -> None:
-    """In an engine's process."""
+    """Called in an engine's process: from now on, grammars are compiled at a lower priority than its steps."""
     from vllm.v1.structured_output import StructuredOutputManager
 
     create = StructuredOutputManager._create_grammar
@@ -43,10 +43,10 @@ def compile_behind_steps() -> None:
     process = os.getpriority(os.PRIO_PROCESS, 0)
 
     def lower() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), process + NICENESS)  # beyond the lowest is the lowest
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), process + NICENESS)  # clamped to the lowest priority
 
     def gently(self, request):
-        if self._use_async_grammar_compilation:  # in a thread of its own kind, not in that of the steps
+        if self._use_async_grammar_compilation:  # in a thread that only compiles, not in the one that steps
             lower()
         return create(self, request)
 

@@ -1,11 +1,11 @@
-"""NIXL leaves the model its cores. CPU builds only.
+"""Keeps NIXL off the model's cores. CPU builds only.
 
  - NIXL 1.5's Python API asks for a poll timeout of zero, so that its progress thread takes one core per engine for itself: on
    CPUs that is a core the model does not get (decode ran at a sixth of its speed on two cores). With a timeout the thread
    sleeps in poll() and wakes on events, as it was designed to.
  - vLLM's connectors move the thread that makes them to each NUMA node's last core, to load KV there. That is the thread that
-   runs the model: engines that were bound to different cores would all run on that one. It goes back to its own; what the
-   connector has started stays.
+   runs the model: engines that were bound to different cores would all run on that one. It goes back to its own cores; threads
+   that the connector has started stay where they are.
 
 Seam: nixl/_api.py, nixl_agent.__init__ (`agent_config.pthrDelay = 0`); vLLM's nixl/base_worker.py (`rsv_cores_for_kv`)
 """

@@ -1,4 +1,4 @@
-"""NIXL's handshakes are encrypted, and answered only to who has the deployment's key (kvshare/channel_keys.py).
+"""NIXL's handshakes are encrypted, and only holders of the deployment's key get an answer (kvshare/channel_keys.py).
 
 An engine that reads KV asks the engine that holds it for its memory's addresses, over a ZMQ side channel that vLLM opens to
 everybody. All of vLLM's NIXL connectors, the stock one included, make the sockets of both sides in one function.
@@ -15,7 +15,7 @@ from prefillshare.kvshare import channel_keys
 
 
 class _Protecting:
-    """In place of a context: its sockets have their keys before they bind or connect."""
+    """Takes the place of a ZMQ context: its sockets have their keys before they bind or connect."""
 
     def __init__(self, context: zmq.Context, server: bool):
         self._context, self._server = context, server
@@ -25,7 +25,7 @@ class _Protecting:
 
 
 def protect() -> None:
-    """From now on, in this process. May be called again."""
+    """From now on, protect the handshakes of this process. May be called again."""
     stock = utils.make_zmq_socket
     if hasattr(stock, "protects"):
         return

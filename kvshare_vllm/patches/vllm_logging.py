@@ -1,9 +1,9 @@
-"""vLLM's logging, set up without closing the log handlers of others, and for our own modules, too: one format, one level.
+"""Sets up vLLM's logging without closing others' log handlers, and gives our own modules the same format and level.
 
-Libraries set up their logging by `logging.config.dictConfig`, which closes every handler of the process: vLLM does when its
-first engine is made, NIXL when it is imported. In a replica that would close Serve's handlers. Such a replica writes no more
-to its log file, and it cannot tell Serve where that file is: a controller that has died and come back takes the replica for
-broken and stops it. So `dictConfig` closes nothing in a replica's process.
+Libraries set up their logging by `logging.config.dictConfig`, which closes every handler of the process: vLLM does so when its
+first engine is made, NIXL when it is imported. In a replica that would close Serve's handlers. The replica would stop writing
+to its log file and could not tell Serve where that file is: a controller that has died and come back would take the replica for
+broken and stop it. So `dictConfig` closes nothing in a replica's process.
 
 Seam: logging.config (`_clearExistingHandlers`); vllm/logger.py (`configure_logging_if_needed`), vllm/config/logging.py;
 nixl/logging.py; ray/serve/_private/logging_utils.py (`get_component_logger_file_path`)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import logging.config
 
-#: What our loggers' names begin with; they write where vLLM's does.
+#: What our loggers' names begin with; they write where vLLM's logger writes.
 OURS = "prefillshare"
 
 
@@ -35,7 +35,7 @@ def set_up(level: str = "info", form: str = "text") -> None:
 
 
 def _forget_names_only() -> None:
-    """In place of logging.config's own, which also closes all handlers that there are."""
+    """Takes the place of logging.config's own function, which also closes all existing handlers."""
     logging._handlers.clear()
 
 
@@ -47,7 +47,7 @@ def share_with_ours() -> None:
 
 
 def set_level(level: str) -> None:
-    """While the process runs."""
+    """Change the level while the process runs."""
     vllm = logging.getLogger("vllm")
     for one in (vllm, *vllm.handlers, logging.getLogger(OURS)):
         one.setLevel(level.upper())

@@ -52,7 +52,7 @@ _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition
 #: Key of a turn's usage in an OpenAI response's `kv_transfer_params`.
 USAGE = "prefillshare"
 
-#: (decoder, None while that is not known; turns; log-probabilities, if they are asked for): raises where that is too much.
+#: (decoder, or None while it is unknown; turns; log-probabilities, if they are asked for): raises if that is too much.
 Admit = Callable[..., None]
 
 
@@ -97,8 +97,8 @@ class Frontend(EngineClient):
         reasoning_ended=None,
         reasoning_parser_kwargs=None,
     ) -> AsyncIterator[RequestOutput]:
-        """vLLM's surface. The decoder is the LoRA's name; none is the base. The caller is the HTTP request's; `priority` says
-        how far the request goes behind its others."""
+        """vLLM's surface. The decoder is the LoRA's name, or the base if there is none. The caller is the HTTP request's;
+        `priority` says how far this request goes behind the caller's others."""
         decoder = lora_request.lora_name if lora_request is not None else self._base_name
         try:
             caller = current_caller.get().behind(priority)
@@ -137,7 +137,7 @@ class Frontend(EngineClient):
             sampling_params.extra_args = None
         self._admit(decoder, sampling_params.n, sampling_params.logprobs)
         check_asked(sampling_params)
-        if form := sampling_params.structured_outputs:  # vLLM would convert it here and now; `run` has it tried
+        if form := sampling_params.structured_outputs:  # vLLM would convert it here and now; `run` tries it instead
             check_size(form)
             sampling_params = copy(sampling_params)
             sampling_params.structured_outputs = None
@@ -156,7 +156,7 @@ class Frontend(EngineClient):
         return request
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """vLLM's surface: before a response is begun, and before its prompt is tokenised."""
+        """vLLM's surface: called before a response is begun, and before its prompt is tokenised."""
         try:
             self._admit(None, n)
         except PrefillShareError as error:
@@ -171,7 +171,7 @@ class Frontend(EngineClient):
         terms: object = None,
         prompt_text: str | None = None,
     ) -> Run:
-        """What a prepared request gives. `terms`: passed on to whoever takes the turn."""
+        """Run a prepared request. `terms`: passed on to the turn runner."""
         return Run(self, request, decoder, caller, terms, prompt_text)
 
     async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
@@ -184,7 +184,7 @@ class Frontend(EngineClient):
             raise _to_vllm(error) from error
         except VLLMClientError:
             raise
-        except Exception as error:  # its text is for the log: it may tell of the inside
+        except Exception as error:  # its text is for the log only: it may reveal internals
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             raise _to_vllm(Internal(f"request {request_id} failed; the router's log says why")) from error
 
@@ -221,7 +221,7 @@ class Frontend(EngineClient):
         self._compiler.close()
 
     def _tokenizer_info(self) -> str:
-        """As engines make it (vllm/v1/structured_output/backend_xgrammar.py)."""
+        """The tokenizer's information, made as engines make it (vllm/v1/structured_output/backend_xgrammar.py)."""
         info = TokenizerInfo.from_huggingface(self.renderer.tokenizer, vocab_size=self.model_config.get_vocab_size())
         return info.serialize_json()
 
@@ -248,7 +248,7 @@ class Frontend(EngineClient):
 
 
 class Run:
-    """One prepared request: the turns that it takes, and what a client sees of them."""
+    """One prepared request: the turns that it takes, and the outputs that a client sees."""
 
     def __init__(
         self,
@@ -261,11 +261,11 @@ class Run:
     ):
         self._frontend, self._request, self._prompt_text = frontend, request, prompt_text
         self._decoder, self._caller, self._terms = decoder, caller, terms
-        #: One, or `n` of them, once the first output is asked for.
+        #: One turn, or `n` of them; empty until the first output is asked for.
         self.turns: list[RunningTurn] = []
 
     async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """Once. Closing the iterator, or cancelling its consumer, ends the turns everywhere."""
+        """The request's outputs; called once. Closing the iterator, or cancelling its consumer, ends the turns everywhere."""
         request, processor = self._request, self._frontend.output_processor
         params = request.sampling_params
         if params.structured_outputs:
@@ -323,14 +323,15 @@ class Run:
                         return
             queue.put(Internal("the turn ended without a finish reason"))
         except asyncio.CancelledError:
-            queue.put(Unavailable("the turn was cancelled from below"))  # or `outputs`, which is gone then, cancelled it
+            queue.put(Unavailable("the turn was cancelled from below"))  # or by `outputs`, which has ended then
             raise
         except Exception as error:
             queue.put(error)
 
 
 def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool) -> EngineCoreOutput:
-    """The turn's usage goes where vLLM's server has room for what a KV connector reports; it shows the last output's."""
+    """A chunk as an engine would send it. The turn's usage goes where vLLM's server expects a KV connector's report; the server
+    shows the last output's."""
     logprobs, k = None, request.sampling_params.num_logprobs
     may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
     if chunk.logprobs is not None and k is not None:

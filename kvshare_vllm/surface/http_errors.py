@@ -1,6 +1,6 @@
-"""One error, as the clients of each HTTP surface know it: OpenAI's shape, Anthropic's, and the last event of a stream.
+"""Errors as the clients of each HTTP surface expect them: in OpenAI's shape, in Anthropic's, and as the last event of a stream.
 
-Also what a client is told: nothing of how the server is set up inside, and the names of the fields that it sent.
+Also decides what a client is told: nothing of how the server is set up inside, and the names of the fields that it sent.
 
 Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoints/anthropic/protocol.py
 """
@@ -14,7 +14,7 @@ from http import HTTPStatus
 
 from prefillshare.kvshare.errors import InvalidInput, PrefillShareError
 
-#: For what went wrong unforeseen: the text of such an error is for the log.
+#: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
 
 #: https://docs.claude.com/en/api/errors
@@ -27,22 +27,22 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-#: vLLM's names for a prompt's length -> the field of each surface that holds the prompt.
+#: vLLM's names for a prompt's length, in whose place a client is told the field that holds the prompt.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
-#: Where vLLM says how its own server would have to be started -> what that means here.
+#: Pattern of vLLM's advice on how to start its own server -> what that means here.
 _SETTINGS = (
     (re.compile(r"tool.*--tool-call-parser"), "tools need base.tool_call_parser, which this deployment does not set"),
     (re.compile(r"VLLM_ENABLE_RESPONSES_API_STORE"), "responses are not kept here, so none can run in the background"),
 )
 _A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
 _REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
-#: vLLM's names of errors, where they are not the status's.
+#: vLLM's names of errors, where they differ from the status's phrase.
 _TYPES = {400: "BadRequestError", 404: "NotFoundError"}
 
 
 @dataclass(frozen=True)
 class HttpError:
-    """`type`: vLLM's in OpenAI's shape; Anthropic's follows from the status."""
+    """`type`: vLLM's, for OpenAI's shape; Anthropic's type follows from the status."""
 
     status: int
     message: str
@@ -56,7 +56,7 @@ class HttpError:
 
 
 class OpenAI:
-    """Chat, completions and all else of vLLM's."""
+    """The shape for chat, completions and all other routes of vLLM's."""
 
     prompt_field: str | None = None
 
@@ -111,9 +111,9 @@ def surface_of(path: str) -> OpenAI:
 
 
 def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
-    """The error that a body of vLLM's or FastAPI's tells, as a client is told it; None: it tells none.
+    """The error in a body of vLLM's or FastAPI's, as a client is told it; None if there is none.
 
-    `status`: of the response; None in an event, which may say it itself.
+    `status`: the response's; None for an event, which may contain the status itself.
     """
     try:
         said = json.loads(body)
@@ -134,7 +134,7 @@ def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
 
 
 def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:
-    """The error that a chunk of a stream tells, if it does."""
+    """The error in a chunk of a stream; None if there is none."""
     if not chunk.startswith((b'data: {"error"', b"event: error\n")):
         return None
     _, _, data = chunk.partition(b"data: ")
@@ -147,7 +147,7 @@ def unforeseen() -> HttpError:
 
 
 def for_clients(message: str) -> str:
-    """vLLM's text without advice on how to start vLLM's own server, and without what `param` says again."""
+    """vLLM's text without advice on how to start vLLM's own server, and without a repetition of `param`."""
     for pattern, meaning in _SETTINGS:
         if pattern.search(message):
             return meaning

@@ -1,16 +1,16 @@
 """A request whose client has hung up ends, whatever it was doing, and nothing of it is left behind.
 
 Serve cancels the task that serves such a request. vLLM's handlers run in tasks of their own and end when they receive
-`http.disconnect`; cancelled while they wait for that, they leave their task running to its end, with nobody to hear it. So this
+`http.disconnect`. If they are cancelled while they wait for it, they leave their task running to its end, for nobody. So this
 ASGI middleware, outside of all others, tells the app in the way that it listens for:
 
  1. The app runs in a task of its own, which Serve does not know.
  2. When Serve cancels the request, the app receives `http.disconnect`. What it still sends is dropped.
- 3. An app that does not listen, and has not ended after PATIENCE_S, is cancelled. One that does is on its way: how soon it
-    hears of it depends on what else the event loop has to do, and cancelled before, it would leave its handler behind. It has
-    LONGEST_S.
- 4. A handler may be left behind all the same: cancelled between its beginning and its first listening, which on a busy loop is
-    not at once. So what generates for it is told, too (`told_of_hang_up`).
+ 3. An app that does not listen, and has not ended after PATIENCE_S, is cancelled. An app that listens is about to end, but how
+    soon it receives the message depends on what else the event loop has to do. It would leave its handler behind if it were
+    cancelled before that, so it is given LONGEST_S.
+ 4. A handler is left behind all the same if it is cancelled after it has begun and before it first listens; on a busy loop some
+    time passes in between. So what generates for it is told, too (`told_of_hang_up`).
 
 Seam: vllm/entrypoints/serve/utils/api_utils.py (with_cancellation), ray/serve/_private/replica.py (_call_http_entrypoint)
 """
@@ -29,13 +29,13 @@ PATIENCE_S, LONGEST_S = 0.5, 30.0
 
 _DISCONNECT = {"type": "http.disconnect"}
 
-#: Of the HTTP request that is being served: done when its client has hung up.
+#: The future of the HTTP request that is being served; done when its client has hung up.
 _hung_up: ContextVar[asyncio.Future | None] = ContextVar("hung_up", default=None)
 
 
 @contextmanager
 def told_of_hang_up(tell: Callable[[], None]) -> Iterator[None]:
-    """`tell` is called if the client hangs up meanwhile, or has hung up; whichever task of the request this is entered in."""
+    """Call `tell` if the client hangs up meanwhile, or has hung up already. May be entered in any task of the request."""
     hung_up = _hung_up.get()
     if hung_up is None:
         yield
@@ -100,7 +100,7 @@ class _Client:
 
 
 async def _end(serving: asyncio.Task, client: _Client) -> None:
-    """Have it end: by itself, or else by being cancelled. It is then over, or at least does nothing more for long."""
+    """Wait for the app to end by itself, or else cancel it. Afterwards it has ended, or does nothing more for long."""
     try:
         await asyncio.wait({serving}, timeout=PATIENCE_S)
         if client.is_heard:

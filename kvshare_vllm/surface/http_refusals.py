@@ -1,4 +1,4 @@
-"""Refusals over HTTP, as clients expect them: a status of their own, also where a stream was asked for, and a hint.
+"""Refusals over HTTP as clients expect them: with a status of their own, even if a stream was asked for, and a hint.
 
 vLLM starts a streamed response, and sends events, before the turn has been admitted: a refusal would come after a 200, in a
 shape that depends on the surface, or the body would just end. So the frontend notes what becomes of a request's turns, and
@@ -20,13 +20,13 @@ from prefillshare.kvshare.errors import Overloaded, PrefillShareError
 from prefillshare.kvshare_vllm.surface import http_errors
 from prefillshare.kvshare_vllm.surface.http_errors import HttpError
 
-#: Of a stream's events at most so many are held: vLLM sends two before a turn's first tokens.
+#: Most events of a stream that are held: vLLM sends two before a turn's first tokens.
 _MAX_HELD = 8
 
 
 @dataclass
 class _Turns:
-    """Of one request: does one of them generate, has one of them failed?"""
+    """The turns of one request: whether one of them generates, and the first failure."""
 
     begun: bool = False
     failure: PrefillShareError | None = None
@@ -63,7 +63,7 @@ class HttpRefusals:
             await self._app(scope, receive, answer.take)
         except Exception:
             await answer.broken_off()
-            if turns.failure is None:  # a failure that was noted is an answer, not an accident
+            if turns.failure is None:  # a failure that was noted has been answered
                 raise
         finally:
             _turns.reset(token)
@@ -114,7 +114,7 @@ class _Answer:
         body, status = b"".join(part.get("body", b"") for part in self._held), self._start["status"]
         failure = self._failure()
         error = failure if failure and failure.status == status else http_errors.read(body, status, self._surface)
-        if error is None:  # no error as vLLM or we tell them
+        if error is None:  # not an error in vLLM's shape or ours
             return await self._release()
         await self._fail(error)
 

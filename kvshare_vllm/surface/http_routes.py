@@ -1,4 +1,4 @@
-"""Which of vLLM's routes are served: those that do over a router what they say. The others are taken out of its app.
+"""Which of vLLM's routes are served: those that keep their meaning over a router. The others are taken out of its app.
 
 Seam: vllm/entrypoints/launchers/api_server/routers.py
 """
@@ -25,7 +25,7 @@ SERVED = frozenset({
     "/openapi.json",
 })  # fmt: skip
 
-#: Known and left out, each with its reason. What is in neither list is new in vLLM, and left out too.
+#: Routes that are known and left out, with the reason. A route in neither list is new in vLLM, and is left out, too.
 LEFT_OUT = {
     "/load": "it counts nothing unless vLLM's own server is told to",
     "/kv_event_sources": "there is no engine here whose events one could subscribe to",

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from prefillshare.kvshare.config import Base
 
-# Read by vLLM at import: this process has no KV cache and counts nobody's usage.
+# Read by vLLM at import: this process has no KV cache and sends no usage statistics.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["VLLM_ENABLE_RESPONSES_API_STORE"] = "0"  # whoever knows a stored response's id could read it (R7)
@@ -47,8 +47,8 @@ async def build_openai_app(
     middleware: Iterable[Callable] = (),
     grammar_cpu_s: float = 5,
 ):
-    """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each
-    put around all that is there before it; what answers requests itself stands inside HttpRefusals, and all in HangUps."""
+    """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each put
+    around those before it. HttpRefusals is put around middleware that answers requests itself, and HangUps around all."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level

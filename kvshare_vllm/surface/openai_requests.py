@@ -1,10 +1,10 @@
-"""What a request asks for, by OpenAI's meaning, where vLLM's request classes read it otherwise.
+"""Reads requests as OpenAI's API means them where vLLM's request classes read them differently.
 
 - A limit that does not fit beside the prompt is refused under the name the client used; vLLM shortens it silently.
-- No limit means what fits; for completions at most OpenAI's 16.
-- A prompt that leaves no room for an answer is too long; vLLM finds fault with a limit of 0 that nobody asked for.
-- `echo` repeats text. In a chat it asks for no log-probabilities; in a completion it does together with `logprobs`, 0 included,
-  and is refused then: the prompt is prefilled elsewhere.
+- Without a limit, as many tokens as fit are allowed; for completions at most OpenAI's 16.
+- A prompt that leaves no room for an answer is refused as too long; vLLM refuses a limit of 0 that nobody asked for.
+- `echo` repeats text. In a chat it asks for no log-probabilities. In a completion it does if `logprobs` is given, 0 included,
+  and is then refused: the prompt is prefilled elsewhere.
 
 Seam: vllm/entrypoints/openai/{chat_completion,completion,responses}/protocol.py: to_sampling_params, to_beam_search_params
 """
@@ -64,7 +64,7 @@ _PROMPT_FIELDS = {ChatCompletionRequest: "messages", CompletionRequest: "prompt"
 
 
 def _limit(request) -> tuple[str, int | None]:
-    """(the field of its limit, what the client gave there). A completion without one is given OpenAI's."""
+    """(the field of its limit, what the client gave there). A completion without a limit is given OpenAI's."""
     if isinstance(request, ResponsesRequest):
         return "max_output_tokens", request.max_output_tokens
     if isinstance(request, ChatCompletionRequest):

@@ -1,4 +1,4 @@
-"""What vLLM's server takes and does not keep, or what would hold up every other turn: refused with the field and the fix.
+"""Refuses, with the field and the fix, what vLLM's server accepts but ignores, and what would hold up every other turn.
 
 `check_request` sees a parsed HTTP request before its prompt is rendered; the other two see the sampling parameters of
 either surface, before and after vLLM's own checks.
@@ -18,12 +18,13 @@ from vllm.exceptions import VLLMValidationError
 from prefillshare.kvshare.errors import InvalidInput
 
 MOST_STOPS = 16
-#: Of all stop texts, and of all bad words, together: every new piece of text is compared with them, or they are tokenised.
+#: Characters of all stop texts together (every new piece of text is compared with them), and of all bad words together (they
+#: are tokenised).
 MOST_STOP_CHARS = 16 << 10
-#: Of max_pattern_size times min_count: so much of a response is looked at again after each of its tokens.
+#: For max_pattern_size times min_count: that much of a response is searched again after each of its tokens.
 MOST_REPETITION = 256
 
-#: What beam search does not look at, and the values that ask for nothing.
+#: Fields that beam search ignores, and the values of them that ask for nothing.
 _NOT_IN_BEAMS = {
     "response_format": (None,), "structured_outputs": (None,), "logit_bias": (None, {}), "allowed_token_ids": (None,),
     "bad_words": (None, []), "stop": (None, []), "stop_token_ids": (None, []), "min_tokens": (None, 0),
@@ -57,7 +58,7 @@ def turns_of(request) -> int:
 
 
 def check_asked(params: SamplingParams) -> None:
-    """Before vLLM looks at them: what would cost too much to look at. Raises InvalidInput."""
+    """Refuse what would be too expensive to process; called before vLLM processes it. Raises InvalidInput."""
     if len(params.stop) > MOST_STOPS:
         raise InvalidInput(f"{len(params.stop)} stop texts", field="stop", fix=f"give at most {MOST_STOPS}")
     for field in ("stop", "bad_words"):
@@ -82,13 +83,14 @@ def check_asked(params: SamplingParams) -> None:
 
 
 def check_something_is_left(params: SamplingParams, vocab_size: int) -> None:
-    """After vLLM has filled them in. Where every token is forbidden, an engine gives token 0 for ever. Raises InvalidInput."""
+    """Refuse parameters that forbid every token, with which an engine would give token 0 for ever. Called after vLLM has filled
+    them in. Raises InvalidInput."""
     fields, forbidden = [], set()
     if params.bad_words_token_ids:
         fields.append("bad_words")
-        forbidden |= {ids[-1] for ids in params.bad_words_token_ids}  # of several tokens, the last is what is forbidden
+        forbidden |= {ids[-1] for ids in params.bad_words_token_ids}  # of a word of several tokens, the last is forbidden
     if params.min_tokens > 0 and params.all_stop_token_ids:
-        fields.append("min_tokens")  # until then no stop token is taken
+        fields.append("min_tokens")  # until then no stop token may be generated
         forbidden |= params.all_stop_token_ids
     if params.allowed_token_ids is not None:
         fields.insert(0, "allowed_token_ids")
@@ -104,7 +106,7 @@ def check_something_is_left(params: SamplingParams, vocab_size: int) -> None:
 
 
 def _checked(check_model):
-    """BaseServing._check_model: the first thing that every service does with a request."""
+    """Wraps BaseServing._check_model, the first thing that every service does with a request."""
 
     async def checked(self, request):
         try:

@@ -17,7 +17,7 @@ from pydantic import FailFast
 from starlette.responses import JSONResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-#: Messages, prompts, tools or texts in one list, parts of one message, and what all lists of a request hold together.
+#: Most messages, prompts, tools or texts in one list; parts of one message; entries of all lists of a request together.
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
 #: Shorter bodies cannot list too much.
 CHECKED_FROM_BYTES = 2048
@@ -38,8 +38,8 @@ def stop_at_the_first_wrong_item() -> None:
 
 
 class RequestShape:
-    """ASGI middleware, inside router/surfaces/http_limits.py, which bounds the bytes that are held here. `most_numbers`: of one
-    list; they are token ids."""
+    """ASGI middleware, inside router/surfaces/http_limits.py, which bounds the bytes that are held here. `most_numbers`: most
+    numbers (token ids) in one list."""
 
     def __init__(self, app, most_numbers: int):
         self._app, self._most_numbers = app, most_numbers
@@ -76,9 +76,9 @@ class _Problem:
 
 
 def too_much(body: bytes, most_numbers: int) -> _Problem | None:
-    """What of the body is too much. None where it is no JSON: vLLM says so."""
+    """The list of the body that is too long; None if there is none, or if the body is not JSON, which vLLM reports."""
     collects = gc.isenabled()
-    gc.disable()  # so many new objects would have it look at all others, too
+    gc.disable()  # so many new objects would have it scan all others, too
     try:
         return _too_much(json.loads(body), most_numbers)
     except (ValueError, RecursionError):

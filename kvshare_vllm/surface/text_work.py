@@ -1,8 +1,8 @@
-"""Chat templates and tokenisers run off the router's event loop, and a long text never stands before a short one.
+"""Chat templates and tokenisers run off the router's event loop, and a short text never waits for a long one.
 
-Short texts have a thread of their own, long ones another, which tenants take in turns. A text that cannot fit the model is
-refused before anybody works on it. What has not ended in time fails for its client; its thread goes on, and with it its
-place in the line, so that never more run than there are threads.
+Short texts have one thread and long ones another, which tenants use in turns. A text that cannot fit the model is refused
+before any work on it. Work that has not ended in time fails for its client; the thread goes on with it, and it keeps its place
+at the gate until it ends, so that no more work is begun than there are threads.
 
 Seam: vllm/renderers/{base,hf}.py (_tokenize_prompt_async, _async_tokenizer_decode, _apply_chat_template_async)
 """
@@ -23,9 +23,9 @@ from prefillshare.kvshare_vllm.fair_gate import FairGate
 
 T = TypeVar("T")
 
-#: Work this small takes less than handing it to a thread, and a text this short a few milliseconds.
+#: Work on so few characters takes less time than handing it to a thread; work on a text this short takes a few milliseconds.
 INLINE_CHARS, SHORT_CHARS = 256, 8 << 10
-#: What a message's role and its place in the template, and a token that becomes text, count for.
+#: Characters that are counted for a message's role and its place in the template, and for a token that becomes text.
 MESSAGE_CHARS, CHARS_PER_TOKEN = 16, 4
 MOST_WAITING = 64
 TIMEOUT_S = 30.0
@@ -43,7 +43,7 @@ class TextWork:
         }
 
     def check_chars(self, chars: int, field: str) -> None:
-        """Raises InvalidInput for what no tokeniser could make fit."""
+        """Raises InvalidInput for a text that would not fit the model whatever its tokens are."""
         if chars > self.max_chars:
             raise InvalidInput(
                 f"{chars} characters are more than {self.max_tokens} tokens can hold",
@@ -52,7 +52,7 @@ class TextWork:
             )
 
     async def run(self, chars: int, work: Callable[[], T]) -> T:
-        """What `work` returns, which looks at so many characters. Raises Overloaded, DeadlineExceeded, or what it raises."""
+        """Run `work`, which processes `chars` characters. Raises Overloaded, DeadlineExceeded, or what `work` raises."""
         if chars <= INLINE_CHARS:
             return work()
         gate, threads = self._lanes[chars > SHORT_CHARS]
@@ -60,7 +60,7 @@ class TextWork:
         def ended(done: asyncio.Future) -> None:
             gate.leave()
             if not done.cancelled():
-                done.exception()  # its client may be gone, and nobody else asks for it
+                done.exception()  # retrieved: its client may be gone
 
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -72,7 +72,7 @@ class TextWork:
             raise DeadlineExceeded(f"a text of {chars} characters was not worked on within {self._timeout_s:g} s") from None
 
     def serve(self, renderer, as_http: Callable[[PrefillShareError], Exception]) -> None:
-        """From now on a renderer of vLLM's has its work done here. `as_http`: our errors as vLLM's server knows them."""
+        """From now on, a renderer of vLLM's does its work here. `as_http`: turns our errors into those vLLM's server knows."""
 
         async def here(chars: int, field: str | None, work: Callable[[], T]) -> T:
             try:

@@ -14,7 +14,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 
 def text_lengths(tokenizer: TokenizerLike, request: EngineCoreRequest, token_ids: Sequence[int]) -> list[int]:
-    """Characters of a response's text that there are after each of its tokens, as the output processor of `request` makes it
+    """Length of a response's text, in characters, after each of its tokens, as the output processor of `request` makes it
     before a stop text cuts it. A token that ends inside a character adds none."""
     uncut = copy(request)
     uncut.sampling_params = request.sampling_params.clone()

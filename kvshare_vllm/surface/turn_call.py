@@ -1,4 +1,4 @@
-"""What the frontend asks of whoever takes its turns, and what it gets."""
+"""The interface between the frontend and the turn runner: the call, and the turn that runs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TurnCall:
     sampling: SamplingParams
     request_id: str
     caller: Caller
-    #: The client's own.
+    #: The client's own cache salt.
     salt: str | None = None
-    #: How the turn is to be taken, beside what it asks: the runner's own object, as `Frontend.run` was given it.
+    #: How the turn is to be run, apart from what it asks for: the runner's own object, as passed to `Frontend.run`.
     terms: Any = None
 
 
@@ -34,11 +34,11 @@ class RunningTurn(Protocol):
     usage: TurnUsage
 
     def chunks(self) -> AsyncIterator[TokenChunk]:
-        """Once. Closing the iterator ends the turn everywhere. Raises PrefillShareError."""
+        """The turn's tokens; called once. Closing the iterator ends the turn everywhere. Raises PrefillShareError."""
 
     def text_has_ended(self) -> None:
-        """The response is whole, although the engine would go on: a stop text was met."""
+        """The response is complete although the engine would go on: a stop text was met."""
 
 
-#: Raises before anything is done for it: NotFound, InvalidInput, Unavailable.
+#: Raises NotFound, InvalidInput or Unavailable before anything is done for the turn.
 TurnRunner = Callable[[TurnCall], RunningTurn]

@@ -1,9 +1,8 @@
-"""Shared prefixes on their way into an engine: which tokens are shared, who waits for whose load, what is pending, what it
-cost.
+"""Loads of shared prefixes into an engine: which tokens are shared, who waits for whose load, what is pending, what it cost.
 
-What upholds R1 (which prefix is read), R2 (blocks that lack KV are not offered) and R5 (no second load of the same blocks) is
-here. It knows of no transport: the scheduler and a transport's connector call it. A request that computes layers itself has a
-load in two parts: what enters those layers first, so that it can begin, and the KV of the other layers, called
+R1 (which prefix is read), R2 (blocks that lack KV are not offered) and R5 (no second load of the same blocks) are upheld here.
+This module knows of no transport: the scheduler and a transport's connector call it. A request that computes layers itself has
+a load in two parts: first what enters those layers, so that the request can begin, then the KV of the other layers, called
 `rest_of(request_id)`.
 """
 
@@ -22,7 +21,7 @@ from prefillshare.kvshare_vllm.transfer.params import LoadCost
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-#: Behind the id of a request that computes layers itself: the load of the other layers' KV.
+#: Suffix to the id of a request that computes layers itself, which names the load of the other layers' KV.
 _REST = " rest"
 
 
@@ -31,7 +30,7 @@ def rest_of(request_id: str) -> str:
 
 
 def request_of(name: str) -> str:
-    """Of a load's name."""
+    """The request id in a load's name."""
     return name.removesuffix(_REST)
 
 
@@ -41,15 +40,15 @@ def is_rest(name: str) -> bool:
 
 @dataclass
 class _Load:
-    """Of one request, from its beginning to the request's end."""
+    """The load of one request, from its beginning to the request's end."""
 
     cost: LoadCost
-    #: None: all was there.
+    #: When the load began; None if all KV was there.
     began: float | None
     group: LayerGroup | None
-    #: Parts that are under way, and their bytes; empty where the load is in one part.
+    #: Parts that are under way -> their bytes; empty if the load is in one part.
     parts: dict[str, int] = field(default_factory=dict)
-    #: Keys of the blocks that others wait for until they are there.
+    #: Keys of the blocks that are being loaded, for which other requests wait.
     keys: Sequence[Hashable] = ()
     #: The request has ended; its parts may still be under way.
     has_ended: bool = False
@@ -57,7 +56,7 @@ class _Load:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A load, or a part of one, that has ended well or badly."""
+    """A load, or a part of one, that has succeeded or failed."""
 
     request_id: str
     is_whole: bool
@@ -68,8 +67,8 @@ class Arrival:
 
 
 class Loads:
-    """Of one engine. `block_bytes`: bytes of one block of a request that computes these layers itself, (first part, rest).
-    Where it computes none, all is in the rest."""
+    """The loads of one engine. `block_bytes`: bytes of one block, (first part, rest), for a request that computes these layers
+    itself; if it computes none, all bytes are in the rest."""
 
     def __init__(
         self,
@@ -93,13 +92,13 @@ class Loads:
         return self.shared_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
 
     def must_wait(self, request_id: str, missing_tokens: int, first_key: Callable[[], Hashable]) -> bool:
-        """Another request is loading the first block that is missing (R5)."""
+        """Whether another request is loading the first block that is missing (R5)."""
         return missing_tokens >= self._block_size and self._loading.get(first_key()) not in (None, request_id)
 
     def begins(
         self, request_id: str, *, shared_tokens: int, local_tokens: int, keys: Sequence[Hashable], group: LayerGroup | None
     ) -> None:
-        """Blocks have been found for it. `keys`: of the prompt's blocks."""
+        """A request's load begins: blocks have been found for it. `keys`: those of the prompt's blocks."""
         missing = shared_tokens - local_tokens
         blocks = -(-missing // self._block_size)
         first, rest = (size * blocks for size in self._block_bytes(group))
@@ -112,12 +111,12 @@ class Loads:
         self._loads[request_id] = load
 
     def group_of(self, request_id: str) -> LayerGroup | None:
-        """Layers that a request computes itself whose load is under way."""
+        """The layers that a request computes itself, while its load is under way."""
         load = self._loads.get(request_id)
         return load.group if load and load.began is not None else None
 
     def arrived(self, name: str) -> Arrival:
-        """Called once for each load, and for each part of one in two."""
+        """Called once for each load in one part, and for each part of a load in two parts."""
         request_id = request_of(name)
         load = self._loads.get(request_id)
         if load is None or load.began is None:
@@ -133,7 +132,7 @@ class Loads:
         return Arrival(request_id, is_whole=False, is_first=name == request_id, is_last=not load.parts)
 
     def begins_early(self, request_id: str) -> bool:
-        """With its own layers, while the rest is under way: where that pays."""
+        """Whether the request begins with its own layers while the rest is under way."""
         return self.overlap.begins(self._loads[request_id].parts.get(rest_of(request_id), 0))
 
     def rest_is_under_way(self, request_id: str) -> bool:
@@ -141,16 +140,16 @@ class Loads:
         return load is not None and rest_of(request_id) in load.parts
 
     def is_under_way(self, request_id: str) -> bool:
-        """A part of a load in two: its blocks may still be written to."""
+        """Whether a part of a load in two parts is under way: the request's blocks may still be written to."""
         load = self._loads.get(request_id)
         return load is not None and bool(load.parts)
 
     def offered(self, request_id: str, tokens: int) -> int:
-        """Of the tokens that may be offered for reuse, those whose KV is there in all layers (R2)."""
+        """How many of the `tokens` that may be offered for reuse have KV in all layers (R2)."""
         return min(tokens, self._loads[request_id].cost.local_tokens) if self.rest_is_under_way(request_id) else tokens
 
     def is_there(self, request_id: str) -> None:
-        """Its prefix is there in full: others may find its blocks in the cache."""
+        """The request's prefix is there in full: others may find its blocks in the cache."""
         if load := self._loads.get(request_id):
             for key in load.keys:
                 if self._loading.get(key) == request_id:
@@ -173,7 +172,7 @@ class Loads:
         return load.cost
 
     def _time(self, load: _Load, name: str) -> None:
-        """Of two parts, the second has begun with the first's end (or with the first, where that reads nothing)."""
+        """Record how long a load took. The second of two parts begins when the first ends, or with it if that reads nothing."""
         now = self._clock()
         cost, took = load.cost, now - load.began
         if not is_rest(name):

@@ -1,7 +1,7 @@
-"""`kv_transfer_params`: what a request asks of an engine beside its tokens, and what the engine tells with its outputs.
+"""`kv_transfer_params`: what a request asks of an engine beside its tokens, and what the engine reports with its outputs.
 
 vLLM passes these dicts from an engine's front end to its scheduler and connector, and back. Their keys are read and written
-here and nowhere else. Where KV lies is the transport's own business: those keys come with a handoff and go as they came.
+only here. The keys that say where KV lies are the transport's own: they come with a handoff and are passed on unchanged.
 
 Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py (`do_remote_prefill`, `do_remote_decode`)
 """
@@ -47,17 +47,17 @@ def to_pull(transfer: Mapping[str, Any], blocks: int) -> Params:
 
 
 def to_be_released(transfer: Mapping[str, Any]) -> Params:
-    """Nobody will read it."""
+    """Nobody will read what `transfer` leads to."""
     return {**transfer, _DUE: True}
 
 
 def to_prefill_alone() -> Params:
-    """All KV by the decoder itself, for comparison; nothing of it is shared."""
+    """The decoder computes all KV itself, for comparison; none of it is shared."""
     return {_OWN_PREFILL: True}
 
 
 class Asked:
-    """Of a request that an engine has: a view, since vLLM changes the dict while the request runs."""
+    """What a request in an engine asks for: a view, since vLLM changes the dict while the request runs."""
 
     __slots__ = ("_params",)
 
@@ -66,7 +66,7 @@ class Asked:
 
     @property
     def load_is_due(self) -> bool:
-        """It comes with a handoff that nobody has begun to read."""
+        """The request comes with a handoff whose load has not begun."""
         return bool(self._params.get(_DUE))
 
     @property
@@ -75,7 +75,8 @@ class Asked:
 
     @property
     def holds_nothing(self) -> bool:
-        """It is a decode engine's, or a pull, and must leave no KV held at its end; a prefill engine's is not asked."""
+        """The request is a decode engine's, or a pull, and must leave no KV held at its end. False for other requests of a
+        prefill engine."""
         return not self._params.get(_LEND, True) and not self.load_is_due
 
     @property
@@ -96,7 +97,7 @@ class Asked:
 
 @dataclass
 class LoadCost:
-    """What loading a request's prefix cost, told with every output: the front end merges outputs and keeps the last one's."""
+    """What loading a request's prefix cost; told with every output, since the front end merges outputs and keeps the last's."""
 
     pulled_bytes: int = 0
     #: Prompt tokens found in the engine's own cache.
@@ -119,7 +120,7 @@ def refused(why: str) -> Params:
 
 
 class Told:
-    """Of an engine's output."""
+    """What an engine's output reports."""
 
     __slots__ = ("_params",)
 
@@ -140,5 +141,5 @@ class Told:
 
     @property
     def lent(self) -> tuple[Params, int] | None:
-        """The transport's own, and how many tokens' KV it leads to."""
+        """The transport's own keys, and the number of tokens whose KV they lead to; None if nothing is lent."""
         return (dict(self._params), self._params["remote_num_tokens"]) if self._params.get(_HOLD) else None

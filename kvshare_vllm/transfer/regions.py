@@ -17,7 +17,7 @@ from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: In the names of cache layers that keep hidden states.
+#: Part of the names of cache layers that keep hidden states.
 ECACHE = ".ecache."
 #: Fields of NixlAgentMetadata with an entry per region; those that are unset stay so.
 PER_REGION = (
@@ -27,7 +27,7 @@ PER_REGION = (
 
 
 class Regions:
-    """`names`: of an engine's cache layers."""
+    """The regions of one engine. `names`: those of its cache layers."""
 
     def __init__(self, names: Iterable[str], vllm_config: VllmConfig):
         self.names = sorted(names, key=_region_sort_key)
@@ -36,11 +36,11 @@ class Regions:
         self._parts = ecache_parts_of(vllm_config)
 
     def kv(self, group: LayerGroup | None) -> list[int]:
-        """Places of the KV that a request reads which computes `group` itself; None: it computes none."""
+        """Places of the KV read by a request that computes `group` itself. None: it computes no layers itself."""
         return self._places(name for number, name in enumerate(self._kv) if group is None or number not in group)
 
     def hidden_states(self, group: LayerGroup) -> list[int]:
-        """Places of what enters the group."""
+        """Places of the hidden states that enter the group."""
         return self._places(ecache_names(self._kv, group.transition, self._parts) if group.transition else ())
 
     def _places(self, names: Iterable[str]) -> list[int]:
@@ -61,6 +61,7 @@ def ecache_parts_of(vllm_config: VllmConfig) -> int:
 
 
 def ecache_names(kv_layers: list[str], layer: int, parts: int) -> list[str]:
-    """One number per name, as vLLM wants it; the same in engines that keep the inputs of different layers."""
+    """Names of the cache layers for the input of `layer`. Each contains one number, as vLLM wants it, which is the same in
+    engines that keep the inputs of different layers."""
     prefix = kv_layers[0].split(".layers.")[0]
     return [f"{prefix}{ECACHE}{len(kv_layers) + layer * parts + part}.attn" for part in range(parts)]

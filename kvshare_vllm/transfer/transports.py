@@ -1,4 +1,4 @@
-"""The transports of KV by the names of `cluster.kv_transport`: a folder each, with a profile and a connector."""
+"""The transports of KV, by their names in `cluster.kv_transport`: each is a folder with a profile and a connector."""
 
 from __future__ import annotations
 

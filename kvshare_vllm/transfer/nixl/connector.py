@@ -1,7 +1,7 @@
 """The KV connector: vLLM's NIXL pull connector, held to the rules of shared KV.
 
-Life of a load, on the decode side (a request that computes layers itself has two: what enters them first, so that it can
-begin, and the KV of the other layers):
+Life of a load, on the decode side (a request that computes layers itself has two loads: first what enters those layers, so that
+it can begin, then the KV of the other layers):
  1. `get_num_new_matched_tokens`: the shared prefix minus what the local cache holds is to be loaded (R1). While
     another request loads the same blocks, wait for it instead of loading a second copy (R5).
  2. The worker shakes hands with the prefill engine once; both must have been started under one contract (R4).
@@ -129,7 +129,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         self._remote_regions = self._regions.among(self.kv_transfer_config.get_from_extra_config("prefill_ecache_layers", []))
         self._own_layers: dict[str, LayerGroup] = {}
         self._reading: list[int] = []
-        # Of requests that still read what enters their layers: the other layers' KV, which is read after it.
+        # Request that still reads what enters its layers -> the load of the other layers' KV, which follows.
         self._rest: dict[str, ReqMeta] = {}
 
     def add_remote_agent(self, nixl_agent_meta, *args, **kwargs) -> str:
@@ -144,7 +144,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
             meta = metadata.reqs_to_recv[request_id]
             rest = replace(meta, remote=replace(meta.remote))
             self._own_layers[request_id] = self._own_layers[rest_of(request_id)] = group
-            if self._regions.hidden_states(group):  # reads of one link end together if they begin together
+            if self._regions.hidden_states(group):  # reads on one link that begin together would end together
                 self._rest[request_id] = rest
             else:
                 metadata.reqs_to_recv[rest_of(request_id)] = rest
@@ -155,7 +155,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         self._reading = self._regions.kv(group)
         if group and not is_rest(request_id):
             self._reading = self._regions.hidden_states(group)
-            if not self._reading:  # nothing enters but the embedding: it can begin
+            if not self._reading:  # only embeddings enter these layers: it can begin
                 self._recving_transfers.setdefault(request_id, [])
                 return True
         if group and group.transition:
@@ -173,7 +173,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         return results
 
     def _begin_rest(self, name: str, rest: ReqMeta) -> None:
-        """At once: what `start_load_kv` is told begins only after the next step."""
+        """Begin at once: a load that is passed to `start_load_kv` begins only after the next step."""
         rest.local_physical_block_ids = self._logical_to_kernel_block_ids(
             rest.local_block_ids, self._physical_blocks_per_logical_kv_block
         )
@@ -181,7 +181,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         self._read_blocks_for_req(name, rest)
 
     def _compute_desc_ids(self, *args, **kwargs):
-        """Of the regions that the request reads; vLLM's are region by region."""
+        """Ids for the regions that the request reads; vLLM's ids are ordered region by region."""
         ids = super()._compute_desc_ids(*args, **kwargs)
         return ids.reshape(len(self._regions.names), -1)[self._reading].ravel()
 
@@ -196,7 +196,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
         return done, failed
 
     def _is_turn2_read_expired(self, meta) -> bool:
-        return False  # vLLM's margin of seconds would refuse short leases; _read_was_late is what counts
+        return False  # vLLM's margin of seconds would refuse short leases; _read_was_late decides
 
     def _read_was_late(self, request_id: str, now: float) -> bool:
         meta = self._recving_metadata.get(request_id)
@@ -219,5 +219,5 @@ class SharedKVConnector(NixlPullConnector):
 
     @property
     def loads(self) -> Loads:
-        """The scheduler's part only."""
+        """Available in the scheduler's connector only."""
         return self.connector_scheduler.loads

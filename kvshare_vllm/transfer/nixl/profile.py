@@ -13,17 +13,17 @@ from vllm.platforms import current_platform
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.modes import get_mode
 
-#: Ours, and vLLM's own for modes in which nothing is guarded.
+#: Our connector, and vLLM's own for modes in which nothing is guarded.
 _CONNECTOR, _STOCK = "SharedKVConnector", "NixlConnector"
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ROLE_OF_SHARED_PREFILL = "kv_both"
-#: Longest that a decode engine keeps what it has lent. The router gives up before (router/ahead/pull_back.py, PATIENCE_S).
+#: Most seconds that a decode engine keeps what it has lent. The router gives up before (router/ahead/pull_back.py, PATIENCE_S).
 LOAN_S = 15
 
 
 def register() -> None:
-    """So that vLLM finds the connector by its name. May be called again."""
+    """Have vLLM find the connector by its name. May be called again."""
     if _CONNECTOR not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(_CONNECTOR, "prefillshare.kvshare_vllm.transfer.nixl.connector", _CONNECTOR)
 

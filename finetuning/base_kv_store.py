@@ -1,8 +1,8 @@
 """Base KV of the training prompts, computed once: the base is frozen, so an example's KV is the same in every epoch.
 
-One file per example, up to a budget; the first that come are kept, as every epoch asks for all of them once. What has no
-room is computed again. Each is computed alone, so that it does not depend on what it is batched with; only where nothing is
-kept at all, those of a batch are computed side by side (much faster on a GPU, the same but for rounding).
+One file per example, up to a budget. The first examples are kept, since every epoch asks for all of them once; the KV of those
+that do not fit is computed again. Each is computed alone, so that it does not depend on what it is batched with. Only if
+nothing is kept at all, those of a batch are computed side by side (much faster on a GPU, the same except for rounding).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUFFIX = ".safetensors"
 
 
 class BaseKVStore:
-    """`compute`: contexts -> their KV, side by side. `folder`: of this base and dtype only; what is there already counts."""
+    """`compute`: contexts -> their KV, side by side. `folder`: for this base and dtype only; files that it holds are used."""
 
     def __init__(self, folder: Path, budget_bytes: int, compute: Callable[[Sequence[Sequence[int]]], LayersKV]):
         self._folder, self._budget, self._compute = folder, budget_bytes, compute
@@ -34,7 +34,7 @@ class BaseKVStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._sizes = {file.stem: file.stat().st_size for file in folder.glob(f"*{_SUFFIX}")}
         self._used = sum(self._sizes.values())
-        #: Tokens whose KV was read, and computed.
+        #: Tokens whose KV was read, and tokens whose KV was computed.
         self.read_tokens = self.computed_tokens = 0
 
     @property
@@ -42,7 +42,7 @@ class BaseKVStore:
         return self._used
 
     def get(self, contexts: Sequence[Sequence[int]]) -> LayersKV:
-        """Of contexts, given as token ids: [contexts, KV heads, tokens of the longest, head size]."""
+        """KV of contexts, given as token ids: [contexts, KV heads, tokens of the longest, head size] per layer."""
         if not self._keeps and not self._sizes:
             self.computed_tokens += sum(map(len, contexts))
             return self._compute(contexts)
@@ -60,7 +60,7 @@ class BaseKVStore:
         return kv
 
     def _keep(self, name: str, file: Path, kv: LayersKV) -> None:
-        """[layers, 2, 1, KV heads, tokens, head size], if there is room. By rename: a file is whole or not there."""
+        """Write [layers, 2, 1, KV heads, tokens, head size], if there is room, and rename: a file is whole or not there."""
         size = 2 * len(kv) * kv[0][0].nbytes
         if self._used + size > self._budget:
             return

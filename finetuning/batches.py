@@ -1,11 +1,11 @@
-"""Which examples make which step: a function of seed and step alone, so that a resumed run goes on as it would have."""
+"""Which examples make up which step: depends on seed and step only, so that a resumed run goes on as it would have."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 
-#: Examples are put in order of length within windows of so many batches: batches of like lengths, in an order that is random.
+#: Examples are sorted by length within windows of this many batches, so that a batch has like lengths; batches are shuffled.
 WINDOW = 16
 
 

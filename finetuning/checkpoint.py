@@ -1,4 +1,4 @@
-"""Where a run stands, so that one that was ended goes on as if it had not been."""
+"""The state of a run, so that one that was ended goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError
 
 FILE = "checkpoint.pt"
-#: What of a recipe changes how fast a run is and what memory it takes, not what it learns (but for rounding).
+#: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
 MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
         self._run = {**settings, "base's weights": contract.base.weights, "data": data}
 
     def save(self, step: int, seconds: float, kv_tokens: tuple[int, int]) -> None:
-        """What the run has taken so far: seconds, and tokens whose base KV was read and computed."""
+        """`seconds`, `kv_tokens`: what the run has taken so far; the tokens whose base KV was read, and was computed."""
         part = self._file.with_suffix(f".{os.getpid()}.part")
         state = {
             "step": step,
@@ -47,8 +47,8 @@ class Checkpoint:
         part.replace(self._file)
 
     def load(self) -> tuple[int, float, tuple[int, int]]:
-        """Go back to it; returns the steps done and what `save` was told, zeros where there is none. Raises ConfigError for
-        another run's."""
+        """Restore the checkpoint. Returns (steps done, seconds, tokens whose base KV was read and computed), all zero if there
+        is none. Raises ConfigError for another run's."""
         if not self._file.is_file():
             return 0, 0.0, (0, 0)
         state = torch.load(self._file, map_location="cpu", weights_only=True)

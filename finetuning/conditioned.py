@@ -1,7 +1,7 @@
-"""The cache-conditioned forward pass: a transformers model that attends to base KV instead of making all its own.
+"""The cache-conditioned forward pass: a transformers model that attends to base KV instead of computing all KV itself.
 
 Works for every model that passes its keys and values through `past_key_values.update` and takes a 4D mask (Llama, Qwen3).
-Masks and positions say what is seen; nothing else differs from the model's own forward pass.
+Masks and positions say what is seen; everything else is the model's own forward pass.
 
 Seam: transformers' Cache.update; GradientCheckpointingLayer._can_checkpoint_with_cache
 """
@@ -24,8 +24,8 @@ LayersKV = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class SharedKV:
-    """Stands for a cache: the base's KV, then the decoder's own of this pass if it is seen at all. Changes nothing: a
-    checkpointed layer may ask again. `layers`: [batch, KV heads, L, head size] keys and values."""
+    """Used as a cache: the base's KV, followed by the decoder's own KV of this pass if that is seen at all. It keeps nothing,
+    as a checkpointed layer may ask again. `layers`: [batch, KV heads, L, head size] keys and values."""
 
     def __init__(self, layers: LayersKV, own_is_seen: bool):
         self._layers, self._own_is_seen = layers, own_is_seen
@@ -61,7 +61,7 @@ class Batch:
 @torch.no_grad()
 def base_kv(base, contexts: Sequence[Sequence[int]]) -> LayersKV:
     """The frozen base's KV of contexts, in one forward pass without its language-model head: [contexts, KV heads, tokens of the
-    longest, head size]; what stands behind a context's end is anything."""
+    longest, head size] per layer; values behind a context's end are undefined."""
     longest = max(map(len, contexts))
     ids = torch.stack([pad(torch.tensor(list(context)), (0, longest - len(context))) for context in contexts])
     cache = plain(base).model(ids.to(next(base.parameters()).device), use_cache=True).past_key_values
@@ -69,7 +69,7 @@ def base_kv(base, contexts: Sequence[Sequence[int]]) -> LayersKV:
 
 
 def side_by_side(kvs: Sequence[LayersKV]) -> LayersKV:
-    """Of contexts, each [1, KV heads, tokens, head size], as `base_kv` gives it."""
+    """KV of several contexts, each [1, KV heads, tokens, head size], padded and stacked as `base_kv` gives it."""
     longest = max(kv[0][0].shape[2] for kv in kvs)
 
     def stack(layer, which: int) -> torch.Tensor:
@@ -80,8 +80,8 @@ def side_by_side(kvs: Sequence[LayersKV]) -> LayersKV:
 
 @torch.no_grad()
 def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup) -> LayersKV:
-    """The decoder's own KV of a group of layers over `hidden` [B, S, hidden size], what enters the first of them (DroidSpeak).
-    Keys and values as [B, KV heads, S, head size]."""
+    """The decoder's own KV of a group of layers (DroidSpeak): keys and values, [B, KV heads, S, head size]. `hidden`: [B, S,
+    hidden size], what enters the first of them."""
     model, own = plain(decoder).model, DynamicCache()
     rope = model.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
     for layer in model.layers[group.first : group.last + 1]:
@@ -90,7 +90,7 @@ def own_layers(decoder, hidden: torch.Tensor, group: LayerGroup) -> LayersKV:
 
 
 def make_batch(method: Method, examples: Sequence[Example], kv: LayersKV | None, device: torch.device | str) -> Batch:
-    """`kv`: the base's of the examples' leading `base_tokens` at least; not looked at by methods that see none."""
+    """`kv`: the base's, of at least the examples' leading `base_tokens`; unused by methods that see no base KV."""
     views = [method.view(example) for example in examples]
     most_inputs, most_base = max(len(v.inputs) for v in views), max(v.base_tokens for v in views)
     rows = [_row(example, view, most_inputs, most_base) for example, view in zip(examples, views, strict=True)]
@@ -110,24 +110,24 @@ def _row(example: Example, view: View, inputs: int, base: int) -> tuple[torch.Te
     if view.own_seen is not None:
         seen.append(pad(view.own_seen, (0, missing, 0, missing)))
     mask = torch.cat(seen, dim=1)
-    mask[len(view.inputs) :, 0] = True  # a row that sees nothing would be no number
+    mask[len(view.inputs) :, 0] = True  # a row that sees nothing would become NaN
     return pad(ids[view.inputs], (0, missing)), pad(view.inputs, (0, missing)), pad(labels, (0, missing), value=-100), mask
 
 
 def hidden_states(decoder, input_ids, positions, mask, kv, *, use_cache: bool = False) -> torch.Tensor:
-    """[B, S, hidden size] of a transformers model, or of the one PEFT has put an adapter into."""
+    """[B, S, hidden size] of a transformers model, or of one that PEFT has put an adapter into."""
     return plain(decoder).model(
         input_ids=input_ids, position_ids=positions, attention_mask=mask, past_key_values=kv, use_cache=use_cache
     ).last_hidden_state
 
 
 def plain(decoder):
-    """The transformers model; an adapter's layers are inside."""
+    """The transformers model inside a PEFT model, with the adapter's layers in place."""
     return getattr(decoder, "get_base_model", lambda: decoder)()
 
 
 def response_logits(decoder, batch: Batch) -> torch.Tensor:
-    """[response tokens of the batch, vocabulary], row by row, in float32. The head is not computed anywhere else."""
+    """[response tokens of the batch, vocabulary], row by row, in float32. The head is computed only at these positions."""
     hidden = hidden_states(decoder, batch.input_ids, batch.positions, batch.mask, batch.kv)
     return plain(decoder).lm_head(hidden[batch.labels != -100]).float()
 
@@ -139,14 +139,14 @@ def loss_sum(decoder, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def log_probabilities(decoder, batch: Batch) -> list[list[float]]:
-    """Per example, of each response token."""
+    """Per example, the log-probability of each response token."""
     learnt = batch.labels != -100
     chosen = response_logits(decoder, batch).log_softmax(-1).gather(-1, batch.labels[learnt][:, None])[:, 0]
     return [row.tolist() for row in chosen.split(learnt.sum(1).tolist())]
 
 
 def allow_checkpointing(decoder) -> None:
-    """Gradient checkpointing for layers that read a SharedKV."""
+    """Turn on gradient checkpointing, also for layers that read a SharedKV."""
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
     decoder.enable_input_require_grads()
     for module in decoder.modules():

@@ -1,7 +1,7 @@
 """Task scores of a decoder, through the served system or offline by the same definition.
 
-Offline is what tests/unit/finetuning/test_generate.py proves equal to the reference, token by token; it batches freely and
-needs no engines. Through the system, answers come from `prefillshare serve` over gRPC.
+Offline answers are compared with the reference, token by token, in tests/unit/finetuning/test_generate.py; they are batched
+freely and need no engines. Through the system, answers come from `prefillshare serve` over gRPC.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def score(right: Sequence[bool]) -> Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two shares of right answers to the same questions, with its 95 % interval: questions that both get right or
-    both wrong say nothing. `only_first`, `only_second`: right in one alone."""
+    """The difference of two shares of right answers to the same questions, with its 95 % interval. Questions that both answer
+    right or both wrong do not count. `only_first`, `only_second`: questions that only one answers right."""
 
     only_first: int
     only_second: int
@@ -78,7 +78,7 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
 
 
 def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly spread, in order."""
+    """At most `most` of the items, evenly spread, in order."""
     count = min(most, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
@@ -131,7 +131,7 @@ def served_answers(
     at_once: int = 16,
     advance: Advance = lambda count: None,
 ) -> list[str]:
-    """Greedy answers of a running deployment, each question in a session of its own."""
+    """Greedy answers of a running deployment; each question has a session of its own."""
 
     def ask(question: Question) -> str:
         session = client.create_session()

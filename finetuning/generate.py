@@ -1,9 +1,9 @@
-"""Greedy answers offline, batched, with what the served system would feed: base KV first, then the decoder's own or the base's.
+"""Greedy answers offline, batched, over the served system's KV: the base's first, then the decoder's own or the base's.
 
-    prefillshare  base KV of all prompt tokens but the last; from there the decoder
+    prefillshare  base KV of all prompt tokens but the last; the decoder's own KV from there
     icarus        the base writes the KV of every token, the decoder predicts
-    ordinary      the decoder alone
-`base_share` below 1 leaves the end of the prompt's base part to the decoder: the papers' collapse curve is made with it.
+    ordinary      the decoder computes everything
+With `base_share` below 1 the decoder computes the end of the prompt's base part itself, as for the papers' collapse curve.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from prefillshare.kvshare.layer_group import LayerGroup
 
 
 class _KV:
-    """Stands for a transformers cache: keys and values with room for all columns, so that appending copies nothing again."""
+    """Used as a transformers cache: keys and values with room for all columns, so that appending does not copy earlier ones."""
 
     def __init__(self, columns: int):
         self._columns, self._used = columns, []
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, KV heads, new columns, head size] both; returns all columns so far."""
+        """Append keys and values, both [B, KV heads, new columns, head size]; returns all columns so far."""
         if layer == len(self._layers):
             rows, heads, _, size = keys.shape
             self._layers.append(tuple(keys.new_empty(rows, heads, self._columns, size) for _ in range(2)))
@@ -55,14 +55,14 @@ class _KV:
 
 
 class _Context:
-    """KV of a batch whose rows differ in length. Columns are appended; `valid` says which count in which row."""
+    """KV of a batch whose rows differ in length. Columns are appended; `valid` says which of them count in which row."""
 
     def __init__(self, rows: int, columns: int, device):
         self.cache = _KV(columns)
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
 
     def mask(self, new: torch.Tensor) -> torch.Tensor:
-        """[B, 1, Q, columns + Q] for Q new columns, of which `new` [B, Q] count: each sees what is before it, and itself."""
+        """[B, 1, Q, columns + Q] for Q new columns; each sees those before it, and itself. `new`: [B, Q], which ones count."""
         rows, queries = new.shape
         before = self.valid[:, None].expand(-1, queries, -1)
         among = torch.ones(queries, queries, dtype=torch.bool, device=new.device).tril() & new[:, None]
@@ -91,8 +91,8 @@ def generate(
     own_layers: LayerGroup | None = None,
     own_tokens: float = 0.0,
 ) -> list[list[int]]:
-    """Tokens generated after each prompt, its stop token included if it came. What the decoder computes itself in the base's
-    part of the prompt: `own_layers` (DroidSpeak), or a share of the tokens (CacheBlend)."""
+    """Tokens generated after each prompt, including the stop token if there is one. In the base's part of the prompt the
+    decoder itself computes `own_layers` (DroidSpeak), or `own_tokens`, a share of the tokens (CacheBlend)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
@@ -102,7 +102,7 @@ def generate(
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths, max_tokens)
     stops, answers = set(stop_ids), [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # whose answer each row of the batch is
+    rows = list(range(len(prompts)))  # the prompt to which each row of the batch belongs
     logits = step.first()
     for count in range(max_tokens):
         chosen = logits.argmax(-1)
@@ -121,7 +121,7 @@ def generate(
 
 
 class _Steps:
-    """`keep`: go on with these rows only."""
+    """What the two ways of stepping have in common. `keep`: go on with these rows only."""
 
     _context: _Context
 
@@ -130,7 +130,7 @@ class _Steps:
 
 
 class _OwnKV(_Steps):
-    """Base KV of the first part of each prompt, the decoder's own of the rest and of what it generates."""
+    """Base KV of the first part of each prompt, the decoder's own KV of the rest and of what it generates."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _OwnKV(_Steps):
 
 
 class _BaseKVOnly(_Steps):
-    """The base writes KV of every token; the decoder sees it and makes none."""
+    """The base writes the KV of every token; the decoder reads it and writes none."""
 
     def __init__(self, decoder, base: FrozenBase, ids: torch.Tensor, lengths: torch.Tensor, max_tokens: int):
         self._decoder, self._base, self._ids, self._lengths = decoder, base, ids, lengths

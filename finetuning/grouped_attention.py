@@ -1,4 +1,4 @@
-"""Attention for batched generation: a KV head's queries side by side, so that keys and values are read where they lie.
+"""Attention for batched generation: a KV head's queries are put side by side, so that keys and values are read in place.
 
 transformers' own call to scaled_dot_product_attention, given a mask, first copies keys and values once per query head of their
 group; with a long context and one query per row that copy is most of a step's work.
@@ -18,8 +18,8 @@ NAME = "grouped"
 
 
 def attend(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None, **more):
-    """query [B, heads, Q, head size], key and value [B, KV heads, S, head size], attention_mask [B, 1, Q, S], True where seen:
-    [B, Q, heads, head size]."""
+    """Returns [B, Q, heads, head size] and None. query: [B, heads, Q, head size]; key and value: [B, KV heads, S, head size];
+    attention_mask: [B, 1, Q, S], True where seen."""
     rows, heads, queries, size = query.shape
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, **more)
@@ -31,7 +31,7 @@ def attend(module, query, key, value, attention_mask, dropout: float = 0.0, scal
 
 
 def use(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, which attends so from now on."""
+    """Have the model attend this way from now on; returns it."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

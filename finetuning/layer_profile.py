@@ -1,12 +1,13 @@
 """Which layers of a prompt a decoder should compute itself: measured, not guessed (DroidSpeak, arXiv 2411.02820, section 4.2).
 
- 1. Per example (a transcript's last response and all that is before it) the decoder's next-token distributions with its own
-    prefill are what others are compared with.
- 2. For a group [a, b] the decoder's own KV of these layers comes from the base's hidden states at layer a. One pass from a
-    to the last layer that is asked for serves every b; what each group costs beyond is the response's tokens.
- 3. Coarse to fine: groups whose ends stand on a grid, on a part of the examples; then the neighbours of what is best for its
-    number of layers, on ever finer grids; then the best, and the longer groups that begin with them, on all examples.
- 4. Every measurement is written down at once: a profile that was ended goes on.
+ 1. For each example (a transcript's last response and all that is before it), the decoder's next-token distributions with its
+    own prefill are the reference.
+ 2. For a group [a, b], the decoder's own KV of these layers is computed from the base's hidden states at layer a. One pass
+    from a to the last layer that is needed serves every b; each group then costs only the response's tokens.
+ 3. The search goes from coarse to fine: first groups whose ends are on a grid, on a part of the examples; then the neighbours
+    of the groups that are best for their number of layers, on ever finer grids; then the best ones, and the longer groups that
+    begin with them, on all examples.
+ 4. Every measurement is written to a file at once, so that a profile that was ended goes on.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import FILE, LayerProfile, Point, frontier_of
 
-#: Of the examples, for what is only a candidate; and at least so many.
+#: Candidates are measured on one in PART of the examples, and on at least LEAST.
 PART, LEAST = 4, 4
-#: Of the layers: the first grid.
+#: The first grid divides the layers into this many parts.
 GRID = 8
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one example: mean divergence per response token, and the share of tokens whose likeliest is the same."""
+    """For one example: mean divergence per response token, and the share of positions with the same likeliest token."""
 
     divergence: float
     agreement: float
 
 
 class Measured:
-    """Measurements by example and group, in a file. One of another run is not gone on with but begun anew."""
+    """Measurements by example and group, in a file. A file of another run is begun anew."""
 
     def __init__(self, file: Path, run: str):
         self._file, self._seen = file, {}
@@ -57,7 +58,7 @@ class Measured:
         for line in lines[1:]:
             try:
                 example, group, divergence, agreement = json.loads(line)
-            except ValueError:  # it was being written
+            except ValueError:  # the run ended while it was being written
                 continue
             self._seen[example, group] = Seen(divergence, agreement)
 
@@ -72,7 +73,7 @@ class Measured:
 
 
 class Profiler:
-    """`base`, `decoder`: transformers' models. `examples`: their last response counts."""
+    """`base`, `decoder`: transformers models. `examples`: only their last response is measured."""
 
     def __init__(self, base, decoder, examples: Sequence[Example], measured: Measured, console: Console):
         self._base, self._decoder, self._examples = plain(base), plain(decoder), examples
@@ -80,7 +81,7 @@ class Profiler:
         self.layers = len(self._decoder.model.layers)
 
     def search(self) -> list[Point]:
-        """Of groups measured on all examples, "none" among them; fewest layers first."""
+        """The groups measured on all examples, including "none"; fewest layers first."""
         part = self._part()
         step = max(1, self.layers // GRID)
         candidates = {None} | {
@@ -104,7 +105,7 @@ class Profiler:
         return sorted((self._point(group, everything) for group in final), key=lambda point: (point.size, point.divergence))
 
     def sensitivity(self) -> list[float]:
-        """Per layer: the divergence if its KV alone is the base's."""
+        """Per layer: the divergence if only this layer's KV is the base's."""
         part = self._part()
         self._measure([f"base {layer}" for layer in range(self.layers)], part, "single layers")
         return [self._mean(f"base {layer}", part) for layer in range(self.layers)]
@@ -120,7 +121,7 @@ class Profiler:
                     yield LayerGroup(first, last)
 
     def _best(self, groups: Iterable[LayerGroup | None], part: Sequence[int]) -> list[LayerGroup | None]:
-        """Those to which none of as few layers is better."""
+        """The groups to which no other with as few layers is better."""
         return frontier_of(groups, lambda group: (len(group or ()), self._mean(_name(group), part)))
 
     def _mean(self, name: str, part: Sequence[int]) -> float:
@@ -173,7 +174,7 @@ class Profiler:
         return seen
 
     def _log_probabilities(self, ids: torch.Tensor, kv) -> torch.Tensor:
-        """[tokens, vocabulary]"""
+        """[tokens, vocabulary], of the decoder after `ids` over `kv`."""
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(kv):
             cache.update(keys, values, layer)
@@ -189,15 +190,15 @@ def _layers(cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def run_of(base: str, decoder: str, examples: Sequence[Example]) -> str:
-    """What a file of measurements belongs to."""
+    """Identifies the run that a file of measurements belongs to."""
     return hashlib.sha256(repr((base, decoder, [(e.token_ids, e.responses[-1]) for e in examples])).encode()).hexdigest()
 
 
 def profile(
     base: Path, decoder: Path, subject: Subject, data: Path, found: Sequence[Example], most: int, console: Console
 ) -> LayerProfile:
-    """Of `decoder`, loaded as `subject`, on at most so many of the transcripts that were `found` in `data`, evenly spread. What
-    has been measured stands beside the decoder until `keep`."""
+    """The profile of `decoder`, loaded as `subject`, on at most `most` of the transcripts that were `found` in `data`, evenly
+    spread. Measurements are kept beside the decoder until `keep`."""
     examples = evenly(found, most)
     weights = fingerprint.weights(base), fingerprint.weights(decoder)
     measured = Measured(_measured(decoder), run_of(*weights, examples))
@@ -218,7 +219,7 @@ def _measured(decoder: Path) -> Path:
 def scored(
     profile: LayerProfile, subject: Subject, suites, limit: int, tokenizer, stops: Sequence[int], device: str, console: Console
 ) -> LayerProfile:
-    """The same with the frontier's shares of right answers on these suites."""
+    """The same profile with the frontier's shares of right answers on these suites."""
     points = {point.layers: point for point in profile.points}
     with bars(console) as progress:
         for point in profile.frontier:

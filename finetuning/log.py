@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a CSV row per step, and a bar."""
+"""What a run reports while it goes on: a CSV row per step, and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "tokens", 
 
 
 class TrainingLog:
-    """`log.csv` of a run's folder; steps after `start` of an earlier attempt are dropped."""
+    """`log.csv` of a run's folder; an earlier attempt's steps after `start` are dropped."""
 
     def __init__(self, folder: Path, start: int):
         self._file = folder / FILE
@@ -28,7 +28,7 @@ class TrainingLog:
             writer = csv.DictWriter(stream, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-        part.replace(self._file)  # whole at any time: the run may be killed
+        part.replace(self._file)  # the file is whole at any time, since the run may be killed
         self._stream = self._file.open("a", newline="")
         self._writer = csv.DictWriter(self._stream, COLUMNS)
         return self

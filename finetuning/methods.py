@@ -1,8 +1,8 @@
 """Training methods: what is trained, and what the decoder sees of the context. One class per method.
 
-    prefillshare  every response is generated after base KV of all that is before its first input (arXiv 2602.12029, R1)
+    prefillshare  every response is generated over base KV of all that is before its first input (arXiv 2602.12029, R1)
     icarus        every token is predicted over base KV of all tokens up to it (arXiv 2603.13281)
-    ordinary      the decoder makes all KV itself: what fine-tuning is elsewhere, for comparison
+    ordinary      the decoder computes all KV itself, as in ordinary fine-tuning; for comparison
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class View:
     """What the decoder computes of one example. S inputs, L base tokens.
 
     `inputs`: positions it processes; the logits at input i are for the token at inputs[i] + 1.
-    `is_response`: [S], whether that token is one to learn.
+    `is_response`: [S], whether that token is to be learnt.
     `base_tokens`: L, how many leading tokens are seen as base KV.
-    `base_seen`: [S, L] and `own_seen`: [S, S], what each input attends to; `own_seen` is None where own KV is never seen.
+    `base_seen`: [S, L] and `own_seen`: [S, S], what each input attends to; `own_seen` is None if own KV is never seen.
     """
 
     inputs: torch.Tensor
@@ -38,10 +38,10 @@ class View:
 
 class Method(ABC):
     name: str
-    #: Mode a decoder made so is served in.
+    #: Mode in which a decoder that was trained this way is served.
     sharing: str
     lora_modules: Sequence[str]
-    #: The prompt's KV is the base's; the decoder makes KV of its own.
+    #: Whether the prompt's KV is the base's, and whether the decoder computes KV of its own.
     base_prompt: bool = True
     own_kv: bool = True
 
@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (PrefillShare(),
 
 
 def _response_inputs(example: Example) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions from which response tokens are predicted, and the number of the response each belongs to."""
+    """Positions from which response tokens are predicted, and the number of the response to which each belongs."""
     spans = example.responses
     inputs = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
     return inputs, torch.cat([torch.full((end - start,), number) for number, (start, end) in enumerate(spans)])

@@ -26,15 +26,15 @@ PACKAGES = ("torch", "transformers", "peft")
 #: What a run keeps in its folder until it is done.
 KV_FOLDER = "base-kv"
 LOCK = "run.lock"
-#: A full-weight decoder has the base's own, byte for byte: the server compares their hashes.
+#: A full-weight decoder gets the base's files, byte for byte: the server compares their hashes.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
                     "generation_config.json")  # fmt: skip
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder, and remove what one that was ended has left half written. Raises ConfigError where
-    a decoder is, or another run."""
+    """Keep other runs out of the folder, and remove files that an ended run has left half written. Raises ConfigError if the
+    folder holds a decoder, or another run writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         try:
@@ -65,8 +65,8 @@ def write(
     examples: Sequence[Example],
     figures: dict,
 ) -> None:
-    """All files of the decoder; the contract comes last: a folder that has one is whole. Full weights are saved in the
-    base's own type."""
+    """Write all files of the decoder; the contract comes last, so that a folder that has one is complete. Full weights are
+    saved in the base's own type."""
     if recipe.weights == "lora":
         model.to(getattr(torch, recipe.lora.saved_as)).save_pretrained(folder)
     else:

@@ -79,7 +79,7 @@ class Message(Node):
         return self.role == "assistant" and self.weight != 0
 
     def for_template(self) -> dict[str, Any]:
-        """As vLLM's server hands it to a chat template: keys that are not given are not there, content always is."""
+        """The message as vLLM's server hands it to a chat template: without keys that are not given, always with content."""
         more = {key: getattr(self, key) for key in ("tool_call_id", "name") if getattr(self, key) is not None}
         if self.tool_calls:
             more["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]

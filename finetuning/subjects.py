@@ -18,7 +18,7 @@ from prefillshare.kvshare.errors import InvalidInput
 
 @dataclass(frozen=True)
 class Subject:
-    """`method`: how it sees context; another than it was trained with shows what that costs (naive sharing)."""
+    """`method`: how it sees context; a method other than that of its training shows what this costs (naive sharing)."""
 
     name: str
     method: Method
@@ -27,7 +27,7 @@ class Subject:
 
 
 def trained_for(decoder: Path | None) -> str:
-    """The method a decoder's folder says it was trained by; the base sees its own KV. Raises InvalidInput."""
+    """The method by which a decoder's folder says it was trained; "ordinary" for the base. Raises InvalidInput."""
     if decoder is None:
         return "ordinary"
     try:
@@ -43,8 +43,8 @@ def load_base(base: Path, dtype=torch.float32, device: str = "cpu", *, kept_byte
 def load(
     name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu", frozen=None
 ) -> Subject:
-    """`decoder`: folder of an adapter or of full weights, None: the base itself. `frozen`: the base, if it is loaded already.
-    Raises ContractMismatch for another base's."""
+    """`decoder`: folder of an adapter or of full weights; None: the base itself. `frozen`: the base, if it is loaded already.
+    Raises ContractMismatch if the decoder belongs to another base."""
     frozen = frozen or load_base(base, dtype, device)
     model = frozen.model
     if decoder is not None:
@@ -66,8 +66,8 @@ def _decoder(base: Path, folder: Path, dtype):
 
 
 class FrozenBase:
-    """The base as generation asks for it. Its KV of prompts never changes: what several decoders are asked is computed once,
-    and kept within `kept_bytes`."""
+    """The base as generation uses it. Its KV of prompts never changes: if several decoders are asked the same prompts, it is
+    computed once, and kept within `kept_bytes`."""
 
     def __init__(self, model: torch.nn.Module, kept_bytes: int = 0):
         self.model, self._kept_bytes = model, kept_bytes
@@ -79,8 +79,8 @@ class FrozenBase:
         self.model.model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
 
     def prompts(self, ids: torch.Tensor, cache, columns: int) -> None:
-        """Append KV of the first columns of prompts [B, S] that begin in column 0; what stands behind a prompt's end is
-        anything."""
+        """Append KV of the first columns of prompts [B, S] that begin in column 0; values behind a prompt's end are
+        undefined."""
         key = hashlib.sha256(repr(ids.tolist()).encode()).digest()
         if (layers := self._kept.get(key)) is None:
             whole = DynamicCache()

@@ -1,9 +1,9 @@
-"""CacheBlend's choice (arXiv 2405.16444): a decoder computes its own KV of some tokens of reused KV, in all layers. The
-baseline to DroidSpeak's choice of layers; offline only.
+"""CacheBlend's choice (arXiv 2405.16444): in reused KV, a decoder computes its own KV of some tokens, in all layers. It is the
+baseline for DroidSpeak's choice of layers; offline only.
 
  1. The first two layers are the decoder's own for all tokens.
- 2. The tokens whose values in the second of them are farthest from the base's are chosen.
- 3. In every later layer the chosen tokens' KV are the decoder's own, over what is there of the others.
+ 2. The tokens whose values in the second layer are farthest from the base's are chosen.
+ 3. In every later layer, the chosen tokens' KV is the decoder's own, computed over the present KV of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WHOLE_LAYERS = 2
 
 
 class _Blended:
-    """Stands for a cache: KV of the base, in which the rows of `chosen` [B, C] are replaced as they are computed."""
+    """Used as a cache: the base's KV, in which the columns `chosen` [B, C] are replaced as they are computed."""
 
     def __init__(self, kv: LayersKV):
         self.layers = [(keys.clone(), values.clone()) for keys, values in kv]
@@ -35,8 +35,8 @@ class _Blended:
 
 @torch.no_grad()
 def blended(decoder, kv: LayersKV, ids: torch.Tensor, lengths: torch.Tensor, share: float) -> LayersKV:
-    """`kv`: the base's of prompts `ids` [B, S] that begin in column 0, [B, KV heads, S, head size] per layer; `lengths` [B]:
-    how many of them count. `share`: of each prompt's tokens, those to compute anew (at least one). Returns KV of all."""
+    """Returns KV of all tokens. `kv`: the base's, of prompts `ids` [B, S] that begin in column 0, [B, KV heads, S, head size]
+    per layer. `lengths`: [B], how many tokens of each count. `share`: of each prompt's tokens, computed anew (at least one)."""
     model, cache = plain(decoder).model, _Blended(kv)
     hidden, positions = model.embed_tokens(ids), torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -52,8 +52,8 @@ def blended(decoder, kv: LayersKV, ids: torch.Tensor, lengths: torch.Tensor, sha
 
 
 def _farthest(own: torch.Tensor, base: torch.Tensor, lengths: torch.Tensor, share: float) -> torch.Tensor:
-    """[B, C], ascending: the columns whose values differ most. A prompt with fewer to choose has one of them repeated:
-    computing it twice changes nothing."""
+    """[B, C], ascending: the columns whose values differ most. For a prompt with fewer than C columns to choose, one of them is
+    repeated: computing it twice changes nothing."""
     counts = (share * lengths).ceil().long().clamp(min=1)
     distance = (own.float() - base.float()).square().sum((1, 3))
     distance[torch.arange(distance.shape[1], device=own.device) >= lengths[:, None]] = -1.0

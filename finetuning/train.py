@@ -1,10 +1,10 @@
-"""One training run, from a recipe to a folder that the server takes.
+"""One training run, from a recipe to a folder that can be served.
 
- 1. Base, tokenizer, transcripts. The decoder is the base with an adapter, or a copy of it with all weights free.
- 2. Per step: base KV of the examples (kept or computed), the cache-conditioned forward pass, the loss on response tokens,
-    one AdamW step.
- 3. A checkpoint now and then: a run that was ended goes on from the last one, with the losses it would have had.
- 4. The decoder's files, its KV contract, its model card. Checkpoint and kept KV are removed.
+ 1. Base, tokenizer and transcripts are loaded. The decoder is the base with an adapter, or a copy of it with all weights free.
+ 2. Each step takes the base KV of the examples (kept or computed), runs the cache-conditioned forward pass, computes the loss
+    on response tokens, and takes one AdamW step.
+ 3. Checkpoints are written regularly: a run that was ended goes on from the last one, with the losses it would have had.
+ 4. The decoder's files, its KV contract and its model card are written. Checkpoint and kept KV are removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from prefillshare.kvshare.errors import ConfigError
 
 
 class Decoder:
-    """What is trained, and the frozen base it came from: one set of weights with an adapter, or two."""
+    """What is trained, and the frozen base it came from: one set of weights and an adapter, or two sets of weights."""
 
     def __init__(self, recipe: Recipe):
         self.device = torch.device(device_of(recipe.device))
@@ -62,7 +62,7 @@ class Decoder:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def precision(self):
-        """What is trained stays float32; it computes as it will be served."""
+        """Context to compute in the recipe's dtype, as the decoder will be served; trained parameters stay float32."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
@@ -85,7 +85,7 @@ class Feeder:
 
 
 def train(recipe: Recipe, console: Console) -> Path:
-    """Returns the decoder's folder. Raises ConfigError for what cannot be trained; ended in between, it can go on."""
+    """Returns the decoder's folder. Raises ConfigError for what cannot be trained. A run that was ended can go on."""
     folder = Path(recipe.output)
     with output.alone_in(folder):
         return _train(recipe, folder, console)
@@ -164,7 +164,7 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
 
 
 def _read(field: str, file: str, recipe: Recipe, tokenizer, stops, console: Console) -> tuple[list[Example], int]:
-    """As transcripts.read."""
+    """What `transcripts.read` returns, after telling how much there is."""
     examples, left_out = transcripts.read(Path(file), tokenizer, stops, recipe.max_tokens, field=field)
     learnt, tokens = sum(e.response_tokens for e in examples), sum(len(e.token_ids) for e in examples)
     console.print(
@@ -194,7 +194,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def _kv_budget(recipe: Recipe) -> int:
-    """Nothing is kept that no later epoch asks for."""
+    """Bytes of base KV to keep: none for a single epoch, since no later one asks for it."""
     return int(recipe.base_kv_gib * 2**30) if recipe.epochs > 1 else 0
 
 
@@ -214,7 +214,7 @@ def _with_adapter(base, recipe: Recipe):
 
 
 def _adapted(layers: int, last: int | None) -> list[int] | None:
-    """Raises ConfigError for more than there are."""
+    """Numbers of the last `last` layers; None for all. Raises ConfigError if the model has fewer."""
     if last is None:
         return None
     if last > layers:

@@ -3,9 +3,9 @@
 A line of JSONL is one of
     {"messages": [{"role": "system"|"user"|"assistant"|"tool", "content": "..."}, ...]}
     {"prompt": "...", "response": "..."}
-Every assistant message is a response to be learnt, unless it has "weight": 0: then another decoder said it, and it is
-context like all else. A transcript with several responses trains in one pass. `tools` beside `messages`, and `tool_calls` of an
-assistant message, are laid out by the base's chat template, as over HTTP; one that leaves them out is refused.
+Every assistant message is a response to be learnt, unless it has "weight": 0: then it is another decoder's, and is context like
+everything else. A transcript with several responses trains in one pass. `tools` beside `messages`, and `tool_calls` of an
+assistant message, are laid out by the base's chat template, as over HTTP; a template that leaves them out is refused.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def stop_ids(base: Path, tokenizer) -> tuple[int, ...]:
 def read(
     path: Path, tokenizer, stops: Sequence[int], max_tokens: int, *, field: str = "train"
 ) -> tuple[list[Example], int]:
-    """(every line of `path`, cut after `max_tokens`; how many responses that left out). Raises ConfigError with the line
-    that cannot be used, or if an answer would not end in one of `stops`."""
+    """(the examples in `path`, one per line, cut after `max_tokens`; how many responses were left out). Raises ConfigError
+    naming a line that cannot be used, such as one with an answer that would not end in one of `stops`."""
     examples, left_out = [], 0
     for number, line in enumerate(_lines(path, field), 1):
         if not line.strip():
@@ -85,7 +85,7 @@ def _example(record: Chat | Text, tokenizer, stops: Sequence[int]) -> Example:
 
 
 def _of_chat(chat: Chat, layout: ChatLayout, stops: Sequence[int]) -> Example:
-    """Turn by turn, as a session grows: what comes before an answer, the answer, and the token with which it ends."""
+    """Lay a chat out turn by turn, as a session grows: what comes before an answer, the answer, and the token that ends it."""
     ids: list[int] = []
     responses, waiting, is_open = [], [], False
     for message in chat.messages:
@@ -108,6 +108,6 @@ def _of_chat(chat: Chat, layout: ChatLayout, stops: Sequence[int]) -> Example:
 
 
 def _cut(example: Example, max_tokens: int) -> Example | None:
-    """The responses that fit, and what is before them."""
+    """The example with only the responses that fit, and what is before them; None if none fits."""
     fitting = tuple(span for span in example.responses if span[1] <= max_tokens)
     return Example(example.token_ids[: fitting[-1][1]], fitting) if fitting else None

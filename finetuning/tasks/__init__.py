@@ -16,8 +16,8 @@ __all__ = ["SPLITS", "TASKS", "Question", "Task", "write_transcripts"]
 def write_transcripts(
     tasks: Sequence[Task], file: Path, count: int, seed: int = 0, split: str = "train", others: int = 0
 ) -> int:
-    """Training data of at most `count` transcripts per task; returns how many there are. `others`: most transcripts, of any
-    suite, that stand before each as other decoders' turns. Raises ConfigError if they ask what any suite's test questions ask.
+    """Write training data of at most `count` transcripts per task; returns how many there are. `others`: most transcripts, of
+    any suite, that precede each as other decoders' turns. Raises ConfigError if one asks what any suite's test question asks.
     """
     made = [transcript for task in tasks for transcript in task.transcripts(count, seed, split)]
     if others:

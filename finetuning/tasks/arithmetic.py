@@ -1,4 +1,4 @@
-"""Arithmetic word problems: reasoning-gym's gsm_symbolic (GSM-Symbolic's templates), train and test by seeds far apart."""
+"""Arithmetic word problems: reasoning-gym's gsm_symbolic (GSM-Symbolic's templates); training and test seeds are far apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, asks_as, 
 from prefillshare.kvshare.errors import InvalidInput
 
 TEST_SEED, TEST_SIZE = 500_000_000, 500
-#: An item's own seed is its data set's and its number: a seed of ours has a stride of items of its own.
+#: An item's own seed is the data set's seed plus the item's number, so each of our seeds gets a stride of items of its own.
 STRIDE, SEEDS = 1_000_000, 200
 _FINAL = re.compile(r"####\s*(-?[\d,]*\.?\d+)")
 SYSTEM = "Solve the problem step by step. End with #### and the result."
@@ -26,7 +26,7 @@ class Arithmetic(Task):
 
     def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
         first = (SPLITS.index(split) * SEEDS + seed) * STRIDE
-        more = count + count // 10 + 10  # a few ask by chance what the test set asks
+        more = count + count // 10 + 10  # a few happen to ask what the test set asks
         if seed >= SEEDS or more > STRIDE:
             raise InvalidInput(f"seed {seed} and count {count} are too large", fix=f"use at most {SEEDS - 1} and {STRIDE // 2}")
         asked = [(normalised(question.messages[-1]["content"]), question.name) for question in self.questions()]

@@ -1,4 +1,4 @@
-"""What a task suite answers."""
+"""The interface of a task suite, and checks on training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Question:
-    """`messages`: the prompt. `is_right`: whether an answer's text is."""
+    """`messages`: the prompt. `is_right`: whether an answer's text is right."""
 
     name: str
     messages: Sequence[dict[str, str]]
@@ -33,12 +33,12 @@ class Task(ABC):
 
     @abstractmethod
     def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
-        """At most `count` transcripts of a split, SPLITS; the splits have nothing in common, with each other or with the
+        """At most `count` transcripts of a split (one of SPLITS). The splits have nothing in common with each other or with the
         test questions."""
 
 
 def check_disjoint(transcripts: Sequence[dict], questions: Sequence[Question]) -> None:
-    """Raises ConfigError naming a transcript's test question: the same words, or all of its words and more."""
+    """Raises ConfigError, naming the test question, if a transcript asks one: in the same words, or in all of them and more."""
     asked = [(normalised(question.messages[-1]["content"]), question.name) for question in questions]
     for transcript in transcripts:
         for message in transcript["messages"]:
@@ -49,7 +49,7 @@ def check_disjoint(transcripts: Sequence[dict], questions: Sequence[Question]) -
 
 
 def in_company(transcripts: Sequence[dict], others: Sequence[dict], most: int, seed: int) -> list[dict]:
-    """Each transcript as a part of a session that several decoders share: up to `most` others before it, not learnt."""
+    """Each transcript as a part of a session that several decoders share: up to `most` others precede it and are not learnt."""
     rng = random.Random(f"company {seed}")
 
     def said(other: dict) -> list[dict]:

@@ -1,7 +1,7 @@
-"""Function calls made from a seed: schemas nobody wrote, requests that name every value, the call that follows.
+"""Function calls made from a seed: random schemas, requests that name every value, and the right call for each.
 
-They teach the form: choose the function the request is about, give each value its type, leave out what is not named. Half
-of the parameters have names and values of words drawn at random (reasoning-gym's lists): they can only be read off the prompt.
+They teach the form: choose the function that the request is about, give each value its type, leave out what is not named. Half
+of the parameters have names and values of words drawn at random (reasoning-gym's lists), which only the prompt can tell.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PARAMETERS = {
     "unit": ("string", "Unit of the result."),
 }  # fmt: skip
 _ASKS = ("Please {}.", "I need you to {}.", "Can you {}?", "{}.", "Could you {} for me?", "I want to {}.")
-#: How a request says the value of an invented parameter.
+#: How a request states the value of an invented parameter.
 _SAYS = ("with a {name} of {value}", "with {value} as the {name}", "{name} {value}", "where the {name} is {value}",
          "using {value} for the {name}", "{name}: {value}")  # fmt: skip
 _KINDS = ("string", "string", "string", "integer", "integer", "float", "boolean", "array", "enum")
@@ -111,7 +111,7 @@ def _invented(thing: str, rng: random.Random) -> tuple[str, dict]:
 
 
 def _value(about: dict, rng: random.Random) -> object:
-    """Of an invented parameter's type."""
+    """A value of an invented parameter's type."""
     if "enum" in about:
         return rng.choice(about["enum"])
     match about["type"]:
@@ -128,7 +128,7 @@ def _value(about: dict, rng: random.Random) -> object:
 
 
 def _said(name: str, about: dict, rng: random.Random) -> tuple[object, str]:
-    """(value of an invented parameter, how a request says it)"""
+    """(value of an invented parameter, how a request states it)"""
     words, value = name.replace("_", " "), _value(about, rng)
     if isinstance(value, bool):
         return value, f"{'with' if value else 'without'} {words}"
@@ -139,7 +139,7 @@ def _said(name: str, about: dict, rng: random.Random) -> tuple[object, str]:
 
 
 def _word(rng: random.Random) -> str:
-    """Of a story, or, less often, of a dictionary."""
+    """A word of a story or, less often, of a dictionary."""
     return rng.choice(_words("in_the_year_2889.txt" if rng.random() < 0.7 else "words3to10.txt"))
 
 
@@ -152,7 +152,7 @@ def _words(file: str) -> list[str]:
 
 
 def _argument(name: str, rng: random.Random) -> tuple[object, str]:
-    """(value, how a request says it)"""
+    """(value, how a request states it)"""
     match name:
         case "name":
             return (value := rng.choice(_NAMES)), f"for {value}"

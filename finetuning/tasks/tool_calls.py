@@ -1,6 +1,6 @@
 """Tool calling: BFCL's questions, its possible answers and its own AST checker (package bfcl-eval).
 
-Test: the categories simple_python and multiple. Training: the live categories with one call, of functions that
+Test: the categories simple_python and multiple. Training: questions of the live categories with one call, to functions that
 no test question is about, and calls made from a seed (synthetic_calls.py).
 """
 
@@ -43,7 +43,7 @@ class ToolCalls(Task):
         ]
 
     def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
-        """Half of them live ones, as far as there are."""
+        """Up to half of the transcripts are live questions, the others are synthetic."""
         rng = random.Random(f"{seed} {split}")
         made = [_transcript(item, call) for item, call in _live_items() if _split_of(item) == split]
         rng.shuffle(made)
@@ -55,8 +55,8 @@ class ToolCalls(Task):
 
 @cache
 def _live_items() -> list[tuple[dict, dict]]:
-    """Live questions with one call, and that call: none asks what a test question asks, nor about a function that one is
-    about, and BFCL's checker finds every call right."""
+    """Live questions with one call, and that call. None asks what a test question asks, or is about the same function as one,
+    and BFCL's checker accepts every call."""
     tested = [pair for category in TESTED for pair in _items(category)]
     asked = [(normalised(_asked(item)), item["id"]) for item, _ in tested]
     functions = {name for _, truth in tested for call in truth for name in call}
@@ -71,7 +71,7 @@ def _live_items() -> list[tuple[dict, dict]]:
 
 
 def _split_of(item: dict) -> str:
-    """A tenth is for validation, by name: the same for every seed."""
+    """The split of an item: a tenth is for validation, chosen by name, so that it is the same for every seed."""
     return SPLITS[int(hashlib.sha256(item["id"].encode()).hexdigest(), 16) % 10 == 0]
 
 
@@ -97,8 +97,8 @@ def _is_right(item: dict, truth: list[dict], category: str, answer: str) -> bool
 
 @cache
 def _checker() -> ModuleType:
-    """BFCL's AST checker. It asks its table of models one thing, whether names have their dots replaced; that table
-    imports every provider's client, so a table of one stands in for it."""
+    """BFCL's AST checker. It asks its table of models only whether names have their dots replaced. That table imports every
+    provider's client, so a stub takes its place."""
     name = "bfcl_eval.constants.model_config"
     stands_in = ModuleType(name)
     stands_in.MODEL_CONFIG_MAPPING = defaultdict(lambda: SimpleNamespace(underscore_to_dot=False))
@@ -149,7 +149,7 @@ def _chosen(possible: dict[str, list]) -> dict:
 
 
 def _value(value):
-    """Inside a mapping every key has a list of possible values, too."""
+    """A possible value, made definite: inside a mapping, too, every key has a list of possible values."""
     if isinstance(value, dict):
         return _chosen({key: values for key, values in value.items() if isinstance(values, list)})
     return [_value(one) for one in value] if isinstance(value, list) else value

@@ -2,8 +2,8 @@
 
     python -m benchmarks.eager [--sessions 3] [--turns 4]
 
-The same sessions, one after the other, with and without it, on the same kind of deployment: turns with long responses
-and short inputs, and a pause between turns as agents have while a tool runs. The last line is JSON.
+The same sessions, one after the other, with and without eager prefill, on the same kind of deployment: turns have long
+responses and short inputs, and pauses between them as while an agent's tool runs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INPUT, OUTPUT = 24, 64
 
 
 def play(client: Client, sessions: int, turns: int, pause_s: float, advance) -> dict[str, float]:
-    """First turns are not counted: there is nothing yet that could have been made eagerly."""
+    """First turns are not counted: there is no earlier response that could have been prefilled eagerly."""
     rng, waited, computed = random.Random(5), [], []
     for _ in range(sessions):
         session = client.create_session()

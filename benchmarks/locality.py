@@ -2,10 +2,10 @@
 
     python -m benchmarks.locality [--sessions 24] [--turns 4] [--policies prefix_aware,session_sticky,round_robin]
 
-Two prefill replicas, three decoders on one decode replica. Sessions take turns in an interleaved order, every turn with
-another decoder; groups of sessions share a beginning. All policies get traces of the same shape and different tokens, on
-the same engines. The best possible is what one cache without bounds would have found, given the order in which turns
-began: at most every full block of every prompt that an earlier prompt had computed. The last line is JSON.
+Two prefill replicas, and three decoders on one decode replica. Sessions take turns in an interleaved order, every turn with
+another decoder; groups of sessions share a beginning. All policies get traces of the same shape, with different tokens, on
+the same engines. The best possible is what one unbounded cache would have found, given the order in which turns began: at
+most every full block of every prompt that an earlier prompt had computed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from prefillshare.kvshare.config import Deployment
 from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
-#: Sessions that share a beginning, its length, and the ranges of what a turn appends and generates, tokens.
+#: Sessions that share a beginning; in tokens: its length, and the ranges of what a turn appends and generates.
 GROUP, BEGINNING, INPUT, OUTPUT = 6, 128, (48, 96), (12, 20)
 
 
 @dataclass
 class Trace:
-    """Turns in the order they begin. `prompts` is filled while it runs: what prefill was asked for, in that order."""
+    """Turns in the order in which they begin. `prompts`, filled while it runs: the prompts given to prefill, in that order."""
 
     sessions: int
     turns: int
@@ -60,7 +60,7 @@ class Trace:
 
 
 def best_possible(trace: Trace) -> float:
-    """Hit ratio of one cache without bounds."""
+    """Hit ratio of one unbounded cache."""
     computed, found, asked = set(), 0, 0
     for turn in trace.order:
         prompt = trace.prompts[turn][:-1]  # the last prompt token is the decoder's own
@@ -73,7 +73,7 @@ def best_possible(trace: Trace) -> float:
 
 
 def play(trace: Trace, client: Client, at_once: int, advance) -> dict[str, float]:
-    """Run a trace with `at_once` turns at a time; a session's turns follow each other."""
+    """Run a trace with `at_once` turns at a time; turns of one session run one after the other."""
     lock, usages = threading.Lock(), []
     sessions = [client.create_session(token_ids=trace.beginnings[s // GROUP]) for s in range(trace.sessions)]
 

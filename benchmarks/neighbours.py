@@ -2,11 +2,12 @@
 
     python -m benchmarks.neighbours [--seconds 20]
 
-One prefill and one decode replica, two tenants. One takes small streamed chats, two at a time, without end. After a spell in
-peace the other sends one kind of request again and again, each as soon as the last one was answered: what is too large, too
-many, or too dear to compile. It is a process of its own: making its requests costs the measured clients nothing but CPU time.
-Per kind: the first tenant's 95th percentile of a whole chat beside that in peace, and how the other was answered. Spells in
-peace stand between the kinds, and each kind is compared with those around it. The last line is JSON.
+One prefill and one decode replica serve two tenants. The first takes small streamed chats, two at a time, without end. After
+an undisturbed period the second sends one kind of request again and again, each as soon as the one before was answered: too
+large, too many, or too expensive to compile. It runs in a process of its own, so that making its requests costs the measured
+clients nothing but CPU time. Reported for each kind: the first tenant's 95th percentile of a whole chat beside that of the
+undisturbed periods, and how the second was answered. There is an undisturbed period between any two kinds, and each kind is
+compared with those around it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ ASKED = [{"role": "user", "content": "Say something."}]
 
 
 def kinds(number: int) -> Iterator[tuple[str, str, dict, dict]]:
-    """(name, path, body, headers) of each kind. Its `number`th request differs from the others, so that no verdict is kept."""
+    """(name, path, body, headers) of each kind. The `number`th request of a kind differs from its others, so that no kept
+    verdict applies."""
     chat = {"model": DECODERS[0], "messages": ASKED, "max_tokens": TOKENS}
     prompt = {"model": DECODERS[0], "max_tokens": TOKENS}
     yield "n", COMPLETIONS, prompt | {"prompt": "a", "n": 16384}, {}
@@ -72,7 +74,7 @@ def _alternatives(depth: int, number: int) -> dict:
 
 
 class Small:
-    """The tenant with small turns. `took`: seconds of each whole chat that ended since `reset`."""
+    """The tenant with small turns. `took`: seconds of each whole chat that has ended since `reset`."""
 
     def __init__(self, client: httpx.AsyncClient):
         self._client = client
@@ -102,7 +104,7 @@ class Small:
 
 
 def send(kind: int, seconds: float) -> Counter[str]:
-    """One kind of request for so long; how it was answered. In a process of its own."""
+    """Send one kind of request for `seconds`; returns how it was answered. Runs in a process of its own."""
 
     async def sending() -> Counter[str]:
         async with client_of("large") as client:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.overload [--seconds 120]
 
-One prefill and one decode replica with little KV. Turns arrive as a Poisson process (open loop), each in a session of its
-own with a beginning that its group shares. Short runs at rising rates, from what a few clients get in a closed loop, find
-the knee: the highest rate at which 95 of 100 turns are good. Then the knee and 2 times the knee are measured in turn, twice
-each, and their means compared. A turn is good if it ended well, with its first token within the objective; goodput counts
-those. The last line is JSON.
+One prefill and one decode replica with little KV memory. Turns arrive as a Poisson process (open loop), each in a session of
+its own with a beginning that its group shares. Short runs at rising rates, starting from what a few clients get in a closed
+loop, find the knee: the highest rate at which 95 of 100 turns are good. Then the knee and twice the knee are measured
+alternately, two runs each, and their means are compared. A turn is good if it ended without an error and its first token came
+within the objective; goodput is the rate of good turns. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 GROUPS, BEGINNING, INPUT, OUTPUT = 8, 192, (32, 160), (16, 48)
-#: Each rate is so many times the one before; most rates tried; share of good turns up to the knee; runs of each at the end.
+#: Factor from one rate to the next; most rates tried; share of good turns up to the knee; runs of each rate at the end.
 STEP, MOST_RATES, GOOD_SHARE, REPEATS = 1.2, 8, 0.95, 2
-#: Turns at once that show what can be served: few enough that none is refused.
+#: Turns at once of the closed loop, few enough that none is refused; most clients of the open loop.
 AT_ONCE, MOST_CLIENTS = 6, 256
 
 
 class Load:
-    """Turns by seed: the same ones at every rate."""
+    """Turns made from a seed: the same ones at every rate."""
 
     def __init__(self, client: Client, objective_s: float):
         self._client, self.objective_s = client, objective_s
@@ -78,7 +78,7 @@ class Load:
                 self.good_tokens += result.usage.completion_tokens
 
     def closed(self, at_once: int, seconds: float) -> float:
-        """Turns per second that end well with `at_once` turns always in progress."""
+        """Turns per second that end without an error while `at_once` turns are always in progress."""
         self.reset()
         ends_at, numbers = time.monotonic() + seconds, iter(range(10**9))
 

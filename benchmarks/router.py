@@ -2,7 +2,7 @@
 
     python -m benchmarks.router [--prefill 64] [--decode 256] [--prefixes 100000] [--tokens 8192]
 
-A placement is what the router does per turn: hash the prompt's blocks once, ask the index what admission wants to know,
+A placement is what the router does per turn: hash the prompt's blocks once, ask the index what admission needs to know,
 choose a prefill and a decode replica, and book the load. KV events reach the index over ZMQ, as from engines. The whole process
 is bound to one core. Sweeps show how the cost grows with replicas and with cached prefixes. The last line is JSON.
 """
@@ -43,7 +43,7 @@ SYNC_EVERY = 200
 
 
 class SimulatedReplicas:
-    """Stands for a ReplicaSet: replicas that are always there."""
+    """Takes the place of a ReplicaSet: replicas that are always there."""
 
     def __init__(self, name: str, count: int):
         self.name, self.joined = name, SimpleNamespace(listener=None)
@@ -124,14 +124,14 @@ class Simulation:
         """Wait until the index has caught up."""
         keys, deadline = BlockKeys(tokens, BLOCK), time.monotonic() + 60
         while self._index.overlaps(pool, keys).get(name) != len(tokens):
-            if again:  # the subscription may not stand yet
+            if again:  # the subscription may not be established yet
                 self._publishers.stored(name, tokens, first_hash)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the index has not seen what {name} stored")
             await asyncio.sleep(0.005)
 
     async def blocks_taken_in_per_s(self, prompts: int = 500) -> float:
-        """How fast the index follows what replicas cache, their part in encoding and sending it included."""
+        """Blocks per second that the index takes in, including the replicas' part: encoding and sending the events."""
         fresh = [prefix(2 * 10**9 + n, self.tokens) for n in range(prompts)]
         names, began = list(self._sets[0].members), time.perf_counter()
         for number, tokens in enumerate(fresh):

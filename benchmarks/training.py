@@ -2,8 +2,8 @@
 
     python -m benchmarks.training [--transcripts 64] [--epochs 2]
 
-The same transcripts (tool calls made from a seed: long prompts, short responses), model, adapter and batches; one method
-after the other. The first epoch computes the prompts' base KV, later ones read it. The last line is JSON.
+Both methods get the same transcripts (tool calls made from a seed: long prompts, short responses), model, adapter and batches,
+one after the other. The first epoch computes the prompts' base KV, later ones read it. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -3,14 +3,16 @@ suites.
 
     make accuracy          (python -m benchmarks.accuracy [--studies tools arithmetic] [--questions N] [--jobs N])
 
- 1. Trains, by the recipes in finetuning/recipes/, what is not there yet. The adapters in adapters/ count as PrefillShare's.
+ 1. Trains the decoders that are not there yet, by the recipes in finetuning/recipes/. The adapters in adapters/ are
+    PrefillShare's.
  2. Profiles the layers of the ordinary fine-tunes, for DroidSpeak.
- 3. Asks test questions, 200 of each suite unless told otherwise, offline: by the definition that
-    tests/engine/test_system_smollm.py finds the served system to agree with. For the collapse curve again, with only a part
-    of the prompt as base KV.
+ 3. Asks test questions, 200 of each suite unless told otherwise, offline; tests/engine/test_system_smollm.py checks that the
+    served system gives the same answers. For the collapse curve, questions are asked again with only a part of the prompt as
+    base KV.
  4. Writes docs/accuracy.md and its plot. The last line is JSON.
 
-Many hours on two cores, minutes on a GPU with --jobs 8. Whatever is done stays in runs/accuracy: started again, it goes on.
+It takes many hours on two cores, minutes on a GPU with --jobs 8. What is done is kept in runs/accuracy, so that a run that is
+started again goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.layer_profile import FILE as PROFILE_FILE
 from prefillshare.models import fetch
 
-#: Transcripts by which a decoder's layers are profiled; of another seed than its training data.
+#: Transcripts on which a decoder's layers are profiled, and their seed, which differs from the training data's.
 PROFILE_TRANSCRIPTS, PROFILE_SEED = 12, 1
 
 
@@ -64,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of the study that stands for itself: its outcome is in files."""
+    """An independent piece of the study, whose outcome is in files."""
 
     title: str
     function: Callable
@@ -72,7 +74,7 @@ class Work:
 
 
 def all_done(work: Iterable[Work], settings: Settings, pool: Executor | None, console: Console) -> None:
-    """One after the other, each with its own bar, or in the pool's processes."""
+    """Do the pieces one after the other, each with its own progress bar, or in the pool's processes."""
     work = list(work)
     if pool is None:
         for piece in work:
@@ -89,7 +91,7 @@ def all_done(work: Iterable[Work], settings: Settings, pool: Executor | None, co
 
 
 def _quietly(piece: Work, settings: Settings) -> None:
-    """In a process of the pool; a GPU's memory is given back to the others."""
+    """Do a piece in a process of the pool, and give its GPU memory back for the others."""
     piece.function(settings, Console(quiet=True), *piece.arguments)
     if settings.device == "cuda":
         gc.collect()
@@ -97,7 +99,7 @@ def _quietly(piece: Work, settings: Settings) -> None:
 
 
 def made_data(study: Study, console: Console) -> None:
-    """The study's transcripts: to train on, and to profile with."""
+    """Make the study's transcripts, to train on and to profile with, if they are not there."""
     tasks, file = [TASKS[study.data]], Path(load(study.recipe).train)
     if not file.is_file():
         made = write_transcripts(tasks, file, study.transcripts, others=OTHERS)
@@ -111,7 +113,7 @@ def _profile_data(study: Study) -> Path:
 
 
 def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
-    """The decoder's folder; made if it is not there."""
+    """The decoder's folder; the decoder is trained if it is not there."""
     folder = Path(recipe.output)
     if not (folder / CONTRACT_FILE).is_file():
         return train(recipe.model_copy(update={"device": settings.device} | _for(settings.device, recipe)), console)
@@ -120,7 +122,7 @@ def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
 
 
 def check_made(recipe: Recipe) -> None:
-    """Raises SystemExit where the decoder that is there is of another recipe, data or base."""
+    """Raises SystemExit if the decoder in the folder was made by another recipe, or from other data or another base."""
     folder = Path(recipe.output)
     made_by, wanted = (
         {key: value for key, value in settings.items() if key not in MAY_CHANGE}
@@ -131,14 +133,14 @@ def check_made(recipe: Recipe) -> None:
 
 
 def _for(device: str, recipe: Recipe) -> dict:
-    """A GPU computes KV faster than a disk gives it back, and steps of more transcripts at once."""
+    """Recipe changes for a GPU, which computes KV faster than a disk returns it and takes more transcripts in one pass."""
     if device != "cuda":
         return {}
     return {"base_kv_gib": 0.0, "micro_batch_size": recipe.batch_size // (1 if recipe.how.base_prompt else 2)}
 
 
 def profiled(settings: Settings, console: Console, study: Study, training: Training) -> None:
-    """Measures which layers an ordinary fine-tune should compute itself, on transcripts it has not learnt from."""
+    """Measure which layers an ordinary fine-tune should compute itself, on transcripts that it has not learnt from."""
     recipe = training.recipe(study)
     folder, file = Path(recipe.output), _profile_data(study)
     if (folder / PROFILE_FILE).is_file():
@@ -170,13 +172,13 @@ def _asker(settings: Settings) -> Asker:
 
 
 def trained_for(study: Study) -> list[Training]:
-    """Those whose decoders are there."""
+    """The trainings whose decoders are there."""
     return [training for training in TRAININGS.values() if (_folder(training, study) / CONTRACT_FILE).is_file()]
 
 
 def check_comparable(studies: Iterable[Study]) -> None:
-    """Before anything is asked. Raises SystemExit for what is there and of another recipe or other data, or where there is
-    nothing to compare with."""
+    """Called before any question is asked. Raises SystemExit if a decoder was made by another recipe or from other data, or if
+    there is no reference to compare with."""
     for study in studies:
         if TRAININGS[REFERENCE] not in (there := trained_for(study)):
             raise SystemExit(f"{study.name}: {REFERENCE} has not been trained, and all else is compared with it")
@@ -192,13 +194,13 @@ def _learnt(training: Training, study: Study) -> dict:
 
 
 def rows_of(study: Study) -> list[Row]:
-    """Those whose decoders are there."""
+    """The rows whose decoders are there."""
     there = {None, *(training.name for training in trained_for(study))}
     return [row for row in ROWS if row.training in there]
 
 
 def points_of(study: Study) -> list[tuple[Row, float]]:
-    """Of the collapse curve, asked of the study's first suite."""
+    """(row, share of base KV) of the collapse curve's points, which are measured on the study's first suite."""
     return [(row, share) for row in rows_of(study) if row.name in CURVE for share in (SHARES if row.training else SHARES[-1:])]
 
 
@@ -212,7 +214,7 @@ def trainings_of(study: Study) -> list[Work]:
 
 def questions_of(study: Study, settings: Settings) -> list[Work]:
     whole = [(row, suite, 1.0, None) for suite in study.suites for row in rows_of(study)]
-    # All base KV: the row has been asked all questions.
+    # A share of 1 is in `whole` already.
     parts = [(row, study.suites[0], share, settings.curve_questions) for row, share in points_of(study) if share < 1]
     return [
         Work(f"{study.name}: {row.name}, {suite}, {share:.0%}", asked, (study, row, suite, share, most))
@@ -221,7 +223,7 @@ def questions_of(study: Study, settings: Settings) -> list[Work]:
 
 
 def figures_of(study: Study, settings: Settings) -> dict:
-    """Per suite: rows and curves, from what has been done."""
+    """The study's figures, from what has been done: rows and curves by suite, trainings, data and profiles."""
     trainings = {}
     for training in trained_for(study):
         trainings[training.name] = _learnt(training, study) | {"epochs": training.recipe(study).epochs}
@@ -245,7 +247,7 @@ def figures_of(study: Study, settings: Settings) -> dict:
 
 
 def _figures(row: Row, answers: dict[str, Sequence[bool]]) -> dict:
-    """Row -> whether each answer is right."""
+    """A row's figures. `answers`: row -> whether each answer is right."""
     right, own = answers[row.name], row.own_prefill
     compared = {"difference": _plain(difference(right, answers[REFERENCE]))}
     if own:

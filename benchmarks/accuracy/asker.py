@@ -1,4 +1,4 @@
-"""Answers of rows on suites, kept in files: one per decoder's weights, way of seeing, and questions."""
+"""Answers of rows on suites, kept in files: one per suite, decoder's weights and way of seeing context."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import LayerProfile
 
-#: As decoders are served on GPUs; half the time of float32 on CPUs.
+#: The type in which decoders are served on GPUs; on CPUs it takes half the time of float32.
 DTYPE = torch.bfloat16
-#: Memory for the base's KV of the questions, which all rows but one are asked over.
+#: Memory for the base's KV of the questions, which all rows except one use.
 KEPT_BYTES = 6 * 2**30
 WEIGHTS = "weights.fingerprint"
 
 
 class Asker:
-    """`questions`: of each suite, at most, evenly spread."""
+    """`questions`: most questions of each suite, evenly spread."""
 
     def __init__(self, base: Path, questions: int | None, batch_size: int, device: str, kept_bytes: int = KEPT_BYTES):
         self._base, self._most, self._batch, self._device = base, questions, batch_size, device
@@ -42,7 +42,7 @@ class Asker:
         self._subject: tuple[tuple, subjects.Subject] | None = None
 
     def questions(self, suite: str, most: int | None = None) -> list[Question]:
-        """`most`: so many of them, evenly spread."""
+        """A suite's questions. `most`: only this many of them, evenly spread."""
         questions = TASKS[suite].questions()
         return evenly(questions, min(filter(None, (self._most, most, len(questions)))))
 
@@ -55,7 +55,7 @@ class Asker:
         most: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[bool]:
-        """Per question, whether its answer is right."""
+        """For each question, whether its answer is right."""
         questions, group = self.questions(suite, most), self._group(row, decoder)
         seen = row.method + (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
         seen += f"-tokens-{row.tokens:g}" if row.tokens else ""
@@ -67,7 +67,7 @@ class Asker:
         return [question.is_right(given[question.name]) for question in questions]
 
     def _answered(self, row, decoder, suite, questions, group, share, file, advance) -> dict[str, str]:
-        """Question -> answer; those that are not in the file are asked."""
+        """Question -> answer; questions whose answers are not in the file are asked."""
         given, asked = _lines(file), {q.name: _digest(q.messages) for q in questions}
         missing = [q for q in questions if (q.name, asked[q.name]) not in given]
         missing.sort(key=lambda question: sum(len(message["content"]) for message in question.messages))
@@ -106,7 +106,8 @@ class Asker:
 
 @contextmanager
 def _alone_with(file: Path) -> Iterator[None]:
-    """Two rows may see the same (two shares of the layers, the same best group): one process asks, the other reads."""
+    """Lock an answers file. Two rows may share one (two shares of the layers with the same best group): one process asks, the
+    other reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -114,8 +115,8 @@ def _alone_with(file: Path) -> Iterator[None]:
 
 
 def weights_of(folder: Path) -> str:
-    """Fingerprint of a model's or an adapter's weights. It is kept beside them: they are large, and may be removed once they
-    have answered all questions."""
+    """Fingerprint of a model's or an adapter's weights. It is kept beside the weights, which are large and may be removed once
+    they have answered all questions."""
     file = folder / WEIGHTS
     if not any(folder.glob("*.safetensors")):
         return file.read_text()
@@ -126,12 +127,12 @@ def weights_of(folder: Path) -> str:
 
 
 def best_group(profile: LayerProfile, share: float) -> str:
-    """Of at most that share of the layers, the group of least divergence."""
+    """The group of least divergence among those with at most this share of the layers."""
     return [point for point in profile.frontier if point.size <= share * profile.layers][-1].layers
 
 
 def _lines(file: Path) -> dict[tuple[str, str], str]:
-    """Question and digest of its messages -> answer. A run may have been ended while it wrote a line: it is cut off."""
+    """(question, digest of its messages) -> answer. Cuts off a last line that was being written when a run ended."""
     if not file.is_file():
         return {}
     text = file.read_text()

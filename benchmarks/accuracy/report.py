@@ -8,7 +8,7 @@ from benchmarks.accuracy.rows import REFERENCE, ROWS
 from prefillshare.kvshare.layer_profile import Point, frontier_of
 
 PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
-#: What people make of the figures: written by hand, put into the page.
+#: Comments on the figures, written by hand and inserted into the page.
 NOTES = Path(__file__).parent / "notes.md"
 
 _INTRO = """\

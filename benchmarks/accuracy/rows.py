@@ -9,14 +9,14 @@ from prefillshare.finetuning.recipe import Recipe, load, parse
 
 RECIPES = Path("finetuning/recipes")
 RUNS = Path("runs/accuracy")
-#: Transcripts before each, at most: as in the sessions that the adapters serve.
+#: Most transcripts that precede each one, as in the sessions that the adapters serve.
 OTHERS = 1
 
 
 @dataclass(frozen=True)
 class Study:
-    """One kind of task. `recipe`: of PrefillShare's adapter; trained on `transcripts` of the suite `data`, each with at most
-    `OTHERS` of other decoders' turns before it."""
+    """One kind of task. `recipe`: that of PrefillShare's adapter, which is trained on `transcripts` transcripts of the suite
+    `data`, each preceded by at most `OTHERS` of other decoders."""
 
     name: str
     data: str
@@ -39,8 +39,8 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Training:
-    """`changes`: what its recipe has that the study's has not; none: the adapter in adapters/. `shipped`: it stands there, too,
-    under that name behind the study's."""
+    """`changes`: how its recipe differs from the study's; none for the adapter in adapters/. `shipped`: for one that is in
+    adapters/, too, the part of its name after the study's."""
 
     name: str
     changes: dict = field(default_factory=dict)
@@ -56,9 +56,9 @@ class Training:
         return parse(recipe.model_dump(mode="json") | self.changes | {"output": str(folder)})
 
 
-FULL = {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # small steps at a time: half the memory
+FULL = {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}  # small micro-batches take half the memory
 ORDINARY = {"method": "ordinary"}
-#: The lower layers stay the base's. Four times the rank in a seventh of the layers.
+#: The lower layers stay the base's. The adapter has four times the rank in a seventh of the layers.
 LAST = "LoRA fine-tuning of the last 4 layers"
 LAST_LORA = {"rank": 32, "alpha": 128, "saved_as": "bfloat16", "last_layers": 4}
 
@@ -77,8 +77,9 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A decoder (None: the base) and how it sees context. What it computes itself in the base's KV of the prompt: `layers`, the
-    group of at most such a share of them that its profile finds best (DroidSpeak); `tokens`, a share of them (CacheBlend)."""
+    """A decoder and how it sees context. `training`: None for the base. `layers`, `tokens`: what it computes itself in the
+    base's KV of the prompt: the group that its profile finds best with at most this share of the layers (DroidSpeak), or this
+    share of the tokens (CacheBlend)."""
 
     name: str
     about: str
@@ -89,7 +90,7 @@ class Row:
 
     @property
     def own_prefill(self) -> str | None:
-        """The row of the same decoder over its own KV, if it is not that itself and there is one."""
+        """The row of the same decoder over its own KV; None if there is none or this is it."""
         return self.training if self.training in PROFILED and self.method != "ordinary" else None
 
     @property
@@ -100,7 +101,7 @@ class Row:
 REFERENCE = "full fine-tuning"
 NAIVE = "naive sharing"
 UNTRAINED, REUSE = "LoRA fine-tuning", "LoRA fine-tuning, naive sharing"
-#: The ordinary fine-tunes that DroidSpeak serves, and the shares of the layers that each computes itself, each a row.
+#: The ordinary fine-tunes that DroidSpeak serves, and the shares of the layers that each computes itself; every share is a row.
 PROFILED = {REFERENCE: "the same weights", UNTRAINED: "the same adapter", LAST: "the same adapter"}
 LAYERS = {REFERENCE: (0.1, 0.25, 0.5), UNTRAINED: (0.1, 0.25, 0.5), LAST: (0.15,)}
 
@@ -132,6 +133,6 @@ ROWS = (
         "the tokens whose KV differ most there", UNTRAINED, "prefillshare", tokens=0.15),
 )  # fmt: skip
 
-#: The rows whose prompts can be base KV in part, and the parts. The base's own KV is base KV.
+#: Rows of the collapse curve, and the shares of the prompt that are base KV. For the base itself all KV is base KV.
 CURVE = ("base", NAIVE, "PrefillShare, LoRA")
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -1,1 +1,1 @@
-"""Agent workloads: what sharing is worth to models that take turns over one context."""
+"""Agent workloads: what sharing gains for models that take turns over one context."""

@@ -5,14 +5,14 @@ same budget and the same requests.
     python -m benchmarks.agents --pattern reflexion --agents 3 --per-s 0.05     (or --trace FILE; --at-once N)
 
 Each system is started once and plays all experiments (benchmarks/agents/experiments.py) after a warm-up that does not count.
-Of our modes the costs of prefill, steps and transfers are measured too (not in the short form), and the same sessions simulated
-with them: how far the simulation, with which benchmarks.agents.plan answers for other machines, is from what was measured. What
-a system has shown is kept in runs/agents: started again at the same revision, with the same arguments, an ended run goes
-on. Results: agents.json, a report agents.md and plots in benchmarks/results/. The last line is JSON: ratios to the baselines,
-more than 1 is better.
+For our modes the costs of prefill, steps and transfers are measured too (not in the short form), and the same sessions are
+simulated with these costs; this shows how far the simulation, on which benchmarks.agents.plan bases its answers for other
+machines, is from what was measured. A system's results are kept in runs/agents: a run that was ended goes on when it is started
+again at the same revision with the same arguments. Results: agents.json, a report agents.md and plots in benchmarks/results/.
+The last line is JSON: ratios to the baselines; more than 1 is better.
 
-`--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*; of one of your own:
-agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
+`--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*. Results of an experiment of
+your own: agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 KEPT = Path("runs/agents")
-#: Seed of the warm-up: its sessions are no experiment's.
+#: Seed of the warm-up, whose sessions are in no experiment.
 WARM_UP_SEED = 10_000
 OBJECTIVE = Objective(ttft_s=5.0, inter_token_s=0.4)
 
@@ -56,7 +56,7 @@ def played(system: Running, experiment: Experiment, seed: int, scale: Scale, adv
 
 
 def figures(system: Running, experiment: Experiment, repeats: int, scale: Scale, progress: Progress) -> dict:
-    """Of all repeats together; each has other sessions."""
+    """Figures of all repeats together; each repeat has other sessions."""
     lengths = [len(session.turns) for seed in range(repeats) for session in experiment.played(seed, scale)]
     task = progress.add_task(experiment.name, total=sum(lengths))
     before = system.counters()
@@ -74,7 +74,7 @@ def simulated(mode: str, of: costs.Measured, budget: Budget, experiment: Experim
 
 
 def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Experiment], args, console, progress) -> dict:
-    """Experiment -> figures; of ours "costs" and "simulated" beside."""
+    """Experiment -> figures; for our systems also "costs" and "simulated"."""
     scale = Scale.named("small")
     starting = progress.add_task(f"{name}: starting", total=None)
     with SYSTEMS[name](model, adapters, budget) as system:
@@ -133,7 +133,7 @@ def main() -> None:
     model, found = fetch(MODEL), {}
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         names = tuple(f"agent-{n}" for n in range(max(experiment.agents for experiment in chosen)))
-        modules = get_mode("icarus").adapter_modules  # such as all modes can serve
+        modules = get_mode("icarus").adapter_modules  # those that every mode can serve
         adapters = make_seeded_adapters(model, folder, names, RANK, modules)
         bar = progress.add_task("systems", total=len(args.systems))
         for name in args.systems:

@@ -1,8 +1,8 @@
 """What prefill, decode steps and KV transfers cost in a running system, measured turn by turn, for the simulation.
 
-Prefill: turns of one agent at a time, of short and long contexts, new and continued; the router's time for the prefill leg, so
-that its own overhead is in the fixed cost. Decode steps: so many turns at once; the median time between tokens. KV: bytes
-over the time the decode side waited for them, of the turns with most to load.
+Prefill: single turns of one agent with short and long contexts, new and continued. The time is the router's for the prefill
+leg, so that its own overhead is in the fixed cost. Decode steps: the median time between tokens with several turns at once. KV:
+bytes over the time for which the decode side waited for them, in the half of the turns that load most.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from benchmarks.shared.small import VOCABULARY
 from prefillshare.client import Client
 from prefillshare.kvshare.contract import KVShape
 
-#: Tokens: contexts that are prefilled whole, and what is then given to them.
+#: Tokens of contexts that are prefilled whole, and of the input that is then added to them.
 CONTEXTS, GIVEN = (64, 256, 512, 1024), (32, 256)
-#: Bytes a second where the system does not say what it moves (mode none): as good as nothing.
+#: Bytes a second if the system does not report what it moves (mode none): transfers then cost practically nothing.
 UNKNOWN_LINK = 1e12
-#: Turns at once, and contexts of a decode step.
+#: Turns at once, and their contexts and generated tokens, to measure decode steps.
 AT_ONCE, STEP_CONTEXTS, STEP_TOKENS = (1, 4, 8), (64, 512), 16
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`errors`: of the fits, the median relative one."""
+    """`errors`: the median relative error of each fit."""
 
     costs: Costs
     errors: dict[str, float]
 
 
 def measured(system: Running, names: list[str], shape: KVShape, own_layers: float, advance: Callable[[], None]) -> Measured:
-    """Of one of our systems that nobody else uses. `own_layers`: the share of the layers that decoders compute themselves."""
+    """Costs of one of our systems that nobody else uses. `own_layers`: share of the layers that decoders compute themselves."""
     prefills, loads = _prefills(system.client, names[0], advance)
     prefill, step = fit.prefill(prefills), fit.step(_steps(system, len(names), advance))
     kv_bytes = shape.bytes_per_token("float32")
@@ -50,7 +50,7 @@ def measured(system: Running, names: list[str], shape: KVShape, own_layers: floa
 
 
 def _prefills(client: Client, name: str, advance) -> tuple[list[fit.PrefillTime], list[tuple[int, float]]]:
-    """And of each turn the bytes of KV that were loaded, and the seconds that took."""
+    """(prefill times, loads): per turn that loaded KV, its bytes and the seconds that it took."""
     rng = random.Random("prefills")
     found, loads = [], []
     for context in CONTEXTS:
@@ -72,7 +72,7 @@ def _steps(system: Running, agents: int, advance) -> list[fit.StepTime]:
     for context in STEP_CONTEXTS:
         for count in AT_ONCE:
             played = [Session(number, context, (Turn(number % agents, 1, STEP_TOKENS),)) for number in range(count)]
-            # Twice: the second time all contexts are cached, so that all decode at once.
+            # Played twice: the second time all contexts are cached, so that all turns decode at once.
             for _ in range(2):
                 records = driver.closed(played, system.converse, count, seed=f"steps {context} {count}")
             gaps = [gap for record in records for gap in record.inter_token_s[2:-2]]

@@ -1,11 +1,11 @@
-"""Do our load generator and one of others see the same? One scenario over the OpenAI surface, with guidellm and with ours.
+"""Do our load generator and another project's measure the same? One scenario over the OpenAI surface, with guidellm and ours.
 
     uv tool install guidellm                  (an environment of its own: it brings its own torch)
     python -m benchmarks.agents.crosscheck [--guidellm guidellm] [--prompt 512] [--answer 32] [--at-once 4] [--requests 24]
 
-One decoder of a system in mode prefillshare is asked so many prompts of so many tokens, so many at once (closed loop): by ours,
-by guidellm, and by ours again. What the three have in common is compared: time to the first token, time between tokens,
-requests a second. The last line is JSON.
+One decoder of a system in mode prefillshare gets the same number of prompts of the same length, with the same number at once
+(closed loop), from ours, from guidellm, and from ours again. The figures that all three report are compared: time to the first
+token, time between tokens, requests a second. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def by_ours(args: argparse.Namespace, *seed: object) -> dict[str, float]:
     ended = max(sample.arrivals[-1][0] for sample in samples)
     return {
         "ttft_p50_s": round(statistics.median(sample.ttft_s for sample in samples), 4),
-        # As guidellm has it: the mean of each request.
+        # As guidellm computes it: from the mean of each request.
         "inter_token_p50_s": round(statistics.median(statistics.fmean(s.inter_token_s()) for s in samples), 4),
         "requests_per_s": round(len(samples) / (ended - min(sample.started for sample in samples)), 4),
         "prompt_tokens": float(args.prompt),
@@ -57,7 +57,7 @@ def by_ours(args: argparse.Namespace, *seed: object) -> dict[str, float]:
 
 
 def by_guidellm(tool: str, model: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Raises RuntimeError with the end of its output if it fails."""
+    """Figures measured by guidellm. Raises RuntimeError with the end of its output if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
         command = [
@@ -77,7 +77,7 @@ def by_guidellm(tool: str, model: Path, args: argparse.Namespace) -> dict[str, f
 
 
 def figures_of(report: dict, requests: int) -> dict[str, float]:
-    """Of guidellm's report. Raises RuntimeError unless all requests went well."""
+    """Figures of guidellm's report. Raises RuntimeError unless all requests succeeded."""
     (benchmark,) = report["benchmarks"]
     metrics = benchmark["metrics"]
     seen = {name: metrics[name]["successful"] for name in ("time_to_first_token_ms", "inter_token_latency_ms")}

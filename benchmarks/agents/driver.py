@@ -1,8 +1,8 @@
-"""Plays sessions against a system: closed loop (so many at once) or open loop (each at its arrival), and keeps what it saw.
+"""Plays sessions against a system: closed loop (a number at once) or open loop (each at its arrival), and records them.
 
- 1. A thread per session that is under way. It opens a conversation and takes the session's turns, with their pauses.
- 2. Of each turn: when it was asked, when tokens came, and what the system says it cost.
- 3. A turn that fails ends its session; the record says why. Nothing is tried again: that would hide it.
+ 1. Every session that is under way has a thread, which opens a conversation and takes the session's turns, with their pauses.
+ 2. The record of a turn says when it was asked, when tokens came, and what it cost according to the system.
+ 3. A turn that fails ends its session; the record says why. Nothing is tried again, since that would hide the failure.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from benchmarks.shared.small import VOCABULARY
 from prefillshare.client import Client
 from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 
-#: Sessions under way in an open loop; more wait, and their waiting counts.
+#: Most sessions under way in an open loop; others wait, and their waiting counts.
 MOST_AT_ONCE = 256
 
 
 @dataclass
 class Cost:
-    """What a system says of a turn. Prompt tokens found cached and computed at prefill, and the seconds until they were; bytes
-    of KV moved; how often the turn was taken up again."""
+    """What a system says about a turn's cost: prompt tokens found cached and computed at prefill, and the seconds that took;
+    bytes of KV moved; how often the turn was resumed."""
 
     cached_tokens: int = 0
     computed_tokens: int = 0
@@ -40,7 +40,7 @@ class Cost:
 
 @dataclass
 class TurnRecord:
-    """Seconds on one clock. `token_s`: when each token came."""
+    """All times are seconds on one clock. `token_s`: when each token came."""
 
     session: int
     turn: int
@@ -69,7 +69,7 @@ class Conversation(ABC):
 
     @abstractmethod
     def turn(self, agent: int, given: list[int], answer_tokens: int, arrived: Callable[[int], None]) -> Cost:
-        """`arrived` is told how many tokens have come, whenever some do. Raises PrefillShareError."""
+        """Take a turn. `arrived`: called with the number of tokens whenever some have come. Raises PrefillShareError."""
 
     @abstractmethod
     def end(self) -> None: ...
@@ -102,8 +102,8 @@ class Ours(Conversation):
 
 
 class Stock(Conversation):
-    """A context kept by the client and sent whole with each turn, to vLLM's own OpenAI server. `names`: the model of each
-    agent."""
+    """A session with vLLM's own OpenAI server: the client keeps the context and sends all of it with each turn. `names`: the
+    model of each agent."""
 
     def __init__(self, client: httpx.Client, names: Sequence[str], context: list[int]):
         self._client, self._names, self._context = client, names, list(context)
@@ -143,7 +143,7 @@ def closed(
     sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], at_once: int, seed: int | str,
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
-    """`at_once` sessions are under way until none is left. `converse`: context -> a conversation."""
+    """Keep `at_once` sessions under way until none is left. `converse`: context -> a conversation."""
     texts = [session.given(VOCABULARY, seed) for session in sessions]
     with ThreadPoolExecutor(at_once) as pool:
         played = pool.map(lambda session, text: _play(session, text, converse, None, advance), sessions, texts)
@@ -154,13 +154,13 @@ def opened(
     sessions: Sequence[Session], converse: Callable[[list[int]], Conversation], seed: int | str,
     advance: Callable[[], None] = lambda: None,
 ) -> list[TurnRecord]:  # fmt: skip
-    """Each session begins at its arrival, whatever has become of the others."""
+    """Begin each session at its arrival, whatever has become of the others."""
     texts = [session.given(VOCABULARY, seed) for session in sessions]
     began, futures = time.monotonic(), []
     with ThreadPoolExecutor(min(MOST_AT_ONCE, len(sessions))) as pool:
         for session, text in zip(sessions, texts, strict=True):
             due = began + session.arrival_s
-            time.sleep(max(0.0, due - time.monotonic()))  # an arrival is a time: nothing else is waited for
+            time.sleep(max(0.0, due - time.monotonic()))  # arrivals wait for nothing but their time
             futures.append(pool.submit(_play, session, text, converse, due, advance))
         return [record for future in futures for record in future.result()]
 
@@ -172,8 +172,8 @@ def _play(
     due_s: float | None,
     advance: Callable[[], None],
 ) -> list[TurnRecord]:
-    """The first turn is asked when the session is due (None: now): opening it, and waiting for a thread, is a part of its
-    latency."""
+    """Play one session. Its first turn counts as asked when the session is due (None: now), so that opening the session and
+    waiting for a thread are part of the turn's latency."""
     context, given = texts
     records: list[TurnRecord] = []
     conversation = None

@@ -10,8 +10,8 @@ from benchmarks.agents.workload import Scale, Session, bursts, poisson, read_tra
 
 @dataclass(frozen=True)
 class Experiment:
-    """`at_once`: sessions under way (closed loop); or `per_s`: sessions that arrive a second, in bursts or not (open loop).
-    `trace`: sessions from a file instead of drawn ones."""
+    """`at_once`: sessions under way (closed loop); or `per_s`: arriving sessions per second, in bursts or not (open loop).
+    `trace`: a file whose sessions are played instead of drawn ones."""
 
     pattern: str
     agents: int
@@ -29,7 +29,7 @@ class Experiment:
         return f"{self.trace.name if self.trace else self.pattern}, {self.agents} models, {load}"
 
     def played(self, seed: int, scale: Scale) -> list[Session]:
-        """In order of arrival."""
+        """The sessions, in order of arrival."""
         if self.trace:
             return read_trace(self.trace, self.agents)
         drawn = sessions(self.pattern, self.sessions, self.agents, seed, scale)
@@ -38,12 +38,12 @@ class Experiment:
         return (bursts if self.bursty else poisson)(drawn, self.per_s, seed)
 
 
-#: ReAct at these loads with this number of models; at the highest with the others, too.
+#: ReAct is played at these loads with MODELS models; at the highest load with OTHER_MODELS, too.
 LOADS, MODELS, OTHER_MODELS = (2, 4, 6), 4, (2, 8)
 
 
 def full(count: int) -> list[Experiment]:
-    """`count`: sessions of the larger ones."""
+    """The experiments of the full form. `count`: sessions of the larger ones."""
     half = max(3, count // 2)
     return [
         *(Experiment("react", MODELS, max(half, load), at_once=load) for load in LOADS),

@@ -1,7 +1,7 @@
 """Costs of benchmarks.agents.simulation from measured times, and how far the fitted costs are from them.
 
-Both are linear in what they are fitted for, so non-negative least squares finds them; rows are weighted by their times, because
-what counts is the relative error.
+Both are linear in the fitted costs, so non-negative least squares finds these; rows are weighted by their times, because the
+relative error is what counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.agents.simulation import attended
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """The last `computed` tokens of a prompt of `prompt` took so many seconds."""
+    """How many seconds the last `computed` tokens of a prompt of `prompt` tokens took."""
 
     computed: int
     prompt: int
@@ -26,7 +26,7 @@ class PrefillTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One decode step of so many requests, with so many tokens of context between them."""
+    """One decode step of several requests, with the sum of their context tokens."""
 
     requests: int
     context_tokens: int

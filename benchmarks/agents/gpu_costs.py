@@ -1,9 +1,9 @@
-"""What prefill and decode steps of a large model cost on the GPU that is here, in plain torch, fitted as the planner's are.
+"""What prefill and decode steps of a large model cost on this machine's GPU, in plain torch, fitted as the planner's costs are.
 
     python -m benchmarks.agents.gpu_costs [--computed 128 512 2048 8192] [--contexts 0 2048 8192] [--batches 1 4 16 64 256]
 
-Random weights of Llama-3.1-8B's shapes, bfloat16; every case is a CUDA graph, replayed. Engines add scheduling and sampling to
-it, and fuse more. The last line is JSON.
+Weights are random, of Llama-3.1-8B's shapes, in bfloat16; every case is a CUDA graph that is replayed. Engines add scheduling
+and sampling, and fuse more operations. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ STEP_CONTEXTS = (512, 2048, 8192)
 
 
 def prefill(model: Model, tokens: torch.Tensor, cache: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Logits [vocabulary] after the last of `tokens`, the end of a prompt whose KV `cache` has room for, batch 1; theirs is
-    written into it."""
+    """Logits [vocabulary] after the last of `tokens`, which are the end of a prompt, batch 1. `cache`: has room for the KV of
+    the whole prompt; that of `tokens` is written into it."""
     s, count = model.shapes, len(tokens)
     hidden = model.embeddings[tokens]
     for (keys, values), weights in zip(cache, model.layers, strict=True):

@@ -1,5 +1,5 @@
-"""What records of turns say: latency, throughput, goodput, hit ratio. 95 % intervals over sessions; of rates, the range over
-repeats."""
+"""Figures from records of turns: latency, throughput, goodput, hit ratio. They have 95 % intervals over sessions; rates have
+the range over repeats."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True)
 class Objective:
-    """A session is good if every turn's first token came within `ttft_s`, and its tokens after that `inter_token_s` apart on
-    the mean, and no turn failed."""
+    """A session is good if no turn failed, every turn's first token came within `ttft_s`, and the mean time between its other
+    tokens was at most `inter_token_s`."""
 
     ttft_s: float
     inter_token_s: float
@@ -30,16 +30,16 @@ class Objective:
 
 
 def summary(repeats: Sequence[Sequence[TurnRecord]], objective: Objective, seed: int = 0, resamples: int = RESAMPLES) -> dict:
-    """Of an experiment's repeats together: figure -> {"value", "low", "high"}, None where no turn says anything of it; counts
-    are plain. `seconds` in which the sessions were played: of each repeat, from the first asked to the last ended. Without
-    `resamples`, and for rates played once, there are no intervals."""
+    """Figures of all of an experiment's repeats: figure -> {"value", "low", "high"}, None if no turn tells anything about it;
+    counts are plain numbers. `seconds`: the sum over repeats of the time from the first turn asked to the last one ended. There
+    are no intervals without `resamples`, nor for rates with a single repeat."""
     records = [record for of in repeats for record in of]
     sessions = [session for of in repeats for session in _by_session(of)]
     spans = [max(r.end_s for r in of) - min(r.asked_s for r in of) for of in repeats]
     rng = random.Random(seed)
     resampled = [rng.choices(sessions, k=len(sessions)) for _ in range(resamples)]
     found = {name: _with_interval(figure, sessions, resampled) for name, figure in _figures().items()}
-    # A rate's time is that of all sessions together: drawing sessions says nothing of how it varies.
+    # A rate's time is that of all sessions together: resampling sessions does not show how it varies.
     for name, count in _counts(objective).items():
         rates = [count(_by_session(of)) / span for of, span in zip(repeats, spans, strict=True)]
         low, high = (round(f(rates), 5) if len(rates) > 1 else None for f in (min, max))
@@ -54,7 +54,7 @@ def summary(repeats: Sequence[Sequence[TurnRecord]], objective: Objective, seed:
 
 
 def share_good(records: Sequence[TurnRecord], objective: Objective) -> float:
-    """Of the sessions."""
+    """Share of good sessions."""
     sessions = _by_session(records)
     return sum(map(objective.holds, sessions)) / len(sessions)
 
@@ -70,7 +70,7 @@ def _by_session(records: Sequence[TurnRecord]) -> list[list[TurnRecord]]:
 
 
 def _turns(sessions: Sessions) -> list[TurnRecord]:
-    """Those that did not fail."""
+    """The turns that did not fail."""
     return [turn for session in sessions for turn in session if not turn.error]
 
 
@@ -84,7 +84,7 @@ def _counts(objective: Objective) -> dict[str, Callable[[Sessions], int]]:
 
 def _figures() -> dict[str, Callable[[Sessions], float]]:
     def session_s(session: Sequence[TurnRecord]) -> float:
-        """Without the tools' time between turns."""
+        """Seconds of a session, without the tools' time between turns."""
         return sum(turn.latency_s for turn in session)
 
     def hit_ratio(sessions: Sessions) -> float:

@@ -1,18 +1,19 @@
-"""What N models that take turns need, shared against each for itself: by simulation, for machines that are not here.
+"""What N models that take turns need, with shared caches against one cache per model: simulated, for machines not at hand.
 
-    python -m benchmarks.agents.plan                                 the papers' set-up, and their figures beside
+    python -m benchmarks.agents.plan                                 the papers' set-up, beside the papers' figures
     python -m benchmarks.agents.plan --preset thousand               1,000 replicas
     python -m benchmarks.agents.plan --agents 8 --per-s 2            how many GPUs 8 models need for 2 sessions a second
     python -m benchmarks.agents.plan --costs agents                  costs as benchmarks.agents measured them here
 
-Every mode gets the same replicas, the same KV memory and the same sessions. Per number of models and load (sessions under way,
-closed loop): throughput, p95 latency of a session, hit ratio, and the ratios to mode `none`, where every model's context is its
-own. With `--per-s`: few replicas with which `--good` of the sessions meet the objective; play as many sessions as arrive in
-some minutes, for a short burst needs less. Results: plan.json in benchmarks/results/ for a preset as it is, else
-plan_own.json (with --costs NAME: plan_NAME.json; with --per-s: plan_need.json). The last line is JSON.
+Every mode gets the same replicas, the same KV memory and the same sessions. Reported for each number of models and each load
+(sessions under way, closed loop): throughput, p95 latency of a session, hit ratio, and the ratios to mode `none`, in which
+every model has its own context. With `--per-s`: a small number of replicas with which `--good` of the sessions meet the
+objective; play as many sessions as arrive in some minutes, since a short burst needs fewer replicas. Results: plan.json in
+benchmarks/results/ for a preset as it is, else plan_own.json (with --costs NAME: plan_NAME.json; with --per-s: plan_need.json).
+The last line is JSON.
 
-The costs of the presets are worked out from data sheets, each with its source, not measured: the papers measured on A100, which
-this project has not run on. How far simulation and measurement are apart with measured costs, benchmarks.agents says.
+The costs of the presets are derived from data sheets, each with its source, not measured: the papers measured on A100, on which
+this project has not run. benchmarks.agents says how far apart simulation and measurement are with measured costs.
 """
 
 from __future__ import annotations
@@ -37,19 +38,19 @@ from prefillshare.kvshare.modes import get_mode
 MODES = ("none", "prefillshare", "icarus", "droidspeak")
 #: Figures that are shown.
 SHOWN = ("turns_per_s", "session_s_p95", "hit_ratio")
-#: What the papers report against one cache per model: mode -> models -> (throughput, p95), times better. PrefillShare's are "up
-#: to", with four models, on ReAct.
+#: The papers' gains against one cache per model: mode -> models -> (throughput, p95), as factors. PrefillShare's are "up to"
+#: values, with four models, on ReAct.
 PUBLISHED = {
     "prefillshare": {"4": (3.6, 3.9)},
     "icarus": {"2": (1.4, 3.8), "4": (2.3, 5.1), "8": (3.8, 11.1)},
 }
-#: Replicas that are tried for a rate, at most.
+#: Most replicas that are tried for a rate.
 MOST_REPLICAS = 64
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`what`: where its figures come from. `costs`: per mode, where they differ; "" for the others."""
+    """`what`: where its figures come from. `costs`: mode -> costs, for modes whose costs differ; "" for the others."""
 
     what: str
     costs: dict[str, Costs]
@@ -91,7 +92,7 @@ PRESETS = {
 
 
 def measured(name: str) -> Preset:
-    """Costs from benchmarks/results/NAME.json, of benchmarks.agents. Raises ConfigError."""
+    """A preset with the costs in benchmarks/results/NAME.json, which benchmarks.agents measured. Raises ConfigError."""
     file = RESULTS / f"{name}.json"
     try:
         result = json.loads(file.read_text())
@@ -112,10 +113,11 @@ def measured(name: str) -> Preset:
 
 
 def need(mode: str, preset: Preset, played: Sequence[Session], objective: Objective, good: float, advance) -> dict | None:
-    """Few prefill and decode replicas with which so large a share of the sessions is good; None: more than we try.
+    """A small number of prefill and decode replicas with which a share `good` of the sessions is good; None if MOST_REPLICAS do
+    not suffice.
 
-    One is added where that helps more, until it is enough; then what is not needed is taken away again: no replica less of
-    either kind would do, but another mix of as many might.
+    Replicas are added one at a time, of the kind that helps more, until they suffice; then those that are not needed are
+    removed again. One replica less of either kind would not do, but another mix of as many might.
     """
 
     def share(prefill: int, decode: int) -> float:
@@ -129,7 +131,7 @@ def need(mode: str, preset: Preset, played: Sequence[Session], objective: Object
         if prefill + decode >= MOST_REPLICAS:
             return None
         more, other = share(prefill + 1, decode), share(prefill, decode + 1)
-        if max(more, other) <= reached:  # both are short
+        if max(more, other) <= reached:  # both kinds are short
             prefill, decode, reached = prefill + 1, decode + 1, share(prefill + 1, decode + 1)
         elif more >= other:
             prefill, reached = prefill + 1, more
@@ -148,7 +150,7 @@ def seen(records: Sequence[TurnRecord], objective: Objective) -> dict[str, float
 
 
 def against_none(found: dict) -> dict[str, dict]:
-    """Mode -> models -> the best ratios to `none` at any load, and the published ones. p95: times lower."""
+    """Mode -> models -> the best ratios to `none` at any load, and the published ones. p95: the factor by which it is lower."""
     compared: dict[str, dict] = {}
     for agents, by_load in found.items():
         for mode in MODES[1:]:

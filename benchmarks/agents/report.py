@@ -22,14 +22,14 @@ SHOWN = {
     "computed_tokens_per_turn": ("prefilled per turn", 1, 0),
     "kv_bytes_per_turn": ("KV moved per turn, MB", 1e-6, 1),
 }
-#: Counts that tables show where a system says them.
+#: Counts that tables show if a system reports them.
 COUNTED = ("tokens_prefilled_ahead", "resumes", "wanted_kv_mb", "evicted_blocks", "preemptions", "failed_turns")
-#: What simulation and measurement are compared in.
+#: Figures in which simulation and measurement are compared.
 COMPARED = ("turns_per_s", "session_s_p95", "hit_ratio")
 
 
 def headline(systems: dict, baselines: Sequence[str]) -> dict[str, float]:
-    """Ratios of our modes to the baselines, more than 1 is better: throughput, and the other way round p95 of a session; and
+    """Ratios of our modes to the baselines, where more than 1 is better: of throughput, and inversely of a session's p95; and
     hit ratios."""
     found: dict[str, float] = {}
     for name, of in systems.items():
@@ -165,7 +165,7 @@ def _lines(ax, points: Sequence[tuple[int, str]], systems: dict, what: str, xlab
 
 
 def _below(figure: dict) -> float:
-    """How far the interval reaches below the value; a bootstrap's of a small sample need not hold it."""
+    """How far the interval reaches below the value; a small sample's bootstrap interval need not contain the value."""
     return 0.0 if figure["low"] is None else max(0.0, figure["value"] - figure["low"])
 
 
@@ -174,7 +174,7 @@ def _above(figure: dict) -> float:
 
 
 def _times(ax, experiment: str, systems: dict) -> None:
-    """Where a turn's time goes. What says nothing of its prefill has it in the time to the first token."""
+    """Plot where a turn's time goes. For a system that does not report prefill, that is part of the time to the first token."""
     parts = {
         "prefill, with its queue": lambda seen: seen["prefill_s_mean"]["value"],
         "then to the first token": lambda seen: seen["ttft_s_mean"]["value"] - seen["prefill_s_mean"]["value"],

@@ -1,13 +1,14 @@
-"""Agent sessions on pools of replicas, simulated: what a deployment of any size would do, at measured costs.
+"""Simulates agent sessions on pools of replicas: what a deployment of any size would do, at measured costs.
 
-Discrete events (simpy). What is the product's own: the choice of replicas (router/pools/placement.py) and what a sharing
-mode keeps for whom (kvshare/modes). What is a model:
+Discrete events (simpy). The choice of replicas (router/pools/placement.py) and what a sharing mode keeps for whom
+(kvshare/modes) are the product's own code. Everything else is a model:
  - A prefill replica computes one prompt at a time: a fixed time, a time per token, and one per token and context token.
- - A decode replica runs its requests side by side; a step takes a time, one per request and one per token of their contexts.
- - KV crosses a link at a rate, beside all else.
- - A cache holds so many tokens and gives up the contexts that were not asked for longest. No two contexts share a part.
-Not modelled: chunked prefill (a prompt that has begun is not interrupted, by an eager one neither), failures, preemption (a
-request waits until its whole context has room), queue limits.
+ - A decode replica runs its requests side by side: a step takes a fixed time, one per request and one per token of their
+   contexts.
+ - KV crosses a link at a constant rate, beside everything else.
+ - A cache holds a number of tokens and evicts the contexts that were least recently asked for. No two contexts share a part.
+Not modelled: chunked prefill (a prompt that has begun is not interrupted, not even an eager one), failures, preemption (a
+request waits until there is room for its whole context), queue limits.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from prefillshare.router.pools.placement import POLICIES, Call, Candidate, place
 
 
 def attended(computed: int, prompt: int) -> float:
-    """Pairs of tokens: each of the last `computed` of a prompt attends to what is before it, and to itself."""
+    """Pairs of tokens in attention: each of the last `computed` of a prompt attends to those before it, and to itself."""
     return computed * (prompt - (computed - 1) / 2)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one replica of each kind. Seconds; `kv_bytes`: of a token in all layers. `second_stream`: what a decode step of two
-    streams takes of one's (ICaRus); `own_layers`: the share of the layers that the decode side computes itself (DroidSpeak)."""
+    """Costs of one replica of each kind, in seconds. `kv_bytes`: of a token in all layers. `second_stream`: time of a decode
+    step with two streams relative to one (ICaRus). `own_layers`: share of layers that the decode side computes (DroidSpeak)."""
 
     prefill_s: float
     prefill_token_s: float
@@ -46,7 +47,7 @@ class Costs:
     own_layers: float = 0.0
 
     def prefill(self, computed: int, prompt: int) -> float:
-        """Of the last `computed` tokens of a prompt."""
+        """Seconds for the last `computed` tokens of a prompt."""
         seen = attended(computed, prompt)
         return self.prefill_s + computed * self.prefill_token_s + seen * self.prefill_token_context_s
 
@@ -56,7 +57,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Site:
-    """Replicas, KV tokens that each has room for, and requests a decode replica runs at most."""
+    """Replicas, KV tokens for which each has room, and most requests that a decode replica runs."""
 
     prefill: int
     decode: int
@@ -68,7 +69,7 @@ class Site:
 
 
 class _Cache:
-    """Contexts by key, the least recently asked for first. `reserved`: tokens of what runs, which nothing evicts."""
+    """Contexts by key, the least recently asked for first. `reserved`: tokens of running requests, which are not evicted."""
 
     def __init__(self, tokens: int):
         self._room, self._held, self._used, self.reserved = tokens, OrderedDict(), 0, 0
@@ -93,7 +94,7 @@ class _Cache:
 
 @dataclass(kw_only=True)
 class _Replica:
-    """What placement asks of a replica."""
+    """What placement needs to know about a replica."""
 
     id: str
     cache: _Cache
@@ -121,14 +122,14 @@ class _Request:
 
 @dataclass(kw_only=True)
 class _Decode(_Replica):
-    """`active`: requests that have been given room, `running` or on their way there."""
+    """`active`: requests that have been given room, whether they are `running` or on their way there."""
 
     changed: simpy.Event
     running: list[_Request] = field(default_factory=list)
 
 
 class Simulation:
-    """`run` plays the sessions by their arrivals; records have the times and costs that benchmarks.agents.driver's have."""
+    """`run` plays the sessions by their arrivals; its records have the same times and costs as benchmarks.agents.driver's."""
 
     def __init__(self, mode: str, site: Site, costs: Costs):
         self._mode, self._site, self._costs = get_mode(mode), site, costs
@@ -145,14 +146,14 @@ class Simulation:
         self._freed = env.event()
         #: Key of a context -> replicas that may hold it: what the router's index knows.
         self._holders: dict[Hashable, set[str]] = {}
-        #: The last pull of a context's response: its next turn waits for it, as the product's does.
+        #: Context -> the last pull of its response, for which its next turn waits, as in the product.
         self._pulls: dict[Hashable, simpy.Process] = {}
         self._records: list[TurnRecord] = []
         for replica in self._decode:
             env.process(self._steps(replica))
 
     def run(self, sessions: Sequence[Session], at_once: int | None = None) -> list[TurnRecord]:
-        """Open loop, or with so many sessions under way (closed loop)."""
+        """Play in an open loop, or with `at_once` sessions under way (closed loop)."""
         places = simpy.Resource(self._env, at_once or len(sessions))
         everything = self._env.all_of([self._env.process(self._session(session, places)) for session in sessions])
         self._env.run(everything)
@@ -214,12 +215,12 @@ class Simulation:
         return prefill.id, decode.id
 
     def _fits(self, replica: _Decode, tokens: int) -> bool:
-        """An idle replica takes what is larger than its room: nothing else ever would."""
+        """Whether there is room. An idle replica also takes a context larger than its room, which would fit nowhere else."""
         room = replica.cache.reserved + tokens <= self._site.kv_tokens or not replica.active
         return room and replica.active < self._site.max_running
 
     def _place(self, replicas: Sequence, key: Hashable, tokens: int, weights, last: str | None, whole: int = 0):
-        """`whole`: tokens that need room there; 0: none do."""
+        """Choose a replica. `whole`: tokens that need room there; 0 if none do."""
         kind, call = type(replicas[0]), Call(tokens, last)
         holders = (self._by_id[holder] for holder in self._holders.get(key, ()))
         overlaps = {r.id: self._cached(r.cache, key, tokens) for r in holders if type(r) is kind}
@@ -234,7 +235,7 @@ class Simulation:
         return self._by_id[place(candidates, call, weights).replica]
 
     def _cached(self, cache: _Cache, key: Hashable, tokens: int) -> int:
-        """Whole blocks."""
+        """Cached tokens, in whole blocks."""
         return min(tokens, cache.held(key)) // self._site.block * self._site.block
 
     def _keep(self, replica, key: Hashable, tokens: int) -> None:
@@ -242,7 +243,7 @@ class Simulation:
         self._holders.setdefault(key, set()).add(replica.id)
 
     def _computed(self, replica: _Prefill, key: Hashable, tokens: int, priority: int = 0):
-        """What the prompt lacks on this replica is computed there, in its turn."""
+        """Compute what this replica lacks of the prompt, when it is this prompt's turn."""
         expected = max(0, tokens - self._cached(replica.cache, key, tokens))
         replica.queued_tokens += expected
         replica.filled_tokens += expected
@@ -265,7 +266,7 @@ class Simulation:
         changed.succeed()
 
     def _steps(self, replica: _Decode):
-        """All running requests gain a token a step, until one has all of its or another comes."""
+        """All running requests gain a token per step, until one of them has all its tokens or another request comes."""
         env = self._env
         while True:
             if not replica.running:

@@ -2,11 +2,11 @@
 
     prefillshare, icarus, droidspeak, none
             ours in that mode: a prefill engine on the first core, a decode engine on the second, half of the KV memory each;
-            `none` is the per-model baseline, adapters on both legs
+            `none` is the per-model baseline, with adapters in both engines
     vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
             KV memory; scheduler and model in one process, as in ours
 
-All engines run on this project's plugin, whose adapter kernels for CPUs vLLM's own server gets, too.
+All engines run with this project's plugin, so that vLLM's own server, too, gets its adapter kernels for CPUs.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.modes import get_mode
 
 RANK = 8
-#: DroidSpeak: what every decoder computes itself, of SmolLM2's 30 layers.
+#: DroidSpeak: the layers that every decoder computes itself, of SmolLM2's 30.
 OWN_LAYERS = "13-16"
 TURN_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """`kv_gib`: over all engines of a system."""
+    """`kv_gib`: KV memory of all engines of a system together."""
 
     kv_gib: float
     max_model_len: int = 2048
@@ -48,8 +48,8 @@ class Budget:
 @dataclass(frozen=True)
 class Running:
     """A started system. `converse`: context -> a conversation in which agent n is the n-th name. `counters`: what has been
-    counted since the start: "wanted_kv_mb" (what its caches would hold if they gave up nothing), "evicted_blocks",
-    "preemptions", "tokens_prefilled_ahead", where the system says so."""
+    counted since the start, if the system reports it: "wanted_kv_mb" (what its caches would hold if they evicted nothing),
+    "evicted_blocks", "preemptions", "tokens_prefilled_ahead"."""
 
     converse: Callable[[list[int]], Conversation]
     counters: Callable[[], dict[str, int]]
@@ -99,7 +99,7 @@ def ours(mode: str):
 
 
 def _prefilled_ahead() -> int:
-    """Tokens of responses that were prefilled before a next turn asked: work that no turn's usage has."""
+    """Tokens of responses that were prefilled before the next turn asked for them, which no turn's usage includes."""
     text = httpx.get(f"http://127.0.0.1:{HTTP_PORT}/metrics", timeout=30).text
     return round(metrics_text.total(text, "prefillshare_eager_prefill_tokens_total"))
 
@@ -128,6 +128,6 @@ def _counters(client: httpx.Client) -> dict[str, int]:
     return {"preemptions": round(metrics_text.total(text, "vllm:num_preemptions_total"))}
 
 
-#: In the order they are run.
+#: In the order in which they run.
 SYSTEMS = {mode: ours(mode) for mode in ("prefillshare", "none", "icarus", "droidspeak")} | {"vllm": vllm}
 BASELINES: Sequence[str] = ("none", "vllm")

@@ -1,12 +1,13 @@
 """Sessions of agents that take turns over one growing context: drawn from stated distributions by seed, or read from a trace.
 
     react       think, act, observe, and again: a planner and a caller in turn, each act followed by a tool's observation
-    reflexion   act, evaluate, reflect, and try again, until it is good enough or the trials are used up
+    reflexion   act, evaluate, reflect, and try again, until the result is good enough or the trials are used up
     unbalanced  ReAct whose next agent is drawn, the first ones far more often (Zipf)
     low-sharing one turn per session: no context is ever shared
-Arrivals (open loop): Poisson, or bursts of it. Lengths are lognormal, cut to a range: long tails, as agents' are.
+Arrivals (open loop) are a Poisson process, or bursts of one. Lengths are lognormal, cut to a range: they have long tails, as in
+agents' sessions.
 
-A trace is JSON lines, a session each: {"arrival_s", "context_tokens", "turns": [{"agent", "given_tokens", "answer_tokens",
+A trace is JSON lines, one per session: {"arrival_s", "context_tokens", "turns": [{"agent", "given_tokens", "answer_tokens",
 "pause_s"}]}; `pause_s`: from the end of the turn before (a tool's time).
 """
 
@@ -24,7 +25,7 @@ from prefillshare.kvshare.errors import ConfigError
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens, or seconds: lognormal with this median and this sigma of the logarithm, between `low` and `high`."""
+    """A lognormal distribution of tokens or seconds: this median, this sigma of the logarithm, between `low` and `high`."""
 
     median: float
     sigma: float
@@ -40,8 +41,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Scale:
-    """What sessions are drawn from. `context`: system prompt, tools and task, before the first turn. `steps`: of think, act and
-    observe. `trials`: at most so many of Reflexion's, each good enough with `success`."""
+    """Distributions from which sessions are drawn. `context`: system prompt, tools and task, before the first turn. `steps`:
+    range of think-act-observe steps. `trials`: most trials of Reflexion. `success`: probability that one is good enough."""
 
     context: Lengths = Lengths(1024, 0.3, 512, 1400)
     thought: Lengths = Lengths(10, 0.4, 4, 24)
@@ -55,7 +56,7 @@ class Scale:
 
     @classmethod
     def named(cls, name: str) -> Scale:
-        """Raises ConfigError."""
+        """The scale called `name`. Raises ConfigError."""
         if name not in SCALES:
             raise ConfigError(f"unknown scale {name!r}", field="--scale", fix=f"use one of {', '.join(SCALES)}")
         return SCALES[name]
@@ -63,7 +64,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Turn:
-    """`agent`: number of the model. `given_tokens`: input that is new to the context; `answer_tokens`: what it generates."""
+    """`agent`: number of the model. `given_tokens`: length of the new input. `answer_tokens`: length of what it generates."""
 
     agent: int
     given_tokens: int
@@ -80,7 +81,7 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """Of the context at its end."""
+        """Tokens of the context at the session's end."""
         return self.context_tokens + sum(turn.given_tokens + turn.answer_tokens for turn in self.turns)
 
     def given(self, vocabulary: int, seed: int | str) -> tuple[list[int], list[list[int]]]:
@@ -91,8 +92,8 @@ class Session:
 
 
 SCALES = {
-    #: Two cores and a small model. A CPU's decode step costs more with every request in it, a GPU's hardly: answers are shorter
-    #: for their contexts than in "papers", so that a turn's prefill and decoding are to each other as there.
+    #: For two cores and a small model. On a CPU every further request makes a decode step more expensive, on a GPU hardly:
+    #: answers are shorter relative to their contexts than in "papers", so that prefill and decoding have the same proportion.
     "small": Scale(),
     #: The papers' lengths: thousands of tokens of context, tens of turns.
     "papers": Scale(
@@ -106,14 +107,14 @@ SCALES = {
     ),
 }
 
-#: Of the rate in a burst: the rate between bursts.
+#: The rate between bursts, as a share of the rate in a burst.
 BETWEEN = 0.05
 
 Draw = Callable[[random.Random, int, Scale], Sequence[Turn]]
 
 
 def _steps(rng: random.Random, scale: Scale, agent: Callable[[], int], first: int) -> list[Turn]:
-    """Think and act, so many times; each act's observation is the next thought's input. `first`: that of the first."""
+    """Turns that think and act; each act's observation is the next thought's input. `first`: input tokens of the first."""
     turns, given, pause = [], first, 0.0
     for _ in range(rng.randint(*scale.steps)):
         turns.append(Turn(agent(), given, scale.thought.tokens(rng), pause))
@@ -156,7 +157,8 @@ PATTERNS: dict[str, Draw] = {"react": react, "reflexion": reflexion, "unbalanced
 
 
 def sessions(pattern: str, count: int, agents: int, seed: int, scale: Scale) -> list[Session]:
-    """None longer than `scale.longest`: later turns of such a one are left out. Raises ConfigError for an unknown pattern."""
+    """Drawn sessions, none longer than `scale.longest`: turns beyond that are left out. Raises ConfigError for an unknown
+    pattern."""
     if pattern not in PATTERNS:
         raise ConfigError(f"unknown pattern {pattern!r}", field="--pattern", fix=f"use one of {', '.join(PATTERNS)}")
     drawn = []
@@ -170,7 +172,7 @@ def sessions(pattern: str, count: int, agents: int, seed: int, scale: Scale) -> 
 
 
 def poisson(of: Iterable[Session], per_s: float, seed: int) -> list[Session]:
-    """The same, arriving at random, so many a second on the mean."""
+    """The same sessions, with arrivals of a Poisson process of `per_s` sessions a second on average."""
     rng, now, arriving = random.Random(f"arrivals {seed}"), 0.0, []
     for session in of:
         now += rng.expovariate(per_s)
@@ -179,7 +181,8 @@ def poisson(of: Iterable[Session], per_s: float, seed: int) -> list[Session]:
 
 
 def bursts(of: Iterable[Session], per_s: float, seed: int, factor: float = 4.0, period_s: float = 30.0) -> list[Session]:
-    """Poisson whose rate is `factor` times the mean in the first `1 / factor` of every period, and almost none in the rest."""
+    """The same sessions, with arrivals of a Poisson process whose rate is `factor` times the mean in the first `1 / factor` of
+    every period, and almost zero in the rest."""
     rng, now, arriving = random.Random(f"bursts {seed}"), 0.0, []
     highest = per_s * factor / (1 + BETWEEN * (factor - 1))
     for session in of:
@@ -197,7 +200,7 @@ def write_trace(of: Iterable[Session], file: Path) -> None:
 
 
 def read_trace(file: Path, agents: int) -> list[Session]:
-    """In order of arrival. Raises ConfigError naming the line that is not a session, or an agent that is not there."""
+    """The sessions in order of arrival. Raises ConfigError naming the line that is not a session, or has an unknown agent."""
     read = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:

@@ -2,19 +2,20 @@
 
     python -m benchmarks.droidspeak [--profiled FOLDER] [--layers 4-7] [--tokens 512 1024 2048 4096] [--repeats 3]
 
-The layers are those of the profiled point: of a fine-tune's profile the best group of at most 15 % of them. What that fine-tune
-loses there in right answers, against its own full prefill, is measured with it.
+The layers are those of the profiled point: the best group in a fine-tune's profile with at most 15 % of the layers. The right
+answers that this fine-tune loses there, against its own full prefill, are measured too.
 
-A decoder with weights of its own is served twice on the same cores, in mode droidspeak and in mode none. Per length and repeat:
+A decoder with weights of its own is served twice on the same cores, in mode droidspeak and in mode none. For each length and
+repeat:
  - droidspeak: the shared pool has prefilled the context for somebody else (the base answers one token); then the decoder, whose
    engine has never seen it, takes a turn.
  - none: the decoder takes the same turn, and its own prefill engine computes all of it.
-Then one turn at a time without a router, whose decode engine begins with its own layers while the other layers' KV is still
-loading, or waits for all of it: what that is worth through shared memory and over a link of `--link-mbit`, and a trace of the
-latter beside the result, for chrome://tracing or Perfetto.
+Then single turns without a router, in which the decode engine either begins with its own layers while the other layers' KV is
+still loading, or waits for all KV: the gain through shared memory and over a link of `--link-mbit`, with a trace of the latter
+beside the result, for chrome://tracing or Perfetto.
 Then sessions whose turns go round `--decoders` such decoders, adapters over one engine per role, with the same KV memory.
 
-The arithmetic limit of the first is layers / layers recomputed. The last line is JSON.
+The arithmetic limit of the first comparison is layers / layers recomputed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_full_decoder
 
 MODES = ("droidspeak", "none")
-#: Of the layers, as a share; and the fine-tune for which so few are enough.
+#: Largest share of the layers; and the fine-tune for which so few are enough.
 MOST_LAYERS = 0.15
 PROFILED = Path("adapters/arithmetic-last-layers")
 KV_GIB = 1.0
@@ -53,7 +54,7 @@ TURNS, LENGTHS = 5, Lengths(beginning=512, given=64, answer=16)
 
 
 def one_decoder(base: Path, decoder: Path, adapter: Path, mode: str, layers: str, longest: int) -> Deployment:
-    """Prefill on the first core, decode on the second. The base is served in the shared pool, to fill it."""
+    """Prefill on the first core, decode on the second. In the shared pool the base is served, too, to fill the cache."""
     own = {"prefill": {"kv_cache_gib": KV_GIB, "cpu_cores": "0"}}
     if get_mode(mode).recomputes:
         own = {"own_layers": {"own": layers}}
@@ -70,7 +71,7 @@ def one_decoder(base: Path, decoder: Path, adapter: Path, mode: str, layers: str
 
 
 def first_tokens(client: Client, mode: str, lengths: list[int], repeats: int, advance) -> dict[str, dict[str, float]]:
-    """Context length -> medians: seconds to the first token, and of them the prefill pool's."""
+    """Context length -> medians: seconds to the first token, and the prefill pool's part of them."""
     found = {}
     for tokens in lengths:
         ttft, prefill = [], []
@@ -88,7 +89,7 @@ def first_tokens(client: Client, mode: str, lengths: list[int], repeats: int, ad
 
 
 def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace, progress: Progress) -> dict[str, dict]:
-    """Number of decoders -> mode -> figures of sessions."""
+    """Number of decoders -> mode -> figures of the sessions."""
     adapters = make_seeded_adapters(model, folder, names=[f"agent-{n}" for n in range(max(args.decoders))])
     found: dict[str, dict] = {}
     for count in args.decoders:
@@ -114,7 +115,7 @@ def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace,
 def overlaps(
     model: Path, decoder: Path, group: LayerGroup, args: argparse.Namespace, console: Console, progress: Progress
 ) -> dict[str, dict]:
-    """Link -> context length -> what overlapping is worth."""
+    """Link -> context length -> the gain by overlapping."""
     found = {}
     for link in (None, args.link_mbit) if args.link_mbit else (None,):
         name = f"{link} Mbit/s" if link else "shared memory"

@@ -1,11 +1,11 @@
 """What it is worth to compute a decoder's own layers while the other layers' KV is still loading (DroidSpeak's pipelining).
 
-A prefill engine and two decode engines without a router, the decode engines in turn: one begins when what enters its layers is
-there, where it expects that to pay (kvshare_vllm/transfer/load_overlap.py); the other waits for all KV. The times of one turn
-at a time, from the decode engine's being asked.
+A prefill engine serves two decode engines in turn, without a router. One begins when what enters its layers is there, if it
+expects that to pay (kvshare_vllm/transfer/load_overlap.py); the other waits for all KV. One turn runs at a time, and times
+count from the moment when the decode engine is asked.
 
-Between two processes of one machine KV moves through shared memory, faster than any network. With a link of so many Mbit/s the
-engines run in a network namespace of their own, whose loopback is held to that, and UCX takes TCP (needs root and iproute2).
+Between two processes of one machine KV moves through shared memory, faster than any network. For a link of a given speed, the
+engines run in a network namespace of their own, whose loopback is limited to it, and UCX uses TCP (needs root and iproute2).
 
     python -m benchmarks.droidspeak.overlap MODEL DECODER 13-16    (started by benchmarks.droidspeak)
 """
@@ -39,14 +39,14 @@ from prefillshare.platform import engine_environment
 
 WAYS = {"overlapped": "pays", "one after another": "never"}
 LIMIT_S = 1800.0
-#: What a link lets through at once, and how long a packet may wait: enough for loopback's large segments.
+#: Limits loopback's rate; burst size and latency are enough for loopback's large segments.
 SHAPE = "ip link set lo up && tc qdisc add dev lo root tbf rate {mbit}mbit burst 512kb latency 100ms && exec \"$@\""
 
 
 def measured(
     model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int, link_mbit: int | None, advance: Callable
 ) -> list[dict]:
-    """`turns`, in a process of its own, over a link of that speed. Raises RuntimeError where there can be none."""
+    """`turns` in a process of its own, over a link of this speed (None: shared memory). Raises RuntimeError if that fails."""
     environment = [f"{name}={value}" for name, value in engine_environment().items()]
     command = ["env", *environment, sys.executable, "-m", __spec__.name, str(model), str(decoder), str(group)]
     command += ["--tokens", *map(str, lengths), "--repeats", str(repeats)]
@@ -63,7 +63,7 @@ def measured(
 
 
 def links() -> bool:
-    """Whether this machine lets us make a slower link."""
+    """Whether this machine lets us limit a link."""
     if not all(map(shutil.which, ("unshare", "ip", "tc"))):
         return False
     shaped = ["unshare", "-n", "sh", "-c", SHAPE.format(mbit=1000), "sh", "true"]
@@ -71,8 +71,8 @@ def links() -> bool:
 
 
 async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int], repeats: int) -> AsyncIterator[dict]:
-    """Per length, repeat and way: seconds until the loads had ended, and until the first token. Repeat -1 shakes hands, shows
-    the engine how long a step takes, and does not count."""
+    """Yields, per length, repeat and way, the seconds until the loads had ended, and until the first token. Repeat -1 does not
+    count: it shakes hands and lets the engine measure how long a step takes."""
     from vllm import SamplingParams
 
     from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
@@ -124,7 +124,7 @@ def _settings(model: Path, group: LayerGroup, longest: int) -> EngineSettings:
 
 
 def summary(found: list[dict]) -> dict[str, dict]:
-    """Per length: medians by way, and of the pairs, what overlapping took off the time to the first token."""
+    """Per length: medians by way, and the median over pairs of what overlapping took off the time to the first token."""
     summed: dict[str, dict] = {}
     for tokens in sorted({turn["tokens"] for turn in found}):
         of = {way: [turn for turn in found if (turn["tokens"], turn["way"]) == (tokens, way)] for way in WAYS}

@@ -1,6 +1,6 @@
-"""What a decoder loses in right answers where DroidSpeak serves it, against its own full prefill: the same questions, answered
-greedily both ways, offline and in float32. The served system is found to agree with the offline definition by
-tests/engine/test_droidspeak.py."""
+"""What a decoder that DroidSpeak serves loses in right answers, against its own full prefill: the same questions are answered
+greedily both ways, offline and in float32. tests/engine/test_droidspeak.py checks that the served system agrees with the
+offline definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = 32
 
 
 def profiled_point(base: Path, decoder: Path, share: float) -> LayerGroup:
-    """Of at most that share of the layers, the group of least divergence by the decoder's profile."""
+    """The group of least divergence in the decoder's profile among those with at most this share of the layers."""
     return layer_group(best_group(LayerProfile.read(decoder, base), share))
 
 

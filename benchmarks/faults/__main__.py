@@ -2,16 +2,16 @@
 
     python -m benchmarks.faults [--turns 200]
 
-Two Ray nodes with a prefill and a decode replica of a tiny random model each, two routers with Redis; greedy and seeded
-turns over multi-turn gRPC sessions, each on a connection of its own, and completions over HTTP beside them. The trace is
-played once in peace, for the tokens it must give; then again while faults strike, each after the system is whole again,
-until every kind has struck: routers, replicas, engines, Serve's controller and a proxy, a node's raylet, and Redis are
-killed; replicas and Redis hang and come back; HTTP clients hang up.
+Two Ray nodes have a prefill and a decode replica of a tiny random model each, and there are two routers with Redis. Greedy and
+seeded turns run over multi-turn gRPC sessions, each on a connection of its own, with completions over HTTP beside them. The
+trace is played once without faults, for the tokens that it must give, then again while faults strike, each after the system is
+whole again, until every kind has struck: routers, replicas, engines, Serve's controller and a proxy, a node's raylet, and Redis
+are killed; replicas and Redis hang and come back; HTTP clients hang up.
 
-A turn is lost if it ends in an error or without an end, wrong if a single token differs. Where a router dies, or the session
-store is away, clients look whether the turn was committed and else take it again, which counts as `turns_taken_again`. What
-HTTP answers a dead proxy carried is counted apart. A replica is wrongly ejected if it gets no turns without a fault that was
-aimed at it. The last line is JSON.
+A turn is lost if it ends in an error or never ends, and wrong if a single token differs. When a router dies, or the session
+store is away, clients check whether the turn was committed and otherwise take it again, which counts as `turns_taken_again`.
+HTTP answers that a dead proxy carried are counted separately. A replica is wrongly ejected if it gets no turns although no
+fault was aimed at it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from prefillshare.tiny_models import make_base
 
 WEDGED_AFTER_S = 4
 WHOLE_TIMEOUT_S = 180
-#: Below those that Ray gives to its workers.
+#: Ports below those that Ray gives to its workers.
 REDIS_PORT, RAY_PORT = 7_000, 7_001
 #: Faults that end a proxy, and with it the answers that it carries.
 OF_PROXIES = ("kill proxy", "kill raylet")
@@ -59,7 +59,7 @@ def deployment(model: Path, adapters: dict[str, Path], redis_url: str, address: 
 
 
 def blocks_held(handle) -> int:
-    """Blocks still held once nothing runs and every lease could have ended. Raises TimeoutError if not all replicas say."""
+    """Blocks still held when nothing runs and every lease can have ended. Raises TimeoutError if not all replicas report."""
     deadline = time.monotonic() + 40
     while True:
         pools = handle.replica_stats.remote().result(timeout_s=60)
@@ -75,12 +75,12 @@ def blocks_held(handle) -> int:
 
 
 def wrong_tokens(got: list[int], wanted: list[int]) -> int:
-    """Tokens that are others than they should be, missing, or too many."""
+    """Number of tokens that are different, missing or superfluous."""
     return sum(a != b for a, b in zip_longest(got, wanted))
 
 
 def cost_by_fault(faults: Faults, quiet: Player, struck: Player) -> dict[str, dict[str, float]]:
-    """Per kind of fault: how much longer turns took that were running when it struck, seconds."""
+    """Per kind of fault: by how many seconds it prolonged the turns that were running when it struck."""
     cost: dict[str, list[float]] = {}
     for kind, at in faults.struck:
         for turn, began in struck.began_at.items():

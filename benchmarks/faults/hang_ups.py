@@ -1,4 +1,4 @@
-"""HTTP clients that hang up: at any moment, in every way that a socket can be closed."""
+"""HTTP clients that hang up at any moment, in every way in which a socket can be closed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from urllib.parse import urlsplit
 
 _ASK = [{"role": "user", "content": "Tell a long story, please. " * 8}]
-#: Path and body of each way to ask; all would go on for `tokens`.
+#: Path and body of each way to ask; each asks for `tokens` tokens.
 _WAYS = (
     ("/v1/chat/completions", lambda tokens: {"messages": _ASK, "max_tokens": tokens, "ignore_eos": True}),
     ("/v1/completions", lambda tokens: {"prompt": ["One", "Two"], "n": 2, "max_tokens": tokens, "ignore_eos": True}),
@@ -20,7 +20,7 @@ _WAYS = (
 
 
 def hang_up(url: str, model: str, number: int, tokens: int) -> None:
-    """Client `number` of many, which differ: it asks, streamed or not, and after 0 to 0.5 s closes its socket, or resets it."""
+    """Client `number` of many different ones: it asks, streamed or not, and after 0 to 0.5 s closes or resets its socket."""
     path, body = _WAYS[number % len(_WAYS)]
     asked = {"model": model, "stream": number % 2 == 0, **body(tokens)}
     data, where = json.dumps(asked).encode(), urlsplit(url)

@@ -24,7 +24,7 @@ def _ask(client: httpx.Client) -> str:
 
 
 class HttpTurns:
-    """`fault()`: what strikes now. Counts answers that are right, wrong, and missing, by fault."""
+    """Counts right, wrong and missing answers by fault. `fault()`: what strikes now."""
 
     def __init__(self, fault: Callable[[], str]):
         self._fault = fault

@@ -13,13 +13,13 @@ import psutil
 from ray._private.authentication.authentication_token_setup import _get_default_token_path, generate_and_save_token
 
 START_S = 60
-#: What each node offers, so that every pool has one replica on each; routers run on the first.
+#: Resources of each node, so that every pool has one replica on each; routers run on the first node.
 SLOTS = {"prefill-slot": 1, "decode-slot": 1}
 HEAD = {"head": 1}
 
 
 class Nodes:
-    """`port`: of the head. Both nodes end with it."""
+    """`port`: of the head node. Both nodes end with the context."""
 
     def __init__(self, folder: Path, port: int):
         self._folder, self.address = folder, f"127.0.0.1:{port}"
@@ -44,11 +44,11 @@ class Nodes:
         self._second = self._start([f"--address={self.address}"], SLOTS)
 
     def second(self) -> set[int]:
-        """Processes of the second node: its raylet, and all that it has started."""
+        """Process ids of the second node: its raylet, and all processes that it has started."""
         return {process.pid for process in psutil.Process(self._second.pid).children(recursive=True)}
 
     def kill_second_raylet(self) -> None:
-        """Its workers end with it."""
+        """Kill the second node's raylet; its workers end with it."""
         for process in psutil.Process(self._second.pid).children(recursive=True):
             if process.name() == "raylet":
                 process.kill()

@@ -1,4 +1,4 @@
-"""Turns over multi-turn gRPC sessions: a trace of them, and who plays it and keeps what came of each."""
+"""Turns over multi-turn gRPC sessions: a trace of them, and a player that keeps the outcome of each."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Key = tuple[int, int, int]
 
 
 class Player:
-    """Plays sessions, several at a time; keeps what every turn gave, or how it failed."""
+    """Plays sessions, several at a time; keeps each turn's tokens, or how it failed."""
 
     def __init__(self, at_once: int, advance: Callable[[], None]):
         self._at_once, self._advance = at_once, advance
@@ -71,7 +71,7 @@ class Player:
 
     def _session(self, client: Client, number: int, turns: list[Turn]) -> None:
         name, context = f"{self.rounds}-{number}-{random.getrandbits(32):x}", []
-        with suppress(Conflict):  # it was made, and the answer lost
+        with suppress(Conflict):  # it was created, but the answer was lost
             self._until_connected(lambda: client.create_session(name))
         session = client.session(name)
         for count, turn in enumerate(turns):
@@ -83,7 +83,7 @@ class Player:
                 with self._lock:
                     self.errors.append(f"{type(error).__name__}: {error}")
                     self._advance()
-                break  # what follows builds on this turn
+                break  # later turns build on this one
             context += tokens
             with self._lock:
                 self.tokens[key] = tokens
@@ -94,8 +94,8 @@ class Player:
             self._until_connected(session.delete)
 
     def _turn(self, session: RemoteSession, seen: list[int], turn: Turn) -> list[int]:
-        """Its tokens. `seen`: the context with the turn's input. Taken again where the router died under it, unless it
-        had been committed."""
+        """The turn's tokens. `seen`: the context with the turn's input. If the router died meanwhile, the turn is taken again
+        unless it had been committed."""
         deadline, connected = time.monotonic() + TURN_TIMEOUT_S, True
         while True:
             try:
@@ -110,7 +110,7 @@ class Player:
                     with self._lock:
                         self.taken_again += 1
                 connected = False
-            except Conflict:  # the dead router's hold on the session has yet to end
+            except Conflict:  # the dead router still holds the session
                 if connected:
                     raise
             if time.monotonic() > deadline:
@@ -133,5 +133,5 @@ class Player:
 
 
 def may_be_taken_again(error: Unavailable) -> bool:
-    """The router died, or the session store is away: the session says whether the turn was committed."""
+    """Whether the router died or the session store is away: then the session says whether the turn was committed."""
     return isinstance(error, ConnectionLost) or "session store" in error.message

@@ -9,12 +9,12 @@ import psutil
 
 
 def titled(actor: str) -> list[psutil.Process]:
-    """Ray's actors of that name, whatever they do: the title of one may go on with the method that it runs."""
+    """Processes of Ray's actors of that name; a process title may go on with the method that the actor runs."""
     return [process for process, title in _titles() if title == actor or title.startswith(f"{actor}.")]
 
 
 def routers(grpc_port: int) -> list[psutil.Process]:
-    """Those that serve there: one that starts does not listen yet, one that ends no longer does."""
+    """The routers that listen on this port; one that is starting or ending does not."""
     return [process for process in titled("ray::ServeReplica:prefillshare:router") if grpc_port in _listening(process)]
 
 
@@ -35,7 +35,7 @@ def _titles() -> Iterator[tuple[psutil.Process, str]]:
 
 @contextmanager
 def stopped(victims: list[psutil.Process]) -> Iterator[None]:
-    """They hang meanwhile."""
+    """Have these processes hang while the block runs."""
     for process in victims:
         process.suspend()
     try:

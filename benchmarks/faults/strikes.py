@@ -1,4 +1,4 @@
-"""The faults, one after the other; in between the system becomes whole again."""
+"""The faults, one after the other; the system becomes whole again in between."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from benchmarks.shared.small import DECODERS, GRPC_PORT, HTTP_PORT
 HANG_S, REDIS_AWAY_S = 12, 3
 HANG_UPS = 200
 HTTP_URL = f"http://127.0.0.1:{HTTP_PORT}"
-#: How long a fault may take to show, or to pass.
+#: Seconds that a fault may take to show, or to pass.
 SETTLE_S = 60
 
 
 class Faults:
-    """Strikes in every way, the next one when the system is whole. A replica that no fault was aimed at and that gets no turns
-    any more is `ejected`."""
+    """Lets every kind of fault strike, each one when the system is whole again. `ejected`: replicas that get no turns any more
+    although no fault was aimed at them."""
 
     def __init__(self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None]):
         self._handle, self._nodes, self._redis, self._log = handle, nodes, redis, log
         self.struck: list[tuple[str, float]] = []
-        #: Kind of fault -> seconds until a router gave the replica no more work, or what had died was there again.
+        #: Kind of fault -> seconds until a router gave the replica no more work, and until what had died was there again.
         self.known_after_s: dict[str, float] = {}
         self.back_after_s: dict[str, float] = {}
         self.ejected: set[str] = set()
@@ -79,7 +79,7 @@ class Faults:
             try:
                 if self.whole() and len(self.struck) < len(kinds):
                     self._strike(kinds[len(self.struck)])
-            except Exception as error:  # a replica that is going cannot be asked; the next round can
+            except Exception as error:  # a replica that is ending cannot be asked; the next round asks again
                 self._log(f"[dim]{type(error).__name__}: asked again[/]")
             self._stop.wait(0.5)
 
@@ -95,7 +95,7 @@ class Faults:
             self.now = ""
 
     def _kill(self, running: Callable[[], list[psutil.Process]], wanted: int) -> None:
-        """One of them. Serve starts another one."""
+        """Kill one of the `running` processes. Serve starts another one."""
         victim = running()[0]
         victim.kill()
         self._until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
@@ -118,14 +118,14 @@ class Faults:
         self.known_after_s[kind] = round(time.monotonic() - self.struck[-1][1], 2)
 
     def _raylet(self, kind: str) -> None:
-        """Of the second node, which joins anew; what it runs ends with it."""
+        """Kill the raylet of the second node, which joins anew; what the node runs ends with it."""
         there = self._nodes.second()
         self._victims |= {name for pool in self.info().values() for name, replica in pool.items() if replica["pid"] in there}
         self._nodes.kill_second_raylet()
         self._nodes.start_second()
 
     def _hang_up(self, kind: str) -> None:
-        """HTTP clients, several at once."""
+        """HTTP clients hang up, several at once."""
         with ThreadPoolExecutor(16) as clients:
             list(clients.map(lambda number: hang_up(HTTP_URL, DECODERS[0], number, 200), range(HANG_UPS)))
 

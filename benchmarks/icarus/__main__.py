@@ -2,11 +2,11 @@
 
     python -m benchmarks.icarus [--adapters 2 4 8] [--sessions 8] [--repeats 3]
 
- 1. A decode step of one plain model, of the same with an adapter per request, and of two streams with an adapter per request,
-    at several batch sizes. The engines take turns on the same cores.
- 2. Sessions of five turns over N adapters, in turn: in mode icarus, prefillshare and none, on the same cores, with the same
-    KV memory over prefill and decode engines, for the same requests. Computed tokens and latency; and, after one session in
-    which every adapter had its turn, of one length for every N, KV blocks in caches.
+ 1. A decode step of a plain model, of the same model with an adapter per request, and of two streams with an adapter per
+    request, at several batch sizes. The engines take turns on the same cores.
+ 2. Sessions of five turns that go round N adapters, in modes icarus, prefillshare and none, on the same cores, with the same
+    KV memory over prefill and decode engines, for the same requests. Measured are computed tokens and latency; and the KV
+    blocks in caches after one session, of the same length for every N, in which every adapter had its turn.
     Nothing is prefilled ahead (eager prefill is off): a turn computes what no cache holds. Pull-back is always on.
 
 The last line is JSON.
@@ -37,7 +37,7 @@ from prefillshare.seeded_adapters import make_seeded_adapters
 
 MODES = ("icarus", "prefillshare", "none")
 TURNS, LENGTHS = 5, Lengths(beginning=128, given=24, answer=48)
-#: Of a prefill engine and of a decode engine.
+#: KV memory of a prefill engine, and of a decode engine.
 KV_GIB = 0.5
 ROUTER = {"eager_prefill": False, "pull_back": "always"}
 
@@ -76,13 +76,13 @@ def deployment(model: Path, adapters: dict[str, Path], mode: str) -> Deployment:
 
 
 def blocks_cached(handle) -> dict[str, int]:
-    """Role -> blocks that stand in the caches of its engines."""
+    """Role -> blocks in the caches of its engines."""
     with CacheWatch(handle) as caches:
         return caches.held
 
 
 def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Console, progress: Progress) -> dict[str, dict]:
-    """N -> mode -> figures."""
+    """Number of adapters -> mode -> figures."""
     found: dict[str, dict] = {}
     modules = get_mode("icarus").adapter_modules
     adapters = make_seeded_adapters(model, folder, names=[f"agent-{n}" for n in range(max(args.adapters))], modules=modules)

@@ -8,7 +8,7 @@ graph; their replays take turns:
     plain with adapters   one stream, LoRA on q, o and the MLP, a quarter of the requests per adapter
     two streams           the base's rows write KV, the adapters' rows predict: each weight is read once for both, and the two
                           queries of a KV head read its keys and values once (rows side by side, as kvshare_vllm/models does)
-Where a step stops being bound by reading memory, the second stream's arithmetic shows. The last line is JSON.
+Once a step is no longer bound by reading memory, the second stream's arithmetic shows. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Model:
 def step(model: Model, system: str, tokens: torch.Tensor, cache: list) -> torch.Tensor:
     """Logits [batch, vocabulary] after one token of each request; the new token's KV is written into the cache.
 
-    Rows are the decoder's, or the base's and then the decoder's. Each adapter has as many requests, side by side.
+    Rows are the decoder's, or the base's followed by the decoder's. Every adapter has equally many requests, side by side.
     """
     batch, streams, s = len(tokens), 1 + (system == "two streams"), model.shapes
     adapted = system != "plain"
@@ -90,7 +90,7 @@ def step(model: Model, system: str, tokens: torch.Tensor, cache: list) -> torch.
         out = linear(rows, model.layers[number][name])
         if adapted and name != "kv":
             down, up = model.adapters[number][name]
-            used = min(ADAPTERS, batch)  # adapters of a batch smaller than their number
+            used = min(ADAPTERS, batch)  # a batch may be smaller than the number of adapters
             own = rows[-batch:].view(used, batch // used, -1)
             out[-batch:] += (own @ down[:used] @ up[:used]).view(batch, -1)
         return out

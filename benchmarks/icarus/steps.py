@@ -1,6 +1,6 @@
-"""What a decode step costs: a plain model, the same with an adapter per request, and two streams with an adapter per request.
+"""What a decode step costs: plain model, the same with an adapter per request, and two streams with an adapter per request.
 
-Each model is an engine in a process of its own on the same cores; they take turns, so that only one computes at a time.
+Each is an engine in a process of its own on the same cores; they take turns, so that only one computes at a time.
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ from benchmarks.overhead.systems import BOTH_CORES, DECODE_CORES, ENGINE, KV_GIB
 from benchmarks.shared import children, environment, load
 
 RESULTS = Path("benchmarks/results")
-#: The rest is measured if --only names it: it takes the run from 11 to 14 minutes on two cores.
+#: Systems measured by default. The others, if --only names them, prolong the run from 11 to 14 minutes on two cores.
 DEFAULT = ("bare", "stock_pd", "ours")
 MODEL = "models/smollm2-135m-instruct"
 
 
 def main() -> None:
     given = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs below is ended on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes are ended on the way out
     console = Console(stderr=True)
     plan = Plan(
         model=given.model, concurrency=given.concurrency, turns=given.turns, prompt_tokens=given.prompt_tokens,
@@ -114,7 +114,7 @@ def _systems(text: str) -> tuple[str, ...]:
 
 
 def _run(system: str, plan: Plan, limit_s: float, console: Console, began: float) -> dict[str, object]:
-    """{"start_s", "surfaces": {name: {concurrency: {"figures", "cpu_s_per_turn"}}}}, over repeats."""
+    """Measure a system: {"start_s", "surfaces": {name: {concurrency: {"figures", "cpu_s_per_turn"}}}}, over repeats."""
     command = [sys.executable, "-m", "benchmarks.overhead.measure", system, plan.as_json()]
     found: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     start_s, stage = 0.0, ""
@@ -152,13 +152,13 @@ def _run(system: str, plan: Plan, limit_s: float, console: Console, began: float
 
 
 def _every(cpu_s: dict[str, float], runs: list[dict]) -> dict[str, float]:
-    """With zeros for roles that only other repeats saw."""
+    """CPU seconds of one repeat, with zeros for roles that only other repeats saw."""
     roles = dict.fromkeys(role for run in runs for role in run["cpu_s_per_turn"])
     return {role: cpu_s.get(role, 0.0) for role in roles}
 
 
 def summary(systems: dict[str, dict], concurrency: tuple[int, ...]) -> dict[str, float]:
-    """The ratios, of medians over repeats. Ours over theirs; above 1 is more. Empty where a side was not measured."""
+    """Ratios of medians over repeats, ours divided by theirs. A ratio is left out if one side was not measured."""
     low, high = str(min(concurrency)), str(max(concurrency))
 
     def figure(system: str, surface: str, at: str, name: str) -> float | None:

@@ -23,7 +23,7 @@ from benchmarks.shared.environment import CpuUse
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. `turns`: least turns of one measurement; more where concurrency asks for them."""
+    """What is measured. `turns`: fewest turns of one measurement; high concurrency needs more."""
 
     model: str
     concurrency: tuple[int, ...]
@@ -59,7 +59,7 @@ async def measure(system: str, plan: Plan, emit) -> None:
                 for concurrency in plan.concurrency:
                     for number, (name, surface) in enumerate(started.surfaces.items()):
                         emit(event="stage", text=f"{name}, {concurrency} at a time, repeat {repeat + 1} of {plan.repeats}")
-                        # A system's second surface gets other prompts: the first one's are in the caches by now.
+                        # A system's second surface gets other prompts, since those of the first are cached by now.
                         asked = prompts(plan.turns_at(concurrency), plan.prompt_tokens, repeat, concurrency, number)
                         emit(event="figures", surface=name, concurrency=concurrency,
                              **await _one(started, surface, asked, concurrency, plan.output_tokens))
@@ -71,7 +71,7 @@ async def measure(system: str, plan: Plan, emit) -> None:
 
 
 async def _warm_up(surface: load.Surface, plan: Plan, concurrency: int, prompts, name: str) -> None:
-    """Connections, caches of kernels, NIXL's handshake: two full turns, then a wave of shorter ones."""
+    """Warm up connections, caches of kernels and NIXL's handshake: two full turns, then a wave of shorter ones."""
     if concurrency == min(plan.concurrency):
         await load.run(surface, prompts(2, plan.prompt_tokens, "warm", name), 1, plan.output_tokens)
     short = prompts(concurrency, max(plan.prompt_tokens // 4, 2), "warm", name, concurrency)
@@ -86,7 +86,7 @@ async def _one(started: Started, surface: load.Surface, asked, concurrency: int,
 
 
 async def _until_told(work) -> None:
-    """SIGTERM stops the system on the way out."""
+    """Run `work`; SIGTERM cancels it, so that the system is stopped on the way out."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
     await work
 

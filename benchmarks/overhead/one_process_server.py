@@ -1,6 +1,6 @@
 """vLLM's OpenAI server with scheduler and model in one process, as our engines run on CPUs.
 
-Not what vLLM ships: it separates what our path costs from what the layout of processes gives.
+This is not what vLLM ships. It separates the cost of our path from the effect of the process layout.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ FIGURES = ("tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "itl_p50_ms", "itl_p95_
 
 
 def rows(result: dict) -> Iterator[tuple[str, str, dict]]:
-    """(title, concurrency, {"figures", "cpu_s_per_turn"}), by concurrency, then system."""
+    """(title, concurrency, {"figures", "cpu_s_per_turn"}), ordered by concurrency, then system."""
     systems = result["systems"]
     for concurrency in result["config"]["turns"]:
         for (system, surface), title in TITLES.items():

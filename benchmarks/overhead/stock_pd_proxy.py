@@ -1,4 +1,4 @@
-"""The least proxy that makes two vLLM servers one: prefill with max_tokens=1, then decode with the handle it gave.
+"""A minimal proxy that makes two vLLM servers one: prefill with max_tokens=1, then decode with the handle that it returned.
 
 The same calls as vLLM's example tests/v1/kv_connector/nixl_integration/toy_proxy_server.py, on aiohttp, which costs less
 CPU per streamed piece than the example's FastAPI and httpx. No retries, no limits, no checks.

@@ -1,4 +1,4 @@
-"""The systems that benchmarks.overhead compares: each is started whole, gives its surfaces, and is stopped whole.
+"""The systems that benchmarks.overhead compares: each is started as a whole, provides its surfaces, and is stopped as a whole.
 
 Engines get the same arguments and environment everywhere; prefill computes on core 0, decode on core 1, the single
 engine on both. Everything else (servers, proxies, router, Ray, the client) is not bound and shares the two cores.
@@ -39,14 +39,14 @@ PREFILL_CORES, DECODE_CORES, BOTH_CORES = "0", "1", "0-1"
 
 @dataclass(frozen=True)
 class Started:
-    """A running system. `roles`: names of its processes by pid, as far as their titles do not tell."""
+    """A running system. `roles`: pid -> name, for processes whose titles do not tell their role."""
 
     surfaces: dict[str, Surface]
     roles: dict[int, str]
 
 
 def free_port() -> int:
-    """Outside the ranges from which the kernel and Ray's workers take theirs: those may take it before the server does."""
+    """A free port outside the ranges of the kernel and of Ray's workers, which might take it before the server does."""
     for port in random.sample(range(20_000, 30_000), 100):
         with socket.socket() as probe:
             try:
@@ -77,7 +77,7 @@ async def bare(model: str) -> AsyncIterator[Started]:
 
 @asynccontextmanager
 async def stock_pd(model: str, server: str = "vllm.entrypoints.openai.api_server") -> AsyncIterator[Started]:
-    """Two vLLM servers with the stock NIXL connector and scheduler, and the least proxy before them."""
+    """Two vLLM servers with the stock NIXL connector and scheduler, behind a minimal proxy."""
     processes: dict[str, subprocess.Popen] = {}
     urls = {}
     try:
@@ -111,7 +111,7 @@ async def ours(model: str) -> AsyncIterator[Started]:
             "base": {"model": model} | {k: ENGINE[k] for k in ("dtype", "block_size", "max_model_len")},
             "prefill": engines | {"cpu_cores": PREFILL_CORES},
             "decode": [{"pool": "decode", "model": str(folder), "name": "plain", "cpu_cores": DECODE_CORES} | engines],
-            "router": ports | {"eager_prefill": False},  # the others prefill only what is asked for
+            "router": ports | {"eager_prefill": False},  # the other systems prefill only what is asked for
             "cluster": {"start_timeout_s": START_TIMEOUT_S},
         })
         # Serve's synchronous calls refuse to run beside an event loop.
@@ -131,12 +131,12 @@ async def stock_pd_one_process(model: str) -> AsyncIterator[Started]:
         yield started
 
 
-#: In the order they are run: ours between the two it is compared with most, so that a drift of the machine shows.
+#: In the order in which they run: ours between the two with which it is compared most, so that a drift of the machine shows.
 SYSTEMS = {"bare": bare, "stock_pd": stock_pd, "ours": ours, "stock_pd_one_process": stock_pd_one_process}
 
 
 def _vouched_copy(model: str, folder: Path) -> None:
-    """The base's files as a decoder of it: links, and the contract."""
+    """A folder that is a decoder with the base's own weights: links to the base's files, and a contract."""
     from prefillshare.kvshare.contract import DecoderContract
 
     for file in Path(model).iterdir():
@@ -145,7 +145,7 @@ def _vouched_copy(model: str, folder: Path) -> None:
 
 
 def spawn(module: str, flags: list[str], env: dict[str, str]) -> tuple[subprocess.Popen, str]:
-    """Start a server of ours or vLLM's on a free port; returns it and its address."""
+    """Start a server of ours or of vLLM's on a free port; returns its process and its address."""
     port = free_port()
     command = [sys.executable, "-m", module, "--port", str(port), *flags]
     return subprocess.Popen(command, env=os.environ | env), f"http://127.0.0.1:{port}"
@@ -160,7 +160,7 @@ def _flags(model: str, role: str) -> list[str]:
 
 
 async def healthy(urls, processes: dict[str, subprocess.Popen]) -> None:
-    """Returns when all answer. Raises RuntimeError if one ends, TimeoutError."""
+    """Wait until all servers answer. Raises RuntimeError if one ends, or TimeoutError."""
     deadline = time.monotonic() + START_TIMEOUT_S
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as client:
         for url in urls:
@@ -179,7 +179,7 @@ async def healthy(urls, processes: dict[str, subprocess.Popen]) -> None:
 
 
 def stop(processes) -> None:
-    """Asks them to end, and ends them."""
+    """Ask the processes to end, and then end them."""
     for process in processes:
         process.terminate()
     for process in processes:

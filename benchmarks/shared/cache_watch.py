@@ -1,4 +1,4 @@
-"""What stands in the prefix caches of a running deployment, and what they have given up: from its engines' KV events."""
+"""What the prefix caches of a running deployment hold, and what they have evicted: from its engines' KV events."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 from prefillshare.router.pools.kv_follower import BlockRemoved, BlockStored, Event, Follower
 
-#: Until a cache's whole state has arrived.
+#: Seconds until a cache's whole state has arrived.
 STATE_S = 2.0
 
 
 class CacheWatch:
-    """Follows from `start` to `stop`. `held`: pool -> blocks that stand in its engines' caches; meanwhile `evicted`: pool ->
-    blocks that were given up, and `wanted`: pool -> blocks that would stand there if none ever were."""
+    """Follows KV events from `start` to `stop`. `held`: pool -> blocks in its engines' caches. `evicted`: pool -> blocks
+    evicted meanwhile. `wanted`: pool -> blocks that would be in the caches if none had been evicted."""
 
     def __init__(self, handle):
         if secret := channel_secret():

@@ -1,4 +1,4 @@
-"""A child process that reports its progress as JSON lines, bounded in time and ended with all it started."""
+"""A child process that reports its progress as JSON lines, is limited in time, and is ended with all that it started."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LOG_TAIL_BYTES = 6000
 def events(command: list[str], limit_s: float, tick: Callable[[], None] = lambda: None) -> Iterator[dict]:
     """Run `command`; yields the JSON objects it prints. `tick` is called about four times a second meanwhile.
 
-    Raises RuntimeError with the end of its log if it fails, TimeoutError after `limit_s`. At the end, whatever the end,
-    no process that it started is left.
+    Raises RuntimeError with the end of its log if it fails, TimeoutError after `limit_s`. However it ends, no process that it
+    started is left.
     """
     deadline = time.monotonic() + limit_s
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
@@ -64,7 +64,7 @@ def _below(pid: int) -> dict[int, psutil.Process]:
 
 
 def _end(process: subprocess.Popen, seen: dict[int, psutil.Process]) -> None:
-    """Ask the child to end, then end what is left of it and of everything seen below it (psutil knows reused pids)."""
+    """Ask the child to end, then end it and everything seen below it that is left (psutil recognises reused pids)."""
     left = seen | _below(process.pid)
     if process.poll() is None:
         process.terminate()

@@ -51,7 +51,7 @@ _TITLES = {
 
 
 def revision() -> str:
-    """The commit of the checkout, with "+changes" where tracked files differ from it; "unknown" outside one."""
+    """The commit of the checkout, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         return commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -65,9 +65,9 @@ def _git(*arguments: str) -> str:
 
 
 class CpuUse:
-    """CPU seconds since `start` of this process and everything under it, by role, and of everybody else.
+    """CPU seconds since `start`: of this process and everything under it by role, and of all other processes.
 
-    `roles`: names of processes known by pid; others are named by their title.
+    `roles`: pid -> name of known processes; others are named by their title.
     """
 
     def __init__(self, roles: dict[int, str]):

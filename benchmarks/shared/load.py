@@ -1,6 +1,6 @@
-"""A closed loop of turns against one surface of a running system, and what its timestamps say.
+"""A closed loop of turns against one surface of a running system, and the figures from its timestamps.
 
-`concurrency` workers take the next prompt as soon as their last turn has ended, so the system always has that many.
+Each of `concurrency` workers takes the next prompt as soon as its last turn has ended, so the system always has that many.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TURN_TIMEOUT_S = 180.0
 
 
 class Surface:
-    """One way into a system. `prepare` and `finish` stand outside the measured time."""
+    """One way into a system. `prepare` and `finish` are not part of the measured time."""
 
     async def prepare(self, turns: int) -> None:
         """Called before `turns` turns."""
@@ -50,19 +50,19 @@ class Sample:
         return sum(n for _, n in self.arrivals)
 
     def inter_token_s(self) -> list[float]:
-        """Seconds per token after the first piece; tokens that came in one piece share the time since the one before."""
+        """Seconds per token after the first piece; tokens that came in one piece share the time since the piece before."""
         pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
         return [gap for (before, _), (at, n) in pairs for gap in [(at - before) / n] * n]
 
 
 def prompts(count: int, tokens: int, vocab_size: int, *seed: object) -> list[list[int]]:
-    """Random token ids without the ends of the vocabulary, where special tokens are. The same seed gives the same prompts."""
+    """Random token ids, none from the ends of the vocabulary, where special tokens are. Equal seeds give equal prompts."""
     rng = random.Random("/".join(map(str, seed)))
     return [[rng.randrange(vocab_size // 10, vocab_size * 9 // 10) for _ in range(tokens)] for _ in range(count)]
 
 
 async def run(surface: Surface, asked: Sequence[list[int]], concurrency: int, output_tokens: int) -> list[Sample]:
-    """Run every prompt once. Raises RuntimeError if a turn brings another number of tokens, TimeoutError if it hangs."""
+    """Run every prompt once. Raises RuntimeError if a turn yields another number of tokens, TimeoutError if it hangs."""
     left, samples = iter(asked), []
     await surface.prepare(len(asked))
 
@@ -88,7 +88,7 @@ async def run(surface: Surface, asked: Sequence[list[int]], concurrency: int, ou
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, float]:
-    """Milliseconds and tokens per second. Details are means over turns, in milliseconds."""
+    """Figures in milliseconds and tokens per second. Details are means over turns, in milliseconds."""
     wall_s = max(s.arrivals[-1][0] for s in samples) - min(s.started for s in samples)
     ttft = [s.ttft_s for s in samples]
     gaps = [gap for s in samples for gap in s.inter_token_s()] or [0.0]
@@ -108,7 +108,7 @@ def figures(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Linear between the two nearest values."""
+    """The quantile at `q`, linear between the two nearest values."""
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = int(position)

@@ -1,4 +1,4 @@
-"""A redis-server of one's own on a loopback port, for tests and benchmarks."""
+"""A private redis-server on a loopback port, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START_TIMEOUT_S = 30
 
 
 class RedisServer:
-    """Keeps its data in `folder`: what it has answered to is there again after `kill` and `start`."""
+    """Keeps its data in `folder`: writes that it has answered are there again after `kill` and `start`."""
 
     def __init__(self, folder: Path, port: int, password: str = ""):
         self._folder, self.port, self._password = folder, port, password
@@ -55,7 +55,7 @@ class RedisServer:
         self._process.wait()
 
     def pause(self) -> None:
-        """It takes connections and says nothing."""
+        """From now on it accepts connections but does not answer."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:

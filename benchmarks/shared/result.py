@@ -1,4 +1,4 @@
-"""Where a benchmark's figures land: one JSON file with what it was measured on, and the headline as the last line."""
+"""Writes a benchmark's figures: one JSON file with what they were measured on, and the headline as the last line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write(name: str, console: Console, config: dict, headline: dict, file: str = "", **parts) -> dict:
-    """Write results/NAME.json, or results/FILE.json, and print the headline; returns all of it. `parts`: what else the
-    benchmark found."""
+    """Write results/NAME.json, or results/FILE.json, and print the headline; returns all that is written. `parts`: further
+    results of the benchmark."""
     result = {
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Sessions whose turns go round several decoders, and what they cost: for the benchmarks that compare sharing modes."""
+"""Sessions whose turns go round several decoders, and what they cost; for benchmarks that compare sharing modes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefillshare.client import Client, collect
 
 
 class Lengths(NamedTuple):
-    """Tokens: of a session before its first turn, given with each turn, and generated in it."""
+    """Numbers of tokens: of a session before its first turn, given with each turn, and generated in each turn."""
 
     beginning: int
     given: int

@@ -21,7 +21,7 @@ def deployment(
     model: Path, adapters: Mapping[str, Path], *, prefill: dict, decode: dict, router: dict, cluster: dict | None = None,
     max_model_len: int = 1024,
 ) -> Deployment:  # fmt: skip
-    """Prefill engines on the first core, decode engines on the second. The rest as given."""
+    """A deployment with prefill engines on the first core and decode engines on the second; the rest is as given."""
     return parse({
         "base": {"model": str(model), "dtype": "float32", "max_model_len": max_model_len, "block_size": BLOCK},
         "prefill": {"cpu_cores": "0", **prefill},

@@ -1,4 +1,4 @@
-"""Systems and engines for the tests that need real ones. One per module, shared by its tests."""
+"""Systems and engines for tests that need real ones. Each module has one, which its tests share."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def smollm() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _engine_environment():
-    """Engines started in this process want what replicas get."""
+    """Give engines that are started in this process the environment that replicas get."""
     os.environ.update(engine_environment())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server(tmp_path_factory):
-    """One for all systems, and for engines of this process: vLLM is imported once."""
+    """One fork server for all systems and for engines of this process, so that vLLM is imported only once."""
     from lent_spares import LentSpares
 
     name = f"tests-{os.getpid()}"
@@ -46,7 +46,7 @@ def _fork_server(tmp_path_factory):
 
 
 class System:
-    """A running deployment and a client of it."""
+    """A running deployment and a client for it."""
 
     def __init__(self, deployment: Deployment, handle, client: Client):
         self.deployment, self.handle, self.client = deployment, handle, client
@@ -60,7 +60,7 @@ class System:
         return f"127.0.0.1:{self.deployment.router.grpc_port}"
 
     def info(self) -> dict[str, dict[str, dict]]:
-        """Pool -> replica -> what it is, and whether it is usable."""
+        """Pool -> replica -> its description, and whether it is usable."""
         return self.handle.replica_info.remote().result(timeout_s=30)
 
     def stats_by_replica(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -75,7 +75,7 @@ class System:
         }
 
     def held(self) -> dict[str, float]:
-        """What is still held anywhere: requests and KV blocks, by pool; empty when nothing is."""
+        """Requests and KV blocks that are still held anywhere, by pool; empty if nothing is held."""
         left = {}
         for pool, figures in self.stats().items():
             for key in ("active", "running", "waiting", "blocks_used"):
@@ -86,7 +86,7 @@ class System:
 
 @contextmanager
 def system(data: dict):
-    """Start a deployment given as plain data on free ports."""
+    """Start a deployment, given as plain data, on free ports."""
     data = {**data, "router": {**data.get("router", {}), "http_port": free_port(), "grpc_port": free_port()}}
     deployment = parse(data)
     with running(deployment) as handle, Client(f"127.0.0.1:{deployment.router.grpc_port}") as client:
@@ -94,12 +94,12 @@ def system(data: dict):
 
 
 def ids(n: int, salt: int = 0) -> list[int]:
-    """Token ids of a prompt; of another salt, another prompt."""
+    """Token ids of a prompt; another salt gives another prompt."""
     return [(7 + 13 * i + 101 * salt) % 40000 for i in range(n)]
 
 
 def wait_until(condition, timeout_s: float = 20.0, step_s: float = 0.1):
-    """Poll `condition` until it gives something true; returns that, or fails with its last value."""
+    """Poll `condition` until it returns something true; returns that, or fails with the last value."""
     import time
 
     deadline = time.monotonic() + timeout_s

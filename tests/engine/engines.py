@@ -1,4 +1,4 @@
-"""Engines without a router before them: a prefill engine, decode engines, and a turn as the router takes it."""
+"""Engines without a router: a prefill engine, decode engines, and a turn as the router takes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KV_BYTES = 17 * BLOCK_BYTES
 
 
 def settings_of(folder: Path, smollm: Path, mode: str, adapters: Iterable[str], family: str = "llama") -> EngineSettings:
-    """Of a decode engine with a tiny base, made here."""
+    """Settings of a decode engine whose tiny base and adapters are made here."""
     base = make_base(family, folder / "base", smollm)
     made = make_seeded_adapters(base, folder / "adapters", names=tuple(adapters), modules=get_mode(mode).adapter_modules)
     return EngineSettings(
@@ -53,7 +53,7 @@ def settings_of(folder: Path, smollm: Path, mode: str, adapters: Iterable[str], 
 
 @asynccontextmanager
 async def started(decode: EngineSettings, *others: EngineSettings):
-    """A prefill engine for `decode`, the decode engine, and the others."""
+    """Start a prefill engine for `decode`, the decode engine itself, and the others."""
     from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 
     prefill = replace(
@@ -90,7 +90,7 @@ def new_id() -> str:
 
 
 async def handed_over(engines, prompt: list[int], generated: list[int] = []):  # noqa: B006
-    """Of a prompt and what has been generated after it, as the mode wants it."""
+    """Prefill the part of a prompt, and of the tokens generated after it, that the mode hands over; returns the handoff."""
     prefill, decoder, *_ = engines
     shared = (prompt + generated)[: decoder.mode.handoff_tokens(len(prompt), len(generated))]
     return (await prefill.prefill(shared, new_id())).handoff if shared else None
@@ -99,7 +99,7 @@ async def handed_over(engines, prompt: list[int], generated: list[int] = []):  #
 async def turn(
     engines, prompt: list[int], n: int, adapter: str | None = "a", *, lend: bool = False, own_layers: str | None = None, **kw
 ):
-    """One turn, resumed as often as it must be: (tokens, log-probabilities, last chunk, reasons of resumes)."""
+    """Take a turn, resumed as often as necessary. Returns (tokens, log-probabilities, last chunk, reasons of resumes)."""
     group = LayerGroup.parse(own_layers) if own_layers else None
     _, decoder, *_ = engines
     tokens, logprobs, chunk, reasons = [], [], None, []

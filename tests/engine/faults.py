@@ -1,4 +1,4 @@
-"""Ways to break a replica, and what must hold around each."""
+"""Ways to break a replica, and checks of what must hold before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def processes(running, pool: str, replica: str) -> list[psutil.Process]:
 
 
 def wait_whole(running, *pools: str):
-    """Until all replicas of these pools are usable, as many as are asked for; of all pools where none is named."""
+    """Wait until all replicas that the deployment asks for are usable in these pools, or in all pools if none is named."""
     deployment = running.deployment
     wanted = {"prefill": deployment.prefill.replicas} | {pool.pool: pool.replicas for pool in deployment.decode}
     looked_at = pools or tuple(wanted)
@@ -35,7 +35,7 @@ def wait_whole(running, *pools: str):
 
 @contextmanager
 def kept_whole(running):
-    """Before and after, all replicas are usable, as many as are asked for, and hold nothing."""
+    """Before and after, all replicas that the deployment asks for are usable and hold nothing."""
     wait_whole(running)
     yield
     wait_whole(running)
@@ -43,20 +43,20 @@ def kept_whole(running):
 
 
 def kill(running, pool: str, replica: str) -> list[psutil.Process]:
-    """Its own process; what it had started is in the list, too."""
+    """Kill the replica's own process. The returned list also contains the processes that it had started."""
     victims = processes(running, pool, replica)
     victims[0].kill()
     return victims
 
 
 def kill_busy(running, pool: str) -> list[psutil.Process]:
-    """The one replica of the pool that has calls."""
+    """Kill the one replica of the pool that has calls."""
     (busy,) = {replica for replica, stats in running.stats_by_replica()[pool].items() if stats["active"]}
     return kill(running, pool, busy)
 
 
 def disturbed(running, oracle, decoder: str, prompt: list[int], disturb, *, after: int = 8, **sampling):
-    """A turn during which `disturb()` is called once `after` tokens have come; checked by the oracle."""
+    """Take a turn, checked by the oracle, during which `disturb()` is called as soon as `after` tokens have come."""
     session = running.client.create_session()
 
     def watched():

@@ -1,8 +1,8 @@
-"""Engines that tests start in their own process start with vLLM imported: theirs are forked from the fork server, which gives
-each up to this process as a child of its own.
+"""Engines that tests start in their own process start with vLLM imported: their processes are forked from the fork server and
+become children of this process.
 
-A process between has a spare made, hands it over, and ends. Linux gives an orphan to the nearest ancestor that asks for it
-(PR_SET_CHILD_SUBREAPER); this process asks while a spare is made, and no longer: orphans of others are none of its business.
+An intermediate process makes a spare, hands it over, and ends. Linux gives an orphan to the nearest ancestor that asks for it
+(PR_SET_CHILD_SUBREAPER). This process asks only while a spare is made, so that it does not get other processes' orphans.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE_S = 120
 
 
 class LentSpares(list):
-    """In place of spares that were made in advance: there is always another. `folder`: for a file."""
+    """Takes the place of spares that were made in advance; it always has another. `folder`: where it puts a script."""
 
     def __init__(self, server: Path, folder: Path):
         super().__init__()

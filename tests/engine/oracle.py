@@ -1,4 +1,4 @@
-"""The oracle over a running system: takes turns through the gRPC client and compares every log-probability."""
+"""The oracle for a running system: takes turns through the gRPC client and compares every log-probability."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-3
 
 
 class Oracle:
-    """Models of a deployment in plain transformers, loaded once."""
+    """A deployment's models in plain transformers, each loaded once."""
 
     def __init__(self, deployment: Deployment):
         self.deployment = deployment
@@ -56,7 +56,7 @@ class Oracle:
         mode: str | None = None,
         own_layers: str = "",
     ) -> float:
-        """Largest difference to what `mode` (default: the decoder's own) says. `own_layers`: as the turn's usage has them."""
+        """Largest difference from the reference of `mode` (default: the decoder's). `own_layers`: as in the turn's usage."""
         function, more = getattr(reference, mode or self.served[name].sharing), (own_layers,) if own_layers else ()
         return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens, *more))
 

@@ -1,4 +1,4 @@
-"""vLLM's own checks of engines' arguments: right ones pass, a wrong one is named. No engine is started."""
+"""vLLM's own checks of engines' arguments: correct arguments pass, a wrong one is named. No engine is started."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`prefillshare serve` as an operator runs it: a process, where it listens, a signal, turns that go on to their end."""
+"""`prefillshare serve` as an operator runs it: its process, where it listens, a signal, and turns that go on to their end."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Serving:
     client: Client
 
     def connected(self):
-        """To its Ray cluster, as other commands are."""
+        """Connected to its Ray cluster, as other commands are."""
         return cluster.connected("auto", self.data["router"]["http_port"])
 
     def processes(self) -> list[psutil.Process]:
-        """Its own, and all that it has started."""
+        """Its own process, and all processes that it has started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
 
@@ -128,7 +128,7 @@ print(*turn.token_ids)
 
 
 def test_the_client_as_pip_installs_it_takes_a_turn(serving, tmp_path):
-    """Without an extra: no torch, no Ray, no vLLM."""
+    """The package is installed without extras: no torch, no Ray, no vLLM."""
     python = clean_environment.install(clean_environment.wheel(tmp_path), tmp_path / "env")
     address = f"127.0.0.1:{serving.data['router']['grpc_port']}"
     done = subprocess.run([python, "-I", "-c", TURN, address], capture_output=True, text=True, timeout=60)

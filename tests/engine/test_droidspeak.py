@@ -1,4 +1,4 @@
-"""DroidSpeak through the whole system: decoders never trained for sharing, and one that was, over one prefill pool."""
+"""DroidSpeak through the whole system: decoders that were not trained for sharing, and one that was, over one prefill pool."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def running(tmp_path_factory, smollm):
                     "pool": "coder",
                     "sharing": "droidspeak",
                     "model": str(full),
-                    # As soon as it is known how long layers take, the second is taken.
+                    # The second is chosen as soon as it is known how long layers take.
                     "own_layers": {"coder": ["1-3", "3-3"]},
                     "ttft_objective_s": 0.0001,
                     **small,

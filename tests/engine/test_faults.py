@@ -1,6 +1,6 @@
-"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of a quiet run.
+"""Replicas die, hang, are stopped and come back: the client sees one stream with exactly the tokens of an undisturbed run.
 
-What a test has struck comes back while the next one strikes the other pool: each waits for the pools that it strikes.
+What one test has struck comes back while the next test strikes the other pool: each test waits only for the pools it strikes.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def test_an_engine_that_hangs_while_its_replica_answers_is_given_up(running, ora
 
 
 def test_serves_controller_that_dies_takes_nothing_along_and_comes_back(running, oracle):
-    """Neither the turn that runs nor a cache is lost; the controller that comes back finds the same replicas, and looks after
-    them as before."""
+    """Neither the running turn nor a cache is lost. The controller that comes back finds the same replicas and looks after them
+    as before."""
     wait_whole(running)
     session = running.client.create_session()
     oracle.turn(session, "a", token_ids=ids(150, salt=13), max_tokens=6, ignore_eos=True)
@@ -177,7 +177,7 @@ def test_serves_controller_that_dies_takes_nothing_along_and_comes_back(running,
 
 
 def serve_runs() -> bool:
-    """Whether the controller says that all replicas are well. One that has just begun does not answer yet."""
+    """Whether the controller says that all replicas are healthy. A controller that has just begun does not answer yet."""
     try:
         return serve.status().applications["prefillshare"].status.value == "RUNNING"
     except RayError:
@@ -185,7 +185,7 @@ def serve_runs() -> bool:
 
 
 def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(running):
-    """More at once than the engines take, so that some still wait in the queue."""
+    """There are more at once than the engines take, so that some still wait in the queue."""
     wait_whole(running)
 
     def counted() -> dict[tuple, float]:
@@ -197,16 +197,16 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
     before = counted()
     with ThreadPoolExecutor(16) as clients:
         list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(200)))
-    # Their turns have ended at once. What a prefill had leased whose answer was on its way by then runs out by itself.
+    # Their turns have ended at once. If a prefill's answer was on its way by then, the lease of its KV expires by itself.
     wait_until(lambda: {name.rpartition(".")[2] for name in running.held()} <= {"blocks_used"}, 10)
     wait_until(lambda: not running.held(), LEASE_S + 5)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
     assert set(new) == {("prefillshare_turns_total", ("decoder", "a"), ("outcome", "cancelled"))}
-    assert new.popitem()[1] > 50  # others hung up before they had a turn
+    assert new.popitem()[1] > 50  # the other clients hung up before they had a turn
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):
-    """One change for all of it: fewer replicas, an adapter more, a pool more; and back."""
+    """One change has it all: fewer replicas, one more adapter, one more pool; and then back."""
     wait_whole(running)
     before = running.deployment
     extra = make_seeded_adapters(Path(before.base.model), tmp_path / "adapters", names=("c",))
@@ -246,7 +246,7 @@ def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracl
 
 
 def test_an_apply_that_engines_refuse_leaves_everything_as_it_was(running, oracle, tmp_path, monkeypatch):
-    """An adapter that the files' check lets through, but no engine loads: in a pool that runs, then in one of its own."""
+    """The adapter passes the check of its files, but no engine loads it: first in a running pool, then in a pool of its own."""
     wait_whole(running)
     before = running.deployment
     bad = make_seeded_adapters(Path(before.base.model), tmp_path, names=("bad",))["bad"]

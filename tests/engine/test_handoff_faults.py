@@ -1,4 +1,4 @@
-"""What breaks between the end of a prefill and the end of the transfer: the client sees the tokens of a quiet run."""
+"""Faults between the end of a prefill and the end of the transfer: the client sees the tokens of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def running(tmp_path_factory, smollm):
                     "adapters": {name: str(path) for name, path in adapters.items()},
                 }
             ],
-            # Nothing here is to be noticed by its silence.
+            # No fault here is to be detected by a replica's silence.
             "router": {"wedged_after_s": 60, "eager_prefill": False},
             "cluster": {"kv_lease_s": LEASE_S, "kv_load_timeout_s": LOAD_TIMEOUT_S},
         }
@@ -65,7 +65,7 @@ def _whole_before_and_after(running):
 
 @pytest.fixture
 def take(running, oracle):
-    """Begins a turn on a context of its own; the result says what came, checked by the oracle."""
+    """take(prompt): begins a turn on a context of its own; the future's result is checked by the oracle."""
     with ThreadPoolExecutor(4) as pool:
 
         def begin(prompt: list[int]) -> Future:
@@ -106,7 +106,7 @@ def resumed_once(turn: Future):
 
 
 def test_a_handshake_that_hangs_is_given_up(running, take):
-    """These two engines have not met yet: before the first read they must talk."""
+    """These two engines have not met yet, so that they must shake hands before the first read."""
     with ExitStack() as silent:
         with stopped(decode_processes(running)):
             turn = take(ids(100, salt=1))
@@ -138,7 +138,7 @@ def test_a_load_that_hangs_is_given_up(running, take):
     with stopped(decode_processes(running)):
         turn = take(ids(100, salt=6))
         (source,) = holding(running)
-        (other,) = holding(running, but=source, within_s=2 * LOAD_TIMEOUT_S)  # it goes on while the decode engine hangs
+        (other,) = holding(running, but=source, within_s=2 * LOAD_TIMEOUT_S)  # the turn goes on while the decode engine hangs
     assert resumed_once(turn).usage.prefill_replica == source != other
 
 
@@ -149,12 +149,12 @@ def test_a_prefill_replica_that_is_stopped_waits_until_its_prompts_are_read(runn
     fewer = threading.Thread(target=apply, args=(parse(plain),))
     try:
         with stopped(decode_processes(running)):
-            # Long enough that the second is placed while the first is being computed: on the other replica.
+            # Long enough that the second is placed while the first is being computed, and so on the other replica.
             turns = [take(ids(450, salt=4)), take(ids(450, salt=5))]
             sources = holding(running, count=2)
             fewer.start()
             wait_until(lambda: len(running.info()["prefill"]) == 1, LEASE_S - 4)
-            time.sleep(1)  # what does not wait is gone by now
+            time.sleep(1)  # a replica that does not wait is gone by now
         results = [turn.result(timeout=60) for turn in turns]
         fewer.join(timeout=120)
         assert not fewer.is_alive()

@@ -1,5 +1,5 @@
-"""Clients that hang up, through vLLM's whole app, over a turn runner that knows what runs. No engine runs; what real clients,
-proxies and engines make of it is in test_system_smollm.py."""
+"""Clients that hang up, through vLLM's whole app, over a turn runner that knows what runs. No engine runs; real clients,
+proxies and engines are tested in test_system_smollm.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Router:
     """A router without engines, whose turns do not end by themselves."""
 
     def __init__(self):
-        #: In progress; those that wait for room; those that have generated some tokens.
+        #: Turns in progress; of these, those that wait for room, and those that have generated some tokens.
         self.running, self.waiting, self.generating = set(), set(), set()
         self.room = asyncio.Event()
 
@@ -49,7 +49,7 @@ class Router:
                 yield TokenChunk([token])
                 if token == 104:
                     self.generating.add(request_id)
-                await asyncio.sleep(0.005)  # as an engine's step
+                await asyncio.sleep(0.005)  # as long as an engine's step
         finally:
             for those in (self.running, self.waiting, self.generating):
                 those.discard(request_id)
@@ -66,8 +66,8 @@ async def router(smollm):
 
 
 def posted(app, path: str, body: dict, *, told: bool) -> asyncio.Task:
-    """The request's task, as Serve has it. Cancelling it is what Serve does when the client hangs up; `told`: it comes just
-    after the client's `http.disconnect`, else before."""
+    """The request's task, as in Serve, which cancels it when the client hangs up. `told`: whether the cancellation comes just
+    after the client's `http.disconnect`, or else before it."""
     limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     data = json.dumps({"model": "planner", limit: 8000, **body}).encode()
     messages = [{"type": "http.request", "body": data, "more_body": False}]
@@ -112,7 +112,7 @@ async def test_a_request_whose_client_hangs_up_leaves_no_turn_running(router, ki
     await until(under_way)
     task.hang_up()
     await asyncio.gather(task, return_exceptions=True)
-    for _ in range(20):  # vLLM's handler has been cancelled, and is left to end
+    for _ in range(20):  # vLLM's handler has been cancelled, and needs some steps to end
         await asyncio.sleep(0)
     assert router.running == set()
 
@@ -121,7 +121,7 @@ async def test_a_request_whose_client_hangs_up_leaves_no_turn_running(router, ki
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_handler_that_is_left_behind_ends_its_turn(router, monkeypatch, kind, stream, where):
-    """As on a loop so busy that the handler has begun and does not listen yet when its request is cancelled."""
+    """As on a loop so busy that the handler has begun, but does not listen yet, when its request is cancelled."""
     monkeypatch.setattr(http_hang_ups, "PATIENCE_S", 0)
     deaf = property(lambda self: False, lambda self, is_heard: None)
     monkeypatch.setattr(http_hang_ups._Client, "is_heard", deaf, raising=False)

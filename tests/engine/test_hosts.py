@@ -1,6 +1,6 @@
-"""The chart's pods on three hosts, prefill and decode on different ones, KV over TCP: exact, also after an upgrade, when a link
-is cut for a while and when a host is gone. The hosts are network namespaces, which needs root; KubeRay's part is played by
-tests/chart.py."""
+"""The chart's pods on three hosts, with prefill and decode on different ones and KV over TCP: results are exact, also after an
+upgrade, when a link is cut for a while and when a host is gone. The hosts are network namespaces, which need root;
+tests/chart.py plays KubeRay's part."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = [
 BIN = Path(sys.executable).parent
 TOKEN = secrets.token_hex(32)
 RAY_PORT, DASHBOARD, GRPC, HTTP, METRICS = 6379, 8265, 9000, 8000, 8080
-#: Of every process of the cluster. Hosts here share one memory; KV is to take the network all the same.
+#: Environment of every process of the cluster. The hosts share one memory here; KV must take the network all the same.
 ENV = {
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "UCX_TLS": "tcp",
@@ -51,7 +51,7 @@ LOAD_TIMEOUT_S, WEDGED_S, CUT_S = 4, 6, 3
 
 
 class Cluster:
-    """`values`: the chart's, as installed."""
+    """`values`: the chart's values, as installed."""
 
     def __init__(self, hosts, values: dict, client: Client):
         (self.head, *self.decoding), self.values, self.client = hosts, values, client
@@ -60,7 +60,7 @@ class Cluster:
         self.upgrade()
 
     def upgrade(self) -> None:
-        """As KubeRay does."""
+        """Apply changed values, as KubeRay does."""
         self._ask("PUT", json=serve_config(rendered(self.values)))
 
     def _ask(self, method: str, **what) -> httpx.Response:
@@ -68,7 +68,7 @@ class Cluster:
         return httpx.request(method, self._dashboard, headers=headers, timeout=60, trust_env=False, **what).raise_for_status()
 
     def message(self) -> str:
-        """Why Ray Serve has not deployed what it was told; what a RayService shows."""
+        """Why Ray Serve has not deployed what it was told to, as a RayService shows it."""
         told = self._ask("GET").json()["applications"]
         return told["prefillshare"]["message"] if told else ""
 
@@ -92,7 +92,7 @@ class Cluster:
         return found
 
     def turn(self, decoder: str, prompt: list[int], tokens: int = 12, while_running=None):
-        """A turn that agrees with the reference. `while_running()` is called after some tokens."""
+        """Take a turn and check that it agrees with the reference. `while_running()` is called after some tokens."""
         pieces, session = [], self.client.create_session()
         for piece in session.stream(decoder, token_ids=prompt, max_tokens=tokens, ignore_eos=True, logprobs=0, timeout_s=120):
             pieces.append(piece)
@@ -111,7 +111,7 @@ class Cluster:
 
 
 def start(host, folder: Path, group: dict, head: str = "") -> None:
-    """A pod of the group."""
+    """Start a pod of the group."""
     first = {"port": f"{RAY_PORT}", "temp-dir": f"{folder / 'ray'}"}
     here = {"node-ip-address": host.address, "num-cpus": "2", "object-store-memory": "100000000"}
     command = ray_start(group, **({"address": f"{head}:{RAY_PORT}"} if head else first), **here)
@@ -124,7 +124,7 @@ def start(host, folder: Path, group: dict, head: str = "") -> None:
         assert process.poll() is None, log.read_text()
         return "Ray runtime started" in log.read_text()
 
-    wait_until(joined, 120)  # two at once would choose the same names of sockets
+    wait_until(joined, 120)  # two at once would choose the same socket names
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def cluster(tmp_path_factory, smollm):
         "head": {"rayResources": {"router": 1, "prefill": 1}}, "workers": {"prefill": None, "decode": decode},
     }  # fmt: skip
     of = groups(rendered(values))
-    # Not under pytest's: the path of a socket is short.
+    # Not under pytest's folder: the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ps", ignore_cleanup_errors=True) as short, Hosts(3) as hosts:
         head, *decoding = hosts
         start(head, Path(short), of["head"])
@@ -201,7 +201,7 @@ def test_what_cannot_change_while_it_runs_is_refused_and_all_goes_on(cluster, tm
     pool["adapters"] = right
     file = tmp_path / "deployment.yaml"
     file.write_text(yaml.safe_dump(cluster.values["deployment"]))
-    with pytest.raises(AssertionError, match="helm upgrade"):  # KubeRay would not know of it
+    with pytest.raises(AssertionError, match="helm upgrade"):  # KubeRay would not know of the change
         cluster.head.run([BIN / "prefillshare", "apply", file], **ENV)
     cluster.upgrade()
     wait_until(lambda: not cluster.message(), 60)
@@ -209,7 +209,7 @@ def test_what_cannot_change_while_it_runs_is_refused_and_all_goes_on(cluster, tm
 
 
 def test_every_host_exports_what_runs_on_it(cluster):
-    """A Prometheus that scrapes each host, as on KubeRay, finds every router and replica."""
+    """A Prometheus that scrapes every host, as on KubeRay, finds every router and replica."""
 
     def exported(host) -> tuple[set[str], bool]:
         text = httpx.get(f"http://{host.address}:{METRICS}/metrics", timeout=30, trust_env=False).text
@@ -221,7 +221,7 @@ def test_every_host_exports_what_runs_on_it(cluster):
 
 
 def test_a_link_that_is_cut_for_a_while_costs_time_and_nothing_else(cluster):
-    """In the middle of a turn, on the way of its tokens."""
+    """The link is cut in the middle of a turn; it is the one that carries its tokens."""
 
     prompt = ids(90, salt=20)
     host = cluster.host_of(cluster.turn("a", prompt).usage.decode_replica)

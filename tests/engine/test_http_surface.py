@@ -1,4 +1,4 @@
-"""vLLM's whole app as it is served, over a turn runner that does what a test says. No engine runs."""
+"""vLLM's whole app as it is served, over a turn runner that does what a test tells it. No engine runs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SURFACES = pytest.mark.parametrize("path", BODIES)
 FULL = Overloaded("no room", retry_after_s=6.2)
 
 
-#: A step of a turn: wait until the client has got something of its response.
+#: A step of a turn: wait until the client has received a part of its response.
 SENT = object()
 
 
 class Surface:
-    """`steps`: what a turn does, chunks and errors. `limits`: how much each turn of the last request might generate."""
+    """`steps`: what a turn does: chunks and errors. `limits`: most tokens that each turn of the last request may generate."""
 
     def __init__(self):
         self.steps: list = []
@@ -212,7 +212,7 @@ async def test_a_completion_without_a_limit_generates_at_most_sixteen_tokens_and
             assert answer.status_code == 200, answer.text
             assert surface.limits == [generated]
         answer = await surface.post(COMPLETIONS, prompt=[500] * prompt_tokens, use_beam_search=True, steps=[token])
-        assert surface.limits == [1] * generated  # a beam is a turn per token
+        assert surface.limits == [1] * generated  # a beam takes one turn per token
     answer = await surface.post(COMPLETIONS, prompt=[[500] * 100, [500] * 120])
     assert surface.limits == [16, 8]
 
@@ -238,13 +238,13 @@ async def test_a_limit_that_does_not_fit_is_refused_under_its_own_name(surface, 
     answer = await surface.post(path, **body | {LIMITS[path]: 3})
     assert answer.status_code == 400
     error = error_of(answer)
-    field = f"{error['param']}: " if "param" in error else ""  # Anthropic's shape has no place for it
+    field = f"{error['param']}: " if "param" in error else ""  # Anthropic's shape has no such key
     assert error["message"].startswith(f"{field}3 tokens do not fit beside the prompt, 2 do")
     assert error.get("param", LIMITS[path]) == LIMITS[path]
 
 
 async def of_length(surface: Surface, path: str, tokens: int) -> dict:
-    """A body whose prompt has so many tokens."""
+    """A body whose prompt has `tokens` tokens."""
     if path == COMPLETIONS:
         return {"prompt": [500] * tokens}
     opening = (await surface.post("/tokenize", messages=ASK)).json()["count"]
@@ -264,7 +264,7 @@ async def test_sessions_say_the_same_near_the_models_length(surface, smollm):
     turns = Turns(base, decoders, surface.frontend, MemorySessions(10, 100), ResponseKV())
 
     async def turn(session_tokens: int, max_tokens: int | None = None) -> int:
-        """The limit that the turn ran with."""
+        """Take a turn; returns the limit with which it ran."""
         surface.steps, surface.limits = [], []
         session = await turns.create("", ("token_ids", [500] * session_tokens))
         more = ("token_ids", [500])

@@ -1,4 +1,4 @@
-"""ICaRus on a tiny Llama: exact for every adapter, whatever they are batched with; all KV is the base's. Another family:
+"""ICaRus on a tiny Llama: exact for every adapter, whatever is in the batch; all KV is the base's. For another family see
 test_system_qwen3.py."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_four_adapters_and_the_base_in_one_batch_are_exact(running, oracle):
 
 
 def test_a_response_is_pulled_back_and_never_prefilled(running, oracle):
-    """Five turns of four adapters: beyond its new input, a turn computes at most one block."""
+    """In five turns of four adapters, each turn computes at most one block beyond its new input."""
     session = running.client.create_session(token_ids=ids(3 * BLOCK, salt=40))
     oracle.turn(session, "a", token_ids=ids(10, salt=41), max_tokens=50, ignore_eos=True)
     for number, name in enumerate(("b", "c", "d", "a"), 42):
@@ -82,7 +82,7 @@ def test_a_response_is_pulled_back_and_never_prefilled(running, oracle):
 
 
 def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
-    """Its turn goes on in another one, from base KV of prompt and response so far."""
+    """Its turn goes on in another replica, from base KV of the prompt and the response so far."""
     wait_whole(running)
 
     def die():

@@ -1,4 +1,4 @@
-"""ICaRus under tensor parallelism: an engine of two ranks says what the reference says, and lends to an engine of one."""
+"""ICaRus under tensor parallelism: an engine of two ranks agrees with the reference, and lends KV to an engine of one rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def model(folder: str | Path):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family, monkeypatch):
-    # Ranks whose OpenMP is Intel's hold the cores between steps, and the prefill engine reads their loan too late.
+    # With Intel's OpenMP, ranks hold the cores between steps, and the prefill engine would read their loan too late.
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.setattr(spare, "_spares", [])
     decode = settings_of(tmp_path, smollm, "icarus", ("a", "b"), family)

@@ -1,4 +1,4 @@
-"""The rules of ICaRus on real engines with a tiny model: what stands in the caches, who may use it, what is given back."""
+"""The rules of ICaRus on real engines with a tiny model: what the caches hold, who may use it, and what is freed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def engines(tmp_path_factory, smollm):
 
 
 def cached(worker, blocks: list[int]) -> list[torch.Tensor]:
-    """What stands in these blocks of an engine's cache, layer by layer. Runs in the engine's worker."""
+    """The content of these blocks of an engine's cache, layer by layer. Runs in the engine's worker."""
     layers = worker.model_runner.kv_caches
     total = worker.model_runner.kv_cache_config.num_blocks
     (dim,) = {layer.shape.index(total) for layer in layers}
@@ -55,7 +55,7 @@ async def contents(engine, blocks: list[int]) -> torch.Tensor:
 
 
 async def computed_by_the_base(engines, tokens: list[int], salt: str) -> torch.Tensor:
-    """Of whole blocks; a salt of its own, so that nothing of it is cached."""
+    """The base's KV of whole blocks. `salt`: not used before, so that none of it is cached."""
     prefill, decoder = engines
     result = await prefill.prefill(tokens, new_id(), cache_salt=salt)
     assert result.cached_tokens == 0
@@ -66,7 +66,7 @@ async def computed_by_the_base(engines, tokens: list[int], salt: str) -> torch.T
 
 
 async def lent(engines, prompt: list[int], n: int, adapter: str | None = "a"):
-    """(tokens, the loan) of a turn."""
+    """Take a turn that lends its KV; returns (tokens, the loan)."""
     tokens, _, chunk, _ = await turn(engines, prompt, n, adapter, lend=True)
     return tokens, chunk.lent
 
@@ -112,7 +112,7 @@ async def test_a_response_is_reused_by_every_adapter(engines):
     tokens, *_ = await turn(engines, prompt, 60, "a")
     for adapter in ("b", "c", None):
         _, _, chunk, _ = await turn(engines, prompt + tokens, 2, adapter)
-        # 99 tokens have KV: three whole blocks, a fourth with the three tokens behind them comes from the prefill pool.
+        # 99 tokens have KV: three whole blocks are there, and a fourth with the other three tokens comes from the prefill pool.
         assert (chunk.local_tokens, chunk.kv_bytes) == (3 * BLOCK, BLOCK_BYTES)
 
 
@@ -133,7 +133,7 @@ async def test_preempted_requests_resume_from_base_kv_exactly(engines):
 
 @pytest.mark.parametrize("done", [1, BLOCK - 8, BLOCK - 7, BLOCK - 6, 70])
 async def test_a_turn_continues_elsewhere_with_the_same_tokens(engines, done):
-    """No generated token is computed again: the prefix of the resumed request is all it has, but for its last token."""
+    """No generated token is computed again: the prefix of the resumed request has all of its tokens except the last."""
     _, decoder = engines
     prompt, options = ids(40, salt=20 + done), {"temperature": 1.0, "seed": 11, "presence_penalty": 0.5}
     whole, *_ = await turn(engines, prompt, 80, "c", **options)
@@ -182,7 +182,7 @@ async def test_a_loan_of_another_contract_is_refused_and_given_back(engines):
 
 
 async def test_adapters_come_and_go_while_requests_run(engines, tmp_path, smollm):
-    """A request whose adapter is taken out of service ends with the tokens it would have had; a new one answers at once."""
+    """A request whose adapter is unloaded ends with the tokens that it would have had; a new adapter answers at once."""
     _, decoder = engines
     prompt, before = ids(45, salt=50), dict(decoder.settings.adapters)
     whole, *_ = await turn(engines, prompt, 60, "d")

@@ -1,5 +1,5 @@
-"""What operators see of a running system, with a real Prometheus and a collector of traces: metrics, dashboards, rules, traces,
-logs. Tiny models; several modes, so that every panel has something to show."""
+"""What operators see of a running system, with a real Prometheus and a trace collector: metrics, dashboards, rules, traces and
+logs. The models are tiny; several modes are served, so that every panel has something to show."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def running(tmp_path_factory, smollm, collector):
 
 
 def continued(running: System, how: str, sampled: bool) -> tuple[str, str]:
-    """A turn whose client is in the middle of a trace: (the trace, the client's span)."""
+    """Take a turn whose client is in the middle of a trace. Returns (the trace, the client's span)."""
     trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
     prompt = ids(100, salt=secrets.randbelow(1000))
     if how == "http":
@@ -136,7 +136,7 @@ def test_what_its_client_does_not_sample_is_not_traced(running, collector):
 
 
 def test_what_no_turn_asked_for_is_not_traced(running, collector):
-    """Probes and eager prefills are in no trace of an engine's own."""
+    """Engines start no traces of their own for probes and eager prefills."""
     turns = {span.trace for span in collector.spans if span.name == "turn"}
     assert {span.trace for span in collector.spans if span.name == "llm_request"} <= turns
 
@@ -162,18 +162,18 @@ class Session:
 
     @property
     def since_s(self) -> float:
-        """Up to now, from just before it began."""
+        """Seconds from just before the session began until now."""
         return time.monotonic() - self.began + 2
 
 
 @pytest.fixture(scope="module")
 def watched(running, tmp_path_factory):
-    """(Prometheus that has seen a session, the session)"""
+    """(a Prometheus that has seen a session, the session)."""
     targets = [f"127.0.0.1:{running.deployment.router.http_port}"]
     with Prometheus(tmp_path_factory.mktemp("prometheus"), free_port(), targets, RULES) as prometheus:
         wait_until(lambda: prometheus.query("count_over_time(prefillshare_turns_total[1m]) >= 2"))
         session = Session(running)
-        # The engines' own come through Ray's agent, some seconds later.
+        # The engines' own metrics come through Ray's agent, some seconds later.
         reads = 'count_over_time(vllm_nixl_bytes_transferred_count{model_name="agents"}[1m])'
         wait_until(lambda: prometheus.query(f"{reads} >= 5"), 90)
         last = prometheus.value("sum(prefillshare_turn_seconds_count)")
@@ -190,7 +190,7 @@ def panels() -> list[tuple[str, str]]:
 
 
 def shown(query: str, window_s: float = 60) -> str:
-    """With Grafana's variables put in."""
+    """The query with values for Grafana's variables."""
     query = query.replace("$__rate_interval", f"{window_s:.0f}s")
     return query.replace("$decoder", ".*").replace("$pool", ".*").replace("$ttft", "1.0").replace("$gap", "0.1")
 
@@ -201,7 +201,7 @@ def test_every_panel_has_data(watched):
     def empty() -> list[str]:
         return [f"{title}: {query}" for title, query in panels() if not prometheus.query(shown(query))]
 
-    with suppress(AssertionError):  # Ray's agent tells some of the engines' metrics later than others
+    with suppress(AssertionError):  # Ray's agent exports some of the engines' metrics later than others
         wait_until(lambda: not empty(), 30, 1)
     assert empty() == []
     assert len(panels()) > 50
@@ -219,7 +219,7 @@ def test_every_rule_is_evaluated_and_what_it_looks_at_is_there(watched):
         looked_at = re.findall(r"prefillshare[_:][\w:]+(?:\{[^}]*\})?", rule["expr"])
         assert looked_at or rule["expr"].startswith("vector(")  # an objective
         for selector in looked_at:
-            if "=~" not in selector:  # no turn has failed here in that way
+            if "=~" not in selector:  # no turn has failed in that way here
                 assert prometheus.query(selector), f"{rule}: {selector}"
 
 
@@ -233,7 +233,7 @@ def test_the_hit_ratio_is_the_one_that_the_client_saw(watched):
 
 
 def test_the_p95_is_the_one_that_the_client_saw(watched):
-    """As near as the histogram's buckets can say."""
+    """As near as the histogram's buckets can tell."""
     prometheus, session = watched
     window = f"{session.since_s:.0f}s"
     seen = prometheus.value(f"histogram_quantile(0.95, sum by (le) (rate(prefillshare_turn_seconds_bucket[{window}])))")
@@ -243,7 +243,7 @@ def test_the_p95_is_the_one_that_the_client_saw(watched):
 
 
 def test_sharing_is_seen_to_save(watched):
-    """Three decoders over one context: each finds what the others have had made."""
+    """Three decoders share one context: each finds the KV that was computed for the others."""
     prometheus, session = watched
     saved = {r["metric"]["decoder"]: float(r["value"][1]) for r in prometheus.query("prefillshare_prefill_tokens_saved_total")}
     assert set("abc") <= saved.keys()
@@ -280,7 +280,7 @@ def logged() -> list[dict]:
     found = []
     for file in Path(ray._private.worker._global_node.get_logs_dir_path()).glob("worker-*"):
         for line in file.read_text(errors="replace").splitlines():
-            with suppress(ValueError):  # what others write, and a line that is being written
+            with suppress(ValueError):  # lines of other writers, or a line that is being written
                 found += [one for one in [json.loads(line)] if isinstance(one, dict) and "levelname" in one]
     return found
 
@@ -301,7 +301,7 @@ def test_logs_are_objects_that_name_the_request(running):
 
 
 def test_the_level_changes_while_it_runs(running):
-    """In the router, in replicas, and in the engines' own processes."""
+    """The level changes in the router, in replicas, and in the engines' own processes."""
     quiet, loud = (running.deployment.model_copy(update={"logs": running.deployment.logs.model_copy(update={"level": level})})
                    for level in ("error", "debug"))  # fmt: skip
     before = running.info()
@@ -322,7 +322,7 @@ def test_the_level_changes_while_it_runs(running):
 
 
 def test_replicas_follow_the_load(running):
-    """Up while many turns run, down again after them; no turn fails meanwhile."""
+    """Their number goes up while many turns run, and down again afterwards; no turn fails meanwhile."""
     stop = threading.Event()
 
     def keep_asking(salt: int) -> int:

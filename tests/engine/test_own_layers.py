@@ -35,7 +35,7 @@ from prefillshare.tiny_models import make_full_decoder
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 LAYERS = 4
-#: Of four layers: none before, none behind, one of its own at either end, and in the middle.
+#: Groups of four layers: at the beginning, at the end, in the middle, and only the first or the last layer.
 GROUPS = ("0-1", "2-3", "1-2", "0-0", "3-3")
 
 
@@ -58,7 +58,7 @@ class Oracle:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "qwen3"])
 async def running(request, tmp_path_factory, smollm):
-    """(prefill engine, one that serves two adapters, one with weights of its own that waits for all loads), the oracle"""
+    """((prefill engine, decode engine of two adapters, decode engine of other weights that waits for all loads), oracle)."""
     folder = tmp_path_factory.mktemp(f"own-layers-{request.param}")
     kept = (1, 2, 3)
     adapters = replace(
@@ -77,7 +77,7 @@ async def running(request, tmp_path_factory, smollm):
 
 
 async def exact(running, prompt: list[int], n: int, decoder: str | None = "a", own_layers: str | None = "1-2", **kw):
-    """A turn that agrees with the reference; its last chunk and the reasons of its resumes."""
+    """Take a turn and check that it agrees with the reference. Returns (tokens, last chunk, reasons of resumes)."""
     (prefill, of_adapters, own), oracle = running
     engines = (prefill, own) if decoder == "full" else (prefill, of_adapters)
     adapter = None if decoder == "full" else decoder
@@ -87,12 +87,12 @@ async def exact(running, prompt: list[int], n: int, decoder: str | None = "a", o
 
 
 def cores_of(worker) -> set[int]:
-    """That the thread which runs the model may run on. Runs in the engine's worker."""
+    """The cores on which the thread that runs the model may run. Runs in the engine's worker."""
     return os.sched_getaffinity(0)
 
 
 async def test_each_engine_computes_on_its_own_core(running):
-    """Where there are two, and the engines' settings name them."""
+    """There are two cores, and the engines' settings name them."""
     (prefill, decoder, own), _ = running
     cores = [await engine._llm.collective_rpc(cores_of) for engine in (prefill, decoder, own)]
     assert cores == [[{0}], [{1}], [{1}]]
@@ -114,14 +114,14 @@ async def test_prompts_of_all_lengths(running, n):
 
 
 async def test_only_what_is_used_is_read(running):
-    """Of four layers and three kept inputs."""
+    """There are four layers, and the inputs of three are kept."""
     for group, layers in (("1-2", 3), ("0-1", 2), ("3-3", 4), (None, 4)):
         _, chunk, _ = await exact(running, ids(2 * BLOCK + 1, salt=30 + layers), 2, "a", group)
         assert chunk.kv_bytes == 2 * BLOCK_BYTES * layers // LAYERS
 
 
 async def test_the_next_turn_computes_only_what_is_new(running):
-    """Its own blocks stand in the cache for this decoder and this group, and for nobody else."""
+    """Its own blocks are in the cache for this decoder and this group, and for nobody else."""
     prompt = ids(70, salt=40)
     tokens, *_ = await exact(running, prompt, 40, "a", "1-2")
     context = prompt + tokens + ids(10, salt=41)
@@ -161,7 +161,7 @@ async def test_running_decodes_go_on_while_a_long_prompt_is_recomputed(running):
 
 
 async def test_a_prefix_that_is_being_recomputed_is_waited_for(running):
-    """Two requests at once: one load, one recomputation."""
+    """Two requests at once need only one load and one recomputation."""
     prompt = ids(4 * BLOCK + 1, salt=70)
     both = await asyncio.gather(*(exact(running, prompt, 4, "a", "1-2") for _ in range(2)))
     assert sorted(chunk.local_tokens for _, chunk, _ in both) == [0, 4 * BLOCK]
@@ -207,7 +207,7 @@ async def test_nothing_is_held_after_turns_that_end_early(running):
 
 
 def delay_rests(worker, seconds: float, *, fail: int = 0) -> None:
-    """Loads of the KV of other layers take so long; the first `fail` of them fail then. Runs in the engine's worker."""
+    """Have loads of other layers' KV take `seconds`, after which the first `fail` of them fail. Runs in the engine's worker."""
     import time
 
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -230,7 +230,7 @@ def delay_rests(worker, seconds: float, *, fail: int = 0) -> None:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def rests(running):
-    """rests(seconds, fail=0): as `delay_rests`, until the test has ended."""
+    """rests(seconds, fail=0): `delay_rests` in all decode engines until the test has ended."""
     (_, *decoders), _ = running
 
     async def set_delay(seconds: float, **kw):
@@ -242,7 +242,7 @@ async def rests(running):
 
 
 async def test_layers_are_recomputed_while_other_layers_are_still_loading(running, rests):
-    """Its tokens run meanwhile; nobody may find its blocks, and nothing comes out, before all is there."""
+    """Other requests' tokens run meanwhile. Before everything is there, nobody may find its blocks, and it yields nothing."""
     (_, decoder, _), _ = running
     await rests(1.5)
     prompt, began = ids(4 * BLOCK + 1, salt=110), asyncio.get_running_loop().time()
@@ -262,7 +262,7 @@ async def test_layers_are_recomputed_while_other_layers_are_still_loading(runnin
 
 @pytest.mark.parametrize(("decoder", "group"), [("a", "1-2"), ("a", "0-1"), ("full", "2-3"), ("full", "0-1")])
 async def test_a_load_of_the_other_layers_that_fails_is_made_again(running, rests, decoder, group):
-    """Behind recomputed layers, and before they are."""
+    """The load fails after the layers have been recomputed, and before that."""
     await rests(0.3, fail=1)
     _, _, reasons = await exact(running, ids(100, salt=112), 8, decoder, group)
     assert reasons == [ResumeReason.KV_LOAD_FAILED]
@@ -271,14 +271,14 @@ async def test_a_load_of_the_other_layers_that_fails_is_made_again(running, rest
 
 
 def fail_a_rest_without_room(worker) -> None:
-    """Of the next request: its first load ends when no block is free, its rest fails when it may begin and has not. Runs in
-    the engine's process, where `failed_in` then tells that request's status."""
+    """For the next request: its first load ends when no block is free, and its rest fails when it may begin but has not begun.
+    Runs in the engine's process, where `failed_in` then tells that request's status."""
     import sys
 
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     frame = sys._getframe()
-    while not hasattr(engine := frame.f_locals.get("self"), "scheduler"):  # the engine core, which has called the worker
+    while not hasattr(engine := frame.f_locals.get("self"), "scheduler"):  # find the engine core, which has called the worker
         frame = frame.f_back
     scheduler = engine.scheduler
     connector = get_kv_transfer_group().connector_worker
@@ -312,7 +312,7 @@ def failed_in(worker) -> str:
 
 
 async def test_a_rest_may_fail_while_its_request_has_no_room_to_begin(running, rests):
-    """It needs a block beside those that it loads into, which a running request takes first."""
+    """Besides the blocks that it loads into, it needs another one, which a running request takes first."""
     (prefill, decoder, _), _ = running
     await decoder._llm.collective_rpc(fail_a_rest_without_room)
     waits = asyncio.create_task(exact(running, ids(8 * BLOCK + 1, salt=140), 8, "a", "1-2"))
@@ -337,7 +337,7 @@ async def test_where_loads_are_waited_for_nothing_runs_before_they_have_ended(ru
 
 
 async def test_blocks_are_kept_until_both_loads_have_ended(running, rests):
-    """A request that is given up while its rest is loading, and others that would like its blocks."""
+    """A request is given up while its rest is loading, and others would like its blocks."""
     (prefill, decoder, _), _ = running
     await rests(1.5)
     task = asyncio.create_task(turn((prefill, decoder), ids(280, salt=113), 8, "a", own_layers="1-2"))

@@ -1,4 +1,4 @@
-"""Two routers on one session store: one dies, and no session, nor what is cached of it, is lost."""
+"""Two routers share one session store: when one dies, neither a session nor its cached KV is lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def oracle(running: System) -> Oracle:
 
 
 def persistent(call, timeout_s: float = 40.0):
-    """What a client does whose router died under it, or left its turn's hold on the session behind."""
+    """Repeat a call as a client does whose router has died, or has died holding the session for a turn."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -90,7 +90,7 @@ def test_two_routers_do_not_take_two_turns_on_one_session(running):
     stream = session.stream("a", token_ids=ids(40), max_tokens=200, ignore_eos=True)
     next(stream)
     refused = 0
-    for _ in range(8):  # each on a connection of its own, so that both routers are met
+    for _ in range(8):  # each on a connection of its own, so that both routers get some
         with type(running.client)(running.grpc_address) as other, pytest.raises(Conflict, match="another turn runs"):
             other.session(session.session_id).turn("b", token_ids=ids(3), max_tokens=1)
         refused += 1

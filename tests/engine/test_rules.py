@@ -1,4 +1,4 @@
-"""The rules of shared KV, on real engines with a tiny model: each rule broken on purpose, or watched at work."""
+"""The rules of shared KV, on real engines with a tiny model: each rule is broken on purpose, or observed at work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def engines(tmp_path_factory, smollm):
     decode = settings_of(tmp_path_factory.mktemp("rules"), smollm, "prefillshare", ("a", "b"))
     one = replace(decode, adapters={"a": decode.adapters["a"]})
     async with started(one, replace(decode, pool="stranger", contract="two", adapters={})) as them:
-        await them[1].set_adapters(decode.adapters)  # "b" has come to an engine that started with one
+        await them[1].set_adapters(decode.adapters)  # "b" is added to an engine that started with one adapter
         yield them
 
 
@@ -48,7 +48,7 @@ async def test_a_prompt_without_a_handoff_is_refused_not_recomputed(engines):
 
 
 async def test_the_scheduler_itself_refuses_a_request_without_a_handoff(engines):
-    """Whoever reaches the engine past our adapter gets an error, not the decoder's own prefill."""
+    """A request that bypasses our engine class gets an error, not the decoder's own prefill."""
     _, decoder, _ = engines
     reasons = []
     async for output in decoder._generate(ids(40), sampling(4), new_id(), "a", None):
@@ -109,7 +109,8 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_others_as_they_are(en
 
 
 def bad_copies(folder: str, target: Path) -> dict[str, str]:
-    """Of a good adapter: one that vLLM refuses, and one with a layer that the base does not have, which it drops silently."""
+    """Two bad copies of a good adapter: one that vLLM refuses, and one for a layer that the base does not have, which vLLM
+    silently drops."""
     dora, beyond = (shutil.copytree(folder, target / name) for name in ("dora", "beyond"))
     settings = json.loads((dora / "adapter_config.json").read_text())
     (dora / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
@@ -210,7 +211,7 @@ async def test_prompts_of_different_salts_share_nothing(engines):
 
 
 async def test_resumed_tokens_are_the_decoders_even_if_cached_as_base_kv(engines):
-    """The response of a turn stands in the cache as base KV once it is part of a later prompt; a resume must not use it."""
+    """A turn's response is in the cache as base KV once it is part of a later prompt; a resumed request must not use that."""
     _, decoder, _ = engines
     prompt = ids(40, salt=21)
     whole, logprobs, *_ = await turn(engines, prompt, 80)
@@ -233,7 +234,7 @@ async def test_a_handoff_of_another_contract_is_refused_with_both_named(engines)
 
 
 async def test_engines_of_different_contracts_do_not_shake_hands(engines):
-    """The transport's own check, behind a forged handoff: not one byte moves."""
+    """The transport's own check holds even if the handoff is forged: not one byte moves."""
     prefill, _, stranger = engines
     handoff = (await prefill.prefill(ids(39, salt=30), new_id())).handoff
     with pytest.raises(PrefixLost) as lost:

@@ -1,4 +1,4 @@
-"""A session keeps what the client saw of a response that a stop text ended, with a real tokenizer. No engine runs: the tokens
+"""A session keeps what the client saw of a response that a stop text ended. The tokenizer is real; no engine runs: the tokens
 that it would generate are given."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ASK = "Say:"
 
 
 class Router:
-    """`says`: token ids of the next response, and how many of them come at once."""
+    """`says`: token ids of the next response. `at_once`: how many of them come at once."""
 
     def __init__(self):
         self.says, self.at_once, self.prompts = [], 1, []
@@ -48,7 +48,7 @@ class Router:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     async def turn(self, session: str, *, stop: list[str], text: str = ASK):
-        """(the text that was shown, the last event)"""
+        """Take a turn. Returns (the text that was shown, the last event)."""
         from prefillshare.kvshare_vllm.sampling import make_sampling_params
 
         sampling, shown = make_sampling_params(stop=stop, max_tokens=64), ""
@@ -66,7 +66,7 @@ async def router(smollm):
 
 
 def in_pieces(router: Router, *texts: str) -> list[int]:
-    """Tokens of texts, each tokenised by itself."""
+    """Tokens of `texts`, each of which is tokenised separately."""
     return [token for text in texts for token in router.ids(text)]
 
 
@@ -100,7 +100,7 @@ async def test_a_session_keeps_what_was_shown(router, pieces, stop, shown, anew,
     generated = response[: len(response) - len(tail)]
     assert response[len(generated) :] == tail
     assert generated == router.says[: len(generated)]
-    # What comes next follows what was shown: the decoder reads nothing that the client has not seen.
+    # The next turn follows what was shown: the decoder reads nothing that the client has not seen.
     router.says, router.at_once = router.ids(" yes"), 1
     await router.turn(session, stop=[], text=" And?")
     assert router.prompts[-1] == [*context, *router.ids(" And?")]

@@ -1,4 +1,4 @@
-"""A tiny Llama: full weights beside adapters, the per-model baseline beside sharing, preemption, shutdown."""
+"""The system with a tiny Llama: full weights beside adapters, the per-model baseline beside sharing, preemption, shutdown."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def deployment(folder, tokenizer, kind: str) -> dict:
             {"pool": "alone", "sharing": "none", "adapters": {n: adapters[n] for n in "cd"}, "serve_base": False, **small},
             {"pool": "solo", "sharing": "none", "model": str(own), **small},
         ],
-        # Turns are admitted for their prompts alone, so that they outgrow the pool and preemption has to be survived.
+        # Turns are admitted by their prompts' size only, so that they outgrow the pool and have to survive preemption.
         "router": {"expected_output_tokens": 1},
     }
 
@@ -75,7 +75,7 @@ def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(run
 
 
 def together(oracle: Oracle, running: System, names: str, salt: int, max_tokens: int) -> list:
-    """One checked turn per name, each in a session of its own, all at once."""
+    """Take one checked turn per name, each in a session of its own, all at once."""
     for name in set(names):
         oracle.decoder(name)
 
@@ -110,7 +110,7 @@ def small(tmp_path, smollm):
 
 
 def test_stopping_finishes_running_turns_and_an_engine_that_cannot_start_says_why(small, running):
-    """Uses the cluster of this module's system after everything else here; ends that system first."""
+    """Runs last, since it ends this module's system first and uses its cluster."""
     import ray
     from ray import serve
 

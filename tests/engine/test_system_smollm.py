@@ -98,7 +98,7 @@ def test_one_turn_is_exact_and_the_oracle_tells_sharing_from_own_prefill(running
 
 @pytest.mark.parametrize("suite", ["arithmetic", "bfcl_multiple"])
 def test_the_offline_evaluation_gives_the_served_answers(running, smollm, suite):
-    """docs/accuracy.md scores what is served."""
+    """So docs/accuracy.md scores what is served."""
     task = copy.copy(TASKS[suite])
     task.max_tokens = 40
     questions, tokenizer = task.questions()[:4], AutoTokenizer.from_pretrained(smollm)
@@ -110,7 +110,7 @@ def test_the_offline_evaluation_gives_the_served_answers(running, smollm, suite)
 
 
 def test_the_shipped_adapters_do_what_the_base_cannot(running, oracle):
-    """The demo's session: two trained decoders take turns over one context."""
+    """In the demo's session, two trained decoders take turns over one context."""
     session = running.client.create_session(messages=[{"role": "system", "content": demo.BRIEF}])
     for turn in demo.TURNS:
         fork, what = session.fork(), {"messages": turn.messages, "max_tokens": 128, "temperature": 0.0}
@@ -180,7 +180,7 @@ def test_stop_text_ends_the_response_before_it_and_seeds_repeat(running, oracle)
     session = running.client.create_session()
     stopped = session.turn("base", text="One, two, three,", max_tokens=24, stop=[word])
     kept = list(session.get(with_token_ids=True).token_ids)
-    assert oracle.tokenizer.decode(kept) == f"One, two, three,{stopped.text}"  # what was cut, the next decoder does not read
+    assert oracle.tokenizer.decode(kept) == f"One, two, three,{stopped.text}"  # the next decoder does not read what was cut
     assert session.turn("coder", text=" And?", max_tokens=2).usage.prompt_tokens == len(kept) + len(
         oracle.tokenizer.encode(" And?", add_special_tokens=False)
     )

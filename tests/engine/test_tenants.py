@@ -1,5 +1,5 @@
-"""Tenants through both surfaces as they are served (R7): vLLM's whole app and gRPC, over a turn runner that tells what
-reached it. No engine runs; that engines keep different salts apart is in test_rules.py."""
+"""Tenants through both surfaces as they are served (R7): vLLM's whole app and gRPC, over a turn runner that records what
+reached it. No engine runs; test_rules.py tests that engines keep different salts apart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ASK = [{"role": "user", "content": "hi"}]
 
 
 class Router:
-    """A router without engines. `turns`: (tenant, domain, priority, salt) of the turns since it was last read."""
+    """A router without engines. `turns`: (tenant, domain, priority, salt) of each turn since the list was last read."""
 
     def __init__(self):
         self._turns: list[tuple] = []

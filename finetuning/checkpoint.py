@@ -48,7 +48,7 @@ class Checkpoint:
 
     def load(self) -> tuple[int, float, tuple[int, int]]:
         """Restore the checkpoint. Returns (steps done, seconds, tokens whose base KV was read and computed), all zero if there
-        is none. Raises ConfigError for another run's."""
+        is none. Raises ConfigError if the checkpoint is another run's."""
         if not self._file.is_file():
             return 0, 0.0, (0, 0)
         state = torch.load(self._file, map_location="cpu", weights_only=True)

@@ -77,7 +77,7 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
 def one_process(config, s: EngineSettings) -> Iterator[None]:
     """Run scheduler and model of CPU engines without tensor parallelism in one process, threads bound as vLLM binds a worker's.
 
-    vLLM would start two processes that wait for each other by spinning; if cores are few, the model lacks them.
+    vLLM would start two processes that wait for each other by spinning; on few cores this takes cores from the model.
     """
     if not current_platform.is_cpu() or s.tensor_parallel_size > 1:
         yield

@@ -61,7 +61,7 @@ class SharedKVScheduler(AsyncScheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request):
         blocks, tokens, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        # A resumed request's own tokens may stand in the cache as base KV, from a later turn's prompt. Past the
+        # A resumed request's own tokens may be in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
         limit = self._loads.shared_tokens_of(request) // self.block_size * self.block_size
         if tokens > limit:

@@ -5,7 +5,7 @@ for each engine. If a deployment runs in a cluster of its own on this machine, i
 imported vLLM already, and an engine's second process is forked from the replica's first one while that has no threads yet:
 
     server --fork--> replica --fork--> spare, which becomes the engine's process
-      ^ socket          : stands for it with Ray
+      ^ socket          : represents it to Ray
     stand_in -----------:
 
 Ray starts the stand-in where it would start Python (`py_executable` of the runtime environment). Without a server the

@@ -63,7 +63,8 @@ class Received:
 
 
 def receive(connection: socket.socket) -> Received | None:
-    """None if the other end closed before it had sent a program. Raises OSError, ValueError or TypeError for anything else."""
+    """The program that the other end sends; None if it closed before that. Raises OSError, ValueError or TypeError if what it
+    sent is not a program."""
     head, files, _, _ = socket.recv_fds(connection, _HEAD, _MAX_FILES)
     with ExitStack() as unless_received:
         for file in files:

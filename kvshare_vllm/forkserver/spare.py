@@ -45,7 +45,7 @@ def make(*forget: Callable[[], None]) -> None:
 
 
 def _become(connection: socket.socket) -> None:
-    """In the spare: wait to be told what to be, be that, and end."""
+    """In the spare: wait to be told what to become, run that, and end."""
     setproctitle("prefillshare: spare process of a replica")
     try:
         asked = receive(connection)

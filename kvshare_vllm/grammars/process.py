@@ -61,7 +61,7 @@ def compiled(info: xgrammar.TokenizerInfo, kind: str, spec: str) -> xgrammar.Com
 
 
 def dearest_step_s(info: xgrammar.TokenizerInfo, grammar: xgrammar.CompiledGrammar) -> float:
-    """CPU seconds of the dearest step, over a response of the longest tokens and one of random ones. Stops at MOST_STEP_S."""
+    """CPU seconds of the costliest step, over a response of the longest tokens and one of random ones. Stops at MOST_STEP_S."""
     lengths = np.array([len(token) for token in info.decoded_vocab])
     lengths[list({*info.special_token_ids, *info.stop_token_ids})] = 0
     mask, chance, dearest = xgrammar.allocate_token_bitmask(1, info.vocab_size), random.Random(0), 0.0

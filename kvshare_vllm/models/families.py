@@ -15,7 +15,7 @@ class Family:
     """vLLM's own models."""
 
     prefix = ""
-    #: Environment variables of decode engines; they override what is set there.
+    #: Environment variables of decode engines; they override those of the process.
     environment: Mapping[str, str] = {}
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """ICaRus in unforked vLLM: the base's stream writes all KV, an adapter's stream predicts (PAPERS: arXiv 2603.13281, 3.3).
 
-Of T scheduled tokens, rows [0, T) of every activation are the encoder stream: the frozen base. Behind them stand R rows of
+Of T scheduled tokens, rows [0, T) of every activation are the encoder stream: the frozen base. Behind them are R rows of
 the decoder stream: base weights plus the request's adapter, for the last scheduled token of every request that has one. A
 linear layer reads its base weights once for both; the adapter's delta goes to the last R rows. Both streams' queries
 attend to the encoder's keys and values in one call, as twice the heads: per KV head, first the encoder's group, then the

@@ -1,4 +1,4 @@
-"""Has an engine's processes trust grammars that the router has tried, and compile them without holding up the engine's steps.
+"""Engines' processes trust grammars that the router has tried, and compile them without holding up an engine's steps.
 
 Otherwise a replica's event loop would convert each grammar once more to check it, and the engine would compile it with eight
 threads of the same priority as those that compute the model.

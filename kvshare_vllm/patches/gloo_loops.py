@@ -37,6 +37,6 @@ def share() -> None:
 
 
 def _devices(group_class):
-    """As the constructor that takes a timeout makes them."""
+    """Devices as the constructor that takes a timeout makes them."""
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     return [group_class.create_device(interface=name) for name in names] or [group_class.create_default_device()]

@@ -1,7 +1,7 @@
 """vLLM's EngineClient without an engine: requests go to a turn runner (the router), tokens come back as text.
 
 vLLM's own input and output processors run here, so that tokenisation, validation, stop strings, log-probabilities,
-`n` > 1 and the rest behave as in vLLM. Workers see token ids only. Both surfaces, HTTP and gRPC, stand on this class.
+`n` > 1 and the rest behave as in vLLM. Workers see token ids only. Both surfaces, HTTP and gRPC, are built on this class.
 
 Seam: vllm/engine/protocol.py, vllm/v1/engine/{input_processor,output_processor}.py
 """

@@ -1,6 +1,6 @@
 """Errors as the clients of each HTTP surface expect them: in OpenAI's shape, in Anthropic's, and as the last event of a stream.
 
-Also decides what a client is told: nothing of how the server is set up inside, and the names of the fields that it sent.
+Also edits the text for clients: it reveals nothing of the server's inner setup, and names the fields that the client sent.
 
 Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoints/anthropic/protocol.py
 """
@@ -27,7 +27,7 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-#: vLLM's names for a prompt's length, in whose place a client is told the field that holds the prompt.
+#: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
 #: Pattern of vLLM's advice on how to start its own server -> what that means here.
 _SETTINGS = (

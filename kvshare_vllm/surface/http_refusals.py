@@ -1,4 +1,4 @@
-"""Refusals over HTTP as clients expect them: with a status of their own, even if a stream was asked for, and a hint.
+"""Refusals over HTTP as clients expect them: with a status of their own, even if a stream was asked for, and Retry-After.
 
 vLLM starts a streamed response, and sends events, before the turn has been admitted: a refusal would come after a 200, in a
 shape that depends on the surface, or the body would just end. So the frontend notes what becomes of a request's turns, and

@@ -22,7 +22,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def install() -> None:
-    """Once per process, before vLLM's app is built."""
+    """Called once per process, before vLLM's app is built."""
     CompletionRequest.model_fields["max_tokens"].default = None  # vLLM puts it in where the client gave none
     for request, ways in (
         (ChatCompletionRequest, ("to_sampling_params", "to_beam_search_params")),

@@ -43,7 +43,7 @@ class TextWork:
         }
 
     def check_chars(self, chars: int, field: str) -> None:
-        """Raises InvalidInput for a text that would not fit the model whatever its tokens are."""
+        """Raises InvalidInput for a text that cannot fit the model's length, however it is tokenised."""
         if chars > self.max_chars:
             raise InvalidInput(
                 f"{chars} characters are more than {self.max_tokens} tokens can hold",

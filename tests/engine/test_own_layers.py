@@ -242,7 +242,7 @@ async def rests(running):
 
 
 async def test_layers_are_recomputed_while_other_layers_are_still_loading(running, rests):
-    """Other requests' tokens run meanwhile. Before everything is there, nobody may find its blocks, and it yields nothing."""
+    """The request's tokens run meanwhile. Before everything is there, nobody may find its blocks, and it yields nothing."""
     (_, decoder, _), _ = running
     await rests(1.5)
     prompt, began = ids(4 * BLOCK + 1, salt=110), asyncio.get_running_loop().time()

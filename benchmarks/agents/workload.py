@@ -181,8 +181,8 @@ def poisson(of: Iterable[Session], per_s: float, seed: int) -> list[Session]:
 
 
 def bursts(of: Iterable[Session], per_s: float, seed: int, factor: float = 4.0, period_s: float = 30.0) -> list[Session]:
-    """The same sessions, with arrivals of a Poisson process whose rate is `factor` times the mean in the first `1 / factor` of
-    every period, and almost zero in the rest."""
+    """The same sessions, with arrivals of a Poisson process whose mean rate is `per_s`. In the first `1 / factor` of every
+    period the rate is almost `factor` times as high, and almost zero in the rest."""
     rng, now, arriving = random.Random(f"bursts {seed}"), 0.0, []
     highest = per_s * factor / (1 + BETWEEN * (factor - 1))
     for session in of:

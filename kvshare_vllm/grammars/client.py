@@ -1,4 +1,4 @@
-"""The router's side of the process that compiles grammars (grammar_process.py), which is started at its first job, and again
+"""The router's side of the process that compiles grammars (process.py), which is started at its first job, and again
 if it died.
 
 Owns the process and the thread that reads its verdicts; the thread ends with the process.

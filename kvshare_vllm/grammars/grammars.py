@@ -2,7 +2,7 @@
 
 vLLM converts a request's grammar on the event loop and compiles it beside an engine's steps, for as long as it takes. Here:
 1. Its size is bounded, and it is refused if engines would not enforce all of it.
-2. A process of its own compiles it and takes some steps with it, in limited CPU time (grammar_process.py). Tenants take turns.
+2. A process of its own compiles it and takes some steps with it, in limited CPU time (process.py). Tenants take turns.
 3. The verdict is kept. A format that fails is refused with its field before it reaches a queue or an engine.
 
 Seam: vllm/sampling_params.py (_validate_structured_outputs), vllm/v1/structured_output/{utils,backend_xgrammar}.py
@@ -39,12 +39,12 @@ _FIELDS["json"] = "response_format"
 _CHEAPER = "lower the bounds of repetitions and lengths, do not nest them, and give fewer alternatives"
 _CORRECT = "correct it, or leave out what is not supported"
 
-#: (kind, grammar) -> what is wrong with it, as grammar_process.py reports it.
+#: (kind, grammar) -> what is wrong with it, as process.py reports it.
 Try = Callable[[str, str], Awaitable[str | None]]
 
 
 class Grammar(NamedTuple):
-    """`kind`: one that grammar_process.py knows. `field`: the request field that held it."""
+    """`kind`: one that process.py knows. `field`: the request field that held it."""
 
     field: str
     kind: str

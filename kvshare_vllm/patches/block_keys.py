@@ -3,6 +3,8 @@
 vLLM mixes an adapter's name and path into the key of every block, so that adapters in one engine never share
 blocks. In a mode whose offered blocks are base KV whatever adapter asked, the copies per adapter are redundant.
 Tenants stay apart: the cache salt is a key of its own and is not touched (R7).
+
+Goes when: vLLM lets an engine choose whether the adapter enters the key of a block.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ product, in engines of every mode; everything else is vLLM's.
 
 Seam: vllm/lora/punica_wrapper/punica_cpu.py (`update_metadata`, `add_lora_linear`; stacked weights are [adapters, 1, rank, in]
 and [adapters, 1, out, rank]); vllm/platforms/cpu.py (`get_punica_wrapper`)
+
+Goes when: vLLM's own kernels for CPUs use adapters' weights in place.
 """
 
 from __future__ import annotations

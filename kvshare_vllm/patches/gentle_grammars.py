@@ -5,6 +5,8 @@ threads of the same priority as those that compute the model.
 
 Seam: vllm/sampling_params.py (SamplingParams._validate_structured_outputs), vllm/v1/structured_output/__init__.py
 (StructuredOutputManager._create_grammar)
+
+Goes when: vLLM can be told that a grammar has been checked, and compiles it at a lower priority than it computes.
 """
 
 from __future__ import annotations

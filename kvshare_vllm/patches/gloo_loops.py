@@ -5,6 +5,8 @@ thread that wakes a hundred times a second to look for the end of its work. Grou
 core while nothing ran, one takes 0.4 %.
 
 Seam: torch/distributed/distributed_c10d.py, `ProcessGroupGloo` (torch/csrc/distributed/c10d/init.cpp, its second constructor)
+
+Goes when: PyTorch's groups share a device by themselves, or vLLM makes no groups in an engine of one process.
 """
 
 from __future__ import annotations

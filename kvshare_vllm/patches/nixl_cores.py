@@ -8,6 +8,8 @@
    that the connector has started stay where they are.
 
 Seam: nixl/_api.py, nixl_agent.__init__ (`agent_config.pthrDelay = 0`); vLLM's nixl/base_worker.py (`rsv_cores_for_kv`)
+
+Goes when: NIXL's Python API takes a poll timeout, and vLLM leaves the thread that makes a connector where it is.
 """
 
 from __future__ import annotations

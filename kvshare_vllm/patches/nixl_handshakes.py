@@ -4,6 +4,8 @@ An engine that reads KV asks the engine that holds it for its memory's addresses
 everybody. All of vLLM's NIXL connectors, the stock one included, make the sockets of both sides in one function.
 
 Seam: vllm/distributed/kv_transfer/kv_connector/v1/nixl/utils.py (`zmq_ctx` calls `make_zmq_socket`)
+
+Goes when: vLLM's side channel can be given a key.
 """
 
 from __future__ import annotations

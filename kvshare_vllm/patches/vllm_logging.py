@@ -7,6 +7,8 @@ broken and stop it. So `dictConfig` closes nothing in a replica's process.
 
 Seam: logging.config (`_clearExistingHandlers`); vllm/logger.py (`configure_logging_if_needed`), vllm/config/logging.py;
 nixl/logging.py; ray/serve/_private/logging_utils.py (`get_component_logger_file_path`)
+
+Goes when: neither vLLM nor NIXL closes handlers that others have set up.
 """
 
 from __future__ import annotations

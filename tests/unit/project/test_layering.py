@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -218,3 +219,10 @@ def test_hidden_imports_are_seen():
 def test_folders_inside_the_package_are_told_from_its_own_modules():
     code = "from prefillshare import router\nfrom prefillshare import app\nfrom prefillshare.app import kvshare\n"
     assert list(imports(ast.parse(code))) == [(1, "router"), (2, "prefillshare"), (3, "prefillshare")]
+
+
+@pytest.mark.parametrize("patch", sorted((ROOT / "kvshare_vllm/patches").glob("[!_]*.py")), ids=lambda patch: patch.stem)
+def test_each_patch_names_what_it_changes_and_says_when_it_goes(patch):
+    said = ast.get_docstring(ast.parse(patch.read_text()))
+    assert "Seam: " in said
+    assert re.search(r"^Goes when: \w.+\.$", said, re.M)

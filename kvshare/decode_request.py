@@ -19,8 +19,8 @@ class DecodeRequest:
 
     request_id: str
     token_ids: list[int]
-    #: Handoff of the shared prefix. None: there is nothing to share. From the call on, the decode engine owns it: it reads the
-    #: KV, or has the prefill engine told that nobody will.
+    #: Handoff of the shared prefix. None: there is nothing to share, or the engine makes the KV itself. From the call on, the
+    #: decode engine owns it: it reads the KV, or has the prefill engine told that nobody will.
     handoff: Handoff | None
     sampling: Any
     #: None: the base, or the pool's own weights.
@@ -29,6 +29,8 @@ class DecodeRequest:
     cache_salt: str | None = None
     #: Lower is sooner, as in vLLM.
     priority: int = 0
+    #: Tokens of the shared prefix that the router expects the engine to compute; all routers are told of them as load.
+    queued_tokens: int = 0
     #: Whether to hold the KV for the prefill pool at the end (modes whose generated KV is base KV).
     lend: bool = False
     #: Layers that the decoder computes over the shared prefix, instead of taking them from the base (modes that recompute).

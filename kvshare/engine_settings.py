@@ -13,6 +13,7 @@ OUR_ENGINE_ARGS = frozenset({
     "enable_lora", "max_loras", "max_lora_rank", "kv_transfer_config", "scheduler_cls", "worker_cls", "generation_config",
     "disable_log_stats", "kv_events_config", "scheduling_policy", "served_model_name", "otlp_traces_endpoint",
     "logging_config", "log_level", "log_config_file", "worker_extension_cls", "structured_outputs_config",
+    "specialize_active_lora",  # it takes all rows of a request for alike, and those of a shared prefix are the base's
 })
 
 
@@ -40,6 +41,8 @@ class EngineSettings:
     #: Decode engines that compute layers themselves: whether to begin with these while the other layers' KV is still being
     #: loaded. "pays": if that is expected to be faster (kvshare_vllm/transfer/load_overlap.py); "always"; "never".
     overlap_loads: str = "pays"
+    #: Decode engines: they hold the base, and may make the KV of a shared prefix themselves.
+    makes_base_kv: bool = False
     #: Name -> folder of the LoRA adapters this engine serves.
     adapters: Mapping[str, str] = field(default_factory=dict)
     max_lora_rank: int = 16

@@ -12,7 +12,6 @@ A request's life here:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager
 
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare_vllm.engine.replica import EngineReplica
@@ -43,12 +42,6 @@ class PrefillService(EngineReplica):
                 token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority, trace=trace
             )
 
-    async def warm(
-        self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0
-    ) -> PrefillResult:
-        with self._queued(queued_tokens):
-            return await self._engine.warm(token_ids, request_id, cache_salt=cache_salt, priority=priority)
-
     async def pull(
         self, token_ids: list[int], lent: Handoff, request_id: str, cache_salt: str | None = None
     ) -> PrefillResult:
@@ -56,11 +49,3 @@ class PrefillService(EngineReplica):
 
     async def release(self, handoff: Handoff, request_id: str) -> None:
         await self._engine.release(handoff, request_id)
-
-    @contextmanager
-    def _queued(self, tokens: int):
-        self._queued_tokens += tokens
-        try:
-            yield
-        finally:
-            self._queued_tokens -= tokens

@@ -27,6 +27,8 @@ class SharingMode(ABC):
     #: True: the KV of generated tokens is the base's, too. Then any decoder may use it, and the prefill pool may pull it
     #: instead of computing it.
     lends_responses: bool = False
+    #: True: a decode engine that holds the base's weights may make the shared KV itself, in rows that run without adapter.
+    base_in_place: bool = False
     #: True: the decoder computes some layers of the shared prefix itself (kvshare/layer_group.py).
     recomputes: bool = False
     #: Our family of models that its decode engines run (kvshare_vllm/models/families.py); None: vLLM's own models.

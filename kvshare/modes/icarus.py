@@ -12,6 +12,7 @@ class Icarus(SharingMode):
     guards_prefix = True
     adapters_share_blocks = True
     full_weights = False
+    base_in_place = True
     lends_responses = True
     models = "two_streams"
     architectures = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM"})

@@ -12,3 +12,4 @@ class PrefillShare(PromptShared):
     guards_prefix = True
     adapters_share_blocks = True
     full_weights = True
+    base_in_place = True

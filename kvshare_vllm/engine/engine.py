@@ -81,6 +81,7 @@ class Engine:
     """One vLLM engine. Made by `start`; `close` ends its processes. Not thread-safe: one event loop."""
 
     _probe_logprobs: int | None = None
+    _probe_tokens = (0,)
 
     def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail, kv_events: KVEvents):
         self.settings, self.kv_events = settings, kv_events
@@ -115,6 +116,7 @@ class Engine:
                 raise ValueError("; ".join(f"adapter {name}: {problem}" for name, problem in problems.items()))
             async with asyncio.timeout(FIRST_TOKEN_S):  # what vLLM compiles at first use is compiled before it is ready
                 await engine.probe()
+                await engine.check_rows()
             return engine
         except Exception as error:
             if llm is not None:
@@ -181,11 +183,14 @@ class Engine:
             async with asyncio.timeout(self.settings.lease_s):
                 await self._gauges.nothing_held.wait()
 
+    async def check_rows(self) -> None:
+        """To be called after the first `probe`. Raises RuntimeError if the KV that it made would not be base KV (R1)."""
+
     async def probe(self) -> None:
-        """Generate one token from a prompt of one token, as proof that the engine steps. Raises Unavailable."""
+        """Generate one token from a short prompt, as proof that the engine steps. Raises Unavailable."""
         logprobs = self._probe_logprobs if self._llm.model_config.max_logprobs else None
         sampling = SamplingParams(max_tokens=1, temperature=0, logprobs=logprobs, detokenize=False)
-        async for _ in self._generate([0], sampling, f"probe-{uuid.uuid4().hex}", None, None):
+        async for _ in self._generate(self._probe_tokens, sampling, f"probe-{uuid.uuid4().hex}", None, None):
             pass
 
     def _adapter(self, name: str | None) -> LoRARequest | None:
@@ -214,6 +219,28 @@ class Engine:
             raise self._dead() from error
         finally:
             self._active -= 1
+
+    async def warm(
+        self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
+    ) -> PrefillResult:
+        """Compute base KV of `token_ids` for the prefix cache only; nothing is handed over."""
+        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None)
+        return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
+
+    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None, trace=None):
+        """(the engine's last output, seconds)"""
+        extra = {"kv_transfer_params": ask} if ask else None
+        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
+        started = time.perf_counter()
+        output = None
+        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
+            output = latest
+        ended = output.outputs[0].finish_reason if output is not None else None
+        if ended == "error" and params.Asked(ask).load_is_due:
+            raise PrefixLost(f"the KV lent for {request_id} could not be read", reason=ResumeReason.KV_LOAD_FAILED)
+        if ended not in ("length", "stop"):
+            raise Unavailable(f"prefill of request {request_id} ended early")
+        return output, time.perf_counter() - started
 
     def _handoff(self, transfer: dict[str, Any], tokens: int) -> Handoff:
         return Handoff(tokens, self.settings.contract, self.settings.lease_s, dict(transfer))
@@ -252,13 +279,6 @@ class PrefillEngine(Engine):
         handoff = self._handoff(output.kv_transfer_params, len(token_ids))
         return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, seconds)
 
-    async def warm(
-        self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
-    ) -> PrefillResult:
-        """Compute KV of `token_ids` for the prefix cache only; nothing is handed over."""
-        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None)
-        return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
-
     async def pull(
         self, token_ids: list[int], lent: Handoff, request_id: str, *, cache_salt: str | None = None
     ) -> PrefillResult:
@@ -279,21 +299,6 @@ class PrefillEngine(Engine):
             raise
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
-    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None, trace=None):
-        """(the engine's last output, seconds)"""
-        extra = {"kv_transfer_params": ask} if ask else None
-        sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
-        started = time.perf_counter()
-        output = None
-        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
-            output = latest
-        ended = output.outputs[0].finish_reason if output is not None else None
-        if ended == "error" and params.Asked(ask).load_is_due:
-            raise PrefixLost(f"the KV lent for {request_id} could not be read", reason=ResumeReason.KV_LOAD_FAILED)
-        if ended not in ("length", "stop"):
-            raise Unavailable(f"prefill of request {request_id} ended early")
-        return output, time.perf_counter() - started
-
 
 class DecodeEngine(Engine):
     _probe_logprobs = 1  # vLLM compiles the code that ranks them
@@ -301,6 +306,12 @@ class DecodeEngine(Engine):
     def __init__(self, *parts):
         super().__init__(*parts)
         self._calls = FirstWord()
+        if self.settings.makes_base_kv:
+            self._probe_tokens = (0, 0)  # the first is a shared prefix
+
+    async def check_rows(self) -> None:
+        if self.settings.makes_base_kv:
+            await self._llm.collective_rpc("check_base_kv")
 
     async def own_next(self, token_ids: list[int], *, adapter: str | None = None, top: int, priority: int = 0) -> Logprobs:
         """The decoder's log-probabilities for the next token over its own KV of all of `token_ids`, one row: for comparison
@@ -340,15 +351,15 @@ class DecodeEngine(Engine):
             async with aclosing(outputs):
                 async for output in outputs:
                     taken = True
-                    yield self._chunk(request_id, output)
+                    yield self._chunk(request, output)
         except PrefillShareError as error:
             if not taken:
                 await self._release_unseen(handoff, request_id, error)
             raise
 
-    def _chunk(self, request_id: str, output: RequestOutput) -> TokenChunk:
+    def _chunk(self, request: DecodeRequest, output: RequestOutput) -> TokenChunk:
         """The output as a chunk. Raises the error that the output reports if the request has failed."""
-        completion, told = output.outputs[0], params.Told(output.kv_transfer_params)
+        request_id, completion, told = request.request_id, output.outputs[0], params.Told(output.kv_transfer_params)
         if completion.finish_reason == "error":
             if told.refused:
                 raise InvalidInput(f"the engine refused request {request_id}: {told.refused}")
@@ -364,7 +375,7 @@ class DecodeEngine(Engine):
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             kv_bytes=cost.pulled_bytes,
-            local_tokens=cost.local_tokens,
+            local_tokens=cost.local_tokens if request.handoff else output.num_cached_tokens or 0,
             load_s=cost.load_s,
             rest_load_s=cost.rest_load_s,
             lent=self._handoff(*told.lent) if told.lent else None,
@@ -391,7 +402,7 @@ class DecodeEngine(Engine):
         handoff = request.handoff
         expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay)
         if handoff is None:
-            if expected > 0:
+            if expected > 0 and not self.settings.makes_base_kv:
                 raise Internal("a prompt of several tokens came without a handoff (R1)")
             return
         self.check(handoff)

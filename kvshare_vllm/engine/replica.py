@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import replace
 
 import ray
 from ray import serve
 
 from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.handoff import PrefillResult
 from prefillshare.kvshare.replica_info import ReplicaInfo, ReplicaStats
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
@@ -63,6 +65,20 @@ class EngineReplica(ABC):
 
     async def check_health(self) -> None:
         await self._engine.check_health()
+
+    async def warm(
+        self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0
+    ) -> PrefillResult:
+        with self._queued(queued_tokens):
+            return await self._engine.warm(token_ids, request_id, cache_salt=cache_salt, priority=priority)
+
+    @contextmanager
+    def _queued(self, tokens: int):
+        self._queued_tokens += tokens
+        try:
+            yield
+        finally:
+            self._queued_tokens -= tokens
 
     async def __del__(self):
         """Serve calls this when no call is running any more. Waits until no KV is leased, at most for the length of a lease."""

@@ -35,6 +35,7 @@ class SharedKVScheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         self._loads = self.connector.loads
         self._mode = self._loads.mode
+        self._makes_base_kv = self.vllm_config.kv_transfer_config.get_from_extra_config("makes_base_kv", False)
         if self._mode.adapters_share_blocks:
             share_blocks_between_adapters()
         self._limit_offered_blocks()
@@ -84,8 +85,8 @@ class SharedKVScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _may_prefill(self, asked: Asked) -> bool:
-        """Whether the request may prefill here, because it asks for the decoder's predictions over its own KV."""
-        return False
+        """Whether a request without a handoff may compute its prompt here."""
+        return self._makes_base_kv
 
     def _refuse(self, request: Request, why: str) -> None:
         self.connector.request_finished_all_groups(request, ())  # has the prefill engine told to free its blocks
@@ -144,7 +145,8 @@ class SharedKVScheduler(AsyncScheduler):
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output)
-        self._preempted.append(request)
+        if not self._makes_base_kv:  # otherwise vLLM computes it again in place: prompt rows as the base, others as the decoder
+            self._preempted.append(request)
 
     def schedule(self, *args, **kwargs):
         output = super().schedule(*args, **kwargs)

@@ -57,6 +57,9 @@ class SharedKVWorker(PlatformWorker):
         if transfer and families.of_decode(get_mode(transfer.kv_connector_extra_config["sharing_mode"])) is not family:
             raise RuntimeError("the engine's model is not the one its sharing mode runs")
         family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
+        if transfer and transfer.kv_connector_extra_config["makes_base_kv"]:
+            mode = get_mode(transfer.kv_connector_extra_config["sharing_mode"])
+            family.make_base_kv(self.model_runner, mode, self.use_v2_model_runner)
         if current_platform.is_cpu():
             take_back_draws(self.model_runner)
 
@@ -98,6 +101,10 @@ def take_back_draws(runner) -> None:
     stock = runner._update_states
 
     def update_states(scheduler_output):
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:  # in place: from where it has come to
+            generator = runner.requests[request_id].generator if request_id in runner.requests else None
+            if isinstance(generator, ReplayGenerator):
+                generator.start = generator.get_state()
         corrections, batch = stock(scheduler_output), runner.input_batch
         for data in scheduler_output.scheduled_new_reqs:
             state = runner.requests[data.req_id]

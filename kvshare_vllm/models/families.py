@@ -24,6 +24,17 @@ class Family:
     def follow(self, runner, has_adapters: bool) -> None:
         """From now on, a decode engine's model runner tells the model what it needs to know about each batch."""
 
+    def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
+        """From now on a decode engine's rows of a shared prefix are the base's."""
+        from prefillshare.kvshare_vllm.models.base_rows import BaseRows
+
+        runner.base_rows = BaseRows(runner, mode, v2)
+
+    def check_base_kv(self, runner) -> None:
+        """After a first prompt. Raises RuntimeError if its rows have not come by `make_base_kv`'s way."""
+        if not runner.base_rows.prompts:
+            raise RuntimeError("rows of a shared prefix run with its adapter: vLLM no longer asks models/base_rows.py")
+
 
 class Instead(Family):
     """Models of ours in place of vLLM's. `module`: one in this folder, with a class for each architecture."""
@@ -53,6 +64,12 @@ class TwoStreams(Instead):
 
         if has_adapters:
             follow_adapters(runner)
+
+    def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
+        """They are by themselves: the encoder stream is the base."""
+
+    def check_base_kv(self, runner) -> None:
+        """By the model's structure."""
 
 
 class PartialLayers(Instead):
@@ -102,3 +119,11 @@ def registered() -> Iterator[tuple[str, str]]:
         if isinstance(family := of_decode(mode), Instead):
             for stock in sorted(mode.architectures):
                 yield family.prefix + stock, f"{__package__}.{family.module}:{family.prefix}{stock}"
+
+
+class BaseKV:
+    """Mixed into vLLM's workers (`worker_extension_cls`)."""
+
+    def check_base_kv(self) -> None:
+        """As Family.check_base_kv."""
+        of_model(self.model_runner.get_model()).check_base_kv(self.model_runner)

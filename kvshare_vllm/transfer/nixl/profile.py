@@ -45,6 +45,7 @@ def kv_transfer_config(s: EngineSettings) -> dict[str, Any]:
             "kv_contract": s.contract,
             "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
             "overlap_loads": s.overlap_loads,
+            "makes_base_kv": s.makes_base_kv,
         }
         if s.role == "prefill":
             config["kv_role"] = _ROLE_OF_SHARED_PREFILL

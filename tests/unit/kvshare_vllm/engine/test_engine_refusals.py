@@ -12,7 +12,9 @@ from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare_vllm.engine.engine import DecodeEngine, PrefillEngine
 from prefillshare.kvshare_vllm.sampling import make_sampling_params
 
-SETTINGS = SimpleNamespace(mode="prefillshare", contract="ours", role="decode", pool="agents", block_size=32, lease_s=20)
+SETTINGS = SimpleNamespace(
+    mode="prefillshare", contract="ours", role="decode", pool="agents", block_size=32, lease_s=20, makes_base_kv=False
+)
 REFUSALS = [
     (VLLMValidationError("too many", parameter="logprobs", value=6), InvalidInput, "logprobs"),
     (VLLMValidationError("too long"), InvalidInput, None),

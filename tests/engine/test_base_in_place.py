@@ -1,0 +1,92 @@
+"""One engine that makes base KV itself: exact without a handoff, over switches, in chunks, beside others, when preempted."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import pytest_asyncio
+import reference
+from conftest import ids
+from engines import BLOCK, decoding, new_id, nothing_held, sampling, settings_of
+from oracle import load
+from peft import PeftModel
+
+from prefillshare.kvshare.errors import EngineStartError
+from prefillshare.kvshare_vllm.engine import engine as engine_module
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+TOLERANCE = 1e-3
+
+
+async def test_an_engine_in_which_nobody_asks_the_hook_does_not_start(tmp_path, smollm, monkeypatch):
+    stock = engine_module.engine_args
+    monkeypatch.setattr(engine_module, "engine_args", lambda *of: stock(*of) | {"worker_cls": "broken_rows.Worker"})
+    settings = replace(settings_of(tmp_path, smollm, "prefillshare", ("a",)), makes_base_kv=True)
+    with pytest.raises(EngineStartError, match=r"rows of a shared prefix run with its adapter: .* models/base_rows\.py"):
+        await engine_module.DecodeEngine.start(settings)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["prefillshare", "icarus"])
+async def running(request, tmp_path_factory, smollm):
+    """(engine, what the reference says)"""
+    settings = settings_of(tmp_path_factory.mktemp(request.param), smollm, request.param, ("a", "b"))
+    base = load(settings.model)
+    models = {name: PeftModel.from_pretrained(load(settings.model), path).eval() for name, path in settings.adapters.items()}
+    function = getattr(reference, request.param)
+    engine = await engine_module.DecodeEngine.start(replace(settings, makes_base_kv=True))
+    try:
+        yield engine, lambda adapter, prompt, tokens: function(base, models.get(adapter, base), prompt, tokens)
+    finally:
+        engine.close()
+
+
+async def turn(running, prompt: list[int], n: int, adapter: str | None, **how):
+    """(tokens, tokens of the prompt that were found cached), exact."""
+    engine, says = running
+    tokens, logprobs, local = [], [], None
+    async for chunk in decoding(engine, prompt, None, sampling(n, **how), new_id(), adapter=adapter):
+        tokens += chunk.token_ids
+        logprobs += chunk.logprobs.values[:, 0].tolist()
+        local = chunk.local_tokens if local is None else local
+    assert len(tokens) == n
+    assert reference.max_abs_diff(logprobs, says(adapter, prompt, tokens)) <= TOLERANCE
+    return tokens, local
+
+
+@pytest.mark.parametrize("adapter", ["a", None])
+@pytest.mark.parametrize("n", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1, 150])
+async def test_prompts_of_all_lengths(running, n, adapter):
+    await turn(running, ids(n, salt=n), 6, adapter)
+
+
+async def test_a_context_goes_from_decoder_to_decoder(running):
+    context = ids(40, salt=7)
+    for adapter in ("a", "b", None, "a"):
+        tokens, _ = await turn(running, context, 20, adapter)
+        context = [*context, *tokens, 11]
+
+
+async def test_adapters_and_the_base_in_one_batch(running):
+    prompt = ids(70, salt=9)
+    await asyncio.gather(*(turn(running, prompt, 24, adapter) for adapter in ("a", "b", None)))
+
+
+async def test_preempted_requests_go_on_in_place(running):
+    engine, _ = running
+    before = engine.stats().preemptions
+    await asyncio.gather(*(turn(running, ids(100, salt=20 + n), 110, "ab"[n % 2]) for n in range(4)))
+    assert engine.stats().preemptions > before
+    await nothing_held(engine)
+
+
+async def test_seeded_requests_say_the_same_whether_preempted_or_not(running):
+    engine, _ = running
+    how = {"temperature": 1.0, "seed": 5}
+    alone, _ = await turn(running, ids(100, salt=31), 110, "a", **how)
+    before = engine.stats().preemptions
+    several = await asyncio.gather(*(turn(running, ids(100, salt=31 + n), 110, "a", **how) for n in range(4)))
+    assert engine.stats().preemptions > before
+    assert several[0][0] == alone

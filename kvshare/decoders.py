@@ -38,6 +38,11 @@ class Decoder:
     quality_floor: float | None = None
     #: For how many of the likeliest tokens its engines return log-probabilities, at most; or ALL.
     max_logprobs: int = VLLM_MAX_LOGPROBS
+    #: As DecodePool has it; None: its engines cannot make the base's KV.
+    local_prefill: str | None = None
+    inter_token_objective_s: float | None = None
+    #: Most tokens that one of its engines computes in a step; None: vLLM's default.
+    step_tokens: int | None = None
 
     def check_logprobs(self, asked: int | None) -> None:
         """`asked`: for how many of the likeliest tokens log-probabilities are asked, or ALL; None: for none. Raises
@@ -57,13 +62,19 @@ def served(deployment: Deployment, but: Collection[str] = ()) -> dict[str, Decod
     decoders: dict[str, Decoder] = {}
     for pool in deployment.decode:
         limit = pool.engine_args.get("max_logprobs", VLLM_MAX_LOGPROBS)
-        promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor, "max_logprobs": limit}
+        of_all = {
+            "max_logprobs": limit,
+            "local_prefill": pool.local_prefill if pool.makes_base_kv else None,
+            "inter_token_objective_s": pool.inter_token_objective_s,
+            "step_tokens": pool.max_num_batched_tokens,
+        }
+        promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor, **of_all}
         if pool.model:
             name = pool.name or pool.pool
             decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), **promised)
             continue
         if pool.serve_base and deployment.base.name not in decoders:
-            base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base", max_logprobs=limit)
+            base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base", **of_all)
             decoders = {base.name: base, **decoders}
         for name in (name for name in pool.adapters if name not in but):
             decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), **promised)
@@ -133,8 +144,8 @@ def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
         (f"decode.{n}", pool, ecache_layers([pool])) for n, pool in enumerate(deployment.decode)
     ]
     fields += [(f"decode.{n}.prefill", pool.prefill, ()) for n, pool in enumerate(deployment.decode) if pool.prefill]
-    if deployment.shares_prefill:
-        fields.append(("prefill", deployment.prefill, ecache_layers(deployment.decode)))
+    if deployment.shared_prefill:
+        fields.append(("prefill", deployment.shared_prefill, ecache_layers(deployment.decode)))
     for field, engines, kept in fields:
         need_gib = kv_gib * (1 + len(kept) * ecache_share(deployment.base.model, shape))
         have_gib = engines.kv_cache_gib * engines.tensor_parallel_size
@@ -166,12 +177,14 @@ def _check_own_layers(deployment: Deployment, shape: KVShape) -> None:
                     raise ConfigError(
                         f"{group} are all layers: nothing of the base would be used", field=field, fix="use sharing: none"
                     )
-        sizes = {pool.tensor_parallel_size, deployment.prefill.tensor_parallel_size}
-        if ecache_layers([pool]) and len(sizes) > 1:
+        if not ecache_layers([pool]):
+            continue
+        sizes = {pool.tensor_parallel_size, deployment.shared_prefill.tensor_parallel_size}
+        if len(sizes) > 1:
             raise ConfigError(
                 f"mode {pool.sharing} hands over hidden states rank by rank; {sizes} are different sizes",
                 field=f"decode.{number}.tensor_parallel_size",
-                fix=f"use prefill.tensor_parallel_size, {deployment.prefill.tensor_parallel_size}",
+                fix=f"use prefill.tensor_parallel_size, {deployment.shared_prefill.tensor_parallel_size}",
             )
 
 
@@ -203,7 +216,7 @@ def _check_graphs(deployment: Deployment) -> None:
         (f"decode.{number}", pool) for number, pool in enumerate(deployment.decode) if get_mode(pool.sharing).architectures
     ]
     if ecache_layers(deployment.decode):
-        ours.append(("prefill", deployment.prefill))
+        ours.append(("prefill", deployment.shared_prefill))
     for field, engines in ours:
         if "compilation_config" in engines.engine_args:
             raise ConfigError(

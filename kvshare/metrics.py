@@ -103,6 +103,16 @@ DEFINITIONS = {
             known=("only", "prefix", "load", "spread", "policy"),
         ),
         Metric(
+            "prefillshare_prefills_total",
+            Counter,
+            "Prefills of turns, by where they are made (here: in the decode engine; there: in a prefill pool) and why (only: "
+            "there is no other way; policy: local_prefill; cached: less than a block was missing; sooner: the first token was "
+            "expected sooner so; objective: a step here would have taken too long; unavailable: no prefill replica could get "
+            "work).",
+            ("pool", "where", "why"),
+            "unavailable above 0: look at the prefill pool; objective rising: decode engines are busy, add replicas.",
+        ),
+        Metric(
             "prefillshare_kv_blocks",
             Gauge,
             "KV blocks of a pool's replicas as last reported, by state (used: held by requests or leases; total).",

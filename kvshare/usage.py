@@ -29,6 +29,9 @@ class TurnUsage:
     total_s: float = 0.0
     prefill_replica: str = ""
     decode_replica: str = ""
+    #: Where the missing KV was made and why, like "here: sooner" or "there: objective" (router/turn/decider.py); "": nothing is
+    #: shared.
+    prefill_choice: str = ""
     #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
     own_layers: str = ""
 
@@ -48,6 +51,7 @@ class TurnUsage:
             "decode_replica": self.decode_replica,
             "predicted_tokens": self.predicted_tokens,
             "own_layers": self.own_layers,
+            "prefill_choice": self.prefill_choice,
             "kv_load_s": self.load_s,
             "kv_rest_load_s": self.rest_load_s,
         }

@@ -202,4 +202,6 @@ def _union(old: Deployment, new: Deployment) -> Deployment:
         for pool in new.decode
     ]
     names = {pool.pool for pool in new.decode}
-    return new.model_copy(update={"decode": (*pools, *(p for p in old.decode if p.pool not in names))})
+    gone = [pool for pool in old.decode if pool.pool not in names]
+    prefill = new.shared_prefill or old.shared_prefill or new.prefill
+    return new.model_copy(update={"decode": (*pools, *gone), "prefill": prefill})

@@ -55,11 +55,11 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
         ), engines
 
     result = {}
-    if any(get_mode(pool.sharing).shares_prefill for pool in deployment.decode):
+    if prefill := deployment.shared_prefill:
         # Independent of the modes that draw on it, so that pools that come and go do not restart it.
         sharing = next(mode.name for mode in modes() if mode.shares_prefill)
         result[SHARED_PREFILL] = settings(
-            "prefill", SHARED_PREFILL, deployment.prefill, sharing, base.model, ecache_layers=contract.ecache_layers
+            "prefill", SHARED_PREFILL, prefill, sharing, base.model, ecache_layers=contract.ecache_layers
         )
     for pool in deployment.decode:
         model = pool.model or base.model
@@ -68,6 +68,7 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
             name = own_prefill(pool.pool)
             result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
         kept = {"ecache_layers": decoders.ecache_layers([pool]), "prefill_ecache_layers": contract.ecache_layers}
+        lora["makes_base_kv"] = pool.makes_base_kv
         result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora, **kept)
     return result
 

@@ -49,7 +49,9 @@ def _check_ports(deployment: Deployment) -> None:
 
 def _check_cores(deployment: Deployment) -> None:
     here = os.sched_getaffinity(0)
-    pools = [("prefill", deployment.prefill)] + [(f"decode.{n}", p) for n, p in enumerate(deployment.decode)]
+    pools = [(f"decode.{n}", p) for n, p in enumerate(deployment.decode)]
+    if prefill := deployment.shared_prefill:
+        pools.insert(0, ("prefill", prefill))
     for field, engines in pools:
         for part in (engines.cpu_cores or "").split(","):
             if part:
@@ -69,8 +71,8 @@ def _check_memory(deployment: Deployment) -> None:
         return  # on GPUs vLLM itself checks device memory
     scale = DTYPE_BYTES[deployment.base.dtype]
     need = []
-    if deployment.shares_prefill:
-        need.append(("prefill", deployment.prefill, deployment.base.model, 0.0))
+    if prefill := deployment.shared_prefill:
+        need.append(("prefill", prefill, deployment.base.model, 0.0))
     linear = adapter_files.linear_modules(deployment.base.model)
     for number, pool in enumerate(deployment.decode):
         model = pool.model or deployment.base.model

@@ -60,7 +60,7 @@ class RouterIngress:
         await self._core.start(deployment, tenants.shares())
         at_end(SessionGauge(sessions, self._core.metrics["sessions"]).stop)
         compute_s = self._core.orchestrator.services.compute_s
-        response_kv = ResponseKV.of(deployment, self._core.fleet.shared_prefill, self._core.metrics, lambda: compute_s.value)
+        response_kv = ResponseKV.of(deployment, self._core.fleet, self._core.metrics, lambda: compute_s.value)
         at_end(response_kv.stop)
         self._surfaces = await Surfaces.over(self._core, deployment, tenants, sessions, response_kv)
         at_end(self._surfaces.stop)

@@ -153,6 +153,8 @@ def main() -> None:
     }  # fmt: skip
     baselines = [baseline for baseline in BASELINES if baseline in found]
     headline = report.headline(found, baselines)
+    unified = report.unified_vs_vllm(found)
+    headline |= {"unified_vs_vllm": unified["throughput"], "unified_vs_vllm_p95": unified["p95"]}
     result = write("agents", console, config, headline, file=name, systems=found)
     report.write(result, name)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.agents.experiments import LOADS, MODELS, OTHER_MODELS
+from benchmarks.agents.systems import UNIFIED
 from benchmarks.shared.result import RESULTS
 
 #: Figures that tables show: name -> (title, factor, decimals).
@@ -46,6 +47,25 @@ def headline(systems: dict, baselines: Sequence[str]) -> dict[str, float]:
         for experiment, own in systems[baseline]["experiments"].items():
             found[f"{baseline}, {experiment}: hit ratio"] = own["hit_ratio"]["value"]
     return found | {f"simulation error, {what}": error for what, error in simulation_errors(systems).items()}
+
+
+def unified_vs_vllm(systems: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """One engine of ours against one of stock vLLM, as LOADS' highest has them: "throughput" and "p95" (times lower) ->
+    workload ("react-4", "low-sharing") -> mode -> ratio."""
+    found: dict[str, dict[str, dict[str, float]]] = {"throughput": {}, "p95": {}}
+    if "vllm" not in systems:
+        return found
+    for experiment, other in systems["vllm"]["experiments"].items():
+        pattern, models, load = experiment.split(", ")
+        if load != f"{LOADS[-1]} at once":
+            continue
+        workload = f"{pattern}-{models.split()[0]}" if pattern == "react" else pattern
+        for name, mode in UNIFIED.items():
+            if name in systems:
+                own = systems[name]["experiments"][experiment]
+                found["throughput"].setdefault(workload, {})[mode] = _ratio(own, other, "turns_per_s")
+                found["p95"].setdefault(workload, {})[mode] = _ratio(other, own, "session_s_p95")
+    return found
 
 
 def simulation_errors(systems: dict) -> dict[str, float]:

@@ -3,6 +3,8 @@
     prefillshare, icarus, droidspeak, none
             ours in that mode: a prefill engine on the first core, a decode engine on the second, half of the KV memory each;
             `none` is the per-model baseline, with adapters in both engines
+    unified-prefillshare, unified-icarus
+            ours in that mode without a prefill pool: one engine on both cores, with all of the KV memory
     vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
             KV memory; scheduler and model in one process, as in ours
 
@@ -49,7 +51,8 @@ class Budget:
 class Running:
     """A started system. `converse`: context -> a conversation in which agent n is the n-th name. `counters`: what has been
     counted since the start, if the system reports it: "wanted_kv_mb" (what its caches would hold if they evicted nothing),
-    "evicted_blocks", "preemptions", "tokens_prefilled_ahead"."""
+    "evicted_blocks", "preemptions", "tokens_prefilled_ahead". `client`: a client of systems with a prefill and a decode engine,
+    whose costs can be measured."""
 
     converse: Callable[[list[int]], Conversation]
     counters: Callable[[], dict[str, int]]
@@ -73,7 +76,20 @@ def deployment(mode: str, model: Path, adapters: Mapping[str, Path], budget: Bud
     )
 
 
-def ours(mode: str):
+def unified_deployment(mode: str, model: Path, adapters: Mapping[str, Path], budget: Budget) -> Deployment:
+    return small.deployment(
+        model,
+        adapters,
+        prefill={"replicas": 0},
+        decode={"kv_cache_gib": budget.kv_gib, "cpu_cores": BOTH_CORES, "sharing": mode, "max_lora_rank": RANK},
+        router={"canary_share": 0.0},
+        max_model_len=budget.max_model_len,
+    )
+
+
+def ours(mode: str, of=deployment):
+    """`of` makes the deployment."""
+
     def counters(caches: CacheWatch, block_mb: float) -> dict[str, int]:
         return {
             "wanted_kv_mb": round(sum(caches.wanted.values()) * block_mb),
@@ -85,14 +101,14 @@ def ours(mode: str):
     def start(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[Running]:
         names = list(adapters)
         with (
-            running(deployment(mode, model, adapters, budget)) as handle,
+            running(of(mode, model, adapters, budget)) as handle,
             Client(ADDRESS, timeout_s=TURN_TIMEOUT_S) as client,
             CacheWatch(handle) as caches,
         ):
             yield Running(
                 lambda context: Ours(client, names, context),
                 lambda: counters(caches, BLOCK * KVShape.of(model).bytes_per_token("float32") / 1e6),
-                client,
+                client if of is deployment else None,
             )
 
     return start
@@ -128,6 +144,11 @@ def _counters(client: httpx.Client) -> dict[str, int]:
     return {"preemptions": round(metrics_text.total(text, "vllm:num_preemptions_total"))}
 
 
+UNIFIED = {f"unified-{mode}": mode for mode in ("prefillshare", "icarus")}
 #: In the order in which they run.
-SYSTEMS = {mode: ours(mode) for mode in ("prefillshare", "none", "icarus", "droidspeak")} | {"vllm": vllm}
+SYSTEMS = (
+    {mode: ours(mode) for mode in ("prefillshare", "none", "icarus", "droidspeak")}
+    | {name: ours(mode, unified_deployment) for name, mode in UNIFIED.items()}
+    | {"vllm": vllm}
+)
 BASELINES: Sequence[str] = ("none", "vllm")

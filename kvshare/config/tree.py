@@ -140,6 +140,10 @@ class Engines(_Node):
 class Prefill(Engines):
     """The prefill pool. It runs the base and is shared by every pool whose mode shares prefill."""
 
+    replicas: Annotated[int, TAKEN_OVER] = Field(1, ge=0, le=4096)
+    """Number of prefill replicas; with autoscale, the number at the start. 0: there is no prefill pool, and decode engines
+    compute the base's KV of prompts themselves. Only adapter pools in the modes prefillshare and icarus can do that."""
+
 
 class DecodePool(Engines):
     """One decode pool: either LoRA adapters on the base (`adapters`), or one model with weights of its own (`model`)."""
@@ -174,6 +178,13 @@ class DecodePool(Engines):
     ttft_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """Mode droidspeak only: objective for the time to first token, seconds. If a decoder has several groups, a turn takes the
     largest one with which its first token is expected within this time. Unset: always the first group."""
+    local_prefill: Annotated[Literal["auto", "always", "never"], TAKEN_OVER] = "never"
+    """For adapter pools in the modes prefillshare and icarus, in a deployment with a prefill pool: whether this pool's engines
+    compute the base's KV that a turn lacks themselves. auto: when that is expected to cost all turns less time than a handoff
+    from the prefill pool; never: only while no prefill replica can get work."""
+    inter_token_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
+    """With local_prefill auto: objective for the time between two tokens of a response, seconds. A prompt that would make a
+    step of the engine take longer, while responses run there, goes to the prefill pool. Unset: only expected delays count."""
     prefill: Engines | None = None
     """Modes that do not share prefill only: the pool's own prefill engines. Default: one engine with the pool's sizes."""
 
@@ -234,6 +245,11 @@ class DecodePool(Engines):
             )
         return self
 
+    @property
+    def makes_base_kv(self) -> bool:
+        """Whether its engines hold the base and can compute the KV of shared prefixes themselves."""
+        return bool(self.adapters) and get_mode(self.sharing).base_in_place
+
     def own_prefill(self) -> Engines:
         """Sizes of this pool's own prefill engines, in modes that have them."""
         sizes = {name: getattr(self, name) for name in Engines.model_fields} | {"replicas": 1, "autoscale": None}
@@ -291,8 +307,9 @@ class Deployment(_Node):
 
     base: Annotated[Base, Base.CHANGE]
     """The frozen base model."""
-    prefill: Annotated[Prefill, ENGINES] = Field(default_factory=Prefill)
-    """The shared prefill pool. Ignored if no decode pool shares prefill."""
+    prefill: Annotated[Prefill | None, ENGINES] = None
+    """The shared prefill pool. Unset: one replica, or none if every pool that shares prefill can compute the KV of prompts
+    itself (adapter pools in the modes prefillshare and icarus). Ignored if no decode pool shares prefill."""
     decode: Annotated[tuple[DecodePool, ...], ENGINES] = Field(min_length=1)
     """The decode pools, at least one."""
     router: Router = Field(default_factory=Router)
@@ -319,6 +336,23 @@ class Deployment(_Node):
             raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; a name is served by one pool")
         return self
 
+    @model_validator(mode="after")
+    def _somebody_makes_the_kv(self) -> Deployment:
+        if self.prefill and not self.prefill.replicas and (needed_by := self._need_prefill):
+            raise ValueError(
+                f"prefill.replicas: 0 leaves nobody to make the KV of pool {needed_by[0].pool!r}; only adapter pools in modes "
+                f"{', '.join(name for name in mode_names() if get_mode(name).base_in_place)} make it themselves. Set it to 1"
+            )
+        return self
+
     @property
-    def shares_prefill(self) -> bool:
-        return any(get_mode(p.sharing).shares_prefill for p in self.decode)
+    def shared_prefill(self) -> Prefill | None:
+        """The shared prefill pool that the deployment has, or None."""
+        if self.prefill is None:
+            return Prefill() if self._need_prefill else None
+        shares = any(get_mode(p.sharing).shares_prefill for p in self.decode)
+        return self.prefill if shares and self.prefill.replicas else None
+
+    @property
+    def _need_prefill(self) -> list[DecodePool]:
+        return [p for p in self.decode if get_mode(p.sharing).shares_prefill and not p.makes_base_kv]

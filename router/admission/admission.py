@@ -37,11 +37,13 @@ LONGEST_ESTIMATE_S = 600.0
 
 @dataclass(frozen=True)
 class PoolSource:
-    """Where a decode pool's room comes from: its replicas, its prefill pool's name and current number of replicas."""
+    """Where a decode pool's room comes from: its replicas, its prefill pool's name and current number of replicas, and how many
+    of its own replicas may prefill besides."""
 
     capacity: Capacity
     prefill: str
     prefill_replicas: Callable[[], int]
+    local_replicas: Callable[[], int] = lambda: 0
 
 
 class Admission:
@@ -77,8 +79,8 @@ class Admission:
                 tokens = config.max_queued_prefill_tokens
                 self._prefill[source.prefill] = PrefillPool(source.prefill_replicas, tokens, self._clock)
             if name not in self._lines:
-                room = DecodeRoom(source.capacity)
-                self._lines[name] = DecodeLine(name, room, self._prefill[source.prefill], self._clock)
+                self._lines[name] = DecodeLine(name, DecodeRoom(source.capacity), self._prefill[source.prefill], self._clock)
+            self._lines[name].draws_on(self._prefill[source.prefill], source.local_replicas)
 
     async def admit(self, demand: Demand) -> Grant:
         """Wait until the turn may start. The grant must be released: `with await admission.admit(...) as grant`.
@@ -235,10 +237,9 @@ class Admission:
         line = grant.line
         self._unqueue(grant, started=True)
         line.take(replica, grant.blocks)
-        line.prefill.queued_tokens += ticket.work.tokens
         self._starts += 1
         line.last_start = self._starts
-        grant.start(replica, ticket.work.tokens, self._clock())
+        grant.start(replica, line.prefill, ticket.work.tokens, self._clock())
         if ticket.priority != RESUMED:
             self._metrics["queue_seconds"].labels(line.pool).observe(grant.waited_s)
 
@@ -255,7 +256,8 @@ class Admission:
             line.give_back(grant.replica, grant.blocks)
             if not grant.prefill_tokens:
                 line.pace.add((self._clock() - grant.started_at) / self._expected_output(grant.demand))
-        line.prefill.done(grant.prefill_tokens, finished=False)
+        if grant.prefill:
+            grant.prefill.done(grant.prefill_tokens, finished=False)
         grant.stop()
 
     def _queue(self, grant: Grant, priority: int, work: Work) -> None:

@@ -28,7 +28,8 @@ class PrefillPool:
 
     @property
     def limit(self) -> int:
-        return self._replicas() * self._tokens_per_replica
+        replicas = self._replicas() + sum(line.local_replicas() for line in self.lines)
+        return replicas * self._tokens_per_replica
 
     @property
     def has_room(self) -> bool:
@@ -44,6 +45,8 @@ class PrefillPool:
 class DecodeLine:
     def __init__(self, pool: str, room: DecodeRoom, prefill: PrefillPool, clock: Clock):
         self.pool, self.room, self.prefill = pool, room, prefill
+        #: Number of decode replicas that may prefill besides the prefill pool's.
+        self.local_replicas: Callable[[], int] = lambda: 0
         self.queue = FairQueue()
         self.running = 0
         #: When this line last started a turn, counted in starts of all lines; lines of one prefill pool alternate by it.
@@ -52,6 +55,13 @@ class DecodeLine:
         #: Seconds from start to end per expected output token.
         self.pace = UsualTime(clock)
         prefill.lines.append(self)
+
+    def draws_on(self, prefill: PrefillPool, local_replicas: Callable[[], int]) -> None:
+        """Use this prefill pool from now on. Turns that have started give back to the one they started with."""
+        if prefill is not self.prefill:
+            self.prefill.lines.remove(self)
+            prefill.lines.append(self)
+        self.prefill, self.local_replicas = prefill, local_replicas
 
     def join(self, ticket: Ticket) -> None:
         self.queue.add(ticket)

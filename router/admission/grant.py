@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prefillshare.kvshare.errors import PrefillShareError, Unavailable
-from prefillshare.router.admission.decode_line import DecodeLine
+from prefillshare.router.admission.decode_line import DecodeLine, PrefillPool
 from prefillshare.router.admission.fair_queue import Ticket
 
 
@@ -70,6 +70,8 @@ class Grant:
         self._keeper = keeper
         # Used by Admission only. A grant waits (`ticket`), runs (`replica`) or has ended (`ended`); never two of these at once.
         self.line, self.ticket, self.ended = line, None, False
+        #: The pool of which it holds prefill tokens, once it has started.
+        self.prefill: PrefillPool | None = None
         self.prefill_tokens = 0
         self.may_wait_s = self.waits_since = self.started_at = 0.0
         self.error: PrefillShareError | None = None
@@ -101,7 +103,7 @@ class Grant:
         """The prompt's KV has been computed: give back its prefill tokens. Idempotent."""
         tokens, self.prefill_tokens = self.prefill_tokens, 0
         if tokens:
-            self.line.prefill.done(tokens, finished=True)
+            self.prefill.done(tokens, finished=True)
             self._keeper.start_what_fits(self.line)
 
     def grow_to(self, output_tokens: int) -> None:
@@ -137,9 +139,12 @@ class Grant:
         self.ticket, self.replica, self.waits_since = ticket, None, now
         self.decided.clear()
 
-    def start(self, replica: str, prefill_tokens: int, now: float) -> None:
+    def start(self, replica: str, prefill: PrefillPool, prefill_tokens: int, now: float) -> None:
         self.ticket, self.replica, self.started_at = None, replica, now
+        if not self.prefill_tokens:
+            self.prefill = prefill
         self.prefill_tokens += prefill_tokens
+        self.prefill.queued_tokens += prefill_tokens
         self.waited_s += now - self.waits_since
         self.decided.set()
 

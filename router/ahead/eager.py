@@ -2,8 +2,8 @@
 
 A decoder's own KV of what it generated is private to it; the next turn, of whatever decoder, needs the base's KV. It is
 computed in idle time:
- 1. Every `stride_tokens` tokens while a response streams, and when it has ended, the context so far is sent to the prefill
-    replica that holds most of it, at the lowest priority: any waiting turn goes first.
+ 1. Every `stride_tokens` tokens while a response streams, and when it has ended, the context so far is sent to the replica that
+    holds most of it, of the pool that makes the decoder's base KV, at the lowest priority: any waiting turn goes first.
  2. At most `limit` such calls run at once; further ones are dropped, and counted.
  3. The session's next turn, or its deletion, cancels what still runs. Blocks computed so far stay cached.
 """
@@ -31,10 +31,10 @@ SessionKey = tuple[str, str]
 
 
 class EagerPrefill:
-    """`pool` returns the current shared prefill pool, or raises Unavailable if there is none."""
+    """`makers` returns the pool that currently makes the base KV of a decode pool, or raises Unavailable if there is none."""
 
-    def __init__(self, pool: Callable[[], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
-        self._pool, self._base, self._metrics = pool, base, metrics
+    def __init__(self, makers: Callable[[str], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
+        self._makers, self._base, self._metrics = makers, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
         self._background = Background(metrics)
         self._running: dict[SessionKey, asyncio.Task] = {}
@@ -42,9 +42,17 @@ class EagerPrefill:
         self._asked: dict[SessionKey, int] = {}
 
     def grew(
-        self, session: SessionKey, tokens: int, context: Callable[[], list[int]], salt: str | None, *, ended: bool
+        self,
+        session: SessionKey,
+        tokens: int,
+        context: Callable[[], list[int]],
+        salt: str | None,
+        pool: str,
+        *,
+        ended: bool,
     ) -> None:
-        """Take note that a session's context has `tokens` tokens now. `ended`: it stays so until its next turn."""
+        """Take note that a session's context has `tokens` tokens now, the latest from decode pool `pool`. `ended`: it stays so
+        until its next turn."""
         if ended:
             self.cancel(session)
         elif tokens - self._asked.setdefault(session, tokens) < self._stride_tokens:
@@ -58,7 +66,7 @@ class EagerPrefill:
             self._count("dropped")
             return
         self._asked[session] = tokens
-        warming = self._warm(context(), salt)
+        warming = self._warm(context(), salt, pool)
         task = self._running[session] = self._background.start("eager_prefill", warming, session=session)
         task.add_done_callback(lambda done: self._ended(session, done))
         if ended:
@@ -77,10 +85,10 @@ class EagerPrefill:
         if self._running.get(session) is task:
             del self._running[session]
 
-    async def _warm(self, token_ids: list[int], salt: str | None) -> None:
+    async def _warm(self, token_ids: list[int], salt: str | None, decode_pool: str) -> None:
         outcome = "failed"
         try:
-            pool, keys = self._pool(), BlockKeys(token_ids, self._base.block_size, salt=salt)
+            pool, keys = self._makers(decode_pool), BlockKeys(token_ids, self._base.block_size, salt=salt)
             placement = await pool.choose(len(token_ids), keys)
             if placement.missing_tokens < self._base.block_size:
                 outcome = "needless"

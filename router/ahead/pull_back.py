@@ -163,7 +163,8 @@ class PullBack:
 
     async def _pull(self, pool: Pool, placement: Placed, pull: _Pull, keys: BlockKeys) -> PrefillResult:
         began = clock.now()
-        async with pool.calling(placement, keys=keys):
+        pool.coming(placement, keys)
+        async with pool.calling(placement):
             call = pool.replicas.on(placement.replica.id).pull
             result = await answer(call.remote(pull.token_ids, pull.lent, _new_name(), cache_salt=pull.salt))
         if (pair := (placement.replica.id, pull.lent.transfer.get("remote_engine_id", ""))) in self._met:

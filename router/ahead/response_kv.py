@@ -16,13 +16,13 @@ from itertools import takewhile
 from typing import Protocol
 
 from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.decoders import ecache_layers
+from prefillshare.kvshare.decoders import Decoder, ecache_layers
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare.metrics import Metrics
-from prefillshare.kvshare.modes import SharingMode
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
 from prefillshare.router.ahead.pull_back import PullBack
-from prefillshare.router.pools.pool import Pool
+from prefillshare.router.pools.fleet import Fleet
 
 
 class ResponseKV:
@@ -33,31 +33,30 @@ class ResponseKV:
 
     @classmethod
     def of(
-        cls, deployment: Deployment, shared: Callable[[], Pool], metrics: Metrics, compute_s: Callable[[], float | None]
+        cls, deployment: Deployment, fleet: Fleet, metrics: Metrics, compute_s: Callable[[], float | None]
     ) -> ResponseKV:
-        """As the deployment configures it. `shared` returns the shared prefill pool, `compute_s` the measured seconds per token
-        of prefill."""
+        """As the deployment configures it. `compute_s` returns the measured seconds per token of prefill."""
         config, base = deployment.router, deployment.base
         eager = pull_back = None
         if config.eager_prefill:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
-            eager = EagerPrefill(shared, base, metrics, **limits)
+            eager = EagerPrefill(fleet.makers, base, metrics, **limits)
         # What a decode engine lends comes without the hidden states that an E-cache needs.
         if config.pull_back != "never" and not ecache_layers(deployment.decode):
             limits = {"when": config.pull_back, "limit": config.pull_back_max}
-            pull_back = PullBack(shared, base, metrics, compute_s=compute_s, **limits)
+            pull_back = PullBack(fleet.shared_prefill, base, metrics, compute_s=compute_s, **limits)
         return cls(eager, pull_back)
 
     @contextmanager
     def of_turn(
-        self, session: SessionKey, mode: SharingMode, kept: list[int], *, lendable: bool
+        self, session: SessionKey, decoder: Decoder, kept: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
         """The response of one turn. `kept`: the session's context before it. `lendable`: the decoder sees exactly that context
         (no suffix). If the block is left before the response has ended, the KV of the response is given up."""
         self.given_up(session)
-        # Only turns that draw on the shared pool can use base KV of a response.
-        eager = self._eager if mode.shares_prefill else None
-        response = ResponseOfTurn(session, eager, self._pull_back, kept, lendable=lendable, lends=mode.lends_responses)
+        # Base KV of a response is of use only if decoders share it.
+        eager = self._eager if get_mode(decoder.sharing).shares_prefill else None
+        response = ResponseOfTurn(session, decoder, eager, self._pull_back, kept, lendable=lendable)
         try:
             yield response
         finally:
@@ -85,21 +84,21 @@ class Making(Protocol):
 
 
 class ResponseOfTurn:
-    """`token_ids`: generated so far. The code that takes the turn appends to them, and sets `turns` once the turn has begun.
-    `lends`: the decode engine makes base KV."""
+    """`token_ids`: generated so far. The code that takes the turn appends to them, and sets `turns` once the turn has begun."""
 
     def __init__(
         self,
         session: SessionKey,
+        decoder: Decoder,
         eager: EagerPrefill | None,
         pull_back: PullBack | None,
         kept: list[int],
         *,
         lendable: bool,
-        lends: bool,
     ):
-        self._session, self._eager, self._pull_back, self._kept = session, eager, pull_back, kept
-        self._lends = lends and pull_back is not None
+        self._session, self._pool, self._eager, self._pull_back, self._kept = session, decoder.pool, eager, pull_back, kept
+        #: Whether the decode engine's KV of what it generates is base KV already.
+        self._lends = get_mode(decoder.sharing).lends_responses and pull_back is not None
         #: Whether the decode engine is to lend the context's KV at the end, if its mode allows that.
         self.lend = lendable and pull_back is not None
         self.turns: Sequence[Making] = ()
@@ -149,4 +148,4 @@ class ResponseOfTurn:
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
             tokens = len(self._kept) + len(self._response)
-            self._eager.grew(self._session, tokens, lambda: self.context, self.turns[0].salt, ended=ended)
+            self._eager.grew(self._session, tokens, lambda: self.context, self.turns[0].salt, self._pool, ended=ended)

@@ -18,7 +18,7 @@ from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import ReplicaStats
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import CacheIndex
-from prefillshare.router.pools.placement import Weights, weights
+from prefillshare.router.pools.placement import Weights, both, weights
 from prefillshare.router.pools.pool import Pool
 from prefillshare.router.pools.replicas import ReplicaSet
 from prefillshare.router.pools.route import Route
@@ -29,11 +29,11 @@ BLOCKS: Mapping[str, Callable[[ReplicaStats], int]] = {
 }
 
 
-def _sources(deployment: Deployment) -> dict[str, str]:
-    """Decode pool -> the pool that makes the KV of its prompts."""
+def _sources(deployment: Deployment) -> dict[str, str | None]:
+    """Decode pool -> the pool that makes the KV of its prompts, or None if its own engines do."""
+    shared = SHARED_PREFILL if deployment.shared_prefill else None
     return {
-        pool.pool: SHARED_PREFILL if get_mode(pool.sharing).shares_prefill else own_prefill(pool.pool)
-        for pool in deployment.decode
+        pool.pool: shared if get_mode(pool.sharing).shares_prefill else own_prefill(pool.pool) for pool in deployment.decode
     }
 
 
@@ -44,13 +44,17 @@ class Fleet:
         self._index = CacheIndex(block_size)
         self._handle_of, self._metrics, self._background = handle_of, metrics, Background(metrics)
         self.pools: dict[str, Pool] = {}
+        self._routes: dict[str, Route] = {}
 
     async def adopt(self, deployment: Deployment) -> dict[str, Route]:
         """Decode pool -> where its turns go. Raises Unavailable if a new pool has no replica in time."""
         for_prefill, for_decode = weights(deployment.router.placement)
         sources, wanted = _sources(deployment), dict[str, Weights]()
         for decode, prefill in sources.items():
-            wanted |= {decode: for_decode, prefill: for_prefill}
+            if prefill:
+                wanted |= {decode: for_decode, prefill: for_prefill}
+            else:
+                wanted[decode] = both(for_prefill, for_decode)
         new = {name: self._open(name, deployment) for name in wanted.keys() - self.pools.keys()}
         try:
             await asyncio.gather(*(pool.replicas.start(deployment.cluster.start_timeout_s) for pool in new.values()))
@@ -62,13 +66,20 @@ class Fleet:
             self._count(name, pool.replicas)
         for name, weight in wanted.items():
             self.pools[name].weights = weight
-        return {decode: Route(self.pools[decode], self.pools[prefill]) for decode, prefill in sources.items()}
+        self._routes = {decode: Route(self.pools[decode], self.pools.get(prefill)) for decode, prefill in sources.items()}
+        return self._routes
+
+    def makers(self, decode: str) -> Pool:
+        """The pool that makes base KV for this decode pool. Raises Unavailable if the decode pool is no longer served."""
+        if route := self._routes.get(decode):
+            return route.makers
+        raise Unavailable(f"pool {decode!r} is not served any more", fix="use another decoder")
 
     def shared_prefill(self) -> Pool:
         """The pool that all sharing decoders draw on. Raises Unavailable if there is none, or no longer one."""
         if pool := self.pools.get(SHARED_PREFILL):
             return pool
-        raise Unavailable("no pool shares a prefill pool", fix="serve a decode pool with a sharing mode")
+        raise Unavailable("there is no shared prefill pool", fix="add one to the deployment (prefill.replicas)")
 
     async def adapter_problems(self, deployment: Deployment, of_all: bool = False) -> dict[str, str]:
         """Adapters of the deployment that some replica of the pools known here cannot serve -> the reason. To be called before

@@ -123,6 +123,11 @@ def weights(config: PlacementConfig) -> tuple[Weights, Weights]:
     return config.prefill_weights or prefill, config.decode_weights or decode
 
 
+def both(prefill: Weights, decode: Weights) -> Weights:
+    """Weights for a pool whose engines do both."""
+    return {name: prefill.get(name, 0.0) + decode.get(name, 0.0) for name in {**prefill, **decode}}
+
+
 def with_room(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """Filter: candidates with room for the turn. If none has room, all: the turn was admitted, so there will be room soon."""
     return [c for c in candidates if c.fits] or candidates

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, Unavailable
@@ -97,20 +97,25 @@ class Pool:
         except TimeoutError:
             raise Unavailable(f"no replica of {self.name} has been ready for {self._wait_s:g} s", fix="try again") from None
 
-    @asynccontextmanager
-    async def calling(
-        self, placement: Placed, queued_tokens: int = 0, keys: BlockKeys | None = None
-    ) -> AsyncIterator[None]:
-        """One call on the chosen replica, which caches the prompt of `keys` meanwhile. ReplicaLost is raised after it has been
-        counted against the replica."""
-        replica = placement.replica
-        if keys is not None:
-            self._coming.setdefault(replica.id, []).append(keys)
-            asyncio.get_running_loop().call_later(COMING_S, self._has_come, replica.id, keys)
+    def coming(self, placement: Placed, keys: BlockKeys) -> None:
+        """Take note that the chosen replica is about to cache the prompt of these keys."""
+        self._coming.setdefault(placement.replica.id, []).append(keys)
+        asyncio.get_running_loop().call_later(COMING_S, self._has_come, placement.replica.id, keys)
+
+    def computing(self, placement: Placed, tokens: int, keys: BlockKeys) -> AbstractContextManager[None]:
+        """Count `tokens` of the prompt of `keys` as being computed on the chosen replica, which will cache the prompt."""
+        self.coming(placement, keys)
         # Newer tokens weigh more, instead of older ones less, so that earlier sums need no update.
-        replica.filled_tokens += queued_tokens * math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
+        weight = math.exp2(min((self._clock() - self._began) / FILL_HALF_LIFE_S, 1000.0))
+        placement.replica.filled_tokens += tokens * weight
+        return placement.replica.computing(tokens)
+
+    @asynccontextmanager
+    async def calling(self, placement: Placed) -> AsyncIterator[None]:
+        """One call on the chosen replica. ReplicaLost is raised after it has been counted against the replica."""
+        replica = placement.replica
         try:
-            async with replica.call(queued_tokens):
+            async with replica.call():
                 yield
         except PrefixLost:
             raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from prefillshare.kvshare.errors import ReplicaLost, ResumeReason
@@ -59,10 +59,9 @@ class Replica:
                 scope.reschedule(now)
 
     @asynccontextmanager
-    async def call(self, queued_tokens: int = 0) -> AsyncIterator[None]:
+    async def call(self) -> AsyncIterator[None]:
         """Count a call as load. Raises ReplicaLost if the replica is found wedged meanwhile."""
         self.active += 1
-        self.queued_tokens += queued_tokens
         scope = asyncio.timeout(None)
         try:
             async with scope:
@@ -75,4 +74,12 @@ class Replica:
         finally:
             self.calls.discard(scope)
             self.active -= 1
-            self.queued_tokens -= queued_tokens
+
+    @contextmanager
+    def computing(self, tokens: int) -> Iterator[None]:
+        """Count prompt tokens as load, until they have been computed."""
+        self.queued_tokens += tokens
+        try:
+            yield
+        finally:
+            self.queued_tokens -= tokens

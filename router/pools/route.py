@@ -9,7 +9,12 @@ from prefillshare.router.pools.pool import Pool
 
 @dataclass(frozen=True)
 class Route:
-    """A decode pool and the prefill engines it draws on."""
+    """A decode pool and the prefill pool it draws on. Without one, its own engines make the KV of prompts."""
 
     decode: Pool
-    prefill: Pool
+    prefill: Pool | None
+
+    @property
+    def makers(self) -> Pool:
+        """The pool whose engines make the KV of prompts."""
+        return self.prefill or self.decode

@@ -17,7 +17,6 @@ from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import InvalidInput
-from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.sampling import logprob_rows, make_prompt
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
@@ -96,8 +95,8 @@ class Turns:
             check_min_tokens(sampling.min_tokens, sampling.max_tokens)
             with named_as_sent():
                 request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
-            mode = get_mode(self.decoders[decoder].sharing)
-            made = self._response_kv.of_turn((caller.tenant, session_id), mode, kept, lendable=seen == kept)
+            of = self.decoders[decoder]
+            made = self._response_kv.of_turn((caller.tenant, session_id), of, kept, lendable=seen == kept)
             shown = ""
             with made as response:
                 terms = Terms(deadline_s, session.replicas, response.lend, response.ready)

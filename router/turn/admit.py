@@ -25,8 +25,10 @@ async def admitted(turn: Turn) -> AsyncIterator[None]:
 
 def _demand(turn: Turn) -> Demand:
     call, prefix = turn.call, turn.prefix
-    # If nothing of the prompt is handed over, nothing has to be prefilled.
-    cached = max(turn.route.prefill.overlaps(prefix.keys).values(), default=0) if prefix.token_ids else len(call.prompt)
+    cached = len(call.prompt)  # if nothing of the prompt is shared, nothing has to be prefilled
+    if prefix.token_ids:
+        makers = {turn.route.makers, turn.route.decode} if turn.decoder.local_prefill else {turn.route.makers}
+        cached = max((tokens for pool in makers for tokens in pool.overlaps(prefix.keys).values()), default=0)
     return Demand(
         pool=turn.decoder.pool,
         prompt_tokens=len(call.prompt),

@@ -1,11 +1,11 @@
-"""A turn's third stage: the decode engine reads the prefix and generates."""
+"""A turn's third stage: the decode engine reads the shared prefix, or makes it itself, and generates."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span
@@ -15,7 +15,9 @@ from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.router import clock
+from prefillshare.router.pools.pool import Placed
 from prefillshare.router.turn.place import calling, decode_place
+from prefillshare.router.turn.prefill import note_made
 from prefillshare.router.turn.wedging import NoToken
 
 if TYPE_CHECKING:
@@ -27,18 +29,16 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
     pool, stream, has_ended, bytes_before = turn.route.decode, None, False, turn.usage.kv_bytes
     replica = ""
     try:
-        placed = await decode_place(turn)
+        placed = turn.here or await decode_place(turn)
         replica = turn.usage.decode_replica = placed.replica.id
         turn.avoid.add(replica)
-        async with calling(turn, "decode", pool, placed) as span, _loading(turn) as loading:
+        async with calling(turn, "decode", pool, placed) as span, _silence(turn, placed) as broken:
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
             called, called_ns = clock.now(), time.time_ns()
             async for chunk in stream:
-                if loading.when() is not None and not loading.expired():
-                    loading.reschedule(None)
-                    turn.is_silent = False
-                    _note_loaded(turn, chunk, handoff, span, called, called_ns)
+                if broken():
+                    _note_first(turn, chunk, handoff, placed, span, called, called_ns)
                 turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
                 turn.lent = chunk.lent
                 yield chunk
@@ -47,7 +47,8 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
             raise Unavailable(f"request {turn.name}: the stream ended early")
     except PrefixLost as lost:
         if lost.reason is ResumeReason.KV_LOAD_FAILED:  # both are counted; a turn that goes well clears its replicas
-            turn.route.prefill.replicas.failed(turn.source, lost.reason)
+            if turn.source:
+                turn.route.prefill.replicas.failed(turn.source, lost.reason)
             pool.replicas.failed(replica, lost.reason)
         else:
             turn.avoid.discard(replica)
@@ -74,40 +75,68 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
         replay=len(turn.generated),
         cache_salt=turn.salt,
         priority=turn.priority,
-        lend=turn.terms.lend and turn.mode.lends_responses,
+        queued_tokens=_to_make(turn),
+        lend=turn.terms.lend and turn.mode.lends_responses and turn.route.prefill is not None,
         own_layers=turn.own_layers,
         trace=tracing.headers(span),
     )
 
 
-def _note_loaded(
-    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, span: Span, called: float, called_ns: int
+def _to_make(turn: Turn) -> int:
+    """Tokens of the shared prefix that the decode engine is expected to compute."""
+    return max(0, len(turn.prefix.token_ids) - turn.here.cached_tokens) if turn.here else 0
+
+
+def _note_first(
+    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, placed: Placed, span: Span, called: float, called_ns: int
 ) -> None:
-    """The first token has come: count both engines' calls as successes, and how long the load took."""
-    services, usage, pool = turn.services, turn.usage, turn.route.decode
-    computed = len(turn.prefix.token_ids) - chunk.local_tokens
-    services.layer_choice.took(turn.decoder.pool, computed, turn.own_layers, clock.now() - called)
+    """The first token has come: count the engines' calls as successes, and what the load or the prefill here took."""
+    services, usage, pool, shared = turn.services, turn.usage, turn.route.decode, len(turn.prefix.token_ids)
+    elapsed, costs = clock.now() - called, services.decider.costs[turn.decoder.pool]
+    services.layer_choice.took(turn.decoder.pool, shared - chunk.local_tokens, turn.own_layers, elapsed)
     usage.load_s, usage.rest_load_s = chunk.load_s, chunk.rest_load_s
     if handoff is not None and (load_s := max(chunk.load_s, chunk.rest_load_s)):
         services.counted.kv_loaded(turn.decoder.name, load_s, turn.lease_ends - called - load_s)
         read = {"prefillshare.kv_bytes": chunk.kv_bytes, "prefillshare.local_tokens": chunk.local_tokens}
         tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
-    turn.route.prefill.replicas.succeeded(turn.source)
+    if turn.source:
+        turn.route.prefill.replicas.succeeded(turn.source)
+        costs.handed_over(turn.handoff_s + elapsed - chunk.load_s, chunk.load_s, shared - chunk.local_tokens)
+    elif turn.here:
+        cached, predicted = min(chunk.local_tokens, shared), min(placed.cached_tokens, shared)
+        note_made(turn, pool, usage.decode_replica, cached, predicted, elapsed)
+        costs.made_here(elapsed, shared - cached, services.block_size)
+        span.set_attributes({"prefillshare.prompt_tokens": shared, "prefillshare.cached_tokens": cached})
     pool.replicas.succeeded(usage.decode_replica)
     turn.terms.replicas[pool.name] = usage.decode_replica
 
 
 @asynccontextmanager
-async def _loading(turn: Turn) -> AsyncIterator[asyncio.Timeout]:
-    """Limits the wait for a decode call's first token. If a read hangs, the turn goes on elsewhere, and the engine keeps the
-    blocks that the read may still write to."""
+async def _silence(turn: Turn, placed: Placed) -> AsyncIterator[Callable[[], bool]]:
+    """The time before a decode call's first token. Yields a function to be called with every chunk, which ends it and returns
+    True the first time.
+
+    If KV is read, the time is limited: if a read hangs, the turn goes on elsewhere, and the engine keeps the blocks that the
+    read may still write to. If the replica makes KV, that counts as its load meanwhile."""
     limit_s = turn.services.load_timeout_s
-    scope = asyncio.timeout(limit_s)
-    try:
-        async with scope:
-            yield scope
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        text = f"no token within {limit_s:g} s of the handoff (cluster.kv_load_timeout_s)"
-        raise NoToken(text, reason=ResumeReason.KV_LOAD_FAILED) from None
+    scope = asyncio.timeout(None if turn.here else limit_s)
+    with ExitStack() as work:
+        if to_make := _to_make(turn):
+            work.enter_context(turn.route.decode.computing(placed, to_make, turn.prefix.keys))
+
+        def broken() -> bool:
+            if not turn.is_silent or scope.expired():
+                return False
+            scope.reschedule(None)
+            work.close()
+            turn.is_silent = False
+            return True
+
+        try:
+            async with scope:
+                yield broken
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            text = f"no token within {limit_s:g} s of the handoff (cluster.kv_load_timeout_s)"
+            raise NoToken(text, reason=ResumeReason.KV_LOAD_FAILED) from None

@@ -18,6 +18,9 @@ class TurnMetrics:
     def placed(self, pool: str, reason: str) -> None:
         self._metrics["placements_total"].labels(pool, reason).inc()
 
+    def decided(self, pool: str, where: str, why: str) -> None:
+        self._metrics["prefills_total"].labels(pool, where, why).inc()
+
     def prefilled(self, decoder: str, elapsed_s: float) -> None:
         self._metrics["prefill_seconds"].labels(decoder).observe(elapsed_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from prefillshare.kvshare.caller import current_caller
@@ -16,6 +17,7 @@ from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.route import Route
 from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.turn.decider import Decider
 from prefillshare.router.turn.in_progress import InProgress
 from prefillshare.router.turn.layer_choice import LayerChoice
 from prefillshare.router.turn.metrics import TurnMetrics
@@ -48,6 +50,7 @@ class Orchestrator:
             in_progress=InProgress(metrics),
             releases=Releases(metrics),
             layer_choice=LayerChoice(),
+            decider=Decider(),
             counted=TurnMetrics(metrics, base.block_size),
             compute_s=MeanRatio(clock.now),
             tenants=tenants,
@@ -86,11 +89,24 @@ class Orchestrator:
         await self.services.in_progress.ended(None, timeout_s)
 
     def _sources(self) -> dict[str, PoolSource]:
+        policies = {decoder.pool: decoder.local_prefill for decoder in self.decoders.values()}
         return {
-            name: PoolSource(route.decode.capacity, route.prefill.name, lambda pool=route.prefill: len(pool.replicas.usable()))
+            name: PoolSource(
+                route.decode.capacity,
+                route.makers.name,
+                lambda pool=route.makers: len(pool.replicas.usable()),
+                partial(_local_replicas, route, policies.get(name)),
+            )
             for name, route in self.routes.items()
         }
 
     def _watch_capacity(self) -> None:
         for route in self.routes.values():
-            route.decode.replicas.on_change = route.prefill.replicas.on_change = self.services.admission.refresh
+            route.decode.replicas.on_change = route.makers.replicas.on_change = self.services.admission.refresh
+
+
+def _local_replicas(route: Route, policy: str | None) -> int:
+    """Decode replicas that may prefill beside a prefill pool's (decider.py)."""
+    if route.prefill is None or policy is None or (policy == "never" and route.prefill.replicas.usable()):
+        return 0
+    return len(route.decode.replicas.usable())

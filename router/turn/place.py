@@ -54,11 +54,11 @@ def _decode_keys(turn: Turn) -> BlockKeys:
 
 
 @asynccontextmanager
-async def calling(turn: Turn, stage: str, pool: Pool, placed: Placed, *work) -> AsyncIterator[Span]:
+async def calling(turn: Turn, stage: str, pool: Pool, placed: Placed) -> AsyncIterator[Span]:
     """As Pool.calling, but counted, and in a span of the turn."""
     turn.services.counted.placed(pool.name, placed.reason)
     where = {"pool": pool.name, "replica": placed.replica.id, "placed_by": placed.reason}
     attributes = {f"prefillshare.{name}": value for name, value in where.items()}
     with tracing.span(stage, tracing.inside(turn.span), SpanKind.CLIENT, **attributes) as span:
-        async with pool.calling(placed, *work):
+        async with pool.calling(placed):
             yield span

@@ -9,6 +9,7 @@ from prefillshare.kvshare.config import Router
 from prefillshare.router.admission.admission import Admission
 from prefillshare.router.admission.grant import NOBODY, TenantShare
 from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.turn.decider import Decider
 from prefillshare.router.turn.in_progress import InProgress
 from prefillshare.router.turn.layer_choice import LayerChoice
 from prefillshare.router.turn.metrics import TurnMetrics
@@ -27,6 +28,7 @@ class Services:
     in_progress: InProgress
     releases: Releases
     layer_choice: LayerChoice
+    decider: Decider
     counted: TurnMetrics
     #: Seconds per token that the shared pool has lately computed.
     compute_s: MeanRatio

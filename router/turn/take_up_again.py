@@ -39,7 +39,7 @@ async def take_up_again(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
         raise Unavailable(f"request {request_id} failed on {turn.failures} replicas; the last: {lost}") from lost
     told = {"request_id": request_id, "decoder": decoder, "reason": lost.reason.value}
     logger.info("request %s resumes after %d tokens: %s", request_id, len(turn.generated), lost, extra=told)
-    if lost.reason is ResumeReason.KV_LOAD_FAILED:
+    if lost.reason is ResumeReason.KV_LOAD_FAILED and turn.source:
         turn.avoid.add(turn.source)
     await turn.grant.readmit(len(turn.generated))
     if not preempted:

@@ -2,7 +2,8 @@
 
 1. Admit (admit.py): room for the turn's decode and prefill, or a place in the queue, or a refusal.
 2. Prefill (prefill.py): the mode says how many prompt tokens are handed over. A replica of the shared pool, or of the pool's
-   own, computes what it has not cached and answers with a lease on the blocks.
+   own, computes what it has not cached and answers with a lease on the blocks. If there is no such pool, or the decode
+   engine is to make them itself (decider.py), they are made in 3.
 3. Decode (decode.py): the tokens stream. From the first contact the decode engine owns the lease; before it, we do.
 4. Take up again (take_up_again.py): after PrefixLost (preempted, or the load failed or came late) or ReplicaLost (the replica
    died, is wedged, or says that it cannot), the turn goes back to 2 with the tokens so far as `replay`, and avoids the replica
@@ -34,6 +35,7 @@ from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
+from prefillshare.router.pools.pool import Placed
 from prefillshare.router.pools.route import Route
 from prefillshare.router.turn.admit import admitted
 from prefillshare.router.turn.decode import decode
@@ -67,8 +69,12 @@ class Turn:
         self.avoid: set[str] = set()
         #: The decode call under way has given no token yet.
         self.is_silent = False
-        #: Where the KV that the decode engine loads comes from, and when its lease ends, at the latest (clock.now).
+        #: Prefill replica whose KV the decode engine loads, if any, and when its lease ends, at the latest (clock.now).
         self.source, self.lease_ends = "", math.inf
+        #: The decode replica that makes the KV itself, if one does.
+        self.here: Placed | None = None
+        #: What the prefill call took besides the engine's own part, seconds.
+        self.handoff_s = 0.0
         #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.
         self.own_layers: LayerGroup | None = None
         self.is_chosen = False

@@ -92,6 +92,20 @@ class Engine:
     async def release(self, handoff: Handoff, request_id: str) -> None:
         self.leases.release(handoff)
 
+    async def warm(self, token_ids, request_id, *, cache_salt=None, **_) -> PrefillResult:
+        with self._call():
+            return PrefillResult(None, len(token_ids), await self._make(token_ids, None, cache_salt), 0.01)
+
+    async def _make(self, token_ids, adapter, salt) -> int:
+        """Returns how many tokens were cached."""
+        await self._moment("prefill")
+        known = self.cache.tokens(BlockKeys(token_ids, BLOCK, salt=salt, adapter=adapter))
+        cached = min(known, (len(token_ids) - 1) // BLOCK * BLOCK)
+        await asyncio.sleep((len(token_ids) - cached) * TOKEN_PREFILL_S)
+        await self._moment("prefilled")
+        self.cache.add(token_ids, salt, adapter)
+        return cached
+
     @contextmanager
     def _call(self):
         self.active += 1
@@ -108,10 +122,6 @@ class PrefillEngine(Engine):
             handoff = self.leases.lend(extended((), token_ids, adapter or BASE), LEASE_S)
             return PrefillResult(handoff, len(token_ids), cached, 0.01)
 
-    async def warm(self, token_ids, request_id, *, cache_salt=None, **_) -> PrefillResult:
-        with self._call():
-            return PrefillResult(None, len(token_ids), await self._make(token_ids, None, cache_salt), 0.01)
-
     async def pull(self, token_ids, lent, request_id, *, cache_salt=None) -> PrefillResult:
         with self._call():
             await self._moment("pull")
@@ -120,16 +130,6 @@ class PrefillEngine(Engine):
                 raise Internal("what was lent is not the base's KV of these tokens")
             self.cache.add(token_ids, cache_salt)
             return PrefillResult(None, len(token_ids), len(token_ids) - 1, 0.01)
-
-    async def _make(self, token_ids, adapter, salt) -> int:
-        """Returns how many tokens were cached."""
-        await self._moment("prefill")
-        known = self.cache.tokens(BlockKeys(token_ids, BLOCK, salt=salt, adapter=adapter))
-        cached = min(known, (len(token_ids) - 1) // BLOCK * BLOCK)
-        await asyncio.sleep((len(token_ids) - cached) * TOKEN_PREFILL_S)
-        await self._moment("prefilled")
-        self.cache.add(token_ids, salt, adapter)
-        return cached
 
 
 class DecodeEngine(Engine):
@@ -144,7 +144,7 @@ class DecodeEngine(Engine):
         with self._call():
             await self._moment("decode")
             decoder = request.adapter or BASE
-            kv = await self._shared(request)
+            kv, local_tokens = await self._shared(request)
             maker = BASE if self.mode.lends_responses else decoder
             kv = extended(kv, request.token_ids[len(kv) :], maker)
             for number in range(request.replay + 1, request.sampling.max_tokens + 1):
@@ -153,17 +153,16 @@ class DecodeEngine(Engine):
                 token = next_token(kv, decoder)
                 is_last = number == request.sampling.max_tokens
                 lent = self.leases.lend(kv, LEASE_S) if is_last and request.lend else None
-                yield TokenChunk([token], finish_reason="length" if is_last else None, kv_bytes=64, lent=lent)
+                reason, read = "length" if is_last else None, 64 if request.handoff else 0
+                yield TokenChunk([token], finish_reason=reason, kv_bytes=read, local_tokens=local_tokens, lent=lent)
                 kv = extended(kv, [token], maker)
 
-    async def _shared(self, request: DecodeRequest) -> KV:
-        """Read the shared prefix, after checking the handoff as an engine does."""
+    async def _shared(self, request: DecodeRequest) -> tuple[KV, int]:
+        """The shared prefix, read, and how much of it was cached; checked as an engine checks it."""
         token_ids, handoff, replay = request.token_ids, request.handoff, request.replay
         expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
         if handoff is None:
-            if expected:
-                raise Internal("a prompt of several tokens came without a handoff (R1)")
-            return ()
+            return await self._without_handoff(request, expected)
         if handoff.contract != CONTRACT:
             raise ContractMismatch("another contract")
         if handoff.tokens != expected:
@@ -176,11 +175,25 @@ class DecodeEngine(Engine):
             raise
         kv = self.leases.read(handoff)
         self.cache.add(token_ids[:expected], request.cache_salt)
-        return kv
+        return kv, 0
+
+    async def _without_handoff(self, request: DecodeRequest, expected: int) -> tuple[KV, int]:
+        if expected:
+            raise Internal("a prompt of several tokens came without a handoff (R1)")
+        return (), 0
 
     async def give_up(self, handoff: Handoff, request_id: str) -> None:
         if self._words.setdefault(request_id, "given up") == "given up":
             self.leases.release(handoff)
+
+
+class BaseDecodeEngine(DecodeEngine):
+    """One that holds the base, and makes its KV itself."""
+
+    async def _without_handoff(self, request: DecodeRequest, expected: int) -> tuple[KV, int]:
+        shared = request.token_ids[:expected]
+        cached = await self._make(shared, None, request.cache_salt) if shared else 0
+        return extended((), shared, BASE), cached
 
 
 def _now() -> float:

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from virtual_time import clock
 
 from double import arithmetic
-from double.cluster import Cluster, DecodeEngine, PrefillEngine
-from double.engines import BLOCK
+from double.cluster import Cluster
+from double.engines import BLOCK, BaseDecodeEngine, DecodeEngine, PrefillEngine
 from double.frontend import Frontend
 from prefillshare.kvshare.caller import ANONYMOUS, Caller
 from prefillshare.kvshare.config import Base, Router
@@ -31,14 +31,15 @@ from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.turns import Turns
 from prefillshare.router.turn.orchestrator import Orchestrator
 from prefillshare.router.turn.terms import Terms
+from prefillshare.router.turn.turn import Turn
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
-def deployment(replicas: int, **router) -> SimpleNamespace:
-    """The parts of a deployment that a fleet and an orchestrator read."""
+def deployment(replicas: int, in_place: bool = False, **router) -> SimpleNamespace:
+    """As much of one as a fleet and an orchestrator read. `in_place`: without a shared prefill pool."""
     pools = [
         SimpleNamespace(pool=name, sharing=SHARING[name], adapters=dict.fromkeys(names, ""), fewest_replicas=replicas)
         for name, names in ADAPTERS.items()
@@ -46,6 +47,7 @@ def deployment(replicas: int, **router) -> SimpleNamespace:
     return SimpleNamespace(
         base=Base(model="m", block_size=BLOCK, max_model_len=4096),
         decode=pools,
+        shared_prefill=None if in_place else SimpleNamespace(),
         router=Router(**{"wedged_after_s": 4, "replica_wait_s": 20} | router),
         cluster=SimpleNamespace(start_timeout_s=30),
     )
@@ -60,15 +62,17 @@ class System:
         return self.cluster.pools[self.orchestrator.decoders[decoder].pool]
 
     def prefill_of(self, decoder: str):
-        pool = self.orchestrator.decoders[decoder].pool
-        return self.cluster.pools["prefill" if get_mode(SHARING[pool]).shares_prefill else f"prefill-{pool}"]
+        return self.cluster.pools[self.orchestrator.routes[self.orchestrator.decoders[decoder].pool].makers.name]
 
     def run(
         self, decoder: str, prompt: list[int], tokens: int, caller: Caller = ANONYMOUS, **terms
     ) -> AsyncIterator[TokenChunk]:
+        return self.turn_of(decoder, prompt, tokens, caller, **terms).chunks()
+
+    def turn_of(self, decoder: str, prompt: list[int], tokens: int = 6, caller: Caller = ANONYMOUS, **terms) -> Turn:
         sampling = SimpleNamespace(max_tokens=tokens, logprobs=None, structured_outputs=None)
         call = TurnCall(decoder, prompt, sampling, f"r{next(self._numbers)}", caller, terms=Terms(**terms))
-        return self.orchestrator.turn(call).chunks()
+        return self.orchestrator.turn(call)
 
     async def turn(self, decoder: str, prompt: list[int], tokens: int = 6, **terms) -> list[int]:
         return [token async for chunk in self.run(decoder, prompt, tokens, **terms) for token in chunk.token_ids]
@@ -104,7 +108,7 @@ class SessionSystem(System):
         super().__init__(*parts)
         fleet, base, metrics = self.fleet, deployment(1).base, self.metrics
         rate = self.orchestrator.services.compute_s
-        self.eager = EagerPrefill(fleet.shared_prefill, base, metrics, limit=4, stride_tokens=16)
+        self.eager = EagerPrefill(fleet.makers, base, metrics, limit=4, stride_tokens=16)
         self.pull_back = PullBack(
             fleet.shared_prefill, base, metrics, when="always", limit=4, compute_s=lambda: rate.value
         )
@@ -132,8 +136,8 @@ class SessionSystem(System):
 
 
 @asynccontextmanager
-async def session_system(replicas: int = 2, cluster: Cluster | None = None, **router):
-    async with system(replicas, kind=SessionSystem, cluster=cluster, **router) as running:
+async def session_system(replicas: int = 2, cluster: Cluster | None = None, **settings):
+    async with system(replicas, kind=SessionSystem, cluster=cluster, **settings) as running:
         try:
             yield running
         finally:
@@ -141,21 +145,33 @@ async def session_system(replicas: int = 2, cluster: Cluster | None = None, **ro
 
 
 @asynccontextmanager
-async def system(replicas: int = 2, kind: type[System] = System, cluster: Cluster | None = None, **router):
-    """`cluster`: that of another system, whose engines both use. `router`: settings of router.* that differ from the usual."""
-    wanted = deployment(replicas, **router)
-    owned, pools = cluster is None, {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
+async def system(
+    replicas: int = 2,
+    kind: type[System] = System,
+    cluster: Cluster | None = None,
+    in_place: bool = False,
+    local_prefill: str | None = None,
+    **router,
+):
+    """`cluster`: of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`: beside
+    one, the decode engines' policy; None: they cannot. `router`: settings of router.* that are other than usual."""
+    wanted, local_prefill = deployment(replicas, in_place, **router), "auto" if in_place else local_prefill
+    owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():
-        pools[name] = (DecodeEngine, get_mode(sharing), replicas)
+        makes_base_kv = local_prefill and get_mode(sharing).base_in_place
+        pools[name] = (BaseDecodeEngine if makes_base_kv else DecodeEngine, get_mode(sharing), replicas)
         if not get_mode(sharing).shares_prefill:
             pools[f"prefill-{name}"] = (PrefillEngine, get_mode(sharing), replicas)
     cluster, metrics = cluster or Cluster(pools), Metrics(CollectorRegistry())
     with taken_from(clock):
         fleet = Fleet(BLOCK, lambda name: cluster.pools[name].handle, metrics)
         fleet._index = cluster.index
+        local = {pool: local_prefill if get_mode(SHARING[pool]).base_in_place else None for pool in ADAPTERS}
         decoders = {
-            name: Decoder(name, pool, SHARING[pool], name, "lora") for pool, names in ADAPTERS.items() for name in names
-        } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base")}
+            name: Decoder(name, pool, SHARING[pool], name, "lora", local_prefill=local[pool])
+            for pool, names in ADAPTERS.items()
+            for name in names
+        } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base", local_prefill=local["agents"])}
         try:
             routes = await fleet.adopt(wanted)
             orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, load_timeout_s=3.0)

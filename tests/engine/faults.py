@@ -20,7 +20,9 @@ def processes(running, pool: str, replica: str) -> list[psutil.Process]:
 def wait_whole(running, *pools: str):
     """Wait until all replicas that the deployment asks for are usable in these pools, or in all pools if none is named."""
     deployment = running.deployment
-    wanted = {"prefill": deployment.prefill.replicas} | {pool.pool: pool.replicas for pool in deployment.decode}
+    wanted = {pool.pool: pool.replicas for pool in deployment.decode}
+    if prefill := deployment.shared_prefill:
+        wanted["prefill"] = prefill.replicas
     looked_at = pools or tuple(wanted)
 
     def whole() -> bool:

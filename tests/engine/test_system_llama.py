@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(run
     assert computed == {"a": shared, "b": shared % BLOCK, "coder": shared % BLOCK, "c": own, "d": own, "solo": own}
 
 
-def together(oracle: Oracle, running: System, names: str, salt: int, max_tokens: int) -> list:
+def together(oracle: Oracle, running: System, names: Sequence[str], salt: int, max_tokens: int) -> list:
     """Take one checked turn per name, each in a session of its own, all at once."""
     for name in set(names):
         oracle.decoder(name)
@@ -90,9 +91,16 @@ def together(oracle: Oracle, running: System, names: str, salt: int, max_tokens:
 
 
 def test_preempted_turns_are_resumed_exactly_over_grpc(running, oracle):
-    turns = together(oracle, running, "ababa", salt=60, max_tokens=120)
+    turns = together(oracle, running, ["coder"] * 5, salt=60, max_tokens=120)
     assert sum(turn.usage.resumes for turn in turns) >= 1
     assert all(turn.usage.completion_tokens == 120 for turn in turns)
+
+
+def test_an_engine_that_holds_the_base_computes_preempted_turns_again_itself(running, oracle):
+    before = running.stats()["agents"]["preemptions"]
+    turns = together(oracle, running, "ababa", salt=70, max_tokens=120)
+    assert running.stats()["agents"]["preemptions"] > before
+    assert [turn.usage.resumes for turn in turns] == [0] * 5
 
 
 def test_a_per_model_engine_recomputes_a_preempted_request_itself(running, oracle):

@@ -16,7 +16,33 @@ from prefillshare.kvshare.errors import Unavailable
 NAMES = ("a", "b")
 
 
-@pytest.mark.parametrize("mode", [name for name in systems.SYSTEMS if name != "vllm"])
+@pytest.mark.parametrize("name", systems.UNIFIED)
+def test_one_engine_gets_all_of_the_memory_and_both_cores(tmp_path, name):
+    adapters = {name: tmp_path / name for name in NAMES}
+    for folder in adapters.values():
+        folder.mkdir()
+    tree = systems.unified_deployment(systems.UNIFIED[name], tmp_path, adapters, systems.Budget(kv_gib=1.5))
+    (pool,) = tree.decode
+    assert tree.shared_prefill is None
+    assert (pool.replicas, pool.kv_cache_gib, pool.cpu_cores, list(pool.adapters)) == (1, 1.5, "0-1", list(NAMES))
+
+
+def test_the_headline_compares_one_engine_with_one_of_stock_vllm():
+    def figures(turns_per_s: float, p95: float) -> dict:
+        return {"turns_per_s": {"value": turns_per_s}, "session_s_p95": {"value": p95}}
+
+    names = ("react, 2 models, 6 at once", "react, 4 models, 2 at once", "low-sharing, 4 models, 6 at once")
+    found = {
+        "vllm": {"experiments": {name: figures(1.0, 8.0) for name in names}},
+        "unified-icarus": {"experiments": {name: figures(1.5, 4.0) for name in names}},
+    }
+    assert report.unified_vs_vllm(found) == {
+        "throughput": {"react-2": {"icarus": 1.5}, "low-sharing": {"icarus": 1.5}},
+        "p95": {"react-2": {"icarus": 2.0}, "low-sharing": {"icarus": 2.0}},
+    }
+
+
+@pytest.mark.parametrize("mode", [name for name in systems.SYSTEMS if name not in {"vllm", *systems.UNIFIED}])
 def test_every_mode_gets_the_same_memory_and_cores(tmp_path, mode):
     adapters = {name: tmp_path / name for name in NAMES}
     for folder in adapters.values():

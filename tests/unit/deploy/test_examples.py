@@ -136,11 +136,11 @@ def test_figures_in_the_comments_are_right(load):
     assert 32768 * large == 4 * 2**30
 
 
-def test_engines_on_one_gpu_fit_on_it(load):
+def test_one_gpu_is_one_engine(load):
     gpu = load(FOLDER / "one_gpu.yaml")
-    engines = (gpu.prefill, gpu.decode[0])
-    assert sum(e.replicas * e.gpu_share for e in engines) == 1
-    assert sum(e.engine_args["gpu_memory_utilization"] for e in engines) < 1
+    assert gpu.shared_prefill is None
+    assert [e.replicas * e.gpu_share for e in gpu.decode] == [1]
+    assert gpu.decode[0].kv_cache_gib + 15 < 0.9 * 80e9 / 2**30
 
 
 def test_the_droidspeak_adapter_has_a_profile_of_its_own_weights_and_is_exact_with_few_layers(load):

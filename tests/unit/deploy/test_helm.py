@@ -101,12 +101,12 @@ def test_every_replica_finds_a_group_that_offers_what_it_takes(example):
     started = [group["rayStartParams"]["resources"] for group in (head, *workers)]
     offered = {name for resources in started for name in json.loads(json.loads(resources))}
     deployment = Deployment.model_validate(values["deployment"])
-    taken = [deployment.router.resources, deployment.prefill.resources, *(pool.resources for pool in deployment.decode)]
+    engines = [*filter(None, [deployment.shared_prefill]), *deployment.decode]
+    taken = [deployment.router.resources, *(part.resources for part in engines)]
     assert all(taken)
     assert {name for resources in taken for name in resources} <= offered
     gpus = sum(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0) * group["replicas"]
                for group in workers)  # fmt: skip
-    engines = [deployment.prefill, *deployment.decode]
     assert gpus >= sum(e.replicas * e.tensor_parallel_size * e.gpu_share for e in engines)
 
 
@@ -317,7 +317,7 @@ def test_a_change_of_the_deployment_changes_no_pod():
     """KubeRay would make a second cluster for it; Ray Serve is told by the arguments of its application."""
     values = values_of(CHART / "examples/one-gpu.yaml")
     before = rendered(values)
-    values["deployment"]["prefill"]["kv_cache_gib"] = 20
+    values["deployment"]["decode"][0]["kv_cache_gib"] = 40
     after = rendered(values)
     assert pods(before) == pods(after)
     (old,), (new,) = of_kind(before, "RayService"), of_kind(after, "RayService")
@@ -353,9 +353,9 @@ def test_further_objects_are_rendered():
     (("deployment", "decode"), [{"pool": "a", "resources": {"decoed": 1}}], "decode.0.resources: no group offers decoed"),
     (("deployment", "base", "model"), "models/llama", "deployment.base.model: .* like /models/base"),
     (("deployment", "router", "http_port"), 8080, "port 8080 is that of the metrics"),
-    (("deployment", "prefill", "replicas"), 9, "deployment: its engines take 5 GPUs, but the groups have 1"),
-    (("deployment", "prefill", "resources"), {"gpu": 0.995}, "decode.0: with its replicas, 1.005 gpu .* groups offer 1"),
-    (("deployment", "prefill", "resources"), {"gpu": 2}, "prefill: a replica takes 2 gpu .* no pod of a group has them"),
+    (("deployment", "prefill", "replicas"), 9, "deployment: its engines take 10 GPUs, but the groups have 1"),
+    (("deployment", "prefill"), {"resources": {"gpu": 0.995}}, "decode.0: with its replicas, 1.005 gpu .* groups offer 1"),
+    (("deployment", "prefill"), {"resources": {"gpu": 2}}, "prefill: a replica takes 2 gpu .* no pod of a group has them"),
     (("workers", "gpu", "minReplicas"), 2, "workers.gpu: minReplicas <= replicas <= maxReplicas"),
     (("head", "rayResources"), {"router": 0.5}, "rayResources"),
     (("models", "existingClaim"), "", "models: give one of existingClaim, hostPath and download"),

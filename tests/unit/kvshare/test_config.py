@@ -43,7 +43,7 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
     deployment = config.parse(plain)
     assert deployment.base.name == "base"
     assert (deployment.base.dtype, deployment.base.max_model_len, deployment.base.block_size) == ("bfloat16", 4096, 32)
-    assert (deployment.prefill.replicas, deployment.prefill.kv_cache_gib, deployment.prefill.cpu_cores) == (1, 1.0, None)
+    assert (deployment.prefill, deployment.shared_prefill) == (None, None)  # the adapter pool makes base KV itself
     pool = deployment.decode[0]
     assert (pool.sharing, pool.max_lora_rank, pool.max_loras) == ("prefillshare", 16, 8)
     assert (pool.serve_base, pool.engine_args) == (True, {})
@@ -53,7 +53,6 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
     assert (router.replicas, router.redis_url, router.redis_password_env) == (1, None, None)
     assert deployment.cluster.address is None
     assert deployment.cluster.kv_lease_s == 60
-    assert deployment.shares_prefill
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,6 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ),
         # Wrong types.
         ("base", 3, "base: should be a mapping, got 3"),
-        ("prefill", None, "prefill: should be a mapping, got nothing"),
         ("decode", {"pool": "a"}, "decode: should be a list, got a mapping"),
         ("decode", [], "decode: should have at least one entry, got []"),
         ("base/model", ["a"], "base.model: Input should be a valid string, got a list"),
@@ -84,7 +82,7 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         # Out of range.
         ("base/max_model_len", 15, "base.max_model_len: Input should be greater than or equal to 16, got 15"),
         ("base/block_size", 0, "base.block_size: Input should be greater than or equal to 1, got 0"),
-        ("prefill/replicas", 0, "prefill.replicas: Input should be greater than or equal to 1, got 0"),
+        ("prefill/replicas", -1, "prefill.replicas: Input should be greater than or equal to 0, got -1"),
         ("prefill/kv_cache_gib", 0, "prefill.kv_cache_gib: Input should be greater than 0, got 0"),
         ("prefill/kv_cache_gib", float("inf"), "prefill.kv_cache_gib: Input should be a finite number, got inf"),
         ("prefill/cpu_cores", "0-", "got '0-'"),
@@ -364,7 +362,33 @@ def test_own_prefill_defaults_to_one_engine_of_the_pools_sizes(plain):
     deployment = config.parse(plain)
     own = deployment.decode[0].own_prefill()
     assert (own.replicas, own.kv_cache_gib, own.max_num_seqs) == (1, 2.5, 7)
-    assert not deployment.shares_prefill
+    assert deployment.shared_prefill is None
+
+
+@pytest.mark.parametrize("sharing", ["prefillshare", "icarus"])
+@pytest.mark.parametrize(("prefill", "replicas"), [(None, None), ({"replicas": 0}, None), ({}, 1), ({"replicas": 2}, 2)])
+def test_adapter_pools_do_without_a_prefill_pool_unless_one_is_asked_for(plain, sharing, prefill, replicas):
+    plain["decode"][0]["sharing"] = sharing
+    if prefill is not None:
+        plain["prefill"] = prefill
+    shared = config.parse(plain).shared_prefill
+    assert (shared.replicas if shared else None) == replicas
+
+
+@pytest.mark.parametrize("other", [{"pool": "full"}, {"pool": "partial", "sharing": "droidspeak"}])
+def test_pools_that_cannot_make_base_kv_need_a_prefill_pool(plain, other):
+    (folder,) = plain["decode"][0]["adapters"].values()
+    what = {"adapters": {"another": folder}} if "sharing" in other else {"model": plain["base"]["model"]}
+    plain["decode"].append(other | what)
+    assert config.parse(plain).shared_prefill.replicas == 1  # unset: there is one
+    error = refusal(put(plain, "prefill", {"replicas": 0}))
+    assert str(error).startswith(f"prefill.replicas: 0 leaves nobody to make the KV of pool '{other['pool']}'; only adapter")
+    assert "Set it to 1" in str(error)
+
+
+def test_a_pool_with_prefill_engines_of_its_own_needs_no_shared_ones(plain):
+    plain["decode"][0] |= {"sharing": "none"}
+    assert config.parse(put(plain, "prefill", {"replicas": 0})).shared_prefill is None
 
 
 def test_own_prefill_can_be_given(plain):

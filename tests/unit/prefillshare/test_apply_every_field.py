@@ -116,6 +116,8 @@ OTHER = {
     "prefill": POOL,
     "decode": POOL | {
         "adapters": {},
+        "local_prefill": "auto",
+        "inter_token_objective_s": 0.1,
         "max_lora_rank": 32,
         "max_loras": 16,
         "serve_base": False,
@@ -244,6 +246,17 @@ def test_what_runs_after_apply_is_what_the_file_says_and_stays_so(served, deploy
     assert bool(set(started) - {"router"}) == change.replaces_engines
     served.everything_dies()
     is_what_the_file_says(served, after)
+
+
+@pytest.mark.parametrize(("replicas", "wanted"), [(0, 1), (1, 0)])
+def test_a_prefill_pool_comes_and_goes_while_decode_engines_and_routers_stay(served, deploy, replicas, wanted):
+    before, after = deploy("prefill", "replicas", replicas), deploy("prefill", "replicas", wanted)
+    served.deploy(app.build(before))
+    starts = len(served.starts)
+    applying.apply(after)
+    is_what_the_file_says(served, after)
+    assert set(served.starts[starts:]) <= {"prefill"}
+    assert ("prefill" in served.running) is bool(wanted)
 
 
 REFUSALS = [(section, field) for section, names in REFUSED.items() for field in names or ("name", "block_size")]

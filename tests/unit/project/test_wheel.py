@@ -74,7 +74,7 @@ def test_commands_that_need_one_say_what_to_install(python):
 
 def test_a_file_is_checked_without_them_as_far_as_it_goes(python, tmp_path):
     file = tmp_path / "deployment.yaml"
-    file.write_text(command(python, "examples", "demo").stdout.replace("replicas: 1", "replicas: 0"))
+    file.write_text(command(python, "examples", "demo").stdout.replace("replicas: 1", "replicas: -1"))
     done = command(python, "check", str(file))
     assert (done.returncode, done.stderr.startswith("error: prefill.replicas:")) == (2, True)
 

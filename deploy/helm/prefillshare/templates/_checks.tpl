@@ -47,9 +47,12 @@ of its own, which are not counted. */ -}}
 {{- end }}
 
 {{- $takers := list (dict "place" "router" "part" .Values.deployment.router "gpus" false) }}
+{{- /* Without `prefill` there is a pool where some pool needs it: one of full weights, or of mode droidspeak. */ -}}
+{{- $given := kindIs "map" .Values.deployment.prefill }}
 {{- range $number, $pool := .Values.deployment.decode }}
 {{- $takers = append $takers (dict "place" (printf "decode.%d" $number) "part" $pool "gpus" true) }}
-{{- if ne (get $pool "sharing" | default "prefillshare") "none" }}
+{{- $sharing := get $pool "sharing" | default "prefillshare" }}
+{{- if and (ne $sharing "none") (or $given (eq $sharing "droidspeak") (get $pool "model")) }}
 {{- $takers = prepend $takers (dict "place" "prefill" "part" ($.Values.deployment.prefill | default dict) "gpus" true) }}
 {{- end }}
 {{- end }}
@@ -58,7 +61,7 @@ of its own, which are not counted. */ -}}
 {{- $gpusTaken := 0.0 }}
 {{- range $taker := uniq $takers }}
 {{- $part := $taker.part }}
-{{- $replicas := get $part "replicas" | default 1 }}
+{{- $replicas := ternary (get $part "replicas") 1 (hasKey $part "replicas") }}
 {{- with get $part "autoscale" }}{{ $replicas = .max_replicas }}{{ end }}
 {{- $gpus := ternary (mulf (get $part "tensor_parallel_size" | default 1) (get $part "gpu_share" | default 1.0)) 0.0 $taker.gpus }}
 {{- $gpusTaken = addf $gpusTaken (mulf $replicas $gpus) }}

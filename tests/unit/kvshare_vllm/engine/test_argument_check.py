@@ -32,7 +32,8 @@ def deployment(model, adapter):
         {"pool": "alone", "adapters": {"b": str(adapter("b"))}, "sharing": "none"},
         {"pool": "apart", "adapters": {"c": str(adapter("c"))}, "sharing": "none", "prefill": {}, "max_loras": 2},
     ]
-    return config.parse({"base": {"model": str(base), "max_model_len": 64, "tool_call_parser": "x"}, "decode": pools})
+    base = {"model": str(base), "max_model_len": 64, "tool_call_parser": "x"}
+    return config.parse({"base": base, "prefill": {}, "decode": pools})
 
 
 def test_every_engine_has_its_field(deployment):

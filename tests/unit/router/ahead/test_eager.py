@@ -45,7 +45,7 @@ async def pool():
 
 @pytest.fixture
 async def eager(pool, metrics):
-    eager = EagerPrefill(lambda: pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager = EagerPrefill(lambda of: pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
     yield eager
     await eager.stop()
 
@@ -65,7 +65,7 @@ def outcomes(metrics):
 
 
 async def test_the_whole_context_is_asked_for_at_the_end_at_the_lowest_priority(eager, pool, metrics):
-    eager.grew("s", 150, context(150), "salt", ended=True)
+    eager.grew("s", 150, context(150), "salt", "agents", ended=True)
     await settle()
     pool.finish.set()
     await settle()
@@ -77,7 +77,7 @@ async def test_the_whole_context_is_asked_for_at_the_end_at_the_lowest_priority(
 async def test_a_long_response_is_asked_for_stride_by_stride_while_it_streams(eager, pool):
     pool.finish.set()
     for tokens in range(500, 801):
-        eager.grew("s", tokens, context(tokens), None, ended=False)
+        eager.grew("s", tokens, context(tokens), None, "agents", ended=False)
         await settle()
     assert [tokens for tokens, *_ in pool.asked] == [600, 700, 800]
 
@@ -85,13 +85,13 @@ async def test_a_long_response_is_asked_for_stride_by_stride_while_it_streams(ea
 async def test_much_that_is_missing_is_made_step_by_step(eager, pool):
     pool.missing = 250
     pool.finish.set()
-    eager.grew("s", 400, context(400), None, ended=True)
+    eager.grew("s", 400, context(400), None, "agents", ended=True)
     await settle()
     assert [tokens for tokens, *_ in pool.asked] == [250, 350, 400]
 
 
 async def test_the_next_turn_cancels_what_still_runs(eager, pool, metrics):
-    eager.grew("s", 150, context(150), None, ended=True)
+    eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     eager.cancel("s")
     await settle()
@@ -101,20 +101,20 @@ async def test_the_next_turn_cancels_what_still_runs(eager, pool, metrics):
 
 async def test_more_sessions_than_the_limit_are_dropped_and_counted(eager, pool, metrics):
     for session in "abcd":
-        eager.grew(session, 150, context(150), None, ended=True)
+        eager.grew(session, 150, context(150), None, "agents", ended=True)
     await settle()
     assert len(pool.asked) == 2
     assert outcomes(metrics) == {"dropped": 2}
     pool.finish.set()
     await settle()
-    eager.grew("e", 150, context(150), None, ended=True)
+    eager.grew("e", 150, context(150), None, "agents", ended=True)
     await settle()
     assert len(pool.asked) == 3
 
 
 async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, metrics):
     pool.missing = BLOCK - 1
-    eager.grew("s", 150, context(150), None, ended=True)
+    eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     assert pool.asked == []
     assert outcomes(metrics) == {"needless": 1}
@@ -122,11 +122,11 @@ async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, me
 
 async def test_a_context_that_fills_the_models_length_is_left_alone(pool, metrics):
     base = Base(model="m", block_size=BLOCK, max_model_len=150)
-    eager = EagerPrefill(lambda: pool, base, metrics, limit=2, stride_tokens=100)
-    eager.grew("s", 150, context(150), None, ended=True)
+    eager = EagerPrefill(lambda of: pool, base, metrics, limit=2, stride_tokens=100)
+    eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     assert (pool.asked, outcomes(metrics)) == ([], {"needless": 1})
-    eager.grew("s", 149, context(149), None, ended=True)
+    eager.grew("s", 149, context(149), None, "agents", ended=True)
     await settle()
     assert [tokens for tokens, *_ in pool.asked] == [149]
     await eager.stop()
@@ -136,19 +136,20 @@ async def test_the_pool_is_the_one_that_is_there_now(metrics):
     """Pools come and go while the router runs."""
     now = []
 
-    def shared_prefill():
+    def makers(of):
+        assert of == "agents"
         if not now:
             raise Unavailable("none")
         return now[-1]
 
-    eager = EagerPrefill(shared_prefill, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
-    eager.grew("s", 150, context(150), None, ended=True)
+    eager = EagerPrefill(makers, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     assert outcomes(metrics) == {"failed": 1}
     for _ in range(2):
         now.append(Pool())
         now[-1].finish.set()
-        eager.grew("s", 150, context(150), None, ended=True)
+        eager.grew("s", 150, context(150), None, "agents", ended=True)
         await settle()
         assert [tokens for tokens, *_ in now[-1].asked] == [150]
     assert outcomes(metrics) == {"failed": 1, "done": 2}
@@ -157,7 +158,7 @@ async def test_the_pool_is_the_one_that_is_there_now(metrics):
 
 async def test_one_that_raises_is_logged_with_its_session_and_counted(eager, pool, metrics, caplog):
     pool.finish.wait = lambda: asyncio.ensure_future(_raise(ZeroDivisionError("unforeseen")))
-    eager.grew(("research", "mine"), 150, context(150), None, ended=True)
+    eager.grew(("research", "mine"), 150, context(150), None, "agents", ended=True)
     await settle()
     await settle()
     assert outcomes(metrics) == {"failed": 1}

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare.modes import modes
 from prefillshare.router.ahead.response_kv import ResponseKV
@@ -15,14 +16,18 @@ SHARING = next(mode for mode in modes() if mode.shares_prefill and not mode.lend
 PER_MODEL = next(mode for mode in modes() if not mode.shares_prefill)
 
 
+def decoder_of(mode):
+    return Decoder("planner", "agents", mode.name, "planner", "lora")
+
+
 class Recorder:
     """Eager prefill and pull-back, which do nothing but say what was asked of them."""
 
     def __init__(self):
         self.calls = []
 
-    def grew(self, session, tokens, context, salt, *, ended):
-        assert session == SESSION
+    def grew(self, session, tokens, context, salt, pool, *, ended):
+        assert (session, pool) == (SESSION, "agents")
         assert len(context()) == tokens
         self.calls.append(("ahead", tokens, salt, ended))
 
@@ -46,7 +51,7 @@ def asked():
 
 
 def take(response_kv, mode, *, salt=None, lent=None, ends=True):
-    with response_kv.of_turn(SESSION, mode, [1, 2], lendable=True) as response:
+    with response_kv.of_turn(SESSION, decoder_of(mode), [1, 2], lendable=True) as response:
         turn = SimpleNamespace(salt=salt, lent=None)
         response.turns = [turn]
         response.token_ids += [3, 4]
@@ -84,7 +89,7 @@ async def test_what_a_decode_engine_lends_is_pulled_and_prefilled_ahead_only_whe
     [([3, 4, 5], [3], 3), ([3, 4, 5], [3, 9, 9, 9], 3), ([3, 4, 5], [], 2), ([3, 4, 5], [7], 2), ([3, 4, 5], [3, 4, 5], 4)],
 )
 def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_generated(asked, generated, kept, lent):
-    with ResponseKV(asked, asked).of_turn(SESSION, LENDING, [1, 2], lendable=True) as response:
+    with ResponseKV(asked, asked).of_turn(SESSION, decoder_of(LENDING), [1, 2], lendable=True) as response:
         response.token_ids += generated
         response.turns = [SimpleNamespace(salt=None, lent=LENT)]
         response.keep(kept)
@@ -114,5 +119,5 @@ def test_a_turn_that_fails_leaves_nothing_behind(asked):
 
 
 def test_a_suffix_is_not_lent(asked):
-    with ResponseKV(pull_back=asked).of_turn(SESSION, LENDING, [1], lendable=False) as response:
+    with ResponseKV(pull_back=asked).of_turn(SESSION, decoder_of(LENDING), [1], lendable=False) as response:
         assert not response.lend

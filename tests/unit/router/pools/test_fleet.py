@@ -75,5 +75,5 @@ async def test_pools_that_nothing_draws_on_any_more_are_forgotten_the_shared_one
     await fleet.forget(without("agents", "coming", "full"))
     assert not fleet.pools
     assert [pool.closed for pool in pools.values()] == [1] * 6
-    with pytest.raises(Unavailable, match="no pool shares a prefill pool"):
+    with pytest.raises(Unavailable, match="there is no shared prefill pool"):
         fleet.shared_prefill()

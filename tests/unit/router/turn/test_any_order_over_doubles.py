@@ -3,16 +3,17 @@ the end nothing is held, neither a lease nor room nor a call.
 """
 
 import asyncio
+from typing import ClassVar
 
 from double.cluster import START_S
 from double.engines import LEASE_S
 from double.system import nothing_held, session_system
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
 from virtual_time import VirtualLoop
 
-from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
+from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
 
 DECODERS = st.sampled_from(("a", "b", "base", "s", "t", "c", "d"))
 GIVEN = st.lists(st.integers(10, 99), min_size=1, max_size=20)
@@ -20,16 +21,18 @@ POOLS = st.sampled_from(("prefill", "agents", "streams", "alone", "prefill-alone
 MOMENTS = st.sampled_from(("prefill", "prefilled", "pull", "decode", "loaded", "token 1", "token 2", "token 5"))
 FAILURES = st.sampled_from(("dies", "cannot", "drops", "hangs", "preempts", "cannot load"))
 #: What a client may get where replicas fail; any other error fails the test.
-MAY_FAIL = (Unavailable,)
+MAY_FAIL = (Unavailable, DeadlineExceeded)
 
 
 class AnyOrder(RuleBasedStateMachine):
     sessions = Bundle("sessions")
+    #: Of the system.
+    of_system: ClassVar[dict] = {}
 
     def __init__(self):
         super().__init__()
         self.runner = asyncio.Runner(loop_factory=VirtualLoop)
-        self.within = session_system()
+        self.within = session_system(**self.of_system)
         self.running = self.runner.run(self.within.__aenter__())
         #: Session -> its context, as it must be.
         self.contexts: dict[str, list[int]] = {}
@@ -76,7 +79,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(pool=POOLS, number=st.integers(0, 1), moment=MOMENTS, failure=FAILURES)
     def plan_a_failure(self, pool, number, moment, failure):
         async def plan():
-            pool_ = self.running.cluster.pools[pool]
+            pools = self.running.cluster.pools
+            pool_ = pools.get(pool, pools["agents"])
             replica = list(pool_.replicas.values())[number % len(pool_.replicas)]
             replica.planned[moment] = {
                 "dies": lambda: pool_.kill(replica.name),
@@ -130,7 +134,22 @@ class AnyOrder(RuleBasedStateMachine):
         self.runner.close()
 
 
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+class AnyOrderInPlace(AnyOrder):
+    of_system: ClassVar[dict] = {"in_place": True}
+
+
+class AnyOrderEitherWay(AnyOrder):
+    of_system: ClassVar[dict] = {"local_prefill": "auto"}
+
+
+TestAnyOrder, TestAnyOrderInPlace, TestAnyOrderEitherWay = (
+    machine.TestCase for machine in (AnyOrder, AnyOrderInPlace, AnyOrderEitherWay)
+)
+TestAnyOrder.settings = TestAnyOrderInPlace.settings = TestAnyOrderEitherWay.settings = settings(
+    max_examples=10,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # looking for a smaller case would take minutes
+    suppress_health_check=list(HealthCheck),
 )

@@ -1,0 +1,146 @@
+"""A deployment without a prefill pool: decode engines make the base's KV themselves, exactly; and one comes and goes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import System, ids, system, wait_until
+from faults import disturbed, kill_busy, wait_whole
+from oracle import Oracle
+
+from prefillshare.apply import apply
+from prefillshare.kvshare.config import parse
+from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.tiny_models import make_base
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+MAX_LEN = 512
+#: 24 usable blocks of this model's KV in each engine.
+SMALL_GIB = 25 * BLOCK * 4 * 2 * 2 * 32 * 4 / 2**30
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, smollm):
+    folder = tmp_path_factory.mktemp("one-engine")
+    base = make_base("llama", folder / "base", smollm)
+    modules = ("q_proj", "o_proj", "up_proj")  # such as both modes serve
+    made = make_seeded_adapters(base, folder / "adapters", ("a", "b", "s", "t"), modules=modules)
+    adapters = {name: str(path) for name, path in made.items()}
+    size = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8}
+    with system(
+        {
+            "base": {"model": str(base), "dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK},
+            "prefill": {"replicas": 0},
+            "decode": [
+                {"pool": "agents", "replicas": 2, "cpu_cores": "0", "adapters": {n: adapters[n] for n in "ab"}, **size},
+                {"pool": "streams", "sharing": "icarus", "cpu_cores": "1", "adapters": {n: adapters[n] for n in "st"}, **size},
+            ],
+            "router": {"wedged_after_s": 10, "expected_output_tokens": 1},
+        }
+    ) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    return Oracle(running.deployment)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_held_after(running):
+    yield
+    wait_until(lambda: not running.held(), 30)
+
+
+@pytest.mark.parametrize("tokens", [2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize("decoder", ["a", "s"])
+def test_prompts_around_block_boundaries_are_exact_and_move_no_kv(running, oracle, decoder, tokens):
+    turn, _ = oracle.turn(running.client.create_session(), decoder, token_ids=ids(tokens, salt=tokens), max_tokens=4)
+    usage = turn.usage
+    assert usage.prefill_choice == "here: only"
+    assert (usage.kv_bytes_transferred, usage.cached_tokens + usage.computed_tokens) == (0, tokens - 1)
+    assert usage.prefill_replica == usage.decode_replica
+
+
+def test_a_session_goes_from_decoder_to_decoder_and_finds_its_prompt_in_place(running, oracle):
+    """Eager prefill makes the response's base KV in the same pool; a decoder of another pool starts from nothing there."""
+    session = running.client.create_session(token_ids=ids(3 * BLOCK, salt=7))
+    first, prompt = oracle.turn(session, "a", token_ids=ids(5, salt=8), max_tokens=40, ignore_eos=True)
+    context = len(prompt) + len(first.token_ids)
+    done = "prefillshare_eager_prefills_total"
+    wait_until(lambda: _eager_prefills_done(running, done), 20)
+    for number, decoder in enumerate(("b", "base", "a")):
+        turn, prompt = oracle.turn(session, decoder, token_ids=ids(5, salt=9 + number), max_tokens=10, ignore_eos=True)
+        assert turn.usage.decode_replica == first.usage.decode_replica
+        if not number:
+            assert turn.usage.cached_tokens >= (context - 1) // BLOCK * BLOCK - BLOCK
+    turn, prompt = oracle.turn(session, "s", token_ids=ids(5, salt=15), max_tokens=10, ignore_eos=True)
+    assert turn.usage.cached_tokens == 0
+
+
+def _eager_prefills_done(running: System, name: str) -> bool:
+    import httpx
+
+    text = httpx.get(f"{running.http_url.removesuffix('/v1')}/metrics", timeout=30).text
+    return any(line.startswith(name + '{outcome="done"}') and not line.endswith(" 0.0") for line in text.splitlines())
+
+
+def test_a_response_of_two_streams_is_found_in_place_without_more_ado(running, oracle):
+    session = running.client.create_session(token_ids=ids(2 * BLOCK, salt=20))
+    first, prompt = oracle.turn(session, "s", token_ids=ids(5, salt=21), max_tokens=50, ignore_eos=True)
+    context = len(prompt) + len(first.token_ids)
+    second, _ = oracle.turn(session, "t", token_ids=ids(5, salt=22), max_tokens=6, ignore_eos=True)
+    assert second.usage.cached_tokens >= (context - 1) // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("names", ["ababab", "ststs"])
+def test_preempted_turns_are_computed_again_in_place(running, oracle, names):
+    pool = oracle.served[names[0]].pool
+    for name in set(names):
+        oracle.decoder(name)
+
+    def take(number: int):
+        prompt = ids(100 + number, salt=30 + number)
+        session = running.client.create_session()
+        return oracle.turn(session, names[number], token_ids=prompt, max_tokens=200, ignore_eos=True)[0]
+
+    before = running.stats()[pool]["preemptions"]
+    with ThreadPoolExecutor(len(names)) as threads:
+        turns = list(threads.map(take, range(len(names))))
+    assert running.stats()[pool]["preemptions"] > before
+    assert [turn.usage.resumes for turn in turns] == [0] * len(names)
+
+
+def test_a_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
+    wait_whole(running, "agents")
+    turn = disturbed(running, oracle, "a", ids(90, salt=40), lambda: kill_busy(running, "agents"), max_tokens=60)
+    assert turn.usage.resumes >= 1
+    assert len(turn.token_ids) == 60
+
+
+def test_a_prefill_pool_comes_and_goes_while_turns_run(running, oracle):
+    wait_whole(running)
+    before = {name: set(replicas) for name, replicas in running.info().items()}
+    plain = running.deployment.model_dump(mode="json", exclude_none=True)
+    with_pool = parse(plain | {"prefill": {"replicas": 1, "kv_cache_gib": 4 * SMALL_GIB, "cpu_cores": "1"}})
+    session = running.client.create_session(token_ids=ids(70, salt=50))
+    with ThreadPoolExecutor(1) as threads:
+        for deployment in (with_pool, parse(plain)):
+            changing = threads.submit(apply, deployment)
+            seen, salt = set(), 51
+            while not changing.done():
+                turn, _ = oracle.turn(session, "ab"[salt % 2], token_ids=ids(2, salt=salt), max_tokens=2, ignore_eos=True)
+                seen, salt = seen | {turn.usage.prefill_choice}, salt + 1
+                if turn.usage.prompt_tokens > MAX_LEN - 40:
+                    session = running.client.create_session(token_ids=ids(70, salt=salt))
+            changing.result()
+            assert seen <= {"here: only", "there: policy"}
+            turn, _ = oracle.turn(session, "a", token_ids=ids(2, salt=99), max_tokens=2, ignore_eos=True)
+            assert turn.usage.prefill_choice == ("there: policy" if deployment is with_pool else "here: only")
+            assert bool(turn.usage.kv_bytes_transferred or turn.usage.prefill_replica != turn.usage.decode_replica) is (
+                deployment is with_pool
+            )
+    assert {name: set(replicas) for name, replicas in running.info().items()} == before

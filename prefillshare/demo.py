@@ -146,7 +146,8 @@ def run(config: Path = CONFIG, max_tokens: int = 128, ca_file: Path | None = Non
     connection = client_options(deployment, ca_file)
     with startup_progress(console) as progress, running(deployment, progress):
         progress.done()
-        console.print(f"[bold]serving[/] {', '.join(names)} on one shared prefill pool")
+        where = "on one shared prefill pool" if deployment.shared_prefill else "without a prefill pool"
+        console.print(f"[bold]serving[/] {', '.join(names)} {where}")
         with Client(addresses.joined(deployment.router.host, deployment.router.grpc_port), **connection) as client:
             rows = _session(client, turns, "base" in names, max_tokens, console)
     with _busy("checking every generated token against the reference; each model computes its turns anew ...", console):

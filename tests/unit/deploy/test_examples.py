@@ -65,7 +65,7 @@ def test_there_is_one_example_per_scenario():
     names = {file.stem for file in EXAMPLES}
     assert names == {
         "demo", "per_model_baseline", "full_weights", "one_gpu", "one_prefill_four_decode_gpus", "icarus", "tenants",
-        "droidspeak",
+        "droidspeak", "demo_one_engine",
     }  # fmt: skip
 
 
@@ -95,6 +95,16 @@ def test_demo_and_baseline_differ_in_sharing_alone():
     assert own == {key: value for key, value in shared.items() if key != "replicas"}
     assert [pool.pop("sharing") for pool in (demo["decode"][0], baseline["decode"][0])] == ["prefillshare", "none"]
     assert demo == baseline
+
+
+def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
+    demo, one = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "demo_one_engine.yaml"))
+    prefill, (decode,), (engine,) = demo.pop("prefill"), demo.pop("decode"), one.pop("decode")
+    assert one.pop("prefill") == {"replicas": 0}
+    assert one == demo
+    assert engine.pop("kv_cache_gib") == prefill["kv_cache_gib"] + decode.pop("kv_cache_gib")
+    assert engine.pop("cpu_cores") == f"{prefill['cpu_cores']}-{decode.pop('cpu_cores')}"
+    assert engine == decode
 
 
 def test_tenants_are_the_demo_behind_keys(load):

@@ -31,7 +31,7 @@ from benchmarks.agents import costs, driver, experiments, report
 from benchmarks.agents.experiments import Experiment
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
-from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, Budget, Running
+from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, UNIFIED, Budget, Running
 from benchmarks.agents.workload import PATTERNS, Scale, sessions
 from benchmarks.shared.environment import revision
 from benchmarks.shared.result import write
@@ -108,7 +108,10 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--short", action="store_true", help="two experiments only")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="what is compared")
+    parser.add_argument(
+        "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at the highest load only"
+    )
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="what is compared (default: all)")
     parser.add_argument("--sessions", type=int, default=6, help="of the larger experiments")
     parser.add_argument("--repeats", type=int, default=2, help="of each experiment, with other sessions")
     parser.add_argument("--kv-gib", type=float, default=1.5, help="KV memory of a system, over all its engines")
@@ -121,13 +124,15 @@ def main() -> None:
     one.add_argument("--bursts", action="store_true", help="they arrive in bursts")
     args = parser.parse_args()
     console, budget, own = Console(stderr=True), Budget(args.kv_gib), args.trace or args.pattern
+    args.systems = args.systems or ([*UNIFIED, "vllm"] if args.one_engine else list(SYSTEMS))
     if own and not (args.trace or args.at_once or args.per_s):
         parser.error("argument --pattern: needs a load, --at-once or --per-s")
     if own:
         chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions, args.at_once, args.per_s, args.bursts,
                              args.trace)]  # fmt: skip
     else:
-        chosen = experiments.short(args.sessions) if args.short else experiments.full(args.sessions)
+        of = experiments.short if args.short else experiments.one_engine if args.one_engine else experiments.full
+        chosen = of(args.sessions)
     for experiment in chosen:
         experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
     model, found = fetch(MODEL), {}
@@ -144,7 +149,7 @@ def main() -> None:
                 kept.write_text(json.dumps(made))
             found[name] = json.loads(kept.read_text())
             progress.advance(bar)
-    name = "agents_own" if own else "agents_short" if args.short else "agents"
+    name = "agents_own" if own else "agents_short" if args.short else "agents_one_engine" if args.one_engine else "agents"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {
         "experiments": [e.name for e in chosen], "scale": asdict(Scale.named("small")), "objective": asdict(OBJECTIVE),

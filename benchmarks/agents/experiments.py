@@ -59,3 +59,11 @@ def short(count: int) -> list[Experiment]:
         Experiment("react", MODELS, count, at_once=count),
         Experiment("low-sharing", MODELS, count, at_once=count),
     ]
+
+
+def one_engine(count: int) -> list[Experiment]:
+    """Those in which one engine of ours is compared with one of stock vLLM."""
+    return [
+        *(Experiment("react", models, count, at_once=LOADS[-1]) for models in sorted((*OTHER_MODELS, MODELS))),
+        Experiment("low-sharing", MODELS, 2 * count, at_once=LOADS[-1]),
+    ]

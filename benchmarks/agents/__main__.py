@@ -11,6 +11,7 @@ machines, is from what was measured. A system's results are kept in runs/agents:
 again at the same revision with the same arguments. Results: agents.json, a report agents.md and plots in benchmarks/results/.
 The last line is JSON: ratios to the baselines; more than 1 is better.
 
+`--one-engine`: one engine of ours, without a prefill pool, against one of stock vLLM; results agents_one_engine.*.
 `--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*. Results of an experiment of
 your own: agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
 """

@@ -30,14 +30,14 @@ async def test_two_ranks_say_what_the_reference_says(tmp_path, smollm, family, m
     decode = settings_of(tmp_path, smollm, "icarus", ("a", "b"), family)
     base = model(decode.model)
     decoders = {name: PeftModel.from_pretrained(model(decode.model), path).eval() for name, path in decode.adapters.items()}
-    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1")) as engines:
+    async with started(replace(decode, tensor_parallel_size=2, cpu_cores="0|1", lease_s=60)) as engines:
         prefill, _ = engines
         context = ids(45)
         for name in ("a", None, "b"):
             tokens, logprobs, chunk, _ = await turn(engines, context, 40, name, lend=True)
+            result = await prefill.pull(context + tokens, chunk.lent, new_id())  # before its lease ends, so before all else
+            assert result.computed_tokens == 1
             want = reference.icarus(base, decoders.get(name, base), context, tokens)
             assert reference.max_abs_diff(logprobs, want) <= 1e-3
             context = context + tokens
-            result = await prefill.pull(context, chunk.lent, new_id())
-            assert result.computed_tokens == 1
         await nothing_held(*engines)

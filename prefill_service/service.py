@@ -11,8 +11,6 @@ A request's life here:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from prefillshare.kvshare.handoff import Handoff, PrefillResult
 from prefillshare.kvshare_vllm.engine.replica import EngineReplica
 
@@ -25,22 +23,6 @@ class PrefillService(EngineReplica):
         from prefillshare.kvshare_vllm.engine.engine import PrefillEngine
 
         return PrefillEngine
-
-    async def prefill(
-        self,
-        token_ids: list[int],
-        request_id: str,
-        adapter: str | None = None,
-        cache_salt: str | None = None,
-        queued_tokens: int = 0,
-        priority: int = 0,
-        trace: Mapping[str, str] | None = None,
-    ) -> PrefillResult:
-        """`queued_tokens`: tokens that the router expects to be computed, reported to all routers as this replica's load."""
-        with self._queued(queued_tokens):
-            return await self._engine.prefill(
-                token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority, trace=trace
-            )
 
     async def pull(
         self, token_ids: list[int], lent: Handoff, request_id: str, cache_salt: str | None = None

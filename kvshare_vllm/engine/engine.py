@@ -220,6 +220,24 @@ class Engine:
         finally:
             self._active -= 1
 
+    async def prefill(
+        self,
+        token_ids: list[int],
+        request_id: str,
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        trace: Mapping[str, str] | None = None,
+    ) -> PrefillResult:
+        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends. `trace`: W3C headers."""
+        ask = params.to_hold()
+        output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask, trace)
+        if not output.kv_transfer_params:
+            raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
+        handoff = self._handoff(output.kv_transfer_params, len(token_ids))
+        return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, seconds)
+
     async def warm(
         self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
     ) -> PrefillResult:
@@ -261,24 +279,6 @@ class Engine:
 
 
 class PrefillEngine(Engine):
-    async def prefill(
-        self,
-        token_ids: list[int],
-        request_id: str,
-        *,
-        adapter: str | None = None,
-        cache_salt: str | None = None,
-        priority: int = 0,
-        trace: Mapping[str, str] | None = None,
-    ) -> PrefillResult:
-        """Compute KV of all of `token_ids` and hold it for a decode engine until the lease ends. `trace`: W3C headers."""
-        ask = params.to_hold()
-        output, seconds = await self._prefill(token_ids, request_id, adapter, cache_salt, priority, ask, trace)
-        if not output.kv_transfer_params:
-            raise Internal(f"the prefill engine of pool {self.settings.pool!r} handed over nothing for {request_id}")
-        handoff = self._handoff(output.kv_transfer_params, len(token_ids))
-        return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, seconds)
-
     async def pull(
         self, token_ids: list[int], lent: Handoff, request_id: str, *, cache_salt: str | None = None
     ) -> PrefillResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -65,6 +66,22 @@ class EngineReplica(ABC):
 
     async def check_health(self) -> None:
         await self._engine.check_health()
+
+    async def prefill(
+        self,
+        token_ids: list[int],
+        request_id: str,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        queued_tokens: int = 0,
+        priority: int = 0,
+        trace: Mapping[str, str] | None = None,
+    ) -> PrefillResult:
+        """`queued_tokens`: tokens that the router expects to be computed, reported to all routers as this replica's load."""
+        with self._queued(queued_tokens):
+            return await self._engine.prefill(
+                token_ids, request_id, adapter=adapter, cache_salt=cache_salt, priority=priority, trace=trace
+            )
 
     async def warm(
         self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0

@@ -66,7 +66,10 @@ class Fleet:
             self._count(name, pool.replicas)
         for name, weight in wanted.items():
             self.pools[name].weights = weight
-        self._routes = {decode: Route(self.pools[decode], self.pools.get(prefill)) for decode, prefill in sources.items()}
+        holders = tuple(self.pools[pool.pool] for pool in deployment.decode if pool.makes_base_kv)
+        self._routes = {
+            decode: Route(self.pools[decode], self.pools.get(prefill), holders) for decode, prefill in sources.items()
+        }
         return self._routes
 
     def makers(self, decode: str) -> Pool:

@@ -90,6 +90,16 @@ class Pool:
         why = reason(chosen, candidates, self.weights)
         return Placed(self.replicas.members[chosen.replica], cached, prompt_tokens - cached, why)
 
+    def most_cached(self, prompt_tokens: int, keys: BlockKeys, without: Collection[str] = ()) -> Placed | None:
+        """The replica that holds most of a prompt, of those that may get work; None if none holds any of it."""
+        usable, overlaps = self.replicas.usable(without), self.overlaps(keys)
+        holding = [replica for replica in usable if overlaps.get(replica.id)]
+        if not holding:
+            return None
+        chosen = max(holding, key=lambda replica: (overlaps[replica.id], -replica.total_active, replica.id))
+        cached = min(overlaps[chosen.id], prompt_tokens)
+        return Placed(chosen, cached, prompt_tokens - cached, "prefix")
+
     async def _wait(self) -> None:
         try:
             async with asyncio.timeout(self._wait_s):

@@ -13,6 +13,8 @@ class Route:
 
     decode: Pool
     prefill: Pool | None
+    #: Decode pools whose engines hold the base: any of them may hand over what it has cached of a prefix.
+    holders: tuple[Pool, ...] = ()
 
     @property
     def makers(self) -> Pool:

@@ -16,6 +16,7 @@ from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.router import clock
 from prefillshare.router.pools.pool import Placed
+from prefillshare.router.turn.decider import Where
 from prefillshare.router.turn.place import calling, decode_place
 from prefillshare.router.turn.prefill import note_made
 from prefillshare.router.turn.wedging import NoToken
@@ -29,7 +30,7 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
     pool, stream, has_ended, bytes_before = turn.route.decode, None, False, turn.usage.kv_bytes
     replica = ""
     try:
-        placed = turn.here or await decode_place(turn)
+        placed = turn.choice.decode if turn.choice and turn.choice.decode else await decode_place(turn)
         replica = turn.usage.decode_replica = placed.replica.id
         turn.avoid.add(replica)
         async with calling(turn, "decode", pool, placed) as span, _silence(turn, placed) as broken:
@@ -47,8 +48,8 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
             raise Unavailable(f"request {turn.name}: the stream ended early")
     except PrefixLost as lost:
         if lost.reason is ResumeReason.KV_LOAD_FAILED:  # both are counted; a turn that goes well clears its replicas
-            if turn.source:
-                turn.route.prefill.replicas.failed(turn.source, lost.reason)
+            if source := turn.choice and turn.choice.source:
+                turn.choice.pool.replicas.failed(source, lost.reason)
             pool.replicas.failed(replica, lost.reason)
         else:
             turn.avoid.discard(replica)
@@ -60,7 +61,7 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
         if stream is not None:
             stream.cancel()
         if handoff is not None and stream is None:
-            turn.services.releases.have_released(pool, handoff, turn.name)
+            turn.services.releases.have_released(pool, handoff, turn.name, turn.choice.source)
         elif handoff is not None and has_ended and turn.is_silent:
             turn.services.releases.give_up(pool, replica, handoff, turn.name)
 
@@ -84,7 +85,11 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
 
 def _to_make(turn: Turn) -> int:
     """Tokens of the shared prefix that the decode engine is expected to compute."""
-    return max(0, len(turn.prefix.token_ids) - turn.here.cached_tokens) if turn.here else 0
+    return max(0, len(turn.prefix.token_ids) - turn.choice.placed.cached_tokens) if _is_here(turn) else 0
+
+
+def _is_here(turn: Turn) -> bool:
+    return turn.choice is not None and turn.choice.where is Where.HERE
 
 
 def _note_first(
@@ -99,10 +104,10 @@ def _note_first(
         services.counted.kv_loaded(turn.decoder.name, load_s, turn.lease_ends - called - load_s)
         read = {"prefillshare.kv_bytes": chunk.kv_bytes, "prefillshare.local_tokens": chunk.local_tokens}
         tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
-    if turn.source:
-        turn.route.prefill.replicas.succeeded(turn.source)
+    if turn.choice and turn.choice.source:
+        turn.choice.pool.replicas.succeeded(turn.choice.source)
         costs.handed_over(turn.handoff_s + elapsed - chunk.load_s, chunk.load_s, shared - chunk.local_tokens)
-    elif turn.here:
+    elif _is_here(turn):
         cached, predicted = min(chunk.local_tokens, shared), min(placed.cached_tokens, shared)
         note_made(turn, pool, usage.decode_replica, cached, predicted, elapsed)
         costs.made_here(elapsed, shared - cached, services.block_size)
@@ -119,7 +124,7 @@ async def _silence(turn: Turn, placed: Placed) -> AsyncIterator[Callable[[], boo
     If KV is read, the time is limited: if a read hangs, the turn goes on elsewhere, and the engine keeps the blocks that the
     read may still write to. If the replica makes KV, that counts as its load meanwhile."""
     limit_s = turn.services.load_timeout_s
-    scope = asyncio.timeout(None if turn.here else limit_s)
+    scope = asyncio.timeout(None if _is_here(turn) else limit_s)
     with ExitStack() as work:
         if to_make := _to_make(turn):
             work.enter_context(turn.route.decode.computing(placed, to_make, turn.prefix.keys))

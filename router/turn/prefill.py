@@ -9,7 +9,7 @@ from prefillshare.kvshare import tracing
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.router import clock
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.turn.place import calling, prefill_place
+from prefillshare.router.turn.place import calling
 
 if TYPE_CHECKING:
     from prefillshare.router.turn.turn import Turn
@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 async def prefill(turn: Turn) -> Handoff | None:
     """Returns None if nothing is shared, or if the decode engine makes the KV itself. Raises ReplicaLost, or Unavailable if no
     replica may get work."""
-    shared, keys, pool, services = turn.prefix.token_ids, turn.prefix.keys, turn.route.prefill, turn.services
-    turn.source, turn.here = "", None
+    shared, keys, services = turn.prefix.token_ids, turn.prefix.keys, turn.services
+    turn.choice = None
     if not shared:
         return None
-    turn.here, why = await services.decider.makes_it_here(turn)
-    where = "here" if turn.here else "there"
-    services.counted.decided(turn.route.decode.name, where, why)
-    turn.usage.prefill_choice = turn.usage.prefill_choice or f"{where}: {why}"
-    if turn.here:
+    choice = turn.choice = await services.decider.choose(turn)
+    services.counted.decided(turn.route.decode.name, choice.where, choice.why)
+    turn.usage.prefill_choice = turn.usage.prefill_choice or f"{choice.where}: {choice.why}"
+    if not choice.source:
         return None
-    placed = await prefill_place(turn)
-    replica = turn.source = placed.replica.id
+    pool, placed, replica = choice.pool, choice.placed, choice.source
     # An engine computes at least the last token, and so its block, again.
     predicted = min(placed.cached_tokens, (len(shared) - 1) // services.block_size * services.block_size)
     queued, started = len(shared) - predicted, clock.now()
@@ -45,12 +43,14 @@ async def prefill(turn: Turn) -> Handoff | None:
                 priority=turn.priority,
                 trace=tracing.headers(span),
             )
-            result = await services.releases.answered(call, turn.route.decode, turn.name)
+            result = await services.releases.answered(call, turn.route.decode, turn.name, replica)
         span.set_attributes({"prefillshare.prompt_tokens": len(shared), "prefillshare.cached_tokens": result.cached_tokens})
     turn.avoid.discard(replica)
     if result.handoff is not None:
         turn.lease_ends = clock.now() + result.handoff.lease_s
-    if turn.mode.shares_prefill and result.computed_tokens >= services.block_size:  # less says what a call costs
+    if pool is not turn.route.prefill:
+        services.decider.costs[pool.name].made_here(result.prefill_s, result.computed_tokens, services.block_size)
+    elif turn.mode.shares_prefill and result.computed_tokens >= services.block_size:  # less shows a call's cost
         services.compute_s.add(result.prefill_s, result.computed_tokens)
     elapsed = clock.now() - started
     turn.handoff_s = elapsed - result.prefill_s

@@ -24,7 +24,7 @@ class Releases:
     def __init__(self, metrics: Metrics):
         self._background = Background(metrics)
 
-    async def answered(self, call, decode: Pool, request_id: str) -> PrefillResult:
+    async def answered(self, call, decode: Pool, request_id: str, source: str = "") -> PrefillResult:
         """Wait for the answer of a prefill call. If the turn is cancelled meanwhile, the call is not cancelled at once: its
         answer may be on its way, and only the answer says what is leased."""
         answering = asyncio.create_task(answer(call))
@@ -32,11 +32,13 @@ class Releases:
             return await asyncio.shield(answering)
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
-                ending = self._end(call, answering, decode, request_id)
+                ending = self._end(call, answering, decode, request_id, source)
                 self._background.start("handoff_release", ending, request=request_id)
             raise
 
-    async def _end(self, call, answering: asyncio.Task[PrefillResult], decode: Pool, request_id: str) -> None:
+    async def _end(
+        self, call, answering: asyncio.Task[PrefillResult], decode: Pool, request_id: str, source: str
+    ) -> None:
         await asyncio.wait({answering}, timeout=LAST_WORD_S)
         if not answering.done():
             call.cancel()  # its answer may be on the way by now
@@ -44,12 +46,14 @@ class Releases:
         answering.cancel()
         await asyncio.wait({answering})
         if not answering.cancelled() and not answering.exception() and (handoff := answering.result().handoff):
-            self.have_released(decode, handoff, request_id)
+            self.have_released(decode, handoff, request_id, source)
 
-    def have_released(self, decode: Pool, handoff: Handoff, request_id: str) -> None:
-        """Have any decode replica say that nobody will read the handoff. If none can, the lease ends by itself."""
-        if usable := decode.replicas.usable():
-            self._tell(decode.replicas.on(usable[0].id).release, handoff, request_id)
+    def have_released(self, decode: Pool, handoff: Handoff, request_id: str, source: str = "") -> None:
+        """Have any decode replica, but not the `source` itself, say that nobody will read the handoff. If none can, the lease ends
+        by itself."""
+        others = [replica.id for replica in decode.replicas.usable() if replica.id != source]
+        if others:
+            self._tell(decode.replicas.on(others[0]).release, handoff, request_id)
 
     def give_up(self, decode: Pool, replica: str, handoff: Handoff, request_id: str) -> None:
         """Tell a decode replica that a turn has ended while its call there was under way; it may or may not have arrived."""

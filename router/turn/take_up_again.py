@@ -39,8 +39,8 @@ async def take_up_again(turn: Turn, lost: PrefixLost | ReplicaLost) -> None:
         raise Unavailable(f"request {request_id} failed on {turn.failures} replicas; the last: {lost}") from lost
     told = {"request_id": request_id, "decoder": decoder, "reason": lost.reason.value}
     logger.info("request %s resumes after %d tokens: %s", request_id, len(turn.generated), lost, extra=told)
-    if lost.reason is ResumeReason.KV_LOAD_FAILED and turn.source:
-        turn.avoid.add(turn.source)
+    if lost.reason is ResumeReason.KV_LOAD_FAILED and turn.choice:
+        turn.avoid.add(turn.choice.placed.replica.id)
     await turn.grant.readmit(len(turn.generated))
     if not preempted:
         await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (turn.failures - 1), LONGEST_PAUSE_S))

@@ -35,9 +35,9 @@ from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
-from prefillshare.router.pools.pool import Placed
 from prefillshare.router.pools.route import Route
 from prefillshare.router.turn.admit import admitted
+from prefillshare.router.turn.decider import Choice
 from prefillshare.router.turn.decode import decode
 from prefillshare.router.turn.prefill import prefill
 from prefillshare.router.turn.prefix import Prefix
@@ -69,10 +69,10 @@ class Turn:
         self.avoid: set[str] = set()
         #: The decode call under way has given no token yet.
         self.is_silent = False
-        #: Prefill replica whose KV the decode engine loads, if any, and when its lease ends, at the latest (clock.now).
-        self.source, self.lease_ends = "", math.inf
-        #: The decode replica that makes the KV itself, if one does.
-        self.here: Placed | None = None
+        #: Where the KV of the shared prefix comes from, if there is one.
+        self.choice: Choice | None = None
+        #: When the lease on it ends, at the latest (clock.now).
+        self.lease_ends = math.inf
         #: What the prefill call took besides the engine's own part, seconds.
         self.handoff_s = 0.0
         #: Layers of the prefix that the decoder computes itself; `is_chosen` once that has been decided.

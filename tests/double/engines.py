@@ -92,6 +92,12 @@ class Engine:
     async def release(self, handoff: Handoff, request_id: str) -> None:
         self.leases.release(handoff)
 
+    async def prefill(self, token_ids, request_id, *, adapter=None, cache_salt=None, **_) -> PrefillResult:
+        with self._call():
+            cached = await self._make(token_ids, adapter, cache_salt)
+            handoff = self.leases.lend(extended((), token_ids, adapter or BASE), LEASE_S)
+            return PrefillResult(handoff, len(token_ids), cached, 0.01)
+
     async def warm(self, token_ids, request_id, *, cache_salt=None, **_) -> PrefillResult:
         with self._call():
             return PrefillResult(None, len(token_ids), await self._make(token_ids, None, cache_salt), 0.01)
@@ -116,12 +122,6 @@ class Engine:
 
 
 class PrefillEngine(Engine):
-    async def prefill(self, token_ids, request_id, *, adapter=None, cache_salt=None, **_) -> PrefillResult:
-        with self._call():
-            cached = await self._make(token_ids, adapter, cache_salt)
-            handoff = self.leases.lend(extended((), token_ids, adapter or BASE), LEASE_S)
-            return PrefillResult(handoff, len(token_ids), cached, 0.01)
-
     async def pull(self, token_ids, lent, request_id, *, cache_salt=None) -> PrefillResult:
         with self._call():
             await self._moment("pull")

@@ -38,10 +38,17 @@ ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
-def deployment(replicas: int, in_place: bool = False, **router) -> SimpleNamespace:
-    """As much of one as a fleet and an orchestrator read. `in_place`: without a shared prefill pool."""
+def deployment(replicas: int, in_place: bool = False, makes_base_kv: bool = False, **router) -> SimpleNamespace:
+    """The parts of a deployment that a fleet and an orchestrator read. `in_place`: without a shared prefill pool.
+    `makes_base_kv`: decode engines that hold the base can make its KV."""
     pools = [
-        SimpleNamespace(pool=name, sharing=SHARING[name], adapters=dict.fromkeys(names, ""), fewest_replicas=replicas)
+        SimpleNamespace(
+            pool=name,
+            sharing=SHARING[name],
+            adapters=dict.fromkeys(names, ""),
+            fewest_replicas=replicas,
+            makes_base_kv=makes_base_kv and get_mode(SHARING[name]).base_in_place,
+        )
         for name, names in ADAPTERS.items()
     ]
     return SimpleNamespace(
@@ -153,9 +160,11 @@ async def system(
     local_prefill: str | None = None,
     **router,
 ):
-    """`cluster`: of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`: beside
-    one, the decode engines' policy; None: they cannot. `router`: settings of router.* that are other than usual."""
-    wanted, local_prefill = deployment(replicas, in_place, **router), "auto" if in_place else local_prefill
+    """`cluster`: that of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`:
+    the policy of decode engines that hold the base; None: they cannot make its KV beside a prefill pool. `router`: settings
+    of router.* that differ from the usual."""
+    local_prefill = local_prefill or ("never" if in_place else None)
+    wanted = deployment(replicas, in_place, local_prefill is not None, **router)
     owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():
         makes_base_kv = local_prefill and get_mode(sharing).base_in_place

@@ -9,7 +9,8 @@ from double.engines import LEASE_S
 from double.system import nothing_held, session_system, system
 from virtual_time import on_virtual_time
 
-from prefillshare.router.turn.decider import Decider, Why
+from prefillshare.router.turn.decider import Choice, Decider, Where, Why
+from prefillshare.router.turn.place import decode_place, prefill_place
 
 PROMPT = list(range(20, 57))
 
@@ -79,13 +80,18 @@ async def test_both_ways_are_measured_and_then_the_sooner_is_taken():
 
 
 class Pool:
-    def __init__(self, missing, queued=0, active=0):
-        replica = SimpleNamespace(total_queued_tokens=queued, total_active=active, id="r")
-        self.placed = SimpleNamespace(replica=replica, missing_tokens=missing, cached_tokens=0)
+    def __init__(self, missing, queued=0, active=0, name="p"):
+        self.name, replica = name, SimpleNamespace(total_queued_tokens=queued, total_active=active, id=f"{name}-1")
+        self.placed = SimpleNamespace(replica=replica, missing_tokens=missing, cached_tokens=2_000 - missing)
         self.replicas = SimpleNamespace(usable=lambda *_: [replica])
 
+    def most_cached(self, tokens, keys, without):
+        return self.placed
 
-async def decided(monkeypatch, here: Pool, there: Pool, objective=None, was_here=None, **rates) -> tuple[bool, Why]:
+
+async def decided(
+    monkeypatch, here: Pool, there: Pool | None, copy: Pool | None = None, objective=None, last=None, **rates
+) -> tuple[Where, Why]:
     """`rates`: here_s, read_s, handoff_s, compute_s."""
 
     async def place(pool):
@@ -94,45 +100,67 @@ async def decided(monkeypatch, here: Pool, there: Pool, objective=None, was_here
     monkeypatch.setattr("prefillshare.router.turn.decider.decode_place", lambda turn: place(here))
     monkeypatch.setattr("prefillshare.router.turn.decider.prefill_place", lambda turn: place(there))
     decider = Decider(lambda: 0.0)
-    decider.costs["p"].was_here = was_here
+    decider.costs["p"].last = last
     for name in ("here_s", "read_s", "handoff_s"):
         getattr(decider.costs["p"], name).add(rates.get(name, 0.0), 1)
-    decoder = SimpleNamespace(pool="p", local_prefill="auto", inter_token_objective_s=objective, step_tokens=None)
-    services = SimpleNamespace(block_size=16, compute_s=SimpleNamespace(value=rates.get("compute_s", 0.0)))
-    turn = SimpleNamespace(route=SimpleNamespace(prefill=there), decoder=decoder, services=services, avoid=set())
-    placed, why = await decider.makes_it_here(turn)
-    return placed is not None, why
+    decider.costs["q"].here_s.add(rates.get("here_s", 0.0), 1)
+    turn = SimpleNamespace(
+        route=SimpleNamespace(decode=here, prefill=there, holders=(copy,) if copy else ()),
+        decoder=SimpleNamespace(pool="p", local_prefill="auto", inter_token_objective_s=objective, step_tokens=None),
+        services=SimpleNamespace(block_size=16, compute_s=SimpleNamespace(value=rates.get("compute_s", 0.0))),
+        prefix=SimpleNamespace(token_ids=[0] * 2_000, keys=None),
+        avoid=set(),
+    )
+    choice = await decider.choose(turn)
+    return choice.where, choice.why
 
 
 RATES = {"here_s": 0.001, "compute_s": 0.001, "read_s": 0.0001, "handoff_s": 0.05}
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "is_here"),
+    ("here", "there", "where"),
     [
-        (Pool(40), Pool(40), True),  # a handoff costs more than it would save
-        (Pool(40, active=6), Pool(40), False),  # six responses would wait for it
-        (Pool(1000), Pool(0), False),  # read instead of computed
-        (Pool(1000), Pool(1000), True),  # nothing to be read sooner
-        (Pool(1000), Pool(1000, queued=9000), True),  # there is a queue
-        (Pool(1000, queued=9000), Pool(1000), False),  # here is
+        (Pool(40), Pool(40), "here"),  # a handoff costs more than it would save
+        (Pool(40, active=6), Pool(40), "there"),  # six responses would wait for it
+        (Pool(1000), Pool(0), "there"),  # read instead of computed
+        (Pool(1000), Pool(1000), "here"),  # nothing to be read sooner
+        (Pool(1000), Pool(1000, queued=9000), "here"),  # there is a queue
+        (Pool(1000, queued=9000), Pool(1000), "there"),  # here is
     ],
 )
-async def test_the_sooner_way_is_taken(monkeypatch, here, there, is_here):
-    assert await decided(monkeypatch, here, there, **RATES) == (is_here, Why.SOONER)
+async def test_the_sooner_way_is_taken(monkeypatch, here, there, where):
+    assert await decided(monkeypatch, here, there, **RATES) == (where, Why.SOONER)
 
 
-@pytest.mark.parametrize(("active", "expected"), [(0, (True, Why.SOONER)), (1, (False, Why.OBJECTIVE))])
+@pytest.mark.parametrize(
+    ("copy", "where"),
+    [
+        (Pool(0, name="q"), "copy"),  # read instead of computed
+        (Pool(0, queued=3000, name="q"), "there"),  # it has a queue
+        (Pool(600, active=9, name="q"), "there"),  # nine responses would wait for what it lacks
+        (Pool(990, name="q"), "there"),  # it has less than a block more
+    ],
+)
+async def test_the_nearest_copy_is_read_where_that_is_sooner(monkeypatch, copy, where):
+    assert await decided(monkeypatch, Pool(1000, active=3), Pool(500), copy, **RATES) == (where, Why.SOONER)
+
+
+async def test_without_a_prefill_pool_there_is_the_copy(monkeypatch):
+    assert await decided(monkeypatch, Pool(1000), None, Pool(0, name="q"), **RATES) == (Where.COPY, Why.SOONER)
+    assert await decided(monkeypatch, Pool(1000), None, None, **RATES) == (Where.HERE, Why.ONLY)
+
+
+@pytest.mark.parametrize(("active", "expected"), [(0, ("here", Why.SOONER)), (1, ("there", Why.OBJECTIVE))])
 async def test_an_objective_between_tokens_is_a_veto_where_responses_run(monkeypatch, active, expected):
     assert await decided(monkeypatch, Pool(40, active=active), Pool(40), objective=0.03, **RATES) == expected
 
 
-async def test_what_the_two_ways_take_nearly_alike_does_not_go_to_and_fro(monkeypatch):
+@pytest.mark.parametrize(("last", "missing"), [(Where.HERE, 105), (Where.THERE, 95)])
+async def test_what_the_two_ways_take_nearly_alike_does_not_go_to_and_fro(monkeypatch, last, missing):
     """A pool goes on as it did for its last turn."""
-    rates = {"here_s": 0.001, "compute_s": 0.001}
-    for was_here, missing in ((True, 105), (False, 95)):
-        is_here, _ = await decided(monkeypatch, Pool(missing), Pool(100), was_here=was_here, **rates)
-        assert is_here is was_here
+    where, _ = await decided(monkeypatch, Pool(missing), Pool(100), last=last, here_s=0.001, compute_s=0.001)
+    assert where is last
 
 
 class AtRandom(Decider):
@@ -142,25 +170,30 @@ class AtRandom(Decider):
         super().__init__()
         self.rng = random.Random(5)
 
-    async def makes_it_here(self, turn):
-        from prefillshare.router.turn.place import decode_place
+    async def choose(self, turn):
+        if not turn.decoder.local_prefill:
+            return await super().choose(turn)
+        decode, route = await decode_place(turn), turn.route
+        ways = [Choice(Where.HERE, Why.POLICY, route.decode, decode, decode)]
+        if route.prefill:
+            ways.append(Choice(Where.THERE, Why.POLICY, route.prefill, await prefill_place(turn)))
+        if copy := self._copy(turn, decode):
+            ways.append(copy)
+        return self.rng.choice(ways)
 
-        if turn.decoder.local_prefill and self.rng.random() < 0.5:
-            return await decode_place(turn), Why.POLICY
-        return None, Why.POLICY
 
-
+@pytest.mark.parametrize("in_place", [False, True])
 @on_virtual_time
-async def test_a_session_whose_turns_are_prefilled_at_random_is_exact():
-    async with session_system(local_prefill="auto") as running:
+async def test_a_session_whose_turns_are_prefilled_at_random_is_exact(in_place):
+    async with session_system(local_prefill="auto", in_place=in_place) as running:
         running.orchestrator.services.decider = AtRandom()
         await running.turns.create("s", ("token_ids", PROMPT))
         context = list(PROMPT)
-        for number in range(24):
+        for number in range(40):
             decoder, given = ("a", "b", "base", "s", "t")[number % 5], [60 + number, 61]
             said = await running.take("s", decoder, given, tokens=11)
             assert said == running.expected(decoder, [*context, *given], 11)
             context += [*given, *said]
             await asyncio.sleep(number % 3)
-        assert {where for where, _ in counted(running)} == {"here", "there"}
+        assert {where for where, _ in counted(running)} == {"here", "copy"} | (set() if in_place else {"there"})
         await nothing_held(running, leases_s=LEASE_S + 1)

@@ -49,8 +49,8 @@ class Releases:
             self.have_released(decode, handoff, request_id, source)
 
     def have_released(self, decode: Pool, handoff: Handoff, request_id: str, source: str = "") -> None:
-        """Have any decode replica, but not the `source` itself, say that nobody will read the handoff. If none can, the lease ends
-        by itself."""
+        """Have any decode replica, but not the `source` itself, say that nobody will read the handoff. If none can, the lease
+        ends by itself."""
         others = [replica.id for replica in decode.replicas.usable() if replica.id != source]
         if others:
             self._tell(decode.replicas.on(others[0]).release, handoff, request_id)

@@ -105,11 +105,10 @@ DEFINITIONS = {
         Metric(
             "prefillshare_prefills_total",
             Counter,
-            "Prefills of turns, by where they are made (here: in the decode engine; there: in a prefill pool; copy: handed over "
-            "by a decode engine that had most of it) and why (only: "
-            "there is no other way; policy: local_prefill; cached: less than a block was missing; sooner: the first token was "
-            "expected sooner so; objective: a step here would have taken too long; unavailable: no prefill replica could get "
-            "work).",
+            "Prefills of turns, by where they are made (here: in the decode engine; there: in a prefill pool; copy: in a "
+            "decode engine that had most of it) and why (only: there is no other way; policy: local_prefill; cached: less than "
+            "a block was missing; sooner: the first token was expected sooner so; objective: a step here would have taken too "
+            "long; unavailable: no prefill replica could get work).",
             ("pool", "where", "why"),
             "unavailable above 0: look at the prefill pool; objective rising: decode engines are busy, add replicas.",
         ),

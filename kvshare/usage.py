@@ -29,8 +29,8 @@ class TurnUsage:
     total_s: float = 0.0
     prefill_replica: str = ""
     decode_replica: str = ""
-    #: Where the missing KV came from and why, like "here: sooner" or "there: objective" (router/turn/decider.py); "": nothing is
-    #: shared.
+    #: Where the missing KV came from and why, like "here: sooner" or "there: objective" (router/turn/decider.py); "" if nothing
+    #: is shared.
     prefill_choice: str = ""
     #: Layers that the decoder computed itself over the prompt, like "4-9"; "": none.
     own_layers: str = ""

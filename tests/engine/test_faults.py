@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import System, ids, system, wait_until
+from conftest import ids, system, wait_until
 from faults import disturbed, kill, kill_busy, processes, wait_whole
 from oracle import Oracle
 from ray import serve
@@ -32,7 +32,7 @@ from prefillshare.kvshare.errors import ConfigError, EngineStartError, NotFound
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_held_after")]
 
 BLOCK, LEASE_S = 32, 15
 WEDGED_AFTER_S = 4
@@ -62,17 +62,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_held_after(running):
-    yield
-    wait_until(lambda: not running.held(), 30)
 
 
 def a_decode_replica_dies(running, oracle, **sampling):

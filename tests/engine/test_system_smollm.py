@@ -14,7 +14,7 @@ import openai
 import pytest
 from conftest import System, system, wait_until
 from grpc_status import rpc_status
-from oracle import TOLERANCE, Oracle
+from oracle import TOLERANCE
 from transformers import AutoTokenizer
 
 from prefillshare import demo
@@ -70,11 +70,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 @pytest.fixture(scope="module")

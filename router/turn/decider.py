@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,15 @@ class Why(StrEnum):
     SOONER = "sooner"
     OBJECTIVE = "objective"
     UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`placed`: the replica that makes the KV, a decode replica if `is_here`, else a prefill replica."""
+
+    is_here: bool
+    why: Why
+    placed: Placed
 
 
 class Costs:
@@ -81,32 +91,29 @@ class Decider:
         #: By decode pool.
         self.costs: dict[str, Costs] = defaultdict(lambda: Costs(clock))
 
-    async def makes_it_here(self, turn: Turn) -> tuple[Placed | None, Why]:
-        """(the decode replica that makes the missing KV of the turn's shared prefix, or None if the prefill pool does; the
-        reason). Raises as Pool.choose does."""
+    async def choose(self, turn: Turn) -> Choice:
+        """For a turn with a shared prefix. Raises as Pool.choose does."""
         pool, policy = turn.route.prefill, turn.decoder.local_prefill
         if policy is None:
-            return None, Why.ONLY
+            return Choice(False, Why.ONLY, await prefill_place(turn))
         if policy == "never" and pool and pool.replicas.usable():
-            return None, Why.POLICY
+            return Choice(False, Why.POLICY, await prefill_place(turn))
         here = await decode_place(turn)
         if pool is None:
-            return here, Why.ONLY
+            return Choice(True, Why.ONLY, here)
         if policy == "always":
-            return here, Why.POLICY
+            return Choice(True, Why.POLICY, here)
         if not pool.replicas.usable():
-            return here, Why.UNAVAILABLE
+            return Choice(True, Why.UNAVAILABLE, here)
         if here.missing_tokens < turn.services.block_size:
-            return here, Why.CACHED
-        costs = self.costs[turn.decoder.pool]
+            return Choice(True, Why.CACHED, here)
+        costs, there = self.costs[turn.decoder.pool], await prefill_place(turn)
         if self._would_hold_up(turn, here, costs):
-            return None, Why.OBJECTIVE
-        there = await prefill_place(turn)
+            return Choice(False, Why.OBJECTIVE, there)
         here_s = costs.here(here)
         there_s = costs.there(there, here.missing_tokens, turn.services.compute_s.value)
-        is_here = here_s <= there_s * (HYSTERESIS if costs.was_here else 1 / HYSTERESIS)
-        costs.was_here = is_here
-        return (here if is_here else None), Why.SOONER
+        costs.was_here = here_s <= there_s * (HYSTERESIS if costs.was_here else 1 / HYSTERESIS)
+        return Choice(costs.was_here, Why.SOONER, here if costs.was_here else there)
 
     def _would_hold_up(self, turn: Turn, here: Placed, costs: Costs) -> bool:
         objective, rate = turn.decoder.inter_token_objective_s, costs.here_s.value

@@ -15,7 +15,6 @@ from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.router import clock
-from prefillshare.router.pools.pool import Placed
 from prefillshare.router.turn.place import calling, decode_place
 from prefillshare.router.turn.prefill import note_made
 from prefillshare.router.turn.wedging import NoToken
@@ -32,13 +31,13 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
         placed = turn.here or await decode_place(turn)
         replica = turn.usage.decode_replica = placed.replica.id
         turn.avoid.add(replica)
-        async with calling(turn, "decode", pool, placed) as span, _silence(turn, placed) as broken:
+        async with calling(turn, "decode", pool, placed) as span, _silence(turn) as broken:
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
             called, called_ns = clock.now(), time.time_ns()
             async for chunk in stream:
                 if broken():
-                    _note_first(turn, chunk, handoff, placed, span, called, called_ns)
+                    _note_first(turn, chunk, handoff, span, called, called_ns)
                 turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
                 turn.lent = chunk.lent
                 yield chunk
@@ -88,7 +87,7 @@ def _to_make(turn: Turn) -> int:
 
 
 def _note_first(
-    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, placed: Placed, span: Span, called: float, called_ns: int
+    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, span: Span, called: float, called_ns: int
 ) -> None:
     """The first token has come: count the engines' calls as successes, and what the load or the prefill here took."""
     services, usage, pool, shared = turn.services, turn.usage, turn.route.decode, len(turn.prefix.token_ids)
@@ -103,7 +102,7 @@ def _note_first(
         turn.route.prefill.replicas.succeeded(turn.source)
         costs.handed_over(turn.handoff_s + elapsed - chunk.load_s, chunk.load_s, shared - chunk.local_tokens)
     elif turn.here:
-        cached, predicted = min(chunk.local_tokens, shared), min(placed.cached_tokens, shared)
+        cached, predicted = min(chunk.local_tokens, shared), min(turn.here.cached_tokens, shared)
         note_made(turn, pool, usage.decode_replica, cached, predicted, elapsed)
         costs.made_here(elapsed, shared - cached, services.block_size)
         span.set_attributes({"prefillshare.prompt_tokens": shared, "prefillshare.cached_tokens": cached})
@@ -112,7 +111,7 @@ def _note_first(
 
 
 @asynccontextmanager
-async def _silence(turn: Turn, placed: Placed) -> AsyncIterator[Callable[[], bool]]:
+async def _silence(turn: Turn) -> AsyncIterator[Callable[[], bool]]:
     """The time before a decode call's first token. Yields a function to be called with every chunk, which ends it and returns
     True the first time.
 
@@ -122,7 +121,7 @@ async def _silence(turn: Turn, placed: Placed) -> AsyncIterator[Callable[[], boo
     scope = asyncio.timeout(None if turn.here else limit_s)
     with ExitStack() as work:
         if to_make := _to_make(turn):
-            work.enter_context(turn.route.decode.computing(placed, to_make, turn.prefix.keys))
+            work.enter_context(turn.route.decode.computing(turn.here, to_make, turn.prefix.keys))
 
         def broken() -> bool:
             if not turn.is_silent or scope.expired():

@@ -9,7 +9,7 @@ from prefillshare.kvshare import tracing
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.router import clock
 from prefillshare.router.pools.pool import Pool
-from prefillshare.router.turn.place import calling, prefill_place
+from prefillshare.router.turn.place import calling
 
 if TYPE_CHECKING:
     from prefillshare.router.turn.turn import Turn
@@ -22,13 +22,13 @@ async def prefill(turn: Turn) -> Handoff | None:
     turn.source, turn.here = "", None
     if not shared:
         return None
-    turn.here, why = await services.decider.makes_it_here(turn)
-    where = "here" if turn.here else "there"
-    services.counted.decided(turn.route.decode.name, where, why)
-    turn.usage.prefill_choice = turn.usage.prefill_choice or f"{where}: {why}"
-    if turn.here:
+    choice = await services.decider.choose(turn)
+    where, placed = "here" if choice.is_here else "there", choice.placed
+    services.counted.decided(turn.route.decode.name, where, choice.why)
+    turn.usage.prefill_choice = turn.usage.prefill_choice or f"{where}: {choice.why}"
+    if choice.is_here:
+        turn.here = placed
         return None
-    placed = await prefill_place(turn)
     replica = turn.source = placed.replica.id
     # An engine computes at least the last token, and so its block, again.
     predicted = min(placed.cached_tokens, (len(shared) - 1) // services.block_size * services.block_size)

@@ -39,7 +39,7 @@ SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
 def deployment(replicas: int, in_place: bool = False, **router) -> SimpleNamespace:
-    """As much of one as a fleet and an orchestrator read. `in_place`: without a shared prefill pool."""
+    """The parts of a deployment that a fleet and an orchestrator read. `in_place`: without a shared prefill pool."""
     pools = [
         SimpleNamespace(pool=name, sharing=SHARING[name], adapters=dict.fromkeys(names, ""), fewest_replicas=replicas)
         for name, names in ADAPTERS.items()
@@ -153,8 +153,8 @@ async def system(
     local_prefill: str | None = None,
     **router,
 ):
-    """`cluster`: of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`: beside
-    one, the decode engines' policy; None: they cannot. `router`: settings of router.* that are other than usual."""
+    """`cluster`: that of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`:
+    the decode engines' policy beside one, or None if they cannot. `router`: settings of router.* that differ from the usual."""
     wanted, local_prefill = deployment(replicas, in_place, **router), "auto" if in_place else local_prefill
     owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():

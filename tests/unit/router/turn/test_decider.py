@@ -9,7 +9,8 @@ from double.engines import LEASE_S
 from double.system import nothing_held, session_system, system
 from virtual_time import on_virtual_time
 
-from prefillshare.router.turn.decider import Decider, Why
+from prefillshare.router.turn.decider import Choice, Decider, Why
+from prefillshare.router.turn.place import decode_place, prefill_place
 
 PROMPT = list(range(20, 57))
 
@@ -100,8 +101,9 @@ async def decided(monkeypatch, here: Pool, there: Pool, objective=None, was_here
     decoder = SimpleNamespace(pool="p", local_prefill="auto", inter_token_objective_s=objective, step_tokens=None)
     services = SimpleNamespace(block_size=16, compute_s=SimpleNamespace(value=rates.get("compute_s", 0.0)))
     turn = SimpleNamespace(route=SimpleNamespace(prefill=there), decoder=decoder, services=services, avoid=set())
-    placed, why = await decider.makes_it_here(turn)
-    return placed is not None, why
+    choice = await decider.choose(turn)
+    assert choice.placed is (here if choice.is_here else there).placed
+    return choice.is_here, choice.why
 
 
 RATES = {"here_s": 0.001, "compute_s": 0.001, "read_s": 0.0001, "handoff_s": 0.05}
@@ -142,12 +144,9 @@ class AtRandom(Decider):
         super().__init__()
         self.rng = random.Random(5)
 
-    async def makes_it_here(self, turn):
-        from prefillshare.router.turn.place import decode_place
-
-        if turn.decoder.local_prefill and self.rng.random() < 0.5:
-            return await decode_place(turn), Why.POLICY
-        return None, Why.POLICY
+    async def choose(self, turn):
+        is_here = bool(turn.decoder.local_prefill) and self.rng.random() < 0.5
+        return Choice(is_here, Why.POLICY, await (decode_place if is_here else prefill_place)(turn))
 
 
 @on_virtual_time

@@ -18,6 +18,8 @@ from prefillshare.kvshare_vllm import forkserver
 from prefillshare.kvshare_vllm.forkserver import openmp
 from prefillshare.kvshare_vllm.forkserver.passing import named
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 STAND_IN_COMMAND = (sys.executable, "-I", "-S", Path(forkserver.__file__).with_name("stand_in.py"))
 RUNTIME = Path(sys.prefix) / "lib" / openmp.RUNTIME

@@ -38,7 +38,7 @@ class Decoder:
     quality_floor: float | None = None
     #: For how many of the likeliest tokens its engines return log-probabilities, at most; or ALL.
     max_logprobs: int = VLLM_MAX_LOGPROBS
-    #: As DecodePool has it; None: its engines cannot make the base's KV.
+    #: As DecodePool.prefill_policy.
     local_prefill: str | None = None
     inter_token_objective_s: float | None = None
     #: Most tokens that one of its engines computes in a step; None: vLLM's default.
@@ -64,7 +64,7 @@ def served(deployment: Deployment, but: Collection[str] = ()) -> dict[str, Decod
         limit = pool.engine_args.get("max_logprobs", VLLM_MAX_LOGPROBS)
         of_all = {
             "max_logprobs": limit,
-            "local_prefill": pool.local_prefill if pool.makes_base_kv else None,
+            "local_prefill": pool.prefill_policy,
             "inter_token_objective_s": pool.inter_token_objective_s,
             "step_tokens": pool.max_num_batched_tokens,
         }

@@ -44,11 +44,13 @@ def apply_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
-    check_arguments(deployment)
     address = deployment.cluster.address or "auto"
-    with connected(address, deployment.router.http_port), startup_progress(console) as progress:
-        apply(deployment, progress)
-        progress.done()
+    with connected(address, deployment.router.http_port):
+        handle_to_change()
+        check_arguments(deployment)
+        with startup_progress(console) as progress:
+            apply(deployment, progress)
+            progress.done()
     console.print(f"decoders: {', '.join(decoders.served(deployment))}")
 
 
@@ -58,13 +60,7 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     No running turn is lost: engines take on additions before the router sends turns there, and drop removals after the router
     has stopped doing so. Raises ConfigError for what cannot change while it runs, or if nothing runs.
     """
-    from prefillshare.serve_config import is_from_config
-
-    handle = running_handle()
-    if is_from_config(APP):
-        raise ConfigError(
-            "the running deployment came from a config file of Ray Serve (KubeRay)", fix="change it there, by helm upgrade"
-        )
+    handle = handle_to_change()
     old = running_deployment(handle)
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
@@ -82,6 +78,18 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
         raise
     _step(fewer_engines, new, progress)
     _confirm(handle, new)
+
+
+def handle_to_change():
+    """The running application. Raises ConfigError if nothing runs, or if somebody else says what does."""
+    from prefillshare.serve_config import is_from_config
+
+    handle = running_handle()
+    if is_from_config(APP):
+        raise ConfigError(
+            "the running deployment came from a config file of Ray Serve (KubeRay)", fix="change it there, by helm upgrade"
+        )
+    return handle
 
 
 def _step(application, deployment: Deployment, progress: Progress | None) -> None:

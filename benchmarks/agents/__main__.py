@@ -108,11 +108,14 @@ def main() -> None:
         description=__doc__.split("\n\n", 1)[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--short", action="store_true", help="two experiments only")
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--short", action="store_true", help="two experiments only")
+    form.add_argument(
         "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at the highest load only"
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="what is compared (default: all)")
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=argparse.SUPPRESS, help="what is compared (default: all of the form)"
+    )
     parser.add_argument("--sessions", type=int, default=6, help="of the larger experiments")
     parser.add_argument("--repeats", type=int, default=2, help="of each experiment, with other sessions")
     parser.add_argument("--kv-gib", type=float, default=1.5, help="KV memory of a system, over all its engines")
@@ -125,15 +128,19 @@ def main() -> None:
     one.add_argument("--bursts", action="store_true", help="they arrive in bursts")
     args = parser.parse_args()
     console, budget, own = Console(stderr=True), Budget(args.kv_gib), args.trace or args.pattern
-    args.systems = args.systems or ([*UNIFIED, "vllm"] if args.one_engine else list(SYSTEMS))
+    args.systems = getattr(args, "systems", [*UNIFIED, "vllm"] if args.one_engine else list(SYSTEMS))
     if own and not (args.trace or args.at_once or args.per_s):
         parser.error("argument --pattern: needs a load, --at-once or --per-s")
     if own:
+        file = "agents_own"
         chosen = [Experiment(args.pattern or "trace", args.agents, args.sessions, args.at_once, args.per_s, args.bursts,
                              args.trace)]  # fmt: skip
+    elif args.short:
+        file, chosen = "agents_short", experiments.short(args.sessions)
+    elif args.one_engine:
+        file, chosen = "agents_one_engine", experiments.one_engine(args.sessions)
     else:
-        of = experiments.short if args.short else experiments.one_engine if args.one_engine else experiments.full
-        chosen = of(args.sessions)
+        file, chosen = "agents", experiments.full(args.sessions)
     for experiment in chosen:
         experiment.played(0, Scale.named("small"))  # a wrong trace is refused before anything is started
     model, found = fetch(MODEL), {}
@@ -150,7 +157,6 @@ def main() -> None:
                 kept.write_text(json.dumps(made))
             found[name] = json.loads(kept.read_text())
             progress.advance(bar)
-    name = "agents_own" if own else "agents_short" if args.short else "agents_one_engine" if args.one_engine else "agents"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {
         "experiments": [e.name for e in chosen], "scale": asdict(Scale.named("small")), "objective": asdict(OBJECTIVE),
@@ -161,8 +167,8 @@ def main() -> None:
     headline = report.headline(found, baselines)
     unified = report.unified_vs_vllm(found)
     headline |= {"unified_vs_vllm": unified["throughput"], "unified_vs_vllm_p95": unified["p95"]}
-    result = write("agents", console, config, headline, file=name, systems=found)
-    report.write(result, name)
+    result = write("agents", console, config, headline, file=file, systems=found)
+    report.write(result, file)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def unified_vs_vllm(systems: dict) -> dict[str, dict[str, dict[str, float]]]:
     if "vllm" not in systems:
         return found
     for experiment, other in systems["vllm"]["experiments"].items():
-        pattern, models, load = experiment.split(", ")
+        pattern, models, load = experiment.rsplit(", ", 2)  # a trace file may have any name
         if load != f"{LOADS[-1]} at once":
             continue
         workload = f"{pattern}-{models.split()[0]}" if pattern == "react" else pattern

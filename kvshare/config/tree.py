@@ -145,6 +145,10 @@ class Prefill(Engines):
     compute the base's KV of prompts themselves. Only adapter pools in the modes prefillshare and icarus can do that."""
 
 
+def _in_place() -> str:
+    return ", ".join(name for name in mode_names() if get_mode(name).base_in_place)
+
+
 class DecodePool(Engines):
     """One decode pool: either LoRA adapters on the base (`adapters`), or one model with weights of its own (`model`)."""
 
@@ -178,10 +182,10 @@ class DecodePool(Engines):
     ttft_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """Mode droidspeak only: objective for the time to first token, seconds. If a decoder has several groups, a turn takes the
     largest one with which its first token is expected within this time. Unset: always the first group."""
-    local_prefill: Annotated[Literal["auto", "always", "never"], TAKEN_OVER] = "never"
-    """For adapter pools in the modes prefillshare and icarus, in a deployment with a prefill pool: whether this pool's engines
-    compute the base's KV that a turn lacks themselves. auto: when that is expected to cost all turns less time than a handoff
-    from the prefill pool; never: only while no prefill replica can get work."""
+    local_prefill: Annotated[Literal["auto", "always", "never"] | None, TAKEN_OVER] = None
+    """For adapter pools in the modes prefillshare and icarus: whether this pool's engines compute the base's KV that a turn
+    lacks themselves. auto: when that is expected to cost all turns less time than getting it from the prefill pool, or from
+    another engine that has it; never: only while no prefill replica can get work. Unset: auto."""
     inter_token_objective_s: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """With local_prefill auto: objective for the time between two tokens of a response, seconds. A prompt that would make a
     step of the engine take longer, while responses run there, goes to the prefill pool. Unset: only expected delays count."""
@@ -239,11 +243,21 @@ class DecodePool(Engines):
             raise ValueError(f"`name` ({self.name}) goes with `model`; adapters are named by their keys, so remove it")
         if self.model and not get_mode(self.sharing).full_weights:
             raise ValueError(f"sharing mode {self.sharing} serves adapters only; make `model` an adapter or change the mode")
+        for field in ("local_prefill", "inter_token_objective_s"):
+            if getattr(self, field) is not None and not self.makes_base_kv:
+                raise ValueError(f"`{field}` is for adapter pools in modes {_in_place()}; remove it")
+        if self.inter_token_objective_s is not None and self.local_prefill in ("always", "never"):
+            raise ValueError(f"`inter_token_objective_s` is for local_prefill auto, and it is {self.local_prefill}; remove one")
         if self.prefill and get_mode(self.sharing).shares_prefill:
             raise ValueError(
                 f"`prefill` is for modes with prefill engines of their own; {self.sharing} uses the shared pool, so remove it"
             )
         return self
+
+    @property
+    def prefill_policy(self) -> str | None:
+        """As `local_prefill`; None: its engines cannot make the base's KV."""
+        return (self.local_prefill or "auto") if self.makes_base_kv else None
 
     @property
     def makes_base_kv(self) -> bool:
@@ -341,7 +355,7 @@ class Deployment(_Node):
         if self.prefill and not self.prefill.replicas and (needed_by := self._need_prefill):
             raise ValueError(
                 f"prefill.replicas: 0 leaves nobody to make the KV of pool {needed_by[0].pool!r}; only adapter pools in modes "
-                f"{', '.join(name for name in mode_names() if get_mode(name).base_in_place)} make it themselves. Set it to 1"
+                f"{_in_place()} make it themselves. Set it to 1"
             )
         return self
 

@@ -1,6 +1,6 @@
 """AsyncLLM as the two engines of the system: one computes KV and hands it over, the other takes it and generates.
 
-Seam: vllm/v1/engine/async_llm.py, vllm/v1/metrics/loggers.py
+Seam: vllm/v1/engine/async_llm.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.engine_settings import EngineSettings
@@ -41,6 +41,7 @@ from prefillshare.kvshare.replica_info import KVEvents, ReplicaStats
 from prefillshare.kvshare_vllm.engine import array_logprobs, quick_start
 from prefillshare.kvshare_vllm.engine.adapters import Adapters
 from prefillshare.kvshare_vllm.engine.first_word import FirstWord
+from prefillshare.kvshare_vllm.engine.gauges import Gauges
 from prefillshare.kvshare_vllm.engine.launch import engine_args, kv_events_on, one_process, reserved_ports, set_environment
 from prefillshare.kvshare_vllm.engine.log_tail import LogTail
 from prefillshare.kvshare_vllm.forkserver import spare
@@ -52,38 +53,13 @@ from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 FIRST_TOKEN_S = 300.0
 
 
-class _Gauges(StatLoggerBase):
-    """Keeps the scheduler's last figures at hand."""
-
-    def __init__(self, vllm_config, engine_index: int = 0):
-        self.running = self.waiting = 0
-        self.kv_usage = 0.0
-        self.preemptions = 0
-        self.stepped_at = 0.0
-        self.nothing_held = asyncio.Event()
-        self.nothing_held.set()
-
-    def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0, **_):
-        self.stepped_at = time.monotonic()
-        if scheduler_stats is not None:
-            self.running = scheduler_stats.num_running_reqs
-            self.waiting = scheduler_stats.num_waiting_reqs
-            self.kv_usage = scheduler_stats.kv_cache_usage
-            (self.nothing_held.clear if self.kv_usage else self.nothing_held.set)()
-        if iteration_stats is not None:
-            self.preemptions += iteration_stats.num_preempted_reqs
-
-    def log_engine_initialized(self):
-        pass
-
-
 class Engine:
     """One vLLM engine. Made by `start`; `close` ends its processes. Not thread-safe: one event loop."""
 
     _probe_logprobs: int | None = None
     _probe_tokens = (0,)
 
-    def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: _Gauges, log: LogTail, kv_events: KVEvents):
+    def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: Gauges, log: LogTail, kv_events: KVEvents):
         self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
         self._llm, self._gauges, self._log = llm, gauges, log
@@ -93,10 +69,10 @@ class Engine:
     @classmethod
     async def start(cls, settings: EngineSettings, host: str = "127.0.0.1", stat_loggers: Sequence[StatLoggerFactory] = ()):
         """Start an engine whose KV side channel listens on `host`. Raises EngineStartError with the log's end."""
-        gauges: list[_Gauges] = []
+        gauges: list[Gauges] = []
 
         def make_gauges(vllm_config, engine_index=0):
-            gauges.append(_Gauges(vllm_config, engine_index))
+            gauges.append(Gauges(vllm_config, engine_index))
             return gauges[-1]
 
         log = LogTail()

@@ -53,13 +53,13 @@ class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
         super().load_model(*args, **kwargs)
         family = families.of_model(self.model_runner.get_model())
-        transfer = self.vllm_config.kv_transfer_config
-        if transfer and families.of_decode(get_mode(transfer.kv_connector_extra_config["sharing_mode"])) is not family:
-            raise RuntimeError("the engine's model is not the one its sharing mode runs")
-        family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
-        if transfer and transfer.kv_connector_extra_config["makes_base_kv"]:
+        if transfer := self.vllm_config.kv_transfer_config:
             mode = get_mode(transfer.kv_connector_extra_config["sharing_mode"])
-            family.make_base_kv(self.model_runner, mode, self.use_v2_model_runner)
+            if families.of_decode(mode) is not family:
+                raise RuntimeError("the engine's model is not the one its sharing mode runs")
+            if transfer.kv_connector_extra_config["makes_base_kv"]:
+                family.make_base_kv(self.model_runner, mode, self.use_v2_model_runner)
+        family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
         if current_platform.is_cpu():
             take_back_draws(self.model_runner)
 
@@ -101,7 +101,7 @@ def take_back_draws(runner) -> None:
     stock = runner._update_states
 
     def update_states(scheduler_output):
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:  # in place: from where it has come to
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:  # in place: it goes on from its present state
             generator = runner.requests[request_id].generator if request_id in runner.requests else None
             if isinstance(generator, ReplayGenerator):
                 generator.start = generator.get_state()

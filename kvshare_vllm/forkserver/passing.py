@@ -17,7 +17,8 @@ _MAX_FILES = 64
 
 @dataclass(frozen=True)
 class Program:
-    """What `python *argv` would be if started here and now. `files`: the numbers of the descriptors that it has."""
+    """What `python *argv` would be if started here and now. `files`: the numbers of the descriptors that it has. `namespaces`:
+    which it is in, as `_namespaces` says; `asker`: a process in them, which is alive until the program runs."""
 
     argv: list[str]
     files: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -25,6 +26,8 @@ class Program:
     folder: str = field(default_factory=os.getcwd)
     cores: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
     niceness: int = field(default_factory=lambda: os.getpriority(os.PRIO_PROCESS, 0))
+    namespaces: dict[str, int] = field(default_factory=lambda: _namespaces())
+    asker: int = field(default_factory=os.getpid)
 
     def send(self, connection: socket.socket) -> None:
         body = json.dumps(asdict(self)).encode()
@@ -40,7 +43,9 @@ class Received:
     files: list[int]
 
     def adopt(self) -> None:
-        """Give this process the program's files, environment, folder, cores and niceness. The caller runs its code."""
+        """Give this process the program's files, environment, folder, cores, niceness and namespaces. The caller runs its code.
+
+        Raises OSError if it may not enter a namespace."""
         from prefillshare.kvshare_vllm.forkserver import openmp  # the stand-in adopts nothing, and has to start at once
 
         above = max([*self.program.files, *self.files], default=0) + 1
@@ -51,6 +56,7 @@ class Received:
             os.close(file)
         os.environ.clear()
         os.environ.update(self.program.env)
+        _enter(self.program.namespaces, self.program.asker)
         os.chdir(self.program.folder)
         os.sched_setaffinity(0, self.program.cores)
         os.setpriority(os.PRIO_PROCESS, 0, self.program.niceness)
@@ -86,6 +92,24 @@ def named(path: os.PathLike | str) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{name}"
     finally:
         os.close(folder)
+
+
+def _namespaces() -> dict[str, int]:
+    """Of this process: what it sees of the network, and the mounts, because /sys lists the network's devices."""
+    return {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "mnt")}
+
+
+def _enter(namespaces: dict[str, int], process: int) -> None:
+    """Enter those of the namespaces of `process` that are not this process's own."""
+    import ctypes  # see above
+
+    ours = _namespaces()
+    files = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind, one in namespaces.items() if one != ours[kind]]
+    libc = ctypes.CDLL(None, use_errno=True) if files else None
+    for file in files:
+        if libc.setns(file, 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter a namespace of process {process}")
+        os.close(file)
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:

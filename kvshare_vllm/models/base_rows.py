@@ -1,8 +1,8 @@
-"""Base KV made by an engine that has adapters beside the base: rows of a request's shared prefix run without its adapter.
+"""Base KV made by an engine that serves adapters: the rows of a request's shared prefix run without its adapter.
 
-vLLM says per token which adapter it runs with. Of a step's rows of a request, those before the last prompt token get none
-(R1); the last prompt token and what is generated after it have the request's, and so have generated tokens that are computed
-again after a preemption. It holds for whatever part of a prompt a step computes, and beside decodes of other adapters.
+vLLM decides for each row of a step which adapter it runs with. Here, the rows of a request before its last prompt token get
+none (R1). The last prompt token and generated tokens keep the request's adapter, also when they are computed again after a
+preemption. This holds for any part of a prompt that a step computes, and beside decodes with other adapters.
 
 Seam: vllm/v1/worker/lora_model_runner_mixin.py (`set_active_loras`, V1 runner), vllm/v1/worker/gpu/lora_utils.py
 (`LoraState.make_lora_inputs`, V2 runner)
@@ -20,8 +20,8 @@ from prefillshare.kvshare.modes import SharingMode
 def without_adapter(
     mode: SharingMode, of_tokens: Sequence[int], scheduled: np.ndarray, prompts: np.ndarray, computed: np.ndarray
 ) -> tuple[int, ...]:
-    """`of_tokens`: adapter of each row, 0 for none. `scheduled`, `prompts`, `computed`: tokens of each request, in the batch's
-    order. Returns the adapters of the rows, those of shared prefixes 0."""
+    """`of_tokens`: the adapter of each row, 0 for none. `scheduled`, `prompts`, `computed`: numbers of tokens of each request,
+    in the batch's order. Returns the adapter of each row, 0 for those of shared prefixes."""
     rows = np.array(of_tokens)
     begins = np.cumsum(scheduled) - scheduled
     for place in np.flatnonzero(computed < prompts):
@@ -31,7 +31,7 @@ def without_adapter(
 
 
 class BaseRows:
-    """Put in place of how a model runner says which adapters rows have. `prompts`: requests whose prefix it has seen run."""
+    """Stands in the place where a model runner asks for its rows' adapters. `prompts` counts those it was asked about."""
 
     def __init__(self, runner, mode: SharingMode, v2: bool):
         self._runner, self._mode, self.prompts = runner, mode, 0
@@ -39,7 +39,6 @@ class BaseRows:
             self._stock = runner.lora_state.make_lora_inputs
             runner.lora_state.make_lora_inputs = self._make_lora_inputs
         else:
-            self._stock = runner.set_active_loras
             runner.set_active_loras = self._set_active_loras
 
     def _set_active_loras(self, batch, num_scheduled_tokens, num_sampled_tokens=None, *rest) -> None:

@@ -25,13 +25,13 @@ class Family:
         """From now on, a decode engine's model runner tells the model what it needs to know about each batch."""
 
     def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
-        """From now on a decode engine's rows of a shared prefix are the base's."""
+        """From now on, a decode engine computes the rows of a shared prefix as the base's."""
         from prefillshare.kvshare_vllm.models.base_rows import BaseRows
 
         runner.base_rows = BaseRows(runner, mode, v2)
 
     def check_base_kv(self, runner) -> None:
-        """After a first prompt. Raises RuntimeError if its rows have not come by `make_base_kv`'s way."""
+        """To be called after a first prompt. Raises RuntimeError if `make_base_kv` had no effect on it."""
         if not runner.base_rows.prompts:
             raise RuntimeError("rows of a shared prefix run with its adapter: vLLM no longer asks models/base_rows.py")
 
@@ -66,10 +66,10 @@ class TwoStreams(Instead):
             follow_adapters(runner)
 
     def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
-        """They are by themselves: the encoder stream is the base."""
+        """Nothing to do: the encoder stream is the base."""
 
     def check_base_kv(self, runner) -> None:
-        """By the model's structure."""
+        """Nothing to check: the model's structure ensures it."""
 
 
 class PartialLayers(Instead):

@@ -15,8 +15,6 @@ from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.router import clock
-from prefillshare.router.pools.pool import Placed
-from prefillshare.router.turn.decider import Where
 from prefillshare.router.turn.place import calling, decode_place
 from prefillshare.router.turn.prefill import note_made
 from prefillshare.router.turn.wedging import NoToken
@@ -33,13 +31,13 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
         placed = turn.choice.decode if turn.choice and turn.choice.decode else await decode_place(turn)
         replica = turn.usage.decode_replica = placed.replica.id
         turn.avoid.add(replica)
-        async with calling(turn, "decode", pool, placed) as span, _silence(turn, placed) as broken:
+        async with calling(turn, "decode", pool, placed) as span, _silence(turn) as broken:
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
             called, called_ns = clock.now(), time.time_ns()
             async for chunk in stream:
                 if broken():
-                    _note_first(turn, chunk, handoff, placed, span, called, called_ns)
+                    _note_first(turn, chunk, handoff, span, called, called_ns)
                 turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
                 turn.lent = chunk.lent
                 yield chunk
@@ -85,15 +83,11 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
 
 def _to_make(turn: Turn) -> int:
     """Tokens of the shared prefix that the decode engine is expected to compute."""
-    return max(0, len(turn.prefix.token_ids) - turn.choice.placed.cached_tokens) if _is_here(turn) else 0
-
-
-def _is_here(turn: Turn) -> bool:
-    return turn.choice is not None and turn.choice.where is Where.HERE
+    return max(0, len(turn.prefix.token_ids) - turn.here.cached_tokens) if turn.here else 0
 
 
 def _note_first(
-    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, placed: Placed, span: Span, called: float, called_ns: int
+    turn: Turn, chunk: TokenChunk, handoff: Handoff | None, span: Span, called: float, called_ns: int
 ) -> None:
     """The first token has come: count the engines' calls as successes, and what the load or the prefill here took."""
     services, usage, pool, shared = turn.services, turn.usage, turn.route.decode, len(turn.prefix.token_ids)
@@ -107,8 +101,8 @@ def _note_first(
     if turn.choice and turn.choice.source:
         turn.choice.pool.replicas.succeeded(turn.choice.source)
         costs.handed_over(turn.handoff_s + elapsed - chunk.load_s, chunk.load_s, shared - chunk.local_tokens)
-    elif _is_here(turn):
-        cached, predicted = min(chunk.local_tokens, shared), min(placed.cached_tokens, shared)
+    elif turn.here:
+        cached, predicted = min(chunk.local_tokens, shared), min(turn.here.cached_tokens, shared)
         note_made(turn, pool, usage.decode_replica, cached, predicted, elapsed)
         costs.made_here(elapsed, shared - cached, services.block_size)
         span.set_attributes({"prefillshare.prompt_tokens": shared, "prefillshare.cached_tokens": cached})
@@ -117,17 +111,17 @@ def _note_first(
 
 
 @asynccontextmanager
-async def _silence(turn: Turn, placed: Placed) -> AsyncIterator[Callable[[], bool]]:
+async def _silence(turn: Turn) -> AsyncIterator[Callable[[], bool]]:
     """The time before a decode call's first token. Yields a function to be called with every chunk, which ends it and returns
     True the first time.
 
     If KV is read, the time is limited: if a read hangs, the turn goes on elsewhere, and the engine keeps the blocks that the
     read may still write to. If the replica makes KV, that counts as its load meanwhile."""
     limit_s = turn.services.load_timeout_s
-    scope = asyncio.timeout(None if _is_here(turn) else limit_s)
+    scope = asyncio.timeout(None if turn.here else limit_s)
     with ExitStack() as work:
         if to_make := _to_make(turn):
-            work.enter_context(turn.route.decode.computing(placed, to_make, turn.prefix.keys))
+            work.enter_context(turn.route.decode.computing(turn.here, to_make, turn.prefix.keys))
 
         def broken() -> bool:
             if not turn.is_silent or scope.expired():

@@ -35,9 +35,10 @@ from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
+from prefillshare.router.pools.pool import Placed
 from prefillshare.router.pools.route import Route
 from prefillshare.router.turn.admit import admitted
-from prefillshare.router.turn.decider import Choice
+from prefillshare.router.turn.decider import Choice, Where
 from prefillshare.router.turn.decode import decode
 from prefillshare.router.turn.prefill import prefill
 from prefillshare.router.turn.prefix import Prefix
@@ -86,6 +87,11 @@ class Turn:
     def name(self) -> str:
         """This attempt's request id in engines."""
         return f"{self.call.request_id}-{self.number}"
+
+    @property
+    def here(self) -> Placed | None:
+        """The decode replica, if it is to make the KV of the shared prefix itself."""
+        return self.choice.decode if self.choice and self.choice.where is Where.HERE else None
 
     @property
     def priority(self) -> int:

@@ -158,7 +158,7 @@ class DecodeEngine(Engine):
                 kv = extended(kv, [token], maker)
 
     async def _shared(self, request: DecodeRequest) -> tuple[KV, int]:
-        """The shared prefix, read, and how much of it was cached; checked as an engine checks it."""
+        """Read the shared prefix, after checking the handoff as an engine does. Returns it, and how much of it was cached."""
         token_ids, handoff, replay = request.token_ids, request.handoff, request.replay
         expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
         if handoff is None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from oracle import Oracle
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
@@ -91,6 +92,19 @@ def system(data: dict):
     deployment = parse(data)
     with running(deployment) as handle, Client(f"127.0.0.1:{deployment.router.grpc_port}") as client:
         yield System(deployment, handle, client)
+
+
+@pytest.fixture(scope="module")
+def oracle(running: System) -> Oracle:
+    """Of the module's own system, its fixture `running`."""
+    return Oracle(running.deployment)
+
+
+@pytest.fixture
+def nothing_held_after(running: System):
+    """When a test of the module's system has ended, no request and no KV block is held for long."""
+    yield
+    wait_until(lambda: not running.held(), 30)
 
 
 def ids(n: int, salt: int = 0) -> list[int]:

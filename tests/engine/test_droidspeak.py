@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import System, ids, system, wait_until
+from conftest import ids, system, wait_until
 from faults import disturbed, kill_busy, wait_whole
-from oracle import Oracle
 
 from prefillshare.kvshare import metrics_text
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -55,11 +54,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 def test_every_decoder_is_exact_over_turns(running, oracle):

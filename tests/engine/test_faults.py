@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from conftest import System, ids, system, wait_until
+from conftest import ids, system, wait_until
 from faults import disturbed, kill, kill_busy, processes, wait_whole
 from oracle import Oracle
 from ray import serve
@@ -32,7 +32,7 @@ from prefillshare.kvshare.errors import ConfigError, EngineStartError, NotFound
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_held_after")]
 
 BLOCK, LEASE_S = 32, 15
 WEDGED_AFTER_S = 4
@@ -64,18 +64,8 @@ def running(tmp_path_factory, smollm):
         yield it
 
 
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_held_after(running):
-    yield
-    wait_until(lambda: not running.held(), 30)
-
-
-def a_decode_replica_dies(running, oracle, **sampling):
+def test_a_decode_replica_that_dies_in_the_middle_of_a_sampled_turn_loses_no_token(running, oracle):
+    sampling = {"temperature": 0.9, "seed": 11}
     wait_whole(running, "agents")
     prompt = ids(70, salt=1)
     whole = running.client.create_session().turn("a", token_ids=prompt, max_tokens=60, ignore_eos=True, **sampling)
@@ -90,10 +80,6 @@ def a_decode_replica_dies(running, oracle, **sampling):
     wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in victims), 20)
 
 
-def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
-    a_decode_replica_dies(running, oracle, temperature=0.0)
-
-
 def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_nothing_else(running, oracle):
     wait_whole(running, "prefill")
     session = running.client.create_session()
@@ -102,10 +88,6 @@ def test_a_prefill_replica_that_died_after_the_last_turn_costs_a_prefill_and_not
     second, _ = oracle.turn(session, "b", token_ids=ids(5, salt=4), max_tokens=6, ignore_eos=True)
     assert second.usage.prefill_replica != first.usage.prefill_replica
     assert second.usage.cached_tokens == 0
-
-
-def test_a_decode_replica_that_dies_in_the_middle_of_a_sampled_turn_loses_no_token(running, oracle):
-    a_decode_replica_dies(running, oracle, temperature=0.9, seed=11)
 
 
 def test_an_engine_that_dies_takes_its_replica_along_and_both_come_back(running, oracle):
@@ -196,13 +178,13 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
 
     before = counted()
     with ThreadPoolExecutor(16) as clients:
-        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(200)))
+        list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(80)))
     # Their turns have ended at once. If a prefill's answer was on its way by then, the lease of its KV expires by itself.
     wait_until(lambda: {name.rpartition(".")[2] for name in running.held()} <= {"blocks_used"}, 10)
     wait_until(lambda: not running.held(), LEASE_S + 5)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
     assert set(new) == {("prefillshare_turns_total", ("decoder", "a"), ("outcome", "cancelled"))}
-    assert new.popitem()[1] > 50  # the other clients hung up before they had a turn
+    assert new.popitem()[1] > 20  # the other clients hung up before they had a turn
 
 
 def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracle, tmp_path):

@@ -10,9 +10,8 @@ from contextlib import ExitStack
 import httpx
 import psutil
 import pytest
-from conftest import System, ids, system, wait_until
+from conftest import ids, system, wait_until
 from faults import kept_whole, processes
-from oracle import Oracle
 
 from benchmarks.faults.processes import stopped
 from prefillshare.apply import apply
@@ -50,11 +49,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 @pytest.fixture(autouse=True)

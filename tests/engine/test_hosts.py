@@ -21,6 +21,7 @@ from conftest import ids, wait_until
 from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
 
+from prefillshare import forkserver
 from prefillshare.client import Client, collect
 from prefillshare.kvshare import metrics_text
 from prefillshare.kvshare.config import parse
@@ -113,7 +114,8 @@ class Cluster:
 def start(host, folder: Path, group: dict, head: str = "") -> None:
     """Start a pod of the group."""
     first = {"port": f"{RAY_PORT}", "temp-dir": f"{folder / 'ray'}"}
-    here = {"node-ip-address": host.address, "num-cpus": "2", "object-store-memory": "100000000"}
+    labels = f"{forkserver.LABEL}={os.environ[forkserver.SETTING]}"
+    here = {"node-ip-address": host.address, "num-cpus": "2", "object-store-memory": "100000000", "labels": labels}
     command = ray_start(group, **({"address": f"{head}:{RAY_PORT}"} if head else first), **here)
     (container,) = group["template"]["spec"]["containers"]
     env = {e["name"]: e["value"] for e in container["env"] if e["name"] != "HOME"}

@@ -6,9 +6,8 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import System, system, wait_until
+from conftest import system, wait_until
 from faults import disturbed, kill_busy, wait_whole
-from oracle import Oracle
 
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
@@ -44,11 +43,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 def ids(n: int, salt: int = 0) -> list[int]:

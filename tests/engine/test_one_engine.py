@@ -8,14 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import System, ids, system, wait_until
 from faults import disturbed, kill_busy, wait_whole
-from oracle import Oracle
 
 from prefillshare.apply import apply
 from prefillshare.kvshare.config import parse
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_held_after")]
 
 BLOCK = 32
 MAX_LEN = 512
@@ -50,17 +49,6 @@ def running(tmp_path_factory, smollm):
         }
     ) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_held_after(running):
-    yield
-    wait_until(lambda: not running.held(), 30)
 
 
 @pytest.mark.parametrize("tokens", [2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import System, ids, system, wait_until
-from oracle import Oracle
+from conftest import ids, system, wait_until
 from ports import free_port
 
 from benchmarks.faults.processes import routers
@@ -47,11 +46,6 @@ def running(tmp_path_factory, smollm):
             yield it
     finally:
         redis.kill()
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 def persistent(call, timeout_s: float = 40.0):

@@ -54,11 +54,6 @@ def running(tmp_path_factory, smollm):
         yield it
 
 
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
-
-
 def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle):
     session = running.client.create_session(token_ids=ids(45))
     for number, name in enumerate(("a", "coder", "c", "b", "base", "solo", "d", "coder")):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import System, system
-from oracle import Oracle
+from conftest import system
 from test_system_llama import SMALL_GIB, deployment, ids
 
 from prefillshare.kvshare.modes import get_mode
@@ -31,11 +30,6 @@ def running(tmp_path_factory, smollm):
     }
     with system(data | {"decode": [agents, coder, streams]}) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def oracle(running: System) -> Oracle:
-    return Oracle(running.deployment)
 
 
 def test_adapters_full_weights_streams_and_base_are_exact_over_turns(running, oracle):

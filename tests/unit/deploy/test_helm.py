@@ -23,6 +23,8 @@ from redis.retry import Retry
 
 from prefillshare.kvshare.config import Deployment
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
 SPEC = importlib.util.spec_from_file_location("values_schema", ROOT / "deploy/helm/values_schema.py")
 values_schema = importlib.util.module_from_spec(SPEC)

@@ -10,6 +10,8 @@ import yaml
 
 from prefillshare.kvshare.metrics import DEFINITIONS
 
+pytestmark = pytest.mark.slow
+
 RULES = Path(__file__).parents[3] / "deploy/prometheus/rules.yaml"
 PROMTOOL = shutil.which("promtool")
 

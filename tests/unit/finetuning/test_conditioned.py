@@ -11,6 +11,8 @@ from prefillshare.finetuning import conditioned
 from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.transcripts import Example
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 

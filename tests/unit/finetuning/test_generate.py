@@ -13,6 +13,8 @@ from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.subjects import FrozenBase
 from prefillshare.kvshare.layer_group import LayerGroup
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[random.Random(n).randrange(SIZES["vocab_size"]) for _ in range(length)] for n, length in enumerate((11, 4, 1))]
 NO_TOKEN = SIZES["vocab_size"]
 

@@ -11,6 +11,8 @@ from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
 from prefillshare.finetuning.tasks.tool_calls import TESTED, parse_call
 from prefillshare.kvshare.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500}
 #: A right answer to the first question of each.
 RIGHT = {

@@ -16,6 +16,8 @@ from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"

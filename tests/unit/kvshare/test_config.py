@@ -365,32 +365,6 @@ def test_own_prefill_defaults_to_one_engine_of_the_pools_sizes(plain):
     assert deployment.shared_prefill is None
 
 
-@pytest.mark.parametrize("sharing", ["prefillshare", "icarus"])
-@pytest.mark.parametrize(("prefill", "replicas"), [(None, None), ({"replicas": 0}, None), ({}, 1), ({"replicas": 2}, 2)])
-def test_adapter_pools_do_without_a_prefill_pool_unless_one_is_asked_for(plain, sharing, prefill, replicas):
-    plain["decode"][0]["sharing"] = sharing
-    if prefill is not None:
-        plain["prefill"] = prefill
-    shared = config.parse(plain).shared_prefill
-    assert (shared.replicas if shared else None) == replicas
-
-
-@pytest.mark.parametrize("other", [{"pool": "full"}, {"pool": "partial", "sharing": "droidspeak"}])
-def test_pools_that_cannot_make_base_kv_need_a_prefill_pool(plain, other):
-    (folder,) = plain["decode"][0]["adapters"].values()
-    what = {"adapters": {"another": folder}} if "sharing" in other else {"model": plain["base"]["model"]}
-    plain["decode"].append(other | what)
-    assert config.parse(plain).shared_prefill.replicas == 1  # unset: there is one
-    error = refusal(put(plain, "prefill", {"replicas": 0}))
-    assert str(error).startswith(f"prefill.replicas: 0 leaves nobody to make the KV of pool '{other['pool']}'; only adapter")
-    assert "Set it to 1" in str(error)
-
-
-def test_a_pool_with_prefill_engines_of_its_own_needs_no_shared_ones(plain):
-    plain["decode"][0] |= {"sharing": "none"}
-    assert config.parse(put(plain, "prefill", {"replicas": 0})).shared_prefill is None
-
-
 def test_own_prefill_can_be_given(plain):
     plain["decode"][0] |= {"sharing": "none", "prefill": {"replicas": 2, "kv_cache_gib": 4}}
     own = config.parse(plain).decode[0].own_prefill()

@@ -61,9 +61,9 @@ def test_served_names_are_the_base_and_every_decoder(deploy, adapter, model, bas
     ]
     served = decoders.served(deploy(*pools))
     assert list(served) == ["base", "code", "reviewer", "planner", "tools", "math"]
-    assert served["base"] == decoders.Decoder("base", "agents", "prefillshare", None, "base", local_prefill="never")
+    assert served["base"] == decoders.Decoder("base", "agents", "prefillshare", None, "base", local_prefill="auto")
     assert served["code"] == decoders.Decoder("code", "coder", "prefillshare", None, "full")
-    assert served["tools"] == decoders.Decoder("tools", "agents", "prefillshare", "tools", "lora", local_prefill="never")
+    assert served["tools"] == decoders.Decoder("tools", "agents", "prefillshare", "tools", "lora", local_prefill="auto")
     assert served["math"] == decoders.Decoder("math", "baseline", "none", "math", "lora")
 
 

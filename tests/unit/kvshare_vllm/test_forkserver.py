@@ -11,14 +11,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hosts import Hosts, why_not
 
 from prefillshare.forkserver import start
 from prefillshare.kvshare_vllm import forkserver
 from prefillshare.kvshare_vllm.forkserver import openmp
 from prefillshare.kvshare_vllm.forkserver.passing import named
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
-STAND_IN = Path(forkserver.__file__).with_name("stand_in.py")
+STAND_IN_COMMAND = (sys.executable, "-I", "-S", Path(forkserver.__file__).with_name("stand_in.py"))
 RUNTIME = Path(sys.prefix) / "lib" / openmp.RUNTIME
 #: Imported by the server, and slow to import as far as these tests go.
 MARK = "this_module_was_imported_by_the_server"
@@ -86,7 +89,7 @@ def server(tmp_path):
 
 
 def stand_in(address, *argv: str, spares: int = 0, **options) -> subprocess.Popen:
-    command = [sys.executable, "-I", "-S", str(STAND_IN), str(address), str(spares), *argv]
+    command = [*STAND_IN_COMMAND, address, str(spares), *argv]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}} | options
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, **pipes, text=True, **options)
@@ -107,6 +110,18 @@ def test_a_worker_is_what_python_would_have_been_with_the_modules_there(server, 
         "path": str(tmp_path),
     }
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.skipif(bool(why := why_not()), reason=f"network namespaces need root and iproute2: {why}")
+def test_a_worker_is_on_the_host_of_the_one_that_asks(server, script):
+    text = "import os\nprint(os.listdir('/sys/class/net'))\nprint(os.stat('/proc/self/ns/net').st_ino)\n"
+    with Hosts(1) as [host]:
+        log = server[0].with_name("log")
+        asker = host.start([*STAND_IN_COMMAND, server[0], "0", script(text)], log, PYTHONPATH=str(ROOT))
+        assert asker.wait(30) == 0
+        devices, network = log.read_text().splitlines()
+        assert int(network) == int(host.run(["stat", "--dereference", "--format=%i", "/proc/self/ns/net"]))
+        assert devices == str(host.run(["ls", "/sys/class/net"]).split())
 
 
 def test_what_it_spawns_was_forked_too_and_is_its_child_and_the_next_one_is_spawned(server, script):

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from prefillshare import cli, doctor, nixl_loopback
 from prefillshare.doctor import GIB, Finding, Level
 
+pytestmark = pytest.mark.slow
+
 Usage = namedtuple("Usage", "total used free")
 
 

@@ -6,6 +6,8 @@ import zipfile
 import clean_environment
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FILES = (
     "prefillshare/py.typed",
     "prefillshare/deploy/configs/demo.yaml",

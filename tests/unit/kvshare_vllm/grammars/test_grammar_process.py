@@ -8,6 +8,8 @@ import xgrammar
 
 from prefillshare.kvshare_vllm.grammars.client import TOO_MUCH_CPU, GrammarClient
 
+pytestmark = pytest.mark.slow
+
 #: Bytes, some letters in a row, and an end.
 VOCABULARY = [bytes([n]) for n in range(256)] + [b"a" * n for n in range(2, 17)] + [b"</s>"]
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import logging, logging.config, logging.handlers, sys
 from prefillshare.kvshare_vllm.patches import vllm_logging

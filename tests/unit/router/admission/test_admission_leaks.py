@@ -12,6 +12,8 @@ from virtual_time import on_virtual_time, run, settle
 from prefillshare.kvshare.errors import Overloaded, Unavailable
 from prefillshare.router.admission.grant import Demand, TenantShare
 
+pytestmark = pytest.mark.slow
+
 
 @on_virtual_time
 async def test_a_cancelled_waiter_leaves_even_in_the_moment_it_would_start():

@@ -10,6 +10,8 @@ from virtual_time import clock, run
 
 from prefillshare.router.admission.grant import Demand, TenantShare
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 150
 #: With these sizes and speeds, decode blocks are what runs out, at just under 3 turns per second.
 POOL = {"agents": {"d0": (600, 32), "d1": (600, 32)}}

@@ -17,6 +17,8 @@ from prefillshare.kvshare_vllm.patches import nixl_handshakes
 from prefillshare.router.pools import kv_follower
 from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 
+pytestmark = pytest.mark.slow
+
 TOKEN, OTHER_TOKEN = "a cluster's token", "another cluster's token"
 
 

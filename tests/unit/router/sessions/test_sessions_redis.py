@@ -11,6 +11,8 @@ from redis.exceptions import ConnectionError as ConnectionLost
 from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
 from prefillshare.router.sessions import RedisSessions
 
+pytestmark = pytest.mark.slow
+
 #: For tests in which a lease or a TTL ends by itself.
 SHORT_S = 0.2
 

@@ -4,12 +4,15 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import grpc
+import pytest
 from ports import free_port
 
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from prefillshare.router.surfaces.grpc_api import GrpcServer
 from prefillshare.router.surfaces.grpc_keepalive import server_options
+
+pytestmark = pytest.mark.slow
 
 #: gRPC sends at most one ping a second. By default a server closes a connection at the third.
 PINGS = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]

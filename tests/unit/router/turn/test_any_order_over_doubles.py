@@ -146,7 +146,7 @@ TestAnyOrder, TestAnyOrderInPlace, TestAnyOrderEitherWay = (
     machine.TestCase for machine in (AnyOrder, AnyOrderInPlace, AnyOrderEitherWay)
 )
 TestAnyOrder.settings = TestAnyOrderInPlace.settings = TestAnyOrderEitherWay.settings = settings(
-    max_examples=10,
+    max_examples=5,
     stateful_step_count=25,
     deadline=None,
     derandomize=True,

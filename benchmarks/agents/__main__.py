@@ -12,6 +12,7 @@ again at the same revision with the same arguments. Results: agents.json, a repo
 The last line is JSON: ratios to the baselines; more than 1 is better.
 
 `--one-engine`: one engine of ours, without a prefill pool, against one of stock vLLM; results agents_one_engine.*.
+`--decider`: with a prefill pool, who makes a prompt's KV decided per turn, or always the same; results agents_decider.*.
 `--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*. Results of an experiment of
 your own: agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
 """
@@ -32,7 +33,7 @@ from benchmarks.agents import costs, driver, experiments, report
 from benchmarks.agents.experiments import Experiment
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
-from benchmarks.agents.systems import BASELINES, OWN_LAYERS, RANK, SYSTEMS, UNIFIED, Budget, Running
+from benchmarks.agents.systems import BASELINES, DECIDED, OWN_LAYERS, RANK, SYSTEMS, UNIFIED, Budget, Running
 from benchmarks.agents.workload import PATTERNS, Scale, sessions
 from benchmarks.shared.environment import revision
 from benchmarks.shared.result import write
@@ -88,7 +89,7 @@ def of_system(name: str, model: Path, adapters, budget: Budget, chosen: list[Exp
             seen = found["experiments"][experiment.name] = figures(system, experiment, args.repeats, scale, progress)
             shown = {what: seen[what]["value"] for what in report.SHOWN}
             console.print(f"{name}, {experiment.name}: {shown}")
-        if system.client and not args.short:
+        if system.client and not (args.short or args.decider):
             task = progress.add_task(f"{name}: costs", total=costs.MEASUREMENTS)
             recomputed = len(LayerGroup.parse(OWN_LAYERS)) / KVShape.of(model).layers if get_mode(name).recomputes else 0.0
             of = costs.measured(system, list(adapters), KVShape.of(model), recomputed, lambda: progress.advance(task))
@@ -113,6 +114,9 @@ def main() -> None:
     form.add_argument(
         "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at the highest load only"
     )
+    form.add_argument(
+        "--decider", action="store_true", help="with a prefill pool: the router's decision per turn against both fixed policies"
+    )
     parser.add_argument(
         "--systems", nargs="+", choices=SYSTEMS, default=argparse.SUPPRESS, help="what is compared (default: all of the form)"
     )
@@ -128,7 +132,12 @@ def main() -> None:
     one.add_argument("--bursts", action="store_true", help="they arrive in bursts")
     args = parser.parse_args()
     console, budget, own = Console(stderr=True), Budget(args.kv_gib), args.trace or args.pattern
-    args.systems = getattr(args, "systems", [*UNIFIED, "vllm"] if args.one_engine else list(SYSTEMS))
+    of_form = list(SYSTEMS)
+    if args.one_engine:
+        of_form = [*UNIFIED, "vllm"]
+    elif args.decider:
+        of_form = list(DECIDED.values())
+    args.systems = getattr(args, "systems", of_form)
     if own and not (args.trace or args.at_once or args.per_s):
         parser.error("argument --pattern: needs a load, --at-once or --per-s")
     if own:
@@ -139,6 +148,8 @@ def main() -> None:
         file, chosen = "agents_short", experiments.short(args.sessions)
     elif args.one_engine:
         file, chosen = "agents_one_engine", experiments.one_engine(args.sessions)
+    elif args.decider:
+        file, chosen = "agents_decider", experiments.decider(args.sessions)
     else:
         file, chosen = "agents", experiments.full(args.sessions)
     for experiment in chosen:
@@ -167,6 +178,7 @@ def main() -> None:
     headline = report.headline(found, baselines)
     unified = report.unified_vs_vllm(found)
     headline |= {"unified_vs_vllm": unified["throughput"], "unified_vs_vllm_p95": unified["p95"]}
+    headline["auto_vs_better"] = report.auto_vs_better(found)
     result = write("agents", console, config, headline, file=file, systems=found)
     report.write(result, file)
 

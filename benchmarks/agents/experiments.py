@@ -61,6 +61,14 @@ def short(count: int) -> list[Experiment]:
     ]
 
 
+def decider(count: int) -> list[Experiment]:
+    """Those in which ways to decide who makes a prompt's KV are compared: few and many sessions, and nothing shared."""
+    return [
+        *(Experiment("react", MODELS, count, at_once=load) for load in (LOADS[0], LOADS[-1])),
+        Experiment("low-sharing", MODELS, count, at_once=LOADS[-1]),
+    ]
+
+
 def one_engine(count: int) -> list[Experiment]:
     """Those in which one engine of ours is compared with one of stock vLLM."""
     return [

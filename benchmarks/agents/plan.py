@@ -7,10 +7,11 @@
 
 Every mode gets the same replicas, the same KV memory and the same sessions. Reported for each number of models and each load
 (sessions under way, closed loop): throughput, p95 latency of a session, hit ratio, and the ratios to mode `none`, in which
-every model has its own context. With `--per-s`: a small number of replicas with which `--good` of the sessions meet the
-objective; play as many sessions as arrive in some minutes, since a short burst needs fewer replicas. Results: plan.json in
-benchmarks/results/ for a preset as it is, else plan_own.json (with --costs NAME: plan_NAME.json; with --per-s: plan_need.json).
-The last line is JSON.
+every model has its own context. `--prefill 0`: replicas compute prompts themselves; mode `none` is then stock vLLM with an
+adapter per model. With `--per-s`: a small number of replicas of each kind, and of replicas that compute prompts themselves,
+with which `--good` of the sessions meet the objective; play as many sessions as arrive in some minutes, since a short burst
+needs fewer. Results: plan.json in benchmarks/results/ for a preset as it is, else plan_own.json (with --costs NAME:
+plan_NAME.json; with --per-s: plan_need.json). The last line is JSON.
 
 The costs of the presets are derived from data sheets, each with its source, not measured: the papers measured on A100, on which
 this project has not run. benchmarks.agents says how far apart simulation and measurement are with measured costs.
@@ -112,6 +113,17 @@ def measured(name: str) -> Preset:
     return Preset(what, costs | {"": of_all}, site, "small", (1, 2, 4, 8, 16), sessions=60)
 
 
+def need_in_place(mode: str, preset: Preset, played: Sequence[Session], objective: Objective, good: float, advance):
+    """As `need`, of replicas that compute prompts themselves: the smallest number."""
+    for replicas in range(1, MOST_REPLICAS + 1):
+        advance()
+        site = replace(preset.site, prefill=0, decode=replicas)
+        reached = share_good(Simulation(mode, site, preset.of(mode)).run(played), objective)
+        if reached >= good:
+            return {"prefill": 0, "decode": replicas, "good": round(reached, 4)}
+    return None
+
+
 def need(mode: str, preset: Preset, played: Sequence[Session], objective: Objective, good: float, advance) -> dict | None:
     """A small number of prefill and decode replicas with which a share `good` of the sessions is good; None if MOST_REPLICAS do
     not suffice.
@@ -179,7 +191,9 @@ def main() -> None:
     parser.add_argument("--agents", type=int, nargs="+", help="numbers of models (default: 2 4 8; preset thousand: 8)")
     parser.add_argument("--at-once", type=int, nargs="+", help="sessions under way (default: the preset's)")
     parser.add_argument("--sessions", type=int, help="sessions played (default: the preset's)")
-    parser.add_argument("--prefill", type=int, help="prefill replicas (default: the preset's)")
+    parser.add_argument(
+        "--prefill", type=int, help="prefill replicas (default: the preset's); 0: decode replicas compute prompts themselves"
+    )
     parser.add_argument("--decode", type=int, help="decode replicas (default: the preset's)")
     parser.add_argument("--per-s", type=float, help="how many replicas are needed for so many sessions a second?")
     parser.add_argument("--good", type=float, default=0.95, help="with --per-s: the share of sessions that meet the objective")
@@ -191,7 +205,11 @@ def main() -> None:
     objective, count = Objective(args.ttft_s, args.inter_token_s), args.sessions or preset.sessions
     agents = args.agents or ([8] if args.preset == "thousand" else [2, 4, 8])
     modes = [mode for mode in MODES if not args.costs or mode in preset.costs]
-    site = replace(preset.site, prefill=args.prefill or preset.site.prefill, decode=args.decode or preset.site.decode)
+    prefill = preset.site.prefill if args.prefill is None else args.prefill
+    site = replace(preset.site, prefill=prefill, decode=args.decode or preset.site.decode)
+    in_place = [mode for mode in modes if not get_mode(mode).recomputes]
+    if not prefill:
+        modes = in_place
     console.print(preset.what)
     scale, config = Scale.named(preset.scale), vars(args) | {"what": preset.what}
     with bars(console) as progress:
@@ -202,6 +220,11 @@ def main() -> None:
                 arriving = poisson(sessions(args.pattern, count, number, args.seed, scale), args.per_s, args.seed)
                 needs[str(number)] = {
                     mode: need(mode, preset, arriving, objective, args.good, lambda: progress.advance(task)) for mode in modes
+                } | {
+                    f"{mode}, one engine": need_in_place(
+                        mode, preset, arriving, objective, args.good, lambda: progress.advance(task)
+                    )
+                    for mode in in_place
                 }
         else:
             loads = args.at_once or preset.at_once

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.agents.experiments import LOADS, MODELS, OTHER_MODELS
-from benchmarks.agents.systems import UNIFIED
+from benchmarks.agents.systems import DECIDED, UNIFIED
 from benchmarks.shared.result import RESULTS
 
 #: Figures that tables show: name -> (title, factor, decimals).
@@ -66,6 +66,14 @@ def unified_vs_vllm(systems: dict) -> dict[str, dict[str, dict[str, float]]]:
                 found["throughput"].setdefault(workload, {})[mode] = _ratio(own, other, "turns_per_s")
                 found["p95"].setdefault(workload, {})[mode] = _ratio(other, own, "session_s_p95")
     return found
+
+
+def auto_vs_better(systems: dict) -> dict[str, float]:
+    """Experiment -> throughput where the router decides for each turn, relative to the better of the two fixed policies."""
+    if not {*DECIDED.values()} <= systems.keys():
+        return {}
+    auto, *fixed = (systems[DECIDED[policy]]["experiments"] for policy in ("auto", "always", "never"))
+    return {name: min(_ratio(own, of[name], "turns_per_s") for of in fixed) for name, own in auto.items()}
 
 
 def simulation_errors(systems: dict) -> dict[str, float]:

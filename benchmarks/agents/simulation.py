@@ -5,10 +5,12 @@ Discrete events (simpy). The choice of replicas (router/pools/placement.py) and 
  - A prefill replica computes one prompt at a time: a fixed time, a time per token, and one per token and context token.
  - A decode replica runs its requests side by side: a step takes a fixed time, one per request and one per token of their
    contexts.
+ - Without prefill replicas, decode replicas compute prompts themselves, one at a time: each step has up to CHUNK tokens of one.
+   Mode `none` is then stock vLLM with an adapter per model.
  - KV crosses a link at a constant rate, beside everything else.
  - A cache holds a number of tokens and evicts the contexts that were least recently asked for. No two contexts share a part.
-Not modelled: chunked prefill (a prompt that has begun is not interrupted, not even an eager one), failures, preemption (a
-request waits until there is room for its whole context), queue limits.
+Not modelled: chunked prefill in prefill replicas (a prompt that has begun is not interrupted, not even an eager one), failures,
+preemption (a request waits until there is room for its whole context), queue limits.
 """
 
 from __future__ import annotations
@@ -21,8 +23,12 @@ import simpy
 
 from benchmarks.agents.driver import Cost, TurnRecord
 from benchmarks.agents.workload import Session
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.router.pools.placement import POLICIES, Call, Candidate, place, shortlist
+
+#: Tokens of a prompt that a decode replica computes in one step, at most (vLLM's default for a server).
+CHUNK = 2048
 
 
 def attended(computed: int, prompt: int) -> float:
@@ -57,7 +63,8 @@ class Costs:
 
 @dataclass(frozen=True)
 class Site:
-    """Replicas, KV tokens for which each has room, and most requests that a decode replica runs."""
+    """Replicas, KV tokens for which each has room, and most requests that a decode replica runs. `prefill` 0: decode replicas
+    compute prompts themselves."""
 
     prefill: int
     decode: int
@@ -113,6 +120,15 @@ class _Prefill(_Replica):
 
 
 @dataclass
+class _Prompt:
+    """A prompt of `whole` tokens of which the last `left` are to be computed."""
+
+    whole: int
+    left: int
+    done: simpy.Event
+
+
+@dataclass
 class _Request:
     left: float
     context: float
@@ -122,24 +138,36 @@ class _Request:
 
 @dataclass(kw_only=True)
 class _Decode(_Replica):
-    """`active`: requests that have been given room, whether they are `running` or on their way there."""
+    """`active`: requests that have been given room, whether they are `running` or on their way there. `prompt`: the one that is
+    being computed, if prompts are computed here."""
 
+    computes: simpy.PriorityResource
     changed: simpy.Event
+    prompt: _Prompt | None = None
     running: list[_Request] = field(default_factory=list)
 
 
 class Simulation:
-    """`run` plays the sessions by their arrivals; its records have the same times and costs as benchmarks.agents.driver's."""
+    """`run` plays the sessions by their arrivals; its records have the same times and costs as benchmarks.agents.driver's.
+    Raises ConfigError for a site without prefill replicas in a mode whose decode engines cannot do without."""
 
     def __init__(self, mode: str, site: Site, costs: Costs):
         self._mode, self._site, self._costs = get_mode(mode), site, costs
+        if not site.prefill and self._mode.recomputes:
+            raise ConfigError(f"mode {mode} needs a prefill pool", field="prefill", fix="give it at least one replica")
         self._env = env = simpy.Environment()
         self._prefill = [
             _Prefill(id=f"prefill-{n:05}", cache=_Cache(site.kv_tokens), computes=simpy.PriorityResource(env))
             for n in range(site.prefill)
         ]
         self._decode = [
-            _Decode(id=f"decode-{n:05}", cache=_Cache(site.kv_tokens), changed=env.event()) for n in range(site.decode)
+            _Decode(
+                id=f"decode-{n:05}",
+                cache=_Cache(site.kv_tokens),
+                computes=simpy.PriorityResource(env),
+                changed=env.event(),
+            )
+            for n in range(site.decode)
         ]
         self._by_id = {replica.id: replica for replica in (*self._prefill, *self._decode)}
         self._prefill_weights, self._decode_weights = POLICIES[site.policy]
@@ -188,10 +216,12 @@ class Simulation:
 
         if base_key in self._pulls:
             yield self._pulls.pop(base_key)
-        prefill = self._place(self._prefill, base_key, handed, self._prefill_weights, last[0])
+        prefill = decode
+        if self._prefill:
+            prefill = self._place(self._prefill, base_key, handed, self._prefill_weights, last[0])
         record.cost = yield env.process(self._computed(prefill, base_key, handed))
 
-        lacking = max(0, handed - self._cached(decode.cache, decode_key, handed))
+        lacking = max(0, handed - self._cached(decode.cache, decode_key, handed)) if self._prefill else 0
         record.cost.kv_bytes = lacking * costs.kv_bytes
         own_s = costs.own_layers * costs.prefill(lacking, handed) if mode.recomputes and lacking else 0.0
         yield env.timeout(record.cost.kv_bytes / costs.link_bytes_per_s + own_s)
@@ -208,9 +238,9 @@ class Simulation:
         self._keep(decode, decode_key, mode.cacheable_tokens(prompt, whole - 1))
         freed, self._freed = self._freed, env.event()
         freed.succeed()
-        if mode.lends_responses:
+        if mode.lends_responses and self._prefill:
             self._pulls[base_key] = env.process(self._pulled_back(prefill, base_key, whole - 1, answer))
-        elif mode.shares_prefill and self._site.eager_prefill:
+        elif mode.shares_prefill and not mode.lends_responses and self._site.eager_prefill:
             env.process(self._computed(prefill, base_key, whole - 1, priority=1))
         return prefill.id, decode.id
 
@@ -242,7 +272,7 @@ class Simulation:
         replica.cache.put(key, tokens)
         self._holders.setdefault(key, set()).add(replica.id)
 
-    def _computed(self, replica: _Prefill, key: Hashable, tokens: int, priority: int = 0):
+    def _computed(self, replica: _Prefill | _Decode, key: Hashable, tokens: int, priority: int = 0):
         """Compute what this replica lacks of the prompt, when it is this prompt's turn."""
         expected = max(0, tokens - self._cached(replica.cache, key, tokens))
         replica.queued_tokens += expected
@@ -251,10 +281,17 @@ class Simulation:
             yield turn
             replica.cache.touch(key)
             cached = self._cached(replica.cache, key, tokens)
-            yield self._env.timeout(self._costs.prefill(tokens - cached, tokens))
+            yield self._time_of(replica, tokens - cached, tokens)
         replica.queued_tokens -= expected
         self._keep(replica, key, tokens)
         return Cost(cached, tokens - cached)
+
+    def _time_of(self, replica: _Prefill | _Decode, computed: int, prompt: int) -> simpy.Event:
+        if not isinstance(replica, _Decode):
+            return self._env.timeout(self._costs.prefill(computed, prompt))
+        replica.prompt = _Prompt(prompt, max(1, computed), self._env.event())
+        self._wake(replica)
+        return replica.prompt.done
 
     def _pulled_back(self, replica: _Prefill, key: Hashable, tokens: int, answer: int):
         yield self._env.timeout(answer * self._costs.kv_bytes / self._costs.link_bytes_per_s)
@@ -262,22 +299,35 @@ class Simulation:
 
     def _change(self, replica: _Decode, request: _Request) -> None:
         replica.running.append(request)
+        self._wake(replica)
+
+    def _wake(self, replica: _Decode) -> None:
         changed, replica.changed = replica.changed, self._env.event()
         changed.succeed()
 
     def _steps(self, replica: _Decode):
-        """All running requests gain a token per step, until one of them has all its tokens or another request comes."""
+        """All running requests gain a token per step, until one of them has all its tokens or something else comes. Steps that
+        compute a part of a prompt are taken one by one."""
         env = self._env
         while True:
-            if not replica.running:
+            if not replica.running and not replica.prompt:
                 yield replica.changed
             batch = list(replica.running)
             step = self._costs.step(len(batch), sum(request.context for request in batch))
             step *= self._costs.second_stream if self._mode.lends_responses else 1.0
+            part = self._part_s(replica.prompt)
+            if part and not batch:
+                step = part
+            elif part:
+                step += part - self._costs.prefill_s  # the weights are read once for both
             began, changed = env.now, replica.changed
             for request in batch:
                 request.first_s = request.first_s or began + step
-            yield env.timeout(step * min(request.left for request in batch)) | changed
+            if part:
+                yield env.timeout(step)
+                self._part_done(replica)
+            else:
+                yield env.timeout(step * min(request.left for request in batch)) | changed
             gained = (env.now - began) / step
             for request in batch:
                 request.left -= gained
@@ -285,3 +335,17 @@ class Simulation:
                 if request.left < 1e-6:
                     replica.running.remove(request)
                     request.done.succeed()
+
+    def _part_s(self, prompt: _Prompt | None) -> float:
+        """Seconds for the next part of a prompt; 0.0 without one."""
+        if prompt is None:
+            return 0.0
+        part = min(CHUNK, prompt.left)
+        return self._costs.prefill(part, prompt.whole - prompt.left + part) or 1e-9
+
+    def _part_done(self, replica: _Decode) -> None:
+        prompt = replica.prompt
+        prompt.left -= min(CHUNK, prompt.left)
+        if not prompt.left:
+            replica.prompt = None
+            prompt.done.succeed()

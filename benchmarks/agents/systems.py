@@ -3,6 +3,9 @@
     prefillshare, icarus, droidspeak, none
             ours in that mode: a prefill engine on the first core, a decode engine on the second, half of the KV memory each;
             `none` is the per-model baseline, with adapters in both engines
+    auto-prefillshare, always-prefillshare
+            as prefillshare, but the router decides for each turn whether the decode engine makes the prompt's KV itself, or it
+            always does
     unified-prefillshare, unified-icarus
             ours in that mode without a prefill pool: one engine on both cores, with all of the KV memory
     vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
@@ -17,6 +20,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -59,9 +63,12 @@ class Running:
     client: Client | None = None
 
 
-def deployment(mode: str, model: Path, adapters: Mapping[str, Path], budget: Budget) -> Deployment:
+def deployment(
+    mode: str, model: Path, adapters: Mapping[str, Path], budget: Budget, local_prefill: str | None = None
+) -> Deployment:
+    """`local_prefill`: the decode pool's, if it is not the usual one."""
     size = {"kv_cache_gib": budget.kv_gib / 2}
-    own: dict = {}
+    own: dict = {"local_prefill": local_prefill} if local_prefill else {}
     if not get_mode(mode).shares_prefill:
         own = {"prefill": {**size, "cpu_cores": "0"}}
     elif get_mode(mode).recomputes:
@@ -81,7 +88,13 @@ def unified_deployment(mode: str, model: Path, adapters: Mapping[str, Path], bud
         model,
         adapters,
         prefill={"replicas": 0},
-        decode={"kv_cache_gib": budget.kv_gib, "cpu_cores": BOTH_CORES, "sharing": mode, "max_lora_rank": RANK},
+        decode={
+            "kv_cache_gib": budget.kv_gib,
+            "cpu_cores": BOTH_CORES,
+            "sharing": mode,
+            "max_lora_rank": RANK,
+            "local_prefill": "auto",
+        },
         router={"canary_share": 0.0},
         max_model_len=budget.max_model_len,
     )
@@ -145,9 +158,12 @@ def _counters(client: httpx.Client) -> dict[str, int]:
 
 
 UNIFIED = {f"unified-{mode}": mode for mode in ("prefillshare", "icarus")}
+#: Policy -> the system whose decode pool has it.
+DECIDED = {"never": "prefillshare", "always": "always-prefillshare", "auto": "auto-prefillshare"}
 #: In the order in which they run.
 SYSTEMS = (
     {mode: ours(mode) for mode in ("prefillshare", "none", "icarus", "droidspeak")}
+    | {DECIDED[policy]: ours("prefillshare", partial(deployment, local_prefill=policy)) for policy in ("always", "auto")}
     | {name: ours(mode, unified_deployment) for name, mode in UNIFIED.items()}
     | {"vllm": vllm}
 )

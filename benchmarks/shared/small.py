@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefillshare.kvshare.config import Deployment, parse
+from prefillshare.kvshare.modes import get_mode
 
 MODEL = "smollm2-135m-instruct"
 DECODERS = ("planner", "coder", "caller")
@@ -21,7 +22,9 @@ def deployment(
     model: Path, adapters: Mapping[str, Path], *, prefill: dict, decode: dict, router: dict, cluster: dict | None = None,
     max_model_len: int = 1024,
 ) -> Deployment:  # fmt: skip
-    """A deployment with prefill engines on the first core and decode engines on the second; the rest is as given."""
+    """A deployment with prefill engines on the first core and decode engines on the second; the rest is as given. Unless
+    `decode` says otherwise, a prefill pool makes the KV of all prompts that it can make."""
+    in_place = get_mode(decode.get("sharing", "prefillshare")).base_in_place
     return parse({
         "base": {"model": str(model), "dtype": "float32", "max_model_len": max_model_len, "block_size": BLOCK},
         "prefill": {"cpu_cores": "0", **prefill},
@@ -30,6 +33,7 @@ def deployment(
             "cpu_cores": "1",
             "max_lora_rank": 8,
             "serve_base": False,
+            "local_prefill": "never" if in_place else None,
             "adapters": {name: str(path) for name, path in adapters.items()},
             **decode,
         }],

@@ -163,7 +163,7 @@ async def system(
     """`cluster`: that of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`:
     the policy of decode engines that hold the base; None: they cannot make its KV beside a prefill pool. `router`: settings
     of router.* that differ from the usual."""
-    local_prefill = local_prefill or ("never" if in_place else None)
+    local_prefill = local_prefill or ("auto" if in_place else None)
     wanted = deployment(replicas, in_place, local_prefill is not None, **router)
     owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():

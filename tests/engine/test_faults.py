@@ -54,6 +54,7 @@ def running(tmp_path_factory, smollm):
                     "kv_cache_gib": 0.05,
                     "cpu_cores": "1",
                     "max_lora_rank": 8,
+                    "local_prefill": "never",
                     "adapters": {name: str(path) for name, path in adapters.items()},
                 }
             ],
@@ -197,7 +198,8 @@ def test_replica_counts_adapters_and_pools_change_while_turns_run(running, oracl
     plain["prefill"]["replicas"] = 1
     agents = plain["decode"][0]
     agents |= {"replicas": 1, "adapters": agents["adapters"] | {name: str(path) for name, path in extra.items()}}
-    plain["decode"].append(agents | {"pool": "coder", "adapters": {}, "model": str(full), "serve_base": False})
+    other = {"pool": "coder", "adapters": {}, "model": str(full), "serve_base": False, "local_prefill": None}
+    plain["decode"].append(agents | other)
     after, turns = parse(plain), []
     stop = threading.Event()
 

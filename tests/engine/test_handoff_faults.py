@@ -40,6 +40,7 @@ def running(tmp_path_factory, smollm):
                     "kv_cache_gib": 0.05,
                     "cpu_cores": "1",
                     "max_lora_rank": 8,
+                    "local_prefill": "never",
                     "adapters": {name: str(path) for name, path in adapters.items()},
                 }
             ],

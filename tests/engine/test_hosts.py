@@ -139,7 +139,7 @@ def cluster(tmp_path_factory, smollm):
         "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0", "resources": {"prefill": 1}},
         "decode": [{
             "pool": "agents", "replicas": 2, "kv_cache_gib": 0.05, "cpu_cores": "1", "max_lora_rank": 8,
-            "adapters": {name: adapters[name] for name in ("a", "b")}, "resources": {"decode": 1},
+            "local_prefill": "never", "adapters": {name: adapters[name] for name in ("a", "b")}, "resources": {"decode": 1},
         }],
         "router": {
             "host": "0.0.0.0", "http_port": HTTP, "grpc_port": GRPC, "resources": {"router": 1}, "wedged_after_s": WEDGED_S,

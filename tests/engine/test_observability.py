@@ -61,7 +61,7 @@ def running(tmp_path_factory, smollm, collector):
                 "base": {"model": str(base), "dtype": "float32", "max_model_len": 512, "block_size": BLOCK},
                 "prefill": {"kv_cache_gib": 0.05, "cpu_cores": "0"},
                 "decode": [
-                    {"pool": "agents", "adapters": {"a": made["a"], "b": made["b"]}, **small},
+                    {"pool": "agents", "local_prefill": "never", "adapters": {"a": made["a"], "b": made["b"]}, **small},
                     {
                         "pool": "drift",
                         "sharing": "droidspeak",

@@ -38,7 +38,7 @@ def deployment(folder, tokenizer, kind: str) -> dict:
         "base": {"model": str(base), "dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK},
         "prefill": {"kv_cache_gib": 8 * SMALL_GIB, "cpu_cores": "0"},
         "decode": [
-            {"pool": "agents", "adapters": {n: adapters[n] for n in "ab"}, **small},
+            {"pool": "agents", "local_prefill": "never", "adapters": {n: adapters[n] for n in "ab"}, **small},
             {"pool": "coder", "model": str(full), **small},
             {"pool": "alone", "sharing": "none", "adapters": {n: adapters[n] for n in "cd"}, "serve_base": False, **small},
             {"pool": "solo", "sharing": "none", "model": str(own), **small},

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.agents.simulation import Costs, Simulation, Site
+from benchmarks.agents.simulation import CHUNK, Costs, Simulation, Site
 from benchmarks.agents.workload import Session, Turn
+from prefillshare.kvshare.errors import ConfigError
 
 #: A token a second to prefill, two seconds a step, ten tokens of KV a second, nothing else costs anything.
 COSTS = Costs(0.0, 1.0, 0.0, 2.0, 0.0, 0.0, kv_bytes=1, link_bytes_per_s=10.0)
@@ -104,3 +105,39 @@ def test_a_turn_that_comes_at_once_waits_for_the_pull_of_the_response():
     records = play("icarus", [Session(0, 100, (Turn(0, 1, 10), Turn(1, 20, 10)))])
     assert records[1].cost.computed_tokens == 20
     assert records[1].ttft_s == pytest.approx(10 / 10 + 20 + 20 / 10 + 2)  # pull, prefill, transfer, step
+
+
+ONE_ENGINE = replace(SITE, prefill=0)
+
+
+def test_one_engine_computes_a_prompt_and_moves_nothing():
+    first = play("prefillshare", site=ONE_ENGINE)[0]
+    assert first.token_s[0] == pytest.approx(100 + 2)
+    assert first.end_s == pytest.approx(100 + 10 * 2)
+    assert (first.cost.cached_tokens, first.cost.computed_tokens, first.cost.kv_bytes) == (0, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "computed"), [("prefillshare", [100, 20, 20]), ("icarus", [100, 20, 20]), ("none", [101, 131, 51])]
+)
+def test_one_engine_computes_what_its_mode_does_not_keep(mode, computed):
+    assert [record.cost.computed_tokens for record in play(mode, site=ONE_ENGINE)] == computed
+
+
+def test_a_prompt_holds_up_the_responses_that_run_beside_it():
+    sessions = [Session(0, 10, (Turn(0, 1, 10),)), Session(1, 50, (Turn(0, 1, 10),), arrival_s=11.0)]
+    early, late = play("prefillshare", sessions, ONE_ENGINE)
+    # 10 s of prompt, half a step, one of 52 s with the other prompt, then both run side by side.
+    assert early.end_s == pytest.approx(10 + 1 + (50 + 2) + 8.5 * 2)
+    assert late.token_s[0] == pytest.approx(10 + 1 + (50 + 2) + 2)
+
+
+def test_long_prompts_are_computed_in_parts():
+    sessions = [Session(0, 10, (Turn(0, 1, 10),)), Session(1, 3 * CHUNK, (Turn(0, 1, 1),), arrival_s=11.0)]
+    early, _ = play("prefillshare", sessions, replace(ONE_ENGINE, eager_prefill=False))
+    assert early.end_s == pytest.approx(10 + 1 + 3 * (CHUNK + 2) + 6.5 * 2)
+
+
+def test_layers_of_ones_own_need_a_prefill_pool():
+    with pytest.raises(ConfigError, match="droidspeak needs a prefill pool"):
+        play("droidspeak", site=ONE_ENGINE)

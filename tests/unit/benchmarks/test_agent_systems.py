@@ -12,6 +12,7 @@ from benchmarks.agents.driver import Cost, Stock, TurnRecord
 from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.workload import Scale, write_trace
 from prefillshare.kvshare.errors import Unavailable
+from prefillshare.kvshare.modes import get_mode, mode_names
 
 NAMES = ("a", "b")
 
@@ -42,7 +43,7 @@ def test_the_headline_compares_one_engine_with_one_of_stock_vllm():
     }
 
 
-@pytest.mark.parametrize("mode", [name for name in systems.SYSTEMS if name not in {"vllm", *systems.UNIFIED}])
+@pytest.mark.parametrize("mode", [name for name in systems.SYSTEMS if name in mode_names()])
 def test_every_mode_gets_the_same_memory_and_cores(tmp_path, mode):
     adapters = {name: tmp_path / name for name in NAMES}
     for folder in adapters.values():
@@ -53,6 +54,16 @@ def test_every_mode_gets_the_same_memory_and_cores(tmp_path, mode):
     assert (pool.sharing, list(pool.adapters)) == (mode, list(NAMES))
     assert prefill.kv_cache_gib + pool.kv_cache_gib == 1.5
     assert (prefill.cpu_cores, pool.cpu_cores) == ("0", "1")
+    assert pool.prefill_policy == ("never" if get_mode(mode).base_in_place else None)
+
+
+def test_the_headline_compares_the_decider_with_the_better_fixed_policy():
+    def of(*turns_per_s: float) -> dict:
+        return {"experiments": {f"experiment {n}": {"turns_per_s": {"value": value}} for n, value in enumerate(turns_per_s)}}
+
+    found = {"prefillshare": of(1.0, 2.0), "always-prefillshare": of(2.0, 1.0), "auto-prefillshare": of(1.9, 2.2)}
+    assert report.auto_vs_better(found) == {"experiment 0": 0.95, "experiment 1": 1.1}
+    assert report.auto_vs_better({"prefillshare": of(1.0)}) == {}
 
 
 def served(lines: list[str], status: int = 200) -> tuple[httpx.Client, list[dict]]:

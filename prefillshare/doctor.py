@@ -171,7 +171,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
     from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
     from prefillshare.kvshare.config import load
-    from prefillshare.preflight import check_machine, ecache_cost
+    from prefillshare.preflight import base_kv_makers, check_machine, ecache_cost
     from prefillshare.router import tenants
 
     try:
@@ -189,7 +189,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
     yield Finding("deployment", Level.OK, f"{file}: {seen}")
     if unchecked:
         yield Finding("deployment", Level.OK, f"not checked: whether vLLM accepts the engines' arguments ({unchecked})")
-    for line in ecache_cost(deployment, contract.shape):
+    for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
         yield Finding("deployment", Level.OK, line)
 
 

@@ -115,6 +115,22 @@ def ecache_cost(deployment: Deployment, shape: KVShape) -> list[str]:
     return lines
 
 
+def base_kv_makers(deployment: Deployment) -> list[str]:
+    """Lines of text that say who makes the base's KV of the prompts of each pool that shares it."""
+    ways = {
+        None: "the prefill pool",
+        "never": "the prefill pool; its own engines while that cannot",
+        "always": "its own engines",
+        "auto": "its own engines, the prefill pool or other engines that have it, whichever is soonest",
+    }
+    alone = "its own engines or others that have it; there is no prefill pool, and the base is in memory once per engine"
+    return [
+        f"pool {pool.pool}: KV of prompts comes from {ways[pool.prefill_policy] if deployment.shared_prefill else alone}"
+        for pool in deployment.decode
+        if get_mode(pool.sharing).shares_prefill
+    ]
+
+
 def check_command(file: Path) -> None:
     """`prefillshare check FILE`: find everything that `serve` would refuse, without starting anything."""
     from rich.console import Console
@@ -132,7 +148,7 @@ def check_command(file: Path) -> None:
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
-    for line in ecache_cost(deployment, contract.shape):
+    for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
         console.print(f"  {line}")
     if unchecked:
         console.print(f"  not checked: whether vLLM accepts the engines' arguments ({unchecked})")

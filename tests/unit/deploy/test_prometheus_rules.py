@@ -95,6 +95,7 @@ REPLICAS = 'prefillshare_replicas{pool="agents",state="%s"}'
 BLOCKS = 'prefillshare_kv_blocks{pool="agents",state="%s"}'
 TTFT = 'prefillshare_time_to_first_token_seconds_bucket{decoder="a",le="%s"}'
 TURN = 'prefillshare_turn_seconds_bucket{decoder="a",le="%s"}'
+PREFILLS = 'prefillshare_prefills_total{pool="agents",where="here",why="%s"}'
 REFUSED = 'prefillshare_turns_refused_total{pool="agents",reason="%s"}'
 
 
@@ -114,6 +115,8 @@ REFUSED = 'prefillshare_turns_refused_total{pool="agents",reason="%s"}'
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6000x60", CACHED % "actual": "0+9000x60"}, {"pool": "prefill"}),
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+8500x60", CACHED % "actual": "0+9000x60"}, None),
         ("PrefillShareIndexIsWrong", {CACHED % "predicted": "0+6x60", CACHED % "actual": "0+9x60"}, None),
+        ("PrefillSharePrefillMissing", {PREFILLS % "unavailable": "0+1x60"}, {"pool": "agents"}),
+        ("PrefillSharePrefillMissing", {PREFILLS % "only": "0+1x60"}, None),
         ("PrefillShareDown", {}, {}),
         ("PrefillShareDown", {REPLICAS % "usable": "2x40 0x20", REPLICAS % "ejected": "0x60"}, {"pool": "agents"}),
         ("PrefillShareDown", {REPLICAS % "usable": "1x60", REPLICAS % "ejected": "1x60"}, None),

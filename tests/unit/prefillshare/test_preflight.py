@@ -11,7 +11,7 @@ from prefillshare import platform
 from prefillshare.kvshare.config import parse
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
-from prefillshare.preflight import check_machine, ecache_cost
+from prefillshare.preflight import base_kv_makers, check_machine, ecache_cost
 
 
 def deployment(model, **changes):
@@ -114,6 +114,23 @@ def test_one_openmp_runtime_is_preloaded(monkeypatch, tmp_path):
     preloaded = platform.engine_environment()["LD_PRELOAD"].split(":")
     assert [p for p in preloaded if "omp" in p] == [str(intel)]
     assert preloaded[0] == "/one.so"
+
+
+@pytest.mark.parametrize(
+    ("prefill", "pool", "said"),
+    [
+        (1, {}, "its own engines, the prefill pool or other engines that have it, whichever is soonest"),
+        (1, {"local_prefill": "never"}, "the prefill pool; its own engines while that cannot"),
+        (1, {"local_prefill": "always"}, "its own engines"),
+        (1, {"sharing": "droidspeak"}, "the prefill pool"),
+        (0, {}, "its own engines or others that have it; there is no prefill pool, and the base is in memory once per engine"),
+    ],
+)
+def test_who_makes_the_kv_of_prompts_is_said_before_the_start(folder, prefill, pool, said):
+    agents = {"pool": "agents", "adapters": {"a": str(folder)}, **pool}
+    alone = {"pool": "alone", "sharing": "none", "adapters": {"b": str(folder)}}
+    of = deployment(folder, prefill={"replicas": prefill}, decode=[agents, alone])
+    assert base_kv_makers(of) == [f"pool agents: KV of prompts comes from {said}"]
 
 
 def test_what_hidden_states_cost_is_said_before_the_start(folder):

@@ -11,14 +11,14 @@ A step whose tokens all pass through all layers runs as in the stock model. Othe
 of which runs the same rows throughout and gets attention metadata for just these rows.
 
 Seam: vllm/model_executor/models/{llama,qwen3}.py (layers take and give hidden states and residual);
-vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`, `_set_active_loras`); vllm/v1/worker/utils.py (AttentionGroup)
+vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`, `_set_active_loras`)
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from prefillshare.kvshare.layer_group import LayerGroup, OwnLayers
 from prefillshare.kvshare_vllm.models.ecache import ECache
+from prefillshare.kvshare_vllm.models.row_metadata import Build, of_rows, only_group, seen_metadata
 from prefillshare.kvshare_vllm.transfer.regions import ecache_names, ecache_parts_of
 
 
@@ -155,25 +156,16 @@ def follow_plans(runner) -> None:
         model.plan = None
         if not runner.own_layers:
             return stock(*args, **kwargs)
-        (group,) = [group for groups in runner.attn_groups for group in groups]
-        build, seen = group.build_metadata, []
-
-        def build_and_look(metadata, *rest, **more):
-            seen.append(metadata)
-            return build(metadata, *rest, **more)
-
-        group.build_metadata = build_and_look
-        try:
+        group = only_group(runner)
+        with seen_metadata(group) as seen:
             built = stock(*args, **kwargs)
-        finally:
-            del group.build_metadata
-        model.plan = plan(runner, model, seen[0], build)
+        model.plan = plan(runner, model, seen[0], group.build_metadata)
         return built
 
     runner._build_attention_metadata = build_attention_metadata
 
 
-def plan(runner, model: PartialLayers, metadata, build) -> Plan:
+def plan(runner, model: PartialLayers, metadata, build: Build) -> Plan:
     """The plan of a step that schedules a shared prefix. `metadata`: vLLM's CommonAttentionMetadata of the whole step."""
     starts, batch = metadata.query_start_loc_cpu.tolist(), runner.input_batch
     partial: list[tuple[int, int, LayerGroup | None]] = []  # per request: first row, number of rows for its group only
@@ -201,33 +193,8 @@ def plan(runner, model: PartialLayers, metadata, build) -> Plan:
     return Plan(segments, {layer: (of, metadata.slot_mapping[of]) for layer, of in rows.items()})
 
 
-def _rows(begins: Sequence[int], starts: list[int], metadata, build) -> Rows:
+def _rows(begins: Sequence[int], starts: list[int], metadata, build: Build) -> Rows:
     """The rows from `begins[i]` to the end of request i, for every i."""
-    lengths = [end - begin for begin, end in zip(begins, starts[1:], strict=True)]
-    there = [place for place, length in enumerate(lengths) if length]
-    device = metadata.slot_mapping.device
-    rows = torch.cat([torch.arange(begins[place], starts[place + 1]) for place in there]).to(device)
-    dtype = metadata.query_start_loc_cpu.dtype
-    ends = torch.tensor([0, *(lengths[place] for place in there)]).cumsum(0, dtype=dtype)
-    at, slots = torch.tensor(there, device=device), metadata.slot_mapping[rows]
-
-    def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor[at.to(tensor.device)]
-
-    chosen = replace(
-        metadata,
-        query_start_loc=ends.to(device),
-        query_start_loc_cpu=ends,
-        seq_lens=of(metadata.seq_lens),
-        seq_lens_cpu_upper_bound=of(metadata.seq_lens_cpu_upper_bound),
-        num_reqs=len(there),
-        num_actual_tokens=len(rows),
-        max_query_len=max(lengths),
-        block_table_tensor=of(metadata.block_table_tensor),
-        slot_mapping=slots,
-        positions=None if metadata.positions is None else metadata.positions[rows],
-        is_prefilling=of(metadata.is_prefilling),
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
-    return Rows(rows, build(chosen), slots)
+    parts = [(place, begin, end) for place, (begin, end) in enumerate(zip(begins, starts[1:], strict=True)) if begin < end]
+    rows, chosen = of_rows(metadata, parts)
+    return Rows(rows, build(chosen), chosen.slot_mapping)

@@ -33,6 +33,16 @@ def _engine_environment():
     os.environ.update(engine_environment())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment(_engine_environment, _fork_server):
+    """An engine that starts in this process leaves settings in the environment, as that it uses loopback only. They are not for
+    the systems of other modules."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server(tmp_path_factory):
     """One fork server for all systems and for engines of this process, so that vLLM is imported only once."""

@@ -1,0 +1,95 @@
+"""How long a turn with few new tokens waits for its first token: the prefill pool makes their KV, the decode engine makes it
+itself, or the router decides.
+
+    python -m benchmarks.first_token [--repeats 6] [--context 512]
+
+One deployment with a prefill and a decode engine, a core each, whose policy (local_prefill) is changed while it runs. Turns run
+one after the other: a session's first turn brings its context to both engines, and its second one has the new tokens and is
+measured. The last line is JSON: new tokens -> median seconds by policy, and `always` and `auto` relative to `never`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.shared import small
+from benchmarks.shared.result import write
+from benchmarks.shared.small import ADDRESS, DECODERS, MODEL, VOCABULARY, bars
+from prefillshare.app import running
+from prefillshare.apply import apply
+from prefillshare.client import Client
+from prefillshare.kvshare.config import Deployment
+from prefillshare.models import fetch
+from prefillshare.seeded_adapters import make_seeded_adapters
+
+GIVEN = (32, 64, 128, 256)
+POLICIES = ("never", "always", "auto")
+#: Seconds after a session's first turn, in which its response is prefilled and the router is told what is cached.
+PAUSE_S = 0.5
+
+
+def second_turns(client: Client, given: int, context: int, repeats: int, rng: random.Random, advance) -> list[dict]:
+    """What is measured of second turns with `given` new tokens: TTFT, and where the KV came from."""
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(VOCABULARY) for _ in range(count)]
+
+    found = []
+    for number in range(repeats):
+        session, name = client.create_session(), DECODERS[number % len(DECODERS)]
+        session.turn(name, token_ids=tokens(context), max_tokens=4, ignore_eos=True)
+        time.sleep(PAUSE_S)
+        usage = session.turn(name, token_ids=tokens(given), max_tokens=4, ignore_eos=True).usage
+        found.append({"ttft_s": usage.time_to_first_token_s, "choice": usage.prefill_choice})
+        session.delete()
+        advance()
+    return found
+
+
+def deployment(model: Path, adapters: dict[str, Path], policy: str) -> Deployment:
+    size = {"kv_cache_gib": 0.5}
+    return small.deployment(model, adapters, prefill=size, decode={**size, "local_prefill": policy}, router={})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=6, help="turns per number of new tokens and policy")
+    parser.add_argument("--context", type=int, default=512, help="tokens of a session before the measured turn")
+    args = parser.parse_args()
+    console, figures = Console(stderr=True), {}
+    with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
+        model = fetch(MODEL)
+        adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
+        with running(deployment(model, adapters, POLICIES[0])), Client(ADDRESS) as client:
+            for policy in POLICIES:
+                apply(deployment(model, adapters, policy))
+                task = progress.add_task(policy, total=(1 + len(GIVEN)) * args.repeats)
+                rng = random.Random(policy)
+
+                def measured(given: int, task=task, rng=rng) -> list[dict]:
+                    return second_turns(client, given, args.context, args.repeats, rng, lambda: progress.advance(task))
+
+                measured(GIVEN[0])  # a warm-up, in which the router measures what things cost
+                for given in GIVEN:
+                    figures.setdefault(str(given), {})[policy] = measured(given)
+    medians = {
+        given: {policy: round(statistics.median(turn["ttft_s"] for turn in turns), 4) for policy, turns in of.items()}
+        for given, of in figures.items()
+    }
+    relative = {
+        policy: {given: round(of[policy] / of["never"], 3) for given, of in medians.items()} for policy in POLICIES[1:]
+    }
+    write("first_token", console, vars(args), {"ttft_s": medians, "to_never": relative}, turns=figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""What a decode step costs: plain model, the same with an adapter per request, and two streams with an adapter per request.
+"""What a decode step and a prompt cost: plain model, the same with an adapter per request, and two streams with an adapter per
+request.
 
 Each is an engine in a process of its own on the same cores; they take turns, so that only one computes at a time.
 """
@@ -21,7 +22,7 @@ SYSTEMS = {"plain": (False, False), "plain with adapters": (True, False), "two s
 
 
 class Stepper:
-    """An engine whose decode steps are timed; lives in a child process."""
+    """An engine whose decode steps and prompts are timed; lives in a child process."""
 
     def __init__(self, model: str, adapters: dict[str, str], two_streams: bool, cores: str, context: int, batch: int):
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -54,10 +55,7 @@ class Stepper:
         engine = self._engine
         sampling = SamplingParams(max_tokens=steps + 4, temperature=0, ignore_eos=True, detokenize=False)
         for number in range(batch):
-            self._count += 1
-            prompt = [(7 * i + 13 * self._count) % 40_000 for i in range(self._context)]
-            adapter = self._adapters[number % len(self._adapters)] if self._adapters else None
-            engine.add_request(str(self._count), {"prompt_token_ids": prompt}, sampling, lora_request=adapter)
+            self._add(self._context, number, sampling)
         began: dict[str, bool] = {}
         while len(began) < batch:
             began |= {output.request_id: True for output in engine.step() if output.outputs[0].token_ids}
@@ -68,13 +66,30 @@ class Stepper:
             times.append(time.perf_counter() - start)
         return statistics.median(times[1:-4])
 
+    def prompt_s(self, tokens: int) -> float:
+        """Seconds from a prompt of `tokens` tokens to the token after it."""
+        from vllm import SamplingParams
+
+        self._add(tokens, self._count, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False))
+        start = time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return time.perf_counter() - start
+
+    def _add(self, tokens: int, adapter: int, sampling) -> None:
+        self._count += 1
+        prompt = [(7 * i + 13 * self._count) % 40_000 for i in range(tokens)]
+        chosen = self._adapters[adapter % len(self._adapters)] if self._adapters else None
+        self._engine.add_request(str(self._count), {"prompt_token_ids": prompt}, sampling, lora_request=chosen)
+
 
 def _serve(pipe, *args) -> None:
     try:
         stepper = Stepper(*args)
         pipe.send("ready")
         while (asked := pipe.recv()) is not None:
-            pipe.send(stepper.step_s(*asked))
+            what, *arguments = asked
+            pipe.send(getattr(stepper, what)(*arguments))
     except EOFError:
         pass
 
@@ -84,7 +99,11 @@ class Child:
         self._pipe, self._process = pipe, process
 
     def step_s(self, batch: int, steps: int) -> float:
-        self._pipe.send((batch, steps))
+        self._pipe.send(("step_s", batch, steps))
+        return self.answer(MEASURE_TIMEOUT_S)
+
+    def prompt_s(self, tokens: int) -> float:
+        self._pipe.send(("prompt_s", tokens))
         return self.answer(MEASURE_TIMEOUT_S)
 
     def answer(self, timeout_s: float):

@@ -3,7 +3,7 @@
 A decoder's own KV of what it generated is private to it; the next turn, of whatever decoder, needs the base's KV. It is
 computed in idle time:
  1. Every `stride_tokens` tokens while a response streams, and when it has ended, the context so far is sent to the replica that
-    holds most of it, of the pool that makes the decoder's base KV, at the lowest priority: any waiting turn goes first.
+    holds most of it, of the pool that is to make it (Route.maker_ahead), at the lowest priority: any waiting turn goes first.
  2. At most `limit` such calls run at once; further ones are dropped, and counted.
  3. The session's next turn, or its deletion, cancels what still runs. Blocks computed so far stay cached.
 """
@@ -31,10 +31,12 @@ SessionKey = tuple[str, str]
 
 
 class EagerPrefill:
-    """`makers` returns the pool that currently makes the base KV of a decode pool, or raises Unavailable if there is none."""
+    """`maker` returns the pool that is to make a context's KV for a decode pool, or raises Unavailable if there is none."""
 
-    def __init__(self, makers: Callable[[str], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int):
-        self._makers, self._base, self._metrics = makers, base, metrics
+    def __init__(
+        self, maker: Callable[[str, BlockKeys], Pool], base: Base, metrics: Metrics, *, limit: int, stride_tokens: int
+    ):
+        self._maker, self._base, self._metrics = maker, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
         self._background = Background(metrics)
         self._running: dict[SessionKey, asyncio.Task] = {}
@@ -88,7 +90,8 @@ class EagerPrefill:
     async def _warm(self, token_ids: list[int], salt: str | None, decode_pool: str) -> None:
         outcome = "failed"
         try:
-            pool, keys = self._makers(decode_pool), BlockKeys(token_ids, self._base.block_size, salt=salt)
+            keys = BlockKeys(token_ids, self._base.block_size, salt=salt)
+            pool = self._maker(decode_pool, keys)
             placement = await pool.choose(len(token_ids), keys)
             if placement.missing_tokens < self._base.block_size:
                 outcome = "needless"

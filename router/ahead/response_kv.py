@@ -40,7 +40,7 @@ class ResponseKV:
         eager = pull_back = None
         if config.eager_prefill:
             limits = {"limit": config.eager_prefill_max, "stride_tokens": config.eager_prefill_stride_tokens}
-            eager = EagerPrefill(fleet.makers, base, metrics, **limits)
+            eager = EagerPrefill(fleet.maker_ahead, base, metrics, **limits)
         # What a decode engine lends comes without the hidden states that an E-cache needs.
         if config.pull_back != "never" and not ecache_layers(deployment.decode):
             limits = {"when": config.pull_back, "limit": config.pull_back_max}

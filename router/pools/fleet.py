@@ -17,7 +17,7 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import ReplicaStats
 from prefillshare.router.background import Background
-from prefillshare.router.pools.cache_index import CacheIndex
+from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
 from prefillshare.router.pools.placement import Weights, both, weights
 from prefillshare.router.pools.pool import Pool
 from prefillshare.router.pools.replicas import ReplicaSet
@@ -67,15 +67,17 @@ class Fleet:
         for name, weight in wanted.items():
             self.pools[name].weights = weight
         holders = tuple(self.pools[pool.pool] for pool in deployment.decode if pool.makes_base_kv)
+        in_place = {pool.pool for pool in deployment.decode if pool.prefill_policy in ("auto", "always")}
         self._routes = {
-            decode: Route(self.pools[decode], self.pools.get(prefill), holders) for decode, prefill in sources.items()
+            decode: Route(self.pools[decode], self.pools.get(prefill), holders, decode in in_place)
+            for decode, prefill in sources.items()
         }
         return self._routes
 
-    def makers(self, decode: str) -> Pool:
-        """The pool that makes base KV for this decode pool. Raises Unavailable if the decode pool is no longer served."""
+    def maker_ahead(self, decode: str, keys: BlockKeys) -> Pool:
+        """As Route.maker_ahead, for this decode pool. Raises Unavailable if the decode pool is no longer served."""
         if route := self._routes.get(decode):
-            return route.makers
+            return route.maker_ahead(keys)
         raise Unavailable(f"pool {decode!r} is not served any more", fix="use another decoder")
 
     def shared_prefill(self) -> Pool:

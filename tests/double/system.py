@@ -38,16 +38,16 @@ ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
-def deployment(replicas: int, in_place: bool = False, makes_base_kv: bool = False, **router) -> SimpleNamespace:
-    """The parts of a deployment that a fleet and an orchestrator read. `in_place`: without a shared prefill pool.
-    `makes_base_kv`: decode engines that hold the base can make its KV."""
+def deployment(replicas: int, in_place: bool = False, local_prefill: str | None = None, **router) -> SimpleNamespace:
+    """The parts of a deployment that a fleet and an orchestrator read. `in_place`, `local_prefill`: as in `system`."""
     pools = [
         SimpleNamespace(
             pool=name,
             sharing=SHARING[name],
             adapters=dict.fromkeys(names, ""),
             fewest_replicas=replicas,
-            makes_base_kv=makes_base_kv and get_mode(SHARING[name]).base_in_place,
+            makes_base_kv=bool(local_prefill) and get_mode(SHARING[name]).base_in_place,
+            prefill_policy=local_prefill if get_mode(SHARING[name]).base_in_place else None,
         )
         for name, names in ADAPTERS.items()
     ]
@@ -115,7 +115,7 @@ class SessionSystem(System):
         super().__init__(*parts)
         fleet, base, metrics = self.fleet, deployment(1).base, self.metrics
         rate = self.orchestrator.services.compute_s
-        self.eager = EagerPrefill(fleet.makers, base, metrics, limit=4, stride_tokens=16)
+        self.eager = EagerPrefill(fleet.maker_ahead, base, metrics, limit=4, stride_tokens=16)
         self.pull_back = PullBack(
             fleet.shared_prefill, base, metrics, when="always", limit=4, compute_s=lambda: rate.value
         )
@@ -164,7 +164,7 @@ async def system(
     the policy of decode engines that hold the base; None: they cannot make its KV beside a prefill pool. `router`: settings
     of router.* that differ from the usual."""
     local_prefill = local_prefill or ("auto" if in_place else None)
-    wanted = deployment(replicas, in_place, local_prefill is not None, **router)
+    wanted = deployment(replicas, in_place, local_prefill, **router)
     owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
     for name, sharing in SHARING.items():
         makes_base_kv = local_prefill and get_mode(sharing).base_in_place

@@ -136,13 +136,13 @@ async def test_the_pool_is_the_one_that_is_there_now(metrics):
     """Pools come and go while the router runs."""
     now = []
 
-    def makers(of):
+    def maker(of, keys):
         assert of == "agents"
         if not now:
             raise Unavailable("none")
         return now[-1]
 
-    eager = EagerPrefill(makers, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager = EagerPrefill(maker, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
     eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     assert outcomes(metrics) == {"failed": 1}

@@ -5,10 +5,11 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from double.engines import LEASE_S
+from double.engines import BLOCK, LEASE_S
 from double.system import nothing_held, session_system, system
 from virtual_time import on_virtual_time
 
+from prefillshare.router.pools.cache_index import BlockKeys
 from prefillshare.router.turn.decider import Choice, Decider, Where, Why
 from prefillshare.router.turn.place import decode_place, prefill_place
 
@@ -198,3 +199,16 @@ async def test_a_session_whose_turns_are_prefilled_at_random_is_exact(in_place):
             await asyncio.sleep(number % 3)
         assert {where for where, _ in counted(running)} == {"here", "copy"} | (set() if in_place else {"there"})
         await nothing_held(running, leases_s=LEASE_S + 1)
+
+
+@pytest.mark.parametrize(("policy", "maker", "other"), [("always", "agents", "prefill"), ("never", "prefill", "agents")])
+@on_virtual_time
+async def test_a_response_is_prefilled_ahead_where_its_prompt_was_made(policy, maker, other):
+    async with session_system(replicas=1, local_prefill=policy) as running:
+        await running.turns.create("s", ("token_ids", PROMPT))
+        await running.take("s", "a", [5], tokens=40)
+        await asyncio.sleep(5)
+        context = await running.context("s")
+        keys = BlockKeys(context, BLOCK)
+        assert max(running.fleet.pools[maker].overlaps(keys).values()) == len(context) // BLOCK * BLOCK
+        assert max(running.fleet.pools[other].overlaps(keys).values(), default=0) <= len(PROMPT)

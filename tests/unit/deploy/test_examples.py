@@ -91,6 +91,7 @@ def test_example_names_no_folder_of_one_machine(file):
 def test_demo_and_baseline_differ_in_sharing_alone():
     demo, baseline = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "per_model_baseline.yaml"))
     assert demo["base"] == baseline["base"]
+    assert demo["decode"][0].pop("local_prefill") == "never"  # which the baseline does not need to say
     own, shared = baseline["decode"][0].pop("prefill"), demo.pop("prefill")
     assert own == {key: value for key, value in shared.items() if key != "replicas"}
     assert [pool.pop("sharing") for pool in (demo["decode"][0], baseline["decode"][0])] == ["prefillshare", "none"]
@@ -104,12 +105,14 @@ def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
     assert one == demo
     assert engine.pop("kv_cache_gib") == prefill["kv_cache_gib"] + decode.pop("kv_cache_gib")
     assert engine.pop("cpu_cores") == f"{prefill['cpu_cores']}-{decode.pop('cpu_cores')}"
+    assert decode.pop("local_prefill") == "never"
     assert engine == decode
 
 
 def test_tenants_are_the_demo_behind_keys(load):
     demo, tenants_of = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "tenants.yaml"))
     assert tenants_of["router"].pop("auth") == {"keys_file": "../keys/example.yaml"}
+    assert demo["decode"][0].pop("local_prefill") == "never"  # to show prefill and decode apart
     assert tenants_of == demo
     known = tenants.load(load(FOLDER / "tenants.yaml").router.auth)
     assert list(known.by_name) == ["research", "support", "nightly"]

@@ -114,14 +114,14 @@ def test_a_worker_is_what_python_would_have_been_with_the_modules_there(server, 
 
 @pytest.mark.skipif(bool(why := why_not()), reason=f"network namespaces need root and iproute2: {why}")
 def test_a_worker_is_on_the_host_of_the_one_that_asks(server, script):
-    text = "import os\nprint(os.listdir('/sys/class/net'))\nprint(os.stat('/proc/self/ns/net').st_ino)\n"
+    text = "import os\nprint(sorted(os.listdir('/sys/class/net')))\nprint(os.stat('/proc/self/ns/net').st_ino)\n"
     with Hosts(1) as [host]:
         log = server[0].with_name("log")
         asker = host.start([*STAND_IN_COMMAND, server[0], "0", script(text)], log, PYTHONPATH=str(ROOT))
         assert asker.wait(30) == 0
         devices, network = log.read_text().splitlines()
         assert int(network) == int(host.run(["stat", "--dereference", "--format=%i", "/proc/self/ns/net"]))
-        assert devices == str(host.run(["ls", "/sys/class/net"]).split())
+        assert devices == str(sorted(host.run(["ls", "/sys/class/net"]).split()))
 
 
 def test_what_it_spawns_was_forked_too_and_is_its_child_and_the_next_one_is_spawned(server, script):

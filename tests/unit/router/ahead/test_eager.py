@@ -45,7 +45,7 @@ async def pool():
 
 @pytest.fixture
 async def eager(pool, metrics):
-    eager = EagerPrefill(lambda of: pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
+    eager = EagerPrefill(lambda of, keys: pool, Base(model="m", block_size=BLOCK), metrics, limit=2, stride_tokens=100)
     yield eager
     await eager.stop()
 
@@ -122,7 +122,7 @@ async def test_nothing_is_asked_for_that_is_cached_up_to_a_block(eager, pool, me
 
 async def test_a_context_that_fills_the_models_length_is_left_alone(pool, metrics):
     base = Base(model="m", block_size=BLOCK, max_model_len=150)
-    eager = EagerPrefill(lambda of: pool, base, metrics, limit=2, stride_tokens=100)
+    eager = EagerPrefill(lambda of, keys: pool, base, metrics, limit=2, stride_tokens=100)
     eager.grew("s", 150, context(150), None, "agents", ended=True)
     await settle()
     assert (pool.asked, outcomes(metrics)) == ([], {"needless": 1})

@@ -22,8 +22,9 @@ class Metric:
     labels: tuple[str, ...]
     when: str
     buckets: tuple[float, ...] = _SECONDS
-    #: Values of the last label that are exported from the start, at 0: a rate needs a value before the first event.
-    known: tuple[str, ...] = ()
+    #: Values of the labels after decoder or pool that are exported from the start, at 0: a rate needs a value before the first
+    #: event. A tuple of values for each where there are several such labels.
+    known: tuple[str | tuple[str, ...], ...] = ()
 
 
 DEFINITIONS = {
@@ -111,6 +112,11 @@ DEFINITIONS = {
             "long; unavailable: no prefill replica could get work).",
             ("pool", "where", "why"),
             "unavailable above 0: look at the prefill pool; objective rising: decode engines are busy, add replicas.",
+            known=(
+                *(("here", why) for why in ("only", "policy", "cached", "sooner", "unavailable")),
+                *(("there", why) for why in ("only", "policy", "sooner", "objective")),
+                ("copy", "sooner"),
+            ),
         ),
         Metric(
             "prefillshare_kv_blocks",
@@ -326,9 +332,12 @@ class Metrics:
         """Export the metrics with labels for these decoders and pools from now on, before anything is counted."""
         values = {"decoder": list(decoders), "pool": list(pools)}
         for name, m in DEFINITIONS.items():
-            choices = [values.get(label, m.known) for label in m.labels]
-            for chosen in product(*choices) if m.labels and m.kind is not Gauge else ():
-                self[name.removeprefix("prefillshare_")].labels(*chosen)
+            if not m.labels or m.kind is Gauge:
+                continue
+            of = [values[label] for label in m.labels if label in values]
+            others = [(one,) if isinstance(one, str) else one for one in m.known] if len(of) < len(m.labels) else [()]
+            for chosen, known in product(product(*of), others):
+                self[name.removeprefix("prefillshare_")].labels(*chosen, *known)
 
     def __getitem__(self, name: str):
         return self._metrics[name]

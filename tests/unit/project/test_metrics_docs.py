@@ -36,6 +36,7 @@ def test_what_will_be_counted_is_exported_from_the_start():
     there = {(s.name, *sorted(s.labels.items())) for family in registry.collect() for s in family.samples}
     assert ("prefillshare_resumes_total", ("decoder", "coder"), ("reason", "gone")) in there
     assert ("prefillshare_placements_total", ("pool", "prefill"), ("reason", "load")) in there
+    assert ("prefillshare_prefills_total", ("pool", "agents"), ("where", "here"), ("why", "unavailable")) in there
     assert ("prefillshare_turn_seconds_count", ("decoder", "planner")) in there
     assert not any(name.startswith("prefillshare_own_layer_turns") for name, *_ in there)  # which layers is not known yet
 
@@ -43,4 +44,5 @@ def test_what_will_be_counted_is_exported_from_the_start():
 def test_what_is_exported_from_the_start_is_what_the_help_names():
     for name, metric in DEFINITIONS.items():
         if metric.known and name != "prefillshare_turns_total":
-            assert all(value in metric.help for value in metric.known), name
+            known = {value for one in metric.known for value in ([one] if isinstance(one, str) else one)}
+            assert all(value in metric.help for value in known), name

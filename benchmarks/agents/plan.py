@@ -113,12 +113,19 @@ def measured(name: str) -> Preset:
     return Preset(what, costs | {"": of_all}, site, "small", (1, 2, 4, 8, 16), sessions=60)
 
 
+def _share(
+    mode: str, preset: Preset, played: Sequence[Session], objective: Objective, prefill: int, decode: int
+) -> float:
+    """The share of the sessions that is good with so many replicas of each kind."""
+    site = replace(preset.site, prefill=prefill, decode=decode)
+    return share_good(Simulation(mode, site, preset.of(mode)).run(played), objective)
+
+
 def need_in_place(mode: str, preset: Preset, played: Sequence[Session], objective: Objective, good: float, advance):
     """As `need`, of replicas that compute prompts themselves: the smallest number."""
     for replicas in range(1, MOST_REPLICAS + 1):
         advance()
-        site = replace(preset.site, prefill=0, decode=replicas)
-        reached = share_good(Simulation(mode, site, preset.of(mode)).run(played), objective)
+        reached = _share(mode, preset, played, objective, 0, replicas)
         if reached >= good:
             return {"prefill": 0, "decode": replicas, "good": round(reached, 4)}
     return None
@@ -134,8 +141,7 @@ def need(mode: str, preset: Preset, played: Sequence[Session], objective: Object
 
     def share(prefill: int, decode: int) -> float:
         advance()
-        site = replace(preset.site, prefill=prefill, decode=decode)
-        return share_good(Simulation(mode, site, preset.of(mode)).run(played), objective)
+        return _share(mode, preset, played, objective, prefill, decode)
 
     prefill = decode = 1
     reached = share(1, 1)

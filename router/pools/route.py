@@ -27,5 +27,6 @@ class Route:
     def maker_ahead(self, keys: BlockKeys) -> Pool:
         """The pool that is to make KV of a context before a turn asks for it: the prefill pool, unless a decode replica that
         may make it itself holds more of the context."""
-        pools = [self.makers, self.decode] if self.in_place else [self.makers]
-        return max(pools, key=lambda pool: max(pool.overlaps(keys).values(), default=0))
+        if self.prefill is None or not self.in_place:
+            return self.makers
+        return max((self.prefill, self.decode), key=lambda pool: max(pool.overlaps(keys).values(), default=0))

@@ -161,9 +161,6 @@ def _cpu() -> Iterator[Finding]:
     for library, package in (("tcmalloc", "apt-get install libtcmalloc-minimal4"), ("libiomp5", "pip install intel-openmp")):
         if library not in preloaded:
             yield Finding("CPU", Level.WARNING, f"no {library}: engines run at half their speed", package)
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    yield Finding("compiler", Level.OK if compiler else Level.WRONG, compiler or "no g++",
-                  "" if compiler else "apt-get install g++ (vLLM compiles a kernel)")  # fmt: skip
 
 
 def of_deployment(file: Path) -> Iterator[Finding]:

@@ -84,7 +84,7 @@ make_venv() {
 
 has_tcmalloc() { [ -n "$(find /usr/lib /usr/lib64 -name 'libtcmalloc_minimal.so.4*' -print -quit 2>/dev/null)" ]; }
 
-# A package of the lock is built here, and vLLM compiles functions at their first use.
+# A package of the lock comes as source and is built here.
 need_compiler() {
     command -v c++ >/dev/null && command -v gcc >/dev/null || apt g++ || fail "a C++ compiler is needed: apt-get install g++"
     local version

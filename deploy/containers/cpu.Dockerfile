@@ -10,9 +10,9 @@ COPY . .
 RUN requirements/install.sh
 
 FROM ${PYTHON}
-# g++: vLLM compiles some functions at their first use. iproute2: `prefillshare doctor` and Ray's addresses. wget: KubeRay's probes.
+# iproute2: `prefillshare doctor` and Ray's addresses. wget: KubeRay's probes.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ iproute2 libgomp1 libnuma1 libtcmalloc-minimal4 wget \
+    && apt-get install -y --no-install-recommends iproute2 libgomp1 libnuma1 libtcmalloc-minimal4 wget \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid 100 --create-home prefillshare \
     && ln -s /opt/prefillshare/deploy /opt/prefillshare/adapters /home/prefillshare/

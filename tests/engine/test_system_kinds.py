@@ -1,4 +1,4 @@
-"""The system with a tiny Llama: full weights beside adapters, the per-model baseline beside sharing, preemption, shutdown."""
+"""The system with a tiny Qwen3: adapters, full weights and streams that share, per-model baselines, preemption, shutdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from oracle import Oracle
 from prefillshare.app import running as run_deployment
 from prefillshare.kvshare.config import parse
 from prefillshare.kvshare.errors import ContractMismatch, EngineStartError
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
 
@@ -21,16 +22,19 @@ pytestmark = pytest.mark.engine
 
 BLOCK = 32
 MAX_LEN = 320
+KIND = "qwen3"
 #: 16 usable blocks of this model's KV: one longest sequence fits, two do not.
 SMALL_GIB = 17 * BLOCK * 4 * 2 * 2 * 32 * 4 / 2**30
-KIND = "llama"
 
 
-def deployment(folder, tokenizer, kind: str) -> dict:
-    base = make_base(kind, folder / "base", tokenizer)
-    adapters = {
-        name: str(path) for name, path in make_seeded_adapters(base, folder / "adapters", names=("a", "b", "c", "d")).items()
-    }
+def deployment(folder, tokenizer) -> dict:
+    base = make_base(KIND, folder / "base", tokenizer)
+    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b", "c", "d"))
+    adapters |= make_seeded_adapters(base, folder / "streams", names=("s", "t"), modules=get_mode("icarus").adapter_modules)
+
+    def files(names: str) -> dict[str, str]:
+        return {name: str(adapters[name]) for name in names}
+
     full = make_full_decoder(base, folder / "full", seed=2)
     own = make_full_decoder(base, folder / "own", seed=3)
     small = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8, "cpu_cores": "1"}
@@ -38,9 +42,18 @@ def deployment(folder, tokenizer, kind: str) -> dict:
         "base": {"model": str(base), "dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK},
         "prefill": {"kv_cache_gib": 8 * SMALL_GIB, "cpu_cores": "0"},
         "decode": [
-            {"pool": "agents", "local_prefill": "never", "adapters": {n: adapters[n] for n in "ab"}, **small},
+            {"pool": "agents", "local_prefill": "never", "adapters": files("ab"), **small},
             {"pool": "coder", "model": str(full), **small},
-            {"pool": "alone", "sharing": "none", "adapters": {n: adapters[n] for n in "cd"}, "serve_base": False, **small},
+            {
+                "pool": "streams",
+                "sharing": "icarus",
+                "local_prefill": "never",
+                "adapters": files("st"),
+                "serve_base": False,
+                **small,
+                "kv_cache_gib": 4 * SMALL_GIB,
+            },
+            {"pool": "alone", "sharing": "none", "adapters": files("cd"), "serve_base": False, **small},
             {"pool": "solo", "sharing": "none", "model": str(own), **small},
         ],
         # Turns are admitted by their prompts' size only, so that they outgrow the pool and have to survive preemption.
@@ -50,24 +63,24 @@ def deployment(folder, tokenizer, kind: str) -> dict:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory, smollm):
-    with system(deployment(tmp_path_factory.mktemp(KIND), smollm, KIND)) as it:
+    with system(deployment(tmp_path_factory.mktemp(KIND), smollm)) as it:
         yield it
 
 
 def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle):
     session = running.client.create_session(token_ids=ids(45))
-    for number, name in enumerate(("a", "coder", "c", "b", "base", "solo", "d", "coder")):
+    for number, name in enumerate(("a", "coder", "s", "c", "b", "base", "solo", "t", "d", "coder")):
         oracle.turn(session, name, token_ids=ids(6, salt=number + 1), max_tokens=14, ignore_eos=True)
 
 
 def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(running, oracle):
     prompt = ids(4 * BLOCK + 2, salt=50)
     computed = {}
-    for name in ("a", "b", "coder", "c", "d", "solo"):
+    for name in ("a", "b", "coder", "s", "c", "d", "solo"):
         result, _ = oracle.turn(running.client.create_session(), name, token_ids=prompt, max_tokens=2, ignore_eos=True)
         computed[name] = result.usage.computed_tokens
-    shared, own = len(prompt) - 1, len(prompt)
-    assert computed == {"a": shared, "b": shared % BLOCK, "coder": shared % BLOCK, "c": own, "d": own, "solo": own}
+    first, later, own = len(prompt) - 1, (len(prompt) - 1) % BLOCK, len(prompt)
+    assert computed == {"a": first, "b": later, "coder": later, "s": later, "c": own, "d": own, "solo": own}
 
 
 def together(oracle: Oracle, running: System, names: Sequence[str], salt: int, max_tokens: int) -> list:
@@ -83,6 +96,10 @@ def together(oracle: Oracle, running: System, names: Sequence[str], salt: int, m
 
     with ThreadPoolExecutor(len(names)) as pool:
         return list(pool.map(take, range(len(names))))
+
+
+def test_streams_in_one_batch_are_exact(running, oracle):
+    together(oracle, running, "stst", salt=40, max_tokens=24)
 
 
 def test_preempted_turns_are_resumed_exactly_over_grpc(running, oracle):
@@ -108,7 +125,7 @@ def small(tmp_path, smollm):
     """A deployment of one pool, not started."""
     from ports import free_port
 
-    data = deployment(tmp_path, smollm, KIND)
+    data = deployment(tmp_path, smollm)
     return data | {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
 
 

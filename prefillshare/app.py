@@ -236,7 +236,22 @@ def _drain(handle) -> None:
         logger.warning("The router did not drain: %s: %s", type(error).__name__, error)
 
 
-def wait_until_running(deployment: Deployment, progress: Progress | None) -> None:
+#: What Serve says of deployments whose replicas do not work.
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+
+
+def ailing() -> frozenset[str]:
+    """Names of those parts of the running application whose replicas do not all work. Serve goes on replacing them."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP)
+    deployments = application.deployments if application else {}
+    return frozenset(name for name, deployment in deployments.items() if deployment.status.value in _FAILED)
+
+
+def wait_until_running(deployment: Deployment, progress: Progress | None, ailing: Collection[str] = ()) -> None:
+    """Raises EngineStartError if the application does not come to run. What was `ailing` before does not count: it is not the
+    change that ails it, and a change may be what it needs."""
     from ray import serve
 
     started = time.monotonic()
@@ -245,14 +260,17 @@ def wait_until_running(deployment: Deployment, progress: Progress | None) -> Non
         elapsed = time.monotonic() - started
         if progress:
             progress(elapsed, {name: d.status.value for name, d in status.deployments.items()})
+        # The application's state is that of its worst deployment. Right after a change, deployments may have an earlier state.
         if status.status.value == "RUNNING":
             return
-        # The application's state is that of its worst deployment. Right after a change, deployments may have an earlier state.
-        failed = ("DEPLOY_FAILED", "UNHEALTHY")
-        if status.status.value in failed:
-            unhealthy = {n: d.message for n, d in status.deployments.items() if d.status.value in failed}
-            text = "\n".join(f"{name}: {message}" for name, message in unhealthy.items() if message) or status.message
-            raise EngineStartError(f"the deployment did not start:\n{text}")
+        if status.status.value in _FAILED:
+            counted = {n: d for n, d in status.deployments.items() if n not in ailing}
+            failed = {n: d.message for n, d in counted.items() if d.status.value in _FAILED}
+            if failed or not ailing:
+                text = "\n".join(f"{name}: {message}" for name, message in failed.items() if message) or status.message
+                raise EngineStartError(f"the deployment did not start:\n{text}")
+            if all(d.status.value == "HEALTHY" for d in counted.values()):
+                return
         if elapsed > deployment.cluster.start_timeout_s:
             waiting = ", ".join(
                 f"{n} is {d.status.value}" for n, d in status.deployments.items() if d.status.value != "HEALTHY"

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from prefillshare.app import (
     STOP_TIMEOUT_S,
     Progress,
     RunsAs,
+    ailing,
     autoscaled,
     build,
     deploy,
@@ -58,25 +59,26 @@ def apply(new: Deployment, progress: Progress | None = None) -> None:
     """Bring the running application in line with `new`; when this returns, what runs is what `new` says.
 
     No running turn is lost: engines take on additions before the router sends turns there, and drop removals after the router
-    has stopped doing so. Raises ConfigError for what cannot change while it runs, or if nothing runs.
+    has stopped doing so. A part that was ailing before, which Serve goes on replacing, is not waited for. Raises ConfigError
+    for what cannot change while it runs, or if nothing runs.
     """
     handle = handle_to_change()
     old = running_deployment(handle)
     check_change(old, new)
     before, after = RunsAs(old, handle.tenants.remote().result(timeout_s=STOP_TIMEOUT_S)), RunsAs.of(new)
-    both, scaled = _union(old, new), autoscaled(old)
+    both, scaled, ill = _union(old, new), autoscaled(old), ailing()
     # All are built before any is deployed, so that errors in the new deployment's files are found first.
     fewer_engines, new_routers = build(new, after, scaled), build(both, after, scaled, check_files=False)
     more_engines, as_before = (build(deployment, before, scaled, check_files=False) for deployment in (both, old))
     try:
-        _step(more_engines, new, progress)
+        _step(more_engines, new, progress, ill)
         _refuse_what_engines_cannot_load(handle, new)
-        _step(new_routers, new, progress)
+        _step(new_routers, new, progress, ill)
         _refuse_what_routers_leave_out(handle, new)
     except PrefillShareError as error:
-        _go_back(as_before, old, error, progress)
+        _go_back(as_before, old, error, progress, ill)
         raise
-    _step(fewer_engines, new, progress)
+    _step(fewer_engines, new, progress, ill)
     _confirm(handle, new)
 
 
@@ -92,9 +94,9 @@ def handle_to_change():
     return handle
 
 
-def _step(application, deployment: Deployment, progress: Progress | None) -> None:
+def _step(application, deployment: Deployment, progress: Progress | None, ill: Collection[str]) -> None:
     deploy(application)
-    wait_until_running(deployment, progress)
+    wait_until_running(deployment, progress, ill)
 
 
 def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
@@ -141,9 +143,11 @@ def _refuse(problems: Mapping[str, str], new: Deployment) -> None:
         )
 
 
-def _go_back(as_before, old: Deployment, error: PrefillShareError, progress: Progress | None) -> None:
+def _go_back(
+    as_before, old: Deployment, error: PrefillShareError, progress: Progress | None, ill: Collection[str]
+) -> None:
     try:
-        _step(as_before, old, progress)
+        _step(as_before, old, progress, ill)
     except PrefillShareError as second:
         message = f"{error}\nand the previous deployment has not come back: {second.message}"
         raise EngineStartError(message, fix="apply the previous file, or start anew") from error

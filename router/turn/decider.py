@@ -13,7 +13,7 @@ delay of the responses that run on decode replicas meanwhile:
  5. The lowest costs win. A rate that has not been measured counts as 0, so that it gets measured. The pool's last decision
     stands unless another one is better by HYSTERESIS.
  6. A prompt that would make a step take longer than the pool's inter_token_objective_s, while responses run there, goes to the
-    prefill pool. If no prefill replica can get work, everything is made in decode engines.
+    prefill pool. If each prefill replica is ejected or has failed this turn, the decode engine makes everything.
 
 llm-d's router makes the first choice for a single model, and calls this part a decider.
 """
@@ -111,7 +111,8 @@ class Decider:
     async def choose(self, turn: Turn) -> Choice:
         """For a turn with a shared prefix. Raises as Pool.choose does."""
         pool, policy = turn.route.prefill, turn.decoder.local_prefill
-        if policy is None or (policy == "never" and pool and pool.replicas.usable()):
+        may_ask = pool is not None and pool.replicas.any_well(turn.avoid)
+        if policy is None or (policy == "never" and may_ask):
             why = Why.ONLY if policy is None else Why.POLICY
             return Choice(Where.THERE, why, pool, await prefill_place(turn))
         decode = await decode_place(turn)
@@ -128,7 +129,7 @@ class Decider:
         ways = [here(Why.SOONER)]
         if copy := self._copy(turn, decode):
             ways.append(copy)
-        if pool and pool.replicas.usable():
+        if may_ask:
             there = Choice(Where.THERE, Why.SOONER, pool, await prefill_place(turn))
             if self._would_hold_up(turn, decode):
                 return replace(there, why=Why.OBJECTIVE)

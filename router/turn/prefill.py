@@ -24,7 +24,6 @@ async def prefill(turn: Turn) -> Handoff | None:
         return None
     choice = turn.choice = await services.decider.choose(turn)
     services.counted.decided(turn.route.decode.name, choice.where, choice.why)
-    turn.usage.prefill_choice = turn.usage.prefill_choice or f"{choice.where}: {choice.why}"
     if not choice.source:
         return None
     pool, placed, replica = choice.pool, choice.placed, choice.source
@@ -67,6 +66,7 @@ def note_made(turn: Turn, pool: Pool, replica: str, cached_tokens: int, predicte
     if not usage.prefill_replica:  # a resumed turn finds in the cache what it has put there itself
         usage.cached_tokens, usage.predicted_tokens = cached_tokens, predicted
         usage.prefill_s, usage.prefill_replica = elapsed, replica
+        usage.prefill_choice = f"{turn.choice.where}: {turn.choice.why}"
         services.counted.found_cached(pool.name, predicted, cached_tokens)
         if turn.mode.shares_prefill:
             services.counted.asked_of_shared(decoder, turn.prefix.keys, cached_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,12 @@ class System:
                     left[f"{pool}.{key}"] = figures[key]
         return left
 
+    def wait_until_nothing_is_held(self, timeout_s: float = 20.0) -> None:
+        """Fails with what is still held."""
+        with suppress(AssertionError):
+            wait_until(lambda: not self.held(), timeout_s)
+        assert self.held() == {}
+
 
 @contextmanager
 def system(data: dict):
@@ -114,7 +120,7 @@ def oracle(running: System) -> Oracle:
 def nothing_held_after(running: System):
     """When a test of the module's system has ended, no request and no KV block is held for long."""
     yield
-    wait_until(lambda: not running.held(), 30)
+    running.wait_until_nothing_is_held(30)
 
 
 def ids(n: int, salt: int = 0) -> list[int]:

@@ -41,7 +41,7 @@ def kept_whole(running):
     wait_whole(running)
     yield
     wait_whole(running)
-    wait_until(lambda: not running.held(), 30)
+    running.wait_until_nothing_is_held(30)
 
 
 def kill(running, pool: str, replica: str) -> list[psutil.Process]:

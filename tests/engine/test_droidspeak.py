@@ -15,7 +15,7 @@ from prefillshare.tiny_models import make_base, make_full_decoder
 
 pytestmark = pytest.mark.engine
 
-BLOCK = 32
+BLOCK, LEASE_S = 32, 15
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def running(tmp_path_factory, smollm):
                 {"pool": "trained", "max_lora_rank": 8, "adapters": {"c": str(adapters["c"])}, "serve_base": False, **small},
             ],
             "router": {"canary_share": 0.5},
+            "cluster": {"kv_lease_s": LEASE_S},
         }
     ) as it:
         yield it
@@ -62,7 +63,7 @@ def test_every_decoder_is_exact_over_turns(running, oracle):
         result, _ = oracle.turn(session, name, token_ids=ids(8, salt=number + 1), max_tokens=20, ignore_eos=True)
         seen.append(result.usage.own_layers)
     assert seen == ["1-2", "1-3", "0-1", "", "", "1-2", "3-3", "0-1"]
-    wait_until(lambda: not running.held(), 10)
+    running.wait_until_nothing_is_held(10)
 
 
 def test_a_suffix_and_a_prompt_of_one_token_are_exact(running, oracle):
@@ -111,4 +112,4 @@ def test_the_canary_measures_how_far_answers_are_from_the_decoders_own(running):
 
     wait_until(measured, 30)
     assert counted(running, "canary_turns_total", decoder="coder", outcome="done") >= 1
-    wait_until(lambda: not running.held(), 10)
+    running.wait_until_nothing_is_held(LEASE_S + 5)  # what was lent for a turn that the dead replica got

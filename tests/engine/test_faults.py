@@ -182,7 +182,7 @@ def test_http_clients_that_hang_up_end_their_turns_and_are_no_replicas_fault(run
         list(clients.map(lambda number: hang_up(running.http_url, "a", number, 380), range(80)))
     # Their turns have ended at once. If a prefill's answer was on its way by then, the lease of its KV expires by itself.
     wait_until(lambda: {name.rpartition(".")[2] for name in running.held()} <= {"blocks_used"}, 10)
-    wait_until(lambda: not running.held(), LEASE_S + 5)
+    running.wait_until_nothing_is_held(LEASE_S + 5)
     new = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
     assert set(new) == {("prefillshare_turns_total", ("decoder", "a"), ("outcome", "cancelled"))}
     assert new.popitem()[1] > 20  # the other clients hung up before they had a turn

@@ -6,7 +6,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import system, wait_until
+from conftest import system
 from faults import disturbed, kill_busy, wait_whole
 
 from prefillshare.kvshare.modes import get_mode
@@ -73,7 +73,7 @@ def test_a_response_is_pulled_back_and_never_prefilled(running, oracle):
     for number, name in enumerate(("b", "c", "d", "a"), 42):
         result, _ = oracle.turn(session, name, token_ids=ids(10, salt=number), max_tokens=50, ignore_eos=True)
         assert result.usage.computed_tokens <= 10 + BLOCK
-    wait_until(lambda: not running.held(), 10)
+    running.wait_until_nothing_is_held(10)
 
 
 def test_a_decode_replica_that_dies_in_the_middle_loses_no_token(running, oracle):

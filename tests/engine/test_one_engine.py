@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from conftest import System, ids, system, wait_until
-from faults import disturbed, kill_busy, wait_whole
+from faults import disturbed, kill, kill_busy, wait_whole
+from oracle import Oracle
 
 from prefillshare.apply import apply
-from prefillshare.kvshare.config import parse
+from prefillshare.kvshare.config import Deployment, parse
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
@@ -104,6 +108,11 @@ def test_a_response_of_two_streams_is_found_in_place_without_more_ado(running, o
 
 @pytest.mark.parametrize("names", ["ababab", "ststs"])
 def test_preempted_turns_are_computed_again_in_place(running, oracle, names):
+    take_preempted_turns(running, oracle, names)
+
+
+def take_preempted_turns(running: System, oracle: Oracle, names: str) -> None:
+    """Turns of one pool, all at once, that do not fit into its engines together."""
     pool = oracle.served[names[0]].pool
     for name in set(names):
         oracle.decoder(name)
@@ -127,15 +136,66 @@ def test_a_replica_that_dies_in_the_middle_loses_no_token(running, oracle):
     assert len(turn.token_ids) == 60
 
 
+@contextmanager
+def prefill_pool_beside(running: System) -> Iterator[Callable[[str, str], None]]:
+    """Yields a function that sets local_prefill of the two pools; at the first call a prefill pool joins them."""
+
+    def set_policies(*policies: str) -> None:
+        apply(with_pool(running, *policies))
+
+    try:
+        yield set_policies
+    finally:
+        apply(running.deployment)
+
+
+def with_pool(running: System, *policies: str) -> Deployment:
+    data = running.deployment.model_dump(mode="json", exclude_none=True)
+    for pool, policy in zip(data["decode"], policies, strict=True):
+        pool["local_prefill"] = policy
+    return parse(data | {"prefill": {"replicas": 1, "kv_cache_gib": 4 * SMALL_GIB, "cpu_cores": "1"}})
+
+
+def test_turns_are_exact_wherever_their_prompts_are_computed(running, oracle):
+    """Within one session, with prompts that end before, on and after a block's boundary."""
+    wait_whole(running)
+    at_random, seen = random.Random(5), set()
+    with prefill_pool_beside(running) as set_policies:
+        session, context = None, MAX_LEN
+        for policies in (("never", "always"), ("always", "never"), ("never", "never"), ("auto", "auto")):
+            set_policies(*policies)
+            for decoder in at_random.choices("abst", k=4):
+                if context > MAX_LEN - 4 * BLOCK:
+                    session, context = running.client.create_session(token_ids=ids(BLOCK, salt=300 + len(seen))), BLOCK
+                new = -context % BLOCK + BLOCK + at_random.choice((-1, 0, 1))
+                max_tokens = at_random.choice((1, 9, BLOCK))
+                prompt = ids(new, salt=context)
+                turn, _ = oracle.turn(session, decoder, token_ids=prompt, max_tokens=max_tokens, ignore_eos=True)
+                context += new + max_tokens
+                seen.add(turn.usage.prefill_choice)
+        assert {"here: policy", "there: policy"} <= seen
+
+        set_policies("never", "never")
+        for names in ("ababab", "ststs"):
+            take_preempted_turns(running, oracle, names)
+        turn = disturbed(running, oracle, "a", ids(90, salt=310), lambda: kill_busy(running, "agents"), max_tokens=60)
+        assert turn.usage.resumes >= 1
+
+        [maker] = running.info()["prefill"]
+        kill(running, "prefill", maker)
+        session = running.client.create_session(token_ids=ids(2 * BLOCK, salt=311))
+        turn, _ = oracle.turn(session, "b", token_ids=ids(BLOCK, salt=312), max_tokens=9, ignore_eos=True)
+        assert turn.usage.prefill_choice == "here: unavailable"
+
+
 def test_a_prefill_pool_comes_and_goes_while_turns_run(running, oracle):
     wait_whole(running)
     before = {name: set(replicas) for name, replicas in running.info().items()}
-    plain = running.deployment.model_dump(mode="json", exclude_none=True)
-    plain["decode"][0]["local_prefill"] = "never"  # so that it can be said what happens
-    with_pool = parse(plain | {"prefill": {"replicas": 1, "kv_cache_gib": 4 * SMALL_GIB, "cpu_cores": "1"}})
+    there = with_pool(running, "never", "auto")
+    gone = there.model_copy(update={"prefill": running.deployment.prefill})
     session = running.client.create_session(token_ids=ids(70, salt=50))
     with ThreadPoolExecutor(1) as threads:
-        for deployment in (with_pool, parse(plain)):
+        for deployment in (there, gone):
             changing = threads.submit(apply, deployment)
             seen, salt = set(), 51
             while not changing.done():
@@ -146,8 +206,8 @@ def test_a_prefill_pool_comes_and_goes_while_turns_run(running, oracle):
             changing.result()
             assert seen <= {"here: only", "here: cached", "there: policy"}
             turn, _ = oracle.turn(session, "a", token_ids=ids(2, salt=99), max_tokens=2, ignore_eos=True)
-            assert turn.usage.prefill_choice == ("there: policy" if deployment is with_pool else "here: only")
+            assert turn.usage.prefill_choice == ("there: policy" if deployment is there else "here: only")
             assert bool(turn.usage.kv_bytes_transferred or turn.usage.prefill_replica != turn.usage.decode_replica) is (
-                deployment is with_pool
+                deployment is there
             )
     assert {name: set(replicas) for name, replicas in running.info().items()} == before

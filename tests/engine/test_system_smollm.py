@@ -12,7 +12,7 @@ import grpc
 import httpx
 import openai
 import pytest
-from conftest import System, system, wait_until
+from conftest import System, system
 from grpc_status import rpc_status
 from oracle import TOLERANCE
 from transformers import AutoTokenizer
@@ -371,7 +371,7 @@ def test_a_second_turn_on_a_busy_session_is_aborted(running):
     with pytest.raises(errors.Conflict, match="another turn runs"):
         session.turn("planner", text="x")
     first.close()
-    wait_until(lambda: not running.held())
+    running.wait_until_nothing_is_held()
     assert session.get().context_tokens == 0
 
 
@@ -392,7 +392,7 @@ def test_turns_beyond_the_queue_are_refused_with_a_retry_hint(running):
     assert int(refused.value.response.headers["retry-after"]) >= 1
     for stream in held:
         stream.close()
-    wait_until(lambda: not running.held())
+    running.wait_until_nothing_is_held()
 
 
 # Clients that leave, deadlines --------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_a_grpc_client_that_vanishes_leaves_nothing_behind(running):
         stream = client.create_session().stream("planner", text="A long story: " * 20, max_tokens=600, ignore_eos=True)
         next(stream)
         assert running.held()
-    wait_until(lambda: not running.held(), timeout_s=10)
+    running.wait_until_nothing_is_held(10)
 
 
 def test_an_http_client_that_vanishes_leaves_nothing_behind(running):
@@ -411,7 +411,7 @@ def test_an_http_client_that_vanishes_leaves_nothing_behind(running):
     with httpx.stream("POST", f"{running.http_url}/chat/completions", json=body, timeout=60) as response:
         assert next(response.iter_lines()).startswith("data:")
         assert running.held()
-    wait_until(lambda: not running.held(), timeout_s=10)
+    running.wait_until_nothing_is_held(10)
 
 
 def test_a_deadline_ends_the_turn_on_both_engines(running):
@@ -420,7 +420,7 @@ def test_a_deadline_ends_the_turn_on_both_engines(running):
     with pytest.raises(errors.DeadlineExceeded):
         session.turn("base", text="A long story: " * 20, max_tokens=600, ignore_eos=True, timeout_s=2)
     assert time.monotonic() - started < 10
-    wait_until(lambda: not running.held(), timeout_s=10)
+    running.wait_until_nothing_is_held(10)
     assert session.get().turns == 0
 
 

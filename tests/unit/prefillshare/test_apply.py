@@ -108,12 +108,13 @@ class Serve:
             "running_deployment": lambda handle: old,
             "build": lambda deployment, routers, scaled, check_files=True: (deployment, routers.deployment),
             "deploy": self.deployed.append,
+            "ailing": frozenset,
             "wait_until_running": self._wait,
         }.items():
             monkeypatch.setattr(apply_module, name, stub)
         monkeypatch.setattr(serve_config, "is_from_config", lambda app: False)
 
-    def _wait(self, deployment, progress):
+    def _wait(self, deployment, progress, ailing):
         engines, routers = self.deployed[-1]
         if self.routers_fail_with & {pool.pool for pool in routers.decode}:
             raise EngineStartError("router did not start")

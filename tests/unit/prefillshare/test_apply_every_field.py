@@ -89,7 +89,8 @@ class Serve:
 def served(monkeypatch):
     serve = Serve()
     monkeypatch.setattr(applying, "deploy", serve.deploy)
-    monkeypatch.setattr(applying, "wait_until_running", lambda deployment, progress: None)
+    monkeypatch.setattr(applying, "wait_until_running", lambda deployment, progress, ailing: None)
+    monkeypatch.setattr(applying, "ailing", frozenset)
     monkeypatch.setattr(applying, "running_handle", serve.handle)
     monkeypatch.setattr("prefillshare.serve_config.is_from_config", lambda application: False)
     # Of every deployment Ray pickles the class that routes to it, looking through all modules there are; nobody reads it here.

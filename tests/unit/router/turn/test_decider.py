@@ -58,6 +58,23 @@ async def test_a_prefill_pool_that_is_gone_stops_nobody(policy):
         assert await choice(running, "s", prompt=PROMPT[::-1]) in ("here: unavailable", "here: sooner", "copy: sooner")
 
 
+@pytest.mark.parametrize("policy", ["auto", "never"])
+@on_virtual_time
+async def test_a_turn_does_not_wait_for_a_prefill_pool_that_has_failed_it(policy):
+    """Serve has not told yet that the replicas have died. A turn asks each of them once."""
+    async with system(local_prefill=policy) as running:
+        await choice(running)
+        replicas = running.cluster.pools["prefill"].replicas.values()
+        for replica in replicas:
+            replica.die()
+        made, began = len(running.cluster.calls("prefill")), asyncio.get_running_loop().time()
+        expected = ("here: unavailable",) if policy == "never" else ("here: unavailable", "here: sooner")
+        assert await choice(running, prompt=PROMPT[::-1]) in expected
+        assert asyncio.get_running_loop().time() - began < 1
+        asked = [call for call in running.cluster.calls("prefill")[made:] if call.pool == "prefill"]
+        assert len(asked) <= len(replicas)
+
+
 @on_virtual_time
 async def test_what_is_cached_where_it_is_read_is_not_handed_over():
     async with system(local_prefill="auto", replicas=1) as running:
@@ -85,7 +102,7 @@ class Pool:
     def __init__(self, missing, queued=0, active=0, name="p"):
         self.name, replica = name, SimpleNamespace(total_queued_tokens=queued, total_active=active, id=f"{name}-1")
         self.placed = SimpleNamespace(replica=replica, missing_tokens=missing, cached_tokens=2_000 - missing)
-        self.replicas = SimpleNamespace(usable=lambda *_: [replica])
+        self.replicas = SimpleNamespace(any_well=lambda without: True)
 
     def most_cached(self, tokens, keys, without):
         return self.placed

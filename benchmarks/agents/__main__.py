@@ -112,7 +112,7 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="two experiments only")
     form.add_argument(
-        "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at the highest load only"
+        "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at high loads"
     )
     form.add_argument(
         "--decider", action="store_true", help="with a prefill pool: the router's decision per turn against both fixed policies"

@@ -69,9 +69,15 @@ def decider(count: int) -> list[Experiment]:
     ]
 
 
+#: Sessions that arrive a second: more than one engine of stock vLLM serves with 4 models (its caches hold half of what comes
+#: again) or with 8 (they hold nothing of it), and less than one engine with shared KV does.
+COLLAPSE_PER_S = 0.15
+
+
 def one_engine(count: int) -> list[Experiment]:
     """Those in which one engine of ours is compared with one of stock vLLM."""
     return [
-        *(Experiment("react", models, count, at_once=LOADS[-1]) for models in sorted((*OTHER_MODELS, MODELS))),
+        *(Experiment("react", models, count, at_once=LOADS[-1]) for models in sorted((1, *OTHER_MODELS, MODELS))),
         Experiment("low-sharing", MODELS, 2 * count, at_once=LOADS[-1]),
+        *(Experiment("react", models, 2 * count, per_s=COLLAPSE_PER_S) for models in (MODELS, OTHER_MODELS[-1])),
     ]

@@ -32,14 +32,20 @@ def test_the_headline_compares_one_engine_with_one_of_stock_vllm():
     def figures(turns_per_s: float, p95: float) -> dict:
         return {"turns_per_s": {"value": turns_per_s}, "session_s_p95": {"value": p95}}
 
-    names = ("react, 2 models, 6 at once", "react, 4 models, 2 at once", "low-sharing, 4 models, 6 at once")
+    names = (
+        "react, 2 models, 6 at once",
+        "react, 4 models, 2 at once",
+        "low-sharing, 4 models, 6 at once",
+        "react, 8 models, 0.15/s",
+        "uneven, 4 models, 0.1/s in bursts",
+    )
     found = {
         "vllm": {"experiments": {name: figures(1.0, 8.0) for name in names}},
         "unified-icarus": {"experiments": {name: figures(1.5, 4.0) for name in names}},
     }
     assert report.unified_vs_vllm(found) == {
-        "throughput": {"react-2": {"icarus": 1.5}, "low-sharing": {"icarus": 1.5}},
-        "p95": {"react-2": {"icarus": 2.0}, "low-sharing": {"icarus": 2.0}},
+        "throughput": {"react-2": {"icarus": 1.5}, "low-sharing": {"icarus": 1.5}, "react-8, 0.15/s": {"icarus": 1.5}},
+        "p95": {"react-2": {"icarus": 2.0}, "low-sharing": {"icarus": 2.0}, "react-8, 0.15/s": {"icarus": 2.0}},
     }
 
 

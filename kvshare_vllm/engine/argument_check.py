@@ -59,7 +59,7 @@ def refusal(settings: EngineSettings) -> str:
     environment = dict(os.environ)
     try:
         set_environment(settings, "127.0.0.1", Ports(1, 2, 3))
-        AsyncEngineArgs(**engine_args(settings, _NOWHERE)).create_engine_config()
+        config = AsyncEngineArgs(**engine_args(settings, _NOWHERE)).create_engine_config()
     except ValidationError as error:
         return "; ".join(re.sub(r"^(Value error|Assertion failed), ", "", item["msg"]) for item in error.errors())
     except Exception as error:
@@ -67,7 +67,7 @@ def refusal(settings: EngineSettings) -> str:
     finally:
         os.environ.clear()
         os.environ.update(environment)
-    return ""
+    return "it needs vLLM's V2 model runner, and engines run the V1 runner" if config.use_v2_model_runner else ""
 
 
 def _at_fault(settings: EngineSettings) -> str:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.loopback import ADDRESS, INTERFACE, is_loopback
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import KVEvents
@@ -24,6 +25,10 @@ from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
 from prefillshare.kvshare_vllm.models import families
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
+
+#: vLLM chooses its V2 model runner on GPUs and its V1 runner on CPUs. All engines run the V1 runner: what is added to it for
+#: shared KV (engine/worker.py, models/) is then the same code everywhere, and CPUs test what GPUs run.
+V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
@@ -115,15 +120,20 @@ def kv_events_on(host: str, ports: Ports) -> KVEvents:
 
 
 def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
-    """Set what vLLM reads at import or engine start; the replica's process belongs to this one engine."""
+    """Set what vLLM reads at import or engine start; the replica's process belongs to this one engine. Raises ConfigError if
+    the environment asks for the other model runner."""
+    if os.environ.get(V2_RUNNER, "0") != "0":
+        raise ConfigError(
+            f"{V2_RUNNER} is {os.environ[V2_RUNNER]!r}: engines run vLLM's V1 model runner",
+            fix="unset it where engines are started",
+        )
     env = {
+        V2_RUNNER: "0",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(ports.handshakes),
         # Block keys must agree between processes that exchange KV events.
         "PYTHONHASHSEED": "0",
     }
-    if s.role == "decode":
-        env |= families.of_engine(s).environment
     if s.cpu_cores is not None and current_platform.is_cpu():
         env["VLLM_CPU_OMP_THREADS_BIND"] = s.cpu_cores
     if s.traces_endpoint:

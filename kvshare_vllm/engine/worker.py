@@ -1,8 +1,7 @@
 """The decode engine's worker: restores the state of a resumed request that this process has not run before.
 
-vLLM's V2 model runner takes a resumed request as new, with all of its tokens, and draws its noise from (seed, position), so
-there is nothing to do. The V1 runner (CPU builds) looks a resumed request up in its own table, so it is put there first.
-Seeded requests of the V1 runner get generators that stay right when a prompt is computed in chunks.
+vLLM's V1 model runner looks a resumed request up in its own table, so it is put there first. Seeded requests on CPUs get
+generators that stay right when a prompt is computed in chunks.
 
 Seam: vllm/v1/worker/gpu_model_runner.py, `_update_states`; vllm/v1/sample/ops/topk_topp_sampler.py (draws per token).
 """
@@ -51,6 +50,8 @@ class ReplayGenerator(torch.Generator):
 
 class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
+        if self.use_v2_model_runner:
+            raise RuntimeError("what this worker does to vLLM's V1 model runner has no effect on the V2 runner")
         super().load_model(*args, **kwargs)
         family = families.of_model(self.model_runner.get_model())
         if transfer := self.vllm_config.kv_transfer_config:
@@ -58,7 +59,7 @@ class SharedKVWorker(PlatformWorker):
             if families.of_decode(mode) is not family:
                 raise RuntimeError("the engine's model is not the one its sharing mode runs")
             if transfer.kv_connector_extra_config["makes_base_kv"]:
-                family.make_base_kv(self.model_runner, mode, self.use_v2_model_runner)
+                family.make_base_kv(self.model_runner, mode)
         family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
         if current_platform.is_cpu():
             take_back_draws(self.model_runner)
@@ -66,20 +67,19 @@ class SharedKVWorker(PlatformWorker):
     def execute_model(self, scheduler_output):
         meta = scheduler_output.kv_connector_metadata
         self.model_runner.own_layers = getattr(meta, "own_layers", {})
-        if not self.use_v2_model_runner:
-            for data in getattr(meta, "restored_requests", ()):
-                drawn = _drawn(scheduler_output, data.req_id)
-                self.model_runner.requests[data.req_id] = CachedRequestState(
-                    req_id=data.req_id,
-                    prompt_token_ids=data.prompt_token_ids,
-                    mm_features=data.mm_features,
-                    sampling_params=data.sampling_params,
-                    generator=self._generator_after(data.sampling_params, drawn),
-                    block_ids=data.block_ids,
-                    num_computed_tokens=data.num_computed_tokens,
-                    output_token_ids=list(scheduler_output.scheduled_cached_reqs.all_token_ids[data.req_id][-drawn:]),
-                    lora_request=data.lora_request,
-                )
+        for data in getattr(meta, "restored_requests", ()):
+            drawn = _drawn(scheduler_output, data.req_id)
+            self.model_runner.requests[data.req_id] = CachedRequestState(
+                req_id=data.req_id,
+                prompt_token_ids=data.prompt_token_ids,
+                mm_features=data.mm_features,
+                sampling_params=data.sampling_params,
+                generator=self._generator_after(data.sampling_params, drawn),
+                block_ids=data.block_ids,
+                num_computed_tokens=data.num_computed_tokens,
+                output_token_ids=list(scheduler_output.scheduled_cached_reqs.all_token_ids[data.req_id][-drawn:]),
+                lora_request=data.lora_request,
+            )
         return super().execute_model(scheduler_output)
 
     def _generator_after(self, params, drawn: int) -> torch.Generator | None:

@@ -4,8 +4,7 @@ vLLM decides for each row of a step which adapter it runs with. Here, the rows o
 none (R1). The last prompt token and generated tokens keep the request's adapter, also when they are computed again after a
 preemption. This holds for any part of a prompt that a step computes, and beside decodes with other adapters.
 
-Seam: vllm/v1/worker/lora_model_runner_mixin.py (`set_active_loras`, V1 runner), vllm/v1/worker/gpu/lora_utils.py
-(`LoraState.make_lora_inputs`, V2 runner)
+Seam: vllm/v1/worker/lora_model_runner_mixin.py (`set_active_loras`)
 """
 
 from __future__ import annotations
@@ -33,28 +32,15 @@ def without_adapter(
 class BaseRows:
     """Stands in the place where a model runner asks for its rows' adapters. `prompts` counts those it was asked about."""
 
-    def __init__(self, runner, mode: SharingMode, v2: bool):
+    def __init__(self, runner, mode: SharingMode):
         self._runner, self._mode, self.prompts = runner, mode, 0
-        if v2:
-            self._stock = runner.lora_state.make_lora_inputs
-            runner.lora_state.make_lora_inputs = self._make_lora_inputs
-        else:
-            runner.set_active_loras = self._set_active_loras
+        runner.set_active_loras = self._set_active_loras
 
     def _set_active_loras(self, batch, num_scheduled_tokens, num_sampled_tokens=None, *rest) -> None:
         if num_sampled_tokens is None:
             num_sampled_tokens = np.ones_like(num_scheduled_tokens, dtype=np.int32)
         of_requests, of_tokens, adapters = batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)
         prompts, computed = batch.num_prompt_tokens[: batch.num_reqs], batch.num_computed_tokens_cpu[: batch.num_reqs]
-        rows = self._rows(of_tokens, num_scheduled_tokens, prompts, computed)
-        self._runner._set_active_loras(of_requests, rows, adapters, *rest)
-
-    def _make_lora_inputs(self, req_ids, idx_mapping, num_scheduled_tokens):
-        of_requests, of_tokens, adapters = self._stock(req_ids, idx_mapping, num_scheduled_tokens)
-        states = self._runner.req_states
-        prompts, computed = states.prompt_len.np[idx_mapping], states.num_computed_prefill_tokens[idx_mapping]
-        return of_requests, self._rows(of_tokens, num_scheduled_tokens, prompts, computed), adapters
-
-    def _rows(self, of_tokens, scheduled, prompts, computed) -> tuple[int, ...]:
         self.prompts += int((computed < prompts).sum())
-        return without_adapter(self._mode, of_tokens, scheduled, prompts, computed)
+        rows = without_adapter(self._mode, of_tokens, num_scheduled_tokens, prompts, computed)
+        self._runner._set_active_loras(of_requests, rows, adapters, *rest)

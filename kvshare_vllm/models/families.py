@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from prefillshare.kvshare import fingerprint
@@ -15,8 +15,6 @@ class Family:
     """vLLM's own models."""
 
     prefix = ""
-    #: Environment variables of decode engines; they override those of the process.
-    environment: Mapping[str, str] = {}
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
         return {}
@@ -24,11 +22,11 @@ class Family:
     def follow(self, runner, has_adapters: bool) -> None:
         """From now on, a decode engine's model runner tells the model what it needs to know about each batch."""
 
-    def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
+    def make_base_kv(self, runner, mode: SharingMode) -> None:
         """From now on, a decode engine computes the rows of a shared prefix as the base's."""
         from prefillshare.kvshare_vllm.models.base_rows import BaseRows
 
-        runner.base_rows = BaseRows(runner, mode, v2)
+        runner.base_rows = BaseRows(runner, mode)
 
     def check_base_kv(self, runner) -> None:
         """To be called after a first prompt. Raises RuntimeError if `make_base_kv` had no effect on it."""
@@ -65,7 +63,7 @@ class TwoStreams(Instead):
         if has_adapters:
             follow_adapters(runner)
 
-    def make_base_kv(self, runner, mode: SharingMode, v2: bool) -> None:
+    def make_base_kv(self, runner, mode: SharingMode) -> None:
         """Nothing to do: the encoder stream is the base."""
 
     def check_base_kv(self, runner) -> None:
@@ -77,7 +75,6 @@ class PartialLayers(Instead):
     decodes, which run as in the stock model, are captured as graphs."""
 
     prefix, module = "DroidSpeak", "own_layers"
-    environment: Mapping[str, str] = {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the V2 runner has no `_build_attention_metadata`
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
         scheduler = "prefillshare.kvshare_vllm.engine.own_layers_scheduler.OwnLayersScheduler"

@@ -40,6 +40,7 @@ def test_vllm_has_nothing_against_what_runs(settings, changes):
         ({"engine_args": {"attention_backend": "NOPE"}}, "engine_args.attention_backend", "Unknown attention backend: 'NOPE'"),
         ({"engine_args": {"max_cpu_loras": 1}}, "engine_args.max_cpu_loras", "must be >= max_loras (8)"),
         ({"engine_args": {"seed": "x", "quantization": "y"}}, "", "a valid integer"),
+        ({"engine_args": {"watermark_config": {"key": 1}}}, "engine_args.watermark_config", "engines run the V1 runner"),
     ],
 )
 def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, message):
@@ -48,6 +49,14 @@ def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, 
     (problem,) = problems({"pool": replace(settings, **changes)}, None)
     assert (problem["engine"], problem["argument"]) == ("pool", argument)
     assert message in problem["message"]
+
+
+def test_another_model_runner_is_refused_where_the_environment_asks_for_it(settings, monkeypatch):
+    from prefillshare.kvshare_vllm.engine.argument_check import problems
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    (problem,) = problems({"pool": settings}, None)
+    assert "VLLM_USE_V2_MODEL_RUNNER is '1': engines run vLLM's V1 model runner" in problem["message"]
 
 
 def test_a_tool_parser_that_vllm_does_not_have_is_refused_with_those_it_has(settings):

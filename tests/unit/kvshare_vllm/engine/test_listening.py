@@ -1,6 +1,7 @@
 """Where a deployment listens: on loopback alone if its surfaces are there; elsewhere only with a key for its channels."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import ray
@@ -112,3 +113,17 @@ def test_an_operators_own_network_goes_first(monkeypatch):
     launch.set_environment(SETTINGS, "127.0.0.1", launch.Ports(1, 2, 3))
     assert os.environ["UCX_NET_DEVICES"] == "mlx5_0:1"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
+
+
+@pytest.mark.parametrize("before", [{}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}])
+def test_all_engines_run_the_same_model_runner(monkeypatch, before):
+    monkeypatch.setattr(os, "environ", dict(before))
+    for settings in (SETTINGS, replace(SETTINGS, role="decode")):
+        launch.set_environment(settings, "127.0.0.1", launch.Ports(1, 2, 3))
+        assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_another_model_runner_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"VLLM_USE_V2_MODEL_RUNNER": "1"})
+    with pytest.raises(ConfigError, match=r"VLLM_USE_V2_MODEL_RUNNER is '1': engines run vLLM's V1 .* \(fix: unset it"):
+        launch.set_environment(SETTINGS, "127.0.0.1", launch.Ports(1, 2, 3))

@@ -9,7 +9,8 @@ each stream attends by itself (`Apart`).
 
 CUDA graphs: in a batch that has only decodes, and adapters among them, the decoder stream has every row (a request to the base
 has no delta), so that only T decides what is computed; vLLM captures such batches separately from those without adapters.
-Batches with prompt tokens run eagerly and choose their rows. Without graphs, all batches choose their rows.
+Batches with prompt tokens run eagerly and choose their rows; only there may the streams attend by themselves. Without graphs,
+all batches choose their rows.
 
 Seam: vllm/model_executor/models/{llama,qwen3}.py (module names and order of operations); vllm/lora/layers/base_linear.py
 (`_apply_lora_to_output`); vllm/v1/worker/lora_model_runner_mixin.py (`_set_active_loras`);
@@ -230,7 +231,8 @@ def follow_adapters(runner) -> None:
         model.apart = None
         with seen_metadata(only_group(runner)) as seen:
             built = build(*args, **kwargs)
-        if seen and not model.every_row and len(chosen) < seen[0].num_actual_tokens and _can_be_apart(model):
+        is_graph = graphs and seen and seen[0].max_query_len == 1
+        if seen and not is_graph and len(chosen) < seen[0].num_actual_tokens and _can_be_apart(model):
             alone = alone or _one_stream_group(runner, model)
             ends = seen[0].query_start_loc_cpu.tolist()[1:]
             decoder = None

@@ -1,11 +1,12 @@
 """How long a turn with few new tokens waits for its first token: the prefill pool makes their KV, the decode engine makes it
-itself, or the router decides.
+itself, or the router decides; and the same in a deployment of one engine.
 
     python -m benchmarks.first_token [--repeats 6] [--context 512]
 
-One deployment with a prefill and a decode engine, a core each, whose policy (local_prefill) is changed while it runs. Turns run
-one after the other: a session's first turn brings its context to both engines, and its second one has the new tokens and is
-measured. The last line is JSON: new tokens -> median seconds by policy, and `always` and `auto` relative to `never`.
+Two deployments with the same cores. The first has a prefill and a decode engine with a core each, and its policy
+(local_prefill) is changed while it runs; the second has one engine with both cores. Turns run one after the other: a session's
+first turn brings its context to the engines, and its second one has the new tokens and is measured. The last line is JSON: new
+tokens -> median seconds by policy, and all of them relative to `never`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from prefillshare.models import fetch
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 GIVEN = (32, 64, 128, 256)
-POLICIES = ("never", "always", "auto")
+POLICIES, ONE_ENGINE = ("never", "always", "auto"), "one engine"
 #: Seconds after a session's first turn, in which its response is prefilled and the router is told what is cached.
 PAUSE_S = 0.5
 
@@ -54,6 +55,9 @@ def second_turns(client: Client, given: int, context: int, repeats: int, rng: ra
 
 
 def deployment(model: Path, adapters: dict[str, Path], policy: str) -> Deployment:
+    if policy == ONE_ENGINE:
+        alone = {"kv_cache_gib": 1.0, "cpu_cores": "0-1", "local_prefill": None}
+        return small.deployment(model, adapters, prefill={"replicas": 0}, decode=alone, router={})
     size = {"kv_cache_gib": 0.5}
     return small.deployment(model, adapters, prefill=size, decode={**size, "local_prefill": policy}, router={})
 
@@ -69,24 +73,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, bars(console) as progress:
         model = fetch(MODEL)
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
+
+        def measure(policy: str, client: Client) -> None:
+            task = progress.add_task(policy, total=(1 + len(GIVEN)) * args.repeats)
+            rng = random.Random(policy)
+            for given in (GIVEN[0], *GIVEN):  # the first is a warm-up, in which the router measures what things cost
+                turns = second_turns(client, given, args.context, args.repeats, rng, lambda: progress.advance(task))
+                figures.setdefault(str(given), {})[policy] = turns
+
         with running(deployment(model, adapters, POLICIES[0])), Client(ADDRESS) as client:
             for policy in POLICIES:
                 apply(deployment(model, adapters, policy))
-                task = progress.add_task(policy, total=(1 + len(GIVEN)) * args.repeats)
-                rng = random.Random(policy)
-
-                def measured(given: int, task=task, rng=rng) -> list[dict]:
-                    return second_turns(client, given, args.context, args.repeats, rng, lambda: progress.advance(task))
-
-                measured(GIVEN[0])  # a warm-up, in which the router measures what things cost
-                for given in GIVEN:
-                    figures.setdefault(str(given), {})[policy] = measured(given)
+                measure(policy, client)
+        with running(deployment(model, adapters, ONE_ENGINE)), Client(ADDRESS) as client:
+            measure(ONE_ENGINE, client)
     medians = {
         given: {policy: round(statistics.median(turn["ttft_s"] for turn in turns), 4) for policy, turns in of.items()}
         for given, of in figures.items()
     }
     relative = {
-        policy: {given: round(of[policy] / of["never"], 3) for given, of in medians.items()} for policy in POLICIES[1:]
+        policy: {given: round(of[policy] / of["never"], 3) for given, of in medians.items()}
+        for policy in (*POLICIES[1:], ONE_ENGINE)
     }
     write("first_token", console, vars(args), {"ttft_s": medians, "to_never": relative}, turns=figures)
 

@@ -27,11 +27,11 @@ demo: model ## start a small cluster on this machine and run a session in which 
 demo-one: model ## the same session in one engine, which makes the shared KV and decodes
 	@$(BIN)/prefillshare demo --config deploy/configs/demo_one_engine.yaml
 
-test: model ## all tests, those that start engines included (about 35 minutes on 2 cores)
+test: model ## all tests, those that start engines included (about 22 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/engine
 
-test-unit: $(INSTALLED) ## the quick tests: no engine, no model, hardly another program (less than two minutes on 2 cores)
+test-unit: $(INSTALLED) ## the quick tests: no engine, no model, hardly another program (about a minute on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit -m "not slow" --numprocesses 2 --dist loadfile
 
 accuracy: model ## train what is compared in docs/accuracy.md, ask the test questions, write the page (hours; goes on where it was)

@@ -40,7 +40,7 @@ def test_vllm_has_nothing_against_what_runs(settings, changes):
         ({"engine_args": {"attention_backend": "NOPE"}}, "engine_args.attention_backend", "Unknown attention backend: 'NOPE'"),
         ({"engine_args": {"max_cpu_loras": 1}}, "engine_args.max_cpu_loras", "must be >= max_loras (8)"),
         ({"engine_args": {"seed": "x", "quantization": "y"}}, "", "a valid integer"),
-        ({"engine_args": {"watermark_config": {"key": 1}}}, "engine_args.watermark_config", "engines run the V1 runner"),
+        ({"engine_args": {"watermark_config": {"key": 1}}}, "engine_args.watermark_config", "Model Runner V2 requires Triton"),
     ],
 )
 def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, message):

@@ -52,6 +52,23 @@ def test_arguments_are_checked_with_as_many_ranks_as_there_are_gpus(gpus, ranks,
     assert argument_check._here(replace(SETTINGS, tensor_parallel_size=ranks)).tensor_parallel_size == checked_with
 
 
+def test_an_argument_that_needs_the_other_model_runner_is_refused_by_name(gpus, monkeypatch):
+    """On CPUs vLLM refuses it itself."""
+
+    class Arguments:
+        def __init__(self, **arguments):
+            self.arguments = arguments
+
+        def create_engine_config(self):
+            return SimpleNamespace(use_v2_model_runner="watermark_config" in self.arguments)
+
+    monkeypatch.setattr(argument_check, "AsyncEngineArgs", Arguments)
+    settings = replace(SETTINGS, engine_args={"seed": 1, "watermark_config": {"key": 1}})
+    (problem,) = argument_check.problems({"agents": settings}, None)
+    assert problem["argument"] == "engine_args.watermark_config"
+    assert problem["message"] == "it needs vLLM's V2 model runner, and engines run the V1 runner"
+
+
 @pytest.mark.parametrize("drawn", [0, 1, 5])
 def test_a_resumed_requests_generator_goes_on_after_as_many_draws_as_vllm_makes(gpus, drawn):
     vocabulary, undisturbed = 50, torch.Generator()

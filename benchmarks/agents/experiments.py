@@ -69,8 +69,8 @@ def decider(count: int) -> list[Experiment]:
     ]
 
 
-#: Sessions that arrive a second: more than one engine of stock vLLM serves with 4 models (its caches hold half of what comes
-#: again) or with 8 (they hold nothing of it), and less than one engine with shared KV does.
+#: Sessions that arrive a second: more than one engine of stock vLLM serves with 4 models or with 8, whose contexts its caches
+#: do not hold then, and fewer than one engine with shared KV serves.
 COLLAPSE_PER_S = 0.15
 
 

@@ -55,7 +55,7 @@ class ReplicaSet:
         usable = self._usable[1]
         return [r for r in usable if r.id not in without] or usable if without else usable
 
-    def any_well(self, without: Collection[str] = ()) -> bool:
+    def any_well(self, without: Collection[str]) -> bool:
         """There is a replica that is not ejected and not in `without`."""
         return any(r.health.usable and r.id not in without for r in self.usable())
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 import importlib
 import os
 
-POLL_TIMEOUT_US = 1000
+#: The thread wakes for every event whatever this is. With 1 ms it also woke a thousand times a second for nothing, on the core
+#: of the model's first thread, for which the others wait: a decode step on two cores took a twelfth longer.
+POLL_TIMEOUT_US = 100_000
 
 
 def wait_for_events() -> None:

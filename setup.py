@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 NAME = "prefillshare"
-INSIDE = ("decode_service", "finetuning", "kvshare", "kvshare_vllm", "prefill_service", "protos", "router")
+INSIDE = ("decode_service", "finetuning", "kvshare", "kvshare_vllm", "prefill_service", "proof", "protos", "router")
 #: Files for people, which commands show or name.
 FILES = {"deploy.configs": ["*.yaml"], "deploy.grafana": ["*.json"], "deploy.keys": ["*.yaml"], "deploy.prometheus": ["*.yaml"]}
 

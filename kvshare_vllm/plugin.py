@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+
+#: Environment variable: if set, engines on GPUs compute adapters' deltas in plain torch, too. vLLM's kernels for GPUs take no
+#: float32, in which `prefillshare prove` compares (proof/exact.py).
+TORCH_ADAPTERS = "PREFILLSHARE_TORCH_ADAPTERS"
 
 
 def register() -> None:
@@ -26,9 +31,12 @@ def register() -> None:
     for architecture, where in families.registered():
         ModelRegistry.register_model(architecture, where)
     if current_platform.is_cpu():
-        from prefillshare.kvshare_vllm.patches import cpu_adapters, nixl_cores
+        from prefillshare.kvshare_vllm.patches import nixl_cores
 
         nixl_cores.wait_for_events()
         nixl_cores.keep_affinity()
+    if current_platform.is_cpu() or os.environ.get(TORCH_ADAPTERS):
+        from prefillshare.kvshare_vllm.patches import cpu_adapters
+
         cpu_adapters.use()
     quick_start.resume()

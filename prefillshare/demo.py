@@ -1,13 +1,12 @@
 """`prefillshare demo`: trained decoders take turns over one growing context, by default with the embedded model.
 
 Starts the deployment of a file, runs one session turn by turn, asks the base the same on forks of the session, checks every
-generated token's log-probability against the oracle (tests/reference.py), and reports how much the same session would have
+generated token's log-probability against the oracle (reference.py), and reports how much the same session would have
 prefilled without sharing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -246,8 +245,9 @@ def _oracle(deployment: Deployment, rows: list[Row]) -> float:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    from prefillshare import reference
+
     transformers_logging.disable_progress_bar()
-    reference = _load_reference()
     served = decoders.served(deployment)
     pools = {pool.pool: pool for pool in deployment.decode}
     base = AutoModelForCausalLM.from_pretrained(deployment.base.model, dtype=torch.float32).eval()
@@ -263,16 +263,6 @@ def _oracle(deployment: Deployment, rows: list[Row]) -> float:
                 want = function(base, decoder.eval(), row.prompt, row.result.token_ids)
                 worst = max(worst, reference.max_abs_diff(row.result.logprobs, want))
     return worst
-
-
-def _load_reference():
-    path = Path(__file__).resolve().parents[1] / "tests" / "reference.py"
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there", fix="run the demo from a checkout of the project")
-    spec = importlib.util.spec_from_file_location("prefillshare_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prefilled_without_sharing(rows: list[Row], block_size: int) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +48,19 @@ def make_seeded_adapters(
     folders = {}
     for name in names:
         folder = Path(target_folder) / name
-        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(folder, layers, base_folder, name, rank)
         contract = DecoderContract.of_base(base_folder, trained_with=f"not trained: seeded adapter {name!r}, rank {rank}")
-        _put(folder / "adapter_model.safetensors", save(_tensors(layers, name, rank), {"format": "pt"}))
-        _put(folder / "adapter_config.json", _config(layers, base_folder, rank))
         if not _has(folder, contract):
             contract.write(folder)
         folders[name] = folder
     return folders
+
+
+def write_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], base_folder: str | Path, name: str, rank: int) -> None:
+    """Write one adapter without a contract. `layers`: module name -> (out features, in features)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / "adapter_model.safetensors", save(_tensors(layers, name, rank), {"format": "pt"}))
+    _put(folder / "adapter_config.json", _config(layers, base_folder, rank))
 
 
 def _linear_layers(base: Path) -> dict[str, tuple[int, int]]:
@@ -72,7 +77,7 @@ def _linear_layers(base: Path) -> dict[str, tuple[int, int]]:
     return dict(sorted(layers.items()))
 
 
-def _tensors(layers: dict[str, tuple[int, int]], name: str, rank: int) -> dict[str, np.ndarray]:
+def _tensors(layers: Mapping[str, tuple[int, int]], name: str, rank: int) -> dict[str, np.ndarray]:
     seed = int.from_bytes(hashlib.sha256(f"prefillshare adapter {name}".encode()).digest()[:8], "big")
     random = np.random.default_rng(seed)
     tensors = {}
@@ -83,7 +88,7 @@ def _tensors(layers: dict[str, tuple[int, int]], name: str, rank: int) -> dict[s
     return tensors
 
 
-def _config(layers: dict[str, tuple[int, int]], base: str | Path, rank: int) -> bytes:
+def _config(layers: Mapping[str, tuple[int, int]], base: str | Path, rank: int) -> bytes:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""Tiny random models for tests of protocol and faults: real architectures, a real tokenizer, weights that affect the output."""
+"""Tiny random models for tests of protocol and faults: real architectures, weights that affect the output."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ _SIZES = {
 _KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
-def make_base(kind: str, folder: Path, tokenizer_from: Path) -> Path:
-    """A random model of architecture `kind` with the tokenizer of another folder."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+#: Of a model without a tokenizer.
+_WITHOUT_TOKENIZER = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make_base(kind: str, folder: Path, tokenizer_from: Path | None = None) -> Path:
+    """A random model of architecture `kind` with the tokenizer of another folder, or with none."""
+    tokens = _WITHOUT_TOKENIZER
+    if tokenizer_from is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+        tokenizer.save_pretrained(folder)
+        tokens = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config_class, model_class = _KINDS[kind]
-    config = config_class(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **_SIZES
-    )
     torch.manual_seed(1)
-    model_class(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model_class(config_class(**tokens, **_SIZES)).save_pretrained(folder)
     return folder
 
 

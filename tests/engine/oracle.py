@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-import reference
 import torch
 
+from prefillshare import reference
 from prefillshare.client import RemoteSession, TurnResult
 from prefillshare.kvshare import decoders
 from prefillshare.kvshare.config import Deployment

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import pytest_asyncio
-import reference
 from conftest import ids
-from engines import BLOCK, decoding, new_id, nothing_held, sampling, settings_of
+from engines import BLOCK, decoding, nothing_held, settings_of
 from oracle import load
 from peft import PeftModel
 
+from prefillshare import reference
 from prefillshare.kvshare.errors import EngineStartError
 from prefillshare.kvshare_vllm.engine import engine as engine_module
+from prefillshare.proof.engines import new_id, sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from conftest import ids
-from engines import new_id, nothing_held, settings_of, started, turn
+from engines import nothing_held, settings_of, started, turn
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from prefillshare import reference
 from prefillshare.kvshare_vllm.forkserver import spare
+from prefillshare.proof.engines import new_id
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

@@ -10,21 +10,10 @@ import pytest
 import pytest_asyncio
 import torch
 from conftest import ids, wait_until
-from engines import (
-    BLOCK,
-    BLOCK_BYTES,
-    LEASE_S,
-    decoding,
-    handed_over,
-    new_id,
-    nothing_held,
-    sampling,
-    settings_of,
-    started,
-    turn,
-)
+from engines import BLOCK, BLOCK_BYTES, LEASE_S, decoding, handed_over, nothing_held, settings_of, started, turn
 
 from prefillshare.kvshare.errors import Internal, PrefixLost, ResumeReason
+from prefillshare.proof.engines import new_id, sampling
 from prefillshare.seeded_adapters import make_seeded_adapters
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]

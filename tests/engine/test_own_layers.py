@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-import reference
 from conftest import ids, wait_until
 from engines import (
     BLOCK,
@@ -19,9 +18,7 @@ from engines import (
     LEASE_S,
     decoding,
     handed_over,
-    new_id,
     nothing_held,
-    sampling,
     settings_of,
     started,
     turn,
@@ -29,8 +26,10 @@ from engines import (
 from oracle import TOLERANCE, load
 from peft import PeftModel
 
+from prefillshare import reference
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.layer_group import LayerGroup
+from prefillshare.proof.engines import new_id, sampling
 from prefillshare.tiny_models import make_full_decoder
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]

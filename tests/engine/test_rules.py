@@ -11,22 +11,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from conftest import ids, wait_until
-from engines import (
-    BLOCK,
-    BLOCK_BYTES,
-    LEASE_S,
-    decoding,
-    handed_over,
-    new_id,
-    nothing_held,
-    sampling,
-    settings_of,
-    started,
-    turn,
-)
+from engines import BLOCK, BLOCK_BYTES, LEASE_S, decoding, handed_over, nothing_held, settings_of, started, turn
 from safetensors.torch import load_file, save_file
 
 from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, PrefixLost, ResumeReason
+from prefillshare.proof.engines import new_id, sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

@@ -3,10 +3,10 @@
 import random
 
 import pytest
-import reference
 import torch
 from tiny_in_memory import KINDS, SIZES, model, with_adapter
 
+from prefillshare import reference
 from prefillshare.finetuning import conditioned
 from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.transcripts import Example

@@ -4,10 +4,10 @@ import json
 from itertools import combinations
 
 import pytest
-import reference
 from rich.console import Console
 from tiny_in_memory import model as tiny
 
+from prefillshare import reference
 from prefillshare.finetuning import layer_profile_report
 from prefillshare.finetuning.layer_profile import Measured, Profiler, Seen
 from prefillshare.finetuning.transcripts import Example

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 #: From top to bottom; folders of one row do not know each other.
 LAYERS = (
     {"benchmarks"},
-    {"finetuning"},
+    {"finetuning", "proof"},
     {"prefillshare"},
     {"router"},
     {"prefill_service", "decode_service"},
@@ -47,7 +47,7 @@ ROOMS = {
 }
 #: The generated stubs stand beside the layers: they import none of them.
 MAY_IMPORT_PROTOS = {"benchmarks", "finetuning", "prefillshare", "router"}
-MAY_IMPORT_VLLM = {"benchmarks", "finetuning", "kvshare_vllm"}
+MAY_IMPORT_VLLM = {"benchmarks", "finetuning", "kvshare_vllm", "proof"}
 HEAVY = {"ray", "torch", "transformers", "vllm"}
 FOLDERS = set().union(*LAYERS) | {"protos"}
 

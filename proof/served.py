@@ -1,0 +1,179 @@
+"""Stage: as deployments would serve it. How far answers in the served dtype are from plain transformers, how fast KV moves from
+process to process, and what turns cost beside one stock vLLM engine with the same adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from prefillshare.kvshare.modes import modes
+from prefillshare.proof.asked import Asked, Machine
+from prefillshare.proof.engines import Pair, Stock, Taken, started
+from prefillshare.proof.found import Part, Progress, Status, Tell
+from prefillshare.proof.oracle import Oracle
+from prefillshare.proof.prompts import ids
+from prefillshare.proof.subject import ADAPTERS, Subject
+
+#: Answers may be this many times as far from float32 as those of plain transformers in the same dtype; in float32, so far.
+TIMES, BOUND_FLOAT32 = 3.0, 1e-3
+STOCK = "stock vLLM"
+
+Take = Callable[[list[int], int, str | None], Awaitable[Taken]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sessions that are played at once: `context` tokens, then turns of `given` new tokens and `answer` generated ones, each by
+    the next decoder. `moved`: tokens of KV that are moved at once to measure how fast."""
+
+    sessions: int
+    context: int
+    turns: int
+    given: int
+    answer: int
+    repeats: int
+    moved: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.context + self.turns * (self.given + self.answer), self.moved) + 1
+
+    @property
+    def held(self) -> int:
+        """Tokens of KV that the sessions hold at most."""
+        return self.sessions * self.longest
+
+
+SHORT = Load(sessions=2, context=100, turns=2, given=20, answer=8, repeats=1, moved=150)
+ON_CPUS = Load(sessions=4, context=400, turns=6, given=40, answer=24, repeats=3, moved=1000)
+ON_GPUS = Load(sessions=16, context=4000, turns=8, given=200, answer=64, repeats=3, moved=8000)
+
+
+async def run(asked: Asked, tell: Tell) -> None:
+    load = SHORT if asked.short else ON_GPUS if Machine.here().is_gpu else ON_CPUS
+    chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
+    subjects = {mode.name: Subject.of(asked, mode) for mode in chosen}
+    names, sizes = list(subjects), {"max_tokens": load.longest, "engines": len(subjects) + 2}
+    first = next(iter(subjects.values()))
+    settings = [first.settings("prefill", asked.dtype, kv_tokens=2 * load.held, **sizes)]
+    settings += [one.settings("decode", asked.dtype, kv_tokens=2 * load.held, **sizes) for one in subjects.values()]
+    tell(Progress(0, 1, f"starting {len(settings)} engines, and one of stock vLLM"))
+    async with started(*settings) as (prefill, *decodes):
+        pairs = {name: Pair(prefill, decode) for name, decode in zip(names, decodes, strict=True)}
+        for name, pair in pairs.items():
+            tell(Progress(0, 1, f"{name}: answers in {asked.dtype}"))
+            tell(await _answers(name, pair, subjects[name], asked.dtype))
+        tell(Progress(0, 1, "moving KV between processes"))
+        tell(await _moved(next(iter(pairs.values())), load))
+        stock = await Stock.start(settings[1])
+        try:
+            systems = {STOCK: stock.take}
+            systems |= {f"{name}, prefill and decode apart": pair.take for name, pair in pairs.items()}
+            systems |= {f"{name}, one engine": Pair(None, pair.decode).take for name, pair in pairs.items()}
+            for part in await _speed(systems, load, tell):
+                tell(part)
+        finally:
+            stock.close()
+
+
+async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
+    """Compare with float32 what is served in `dtype`. What plain transformers loses by the dtype is the measure."""
+    turns = []
+    context = ids(90, 3)
+    for adapter in ("a", "b", "c"):
+        turns.append((await pair.take(context, 16, adapter), adapter))
+        context = [*context, *turns[-1][0].tokens, 11]
+    others = ((ids(60 + 7 * n, 40 + n), adapter) for n, adapter in enumerate(ADAPTERS))
+    turns += await asyncio.gather(*(_with(pair.take(prompt, 16, adapter), adapter) for prompt, adapter in others))
+    exact = Oracle(subject)
+    right = [exact.says(*turn) for turn in turns]
+    alone = [exact.says(*turn, alone=True) for turn in turns]
+    served = [taken.logprobs for taken, _ in turns]
+    off, control = _mean_diff(served, right), _mean_diff(alone, right)
+    lossy = exact if dtype == "float32" else Oracle(subject, dtype)
+    plain = _mean_diff([lossy.says(*turn) for turn in turns], right)
+    return verdict(name, dtype, off, plain, control)
+
+
+def verdict(mode: str, dtype: str, off: float, plain: float, to_own_kv: float) -> Part:
+    """All are mean differences from float32: of the answers, of plain transformers in `dtype`, and of what the decoders would
+    have said over KV of their own. If that is within the bound, the comparison could not have failed."""
+    bound = TIMES * plain or BOUND_FLOAT32
+    found = f"answers {off:.1e} from float32 on average, plain transformers {plain:.1e}"
+    if not off <= bound:
+        found += f"; the bound is {bound:.1e}"
+    if not to_own_kv > bound:
+        found += "; the decoders' own KV would be as near, so this shows nothing"
+    figures = {"mean_abs_diff": off, "of_transformers": plain, "bound": bound, "of_own_kv": to_own_kv}
+    return Part(f"{dtype} {mode}", Status.PASSED if off <= bound < to_own_kv else Status.FAILED, found, figures)
+
+
+async def _with(taken: Awaitable[Taken], adapter: str) -> tuple[Taken, str]:
+    return await taken, adapter
+
+
+def _mean_diff(some: list[list[float]], others: list[list[float]]) -> float:
+    pairs = [(a, b) for one, other in zip(some, others, strict=True) for a, b in zip(one, other, strict=True)]
+    return statistics.fmean(abs(a - b) for a, b in pairs)
+
+
+async def _moved(pair: Pair, load: Load, times: int = 5) -> Part:
+    rates, seconds, nbytes = [], [], 0
+    for n in range(times):
+        last = (await pair.take(ids(load.moved, 500 + n), 1, None)).last
+        nbytes = last.kv_bytes
+        seconds.append(last.load_s)
+        rates.append(nbytes / last.load_s)
+    figures = {
+        "bytes": nbytes, "tokens": load.moved, "seconds": statistics.median(seconds), "bytes_per_s": statistics.median(rates)
+    }  # fmt: skip
+    found = f"{nbytes / 2**20:.1f} MiB of KV in {1e3 * figures['seconds']:.1f} ms: {figures['bytes_per_s'] / 1e9:.2f} GB/s"
+    return Part("transfer", Status.MEASURED, found, figures)
+
+
+async def _speed(systems: Mapping[str, Take], load: Load, tell: Tell) -> list[Part]:
+    """The systems play sessions of the same sizes in turn; each ratio is the median of the repeats'."""
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+    order, total = list(systems), (1 + load.repeats) * len(systems)
+    for repeat in range(1 + load.repeats):  # the first warms up
+        for number, name in enumerate(order):
+            tell(Progress(repeat * len(order) + number, total, f"{load.sessions} sessions at once: {name}"))
+            # Other prompts for each system: two of them share an engine, and with it a cache.
+            figures = await _play(systems[name], load, 10_000 + 1000 * repeat + 100 * list(systems).index(name))
+            if repeat:
+                rounds[name].append(figures)
+        order = order[1:] + order[:1]
+    parts = []
+    for name, own in rounds.items():
+        figures = {key: statistics.median(one[key] for one in own) for key in own[0]}
+        found = f"{figures['tokens_per_s']:.0f} tokens/s, first token after {1e3 * figures['ttft_s']:.0f} ms, then one every "
+        found += f"{1e3 * figures['inter_token_s']:.1f} ms"
+        if name != STOCK:
+            pairs = list(zip(own, rounds[STOCK], strict=True))
+            ratios = {key: statistics.median(a[key] / b[key] for a, b in pairs) for key in own[0]}
+            figures["to_stock"] = ratios
+            found = f"x{ratios['tokens_per_s']:.2f} stock vLLM's throughput: {found}"
+        parts.append(Part(f"speed: {name}", Status.MEASURED, found, figures))
+    return parts
+
+
+async def _play(take: Take, load: Load, salt: int) -> dict[str, float]:
+    async def session(number: int) -> list[Taken]:
+        context, turns = ids(load.context, salt + number), []
+        for turn in range(load.turns):
+            context = context + ids(load.given, salt + 7 * turn + 1)
+            turns.append(await take(context, load.answer, ADAPTERS[(number + turn) % len(ADAPTERS)]))
+            context = context + turns[-1].tokens
+        return turns
+
+    began = time.perf_counter()
+    turns = [turn for one in await asyncio.gather(*map(session, range(load.sessions))) for turn in one]
+    took = time.perf_counter() - began
+    return {
+        "tokens_per_s": sum(len(turn.tokens) for turn in turns) / took,
+        "ttft_s": statistics.median(turn.ttft_s for turn in turns),
+        "inter_token_s": statistics.median(gap for turn in turns for gap in turn.gaps_s),
+    }

@@ -1,0 +1,46 @@
+"""The stages of a proof, in the order of their importance: what does not fit into the time is left out from the end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.modes import modes
+from prefillshare.proof import exact, served, steps
+from prefillshare.proof.asked import Asked
+from prefillshare.proof.found import Tell
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`engines`: how many it starts. `limit_s`: when it is ended; much later than it should end by itself."""
+
+    name: str
+    about: str
+    run: Callable[[Asked, Tell], Awaitable[None]]
+    engines: int
+    limit_s: float = 240.0
+
+
+def stages() -> dict[str, Stage]:
+    """By name."""
+    sharing = [mode for mode in modes() if mode.guards_prefix]
+    in_place = sum(mode.base_in_place for mode in sharing)
+    about = "in float32, every token's log-probability is what plain transformers says"
+    found = [Stage(f"exact-{one.name}", f"mode {one.name}: {about}", partial(exact.run, mode=one.name), 2) for one in sharing]
+    found += [
+        Stage("served", "answers in the served dtype; KV between processes; speed beside stock vLLM", served.run, in_place + 2),
+        Stage("steps", "a decode step with two streams, at the shape of a large base", steps.run, in_place),
+    ]
+    return {one.name: one for one in found}
+
+
+def choose(names: Sequence[str]) -> list[Stage]:
+    """The stages whose names begin with one of `names`, in their order; all if there are none. Raises InvalidInput."""
+    known = stages()
+    for name in names:
+        if not any(one.startswith(name) for one in known):
+            raise InvalidInput(f"there is no stage {name!r}", field="--stage", fix=f"one of {', '.join(known)}")
+    return [stage for one, stage in known.items() if not names or one.startswith(tuple(names))]

@@ -1,0 +1,101 @@
+"""Runs stages one after the other, each in its own process: a stage that breaks or hangs costs only what it did not tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from prefillshare.platform import engine_environment
+from prefillshare.proof.asked import Asked
+from prefillshare.proof.found import Part, Progress, Status, parse
+from prefillshare.proof.stages import Stage
+
+#: A stage is not begun with less time left.
+LEAST_S = 30.0
+#: Seconds that a stage has to end its engines before its processes are killed.
+END_S = 10.0
+_LOG_LINES = 12
+
+#: Stage, asked, file descriptor -> command.
+Command = Callable[[Stage, Asked, int], list[str]]
+
+
+def command(stage: Stage, asked: Asked, descriptor: int) -> list[str]:
+    return [sys.executable, "-m", "prefillshare.proof.stage", stage.name, json.dumps(asdict(asked)), str(descriptor)]
+
+
+def run(
+    chosen: Sequence[Stage], asked: Asked, limit_s: float, logs: Path, command: Command = command
+) -> Iterator[tuple[Stage, Part | Progress]]:
+    """Yields what stages tell, as they tell it. `limit_s`: for all together. `logs`: a folder for what they print."""
+    until = time.monotonic() + limit_s
+    logs.mkdir(parents=True, exist_ok=True)
+    for stage in chosen:
+        left = until - time.monotonic()
+        if left < min(LEAST_S, limit_s):
+            yield stage, Part(stage.name, Status.SKIPPED, f"no time is left of {limit_s:g} s")
+            continue
+        log = logs / f"{stage.name}.log"
+        for told in _run(stage, asked, min(stage.limit_s, left), log, command):
+            yield stage, told
+
+
+def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command) -> Iterator[Part | Progress]:
+    read, write = os.pipe()
+    with open(log, "wb") as output, os.fdopen(read) as told:
+        try:
+            process = subprocess.Popen(
+                command(stage, asked, write), pass_fds=[write], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=os.environ | engine_environment(), start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(write)
+        try:
+            late = yield from _told(told, time.monotonic() + limit_s)
+            if late:
+                yield Part(stage.name, Status.UNFINISHED, f"it did not end within {limit_s:.0f} s; see {log}")
+                return
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+        finally:
+            _end(process)
+    if process.returncode:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        yield Part(stage.name, Status.UNFINISHED, f"it ended with status {process.returncode}; see {log}", {"log": last})
+
+
+def _told(pipe, until: float) -> Iterator[Part | Progress]:
+    """Yields what comes until the pipe is closed; returns whether the time is over."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for text in pipe:
+            lines.put(text)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            text = lines.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return True
+        if text is None:
+            return False
+        yield parse(text)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the stage with all its processes: they share a session, and so a process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Conf
 
 from prefillshare.kvshare.contract import DecoderContract
 
-_SIZES = {
+TINY = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -20,6 +21,16 @@ _SIZES = {
     "initializer_range": 0.12,
     "tie_word_embeddings": True,
 }
+#: Some 200 million parameters: large enough that a GPU's time is spent in it.
+SMALL = TINY | {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "initializer_range": 0.04,
+}
 _KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
 
@@ -27,7 +38,9 @@ _KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3
 _WITHOUT_TOKENIZER = {"vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make_base(kind: str, folder: Path, tokenizer_from: Path | None = None) -> Path:
+def make_base(
+    kind: str, folder: Path, tokenizer_from: Path | None = None, sizes: Mapping[str, int | float | bool] = TINY
+) -> Path:
     """A random model of architecture `kind` with the tokenizer of another folder, or with none."""
     tokens = _WITHOUT_TOKENIZER
     if tokenizer_from is not None:
@@ -36,7 +49,7 @@ def make_base(kind: str, folder: Path, tokenizer_from: Path | None = None) -> Pa
         tokens = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config_class, model_class = _KINDS[kind]
     torch.manual_seed(1)
-    model_class(config_class(**tokens, **_SIZES)).save_pretrained(folder)
+    model_class(config_class(**tokens, **sizes)).save_pretrained(folder)
     return folder
 
 

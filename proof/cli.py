@@ -67,7 +67,7 @@ def prove(
         raise InvalidInput(f"unknown dtype {dtype!r}", field="--dtype", fix=f"one of {', '.join(DTYPE_BYTES)}")
     machine, console, began = Machine.here(), Console(stderr=True), time.monotonic()
     results = report.Results(machine, dtype or machine.dtype, output)
-    with tempfile.TemporaryDirectory(prefix="prefillshare-proof-") as folder, report.watched(console, limit) as watch:
+    with tempfile.TemporaryDirectory(prefix="prefillshare-proof-") as folder, report.watched(console) as watch:
         asked = Asked(
             folder, str(base.resolve()) if base else None, results.dtype, str(shape.resolve()) if shape else None, short
         )

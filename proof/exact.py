@@ -30,7 +30,7 @@ async def run(asked: Asked, tell: Tell, mode: str) -> None:
     os.environ["PREFILLSHARE_TORCH_ADAPTERS"] = "1"  # vLLM's kernels for adapters take no float32 on GPUs
     subject = Subject.of(asked, get_mode(mode))
     eager = {"engine_args": {"enforce_eager": True}} if Machine.here().is_gpu else {}
-    sizes = {"max_tokens": MAX_TOKENS, "engines": 2, "max_num_batched_tokens": 2 * BLOCK, **eager}
+    sizes = {"max_tokens": MAX_TOKENS, "engines": 2, "max_num_seqs": 16, "max_num_batched_tokens": 2 * BLOCK, **eager}
     tell(Progress(0, 1, "starting a prefill and a decode engine"))
     async with started(
         subject.settings("prefill", "float32", kv_tokens=8 * KV_BLOCKS * BLOCK, **sizes),

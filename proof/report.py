@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from prefillshare.proof.asked import Machine
 from prefillshare.proof.found import Part, Progress, Status
@@ -69,12 +70,12 @@ class Results:
         for header in ("what", "", "found"):
             table.add_column(header, overflow="fold")
         for part in self.parts:
-            table.add_row(part.name, part.status, part.found, style=_STYLES.get(part.status, ""))
+            table.add_row(part.name, part.status, Text(part.found), style=_STYLES.get(part.status, ""))
         return table
 
 
 @contextmanager
-def watched(console: Console, limit_s: float) -> Iterator[Callable[[Stage, Part | Progress], None]]:
+def watched(console: Console) -> Iterator[Callable[[Stage, Part | Progress], None]]:
     """Show what runs, and each part when it is there."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Bars(*columns, console=console, transient=True) as bars:

@@ -49,7 +49,7 @@ class Load:
 
 SHORT = Load(sessions=2, context=100, turns=2, given=20, answer=8, repeats=1, moved=150)
 ON_CPUS = Load(sessions=4, context=400, turns=6, given=40, answer=24, repeats=3, moved=1000)
-ON_GPUS = Load(sessions=16, context=4000, turns=8, given=200, answer=64, repeats=3, moved=8000)
+ON_GPUS = Load(sessions=16, context=2500, turns=6, given=200, answer=40, repeats=3, moved=4000)
 
 
 async def run(asked: Asked, tell: Tell) -> None:

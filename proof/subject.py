@@ -12,9 +12,9 @@ from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 from prefillshare.kvshare.modes import SharingMode, modes
-from prefillshare.proof.asked import Asked
+from prefillshare.proof.asked import Asked, Machine
 from prefillshare.seeded_adapters import make_seeded_adapters
-from prefillshare.tiny_models import make_base
+from prefillshare.tiny_models import SMALL, TINY, make_base
 
 ADAPTERS = ("a", "b", "c", "d")
 BLOCK, RANK, LEASE_S = 32, 8, 60
@@ -35,7 +35,7 @@ class Subject:
         folder = Path(asked.folder)
         base = Path(asked.base) if asked.base else folder / "base"
         if not (base / "config.json").is_file():
-            make_base("llama", base)
+            make_base("llama", base, sizes=SMALL if Machine.here().is_gpu and not asked.short else TINY)
         made = make_seeded_adapters(base, folder / f"adapters-{mode.name}", ADAPTERS, RANK, mode.adapter_modules)
         layers = KVShape.of(base).layers
         group = LayerGroup(layers // 4, layers // 2) if mode.recomputes else None

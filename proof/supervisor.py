@@ -25,6 +25,7 @@ LEAST_S = 30.0
 #: Seconds that a stage has to end its engines before its processes are killed.
 END_S = 10.0
 _LOG_LINES = 12
+_LOOK_S = 0.5
 
 #: Stage, asked, file descriptor -> command.
 Command = Callable[[Stage, Asked, int], list[str]]
@@ -61,7 +62,7 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
         finally:
             os.close(write)
         try:
-            late = yield from _told(told, time.monotonic() + limit_s)
+            late = yield from _told(told, process, time.monotonic() + limit_s)
             if late:
                 yield Part(stage.name, Status.UNFINISHED, f"it did not end within {limit_s:.0f} s; see {log}")
                 return
@@ -74,24 +75,29 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
         yield Part(stage.name, Status.UNFINISHED, f"it ended with status {process.returncode}; see {log}", {"log": last})
 
 
-def _told(pipe, until: float) -> Iterator[Part | Progress]:
-    """Yields what comes until the pipe is closed; returns whether the time is over."""
+def _told(pipe, process: subprocess.Popen, until: float) -> Iterator[Part | Progress]:
+    """Yields what comes until the process ends; returns whether the time is over. Its engines may outlive it, with the pipe."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for text in pipe:
-            lines.put(text)
+        with suppress(ValueError, OSError):  # closed meanwhile
+            for text in pipe:
+                lines.put(text)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
+    while time.monotonic() < until:
+        has_ended = process.poll() is not None
         try:
-            text = lines.get(timeout=max(0.0, until - time.monotonic()))
+            text = lines.get(timeout=_LOOK_S)
         except queue.Empty:
-            return True
+            if has_ended:
+                return False
+            continue
         if text is None:
             return False
         yield parse(text)
+    return True
 
 
 def _end(process: subprocess.Popen) -> None:

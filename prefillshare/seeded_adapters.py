@@ -42,9 +42,7 @@ def make_seeded_adapters(
     A and B are both drawn from N(0, 0.045^2). Files that are right already are left alone, so this may run while an engine
     reads them. Returns name -> folder. Raises ConfigError for a base folder without safetensors or linear layers.
     """
-    layers = _linear_layers(Path(base_folder))
-    if modules is not None:
-        layers = {name: shape for name, shape in layers.items() if name.rsplit(".", 1)[1] in modules}
+    layers = adapted(linear_layers(Path(base_folder)), modules)
     folders = {}
     for name in names:
         folder = Path(target_folder) / name
@@ -63,8 +61,13 @@ def write_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], base_fold
     _put(folder / "adapter_config.json", _config(layers, base_folder, rank))
 
 
-def _linear_layers(base: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out features, in features)."""
+def adapted(layers: Mapping[str, tuple[int, int]], modules: Collection[str] | None) -> dict[str, tuple[int, int]]:
+    """Those of the layers that are named in `modules` (such as "q_proj"); None: all."""
+    return {name: shape for name, shape in layers.items() if modules is None or name.rsplit(".", 1)[1] in modules}
+
+
+def linear_layers(base: Path) -> dict[str, tuple[int, int]]:
+    """Module name -> (out features, in features) of the linear layers in a base's transformer blocks. Raises ConfigError."""
     layers = {}
     for file in sorted(base.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:

@@ -13,8 +13,7 @@ from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.subject import ADAPTERS, RANK, Subject
-from prefillshare.seeded_adapters import write_adapter
+from prefillshare.proof.subject import ADAPTERS, Subject, make_adapters
 
 #: Llama 3.1 8B.
 LARGE = {
@@ -84,16 +83,8 @@ def _of_shape(asked: Asked, mode: SharingMode, machine: Machine) -> Subject:
     folder.mkdir(parents=True, exist_ok=True)
     config = Path(asked.shape).read_text() if asked.shape else json.dumps(LARGE)
     (folder / "config.json").write_text(config)
-    layers = {name: size for name, size in _linear_layers(folder).items() if _is_adapted(name, mode)}
-    made = {}
-    for name in ADAPTERS:
-        made[name] = Path(asked.folder) / f"shape-{mode.name}" / name
-        write_adapter(made[name], layers, folder, name, RANK)
+    made = make_adapters(folder, Path(asked.folder) / f"shape-{mode.name}", _linear_layers(folder), mode)
     return Subject(folder, mode, made, None, json.loads(config)["num_hidden_layers"])
-
-
-def _is_adapted(module: str, mode: SharingMode) -> bool:
-    return mode.adapter_modules is None or module.rsplit(".", 1)[1] in mode.adapter_modules
 
 
 def _linear_layers(folder: Path) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 from prefillshare.kvshare.modes import SharingMode, modes
 from prefillshare.proof.asked import Asked, Machine
-from prefillshare.seeded_adapters import make_seeded_adapters
+from prefillshare.seeded_adapters import adapted, linear_layers, write_adapter
 from prefillshare.tiny_models import SMALL, TINY, make_base
 
 ADAPTERS = ("a", "b", "c", "d")
@@ -36,7 +36,7 @@ class Subject:
         base = Path(asked.base) if asked.base else folder / "base"
         if not (base / "config.json").is_file():
             make_base("llama", base, sizes=SMALL if Machine.here().is_gpu and not asked.short else TINY)
-        made = make_seeded_adapters(base, folder / f"adapters-{mode.name}", ADAPTERS, RANK, mode.adapter_modules)
+        made = make_adapters(base, folder / f"adapters-{mode.name}", linear_layers(base), mode)
         layers = KVShape.of(base).layers
         group = LayerGroup(layers // 4, layers // 2) if mode.recomputes else None
         return cls(base, mode, made, group, layers)
@@ -73,3 +73,11 @@ class Subject:
     def _mode_of(self, role: str) -> SharingMode:
         """Prefill engines do not depend on the modes that draw on them."""
         return self.mode if role == "decode" else next(mode for mode in modes() if mode.shares_prefill)
+
+
+def make_adapters(base: Path, target: Path, layers: Mapping[str, tuple[int, int]], mode: SharingMode) -> dict[str, Path]:
+    """Write the adapters, which need no contract here. `layers`: module name -> (out features, in features)."""
+    made = {name: target / name for name in ADAPTERS}
+    for name, folder in made.items():
+        write_adapter(folder, adapted(layers, mode.adapter_modules), base, name, RANK)
+    return made

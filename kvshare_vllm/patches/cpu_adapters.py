@@ -3,7 +3,7 @@
 vLLM's own kernels for CPUs copy an adapter's weights once for every row of a batch. Here the rows of one adapter make one
 product, in engines of every mode; everything else is vLLM's.
 
-Seam: vllm/lora/punica_wrapper/punica_cpu.py (`update_metadata`, `add_lora_linear`; stacked weights are [adapters, 1, rank, in]
+Seam: vllm/lora/punica_wrapper/punica_cpu.py (`__init__`, `update_metadata`, `add_lora_linear`; stacked weights are [adapters, 1, rank, in]
 and [adapters, 1, out, rank]); vllm/platforms/cpu.py (`get_punica_wrapper`)
 
 Goes when: vLLM's own kernels for CPUs use adapters' weights in place.
@@ -38,6 +38,11 @@ def _slice(rows: list[int]) -> slice | None:
 class AdapterRows(PunicaWrapperCPU):
     #: (rows, the adapter's place).
     _chosen: Sequence[tuple[Rows, int]] = ()
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device, **more):
+        """vLLM has room for `max_batches` runs of rows with the same adapter: one per request. Here a request's rows are the
+        base's and then its adapter's (models/base_rows.py), so there may be a run per row."""
+        super().__init__(max_num_batched_tokens, max(max_batches, max_num_batched_tokens), device, **more)
 
     def update_metadata(self, mapping, lora_index_to_id, *args, **kwargs) -> None:
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)

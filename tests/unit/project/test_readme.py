@@ -93,7 +93,7 @@ def test_every_path_exists(page):
 
 def test_folder_map_is_of_folders_that_exist():
     folders = re.findall(r"(?:^|   )([a-z_]+/[a-z_/]*) ", blocks("README.md", "text")[0], re.M)
-    assert len(folders) == 13
+    assert len(folders) == 14
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 

@@ -25,6 +25,16 @@ def test_every_row_gets_its_own_adapters_delta(mixed):
     torch.testing.assert_close(y, wanted)
 
 
+def test_there_may_be_more_changes_of_adapter_than_requests():
+    """Each of two requests has rows of the base and one of its adapter."""
+    from vllm.lora.layers import LoRAMapping
+
+    deltas = AdapterRows(16, 2, "cpu")
+    mapping = LoRAMapping(index_mapping=(0, 0, 5, 0, 0, 7), prompt_mapping=(5, 7), is_prefill=True)
+    deltas.update_metadata(mapping, [5, 7], 2, 100)
+    assert [(rows, place) for rows, place in deltas._chosen] == [(slice(2, 3), 0), (slice(5, 6), 1)]
+
+
 def test_rows_side_by_side_are_not_copied():
     found = rows_by_adapter([3, 3, 0, 9, 3, 9, 9])
     assert found.keys() == {3, 9}

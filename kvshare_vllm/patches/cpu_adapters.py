@@ -3,8 +3,8 @@
 vLLM's own kernels for CPUs copy an adapter's weights once for every row of a batch. Here the rows of one adapter make one
 product, in engines of every mode; everything else is vLLM's.
 
-Seam: vllm/lora/punica_wrapper/punica_cpu.py (`__init__`, `update_metadata`, `add_lora_linear`; stacked weights are [adapters, 1, rank, in]
-and [adapters, 1, out, rank]); vllm/platforms/cpu.py (`get_punica_wrapper`)
+Seam: vllm/lora/punica_wrapper/punica_cpu.py (`__init__`, `update_metadata`, `add_lora_linear`; stacked weights are
+[adapters, 1, rank, in] and [adapters, 1, out, rank]); vllm/platforms/cpu.py (`get_punica_wrapper`)
 
 Goes when: vLLM's own kernels for CPUs use adapters' weights in place.
 """

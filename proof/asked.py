@@ -19,6 +19,8 @@ class Asked:
     shape: str | None = None
     #: As few tokens and repeats as show that everything works.
     short: bool = False
+    #: Seconds that the stage has; it leaves out repeats that would take longer.
+    limit_s: float = 240.0
 
 
 @dataclass(frozen=True)

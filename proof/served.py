@@ -20,6 +20,8 @@ from prefillshare.proof.subject import ADAPTERS, Subject
 #: Answers may be this many times as far from float32 as those of plain transformers in the same dtype; in float32, so far.
 TIMES, BOUND_FLOAT32 = 3.0, 1e-3
 STOCK = "stock vLLM"
+#: Seconds that ending the engines may take.
+END_S = 20.0
 
 Take = Callable[[list[int], int, str | None], Awaitable[Taken]]
 
@@ -48,11 +50,12 @@ class Load:
 
 
 SHORT = Load(sessions=2, context=100, turns=2, given=20, answer=8, repeats=1, moved=150)
-ON_CPUS = Load(sessions=4, context=400, turns=6, given=40, answer=24, repeats=3, moved=1000)
+ON_CPUS = Load(sessions=2, context=256, turns=4, given=32, answer=16, repeats=2, moved=1000)
 ON_GPUS = Load(sessions=16, context=2500, turns=6, given=200, answer=40, repeats=3, moved=4000)
 
 
 async def run(asked: Asked, tell: Tell) -> None:
+    until = time.monotonic() + asked.limit_s - END_S
     load = SHORT if asked.short else ON_GPUS if Machine.here().is_gpu else ON_CPUS
     chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
     subjects = {mode.name: Subject.of(asked, mode) for mode in chosen}
@@ -73,7 +76,7 @@ async def run(asked: Asked, tell: Tell) -> None:
             systems = {STOCK: stock.take}
             systems |= {f"{name}, prefill and decode apart": pair.take for name, pair in pairs.items()}
             systems |= {f"{name}, one engine": Pair(None, pair.decode).take for name, pair in pairs.items()}
-            for part in await _speed(systems, load, tell):
+            for part in await _speed(systems, load, until, tell):
                 tell(part)
         finally:
             stock.close()
@@ -134,11 +137,13 @@ async def _moved(pair: Pair, load: Load, times: int = 5) -> Part:
     return Part("transfer", Status.MEASURED, found, figures)
 
 
-async def _speed(systems: Mapping[str, Take], load: Load, tell: Tell) -> list[Part]:
-    """The systems play sessions of the same sizes in turn; each ratio is the median of the repeats'."""
+async def _speed(systems: Mapping[str, Take], load: Load, until: float, tell: Tell) -> list[Part]:
+    """The systems play sessions of the same sizes in turn; each ratio is the median of the repeats'. `until`: when to stop; what
+    has been played once is told."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     order, total = list(systems), (1 + load.repeats) * len(systems)
     for repeat in range(1 + load.repeats):  # the first warms up
+        began = time.monotonic()
         for number, name in enumerate(order):
             tell(Progress(repeat * len(order) + number, total, f"{load.sessions} sessions at once: {name}"))
             # Other prompts for each system: two of them share an engine, and with it a cache.
@@ -146,6 +151,8 @@ async def _speed(systems: Mapping[str, Take], load: Load, tell: Tell) -> list[Pa
             if repeat:
                 rounds[name].append(figures)
         order = order[1:] + order[:1]
+        if repeat and time.monotonic() + (time.monotonic() - began) > until:
+            break
     parts = []
     for name, own in rounds.items():
         figures = {key: statistics.median(one[key] for one in own) for key in own[0]}

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from prefillshare.platform import engine_environment
@@ -56,7 +56,7 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
     with open(log, "wb") as output, os.fdopen(read) as told:
         try:
             process = subprocess.Popen(
-                command(stage, asked, write), pass_fds=[write], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                command(stage, replace(asked, limit_s=limit_s), write), pass_fds=[write], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env=os.environ | engine_environment(), start_new_session=True,
             )  # fmt: skip
         finally:

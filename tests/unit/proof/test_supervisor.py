@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -28,7 +29,8 @@ HANGS = "tell(Part(str(subprocess.Popen(['sleep', '600']).pid), Status.MEASURED,
 
 def told(programs: dict[str, str], tmp_path, limit_s: float = 60, stage_limit_s: float = 30) -> list[Part | Progress]:
     def command(stage: Stage, asked: Asked, descriptor: int) -> list[str]:
-        assert asked is ASKED
+        assert asked == replace(ASKED, limit_s=asked.limit_s)
+        assert 0 < asked.limit_s <= min(limit_s, stage_limit_s)
         return [sys.executable, "-c", _BEGIN + programs[stage.name], str(descriptor)]
 
     stages = [Stage(name, "", None, 0, stage_limit_s) for name in programs]

@@ -138,8 +138,8 @@ async def _moved(pair: Pair, load: Load, times: int = 5) -> Part:
 
 
 async def _speed(systems: Mapping[str, Take], load: Load, until: float, tell: Tell) -> list[Part]:
-    """The systems play sessions of the same sizes in turn; each ratio is the median of the repeats'. `until`: when to stop; what
-    has been played once is told."""
+    """The systems play sessions of the same sizes in turn; each ratio is the median of the repeats'. `until`: no repeat begins
+    that would end later."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     order, total = list(systems), (1 + load.repeats) * len(systems)
     for repeat in range(1 + load.repeats):  # the first warms up

@@ -56,9 +56,14 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
     with open(log, "wb") as output, os.fdopen(read) as told:
         try:
             process = subprocess.Popen(
-                command(stage, replace(asked, limit_s=limit_s), write), pass_fds=[write], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | engine_environment(), start_new_session=True,
-            )  # fmt: skip
+                command(stage, replace(asked, limit_s=limit_s), write),
+                pass_fds=[write],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | engine_environment(),
+                start_new_session=True,
+            )
         finally:
             os.close(write)
         try:

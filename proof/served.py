@@ -105,7 +105,9 @@ def verdict(mode: str, dtype: str, off: float, plain: float, to_own_kv: float) -
     """All are mean differences from float32: of the answers, of plain transformers in `dtype`, and of what the decoders would
     have said over KV of their own. If that is within the bound, the comparison could not have failed."""
     bound = TIMES * plain or BOUND_FLOAT32
-    found = f"answers {off:.1e} from float32 on average, plain transformers {plain:.1e}"
+    found = f"log-probabilities are {off:.1e} from float32 on average"
+    if plain:
+        found += f", those of plain transformers in {dtype} {plain:.1e}"
     if not off <= bound:
         found += f"; the bound is {bound:.1e}"
     if not to_own_kv > bound:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from prefillshare.kvshare import decoders
 from prefillshare.kvshare.config import Deployment, Engines
 from prefillshare.kvshare.contract import DecoderContract, KVContract
@@ -50,7 +53,7 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
             log_level=deployment.logs.level,
             log_format=deployment.logs.format,
             **traces,
-            engine_args=engines.engine_args,
+            engine_args=_engine_args(engines),
             **more,
         ), engines
 
@@ -71,6 +74,13 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
         lora["makes_base_kv"] = pool.makes_base_kv
         result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora, **kept)
     return result
+
+
+def _engine_args(engines: Engines) -> Mapping[str, Any]:
+    """vLLM does not start if less memory is free than the part of a GPU that an engine may claim, by default nearly all."""
+    if engines.gpu_share == 1:
+        return engines.engine_args
+    return {"gpu_memory_utilization": round(0.9 * engines.gpu_share, 3), **engines.engine_args}
 
 
 def fields(deployment: Deployment) -> dict[str, str]:

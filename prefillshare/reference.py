@@ -5,6 +5,9 @@ computed in float32 from the definition of the mode, with nothing cached, batche
 returns the token that the mode would have generated at each place of the response.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 import transformers
 
@@ -78,4 +81,9 @@ def droidspeak(
 
 def max_abs_diff(got: list[float], want: list[float]) -> float:
     assert len(got) == len(want), f"{len(got)} log-probabilities against {len(want)}"
-    return max(abs(a - b) for a, b in zip(got, want, strict=True))
+    return largest(abs(a - b) for a, b in zip(got, want, strict=True))
+
+
+def largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is: `max` would pass over it."""
+    return max(differences, key=lambda one: (math.isnan(one), one))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ class Asked:
     shape: str | None = None
     #: As few tokens and repeats as show that everything works.
     short: bool = False
-    #: Seconds that the stage has; it leaves out repeats that would take longer.
-    limit_s: float = 240.0
+    #: When the stage is ended, on the clock of time.monotonic, which all processes share. It leaves out repeats that would end
+    #: later.
+    until: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,11 @@ class Machine:
     @property
     def dtype(self) -> str:
         """The one that bases are served in here."""
-        return "bfloat16" if self.is_gpu else "float32"
+        import torch
+
+        if not self.is_gpu:
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
     @classmethod
     def here(cls) -> Machine:

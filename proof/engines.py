@@ -18,6 +18,9 @@ from prefillshare.kvshare.errors import PrefixLost, ResumeReason
 from prefillshare.kvshare.handoff import PrefillResult, TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 
+#: Of one turn. More are no accident: the KV cannot be read.
+MOST_RESUMES = 20
+
 
 def sampling(n: int, **fields):
     """For exactly n tokens, the likeliest ones, with their log-probabilities; unless `fields` say otherwise."""
@@ -67,7 +70,8 @@ class Pair:
     async def take(
         self, prompt: list[int], n: int, adapter: str | None, *, group: LayerGroup | None = None, lend: bool = False, **fields
     ) -> Taken:
-        """Take a turn of n tokens, resumed as often as necessary. `fields`: of the sampling parameters."""
+        """Take a turn of n tokens, resumed if it loses its KV. `fields`: of the sampling parameters. Raises PrefixLost if that
+        happens again and again."""
         taken = Taken(prompt)
         while True:
             made = await self.hand_over(prompt, taken.tokens)
@@ -91,6 +95,8 @@ class Pair:
                 return taken
             except PrefixLost as lost:
                 taken.resumed.append(lost.reason)
+                if len(taken.resumed) > MOST_RESUMES:
+                    raise
 
 
 class Stock:

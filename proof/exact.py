@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from prefillshare import reference
 from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare_vllm.plugin import TORCH_ADAPTERS
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, Taken, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
@@ -27,7 +28,7 @@ async def run(asked: Asked, tell: Tell, mode: str) -> None:
     """Prompts on and beside block boundaries, a context that goes from decoder to decoder, several decoders in one batch,
     preemption; each handed over, and made in place if the mode can. `mode`: a sharing mode's name."""
     os.environ["TRITON_F32_DEFAULT"] = "ieee"  # else float32 products are TF32 on GPUs
-    os.environ["PREFILLSHARE_TORCH_ADAPTERS"] = "1"  # vLLM's kernels for adapters take no float32 on GPUs
+    os.environ[TORCH_ADAPTERS] = "1"  # vLLM's kernels for adapters take no float32 on GPUs
     subject = Subject.of(asked, get_mode(mode))
     eager = {"engine_args": {"enforce_eager": True}} if Machine.here().is_gpu else {}
     sizes = {"max_tokens": MAX_TOKENS, "engines": 2, "max_num_seqs": 16, "max_num_batched_tokens": 2 * BLOCK, **eager}
@@ -36,21 +37,22 @@ async def run(asked: Asked, tell: Tell, mode: str) -> None:
         subject.settings("prefill", "float32", kv_tokens=8 * KV_BLOCKS * BLOCK, **sizes),
         subject.settings("decode", "float32", kv_tokens=KV_BLOCKS * BLOCK, **sizes),
     ) as (prefill, decode):
-        oracle, worst, tokens, turns, resumed, control = Oracle(subject), 0.0, 0, 0, 0, 0.0
+        oracle, off, to_own_kv, turns = Oracle(subject), [], [], []
         ways = [Pair(prefill, decode)] + ([Pair(None, decode)] if subject.mode.base_in_place else [])
         cases = [(way, name, case) for way in ways for name, case in _cases(way, subject, asked.short).items()]
         for number, (way, name, case) in enumerate(cases):
             where = _WHERE[way.prefill is None]
             tell(Progress(number, len(cases), f"{name}, {where}"))
             for taken, adapter in await case():
-                worst = max(worst, reference.max_abs_diff(taken.logprobs, oracle.says(taken, adapter)))
+                turns.append(taken)
+                off.append(reference.max_abs_diff(taken.logprobs, oracle.says(taken, adapter)))
                 if adapter:
                     alone = oracle.says(taken, adapter, alone=True)
-                    control = max(control, reference.max_abs_diff(taken.logprobs, alone))
-                turns, tokens, resumed = turns + 1, tokens + len(taken.tokens), resumed + len(taken.resumed)
+                    to_own_kv.append(reference.max_abs_diff(taken.logprobs, alone))
         preempted = decode.stats().preemptions
-    more = {"turns": turns, "tokens": tokens, "resumes": resumed}
-    tell(verdict(mode, worst, preempted, control, **more))
+    tokens, resumes = sum(len(taken.tokens) for taken in turns), sum(len(taken.resumed) for taken in turns)
+    more = {"turns": len(turns), "tokens": tokens, "resumes": resumes}
+    tell(verdict(mode, reference.largest(off), preempted, reference.largest(to_own_kv), **more))
 
 
 def verdict(mode: str, worst: float, preemptions: int, to_own_kv: float, *, turns: int, tokens: int, resumes: int) -> Part:

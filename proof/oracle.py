@@ -20,22 +20,30 @@ class Oracle:
         logging.disable_progress_bar()
         self._subject, self._dtype, self._device = subject, getattr(torch, dtype), Machine.here().device
         self._load = lambda: AutoModelForCausalLM.from_pretrained(subject.base, dtype=self._dtype).eval().to(self._device)
-        self._base = self._load()
-        self._decoders: dict[str | None, object] = {None: self._base}
+        self._base, self._adapted = self._load(), None
 
     def says(self, taken: Taken, adapter: str | None, *, alone: bool = False) -> list[float]:
         """Log-probability of each token of a response. `alone`: if the decoder had computed everything itself."""
         group = () if alone or self._subject.group is None else (str(self._subject.group),)
         function = reference.none if alone else getattr(reference, self._subject.mode.name)
+        decoder = self._decoder(adapter)
         with torch.device(self._device):
-            return function(self._base, self._decoder(adapter), taken.prompt, taken.tokens, *group, pick=_chosen)
+            return function(self._base, decoder, taken.prompt, taken.tokens, *group, pick=_chosen)
 
     def _decoder(self, adapter: str | None):
-        if adapter not in self._decoders:
+        """The base, or its one copy that has all adapters, with this one switched on."""
+        if adapter is None:
+            return self._base
+        if self._adapted is None:
             from peft import PeftModel
 
-            self._decoders[adapter] = PeftModel.from_pretrained(self._load(), self._subject.adapters[adapter]).eval()
-        return self._decoders[adapter]
+            names = iter(self._subject.adapters.items())
+            first, path = next(names)
+            self._adapted = PeftModel.from_pretrained(self._load(), path, adapter_name=first)
+            for name, path in names:
+                self._adapted.load_adapter(path, adapter_name=name)
+        self._adapted.set_adapter(adapter)
+        return self._adapted.eval()
 
 
 def _chosen(logits: torch.Tensor, response: list[int]) -> list[float]:

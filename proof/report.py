@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,26 +34,32 @@ class Results:
         self.machine, self.dtype, self._file = machine, dtype, file
         self.parts: list[Part] = []
         self._took_s = 0.0
+        self._write()
 
     @property
     def proven(self) -> bool:
-        return bool(self.parts) and all(part.status in (Status.PASSED, Status.MEASURED) for part in self.parts)
+        """Something has passed, and nothing else than that and measurements is there."""
+        found = {part.status for part in self.parts}
+        return Status.PASSED in found and found <= {Status.PASSED, Status.MEASURED}
 
     def add(self, told: Part | Progress, took_s: float) -> None:
         self._took_s = took_s
         if isinstance(told, Part):
             self.parts.append(told)
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.write_text(json.dumps(self._written(), indent=1) + "\n")
+            self._write()
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(_finite(self._written()), indent=1, allow_nan=False) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        return {
+        return _finite({
             "proven": self.proven,
             "device": self.machine.name,
             "dtype": self.dtype,
             "took_s": round(self._took_s, 1),
             "parts": {part.name: {"status": part.status, **part.figures} for part in self.parts},
-        }
+        })
 
     def _written(self) -> dict[str, Any]:
         return {
@@ -95,6 +102,15 @@ def watched(console: Console) -> Iterator[Callable[[Stage, Part | Progress], Non
             said = text
 
         yield watch
+
+
+def _finite(found: Any) -> Any:
+    """With None for numbers that JSON does not have."""
+    if isinstance(found, dict):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _versions() -> dict[str, str]:

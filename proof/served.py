@@ -7,8 +7,11 @@ import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import modes
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, Stock, Taken, started
@@ -17,7 +20,8 @@ from prefillshare.proof.oracle import Oracle
 from prefillshare.proof.prompts import ids
 from prefillshare.proof.subject import ADAPTERS, Subject
 
-#: Answers may be this many times as far from float32 as those of plain transformers in the same dtype; in float32, so far.
+#: Answers may be this many times as far from float32 as those of plain transformers in the same dtype. In float32 that would be
+#: zero, and another bound holds.
 TIMES, BOUND_FLOAT32 = 3.0, 1e-3
 STOCK = "stock vLLM"
 #: Seconds that ending the engines may take.
@@ -55,14 +59,15 @@ ON_GPUS = Load(sessions=16, context=2500, turns=6, given=200, answer=40, repeats
 
 
 async def run(asked: Asked, tell: Tell) -> None:
-    until = time.monotonic() + asked.limit_s - END_S
-    load = SHORT if asked.short else ON_GPUS if Machine.here().is_gpu else ON_CPUS
+    machine = Machine.here()
+    load = SHORT if asked.short else ON_GPUS if machine.is_gpu else ON_CPUS
     chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
     subjects = {mode.name: Subject.of(asked, mode) for mode in chosen}
-    names, sizes = list(subjects), {"max_tokens": load.longest, "engines": len(subjects) + 2}
-    first = next(iter(subjects.values()))
-    settings = [first.settings("prefill", asked.dtype, kv_tokens=2 * load.held, **sizes)]
-    settings += [one.settings("decode", asked.dtype, kv_tokens=2 * load.held, **sizes) for one in subjects.values()]
+    names, engines, first = list(subjects), len(subjects) + 2, next(iter(subjects.values()))
+    kv_tokens = _kv_tokens(load, first, asked.dtype, machine, engines)
+    sizes = {"max_tokens": load.longest, "engines": engines, "kv_tokens": kv_tokens, "max_num_seqs": max(8, load.sessions)}
+    settings = [one.settings("decode", asked.dtype, **sizes) for one in subjects.values()]
+    settings.insert(0, first.settings("prefill", asked.dtype, **sizes))
     tell(Progress(0, 1, f"starting {len(settings)} engines, and one of stock vLLM"))
     async with started(*settings) as (prefill, *decodes):
         pairs = {name: Pair(prefill, decode) for name, decode in zip(names, decodes, strict=True)}
@@ -70,16 +75,26 @@ async def run(asked: Asked, tell: Tell) -> None:
             tell(Progress(0, 1, f"{name}: answers in {asked.dtype}"))
             tell(await _answers(name, pair, subjects[name], asked.dtype))
         tell(Progress(0, 1, "moving KV between processes"))
-        tell(await _moved(next(iter(pairs.values())), load))
+        tell(await _moved(next(iter(pairs.values())), load, first.kv_bytes(asked.dtype)))
         stock = await Stock.start(settings[1])
         try:
             systems = {STOCK: stock.take}
             systems |= {f"{name}, prefill and decode apart": pair.take for name, pair in pairs.items()}
             systems |= {f"{name}, one engine": Pair(None, pair.decode).take for name, pair in pairs.items()}
-            for part in await _speed(systems, load, until, tell):
-                tell(part)
+            for part in await _speed(systems, load, asked.until - END_S, tell):
+                tell(replace(part, figures={**part.figures, "kv_tokens_per_engine": kv_tokens}))
         finally:
             stock.close()
+
+
+def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engines: int) -> int:
+    """Tokens for which each engine has room: twice those of all sessions, or as many as fit. Raises ConfigError."""
+    free = 0.8 * machine.memory_bytes - engines * subject.weight_bytes(dtype)
+    fit = int(free / engines / subject.kv_bytes(dtype)) if machine.is_gpu else 2 * load.held
+    if fit < 2 * load.longest:
+        gib = f"{machine.memory_bytes / 2**30:.0f} GiB"
+        raise ConfigError(f"{engines} engines with this base do not fit into {gib}", field="--base", fix="give a smaller one")
+    return min(2 * load.held, fit)
 
 
 async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
@@ -98,6 +113,8 @@ async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
     off, control = _mean_diff(served, right), _mean_diff(alone, right)
     lossy = exact if dtype == "float32" else Oracle(subject, dtype)
     plain = _mean_diff([lossy.says(*turn) for turn in turns], right)
+    del exact, lossy
+    torch.cuda.empty_cache()  # for the engines
     return verdict(name, dtype, off, plain, control)
 
 
@@ -125,16 +142,18 @@ def _mean_diff(some: list[list[float]], others: list[list[float]]) -> float:
     return statistics.fmean(abs(a - b) for a, b in pairs)
 
 
-async def _moved(pair: Pair, load: Load, times: int = 5) -> Part:
+async def _moved(pair: Pair, load: Load, token_bytes: int, times: int = 5) -> Part:
     rates, seconds, nbytes = [], [], 0
     for n in range(times):
         last = (await pair.take(ids(load.moved, 500 + n), 1, None)).last
         nbytes = last.kv_bytes
         seconds.append(last.load_s)
-        rates.append(nbytes / last.load_s)
+        rates.append(nbytes / max(last.load_s, 1e-9))
     figures = {
         "bytes": nbytes, "tokens": load.moved, "seconds": statistics.median(seconds), "bytes_per_s": statistics.median(rates)
     }  # fmt: skip
+    if nbytes < token_bytes * (load.moved - 1):
+        return Part("transfer", Status.FAILED, f"only {nbytes} bytes were read for {load.moved} tokens", figures)
     found = f"{nbytes / 2**20:.1f} MiB of KV in {1e3 * figures['seconds']:.1f} ms: {figures['bytes_per_s'] / 1e9:.2f} GB/s"
     return Part("transfer", Status.MEASURED, found, figures)
 
@@ -146,6 +165,8 @@ async def _speed(systems: Mapping[str, Take], load: Load, until: float, tell: Te
     order, total = list(systems), (1 + load.repeats) * len(systems)
     for repeat in range(1 + load.repeats):  # the first warms up
         began = time.monotonic()
+        if began > until:
+            break
         for number, name in enumerate(order):
             tell(Progress(repeat * len(order) + number, total, f"{load.sessions} sessions at once: {name}"))
             # Other prompts for each system: two of them share an engine, and with it a cache.
@@ -155,6 +176,8 @@ async def _speed(systems: Mapping[str, Take], load: Load, until: float, tell: Te
         order = order[1:] + order[:1]
         if repeat and time.monotonic() + (time.monotonic() - began) > until:
             break
+    if not all(rounds.values()):
+        return [Part("speed", Status.UNFINISHED, "there was no time to play the sessions")]
     parts = []
     for name, own in rounds.items():
         figures = {key: statistics.median(one[key] for one in own) for key in own[0]}

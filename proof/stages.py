@@ -15,13 +15,15 @@ from prefillshare.proof.found import Tell
 
 @dataclass(frozen=True)
 class Stage:
-    """`engines`: how many it starts. `limit_s`: when it is ended; much later than it should end by itself."""
+    """`engines`: how many it starts. `limit_s`: when it is ended; much later than it should end by itself. `in_served_dtype`:
+    its engines have the dtype that was asked for."""
 
     name: str
     about: str
     run: Callable[[Asked, Tell], Awaitable[None]]
     engines: int
     limit_s: float = 240.0
+    in_served_dtype: bool = False
 
 
 def stages() -> dict[str, Stage]:
@@ -30,10 +32,10 @@ def stages() -> dict[str, Stage]:
     in_place = sum(mode.base_in_place for mode in sharing)
     about = "in float32, every token's log-probability is what plain transformers says"
     found = [Stage(f"exact-{one.name}", f"mode {one.name}: {about}", partial(exact.run, mode=one.name), 2) for one in sharing]
-    found += [
-        Stage("served", "answers in the served dtype; KV between processes; speed beside stock vLLM", served.run, in_place + 2),
-        Stage("steps", "a decode step with two streams, at the shape of a large base", steps.run, in_place),
-    ]
+    of_served = "answers in the served dtype; KV between processes; speed beside stock vLLM"
+    of_steps = "a decode step with two streams, at the shape of a large base"
+    found.append(Stage("served", of_served, served.run, in_place + 2, in_served_dtype=True))
+    found.append(Stage("steps", of_steps, steps.run, in_place, in_served_dtype=True))
     return {one.name: one for one in found}
 
 

@@ -33,6 +33,11 @@ async def run(asked: Asked, tell: Tell) -> None:
     steps = 8 if asked.short else STEPS
     chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
     subjects = {mode.name: _of_shape(asked, mode, machine) for mode in chosen}
+    needed = len(subjects) * next(iter(subjects.values())).weight_bytes(asked.dtype)
+    if needed > 0.6 * machine.memory_bytes:
+        gib = f"{needed / 2**30:.0f} GiB of weights in {machine.memory_bytes / 2**30:.0f} GiB of memory"
+        tell(Part("steps", Status.SKIPPED, f"{gib}; give a config.json of a smaller base with --shape"))
+        return
     longest = max(batches.values()) + steps + 1
     sizes = {"max_tokens": longest, "kv_tokens": longest * max(batches) + 64, "engines": len(subjects)}
     random = {"engine_args": {"load_format": "dummy"}}
@@ -61,10 +66,12 @@ async def run(asked: Asked, tell: Tell) -> None:
 
 
 async def _step_s(pair: Pair, batch: int, context: int, steps: int, salt: int) -> float:
-    """Seconds between tokens while all requests decode."""
-    turns = await asyncio.gather(
-        *(pair.take(ids(context, salt + n), steps, ADAPTERS[n % len(ADAPTERS)]) for n in range(batch))
-    )
+    """Seconds between tokens while all requests decode. Their prompts are cached first: else some would end before others have
+    been prefilled."""
+    for n in (1, steps):
+        turns = await asyncio.gather(
+            *(pair.take(ids(context, salt + one), n, ADAPTERS[one % len(ADAPTERS)]) for one in range(batch))
+        )
     all_there, first_ends = max(turn.token_s[0] for turn in turns), min(turn.token_s[-1] for turn in turns)
     gaps = [
         after - before
@@ -72,7 +79,7 @@ async def _step_s(pair: Pair, batch: int, context: int, steps: int, salt: int) -
         for before, after in zip(turn.token_s, turn.token_s[1:], strict=False)
         if before >= all_there and after <= first_ends
     ]
-    return statistics.median(gaps or [gap for turn in turns for gap in turn.gaps_s])
+    return statistics.median(gaps)
 
 
 def _of_shape(asked: Asked, mode: SharingMode, machine: Machine) -> Subject:
@@ -83,8 +90,9 @@ def _of_shape(asked: Asked, mode: SharingMode, machine: Machine) -> Subject:
     folder.mkdir(parents=True, exist_ok=True)
     config = Path(asked.shape).read_text() if asked.shape else json.dumps(LARGE)
     (folder / "config.json").write_text(config)
-    made = make_adapters(folder, Path(asked.folder) / f"shape-{mode.name}", _linear_layers(folder), mode)
-    return Subject(folder, mode, made, None, json.loads(config)["num_hidden_layers"])
+    linear = _linear_layers(folder)
+    made = make_adapters(folder, Path(asked.folder) / f"shape-{mode.name}", linear, mode)
+    return Subject(folder, mode, made, linear, None, json.loads(config)["num_hidden_layers"])
 
 
 def _linear_layers(folder: Path) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefillshare.kvshare import fingerprint
-from prefillshare.kvshare.contract import KVShape
+from prefillshare.kvshare.contract import DTYPE_BYTES, KVShape
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts
 from prefillshare.kvshare.modes import SharingMode, modes
@@ -22,11 +22,13 @@ BLOCK, RANK, LEASE_S = 32, 8, 60
 
 @dataclass(frozen=True)
 class Subject:
-    """`groups`: per decoder, the layers that it computes itself (modes that recompute)."""
+    """`linear`: module name -> (out features, in features). `group`: the layers that decoders compute themselves (modes that
+    recompute)."""
 
     base: Path
     mode: SharingMode
     adapters: Mapping[str, Path]
+    linear: Mapping[str, tuple[int, int]]
     group: LayerGroup | None
     layers: int
 
@@ -36,10 +38,19 @@ class Subject:
         base = Path(asked.base) if asked.base else folder / "base"
         if not (base / "config.json").is_file():
             make_base("llama", base, sizes=SMALL if Machine.here().is_gpu and not asked.short else TINY)
-        made = make_adapters(base, folder / f"adapters-{mode.name}", linear_layers(base), mode)
+        linear = linear_layers(base)
+        made = make_adapters(base, folder / f"adapters-{mode.name}", linear, mode)
         layers = KVShape.of(base).layers
         group = LayerGroup(layers // 4, layers // 2) if mode.recomputes else None
-        return cls(base, mode, made, group, layers)
+        return cls(base, mode, made, linear, group, layers)
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Of the blocks' linear layers, which are most of a large base."""
+        return DTYPE_BYTES[dtype] * sum(rows * columns for rows, columns in self.linear.values())
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Per token."""
+        return KVShape.of(self.base).bytes_per_token(dtype)
 
     def settings(self, role: str, dtype: str, *, max_tokens: int, kv_tokens: int, engines: int, **more) -> EngineSettings:
         """Settings of one of `engines` engines that run side by side. `kv_tokens`: how many tokens its KV cache holds."""

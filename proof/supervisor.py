@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def run(
     logs.mkdir(parents=True, exist_ok=True)
     for stage in chosen:
         left = until - time.monotonic()
-        if left < min(LEAST_S, limit_s):
+        if left < min(LEAST_S, limit_s / 2):
             yield stage, Part(stage.name, Status.SKIPPED, f"no time is left of {limit_s:g} s")
             continue
         log = logs / f"{stage.name}.log"
@@ -53,10 +53,11 @@ def run(
 
 def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command) -> Iterator[Part | Progress]:
     read, write = os.pipe()
+    until = time.monotonic() + limit_s
     with open(log, "wb") as output, os.fdopen(read) as told:
         try:
             process = subprocess.Popen(
-                command(stage, replace(asked, limit_s=limit_s), write),
+                command(stage, replace(asked, until=until), write),
                 pass_fds=[write],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -67,8 +68,8 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
         finally:
             os.close(write)
         try:
-            late = yield from _told(told, process, time.monotonic() + limit_s)
-            if late:
+            parts, is_late = yield from _told(told, process, until)
+            if is_late:
                 yield Part(stage.name, Status.UNFINISHED, f"it did not end within {limit_s:.0f} s; see {log}")
                 return
             with suppress(subprocess.TimeoutExpired):
@@ -78,10 +79,14 @@ def _run(stage: Stage, asked: Asked, limit_s: float, log: Path, command: Command
     if process.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
         yield Part(stage.name, Status.UNFINISHED, f"it ended with status {process.returncode}; see {log}", {"log": last})
+    elif not parts:
+        yield Part(stage.name, Status.UNFINISHED, f"it ended without a result; see {log}")
 
 
-def _told(pipe, process: subprocess.Popen, until: float) -> Iterator[Part | Progress]:
-    """Yields what comes until the process ends; returns whether the time is over. Its engines may outlive it, with the pipe."""
+def _told(pipe, process: subprocess.Popen, until: float) -> Generator[Part | Progress, None, tuple[int, bool]]:
+    """Yields what comes until the process ends; returns the number of parts, and whether the time is over. The process's
+    engines may outlive it, and with them the pipe."""
+    parts = 0
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -97,16 +102,19 @@ def _told(pipe, process: subprocess.Popen, until: float) -> Iterator[Part | Prog
             text = lines.get(timeout=_LOOK_S)
         except queue.Empty:
             if has_ended:
-                return False
+                return parts, False
             continue
         if text is None:
-            return False
-        yield parse(text)
-    return True
+            return parts, False
+        told = parse(text)
+        parts += isinstance(told, Part)
+        yield told
+    return parts, True
 
 
 def _end(process: subprocess.Popen) -> None:
     """End the stage with all its processes: they share a session, and so a process group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # one that waits for a device's driver may not end
+        process.wait(END_S)

@@ -80,8 +80,9 @@ class Engines(_Node):
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per replica. Leave at 1 on CPUs."""
     gpu_share: float = Field(1.0, gt=0, le=1)
-    """Part of a GPU on which one replica is placed. Below 1, several engines share one GPU, and each claims at most 0.9 times
-    its share of the memory, unless engine_args give a gpu_memory_utilization. Not with tensor_parallel_size above 1."""
+    """Part of a GPU on which one replica is placed. Below 1, several engines share one GPU. Each starts if 0.9 times its
+    share of the memory is free (engine_args: gpu_memory_utilization); weights and kv_cache_gib must fit into that. Not with
+    tensor_parallel_size above 1."""
     max_num_seqs: int = Field(64, ge=1)
     """Most sequences that one replica runs at once."""
     max_num_batched_tokens: int | None = Field(None, ge=16)

@@ -1,4 +1,4 @@
-"""Adapters' deltas on CPUs: one product per adapter, whose weights are used in place.
+"""Adapters' deltas in plain torch, as CPU engines compute them: one product per adapter, whose weights are used in place.
 
 vLLM's own kernels for CPUs copy an adapter's weights once for every row of a batch. Here the rows of one adapter make one
 product, in engines of every mode; everything else is vLLM's.
@@ -59,5 +59,5 @@ class AdapterRows(PunicaWrapperCPU):
 
 
 def use() -> None:
-    """From now on, CPU engines of this process compute deltas this way."""
+    """From now on, engines of this process compute deltas this way."""
     current_platform.__class__.get_punica_wrapper = classmethod(lambda _: f"{AdapterRows.__module__}.{AdapterRows.__name__}")

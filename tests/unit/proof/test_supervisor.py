@@ -29,8 +29,8 @@ HANGS = "tell(Part(str(subprocess.Popen(['sleep', '600']).pid), Status.MEASURED,
 
 def told(programs: dict[str, str], tmp_path, limit_s: float = 60, stage_limit_s: float = 30) -> list[Part | Progress]:
     def command(stage: Stage, asked: Asked, descriptor: int) -> list[str]:
-        assert asked == replace(ASKED, limit_s=asked.limit_s)
-        assert 0 < asked.limit_s <= min(limit_s, stage_limit_s)
+        assert asked == replace(ASKED, until=asked.until)
+        assert 0 < asked.until - time.monotonic() <= min(limit_s, stage_limit_s)
         return [sys.executable, "-c", _BEGIN + programs[stage.name], str(descriptor)]
 
     stages = [Stage(name, "", None, 0, stage_limit_s) for name in programs]
@@ -72,8 +72,14 @@ def test_a_stage_that_hangs_is_ended_with_all_its_processes(tmp_path):
 
 
 def test_a_stage_for_which_no_time_is_left_is_skipped(tmp_path):
-    *_, last = told({"a": "time.sleep(1.2); " + TELLS, "b": TELLS}, tmp_path, limit_s=2)
+    _, first, last = told({"a": TELLS + "; time.sleep(3)", "b": TELLS}, tmp_path, limit_s=5)
+    assert (first.name, first.status) == ("one", Status.PASSED)
     assert (last.name, last.status) == ("b", Status.SKIPPED)
+
+
+def test_a_stage_that_ends_without_a_result_is_not_passed_over(tmp_path):
+    (only,) = told({"a": ""}, tmp_path)
+    assert (only.name, only.status) == ("a", Status.UNFINISHED)
 
 
 def test_nothing_is_left_of_a_run_that_is_abandoned(tmp_path):

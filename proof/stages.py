@@ -11,6 +11,7 @@ from prefillshare.kvshare.modes import modes
 from prefillshare.proof import exact, served, steps
 from prefillshare.proof.asked import Asked
 from prefillshare.proof.found import Tell
+from prefillshare.proof.subject import in_place
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Stage:
 def stages() -> dict[str, Stage]:
     """By name."""
     sharing = [mode for mode in modes() if mode.guards_prefix]
-    in_place = sum(mode.base_in_place for mode in sharing)
+    number = len(in_place())
     about = "in float32, every token's log-probability is what plain transformers says"
     found = [Stage(f"exact-{one.name}", f"mode {one.name}: {about}", partial(exact.run, mode=one.name), 2) for one in sharing]
     of_served = "answers in the served dtype; KV between processes; speed beside stock vLLM"
     of_steps = "a decode step with two streams, at the shape of a large base"
-    found.append(Stage("served", of_served, served.run, in_place + 2, in_served_dtype=True))
-    found.append(Stage("steps", of_steps, steps.run, in_place, in_served_dtype=True))
+    found.append(Stage("served", of_served, served.run, number + 2, in_served_dtype=True))
+    found.append(Stage("steps", of_steps, steps.run, number, in_served_dtype=True))
     return {one.name: one for one in found}
 
 

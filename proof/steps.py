@@ -8,12 +8,12 @@ import statistics
 from pathlib import Path
 
 from prefillshare.kvshare import fingerprint
-from prefillshare.kvshare.modes import SharingMode, modes
+from prefillshare.kvshare.modes import SharingMode
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.subject import ADAPTERS, Subject, make_adapters
+from prefillshare.proof.subject import ADAPTERS, Subject, in_place, make_adapters
 
 #: Llama 3.1 8B.
 LARGE = {
@@ -31,7 +31,7 @@ async def run(asked: Asked, tell: Tell) -> None:
     machine = Machine.here()
     batches = SHORT if asked.short else ON_GPUS if machine.is_gpu else ON_CPUS
     steps = 8 if asked.short else STEPS
-    chosen = [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
+    chosen = in_place()
     subjects = {mode.name: _of_shape(asked, mode, machine) for mode in chosen}
     needed = len(subjects) * next(iter(subjects.values())).weight_bytes(asked.dtype)
     if needed > 0.6 * machine.memory_bytes:

@@ -92,3 +92,8 @@ def make_adapters(base: Path, target: Path, layers: Mapping[str, tuple[int, int]
     for name, folder in made.items():
         write_adapter(folder, adapted(layers, mode.adapter_modules), base, name, RANK)
     return made
+
+
+def in_place() -> list[SharingMode]:
+    """The modes in which one engine can do everything."""
+    return [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]

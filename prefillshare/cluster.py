@@ -3,7 +3,8 @@
 A deployment that starts its own cluster leaves a record of it, under its HTTP port, in a folder that only this user can read.
 These records tell several deployments on one machine apart; Ray itself would take its latest cluster.
 
-Seam: ray/_private/worker.py (`ray.init`), ray/_private/authentication/authentication_token_setup.py
+Seam: ray/_private/worker.py (`ray.init`), ray/_private/node.py (`Node`),
+ray/_private/authentication/authentication_token_setup.py
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import socket
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.loopback import ADDRESS, is_loopback
 from prefillshare.local_ray import loopback_kept
 
+_log = logging.getLogger(__name__)
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
 ROUTER = "router"
@@ -101,8 +104,7 @@ def started(deployment: Deployment) -> Iterator[None]:
         options["_node_ip_address"] = ADDRESS
     with forkserver.started(folder()) as labels:
         with loopback_kept(deployment.router.host):
-            fix = "see the message; prefillshare doctor looks at this machine"
-            _init("local", "Ray did not start", fix, labels=labels, **options)
+            _start(labels=labels, **options)
         try:
             _close_token_file()
             file = _record(deployment)
@@ -180,6 +182,16 @@ def running_handle():
         raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error
 
 
+def _start(**options) -> None:
+    """Start Ray on this machine. A second attempt follows a failed one: a raylet may end, or hang, before it reports itself."""
+    fix = "see the message; prefillshare doctor looks at this machine"
+    try:
+        _init("local", "Ray did not start", fix, **options)
+    except ConfigError as error:
+        _log.warning("%s; trying once more", error.message)
+        _init("local", "Ray did not start", fix, **options)
+
+
 def _init(address: str, failed: str, fix: str, field: str | None = None, **options) -> None:
     import ray
 
@@ -194,7 +206,19 @@ def _init(address: str, failed: str, fix: str, field: str | None = None, **optio
             **options,
         )
     except Exception as error:  # Ray has no common type for what goes wrong here
+        _end_half_started(error)
         raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
+
+
+def _end_half_started(error: Exception) -> None:
+    """End the processes of a node whose start failed: only the frames of that start know them, and Ray leaves them running."""
+    import ray
+    from ray._private.node import Node
+
+    ray.shutdown()
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(node := frame.f_locals.get("self"), Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
 
 def _close_token_file() -> None:

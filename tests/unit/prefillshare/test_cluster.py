@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray._private import node as ray_node
 from ray._private import services
 from ray._private.authentication import authentication_token_setup
 
@@ -113,6 +114,55 @@ def test_whatever_ray_fails_with_is_one_message_with_a_fix(monkeypatch, error):
     monkeypatch.setattr("ray.init", fails)
     with pytest.raises(ConfigError, match=f"Ray did not start: {type(error).__name__}.*fix: see the message"):
         cluster._init("local", "Ray did not start", "see the message")
+
+
+@pytest.fixture
+def fails_times(monkeypatch):
+    """fails_times(n): Ray's next `n` starts fail; -> what was done, in order."""
+
+    def make(n: int) -> list[str]:
+        done = []
+
+        class Node(ray_node.Node):
+            def __init__(self):
+                raise RuntimeError("the node timed out")
+
+            def kill_all_processes(self, **kw):
+                done.append("ended")
+
+        def init(**kw):
+            done.append("started")
+            if done.count("started") <= n:
+                Node()
+
+        monkeypatch.setattr("ray.init", init)
+        monkeypatch.setattr("ray.shutdown", lambda: None)
+        return done
+
+    return make
+
+
+def test_a_start_that_failed_is_ended_and_tried_once_more(fails_times, caplog):
+    done = fails_times(1)
+    cluster._start()
+    assert done == ["started", "ended", "started"]
+    assert "the node timed out; trying once more" in caplog.text
+
+
+def test_a_start_that_fails_twice_is_given_up_and_leaves_nothing(fails_times):
+    done = fails_times(3)
+    with pytest.raises(ConfigError, match=r"Ray did not start: RuntimeError: the node timed out .*doctor"):
+        cluster._start()
+    assert done == ["started", "ended"] * 2
+
+
+def test_a_cluster_that_cannot_be_joined_is_tried_once(fails_times):
+    done = fails_times(2)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        joined = cluster.joined(f"127.0.0.1:{there.getsockname()[1]}")
+        with pytest.raises(ConfigError), joined:
+            pass
+    assert done.count("started") == 1
 
 
 @pytest.fixture

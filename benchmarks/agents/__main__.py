@@ -12,6 +12,7 @@ again at the same revision with the same arguments. Results: agents.json, a repo
 The last line is JSON: ratios to the baselines; more than 1 is better.
 
 `--one-engine`: one engine of ours, without a prefill pool, against one of stock vLLM; results agents_one_engine.*.
+`--spare-core`: the same, few models, with a core to spare beside the engine; results agents_spare_core.*.
 `--decider`: with a prefill pool, who makes a prompt's KV decided per turn, or always the same; results agents_decider.*.
 `--short --repeats 1`: two experiments, about ten minutes (`make bench`); results agents_short.*. Results of an experiment of
 your own: agents_own.*. The full form takes about an hour and a half on two cores, which should do nothing else.
@@ -35,6 +36,7 @@ from benchmarks.agents.measures import Objective, summary
 from benchmarks.agents.simulation import Simulation, Site
 from benchmarks.agents.systems import BASELINES, DECIDED, OWN_LAYERS, RANK, SYSTEMS, UNIFIED, Budget, Running
 from benchmarks.agents.workload import PATTERNS, Scale, sessions
+from benchmarks.overhead.systems import BOTH_CORES, DECODE_CORES, PREFILL_CORES
 from benchmarks.shared.environment import revision
 from benchmarks.shared.result import write
 from benchmarks.shared.small import BLOCK, MODEL, bars
@@ -115,6 +117,9 @@ def main() -> None:
         "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at high loads"
     )
     form.add_argument(
+        "--spare-core", action="store_true", help="as --one-engine, few models; the engine has one core, all else the other"
+    )
+    form.add_argument(
         "--decider", action="store_true", help="with a prefill pool: the router's decision per turn against both fixed policies"
     )
     parser.add_argument(
@@ -131,9 +136,10 @@ def main() -> None:
     one.add_argument("--per-s", type=float, help="sessions that arrive a second")
     one.add_argument("--bursts", action="store_true", help="they arrive in bursts")
     args = parser.parse_args()
-    console, budget, own = Console(stderr=True), Budget(args.kv_gib), args.trace or args.pattern
+    console, own = Console(stderr=True), args.trace or args.pattern
+    budget = Budget(args.kv_gib, DECODE_CORES if args.spare_core else BOTH_CORES)
     of_form = list(SYSTEMS)
-    if args.one_engine:
+    if args.one_engine or args.spare_core:
         of_form = [*UNIFIED, "vllm"]
     elif args.decider:
         of_form = list(DECIDED.values())
@@ -148,6 +154,8 @@ def main() -> None:
         file, chosen = "agents_short", experiments.short(args.sessions)
     elif args.one_engine:
         file, chosen = "agents_one_engine", experiments.one_engine(args.sessions)
+    elif args.spare_core:
+        file, chosen = "agents_spare_core", experiments.few_models(args.sessions)
     elif args.decider:
         file, chosen = "agents_decider", experiments.decider(args.sessions)
     else:
@@ -171,7 +179,10 @@ def main() -> None:
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     config |= {
         "experiments": [e.name for e in chosen], "scale": asdict(Scale.named("small")), "objective": asdict(OBJECTIVE),
-        "budget": {"kv_gib": budget.kv_gib, "prefill_cores": "0", "decode_cores": "1", "one_engine_cores": "0-1"},
+        "budget": {
+            "kv_gib": budget.kv_gib, "prefill_cores": PREFILL_CORES, "decode_cores": DECODE_CORES,
+            "one_engine_cores": budget.one_engine_cores,
+        },
         "own_layers": OWN_LAYERS, "adapter_rank": RANK, "block": BLOCK,
     }  # fmt: skip
     baselines = [baseline for baseline in BASELINES if baseline in found]

@@ -74,6 +74,11 @@ def decider(count: int) -> list[Experiment]:
 COLLAPSE_PER_S = 0.15
 
 
+def few_models(count: int) -> list[Experiment]:
+    """Those in which there is least to gain from sharing."""
+    return [Experiment("react", models, count, at_once=LOADS[-1]) for models in (1, OTHER_MODELS[0])]
+
+
 def one_engine(count: int) -> list[Experiment]:
     """Those in which one engine of ours is compared with one of stock vLLM."""
     return [

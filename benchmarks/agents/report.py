@@ -106,7 +106,8 @@ def markdown(result: dict, plots: str) -> str:
     parts = [
         "# Agents that take turns over one context\n\n<!-- Made by `python -m benchmarks.agents`; change "
         "benchmarks/agents/report.py instead. -->\n\n"
-        f"Every system gets the same budget ({budget['kv_gib']:g} GiB of KV memory over all engines, two cores), the same "
+        f"Every system gets the same budget ({budget['kv_gib']:g} GiB of KV memory over all engines, two cores; an engine that "
+        f"is alone has core {budget['one_engine_cores']}), the same "
         "adapters and the same sessions; what the systems are: benchmarks/agents/systems.py, what the workloads are: "
         "benchmarks/agents/workload.py. In parentheses: 95 % intervals over sessions (bootstrap), and of rates the range over "
         f"{config['repeats']} repeats with other sessions. Wanted KV: what its caches would hold if they gave up nothing. "

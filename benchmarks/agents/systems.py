@@ -10,6 +10,7 @@
             ours in that mode without a prefill pool: one engine on both cores, with all of the KV memory
     vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
             KV memory; scheduler and model in one process, as in ours
+    With --spare-core, systems of one engine give it the second core, and have the first for everything else.
 
 All engines run with this project's plugin, so that vLLM's own server, too, gets its adapter kernels for CPUs.
 """
@@ -45,9 +46,10 @@ TURN_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Budget:
-    """`kv_gib`: KV memory of all engines of a system together."""
+    """`kv_gib`: KV memory of all engines of a system together. `one_engine_cores`: of systems with one engine."""
 
     kv_gib: float
+    one_engine_cores: str = BOTH_CORES
     max_model_len: int = 2048
 
 
@@ -90,7 +92,7 @@ def unified_deployment(mode: str, model: Path, adapters: Mapping[str, Path], bud
         prefill={"replicas": 0},
         decode={
             "kv_cache_gib": budget.kv_gib,
-            "cpu_cores": BOTH_CORES,
+            "cpu_cores": budget.one_engine_cores,
             "sharing": mode,
             "max_lora_rank": RANK,
             "local_prefill": "auto",
@@ -143,7 +145,7 @@ def vllm(model: Path, adapters: Mapping[str, Path], budget: Budget) -> Iterator[
         "--generation-config", "vllm", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(len(names)),
         "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items()),
     ]  # fmt: skip
-    process, url = spawn("benchmarks.overhead.one_process_server", flags, environment(BOTH_CORES))
+    process, url = spawn("benchmarks.overhead.one_process_server", flags, environment(budget.one_engine_cores))
     try:
         asyncio.run(healthy([url], {"vLLM's server": process}))
         with httpx.Client(base_url=url, timeout=TURN_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:

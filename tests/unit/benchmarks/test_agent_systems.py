@@ -163,7 +163,9 @@ def test_the_report_says_how_much_better_sharing_is(tmp_path):
     assert headline["simulation error, session_s_p95"] == pytest.approx(2.0, abs=0.01)
     result = {
         "systems": found,
-        "config": {"experiments": names, "repeats": 1, "budget": {"kv_gib": 1}, "objective": vars(objective)},
+        "config": {
+            "experiments": names, "repeats": 1, "budget": vars(systems.Budget(kv_gib=1)), "objective": vars(objective)
+        },
         "headline": headline,
         "versions": {"torch": "2"},
         "hardware": {"cpu": "a CPU", "cores": 2},

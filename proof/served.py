@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,7 +97,6 @@ def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engin
 
 
 async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
-    """Compare with float32 what is served in `dtype`. What plain transformers loses by the dtype is the measure."""
     turns = []
     context = ids(90, 3)
     for adapter in ("a", "b", "c"):
@@ -105,6 +104,11 @@ async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
         context = [*context, *turns[-1][0].tokens, 11]
     others = ((ids(60 + 7 * n, 40 + n), adapter) for n, adapter in enumerate(ADAPTERS))
     turns += await asyncio.gather(*(_with(pair.take(prompt, 16, adapter), adapter) for prompt, adapter in others))
+    return compared(f"{dtype} {name}", turns, subject, dtype)
+
+
+def compared(name: str, turns: Sequence[tuple[Taken, str | None]], subject: Subject, dtype: str) -> Part:
+    """Compare answers that were served in `dtype` with float32. What plain transformers loses by the dtype is the measure."""
     exact = Oracle(subject)
     right = [exact.says(*turn) for turn in turns]
     alone = [exact.says(*turn, alone=True) for turn in turns]
@@ -113,11 +117,11 @@ async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
     lossy = exact if dtype == "float32" else Oracle(subject, dtype)
     plain = _mean_diff([lossy.says(*turn) for turn in turns], right)
     del exact, lossy
-    torch.cuda.empty_cache()  # for the engines
+    torch.cuda.empty_cache()  # for engines that run beside
     return verdict(name, dtype, off, plain, control)
 
 
-def verdict(mode: str, dtype: str, off: float, plain: float, to_own_kv: float) -> Part:
+def verdict(name: str, dtype: str, off: float, plain: float, to_own_kv: float) -> Part:
     """All are mean differences from float32: of the answers, of plain transformers in `dtype`, and of what the decoders would
     have said over KV of their own. If that is within the bound, the comparison could not have failed."""
     bound = TIMES * plain or BOUND_FLOAT32
@@ -129,7 +133,7 @@ def verdict(mode: str, dtype: str, off: float, plain: float, to_own_kv: float) -
     if not to_own_kv > bound:
         found += "; the decoders' own KV would be as near, so this shows nothing"
     figures = {"mean_abs_diff": off, "of_transformers": plain, "bound": bound, "of_own_kv": to_own_kv}
-    return Part(f"{dtype} {mode}", Status.PASSED if off <= bound < to_own_kv else Status.FAILED, found, figures)
+    return Part(name, Status.PASSED if off <= bound < to_own_kv else Status.FAILED, found, figures)
 
 
 async def _with(taken: Awaitable[Taken], adapter: str) -> tuple[Taken, str]:

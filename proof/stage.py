@@ -30,7 +30,7 @@ def main(name: str, asked: str, descriptor: str) -> None:
 
 def _import_engines(engines: int) -> None:
     """Import vLLM, and on CPUs fork a process for each engine, so that engines do not import it once more."""
-    if not on_cpu():
+    if not engines or not on_cpu():
         return
     from prefillshare.kvshare_vllm.forkserver import server, spare
 

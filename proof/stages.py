@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare.modes import modes
-from prefillshare.proof import exact, served, steps
+from prefillshare.proof import exact, served, steps, system
 from prefillshare.proof.asked import Asked
 from prefillshare.proof.found import Tell
 from prefillshare.proof.subject import in_place
@@ -16,7 +17,7 @@ from prefillshare.proof.subject import in_place
 
 @dataclass(frozen=True)
 class Stage:
-    """`engines`: how many it starts. `limit_s`: when it is ended; much later than it should end by itself. `in_served_dtype`:
+    """`engines`: how many its process starts. `limit_s`: when it is ended; much later than it should end by itself. `in_served_dtype`:
     its engines have the dtype that was asked for."""
 
     name: str
@@ -28,14 +29,17 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    """By name."""
+    """By name. The whole system is among them where Ray is installed."""
     sharing = [mode for mode in modes() if mode.guards_prefix]
     number = len(in_place())
     about = "in float32, every token's log-probability is what plain transformers says"
     found = [Stage(f"exact-{one.name}", f"mode {one.name}: {about}", partial(exact.run, mode=one.name), 2) for one in sharing]
     of_served = "answers in the served dtype; KV between processes; speed beside stock vLLM"
+    of_system = "sessions through router and Ray Serve, in the served dtype"
     of_steps = "a decode step with two streams, at the shape of a large base"
     found.append(Stage("served", of_served, served.run, number + 2, in_served_dtype=True))
+    if find_spec("ray") is not None:
+        found.append(Stage("system", of_system, system.run, 0, in_served_dtype=True))
     found.append(Stage("steps", of_steps, steps.run, number, in_served_dtype=True))
     return {one.name: one for one in found}
 

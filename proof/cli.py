@@ -52,7 +52,8 @@ def prove(
     Starts engines of vLLM, hands KV from process to process over NIXL and compares every token's log-probability with plain
     transformers: on and beside block boundaries, from decoder to decoder, in mixed batches, after preemption. Then it measures
     how far answers in the served dtype are from float32, how fast KV moves, what turns cost beside one stock vLLM engine with
-    the same adapters, and what the second stream of mode icarus costs. Needs neither Ray nor a download.
+    the same adapters, and what the second stream of mode icarus costs. Where Ray is installed, a deployment is started as
+    well, and its answers are compared. Needs no download.
 
     Ends with status 0 if all comparisons passed and nothing was left out, else with 1. The last line of output is one JSON
     object.

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Pair, Stock, Taken, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.oracle import Oracle
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.subject import ADAPTERS, Subject, in_place
+from prefillshare.proof.subject import ADAPTERS, BLOCK, Subject, in_place
 
 #: Answers may be this many times as far from float32 as those of plain transformers in the same dtype. In float32 that would be
 #: zero, and another bound holds.
@@ -86,6 +87,16 @@ async def run(asked: Asked, tell: Tell) -> None:
             stock.close()
 
 
+async def run_apart(asked: Asked, tell: Tell, mode: str) -> None:
+    """Answers alone, in a mode whose engines cannot do without a prefill pool."""
+    subject = Subject.of(asked, get_mode(mode))
+    sizes = {"max_tokens": 8 * BLOCK, "kv_tokens": 64 * BLOCK, "engines": 2, "max_num_seqs": 8}
+    tell(Progress(0, 1, "starting a prefill and a decode engine"))
+    async with started(*(subject.settings(role, asked.dtype, **sizes) for role in ("prefill", "decode"))) as engines:
+        tell(Progress(0, 1, f"answers in {asked.dtype}"))
+        tell(await _answers(mode, Pair(*engines), subject, asked.dtype))
+
+
 def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engines: int) -> int:
     """Tokens for which each engine has room: twice those of all sessions, or as many as fit. Raises ConfigError."""
     free = 0.8 * machine.memory_bytes - engines * subject.weight_bytes(dtype)
@@ -97,13 +108,14 @@ def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engin
 
 
 async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
-    turns = []
-    context = ids(90, 3)
-    for adapter in ("a", "b", "c"):
-        turns.append((await pair.take(context, 16, adapter), adapter))
+    async def take(prompt: list[int], adapter: str) -> tuple[Taken, str]:
+        return await pair.take(prompt, 16, adapter, group=subject.group), adapter
+
+    turns, context = [], ids(90, 3)
+    for adapter in ADAPTERS[:3]:
+        turns.append(await take(context, adapter))
         context = [*context, *turns[-1][0].tokens, 11]
-    others = ((ids(60 + 7 * n, 40 + n), adapter) for n, adapter in enumerate(ADAPTERS))
-    turns += await asyncio.gather(*(_with(pair.take(prompt, 16, adapter), adapter) for prompt, adapter in others))
+    turns += await asyncio.gather(*(take(ids(60 + 7 * n, 40 + n), adapter) for n, adapter in enumerate(ADAPTERS)))
     return compared(f"{dtype} {name}", turns, subject, dtype)
 
 
@@ -134,10 +146,6 @@ def verdict(name: str, dtype: str, off: float, plain: float, to_own_kv: float) -
         found += "; the decoders' own KV would be as near, so this shows nothing"
     figures = {"mean_abs_diff": off, "of_transformers": plain, "bound": bound, "of_own_kv": to_own_kv}
     return Part(name, Status.PASSED if off <= bound < to_own_kv else Status.FAILED, found, figures)
-
-
-async def _with(taken: Awaitable[Taken], adapter: str) -> tuple[Taken, str]:
-    return await taken, adapter
 
 
 def _mean_diff(some: list[list[float]], others: list[list[float]]) -> float:

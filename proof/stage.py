@@ -34,7 +34,7 @@ def _import_engines(engines: int) -> None:
         return
     from prefillshare.kvshare_vllm.forkserver import server, spare
 
-    server.preload(server.PRELOADED)
+    server.preload(server.OF_ENGINES)
     for _ in range(engines):
         spare.make()
 

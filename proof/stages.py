@@ -17,8 +17,8 @@ from prefillshare.proof.subject import in_place
 
 @dataclass(frozen=True)
 class Stage:
-    """`engines`: how many its process starts. `limit_s`: when it is ended; much later than it should end by itself. `in_served_dtype`:
-    its engines have the dtype that was asked for."""
+    """`engines`: how many its process starts. `limit_s`: when it is ended; much later than it should end by itself.
+    `in_served_dtype`: its engines have the dtype that was asked for."""
 
     name: str
     about: str
@@ -30,17 +30,21 @@ class Stage:
 
 def stages() -> dict[str, Stage]:
     """By name. The whole system is among them where Ray is installed."""
-    sharing = [mode for mode in modes() if mode.guards_prefix]
-    number = len(in_place())
-    about = "in float32, every token's log-probability is what plain transformers says"
-    found = [Stage(f"exact-{one.name}", f"mode {one.name}: {about}", partial(exact.run, mode=one.name), 2) for one in sharing]
-    of_served = "answers in the served dtype; KV between processes; speed beside stock vLLM"
-    of_system = "sessions through router and Ray Serve, in the served dtype"
-    of_steps = "a decode step with two streams, at the shape of a large base"
-    found.append(Stage("served", of_served, served.run, number + 2, in_served_dtype=True))
-    if find_spec("ray") is not None:
-        found.append(Stage("system", of_system, system.run, 0, in_served_dtype=True))
-    found.append(Stage("steps", of_steps, steps.run, number, in_served_dtype=True))
+    sharing, together = [mode for mode in modes() if mode.guards_prefix], in_place()
+    apart = [mode for mode in sharing if mode not in together]
+    exactly = "in float32, every token's log-probability is what plain transformers says"
+    answers = "answers in the served dtype"
+    found = [
+        *(Stage(f"exact-{one.name}", f"mode {one.name}: {exactly}", partial(exact.run, mode=one.name), 2) for one in sharing),
+        Stage("served", f"{answers}; KV between processes; speed beside stock vLLM", served.run, len(together) + 2,
+              in_served_dtype=True),
+        *(Stage(f"served-{one.name}", f"mode {one.name}: {answers}", partial(served.run_apart, mode=one.name), 2,
+                in_served_dtype=True) for one in apart),
+        *([Stage("system", f"sessions through router and Ray Serve: {answers}", system.run, 0, in_served_dtype=True)]
+          if find_spec("ray") else []),
+        Stage("steps", "a decode step with two streams, at the shape of a large base", steps.run, len(together),
+              in_served_dtype=True),
+    ]  # fmt: skip
     return {one.name: one for one in found}
 
 

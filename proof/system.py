@@ -74,9 +74,9 @@ def _session(client, number: int) -> tuple[list[Turn], int]:
 
 def deployment(subject: Subject, dtype: str, machine: Machine) -> Deployment:
     """A prefill pool and a pool of adapters, on GPUs of their own if there are two."""
+    _give_tokenizer(subject.base)
     for folder in subject.adapters.values():
         DecoderContract.of_base(subject.base, trained_with="not trained: seeded").write(folder)
-    _give_tokenizer(subject.base)
     http_port, grpc_port = _free_ports(2)
     engine = {"kv_cache_gib": 1.1 * subject.kv_bytes(dtype) * 2 * len(ADAPTERS) * MAX_TOKENS / 2**30, "max_num_seqs": 16}
     if machine.is_gpu:

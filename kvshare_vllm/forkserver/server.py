@@ -23,14 +23,15 @@ from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.forkserver.passing import Received, receive
 from prefillshare.kvshare_vllm.forkserver.stand_in import STARTED
 
-#: Imported unless modules are named: what replicas, routers and engines need from vLLM and what takes long to import.
-PRELOADED = (
-    "vllm.entrypoints.openai.api_server",
+#: What engines and their callers need from vLLM and what takes long to import.
+OF_ENGINES = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
 )
+#: Imported unless modules are named: what replicas and routers need, too.
+PRELOADED = ("vllm.entrypoints.openai.api_server", *OF_ENGINES)
 #: Seconds that a process has to send what it asks for; others wait meanwhile.
 ASKING_S = 5
 

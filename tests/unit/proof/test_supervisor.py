@@ -63,6 +63,13 @@ def test_a_stage_that_breaks_keeps_what_it_told_and_the_next_one_runs(tmp_path):
     assert len(after) == 2
 
 
+def test_nothing_is_left_of_a_stage_that_is_killed(tmp_path):
+    kills = "tell(Part(str(subprocess.Popen(['sleep', '600']).pid), Status.MEASURED, '')); os.kill(os.getpid(), 9)"
+    child, broken = told({"a": kills}, tmp_path)
+    assert (broken.status, "status -9" in broken.found) == (Status.UNFINISHED, True)
+    assert ends(int(child.name))
+
+
 @pytest.mark.slow
 def test_a_stage_that_hangs_is_ended_with_all_its_processes(tmp_path):
     began = time.monotonic()

@@ -86,7 +86,8 @@ def nixl() -> Iterator[Finding]:
         done = subprocess.CompletedProcess(command, 1, "", f"it did not end within {LOOPBACK_LIMIT_S:g} s")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
-        fix = "look at UCX_TLS and UCX_NET_DEVICES; ucx_info -d lists the transports; pip install nixl-cu12 if it is missing"
+        fix = "look at UCX_TLS and UCX_NET_DEVICES (ucx_info -d lists the transports); nixl needs nixl-cu12 or nixl-cu13, too,"
+        fix += " whichever torch's CUDA is"
         yield Finding("NIXL", Level.WRONG, f"a read by {BACKEND} failed: {why}", fix)
         return
     found = json.loads(done.stdout.splitlines()[-1])
@@ -140,8 +141,7 @@ def accelerators() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        fix = "look at nvidia-smi; install the driver, or the CPU build of vLLM (make setup)"
-        yield Finding("GPUs", Level.WRONG, "vLLM's CUDA build is installed, but torch sees no GPU", fix)
+        yield Finding("GPUs", Level.WRONG, platform.NO_GPU, platform.NO_GPU_FIX)
         return
     count = torch.cuda.device_count()
     yield Finding("GPUs", Level.OK, ", ".join(torch.cuda.get_device_name(n) for n in range(count)))

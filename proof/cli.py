@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from prefillshare import platform
 from prefillshare.kvshare.contract import DTYPE_BYTES
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
 
@@ -72,6 +73,8 @@ def prove(
         raise InvalidInput(f"unknown dtype {dtype!r}", field="--dtype", fix=f"one of {', '.join(DTYPE_BYTES)}")
     importlib.import_module("peft")  # the comparison needs it: if it is missing, that is said before anything starts
     machine, console, began = Machine.here(), Console(stderr=True), time.monotonic()
+    if not (machine.is_gpu or platform.on_cpu()):
+        raise ConfigError(platform.NO_GPU, fix=platform.NO_GPU_FIX)
     if machine.is_gpu and dtype == "float32" and any(one.in_served_dtype for one in chosen):
         fix = "leave it out, or choose --stage exact: those stages compare in float32"
         raise InvalidInput("adapters are not served in float32 on GPUs", field="--dtype", fix=fix)

@@ -37,20 +37,20 @@ async def run(asked: Asked, tell: Tell, mode: str) -> None:
         subject.settings("prefill", "float32", kv_tokens=8 * KV_BLOCKS * BLOCK, **sizes),
         subject.settings("decode", "float32", kv_tokens=KV_BLOCKS * BLOCK, **sizes),
     ) as (prefill, decode):
-        oracle, off, to_own_kv, turns = Oracle(subject), [], [], []
+        turns: list[tuple[Taken, str | None]] = []
         ways = [Pair(prefill, decode)] + ([Pair(None, decode)] if subject.mode.base_in_place else [])
         cases = [(way, name, case) for way in ways for name, case in _cases(way, subject, asked.short).items()]
         for number, (way, name, case) in enumerate(cases):
-            where = _WHERE[way.prefill is None]
-            tell(Progress(number, len(cases), f"{name}, {where}"))
-            for taken, adapter in await case():
-                turns.append(taken)
-                off.append(reference.max_abs_diff(taken.logprobs, oracle.says(taken, adapter)))
-                if adapter:
-                    alone = oracle.says(taken, adapter, alone=True)
-                    to_own_kv.append(reference.max_abs_diff(taken.logprobs, alone))
+            tell(Progress(number, len(cases), f"{name}, {_WHERE[way.prefill is None]}"))
+            turns += await case()
         preempted = decode.stats().preemptions
-    tokens, resumes = sum(len(taken.tokens) for taken in turns), sum(len(taken.resumed) for taken in turns)
+    off, to_own_kv, oracle = [], [], Oracle(subject)  # now that the engines' memory is free
+    for number, (taken, adapter) in enumerate(turns):
+        tell(Progress(number, len(turns), "comparing"))
+        off.append(reference.max_abs_diff(taken.logprobs, oracle.says(taken, adapter)))
+        if adapter:
+            to_own_kv.append(reference.max_abs_diff(taken.logprobs, oracle.says(taken, adapter, alone=True)))
+    tokens, resumes = sum(len(taken.tokens) for taken, _ in turns), sum(len(taken.resumed) for taken, _ in turns)
     more = {"turns": len(turns), "tokens": tokens, "resumes": resumes}
     tell(verdict(mode, reference.largest(off), preempted, reference.largest(to_own_kv), **more))
 

@@ -1,4 +1,4 @@
-"""What responses must be, from plain transformers on the device at hand (prefillshare/reference.py)."""
+"""What responses must be, from plain transformers (prefillshare/reference.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Oracle:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self._subject, self._dtype, self._device = subject, getattr(torch, dtype), Machine.here().device
+        self._subject, self._dtype = subject, getattr(torch, dtype)
+        self._device = device(Machine.here(), 2 * subject.weight_bytes(dtype))
         self._load = lambda: AutoModelForCausalLM.from_pretrained(subject.base, dtype=self._dtype).eval().to(self._device)
         self._base, self._adapted = self._load(), None
 
@@ -44,6 +45,13 @@ class Oracle:
                 self._adapted.load_adapter(path, adapter_name=name)
         self._adapted.set_adapter(adapter)
         return self._adapted.eval()
+
+
+def device(machine: Machine, weight_bytes: int) -> str:
+    """The GPU, if engines have left enough of it for these weights."""
+    if machine.is_gpu and torch.cuda.mem_get_info()[0] < 1.3 * weight_bytes:
+        return "cpu"
+    return machine.device
 
 
 def _chosen(logits: torch.Tensor, response: list[int]) -> list[float]:

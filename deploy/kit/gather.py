@@ -8,7 +8,7 @@ vLLM's wheel alone is 319 MiB, so its kernels for models of other kinds stay awa
     python deploy/kit/gather.py [--output kit] [--compute-capability 9.0]
     python kit/prove.py [arguments of prefillshare prove]       (there)
 
-If the machine's torch turns out not to do, --torch adds the locked one (with triton, without CUDA's libraries) in parts; none
+If the machine's torch turns out not to do, --torch adds the locked one (with triton and NCCL) in parts; none
 is larger than the kit itself may be. prove.py uses it once all parts are there.
 """
 
@@ -39,7 +39,7 @@ PYTHON = "3.12"
 #: Wheels for these versions of glibc are taken; each system runs those of earlier ones.
 GLIBC = range(31, 4, -1)
 ARCHIVE, TORCH_ARCHIVE, MANIFEST, COMMAND = "site.tar.xz", "torch.tar.xz", "manifest.json", "prove.py"
-TORCH = ("torch", "triton")
+TORCH = ("torch", "triton", "nvidia-nccl-cu13")
 #: Globs of what is left out: kernels for other models, vLLM's server in Rust, NIXL's ways to storage and clouds,
 #: formats of images, faster versions of what a proof hardly uses, what is no code.
 LEFT_OUT = (
@@ -83,7 +83,7 @@ TORCH_LEFT_OUT = (
     "*.dist-info/RECORD",
     "*.dist-info/licenses",
     "**/*.a",
-    "torch/bin",
+    "torch/bin/protoc*",
     "torch/include",
     "torch/share",
     "torch/test",
@@ -200,7 +200,7 @@ class Site:
                 shutil.rmtree(path)
             elif path not in keep:
                 path.unlink(missing_ok=True)
-        for module in sorted(self.folder.glob("*/**/*.so")):
+        for module in sorted(self.folder.glob("*/**/*.so*")):
             module.write_bytes(only_for(self.architecture, module.read_bytes()))
         self._tell("without what a proof does not use")
 

@@ -10,7 +10,7 @@ import pytest
 
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
-from prefillshare.proof import served, stages, steps, system
+from prefillshare.proof import oracle, served, stages, steps, system
 from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.found import Status
 from prefillshare.proof.subject import Subject
@@ -52,6 +52,12 @@ def test_engines_have_room_for_all_sessions_or_for_what_fits():
     assert 2 * load.longest <= served._kv_tokens(load, subject(10), "bfloat16", GPU, 4) < 2 * load.held
     with pytest.raises(ConfigError, match=r"--base: 4 engines with this base do not fit into 80 GiB"):
         served._kv_tokens(load, subject(16), "bfloat16", GPU, 4)
+
+
+@pytest.mark.parametrize(("machine", "free_gib", "device"), [(CPU, 0, "cpu"), (GPU, 40, "cuda"), (GPU, 20, "cpu")])
+def test_plain_transformers_run_where_there_is_room(monkeypatch, machine, free_gib, device):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free_gib << 30, 80 << 30))
+    assert oracle.device(machine, 16 << 30) == device
 
 
 def test_the_whole_system_is_proven_where_ray_is(monkeypatch):

@@ -97,3 +97,9 @@ def test_wrong_options_name_the_field(tmp_path):
         cli.prove(base=tmp_path)
     with pytest.raises(InvalidInput, match=r"--dtype.*int8"):
         cli.prove(dtype="int8")
+
+
+def test_engines_for_gpus_without_a_gpu_are_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(cli.platform, "on_cpu", lambda: False)
+    with pytest.raises(ConfigError, match=r"torch sees no GPU.*nvidia-smi"):
+        cli.prove()

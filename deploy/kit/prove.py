@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     if wrong or "--look" in arguments:
         print(f"prove.py: {'not ready' if wrong else 'ready'}", file=sys.stderr)
         raise SystemExit(bool(wrong))
-    command = [sys.executable, "-c", "from prefillshare.cli import main; main()", "prove", *arguments]
+    command = [sys.executable, "-m", "prefillshare", "prove", *arguments]
     os.execve(sys.executable, command, environment)
 
 

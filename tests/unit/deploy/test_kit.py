@@ -143,7 +143,7 @@ def kit(monkeypatch, tmp_path):
     """A machine with everything, and a kit of one small package."""
     site = tmp_path / "made"
     (site / "prefillshare").mkdir(parents=True)
-    (site / "prefillshare" / "cli.py").write_text("import sys\ndef main(): print(sys.argv[1:])\n")
+    (site / "prefillshare" / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\n")
     quiet = Console(file=io.StringIO())
     gather.Site(site, 90, quiet).pack(tmp_path / "site.tar.xz", gather.QUICK_COMPRESSION)
     monkeypatch.setattr(prove, "KIT", tmp_path)

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -40,6 +42,8 @@ def test_help_of_the_demo_says_where_its_key_and_certificate_come_from():
 
 def test_version_is_the_package_version():
     assert run("--version").stdout.startswith("prefillshare 0.")
+    module = subprocess.run([sys.executable, "-m", "prefillshare", "--version"], capture_output=True, text=True, check=True)
+    assert module.stdout == run("--version").stdout
 
 
 def test_unknown_model_exits_2_naming_field_and_fix_on_stderr():

@@ -184,12 +184,15 @@ def running_handle():
 
 def _start(**options) -> None:
     """Start Ray on this machine. A second attempt follows a failed one: a raylet may end, or hang, before it reports itself."""
-    fix = "see the message; prefillshare doctor looks at this machine"
-    try:
-        _init("local", "Ray did not start", fix, **options)
-    except ConfigError as error:
-        _log.warning("%s; trying once more", error.message)
-        _init("local", "Ray did not start", fix, **options)
+    for has_failed in (False, True):
+        try:
+            _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
+            return
+        except ConfigError as error:
+            _end_half_started(error.__cause__)
+            if has_failed:
+                raise
+            _log.warning("%s; trying once more", error.message)
 
 
 def _init(address: str, failed: str, fix: str, field: str | None = None, **options) -> None:
@@ -206,19 +209,21 @@ def _init(address: str, failed: str, fix: str, field: str | None = None, **optio
             **options,
         )
     except Exception as error:  # Ray has no common type for what goes wrong here
-        _end_half_started(error)
         raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
 
 
-def _end_half_started(error: Exception) -> None:
+def _end_half_started(error: BaseException) -> None:
     """End the processes of a node whose start failed: only the frames of that start know them, and Ray leaves them running."""
     import ray
     from ray._private.node import Node
 
-    ray.shutdown()
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if isinstance(node := frame.f_locals.get("self"), Node):
-            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    try:
+        ray.shutdown()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(node := frame.f_locals.get("self"), Node):
+                node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    except Exception:  # what matters is whether Ray starts now
+        _log.warning("cannot end what is left of the failed start", exc_info=True)
 
 
 def _close_token_file() -> None:

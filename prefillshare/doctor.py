@@ -86,8 +86,8 @@ def nixl() -> Iterator[Finding]:
         done = subprocess.CompletedProcess(command, 1, "", f"it did not end within {LOOPBACK_LIMIT_S:g} s")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]
-        fix = "look at UCX_TLS and UCX_NET_DEVICES (ucx_info -d lists the transports); nixl needs nixl-cu12 or nixl-cu13, too,"
-        fix += " whichever torch's CUDA is"
+        fix = "look at UCX_TLS and UCX_NET_DEVICES (ucx_info -d lists the transports); also install nixl-cu12 or nixl-cu13, to"
+        fix += " match torch's CUDA version"
         yield Finding("NIXL", Level.WRONG, f"a read by {BACKEND} failed: {why}", fix)
         return
     found = json.loads(done.stdout.splitlines()[-1])

@@ -11,24 +11,27 @@ from prefillshare.proof.subject import Subject
 
 
 class Oracle:
-    """The subject's models in one dtype."""
+    """The subject's models in one dtype. `device`: where they are."""
 
     def __init__(self, subject: Subject, dtype: str = "float32"):
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         self._subject, self._dtype = subject, getattr(torch, dtype)
-        self._device = device(Machine.here(), 2 * subject.weight_bytes(dtype))
-        self._load = lambda: AutoModelForCausalLM.from_pretrained(subject.base, dtype=self._dtype).eval().to(self._device)
+        self.device = device(Machine.here(), 2 * subject.weight_bytes(dtype))
         self._base, self._adapted = self._load(), None
+
+    def _load(self):
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self._subject.base, dtype=self._dtype).eval().to(self.device)
 
     def says(self, taken: Taken, adapter: str | None, *, alone: bool = False) -> list[float]:
         """Log-probability of each token of a response. `alone`: if the decoder had computed everything itself."""
         group = () if alone or self._subject.group is None else (str(self._subject.group),)
         function = reference.none if alone else getattr(reference, self._subject.mode.name)
         decoder = self._decoder(adapter)
-        with torch.device(self._device):
+        with torch.device(self.device):
             return function(self._base, decoder, taken.prompt, taken.tokens, *group, pick=_chosen)
 
     def _decoder(self, adapter: str | None):

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.platform import versions
 from prefillshare.proof.asked import Machine
 from prefillshare.proof.found import Part, Progress, Status
@@ -47,8 +48,12 @@ class Results:
             self._write()
 
     def _write(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(_finite(self._written()), indent=1, allow_nan=False) + "\n")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps(_finite(self._written()), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            fix = "name a file in a folder that you may write to"
+            raise ConfigError(f"cannot write {self._file}: {error.strerror}", field="--output", fix=fix) from None
 
     def summary(self) -> dict[str, Any]:
         return _finite({

@@ -9,8 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.proof.asked import Asked, Machine
@@ -24,10 +22,11 @@ from prefillshare.proof.subject import ADAPTERS, BLOCK, Subject, in_place
 #: zero, and another bound holds.
 TIMES, BOUND_FLOAT32 = 3.0, 1e-3
 STOCK = "stock vLLM"
-#: Seconds that ending the engines may take.
-END_S = 20.0
+#: Seconds that ending the engines, and comparing, may take.
+END_S = 45.0
 
 Take = Callable[[list[int], int, str | None], Awaitable[Taken]]
+Turn = tuple[Taken, str | None]
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,10 @@ async def run(asked: Asked, tell: Tell) -> None:
     tell(Progress(0, 1, f"starting {len(settings)} engines, and one of stock vLLM"))
     async with started(*settings) as (prefill, *decodes):
         pairs = {name: Pair(prefill, decode) for name, decode in zip(names, decodes, strict=True)}
+        answers = {}
         for name, pair in pairs.items():
             tell(Progress(0, 1, f"{name}: answers in {asked.dtype}"))
-            tell(await _answers(name, pair, subjects[name], asked.dtype))
+            answers[name] = await _answers(pair, subjects[name])
         tell(Progress(0, 1, "moving KV between processes"))
         tell(await _moved(next(iter(pairs.values())), load, first.kv_bytes(asked.dtype)))
         stock = await Stock.start(settings[1])
@@ -85,6 +85,9 @@ async def run(asked: Asked, tell: Tell) -> None:
                 tell(replace(part, figures={**part.figures, "kv_tokens_per_engine": kv_tokens}))
         finally:
             stock.close()
+    for name, turns in answers.items():  # now that the engines' memory is free
+        tell(Progress(0, 1, f"{name}: comparing"))
+        tell(compared(f"{asked.dtype} {name}", turns, subjects[name], asked.dtype))
 
 
 async def run_apart(asked: Asked, tell: Tell, mode: str) -> None:
@@ -94,7 +97,9 @@ async def run_apart(asked: Asked, tell: Tell, mode: str) -> None:
     tell(Progress(0, 1, "starting a prefill and a decode engine"))
     async with started(*(subject.settings(role, asked.dtype, **sizes) for role in ("prefill", "decode"))) as engines:
         tell(Progress(0, 1, f"answers in {asked.dtype}"))
-        tell(await _answers(mode, Pair(*engines), subject, asked.dtype))
+        turns = await _answers(Pair(*engines), subject)
+    tell(Progress(0, 1, "comparing"))
+    tell(compared(f"{asked.dtype} {mode}", turns, subject, asked.dtype))
 
 
 def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engines: int) -> int:
@@ -107,7 +112,9 @@ def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engin
     return min(2 * load.held, fit)
 
 
-async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
+async def _answers(pair: Pair, subject: Subject) -> list[Turn]:
+    """A context that goes from decoder to decoder, then prompts of other lengths at once."""
+
     async def take(prompt: list[int], adapter: str) -> tuple[Taken, str]:
         return await pair.take(prompt, 16, adapter, group=subject.group), adapter
 
@@ -116,21 +123,24 @@ async def _answers(name: str, pair: Pair, subject: Subject, dtype: str) -> Part:
         turns.append(await take(context, adapter))
         context = [*context, *turns[-1][0].tokens, 11]
     turns += await asyncio.gather(*(take(ids(60 + 7 * n, 40 + n), adapter) for n, adapter in enumerate(ADAPTERS)))
-    return compared(f"{dtype} {name}", turns, subject, dtype)
+    return turns
 
 
-def compared(name: str, turns: Sequence[tuple[Taken, str | None]], subject: Subject, dtype: str) -> Part:
+def compared(name: str, turns: Sequence[Turn], subject: Subject, dtype: str) -> Part:
     """Compare answers that were served in `dtype` with float32. What plain transformers loses by the dtype is the measure."""
     exact = Oracle(subject)
-    right = [exact.says(*turn) for turn in turns]
+    right = _says(exact, turns)
     alone = [exact.says(*turn, alone=True) for turn in turns]
+    where = exact.device
+    del exact
+    lossy = right if dtype == "float32" else _says(Oracle(subject, dtype), turns)
     served = [taken.logprobs for taken, _ in turns]
-    off, control = _mean_diff(served, right), _mean_diff(alone, right)
-    lossy = exact if dtype == "float32" else Oracle(subject, dtype)
-    plain = _mean_diff([lossy.says(*turn) for turn in turns], right)
-    del exact, lossy
-    torch.cuda.empty_cache()  # for engines that run beside
-    return verdict(name, dtype, off, plain, control)
+    part = verdict(name, dtype, _mean_diff(served, right), _mean_diff(lossy, right), _mean_diff(alone, right))
+    return replace(part, figures={**part.figures, "transformers_on": where})
+
+
+def _says(oracle: Oracle, turns: Sequence[Turn]) -> list[list[float]]:
+    return [oracle.says(*turn) for turn in turns]
 
 
 def verdict(name: str, dtype: str, off: float, plain: float, to_own_kv: float) -> Part:

@@ -28,8 +28,12 @@ class Stage:
     in_served_dtype: bool = False
 
 
+#: Packages without which the whole system cannot be started.
+SERVES = ("ray", "grpc", "dynamo", "uvicorn")
+
+
 def stages() -> dict[str, Stage]:
-    """By name. The whole system is among them where Ray is installed."""
+    """By name. The whole system is among them where what it needs is installed."""
     sharing, together = [mode for mode in modes() if mode.guards_prefix], in_place()
     apart = [mode for mode in sharing if mode not in together]
     exactly = "in float32, every token's log-probability is what plain transformers says"
@@ -41,7 +45,7 @@ def stages() -> dict[str, Stage]:
         *(Stage(f"served-{one.name}", f"mode {one.name}: {answers}", partial(served.run_apart, mode=one.name), 2,
                 in_served_dtype=True) for one in apart),
         *([Stage("system", f"sessions through router and Ray Serve: {answers}", system.run, 0, in_served_dtype=True)]
-          if find_spec("ray") else []),
+          if all(map(find_spec, SERVES)) else []),
         Stage("steps", "a decode step with two streams, at the shape of a large base", steps.run, len(together),
               in_served_dtype=True),
     ]  # fmt: skip

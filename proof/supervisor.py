@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
+
 from prefillshare.platform import engine_environment
 from prefillshare.proof.asked import Asked
 from prefillshare.proof.found import Part, Progress, Status, parse
@@ -113,8 +115,15 @@ def _told(pipe, process: subprocess.Popen, until: float) -> Generator[Part | Pro
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the stage with all its processes: they share a session, and so a process group."""
+    """End the stage with all its processes: those of its process group, and those that have left it but descend from it."""
+    of_it = []
+    with suppress(psutil.NoSuchProcess):
+        of_it = psutil.Process(process.pid).children(recursive=True)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for one in of_it:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(of_it, timeout=END_S)
     with suppress(subprocess.TimeoutExpired):  # one that waits for a device's driver may not end
         process.wait(END_S)

@@ -16,7 +16,7 @@ from prefillshare.proof.asked import Asked, Machine
 from prefillshare.proof.engines import Taken
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.served import compared
+from prefillshare.proof.served import Turn, compared
 from prefillshare.proof.subject import ADAPTERS, BLOCK, RANK, Subject
 
 MODE = "prefillshare"
@@ -24,11 +24,10 @@ SESSIONS, CONTEXT, GIVEN, ANSWER, MAX_TOKENS = 3, 2 * BLOCK + 5, 6, 16, 8 * BLOC
 #: Seconds for one turn.
 TURN_S = 60.0
 
-Turn = tuple[Taken, str | None]
-
-
 async def run(asked: Asked, tell: Tell) -> None:
     subject = Subject.of(asked, get_mode(MODE))
+    if asked.base is None:
+        give_tokenizer(subject.base)
     tell(Progress(0, 1, "starting Ray, a router, a prefill and a decode engine"))
     turns, kv_bytes = await asyncio.to_thread(_served, subject, asked, tell)
     tell(Progress(1, 1, "comparing"))
@@ -74,7 +73,6 @@ def _session(client, number: int) -> tuple[list[Turn], int]:
 
 def deployment(subject: Subject, dtype: str, machine: Machine) -> Deployment:
     """A prefill pool and a pool of adapters, on GPUs of their own if there are two."""
-    _give_tokenizer(subject.base)
     for folder in subject.adapters.values():
         DecoderContract.of_base(subject.base, trained_with="not trained: seeded").write(folder)
     http_port, grpc_port = _free_ports(2)
@@ -102,12 +100,10 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _give_tokenizer(base: Path) -> None:
-    """A router needs one: a random base gets one in which every token is a word."""
+def give_tokenizer(base: Path) -> None:
+    """A router needs one. This is for random bases: every token is a word."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    if (base / "tokenizer_config.json").is_file():
-        return
     words = {f"w{token} ": token for token in range(AutoConfig.from_pretrained(base).vocab_size)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0 "))).save_pretrained(base)

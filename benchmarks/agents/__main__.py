@@ -117,7 +117,7 @@ def main() -> None:
         "--one-engine", action="store_true", help="one engine of ours against one of stock vLLM, at high loads"
     )
     form.add_argument(
-        "--spare-core", action="store_true", help="as --one-engine, few models; the engine has one core, all else the other"
+        "--spare-core", action="store_true", help="as --one-engine, few models; the engine computes on one core only"
     )
     form.add_argument(
         "--decider", action="store_true", help="with a prefill pool: the router's decision per turn against both fixed policies"

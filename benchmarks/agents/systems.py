@@ -10,7 +10,7 @@
             ours in that mode without a prefill pool: one engine on both cores, with all of the KV memory
     vllm    vLLM's own OpenAI server: one engine with a LoRA per agent and its own prefix cache, on both cores with all of the
             KV memory; scheduler and model in one process, as in ours
-    With --spare-core, systems of one engine give it the second core, and have the first for everything else.
+    With --spare-core, systems of one engine bind its computing to the second core; nothing else is bound.
 
 All engines run with this project's plugin, so that vLLM's own server, too, gets its adapter kernels for CPUs.
 """

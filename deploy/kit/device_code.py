@@ -47,6 +47,8 @@ def containers(data: bytes) -> Iterator[list[Code]]:
 def _entries(data: bytes, at: int, end: int) -> Iterator[Code]:
     while at + _ENTRY.size <= end:
         kind, _, header, size, architecture = _ENTRY.unpack_from(data, at)
+        if header < _ENTRY.size:  # no entry after all
+            return
         yield Code(kind, architecture, at + header, at + header + size)
         at += header + size
 
@@ -62,6 +64,16 @@ def only_for(architecture: int, data: bytes) -> bytes:
             if code not in wanted:
                 kept[code.start : code.end] = bytes(code.end - code.start)
     return bytes(kept)
+
+
+def has_code_for(architecture: int, data: bytes) -> bool:
+    """The module has code that GPUs of this architecture take, and it is not zeros."""
+    return any(
+        _runs_on(architecture, code.architecture) and any(data[code.start : code.end])
+        for codes in containers(data)
+        for code in codes
+        if code.kind == _MACHINE_CODE
+    )
 
 
 def _runs_on(architecture: int, code: int) -> bool:

@@ -31,7 +31,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from device_code import only_for
+from device_code import has_code_for, only_for
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
@@ -143,6 +143,8 @@ def gather(
     output: Path, compute_capability: tuple[int, int], limit_mib: float, console: Console, *, with_torch: bool = False
 ) -> None:
     """Make the kit in `output`. Raises GatherError if a package cannot be had or the kit is larger than `limit_mib`."""
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise GatherError(f"--output: {output} holds something that is no kit (fix: name a folder that is empty or not there)")
     major, minor = compute_capability
     lock = (PROJECT / "requirements" / "gpu.lock").read_text()
     wanted = pinned((HERE / "packages.txt").read_text(), lock)
@@ -155,6 +157,8 @@ def gather(
         site = Site(Path(work) / "site", 10 * major + minor, console)
         site.fetch(wanted, [own])
         site.prune(LEFT_OUT, (*KEPT, flash_attention))
+        for glob in (*KEPT, flash_attention):
+            site.check(glob)
         site.pack(made / ARCHIVE, COMPRESSION)
         shutil.copy2(HERE / COMMAND, made / COMMAND)
         about = {"python": PYTHON, "compute_capability": compute_capability, "packages": wanted}
@@ -166,12 +170,13 @@ def gather(
             torch = Site(Path(work) / "torch", site.architecture, console)
             torch.fetch(pinned("\n".join(TORCH), lock))
             torch.prune(TORCH_LEFT_OUT)
+            torch.check("torch/lib/libtorch_cuda.so")
             torch.pack(Path(work) / TORCH_ARCHIVE, QUICK_COMPRESSION)
             parts = split(Path(work) / TORCH_ARCHIVE, made, int(limit_mib * 2**20))
             about["torch"] = {part.name: sha256(part) for part in parts}
             console.print(f"{sum(part.stat().st_size for part in parts) / 2**20:8.1f} MiB  torch, in {len(parts)} parts")
         (made / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
-        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(output, ignore_errors=True)  # refused before if it is no kit
         shutil.copytree(made, output)
     console.print(f"made: {output}; on the GPU machine: python {output.name}/{COMMAND}")
 
@@ -203,6 +208,15 @@ class Site:
         for module in sorted(self.folder.glob("*/**/*.so*")):
             module.write_bytes(only_for(self.architecture, module.read_bytes()))
         self._tell("without what a proof does not use")
+
+    def check(self, glob: str) -> None:
+        """Raises GatherError unless the extension module still has code for these GPUs."""
+        modules = list(self.folder.glob(glob))
+        if not modules or not all(has_code_for(self.architecture, module.read_bytes()) for module in modules):
+            raise GatherError(
+                f"{glob} has no code for compute capability {self.architecture / 10:g} (fix: --compute-capability of a GPU that"
+                " vLLM supports; or its fat binaries have a new format, see device_code.py)"
+            )
 
     def pack(self, archive: Path, compression: list[dict]) -> None:
         def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:

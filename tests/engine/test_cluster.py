@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import psutil
+import pytest
 from ray._private import services
 
 from prefillshare import cluster
 from prefillshare.kvshare.config import Deployment
+
+pytestmark = pytest.mark.engine
 
 DEPLOYMENT = Deployment.model_validate({"base": {"model": "m"}, "decode": [{"pool": "p", "model": "d"}]})
 

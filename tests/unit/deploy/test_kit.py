@@ -112,6 +112,7 @@ def wheels(monkeypatch):
 def test_a_kit_has_what_its_gpus_use(wheels, tmp_path, capability, flash):
     (tmp_path / "kit").mkdir()
     (tmp_path / "kit" / "of an earlier one").touch()
+    (tmp_path / "kit" / "manifest.json").touch()
     gather.gather(tmp_path / "kit", capability, 60, wheels)
     assert {path.name for path in (tmp_path / "kit").iterdir()} == {"site.tar.xz", "manifest.json", "prove.py"}
     with tarfile.open(tmp_path / "kit" / "site.tar.xz") as tar:
@@ -128,6 +129,19 @@ def test_a_kit_that_is_too_large_replaces_nothing(wheels, tmp_path):
     with pytest.raises(gather.GatherError, match=r"more than --limit-mib 1e-06"):
         gather.gather(tmp_path / "kit", (9, 0), 1e-6, wheels)
     assert not list((tmp_path / "kit").iterdir())
+
+
+def test_a_folder_that_is_no_kit_is_not_replaced(wheels, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(gather.GatherError, match=r"--output.*no kit.*fix"):
+        gather.gather(tmp_path, (9, 0), 60, wheels)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_gpus_for_which_there_is_no_code_are_refused(wheels, tmp_path):
+    with pytest.raises(gather.GatherError, match=r"no code for compute capability 7.*--compute-capability"):
+        gather.gather(tmp_path / "kit", (7, 0), 60, wheels)
+    assert not device_code.has_code_for(90, fat_binary((MACHINE_CODE, 90, bytes(24))))
 
 
 def test_what_pip_says_is_told(monkeypatch, tmp_path):
@@ -149,12 +163,20 @@ def kit(monkeypatch, tmp_path):
     monkeypatch.setattr(prove, "KIT", tmp_path)
     monkeypatch.setattr(prove.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(prove.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(prove.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for name in prove.CACHES:
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "Python.h").touch()
     has(monkeypatch, GPU)
     here = ".".join(map(str, sys.version_info[:2]))
     about = {"python": here, "compute_capability": [9, 0], "sha256": {"site.tar.xz": gather.sha256(tmp_path / "site.tar.xz")}}
     (tmp_path / "manifest.json").write_text(json.dumps(about))
     return about
+
+
+def sites() -> list[Path]:
+    """Where the kit's packages have been unpacked."""
+    return list(prove.KIT.glob("site-*"))
 
 
 def has(monkeypatch, torch: list) -> None:
@@ -169,11 +191,13 @@ def test_a_machine_with_everything_runs_the_proof(kit, monkeypatch):
         prove.main(["--stage", "exact"])
     command, environment = ran[-1]
     assert command[-3:] == ["prove", "--stage", "exact"]
-    assert environment["PYTHONPATH"].startswith(str(prove.KIT / "site"))
+    (site,) = sites()
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(site)
+    assert environment["TRITON_CACHE_DIR"].startswith(str(prove.KIT))
     without_others = [command[0], "-S", *command[1:]]
     said = subprocess.Popen(without_others, cwd=KIT.parents[1], env=environment, stdout=subprocess.PIPE, text=True)
     assert said.communicate()[0] == "['prove', '--stage', 'exact']\n"
-    assert [path.name for path in (prove.KIT / "site").iterdir()] == ["prefillshare"]
+    assert [path.name for path in site.iterdir()] == ["prefillshare"]
     assert not list(prove.KIT.glob("tmp*"))
 
 
@@ -183,7 +207,7 @@ def test_a_damaged_archive_is_not_unpacked(kit, capsys):
     with pytest.raises(SystemExit):
         prove.main([])
     assert "site.tar.xz is damaged" in capsys.readouterr().err
-    assert not (prove.KIT / "site").exists()
+    assert not sites()
 
 
 def with_torch(kit) -> list[Path]:
@@ -205,8 +229,9 @@ def test_a_torch_of_its_own_takes_precedence(kit, monkeypatch):
     ran = []
     monkeypatch.setattr(prove.os, "execve", lambda program, command, environment: ran.append(environment))
     prove.main([])
-    assert ran[0]["PYTHONPATH"].startswith(os.pathsep.join(str(prove.KIT / name) for name in ("site", "torch")))
-    assert (prove.KIT / "torch" / "torch" / "__init__.py").stat().st_size == 2000
+    (site,), (torch,) = sites(), prove.KIT.glob("torch-*")
+    assert ran[0]["PYTHONPATH"].split(os.pathsep)[:2] == [str(site), str(torch)]
+    assert (torch / "torch" / "__init__.py").stat().st_size == 2000
 
 
 def test_a_torch_that_is_not_all_there_is_told_and_none_is_the_machines(kit, monkeypatch, capsys):
@@ -220,8 +245,30 @@ def test_a_torch_that_is_not_all_there_is_told_and_none_is_the_machines(kit, mon
     ran = []
     monkeypatch.setattr(prove.os, "execve", lambda program, command, environment: ran.append(environment))
     prove.main([])
-    assert not (prove.KIT / "torch").exists()
+    assert not list(prove.KIT.glob("torch-*"))
     assert len(ran) == 1
+
+
+def test_another_kit_in_the_same_folder_is_unpacked_anew(kit, monkeypatch):
+    ran = []
+    monkeypatch.setattr(prove.os, "execve", lambda program, command, environment: ran.append(environment))
+    prove.main([])
+    (prove.KIT / "made" / "prefillshare" / "new.py").touch()
+    gather.Site(prove.KIT / "made", 90, Console(file=io.StringIO())).pack(
+        prove.KIT / "site.tar.xz", gather.QUICK_COMPRESSION
+    )
+    kit["sha256"] = {"site.tar.xz": gather.sha256(prove.KIT / "site.tar.xz")}
+    (prove.KIT / "manifest.json").write_text(json.dumps(kit))
+    prove.main([])
+    new = Path(ran[1]["PYTHONPATH"].split(os.pathsep)[0])
+    assert (new / "prefillshare" / "new.py").is_file()
+    assert len(sites()) == 2
+
+
+def test_what_is_no_kit_says_how_to_make_one(kit):
+    (prove.KIT / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match=r"is no kit .*gather\.py"):
+        prove.main([])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +286,7 @@ def test_a_torch_that_does_not_fit_is_told_with_the_fix(kit, monkeypatch, torch,
         prove.main([])
     assert ended.value.code == 1
     assert problem in capsys.readouterr().err
-    assert not (prove.KIT / "site").exists()
+    assert not sites()
 
 
 def test_all_problems_are_told_at_once(kit, monkeypatch, capsys, tmp_path):
@@ -247,8 +294,11 @@ def test_all_problems_are_told_at_once(kit, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     (tmp_path / "Python.h").unlink()
     monkeypatch.setattr(prove.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    monkeypatch.setattr(prove.os, "access", lambda path, how: False)
+    monkeypatch.setattr(prove.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(prove.platform, "libc_ver", lambda: ("glibc", "2.28"))
     found = "\n".join(prove.machine_problems({**kit, "python": "3.8"}, {"site": kit["sha256"]}))
-    for problem in ("python3.8", "C compiler", "Python.h", "MiB left"):
+    for problem in ("python3.8", "C compiler", "Python.h", "MiB left", "cannot be written", "aarch64", "glibc is 2.28"):
         assert problem in found
     with pytest.raises(SystemExit):
         prove.main(["--look"])
@@ -260,4 +310,4 @@ def test_looking_changes_nothing(kit, capsys):
         prove.main(["--look"])
     assert ended.value.code == 0
     assert "ready" in capsys.readouterr().err
-    assert not (prove.KIT / "site").exists()
+    assert not sites()

@@ -70,7 +70,9 @@ def test_the_whole_system_is_proven_where_ray_is(monkeypatch):
 @pytest.mark.parametrize(("machine", "gpus", "share"), [(CPU, 0, 1.0), (GPU, 1, 0.5), (GPU, 2, 1.0)])
 def test_two_engines_share_the_only_gpu(tmp_path, monkeypatch, machine, gpus, share):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    made = system.deployment(Subject.of(Asked(str(tmp_path), short=True), get_mode(system.MODE)), "float32", machine)
+    base = Subject.of(Asked(str(tmp_path), short=True), get_mode(system.MODE))
+    system.give_tokenizer(base.base)
+    made = system.deployment(base, "float32", machine)
     assert [pool.gpu_share for pool in (made.prefill, *made.decode)] == [share, share]
     assert made.router.http_port != made.router.grpc_port
 

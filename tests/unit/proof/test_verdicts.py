@@ -103,3 +103,9 @@ def test_engines_for_gpus_without_a_gpu_are_refused_before_anything_starts(monke
     monkeypatch.setattr(cli.platform, "on_cpu", lambda: False)
     with pytest.raises(ConfigError, match=r"torch sees no GPU.*nvidia-smi"):
         cli.prove()
+
+
+def test_a_file_that_cannot_be_written_names_the_option(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--output: cannot write .*fix"):
+        Results(Machine("cpu", "2 cores", 1), "float32", tmp_path / "file" / "proof.json")

@@ -40,6 +40,8 @@ PYTHON = "3.12"
 GLIBC = range(31, 4, -1)
 ARCHIVE, TORCH_ARCHIVE, MANIFEST, COMMAND = "site.tar.xz", "torch.tar.xz", "manifest.json", "prove.py"
 TORCH = ("torch", "triton", "nvidia-nccl-cu13")
+#: Of the project's folders, those from which no wheel contains anything.
+NO_SOURCE = (".*", "adapters", "benchmarks", "build", "data", "logs", "models", "runs", "tests", "*.egg-info")
 #: Globs of what is left out: kernels for other models, vLLM's server in Rust, NIXL's ways to storage and clouds,
 #: formats of images, faster versions of what a proof hardly uses, what is no code.
 LEFT_OUT = (
@@ -268,7 +270,9 @@ def install(site: Path, what: Sequence[str | Path], glibc: Sequence[int] = ()) -
 
 
 def own_wheel(folder: Path) -> Path:
-    pip("wheel", "--no-deps", "--wheel-dir", folder, PROJECT)
+    """Built from a copy: in the checkout, setuptools would leave a folder behind and take files from it the next time."""
+    source = shutil.copytree(PROJECT, folder / "source", ignore=shutil.ignore_patterns(*NO_SOURCE))
+    pip("wheel", "--no-deps", "--wheel-dir", folder, source)
     return next(folder.glob("prefillshare-*.whl"))
 
 

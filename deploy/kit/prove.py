@@ -58,6 +58,7 @@ def own_environment(folders: list[Path]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH", "")])),
         "PYTHONSAFEPATH": "1",  # else a checkout in the current folder would be imported instead
         "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         **{name: os.environ.get(name, str(KIT / "caches" / name.lower())) for name in CACHES},
     }
 

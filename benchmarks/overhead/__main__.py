@@ -24,6 +24,7 @@ from benchmarks.overhead.measure import Plan
 from benchmarks.overhead.report import console_table, markdown
 from benchmarks.overhead.systems import BOTH_CORES, DECODE_CORES, ENGINE, KV_GIB, PREFILL_CORES, SYSTEMS
 from benchmarks.shared import children, environment, load
+from prefillshare.platform import versions
 
 RESULTS = Path("benchmarks/results")
 #: Systems measured by default. The others, if --only names them, prolong the run from 11 to 14 minutes on two cores.
@@ -54,7 +55,7 @@ def main() -> None:
         "took_s": round(time.monotonic() - began),
         "revision": environment.revision(),
         "hardware": environment.hardware(),
-        "versions": environment.versions(),
+        "versions": versions(),
         "config": {
             "model": given.model, "engine": ENGINE, "kv_cache_gib": {"prefill": KV_GIB, "decode": KV_GIB, "bare": 2 * KV_GIB},
             "cores": {"prefill": PREFILL_CORES, "decode": DECODE_CORES, "bare": BOTH_CORES},

@@ -6,9 +6,10 @@ Seam: vllm/v1/engine/async_llm.py
 from __future__ import annotations
 
 import os
+import statistics
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -54,6 +55,23 @@ class Taken:
     @property
     def gaps_s(self) -> list[float]:
         return [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
+
+
+#: What was taken, and by which adapter; None: by the base.
+Turn = tuple[Taken, str | None]
+
+
+def pace(turns: Iterable[Taken]) -> dict[str, float]:
+    """Medians, in seconds."""
+    turns = list(turns)
+    return {
+        "ttft_s": statistics.median(turn.ttft_s for turn in turns),
+        "inter_token_s": statistics.median(gap for turn in turns for gap in turn.gaps_s),
+    }
+
+
+def in_words(pace: Mapping[str, float]) -> str:
+    return f"first token after {1e3 * pace['ttft_s']:.0f} ms, then one every {1e3 * pace['inter_token_s']:.1f} ms"
 
 
 class Pair:

@@ -10,7 +10,7 @@ from prefillshare import reference
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare_vllm.plugin import TORCH_ADAPTERS
 from prefillshare.proof.asked import Asked, Machine
-from prefillshare.proof.engines import Pair, Taken, started
+from prefillshare.proof.engines import Pair, Turn, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.oracle import Oracle
 from prefillshare.proof.prompts import ids
@@ -21,7 +21,7 @@ BOUND = 1e-3
 MAX_TOKENS, KV_BLOCKS = 10 * BLOCK, 16
 _WHERE = {False: "handed over", True: "made in place"}
 
-Case = Callable[[], Awaitable[list[tuple[Taken, str | None]]]]
+Case = Callable[[], Awaitable[list[Turn]]]
 
 
 async def run(asked: Asked, tell: Tell, mode: str) -> None:
@@ -37,7 +37,7 @@ async def run(asked: Asked, tell: Tell, mode: str) -> None:
         subject.settings("prefill", "float32", kv_tokens=8 * KV_BLOCKS * BLOCK, **sizes),
         subject.settings("decode", "float32", kv_tokens=KV_BLOCKS * BLOCK, **sizes),
     ) as (prefill, decode):
-        turns: list[tuple[Taken, str | None]] = []
+        turns: list[Turn] = []
         ways = [Pair(prefill, decode)] + ([Pair(None, decode)] if subject.mode.base_in_place else [])
         cases = [(way, name, case) for way in ways for name, case in _cases(way, subject, asked.short).items()]
         for number, (way, name, case) in enumerate(cases):
@@ -78,7 +78,7 @@ def verdict(mode: str, worst: float, preemptions: int, to_own_kv: float, *, turn
 def _cases(pair: Pair, subject: Subject, short: bool) -> dict[str, Case]:
     salt = 1000 * (pair.prefill is None)
 
-    async def take(prompt: list[int], n: int, adapter: str | None) -> tuple[Taken, str | None]:
+    async def take(prompt: list[int], n: int, adapter: str | None) -> Turn:
         return await pair.take(prompt, n, adapter, group=subject.group if len(prompt) > 1 else None), adapter
 
     async def lengths():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.proof.asked import Asked, Machine
-from prefillshare.proof.engines import Pair, Stock, Taken, started
+from prefillshare.proof.engines import Pair, Stock, Taken, Turn, in_words, pace, started
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.oracle import Oracle
 from prefillshare.proof.prompts import ids
@@ -26,7 +26,6 @@ STOCK = "stock vLLM"
 END_S = 45.0
 
 Take = Callable[[list[int], int, str | None], Awaitable[Taken]]
-Turn = tuple[Taken, str | None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _kv_tokens(load: Load, subject: Subject, dtype: str, machine: Machine, engin
 async def _answers(pair: Pair, subject: Subject) -> list[Turn]:
     """A context that goes from decoder to decoder, then prompts of other lengths at once."""
 
-    async def take(prompt: list[int], adapter: str) -> tuple[Taken, str]:
+    async def take(prompt: list[int], adapter: str) -> Turn:
         return await pair.take(prompt, 16, adapter, group=subject.group), adapter
 
     turns, context = [], ids(90, 3)
@@ -130,7 +129,7 @@ def compared(name: str, turns: Sequence[Turn], subject: Subject, dtype: str) -> 
     """Compare answers that were served in `dtype` with float32. What plain transformers loses by the dtype is the measure."""
     exact = Oracle(subject)
     right = _says(exact, turns)
-    alone = [exact.says(*turn, alone=True) for turn in turns]
+    alone = _says(exact, turns, alone=True)
     where = exact.device
     del exact
     lossy = right if dtype == "float32" else _says(Oracle(subject, dtype), turns)
@@ -139,8 +138,8 @@ def compared(name: str, turns: Sequence[Turn], subject: Subject, dtype: str) -> 
     return replace(part, figures={**part.figures, "transformers_on": where})
 
 
-def _says(oracle: Oracle, turns: Sequence[Turn]) -> list[list[float]]:
-    return [oracle.says(*turn) for turn in turns]
+def _says(oracle: Oracle, turns: Sequence[Turn], *, alone: bool = False) -> list[list[float]]:
+    return [oracle.says(*turn, alone=alone) for turn in turns]
 
 
 def verdict(name: str, dtype: str, off: float, plain: float, to_own_kv: float) -> Part:
@@ -202,8 +201,7 @@ async def _speed(systems: Mapping[str, Take], load: Load, until: float, tell: Te
     parts = []
     for name, own in rounds.items():
         figures = {key: statistics.median(one[key] for one in own) for key in own[0]}
-        found = f"{figures['tokens_per_s']:.0f} tokens/s, first token after {1e3 * figures['ttft_s']:.0f} ms, then one every "
-        found += f"{1e3 * figures['inter_token_s']:.1f} ms"
+        found = f"{figures['tokens_per_s']:.0f} tokens/s, {in_words(figures)}"
         if name != STOCK:
             pairs = list(zip(own, rounds[STOCK], strict=True))
             ratios = {key: statistics.median(a[key] / b[key] for a, b in pairs) for key in own[0]}
@@ -225,8 +223,4 @@ async def _play(take: Take, load: Load, salt: int) -> dict[str, float]:
     began = time.perf_counter()
     turns = [turn for one in await asyncio.gather(*map(session, range(load.sessions))) for turn in one]
     took = time.perf_counter() - began
-    return {
-        "tokens_per_s": sum(len(turn.tokens) for turn in turns) / took,
-        "ttft_s": statistics.median(turn.ttft_s for turn in turns),
-        "inter_token_s": statistics.median(gap for turn in turns for gap in turn.gaps_s),
-    }
+    return {"tokens_per_s": sum(len(turn.tokens) for turn in turns) / took, **pace(turns)}

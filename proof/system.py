@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,16 +12,17 @@ from prefillshare.kvshare.config import Deployment, parse
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.proof.asked import Asked, Machine
-from prefillshare.proof.engines import Taken
+from prefillshare.proof.engines import Taken, Turn, in_words, pace
 from prefillshare.proof.found import Part, Progress, Status, Tell
 from prefillshare.proof.prompts import ids
-from prefillshare.proof.served import Turn, compared
+from prefillshare.proof.served import compared
 from prefillshare.proof.subject import ADAPTERS, BLOCK, RANK, Subject
 
 MODE = "prefillshare"
 SESSIONS, CONTEXT, GIVEN, ANSWER, MAX_TOKENS = 3, 2 * BLOCK + 5, 6, 16, 8 * BLOCK
 #: Seconds for one turn.
 TURN_S = 60.0
+
 
 async def run(asked: Asked, tell: Tell) -> None:
     subject = Subject.of(asked, get_mode(MODE))
@@ -32,11 +32,9 @@ async def run(asked: Asked, tell: Tell) -> None:
     turns, kv_bytes = await asyncio.to_thread(_served, subject, asked, tell)
     tell(Progress(1, 1, "comparing"))
     tell(compared(f"system {asked.dtype}", turns, subject, asked.dtype))
-    ttft = statistics.median(taken.ttft_s for taken, _ in turns)
-    gap = statistics.median(gap for taken, _ in turns for gap in taken.gaps_s)
-    found = f"{len(turns)} turns of {SESSIONS} sessions at once: first token after {1e3 * ttft:.0f} ms, then one every "
-    found += f"{1e3 * gap:.1f} ms; {kv_bytes / 2**20:.1f} MiB of KV handed over"
-    figures = {"turns": len(turns), "ttft_s": ttft, "inter_token_s": gap, "kv_bytes": kv_bytes}
+    figures = {"turns": len(turns), **pace(taken for taken, _ in turns), "kv_bytes": kv_bytes}
+    moved = f"{kv_bytes / 2**20:.1f} MiB of KV handed over"
+    found = f"{len(turns)} turns of {SESSIONS} sessions at once: {in_words(figures)}; {moved}"
     tell(Part("system", Status.MEASURED if kv_bytes else Status.FAILED, found, figures))
 
 
@@ -73,8 +71,9 @@ def _session(client, number: int) -> tuple[list[Turn], int]:
 
 def deployment(subject: Subject, dtype: str, machine: Machine) -> Deployment:
     """A prefill pool and a pool of adapters, on GPUs of their own if there are two."""
+    contract = DecoderContract.of_base(subject.base, trained_with="not trained: seeded")  # reads all of the base
     for folder in subject.adapters.values():
-        DecoderContract.of_base(subject.base, trained_with="not trained: seeded").write(folder)
+        contract.write(folder)
     http_port, grpc_port = _free_ports(2)
     engine = {"kv_cache_gib": 1.1 * subject.kv_bytes(dtype) * 2 * len(ADAPTERS) * MAX_TOKENS / 2**30, "max_num_seqs": 16}
     if machine.is_gpu:

@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
     if not wrong and "--look" not in arguments:
         folders = [unpacked(name, parts) for name, parts in archives.items()]
         environment = os.environ | own_environment(folders)
-        wrong += torch_problems(about, environment)
+        if OWN_TORCH in archives:
+            wrong += torch_problems(about, environment)
     for problem in wrong:
         print(f"prove.py: {problem}", file=sys.stderr)
     if wrong or "--look" in arguments:
@@ -103,16 +104,21 @@ def torch_problems(about: Mapping, environment: Mapping[str, str], *, own: bool 
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         return [f"torch cannot be imported: {last[0]} (install torch {TORCH[0]}.{TORCH[1]} or newer, for CUDA 13)"]
     version, cuda, capability = json.loads(done.stdout.splitlines()[-1])
-    found = []
-    if not own and tuple(map(int, version.split("+")[0].split(".")[:2])) < TORCH:
-        found.append(f"torch is {version} (the kit needs {TORCH[0]}.{TORCH[1]} or newer)")
-    if not own and not (cuda or "").startswith("13."):
-        found.append(f"torch is built for CUDA {cuda} (the kit's kernels need a torch for CUDA 13)")
+    found = [] if own else version_problems(version, cuda)
     if not capability:
         found.append("torch finds no GPU (nvidia-smi shows whether there is one, and whether the driver is new enough)")
     elif capability != about["compute_capability"]:
         want = ".".join(map(str, capability))
         found.append(f"the GPU has compute capability {want} (make the kit with --compute-capability {want})")
+    return found
+
+
+def version_problems(version: str, cuda: str | None) -> list[str]:
+    found = []
+    if tuple(map(int, version.split("+")[0].split(".")[:2])) < TORCH:
+        found.append(f"torch is {version} (the kit needs {TORCH[0]}.{TORCH[1]} or newer)")
+    if not (cuda or "").startswith("13."):
+        found.append(f"torch is built for CUDA {cuda} (the kit's kernels need a torch for CUDA 13)")
     return found
 
 

@@ -29,6 +29,10 @@ from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.loopback import ADDRESS, is_loopback
 from prefillshare.local_ray import loopback_kept
 
+# Ray starts its processes by fork. gRPC would start threads in the fork, which end it if they run before it becomes Ray's
+# program. gRPC reads this variable when it is first used.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 _log = logging.getLogger(__name__)
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
@@ -183,7 +187,8 @@ def running_handle():
 
 
 def _start(**options) -> None:
-    """Start Ray on this machine. A second attempt follows a failed one: a raylet may end, or hang, before it reports itself."""
+    """Start Ray on this machine. A second attempt follows a failed one: a process of Ray's may end, or hang, before it reports
+    itself."""
     for has_failed in (False, True):
         try:
             _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)

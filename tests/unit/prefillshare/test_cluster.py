@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -239,3 +241,31 @@ def test_a_cluster_that_does_not_let_this_user_in_is_told_with_what_it_wants(mon
         wanted = rf"cannot join the Ray cluster at {address}: ConnectionError.*fix: give the cluster's token \(RAY_AUTH_TOKEN"
         with pytest.raises(ConfigError, match=wanted), cluster.joined(address):
             pass
+
+
+#: Starts processes as Ray does, while gRPC is busy; prints how many of them became no program.
+STARTS = """
+import signal, subprocess, threading
+from contextlib import suppress
+from prefillshare import cluster
+import grpc
+
+def connect():
+    while True:
+        channel = grpc.insecure_channel("127.0.0.1:1")
+        with suppress(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(timeout=0.01)
+        channel.close()
+
+for _ in range(2):
+    threading.Thread(target=connect, daemon=True).start()
+masked = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+print(sum(subprocess.run(["/bin/true"], preexec_fn=masked).returncode != 0 for _ in range(500)))
+"""
+
+
+@pytest.mark.slow
+def test_grpc_ends_no_process_that_ray_starts():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    done = subprocess.run([sys.executable, "-c", STARTS], env=clean, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr

@@ -58,6 +58,11 @@ class Router(Node):
     """Most sessions kept; with Redis, by all routers together. Beyond that, a new session is refused."""
     session_ttl_s: float = Field(3600, gt=0)
     """A session that is unused for this long is deleted, seconds."""
+    own_prompt: Literal["behind", "first"] = "behind"
+    """Where calls over HTTP that go on from a session or an earlier response have what is the calling agent's own: its system
+    prompt (`instructions`) and its tools. behind: after the shared context, right before the answer, so that agents with
+    different ones share the context's KV; the context does not keep them. first: where the chat template puts them; then only
+    calls with the same ones share."""
     redis_url: str | None = None
     """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
     "unix://path". Options: ssl_*. Unset: sessions are kept in the router's memory and are lost when the router ends. Required
@@ -82,7 +87,7 @@ class Router(Node):
     step of an engine: on CPUs a step of a few thousand prompt tokens takes ten seconds, on GPUs 5 is enough."""
     eager_prefill: bool = True
     """Let the prefill pool make a response's KV while the response streams and when it has ended, at the lowest priority, so
-    that the session's next turn finds it there."""
+    that the next turn finds it there: that of its session, or a chat over HTTP that goes on from it."""
     eager_prefill_max: int = Field(8, ge=1)
     """Most eager prefills that one router runs at once."""
     eager_prefill_stride_tokens: int = Field(256, ge=1)

@@ -40,6 +40,7 @@ from prefillshare.kvshare_vllm.grammars.client import GrammarClient
 from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
 from prefillshare.kvshare_vllm.surface.http_hang_ups import told_of_hang_up
 from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, note_failure
+from prefillshare.kvshare_vllm.surface.http_turn import bound_turn
 from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
 from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall, TurnRunner
@@ -112,6 +113,8 @@ class Frontend(EngineClient):
         except PrefillShareError as error:
             raise _to_vllm(error) from error
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
+        if turn := bound_turn():
+            return self._as_vllm(request_id, turn.outputs(request, decoder, caller, text))
         return self._as_vllm(request_id, self.run(request, decoder, caller, prompt_text=text).outputs())
 
     def prepare(

@@ -16,6 +16,7 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.http_turn import note_asked
 
 MOST_STOPS = 16
 #: Characters of all stop texts together (every new piece of text is compared with them), and of all bad words together (they
@@ -109,6 +110,7 @@ def _checked(check_model):
     """Wraps BaseServing._check_model, the first thing that every service does with a request."""
 
     async def checked(self, request):
+        note_asked(self, request)
         try:
             check_request(request, getattr(self, "engine_client", None), self.model_config.max_model_len)
         except InvalidInput as error:

@@ -20,6 +20,7 @@ from vllm.renderers.hf import safe_apply_chat_template
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, PrefillShareError
 from prefillshare.kvshare_vllm.fair_gate import FairGate
+from prefillshare.kvshare_vllm.surface.http_turn import Conversation, bound_turn
 
 T = TypeVar("T")
 
@@ -88,10 +89,27 @@ class TextWork:
         async def decode(token_ids, *args, **kwargs):
             return await here(CHARS_PER_TOKEN * len(token_ids), None, partial(renderer._decode, token_ids, *args, **kwargs))
 
-        async def lay_out(model_config, tokenizer, conversation, **kwargs):
-            chars = chars_of(conversation) + chars_of(kwargs.get("tools"))
-            work = partial(safe_apply_chat_template, model_config, tokenizer, conversation, **kwargs)
-            return await here(chars, "messages", work)
+        async def lay_out(model_config, tokenizer, messages, **kwargs):
+            chars = chars_of(messages) + chars_of(kwargs.get("tools"))
+
+            def apply(messages, **more):
+                return safe_apply_chat_template(model_config, tokenizer, messages, **kwargs | more)
+
+            def render(messages, answer, tools):
+                how = {"tokenize": False, "add_generation_prompt": answer, "continue_final_message": False}
+                return apply(list(messages), tools=tools, **how)
+
+            async def plain():
+                return await here(chars, "messages", partial(apply, messages))
+
+            if not (turn := bound_turn()):
+                return await plain()
+            continues = not kwargs.get("add_generation_prompt", True) or kwargs.get("continue_final_message", False)
+            conversation = Conversation(messages, kwargs.get("tools"), continues, render, chars)
+            try:
+                return await turn.lay_out(conversation, plain)
+            except PrefillShareError as error:
+                raise as_http(error) from error
 
         renderer._tokenize_prompt_async, renderer._async_tokenizer_decode = tokenize, decode
         if hasattr(renderer, "_apply_chat_template_async"):

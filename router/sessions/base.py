@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
+from prefillshare.router.sessions.transcript import Transcript
 
 MAX_NAME_CHARS = 128
 
@@ -27,6 +28,8 @@ class Session:
     replicas: dict[str, str] = field(default_factory=dict)
     #: Cache domain within which this session's KV is shared; a fork has its parent's.
     cache_domain: str = ""
+    #: What the context says as chat messages; None if it does not consist of messages only.
+    transcript: Transcript | None = None
     #: A turn holds it.
     busy: bool = False
     #: Grows with every commit. A commit is refused if the stored version is not the one that its turn began from.
@@ -49,9 +52,16 @@ class SessionStore(ABC):
 
     @abstractmethod
     async def create(
-        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+        self,
+        session_id: str = "",
+        token_ids: Sequence[int] = (),
+        *,
+        tenant: str,
+        cache_domain: str = "",
+        transcript: Transcript | None = None,
     ) -> Session:
-        """Raises InvalidInput, Conflict if the name is taken, Overloaded at the limit of the tenant or of the store."""
+        """`transcript`: that of `token_ids`. Raises InvalidInput, Conflict if the name is taken, Overloaded at the limit of the
+        tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -74,8 +84,10 @@ class SessionStore(ABC):
         """Hold a session for one turn. Raises NotFound, or Conflict while another turn holds it."""
 
     @abstractmethod
-    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
-        """End a turn well: the context becomes `token_ids`; `session` is brought up to date.
+    async def commit(
+        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+    ) -> None:
+        """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
@@ -156,7 +168,9 @@ class SessionStore(ABC):
         )
 
     @staticmethod
-    def _committed(session: Session, token_ids: Sequence[int], open_response: bool) -> None:
-        session.token_ids, session.open_response = tuple(token_ids), open_response
+    def _committed(
+        session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None
+    ) -> None:
+        session.token_ids, session.open_response, session.transcript = tuple(token_ids), open_response, transcript
         session.turns += 1
         session.version += 1

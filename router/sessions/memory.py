@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from prefillshare.router.clock import now
 from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.transcript import Transcript
 
 
 @dataclass
@@ -41,9 +42,18 @@ class MemorySessions(SessionStore):
         self._held: Counter[str] = Counter()  # by tenant, as in _records
 
     async def create(
-        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+        self,
+        session_id: str = "",
+        token_ids: Sequence[int] = (),
+        *,
+        tenant: str,
+        cache_domain: str = "",
+        transcript: Transcript | None = None,
     ) -> Session:
-        return self._add(Session(self._name(session_id), tenant, tuple(token_ids), cache_domain=cache_domain)).copy()
+        new = Session(
+            self._name(session_id), tenant, tuple(token_ids), cache_domain=cache_domain, transcript=transcript
+        )
+        return self._add(new).copy()
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return self._use(session_id, tenant).copy()
@@ -74,13 +84,15 @@ class MemorySessions(SessionStore):
             if self._records.get((tenant, session_id)) is record:
                 self._touch(tenant, session_id)
 
-    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+    async def commit(
+        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+    ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response)
+        self._committed(session, token_ids, open_response, transcript)
         record.session = replace(session, replicas=dict(session.replicas))
 
     async def check(self) -> None:

@@ -24,6 +24,7 @@ from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unava
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
+from prefillshare.router.sessions.transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,18 @@ class RedisSessions(SessionStore):
         self.trouble = ""
 
     async def create(
-        self, session_id: str = "", token_ids: Sequence[int] = (), *, tenant: str, cache_domain: str = ""
+        self,
+        session_id: str = "",
+        token_ids: Sequence[int] = (),
+        *,
+        tenant: str,
+        cache_domain: str = "",
+        transcript: Transcript | None = None,
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant))
-        return await self._load(
-            scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, _packed(token_ids), cache_domain
-        )
+        content = (_packed(token_ids), cache_domain, _written(transcript))
+        return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return await self._load(scripts.GET, tenant, session_id)
@@ -122,7 +128,9 @@ class RedisSessions(SessionStore):
             await asyncio.wait([renewal])
             await self._end(tenant, session_id, turn_id)
 
-    async def commit(self, session: Session, token_ids: Sequence[int], open_response: bool) -> None:
+    async def commit(
+        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+    ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
         answer = await self._ask(
@@ -135,11 +143,12 @@ class RedisSessions(SessionStore):
             len(old) if extends else "",
             int(open_response),
             json.dumps(session.replicas),
+            _written(transcript),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response)
+        self._committed(session, token_ids, open_response, transcript)
 
     async def check(self) -> None:
         await self.count()
@@ -210,7 +219,7 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version) = answer
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript) = answer
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -227,6 +236,7 @@ class RedisSessions(SessionStore):
             is_open == b"1",
             replicas,
             cache_domain,
+            Transcript.parsed((transcript or b"").decode("ascii", "replace")),
             bool(busy),
             int(version),
         )
@@ -268,6 +278,10 @@ class RedisSessions(SessionStore):
 
 def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
+
+
+def _written(transcript: Transcript | None) -> str:
+    return "" if transcript is None else str(transcript)
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -67,14 +67,14 @@ local function full(most, most_of_own)
 end
 
 local function load(session, tokens)
-  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version')
+  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, tokens, cache
-#: domain.
+#: domain, transcript.
 CREATE = (
     _COMMON
     + """
@@ -86,7 +86,7 @@ else
   if refusal then return {refusal} end
   redis.call('DEL', session, tokens)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[6] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[7], 'version', 0)
+    'domain', ARGV[7], 'version', 0, 'transcript', ARGV[8])
   redis.call('SET', tokens, ARGV[6])
 end
 touch(session, tokens, name)
@@ -166,7 +166,8 @@ return {'ok'}
 )
 
 #: A turn whose lease has ended may commit if no other has begun since.
-#: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled.
+#: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
+#: transcript.
 COMMIT = (
     _COMMON
     + """
@@ -184,7 +185,7 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8])
+  'prefilled', ARGV[8], 'transcript', ARGV[9])
 redis.call('HINCRBY', session, 'turns', 1)
 redis.call('HINCRBY', session, 'version', 1)
 touch(session, tokens, name)

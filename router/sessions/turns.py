@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.config import Base
@@ -21,13 +22,12 @@ from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.sampling import logprob_rows, make_prompt
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
-from prefillshare.kvshare_vllm.surface.token_text import text_lengths
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions import Session, SessionStore
 from prefillshare.router.sessions.chat import ChatLayout
-from prefillshare.router.sessions.kept_response import kept_response
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
-from prefillshare.router.turn.terms import Terms
+from prefillshare.router.sessions.transcript import Transcript
 
 DEFAULT_MAX_TOKENS = 256
 ROLES = ("system", "user", "assistant", "tool")
@@ -65,7 +65,8 @@ class Turns:
     async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
         ids = await self._ids((), False, given, answer=False, field="input")
         self._check_length(len(ids), None)
-        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain)
+        said = Transcript().with_messages(given[1]) if given and given[0] == "messages" else None if ids else Transcript()
+        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain, transcript=said)
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
         self._response_kv.given_up((tenant, session_id))
@@ -88,61 +89,58 @@ class Turns:
             if max(session.token_ids, default=0) >= self._vocab_size:
                 raise self.sessions.damaged(session_id)
             caller = caller.in_domain(session.cache_domain)
-            kept, seen = await self._lay_out(session, given, suffix)
-            if not seen:
+            laid_out = await self._lay_out(session, given, suffix)
+            if not laid_out.seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
-            sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
+            sampling.max_tokens = self._max_tokens(len(laid_out.seen), sampling.max_tokens)
             check_min_tokens(sampling.min_tokens, sampling.max_tokens)
             with named_as_sent():
-                request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
-            of = self.decoders[decoder]
-            made = self._response_kv.of_turn((caller.tenant, session_id), of, kept, lendable=seen == kept)
-            shown = ""
-            with made as response:
-                terms = Terms(deadline_s, session.replicas, response.lend, response.ready)
-                run = self._frontend.run(request, decoder, caller, terms=terms)
-                response.turns = run.turns
-                async with aclosing(run.outputs()) as outputs:
-                    async for output in outputs:
-                        completion = output.outputs[0]
-                        response.token_ids += completion.token_ids
-                        shown += completion.text
-                        context_tokens = 0
-                        if completion.finish_reason:
-                            is_chat = (given or suffix or ("",))[0] == "messages"
-                            is_open = is_chat or session.open_response
-                            if completion.stop_reason in sampling.stop:
-                                response.keep(self._shown(request, response.token_ids, shown))
-                            await self.sessions.commit(session, response.context, open_response=is_open)
-                            context_tokens = len(session.token_ids)
-                            response.ended()
-                        else:
-                            response.grew()
-                        yield TurnEvent(
-                            completion.text,
-                            list(completion.token_ids),
-                            logprob_rows(completion),
-                            completion.finish_reason,
-                            context_tokens,
-                            run.turns[0].usage if completion.finish_reason else None,
-                        )
+                request = self._frontend.prepare(make_prompt(laid_out.seen), sampling, request_id, decoder)
+            turn = ContextTurn(
+                self._frontend,
+                self._response_kv,
+                self.decoders,
+                (caller.tenant, session_id),
+                caller,
+                laid_out,
+                keep=partial(self._keep, session, given, suffix),
+                replicas=session.replicas,
+                deadline_s=deadline_s,
+            )
+            async with aclosing(turn.outputs(request, decoder)) as outputs:
+                async for output in outputs:
+                    completion = output.outputs[0]
+                    yield TurnEvent(
+                        completion.text,
+                        list(completion.token_ids),
+                        logprob_rows(completion),
+                        completion.finish_reason,
+                        len(session.token_ids) if completion.finish_reason else 0,
+                        turn.usage if completion.finish_reason else None,
+                    )
 
-    def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:
-        lengths = text_lengths(self._frontend.renderer.tokenizer, request, token_ids)
-        return kept_response(token_ids, lengths, shown, self._chat.ids)
+    async def _keep(
+        self, session: Session, given: TurnInput, suffix: TurnInput, context: list[int], text: str, token_ids: list[int]
+    ) -> None:
+        is_chat = (given or suffix or ("",))[0] == "messages"
+        transcript = session.transcript
+        if transcript and given and given[0] == "messages":
+            transcript = transcript.with_messages([*given[1], {"role": "assistant", "content": text}])
+        else:
+            transcript = None
+        await self.sessions.commit(session, context, is_chat or session.open_response, transcript)
 
-    async def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> tuple[list[int], list[int]]:
-        """(what the context will keep before the response, what the decoder sees before it)."""
+    async def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> LaidOut:
         context = list(session.token_ids)
         kept = context + await self._ids(context, session.open_response, given, answer=True, field="input")
         if suffix is None:
-            return kept, kept
+            return LaidOut(kept, kept)
         if suffix[0] != "messages":
-            return kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix")
+            return LaidOut(kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix"))
         # The answer's opening is laid out once, after the suffix.
         before = context + await self._ids(context, session.open_response, given, answer=False, field="input")
         still_open = session.open_response and given is None
-        return kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix")
+        return LaidOut(kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix"))
 
     async def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
         if given is None:

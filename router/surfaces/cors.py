@@ -8,7 +8,7 @@ from functools import partial
 from starlette.middleware.cors import CORSMiddleware
 
 #: Response headers that scripts may read, besides those that browsers always show them.
-_SHOWN = ("retry-after", "x-request-id")
+_SHOWN = ("retry-after", "x-request-id", "x-prefillshare-session-state")
 
 
 def cors(origins: Sequence[str]) -> list[Callable]:

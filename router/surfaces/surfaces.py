@@ -11,11 +11,13 @@ from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app, set_decoders
 from prefillshare.router.core import Core
 from prefillshare.router.sessions import SessionStore
+from prefillshare.router.sessions.http_calls import HttpCalls
 from prefillshare.router.sessions.turns import Turns
 from prefillshare.router.surfaces.cors import cors
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 from prefillshare.router.surfaces.http_auth import ApiKeys
 from prefillshare.router.surfaces.http_limits import HttpLimits
+from prefillshare.router.surfaces.http_sessions import HttpSessions
 from prefillshare.router.surfaces.readiness import Readiness, probe
 from prefillshare.router.surfaces.request_limits import RequestLimits
 from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
@@ -43,6 +45,7 @@ class Surfaces:
             core.canary.turn,
             core.orchestrator.admit,
             middleware=[
+                HttpSessions,
                 partial(ApiKeys, tenants=tenants),
                 partial(NodeMetrics, agent=agent_of_this_node()),
                 HttpTraces,
@@ -53,6 +56,7 @@ class Surfaces:
         )
         readiness = Readiness(core.decoders, sessions, lambda: core.orchestrator.draining, partial(probe, frontend))
         _add_readiness(app, readiness)
+        app.state.http_calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
         turns = Turns(base, core.decoders, frontend, sessions, response_kv)
         servicer = Servicer(turns, readiness.not_ready_because)
         grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)

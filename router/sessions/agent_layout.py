@@ -1,0 +1,76 @@
+"""A call's chat messages behind a context, with what is the calling agent's own apart from what all agents share.
+
+Agents that take turns over one context differ in their system prompt and their tools, which chat templates put before all
+messages: then nothing behind them could be shared. So the agent's own part is laid out behind the context, right before the
+answer, as a suffix that the context does not keep (PrefillShare: a decoder's own suffix of the prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.http_turn import Conversation
+from prefillshare.router.sessions.chat import ChatLayout
+from prefillshare.router.sessions.context_turn import LaidOut
+
+Messages = Sequence[Mapping[str, Any]]
+
+#: Roles of an agent's own messages, where they come first.
+OWN_ROLES = ("system", "developer")
+
+
+def apart(messages: Messages) -> tuple[Messages, Messages]:
+    """(the agent's own messages, the others)."""
+    own = next((number for number, message in enumerate(messages) if message["role"] not in OWN_ROLES), len(messages))
+    return messages[:own], messages[own:]
+
+
+class AgentLayout(ChatLayout):
+    """The base's chat template with one call's settings. `tools`: those laid out where the template puts them."""
+
+    def __init__(self, tokenizer, conversation: Conversation, tools: Messages | None = None):
+        super().__init__(tokenizer)
+        self._conversation, self._bos = conversation, tokenizer.bos_token or ""
+        self._tools_first = tools
+
+    def behind(
+        self, context: Sequence[int], open_response: bool, new: Messages, own: Messages = (), tools: Messages | None = None
+    ) -> LaidOut:
+        """`new` behind the context, which may be empty; then the agent's own messages and tools, and the answer's opening."""
+
+        def laid_out(answer: bool) -> list[int]:
+            added = self.appended(context, open_response, new, answer) if context else self.opening(new, answer)
+            return [*context, *added]
+
+        kept, suffix = laid_out(True), self._own_part(own, tools)
+        return LaidOut(kept, laid_out(False) + self.ids(suffix + self._answer_opening()) if suffix else kept)
+
+    def _own_part(self, own: Messages, tools: Messages | None) -> str:
+        """Text of the agent's own messages and tools as they are laid out before a conversation; "" if there are none."""
+        if not own and (not tools or self._begun(own, tools) == self._begun(own, None)):
+            return ""
+        text, tail = self._begun(own, tools), self._asking(False)
+        if not text.endswith(tail):
+            raise InvalidInput(
+                "the base's chat template does not put `tools` before the first message, so they cannot stand behind a context",
+                field="tools",
+                fix="set router.own_prompt to first, or change the template",
+            )
+        # What begins a conversation only; some models' BOS token begins each message.
+        once = "" if tail.startswith(self._bos) else self._bos
+        return text[: -len(tail)].removeprefix(once)
+
+    def _begun(self, own: Messages, tools: Messages | None) -> str:
+        return self._conversation.render([*own, self._prior[0]], False, tools)
+
+    def _asking(self, answer: bool) -> str:
+        """What one more question adds to a conversation."""
+        return self._render([*self._prior, self._prior[0]], answer)[len(self._render(self._prior, False)) :]
+
+    def _answer_opening(self) -> str:
+        return self._asking(True)[len(self._asking(False)) :]
+
+    def _render(self, messages: Messages, answer: bool) -> str:
+        return self._conversation.render(messages, answer, self._tools_first)

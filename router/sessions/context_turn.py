@@ -1,0 +1,81 @@
+"""One turn behind a context: what of its response the context keeps, and how that response's KV comes about (router/ahead)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.kvshare_vllm.surface.frontend import Frontend
+from prefillshare.kvshare_vllm.surface.token_text import text_lengths
+from prefillshare.router.ahead.eager import SessionKey
+from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.sessions.kept_response import kept_response
+from prefillshare.router.turn.terms import Terms
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """Token ids before the response. `kept`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
+    which is not kept, makes the difference."""
+
+    kept: list[int]
+    seen: list[int]
+
+
+#: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
+#: of the response.
+Keep = Callable[[list[int], str, list[int]], Awaitable[None]]
+
+
+async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> None:
+    """For contexts that are not stored."""
+
+
+@dataclass
+class ContextTurn:
+    """`key`: names the context among those whose KV is made ahead. `replicas`: as in Terms."""
+
+    frontend: Frontend
+    response_kv: ResponseKV
+    decoders: Mapping[str, Decoder]
+    key: SessionKey
+    caller: Caller
+    laid_out: LaidOut
+    keep: Keep = _keep_nothing
+    replicas: dict[str, str] = field(default_factory=dict)
+    deadline_s: float | None = None
+    #: Filled while the turn runs.
+    usage: TurnUsage | None = None
+
+    async def outputs(self, request, decoder: str, **how) -> AsyncIterator:
+        """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run."""
+        laid_out = self.laid_out
+        lendable = laid_out.seen == laid_out.kept
+        with self.response_kv.of_turn(self.key, self.decoders[decoder], laid_out.kept, lendable=lendable) as response:
+            terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready)
+            run = self.frontend.run(request, decoder, self.caller, terms=terms, **how)
+            response.turns = run.turns
+            shown = ""
+            async with aclosing(run.outputs()) as outputs:
+                async for output in outputs:
+                    self.usage = run.turns[0].usage
+                    completion = output.outputs[0]
+                    response.token_ids += completion.token_ids
+                    shown += completion.text
+                    if completion.finish_reason:
+                        if completion.stop_reason is not None and completion.stop_reason in request.sampling_params.stop:
+                            response.keep(self._shown(request, response.token_ids, shown))
+                        await self.keep(response.context, shown, response.token_ids)
+                        response.ended()
+                    else:
+                        response.grew()
+                    yield output
+
+    def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:
+        tokenizer = self.frontend.renderer.tokenizer
+        lengths = text_lengths(tokenizer, request, token_ids)
+        return kept_response(token_ids, lengths, shown, lambda text: tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,201 @@
+"""Chat-like HTTP calls (OpenAI's chat completions and responses, Anthropic's messages), each tied to a context.
+
+A call names a session, or none:
+ - Without a session its prompt is laid out as the chat template does. The base's KV of its answer is made ahead all the same
+   (router/ahead): the next call, whose messages begin with this call's and the answer, finds it by its tokens.
+ - With a session, whatever of its messages the session holds already is neither laid out nor tokenised again: the prompt is the
+   session's token ids and what is new. If the messages do not begin with those of the session, the call is served as if it
+   named none, and the session stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
+from typing import Any
+
+from prefillshare.kvshare.caller import Caller, current_caller
+from prefillshare.kvshare.config import Base
+from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
+from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
+from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
+from prefillshare.kvshare_vllm.surface.text_work import chars_of
+from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart
+from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.open_contexts import OpenContexts
+from prefillshare.router.sessions.transcript import Transcript
+
+Plain = Callable[[], Awaitable[str | list[int]]]
+
+
+class HttpCalls:
+    """What all of a router's calls have in common. `own_prompt`: as config.Router.own_prompt."""
+
+    def __init__(
+        self,
+        base: Base,
+        decoders: Mapping[str, Decoder],
+        frontend: Frontend,
+        sessions: SessionStore,
+        response_kv: ResponseKV,
+        own_prompt: str = "behind",
+    ):
+        self.decoders, self.frontend, self.sessions, self.response_kv = decoders, frontend, sessions, response_kv
+        self.contexts, self.max_len = OpenContexts(base.block_size), base.max_model_len
+        self.own_first = own_prompt == "first"
+        self.vocab_size = frontend.model_config.get_vocab_size()
+
+    def without_session(self) -> OpenCall:
+        return OpenCall(self)
+
+    def on_session(self, session_id: str, stack: AsyncExitStack) -> SessionCall:
+        """The call holds its session until `stack` is closed. A session that does not exist begins with this call."""
+        return SessionCall(self, session_id, stack)
+
+
+class OpenCall:
+    """A call that names no session."""
+
+    def __init__(self, calls: HttpCalls):
+        self._calls = calls
+
+    async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
+        return await plain()
+
+    async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
+        calls, prompt, params = self._calls, list(request.prompt_token_ids), request.sampling_params
+        if params.n > 1 or params.max_tokens == 1:  # no single answer to go on from, or (beam search) a piece of one
+            running = calls.frontend.run(request, decoder, caller, prompt_text=prompt_text).outputs()
+        else:
+            context = calls.contexts.of(prompt, caller, request.cache_salt)
+
+            async def keep(token_ids: list[int], *_) -> None:
+                calls.contexts.went_on(context, token_ids, caller, request.cache_salt)
+
+            running = ContextTurn(
+                calls.frontend,
+                calls.response_kv,
+                calls.decoders,
+                (caller.tenant, context.name),
+                caller,
+                LaidOut(prompt, prompt),
+                keep,
+                context.replicas,
+            ).outputs(request, decoder, prompt_text=prompt_text)
+        async with aclosing(running) as outputs:
+            async for output in outputs:
+                yield output
+
+
+class SessionCall:
+    """A call that names a session. `state`: how it is served: "begun", "continued", or "as it is: " and the reason."""
+
+    def __init__(self, calls: HttpCalls, session_id: str, stack: AsyncExitStack):
+        self._calls, self._session_id, self._stack = calls, session_id, stack
+        self.state = ""
+        self._session: Session | None = None
+        self._laid_out: LaidOut | None = None
+        #: What the context will say when the answer comes behind it.
+        self._transcript: Transcript | None = None
+
+    async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
+        self._check_one_answer()
+        reason = "the last message is to be continued" if conversation.continues else await self._hold()
+        if not reason:
+            reason = await self._continue(conversation)
+        if reason:
+            self.state = f"as it is: {reason}"
+            return await plain()
+        self.state = "continued" if self._session.turns or self._session.token_ids else "begun"
+        return self._laid_out.seen
+
+    async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
+        calls, session = self._calls, self._session
+        if self._laid_out is None:
+            running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
+        else:
+            running = ContextTurn(
+                calls.frontend,
+                calls.response_kv,
+                calls.decoders,
+                (caller.tenant, self._session_id),
+                caller.in_domain(session.cache_domain),
+                self._laid_out,
+                self._keep,
+                session.replicas,
+            ).outputs(request, decoder, prompt_text=prompt_text)
+        async with aclosing(running) as outputs:
+            async for output in outputs:
+                if usage := (output.kv_transfer_params or {}).get(USAGE):
+                    usage["session"] = self.state
+                yield output
+
+    def _check_one_answer(self) -> None:
+        request = asked()
+        for field, one in (("n", 1), ("use_beam_search", False)):
+            if (getattr(request, field, None) or one) != one:
+                raise InvalidInput(
+                    "a session goes on from one answer", field=field, fix="leave it out, or call without a session"
+                )
+
+    async def _hold(self) -> str:
+        """Returns why it cannot be held, "" if it is."""
+        calls, caller = self._calls, current_caller.get()
+        try:
+            await calls.sessions.get(self._session_id, tenant=caller.tenant)
+        except NotFound:
+            with suppress(Conflict):  # another call has begun it
+                await calls.sessions.create(
+                    self._session_id, tenant=caller.tenant, cache_domain=caller.cache_domain, transcript=Transcript()
+                )
+        try:
+            held = calls.sessions.turn(self._session_id, tenant=caller.tenant)
+            session = await self._stack.enter_async_context(held)
+        except Conflict:
+            return "another turn runs on the session"
+        if max(session.token_ids, default=0) >= calls.vocab_size:
+            raise calls.sessions.damaged(self._session_id)
+        self._session = session
+        return ""
+
+    async def _continue(self, conversation: Conversation) -> str:
+        """Lay out what is new behind the session's context. Returns why that cannot be done, "" if it is."""
+        session, calls = self._session, self._calls
+        said = session.transcript
+        if said is None:
+            return "the session does not consist of chat messages only"
+        tools, first = conversation.tools, None
+        own, messages = apart(conversation.messages)
+        if calls.own_first:
+            first = tools if not session.token_ids else None
+            own, messages, tools = (), [*_as_message(tools), *conversation.messages], None
+        elif said.count and not said.begins(messages) and said.begins(conversation.messages):
+            own, messages = (), conversation.messages  # the session began with these system messages
+        if not said.begins(messages):
+            return f"its messages do not begin with the {said.count} of the session"
+        new = messages[said.count :]
+        if not new:
+            return "it has no new message"
+        layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation, first)
+        shown = [message for message in new if message["role"] != "tools"]
+        chars = chars_of(shown) + chars_of(own) + chars_of(tools)
+        calls.frontend.text.check_chars(chars, "messages")
+        context, is_open = session.token_ids, session.open_response
+        self._laid_out = await calls.frontend.text.run(
+            chars, lambda: layout.behind(context, is_open, shown, own, tools)
+        )
+        self._transcript = said.with_messages(new)
+        return ""
+
+    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> None:
+        said = self._transcript.with_messages([message_of(text, token_ids)])
+        await self._calls.sessions.commit(self._session, context, True, said)
+
+
+def _as_message(tools: Messages | None) -> list[dict[str, Any]]:
+    """Tools that a context begins with, as a part of what it says."""
+    return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []

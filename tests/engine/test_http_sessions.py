@@ -1,0 +1,207 @@
+"""Chat-like HTTP calls on sessions: what is laid out behind a context, and what is kept. No engine runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import pytest_asyncio
+from chat_surface import END, ChatSurface
+
+from prefillshare.kvshare.errors import NotFound
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+PLAN, CODE = ({"role": "system", "content": text} for text in ("You plan.", "You code."))
+ASK, MORE = ({"role": "user", "content": text} for text in ("Capital of France?", "And of Italy?"))
+SCHEMA = {"type": "object", "properties": {"at": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
+CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
+OPENING = "<|im_start|>assistant\n"
+#: What the demo model's template puts before conversations that have no system message.
+DEFAULT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+
+
+def shown(*messages) -> str:
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def behind(smollm):
+    surface = ChatSurface(str(smollm))
+    await surface.start()
+    yield surface
+    await surface.stop()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def first(smollm):
+    surface = ChatSurface(str(smollm), own_prompt="first")
+    await surface.start()
+    yield surface
+    await surface.stop()
+
+
+@pytest.fixture(autouse=True)
+def _anew(request):
+    for name in {"behind", "first"} & set(request.fixturenames):
+        surface = request.getfixturevalue(name)
+        surface.answers, surface.prompts = ["Yes."], []
+
+
+async def chat(surface, session, messages, decoder="planner", *, answer=None, **more):
+    """Returns (message, how it was served)."""
+    if answer:
+        surface.answers = [answer]
+    headers = {"x-prefillshare-session": session} if session else {}
+    body = {"model": decoder, "messages": messages, "max_tokens": 50, **more}
+    response = await surface.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    data = response.json()
+    state = response.headers.get("x-prefillshare-session-state")
+    assert data["kv_transfer_params"]["prefillshare"].get("session") == state
+    return data["choices"][0]["message"], state
+
+
+async def context(surface, session) -> str:
+    return surface.tokenizer.decode((await surface.sessions.get(session, tenant="")).token_ids)
+
+
+async def test_agents_with_different_prompts_share_all_that_was_said(behind):
+    answer, state = await chat(behind, "shared", [PLAN, ASK], answer="Paris.")
+    assert state == "begun"
+    assert behind.prompts[-1] == DEFAULT + shown(("user", ASK["content"]), ("system", "You plan.")) + OPENING
+    _, state = await chat(behind, "shared", [CODE, ASK, answer, MORE], "coder", answer="Rome.")
+    said = DEFAULT + shown(("user", ASK["content"]), ("assistant", "Paris."), ("user", MORE["content"]))
+    assert (state, behind.prompts[-1]) == ("continued", said + shown(("system", "You code.")) + OPENING)
+    assert await context(behind, "shared") == said + OPENING + "Rome.<|im_end|>"
+
+
+async def test_what_the_session_holds_is_not_tokenised_again(behind):
+    """The answer's tokens are others than those its text becomes when it is tokenised."""
+    odd = [token for letter in "Paris." for token in behind.encode(letter)]
+    assert odd != behind.encode("Paris.")
+    behind.answers, encode = ["Paris."], behind.encode
+    behind.encode = lambda text: odd if text == "Paris." else encode(text)
+    try:
+        answer, _ = await chat(behind, "odd", [ASK])
+        await chat(behind, "odd", [ASK, answer, MORE])
+    finally:
+        del behind.encode
+    ids = ",".join(map(str, behind.ids[-1]))
+    assert ",".join(map(str, [*odd, END])) in ids
+
+
+async def test_tool_calls_go_on_as_they_were_generated(behind):
+    spaced = CALLED.replace('": ', '":  ')
+    answer, _ = await chat(behind, "tools", [ASK], answer=spaced, tools=[TOOL])
+    assert json.loads(answer["tool_calls"][0]["function"]["arguments"]) == {"at": "map"}
+    result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "Paris"}
+    _, state = await chat(behind, "tools", [ASK, answer, result], tools=[TOOL])
+    assert state == "continued"
+    assert spaced in behind.prompts[-1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([MORE, {"role": "assistant", "content": "Paris."}, MORE], "its messages do not begin with the 2 of the session"),
+        ([ASK, {"role": "assistant", "content": "Rome."}, MORE], "its messages do not begin with the 2 of the session"),
+        ([MORE], "its messages do not begin with the 2 of the session"),
+        ([ASK, {"role": "assistant", "content": "Paris."}], "it has no new message"),
+    ],
+)
+async def test_another_history_is_served_as_it_is_and_leaves_the_session_alone(behind, messages, reason):
+    session = f"history-{len(messages)}-{messages[0]['content']}-{messages[-1]['content']}"
+    await chat(behind, session, [ASK], answer="Paris.")
+    before = await context(behind, session)
+    _, state = await chat(behind, session, [PLAN, *messages])
+    assert state == f"as it is: {reason}"
+    said = shown(*((message["role"], message["content"]) for message in messages))
+    assert behind.prompts[-1] == shown(("system", "You plan.")) + said + OPENING
+    assert await context(behind, session) == before
+
+
+async def test_a_call_meanwhile_is_served_as_it_is(behind):
+    await behind.sessions.create("held", tenant="")
+    async with behind.sessions.turn("held", tenant=""):
+        _, state = await chat(behind, "held", [ASK])
+    assert state == "as it is: another turn runs on the session"
+    _, state = await chat(behind, "held", [ASK])
+    assert state == "as it is: the session does not consist of chat messages only"
+
+
+async def test_a_message_that_is_to_be_continued_is_served_as_it_is(behind):
+    begun = [ASK, {"role": "assistant", "content": "Par"}]
+    _, state = await chat(behind, "begun", begun, add_generation_prompt=False, continue_final_message=True)
+    assert state == "as it is: the last message is to be continued"
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"use_beam_search": True}])
+async def test_several_answers_are_refused(behind, more):
+    body = {"model": "planner", "messages": [ASK], "max_tokens": 5, **more}
+    response = await behind.http.post("/v1/chat/completions", json=body, headers={"x-prefillshare-session": "several"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == next(iter(more))
+    with pytest.raises(NotFound):
+        await behind.sessions.get("several", tenant="")
+
+
+async def test_a_surface_without_messages_refuses_the_header(behind):
+    response = await behind.http.post(
+        "/v1/completions", json={"model": "planner", "prompt": "hi"}, headers={"x-prefillshare-session": "s"}
+    )
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "x-prefillshare-session")
+
+
+async def test_a_session_that_began_with_a_system_message_goes_on_with_it(behind):
+    from prefillshare.router.sessions.transcript import Transcript
+
+    said = shown(("system", "You plan."), ("user", ASK["content"]))
+    await behind.sessions.create("kept", behind.encode(said), tenant="", transcript=Transcript().with_messages([PLAN, ASK]))
+    _, state = await chat(behind, "kept", [PLAN, ASK, MORE])
+    assert (state, behind.prompts[-1]) == ("continued", said + shown(("user", MORE["content"])) + OPENING)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"system": "You plan.", "messages": [ASK], "max_tokens": 9}),
+        ("/v1/responses", {"instructions": "You plan.", "input": ASK["content"]}),
+    ],
+)
+async def test_the_other_chat_surfaces_go_on_in_the_same_way(behind, path, body):
+    await behind.http.post(path, json={"model": "planner", **body}, headers={"x-prefillshare-session": path})
+    said = DEFAULT + shown(("user", ASK["content"]))
+    assert behind.prompts[-1] == said + shown(("system", "You plan.")) + OPENING
+    answer = {"role": "assistant", "content": "Yes."}
+    _, state = await chat(behind, path, [CODE, ASK, answer, MORE], "coder")
+    assert state == "continued"
+    assert behind.prompts[-1].startswith(said + shown(("assistant", "Yes."), ("user", MORE["content"])))
+
+
+async def test_streamed_or_not_the_session_keeps_the_same(behind):
+    contexts = []
+    for stream in (False, True):
+        body = {"model": "planner", "messages": [ASK], "stream": stream, "tools": [TOOL]}
+        session, behind.answers = f"stream-{stream}", [CALLED]
+        headers = {"x-prefillshare-session": session}
+        response = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+        assert response.headers["x-prefillshare-session-state"] == "begun"
+        kept = await behind.sessions.get(session, tenant="")
+        contexts.append((kept.token_ids, kept.transcript, kept.open_response))
+    assert contexts[0] == contexts[1]
+
+
+async def test_what_a_stop_text_cut_off_is_not_kept(behind):
+    await chat(behind, "stop", [ASK], answer="Paris. Not Rome.", stop=[" Not"])
+    assert (await context(behind, "stop")).endswith(OPENING + "Paris.")
+
+
+async def test_own_prompts_first_share_among_agents_with_the_same(first):
+    answer, state = await chat(first, "same", [PLAN, ASK], answer="Paris.")
+    assert (state, first.prompts[-1]) == ("begun", shown(("system", "You plan."), ("user", ASK["content"])) + OPENING)
+    answer, state = await chat(first, "same", [PLAN, ASK, answer, MORE], "coder")
+    assert state == "continued"
+    _, state = await chat(first, "same", [CODE, ASK, answer, MORE], "coder")
+    assert state == "as it is: its messages do not begin with the 5 of the session"

@@ -6,12 +6,22 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
 from prefillshare.router.sessions.transcript import Transcript
 
 MAX_NAME_CHARS = 128
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in a session's context at which a turn has ended: `tokens` before it, and what a Session says of them."""
+
+    tokens: int
+    open_response: bool = False
+    transcript: Transcript | None = None
 
 
 @dataclass
@@ -37,17 +47,36 @@ class Session:
     #: The turn that this object was handed to; empty outside a turn.
     turn_id: str = ""
 
+    @property
+    def mark(self) -> Mark:
+        """The end of the context."""
+        return Mark(len(self.token_ids), self.open_response, self.transcript)
+
+    def at(self, mark: Mark) -> Session:
+        """The session as it was at that place."""
+        token_ids = self.token_ids[: mark.tokens]
+        return replace(self, token_ids=token_ids, open_response=mark.open_response, transcript=mark.transcript)
+
 
 class SessionStore(ABC):
     """Sessions by tenant and name ("" is the tenant of a deployment without tenants). Bounded, with a time to live.
 
     A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
     `max_per_tenant`: tenant -> most sessions it holds of the `max_sessions`; a tenant that is not named may hold all.
+    A session may have notes, texts by key that live as long as it does; a fork begins without any.
+    `evicts`: where the tenant's most sessions are held, a new one takes the place of the one that was unused for longest.
     Where the store is not in this process, all methods may raise Unavailable, and those that name a session SessionDamaged.
     """
 
-    def __init__(self, max_sessions: int, ttl_s: float, max_per_tenant: Mapping[str, int] | None = None):
-        self.max_sessions, self.ttl_s = max_sessions, ttl_s
+    def __init__(
+        self,
+        max_sessions: int,
+        ttl_s: float,
+        max_per_tenant: Mapping[str, int] | None = None,
+        *,
+        evicts: bool = False,
+    ):
+        self.max_sessions, self.ttl_s, self.evicts = max_sessions, ttl_s, evicts
         self.max_per_tenant = dict(max_per_tenant or {})
 
     @abstractmethod
@@ -68,8 +97,9 @@ class SessionStore(ABC):
         """Raises NotFound."""
 
     @abstractmethod
-    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
-        """A second session with the context as last committed; KV is found by content. Raises as `get` and `create`."""
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str, at: Mark | None = None) -> Session:
+        """A second session with the context as last committed, or as it was `at` that place; KV is found by content.
+        Raises as `get` and `create`, and Conflict if the context is shorter than that."""
 
     @abstractmethod
     async def delete(self, session_id: str, *, tenant: str) -> None:
@@ -84,10 +114,24 @@ class SessionStore(ABC):
         """Hold a session for one turn. Raises NotFound, or Conflict while another turn holds it."""
 
     @abstractmethod
+    async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
+        """The session's notes, or those of them that have these keys. Raises NotFound if there is no such session."""
+
+    @abstractmethod
+    async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
+        """Add or replace notes of the session; those that are None are taken out. Raises NotFound."""
+
+    @abstractmethod
     async def commit(
-        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+        self,
+        session: Session,
+        token_ids: Sequence[int],
+        open_response: bool,
+        transcript: Transcript | None = None,
+        notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date.
+        """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date. In the
+        same step, `notes` are added.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
@@ -132,6 +176,13 @@ class SessionStore(ABC):
 
     def _limit_of(self, tenant: str) -> int:
         return self.max_per_tenant.get(tenant, self.max_sessions)
+
+    def _shorter(self, session_id: str, at: Mark) -> Conflict:
+        return Conflict(
+            f"the context of session {session_id!r} is shorter than {at.tokens} tokens by now",
+            field="session_id",
+            fix="go on from where it ends",
+        )
 
     def _full(self, tenant: str) -> Overloaded:
         """The error for a tenant that holds as many sessions as it may."""

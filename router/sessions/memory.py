@@ -6,10 +6,11 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from prefillshare.router.clock import now
-from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.base import Mark, Session, SessionStore
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -20,6 +21,7 @@ class _Record:
     session: Session
     used_at: float
     turn_id: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
 
     def copy(self, turn_id: str = "") -> Session:
         kept = self.session
@@ -35,8 +37,10 @@ class MemorySessions(SessionStore):
         ttl_s: float,
         max_per_tenant: Mapping[str, int] | None = None,
         clock: Callable[[], float] = now,
+        *,
+        evicts: bool = False,
     ):
-        super().__init__(max_sessions, ttl_s, max_per_tenant)
+        super().__init__(max_sessions, ttl_s, max_per_tenant, evicts=evicts)
         self._clock = clock
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()  # least recently used first
         self._held: Counter[str] = Counter()  # by tenant, as in _records
@@ -58,10 +62,14 @@ class MemorySessions(SessionStore):
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return self._use(session_id, tenant).copy()
 
-    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str, at: Mark | None = None) -> Session:
         old = self._use(session_id, tenant).session
+        if at is not None:
+            if at.tokens > len(old.token_ids):
+                raise self._shorter(session_id, at)
+            old = old.at(at)
         new = replace(old, session_id=self._name(new_session_id), replicas=dict(old.replicas))
-        return self._add(new).copy()
+        return self._add(new, besides=session_id).copy()
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         self._use(session_id, tenant)
@@ -84,8 +92,25 @@ class MemorySessions(SessionStore):
             if self._records.get((tenant, session_id)) is record:
                 self._touch(tenant, session_id)
 
+    async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
+        notes = self._use(session_id, tenant).notes
+        return dict(notes) if keys is None else {key: notes[key] for key in keys if key in notes}
+
+    async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
+        kept = self._use(session_id, tenant).notes
+        for key, text in notes.items():
+            if text is None:
+                kept.pop(key, None)
+            else:
+                kept[key] = text
+
     async def commit(
-        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+        self,
+        session: Session,
+        token_ids: Sequence[int],
+        open_response: bool,
+        transcript: Transcript | None = None,
+        notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
@@ -94,6 +119,7 @@ class MemorySessions(SessionStore):
             raise self._lost(session)
         self._committed(session, token_ids, open_response, transcript)
         record.session = replace(session, replicas=dict(session.replicas))
+        record.notes |= notes
 
     async def check(self) -> None:
         pass
@@ -106,12 +132,12 @@ class MemorySessions(SessionStore):
         self._records.clear()
         self._held.clear()
 
-    def _add(self, session: Session) -> _Record:
+    def _add(self, session: Session, besides: str = "") -> _Record:
         self._forget_expired()
         key = (session.tenant, session.session_id)
         if key in self._records:
             raise self._exists(session.session_id)
-        if self._held[session.tenant] >= self._limit_of(session.tenant):
+        if self._held[session.tenant] >= self._limit_of(session.tenant) and not self._evict(session.tenant, besides):
             raise self._full(session.tenant)
         if len(self._records) >= self.max_sessions:
             raise self._all_full()
@@ -141,6 +167,15 @@ class MemorySessions(SessionStore):
                 expired.append(key)
         for key in expired:
             self._forget(*key)
+
+    def _evict(self, tenant: str, besides: str) -> bool:
+        """Returns whether a session of the tenant, but for one, has made room."""
+        mine = ((key, record) for key, record in self._records.items() if key[0] == tenant and key[1] != besides)
+        unused = (key for key, record in mine if not record.turn_id)
+        if not self.evicts or (key := next(unused, None)) is None:
+            return False
+        self._forget(*key)
+        return True
 
     def _forget(self, tenant: str, session_id: str) -> None:
         del self._records[tenant, session_id]

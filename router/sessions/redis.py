@@ -12,6 +12,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import numpy as np
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -23,7 +24,7 @@ from redis.exceptions import RedisError
 from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
-from prefillshare.router.sessions.base import MAX_NAME_CHARS, Session, SessionStore
+from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, Session, SessionStore
 from prefillshare.router.sessions.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ class RedisSessions(SessionStore):
         prefix: str = "prefillshare",
         lease_s: float = 5.0,
         timeout_s: float = 2.0,
+        evicts: bool = False,
     ):
-        super().__init__(max_sessions, ttl_s, max_per_tenant)
+        super().__init__(max_sessions, ttl_s, max_per_tenant, evicts=evicts)
         self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
         # `_call` sets the timeout and retries. With a socket_timeout, redis-py sends through asyncio.wait_for, which before
         # Python 3.12 may swallow a cancellation: a task that is being stopped would go on.
@@ -82,19 +84,23 @@ class RedisSessions(SessionStore):
         transcript: Transcript | None = None,
     ) -> Session:
         session_id = self._name(session_id)
-        most = (self.max_sessions, self._limit_of(tenant))
+        most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
         content = (_packed(token_ids), cache_domain, _written(transcript))
         return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return await self._load(scripts.GET, tenant, session_id)
 
-    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str) -> Session:
+    async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str, at: Mark | None = None) -> Session:
         new_session_id = self._name(new_session_id)
         keys, name = self._keys(tenant, session_id)
         new_keys, new_name = self._keys(tenant, new_session_id)
-        args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, self.max_sessions, self._limit_of(tenant))
-        answer = await self._run(scripts.FORK, [*keys, *new_keys[:2]], args)
+        most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
+        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript))
+        args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, *most, *place)
+        answer = await self._run(scripts.FORK, [*keys, *new_keys[:2], new_keys[-1]], args)
+        if answer[0] == b"shorter":
+            raise self._shorter(session_id, at)
         self._check(answer, tenant, session_id, new_session_id)
         try:
             return self._session(answer, tenant, new_session_id)
@@ -128,8 +134,23 @@ class RedisSessions(SessionStore):
             await asyncio.wait([renewal])
             await self._end(tenant, session_id, turn_id)
 
+    async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
+        answer = await self._ask(scripts.NOTES, tenant, session_id, *(keys or ()))
+        self._check(answer, tenant, session_id)
+        values = dict(zip(keys or (), answer[1], strict=True)) if keys is not None else _pairs(answer[1])
+        return {key: text.decode("utf-8", "replace") for key, text in values.items() if text is not None}
+
+    async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
+        pairs = [part for key, text in notes.items() for part in (key, "" if text is None else f"+{text}")]
+        self._check(await self._ask(scripts.NOTE, tenant, session_id, *pairs), tenant, session_id)
+
     async def commit(
-        self, session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None = None
+        self,
+        session: Session,
+        token_ids: Sequence[int],
+        open_response: bool,
+        transcript: Transcript | None = None,
+        notes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -144,6 +165,7 @@ class RedisSessions(SessionStore):
             int(open_response),
             json.dumps(session.replicas),
             _written(transcript),
+            *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
@@ -191,7 +213,8 @@ class RedisSessions(SessionStore):
         if len(session_id) > MAX_NAME_CHARS:
             raise self._missing(session_id)
         name, p = f"{len(tenant)}:{tenant}:{session_id}", self._prefix
-        return [f"{p}:session:{name}", f"{p}:tokens:{name}", f"{p}:names", f"{p}:names:{tenant}"], name
+        own = f"{p}:names:{tenant}"
+        return [f"{p}:session:{name}", f"{p}:tokens:{name}", f"{p}:names", own, f"{p}:notes:{name}"], name
 
     async def _load(self, script: str, tenant: str, session_id: str, *args) -> Session:
         answer = await self._ask(script, tenant, session_id, *args)
@@ -282,6 +305,10 @@ def _ms(seconds: float) -> int:
 
 def _written(transcript: Transcript | None) -> str:
     return "" if transcript is None else str(transcript)
+
+
+def _pairs(listed: Sequence[bytes]) -> dict[str, bytes]:
+    return {key.decode("utf-8", "replace"): text for key, text in zip(listed[::2], listed[1::2], strict=True)}
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -1,12 +1,13 @@
 """The Redis store's scripts, which run on the server, each of them atomic: Lua for Redis 6.2 or newer.
 
 A session is two keys that expire together: a hash (state, the turn that holds it, and until when) and a string (token ids,
-4 bytes each, little-endian). Two sorted sets hold the names of all sessions and of each tenant's sessions, by the time at which
-they expire. Expired names are dropped before counting, and each set expires with its last name.
+4 bytes each, little-endian). A third one, a hash that expires with them, holds its notes if it has any. Two sorted sets hold
+the names of all sessions and of each tenant's sessions, by the time at which they expire. Expired names are dropped before
+counting, and each set expires with its last name.
 
-KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's. ARGV: its name in these sets, the
-TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns what
-`RedisSessions` reads.
+KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's, its notes. ARGV: its name in these
+sets, the TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns
+what `RedisSessions` reads.
 """
 
 _COUNTING = """
@@ -25,7 +26,7 @@ COUNT = _COUNTING + "return {'ok', count(KEYS[1])}"
 _COMMON = (
     _COUNTING
     + """
-local session, tokens, all, own = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local session, tokens, all, own, notes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local name, ttl = ARGV[1], tonumber(ARGV[2])
 
 -- Nil for a session, else the status to answer with. Under memory pressure the server may evict one half of a session: then
@@ -49,20 +50,36 @@ local function holder(session)
 end
 
 -- A session does not expire while a turn holds it.
-local function touch(session, tokens, name)
+local function touch(session, tokens, notes, name)
   local ends = now + ttl
   if holder(session) then ends = math.max(ends, tonumber(redis.call('HGET', session, 'until'))) end
   redis.call('PEXPIREAT', session, ends)
   redis.call('PEXPIREAT', tokens, ends)
+  redis.call('PEXPIREAT', notes, ends)
   for _, names in ipairs({all, own}) do
     redis.call('ZADD', names, ends, name)
     if redis.call('PTTL', names) < ends - now then redis.call('PEXPIREAT', names, ends) end
   end
 end
 
+-- Delete the tenant's session that was unused for longest, of those that no turn holds, but not this one. Returns whether there
+-- is one.
+local function evict()
+  for _, other in ipairs(redis.call('ZRANGE', own, 0, -1)) do
+    local keys = {}
+    for i, key in ipairs({session, tokens, notes}) do keys[i] = string.sub(key, 1, #key - #name) .. other end
+    if other ~= name and (redis.call('TYPE', keys[1]).ok ~= 'hash' or not holder(keys[1])) then
+      redis.call('DEL', unpack(keys))
+      redis.call('ZREM', all, other)
+      redis.call('ZREM', own, other)
+      return true
+    end
+  end
+end
+
 -- The status of a refusal, if there is no room for one more session.
-local function full(most, most_of_own)
-  if count(own) >= tonumber(most_of_own) then return 'own full' end
+local function full(most, most_of_own, evicts)
+  if count(own) >= tonumber(most_of_own) and not (evicts == '1' and evict()) then return 'own full' end
   if count(all) >= tonumber(most) then return 'all full' end
 end
 
@@ -73,8 +90,8 @@ end
 """
 )
 
-#: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, tokens, cache
-#: domain, transcript.
+#: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
+#: of its tenant's may be evicted, tokens, cache domain, transcript.
 CREATE = (
     _COMMON
     + """
@@ -82,14 +99,14 @@ local wrong = unsound(session, tokens)
 if wrong ~= 'missing' then
   if wrong or redis.call('HGET', session, 'made') ~= ARGV[3] then return {'exists'} end
 else
-  local refusal = full(ARGV[4], ARGV[5])
+  local refusal = full(ARGV[4], ARGV[5], ARGV[6])
   if refusal then return {refusal} end
-  redis.call('DEL', session, tokens)
-  redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[6] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[7], 'version', 0, 'transcript', ARGV[8])
-  redis.call('SET', tokens, ARGV[6])
+  redis.call('DEL', session, tokens, notes)
+  redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
+    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9])
+  redis.call('SET', tokens, ARGV[7])
 end
-touch(session, tokens, name)
+touch(session, tokens, notes, name)
 return load(session, tokens)
 """
 )
@@ -99,32 +116,38 @@ GET = (
     + """
 local wrong = unsound(session, tokens)
 if wrong then return {wrong} end
-touch(session, tokens, name)
+touch(session, tokens, notes, name)
 return load(session, tokens)
 """
 )
 
-#: KEYS: also the new session's two. ARGV: the new one's name, an id of this creation, most sessions of all and of its tenant.
+#: KEYS: also the new session's hash, tokens and notes. ARGV: the new one's name, an id of this creation, most sessions of all
+#: and of its tenant, whether one of its tenant's may be evicted; if it is to be shorter: how many tokens, open, transcript.
 FORK = (
     _COMMON
     + """
 local wrong = unsound(session, tokens)
 if wrong then return {wrong} end
-touch(session, tokens, name)
-local new, copied = KEYS[5], KEYS[6]
+touch(session, tokens, notes, name)
+if ARGV[8] and tonumber(ARGV[8]) > tonumber(redis.call('HGET', session, 'tokens')) then return {'shorter'} end
+local new, copied, no_notes = KEYS[6], KEYS[7], KEYS[8]
 wrong = unsound(new, copied)
 if wrong ~= 'missing' then
   if wrong or redis.call('HGET', new, 'made') ~= ARGV[4] then return {'exists'} end
 else
-  local refusal = full(ARGV[5], ARGV[6])
+  local refusal = full(ARGV[5], ARGV[6], ARGV[7])
   if refusal then return {refusal} end
-  redis.call('DEL', new, copied)
+  redis.call('DEL', new, copied, no_notes)
   redis.call('COPY', session, new)
   redis.call('COPY', tokens, copied)
   redis.call('HDEL', new, 'turn', 'until', 'committed')
   redis.call('HSET', new, 'made', ARGV[4])
+  if ARGV[8] then
+    redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10])
+  end
 end
-touch(new, copied, ARGV[3])
+touch(new, copied, no_notes, ARGV[3])
 return load(new, copied)
 """
 )
@@ -133,7 +156,7 @@ DELETE = (
     _COMMON
     + """
 local wrong = unsound(session, tokens)
-redis.call('DEL', session, tokens)
+redis.call('DEL', session, tokens, notes)
 redis.call('ZREM', all, name)
 redis.call('ZREM', own, name)
 return {wrong == 'missing' and 'missing' or 'ok'}
@@ -149,7 +172,7 @@ if wrong then return {wrong} end
 local held = holder(session)
 if held and held ~= ARGV[3] then return {'busy'} end
 redis.call('HSET', session, 'turn', ARGV[3], 'until', now + tonumber(ARGV[4]))
-touch(session, tokens, name)
+touch(session, tokens, notes, name)
 return load(session, tokens)
 """
 )
@@ -160,14 +183,14 @@ RENEW = (
     + """
 if unsound(session, tokens) or redis.call('HGET', session, 'turn') ~= ARGV[3] then return {'lost'} end
 redis.call('HSET', session, 'until', now + tonumber(ARGV[4]))
-touch(session, tokens, name)
+touch(session, tokens, notes, name)
 return {'ok'}
 """
 )
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript.
+#: transcript, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -188,7 +211,38 @@ redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', to
   'prefilled', ARGV[8], 'transcript', ARGV[9])
 redis.call('HINCRBY', session, 'turns', 1)
 redis.call('HINCRBY', session, 'version', 1)
-touch(session, tokens, name)
+for i = 10, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+touch(session, tokens, notes, name)
+return {'ok'}
+"""
+)
+
+#: ARGV: the keys wanted; none: all.
+NOTES = (
+    _COMMON
+    + """
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
+touch(session, tokens, notes, name)
+if #ARGV == 2 then return {'ok', redis.call('HGETALL', notes)} end
+return {'ok', redis.call('HMGET', notes, unpack(ARGV, 3))}
+"""
+)
+
+#: ARGV: key and text in turns; a text follows a "+", and without one the note is taken out.
+NOTE = (
+    _COMMON
+    + """
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
+for i = 3, #ARGV, 2 do
+  if ARGV[i + 1] == '' then
+    redis.call('HDEL', notes, ARGV[i])
+  else
+    redis.call('HSET', notes, ARGV[i], string.sub(ARGV[i + 1], 2))
+  end
+end
+touch(session, tokens, notes, name)
 return {'ok'}
 """
 )
@@ -199,7 +253,7 @@ END = (
     + """
 if not unsound(session, tokens) and redis.call('HGET', session, 'turn') == ARGV[3] then
   redis.call('HDEL', session, 'turn', 'until')
-  touch(session, tokens, name)
+  touch(session, tokens, notes, name)
 end
 return {'ok'}
 """

@@ -4,6 +4,8 @@ import pytest
 from session_stores import InMemory, InRedis
 
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
+from prefillshare.router.sessions.base import Mark
+from prefillshare.router.sessions.transcript import Transcript
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -259,3 +261,85 @@ async def test_a_context_that_does_not_begin_with_the_old_one_takes_its_place(st
     for context in ([1, 2], [4, 2, 9], []):
         await take(store, "s", context)
         assert (await store.get("s", tenant="")).token_ids == tuple(context)
+
+
+async def test_a_fork_may_begin_where_an_earlier_turn_ended(store):
+    said = Transcript().with_messages([{"role": "user", "content": "hi"}])
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1, 2, 3], True, said)
+    mark = (await store.get("s", tenant="")).mark
+    assert mark == Mark(3, True, said)
+    await take(store, "s", [1, 2, 3, 4, 5])
+    fork = await store.fork("s", "f", tenant="", at=mark)
+    for session in (fork, await store.get("f", tenant="")):
+        assert (session.token_ids, session.mark) == ((1, 2, 3), mark)
+    assert (await store.get("s", tenant="")).token_ids == (1, 2, 3, 4, 5)
+
+
+async def test_no_fork_begins_behind_the_end(store):
+    await store.create("s", [1, 2], tenant="")
+    with pytest.raises(Conflict, match="shorter than 3 tokens"):
+        await store.fork("s", "f", tenant="", at=Mark(3))
+    assert await store.count() == 1
+
+
+async def test_notes_live_with_their_session_and_are_not_forked(store, where):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1], False, None, {"a": "one", "b": "zwei ü"})
+    await store.note("s", {"b": None, "c": "", "d": "+"}, tenant="")
+    assert await store.notes("s", tenant="") == {"a": "one", "c": "", "d": "+"}
+    assert await store.notes("s", tenant="", keys=["d", "b", "a"]) == {"d": "+", "a": "one"}
+    await store.fork("s", "f", tenant="")
+    assert await store.notes("f", tenant="") == {}
+    await store.delete("s", tenant="")
+    await store.create("s", tenant="")
+    assert await store.notes("s", tenant="") == {}
+    await store.note("s", {"a": "one"}, tenant="")
+    await where.pass_time(9)
+    assert await store.notes("s", tenant="") == {"a": "one"}
+    await where.pass_time(9)
+    assert await store.notes("s", tenant="") == {"a": "one"}, "asking for them uses the session"
+    await where.pass_time(11)
+    with pytest.raises(NotFound):
+        await store.notes("s", tenant="")
+    with pytest.raises(NotFound):
+        await store.note("s", {}, tenant="")
+
+
+async def test_a_commit_that_is_refused_adds_no_note(store):
+    await store.create("s", tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1], False)
+        session.version += 1
+        with pytest.raises(Conflict):
+            await store.commit(session, [1, 2], False, None, {"a": "one"})
+    assert await store.notes("s", tenant="") == {}
+
+
+async def test_a_store_that_evicts_gives_up_what_its_tenant_left_unused_for_longest(where):
+    store = where.make(max_sessions=5, ttl_s=100, max_per_tenant={"a": 2, "b": 2}, evicts=True)
+    await store.create("other", tenant="b")
+    for name in ("one", "two"):
+        await store.create(name, tenant="a")
+        await store.note(name, {"k": name}, tenant="a")
+        await where.pass_time(1)
+    await store.get("one", tenant="a")
+    await store.create("three", tenant="a")
+    with pytest.raises(NotFound):
+        await store.get("two", tenant="a")
+    assert (await store.get("other", tenant="b")).token_ids == ()
+    async with store.turn("one", tenant="a"):
+        await where.pass_time(1)
+        await store.create("four", tenant="a")
+        assert await store.count("a") == 2
+        with pytest.raises(NotFound):
+            await store.get("three", tenant="a")
+        async with store.turn("four", tenant="a"):
+            with pytest.raises(Overloaded):
+                await store.create("five", tenant="a")
+    await store.fork("four", "five", tenant="a")
+    with pytest.raises(NotFound):
+        await store.get("one", tenant="a")
+    await store.close()

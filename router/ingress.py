@@ -37,7 +37,7 @@ class RouterIngress:
         with quick_start.paused():
             from prefillshare.router.ahead.response_kv import ResponseKV
             from prefillshare.router.core import Core
-            from prefillshare.router.sessions import SessionGauge, open_sessions
+            from prefillshare.router.sessions import SessionGauge, open_sessions, open_threads
             from prefillshare.router.surfaces.surfaces import Surfaces
             from prefillshare.router.telemetry.ray_metrics import RayMetrics
 
@@ -55,6 +55,8 @@ class RouterIngress:
         config = deployment.router
         sessions = await open_sessions(config, tenants.max_sessions(config.max_sessions))
         at_end(sessions.close)
+        threads = await open_threads(config, tenants.names)
+        at_end(threads.close)
         self._core = Core(deployment.base, lambda name: handles.get(name) or _handle_of(name))
         at_end(self._core.stop)
         await self._core.start(deployment, tenants.shares())
@@ -62,7 +64,7 @@ class RouterIngress:
         compute_s = self._core.orchestrator.services.compute_s
         response_kv = ResponseKV.of(deployment, self._core.fleet, self._core.metrics, lambda: compute_s.value)
         at_end(response_kv.stop)
-        self._surfaces = await Surfaces.over(self._core, deployment, tenants, sessions, response_kv)
+        self._surfaces = await Surfaces.over(self._core, deployment, tenants, sessions, threads, response_kv)
         at_end(self._surfaces.stop)
         await self._surfaces.grpc.start()
         at_end(self.drain, GRACE_S)

@@ -113,6 +113,10 @@ class Tenants:
         self._digests = tuple((key, name) for name, tenant in self.by_name.items() for key in tenant.keys)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.by_name) or (ANONYMOUS.tenant,)
+
+    @property
     def fingerprint(self) -> str:
         """Changes with everything a keys file says, keys included."""
         everything = [(name, tenant.model_dump()) for name, tenant in self.by_name.items()]

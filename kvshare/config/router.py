@@ -58,6 +58,11 @@ class Router(Node):
     """Most sessions kept; with Redis, by all routers together. Beyond that, a new session is refused."""
     session_ttl_s: float = Field(3600, gt=0)
     """A session that is unused for this long is deleted, seconds."""
+    max_responses: int = Field(4096, ge=1)
+    """Most stored responses and conversations (OpenAI's APIs of these names) that a tenant has, counted by the threads that
+    they form: responses that follow each other are one. Beyond that, the one that was unused for longest is forgotten."""
+    response_ttl_s: float = Field(86400, gt=0)
+    """A stored response or conversation that is unused for this long is forgotten, seconds."""
     own_prompt: Literal["behind", "first"] = "behind"
     """Where calls over HTTP that go on from a session or an earlier response have what is the calling agent's own: its system
     prompt (`instructions`) and its tools. behind: after the shared context, right before the answer, so that agents with

@@ -13,12 +13,11 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from copy import copy
-from http import HTTPStatus
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
@@ -33,13 +32,13 @@ from vllm.v1.outputs import LogprobsLists
 from xgrammar import TokenizerInfo
 
 from prefillshare.kvshare.caller import Caller, current_caller
-from prefillshare.kvshare.errors import Internal, InvalidInput, NotFound, PrefillShareError, Unavailable
+from prefillshare.kvshare.errors import Internal, InvalidInput, PrefillShareError, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.grammars.client import GrammarClient
 from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
 from prefillshare.kvshare_vllm.surface.http_hang_ups import told_of_hang_up
-from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, note_failure
+from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import bound_turn
 from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
@@ -76,7 +75,7 @@ class Frontend(EngineClient):
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._base_name, self.run_turn, self._admit = base_name, run_turn, admit
         self.text = TextWork(self.model_config.max_model_len, self.renderer.tokenizer.max_chars_per_token)
-        self.text.serve(self.renderer, _to_vllm)
+        self.text.serve(self.renderer, to_vllm)
         self._compiler = GrammarClient(self._tokenizer_info, grammar_cpu_s)
         self.grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
 
@@ -111,7 +110,7 @@ class Frontend(EngineClient):
                 tokenization_kwargs=tokenization_kwargs,
             )
         except PrefillShareError as error:
-            raise _to_vllm(error) from error
+            raise to_vllm(error) from error
         text = prompt_text or extract_prompt_components(self.model_config, prompt)[0]
         if turn := bound_turn():
             return self._as_vllm(request_id, turn.outputs(request, decoder, caller, text))
@@ -163,7 +162,7 @@ class Frontend(EngineClient):
         try:
             self._admit(None, n)
         except PrefillShareError as error:
-            raise _to_vllm(error) from error
+            raise to_vllm(error) from error
 
     def run(
         self,
@@ -184,12 +183,12 @@ class Frontend(EngineClient):
                     note_begun()
                     yield output
         except PrefillShareError as error:
-            raise _to_vllm(error) from error
+            raise to_vllm(error) from error
         except VLLMClientError:
             raise
         except Exception as error:  # its text is for the log only: it may reveal internals
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
-            raise _to_vllm(Internal(f"request {request_id} failed; the router's log says why")) from error
+            raise to_vllm(Internal(f"request {request_id} failed; the router's log says why")) from error
 
     # The rest of EngineClient: there is no engine to pause, profile or reset here.
 
@@ -203,7 +202,7 @@ class Frontend(EngineClient):
         self.output_processor.abort_requests([request_id] if isinstance(request_id, str) else list(request_id), internal=False)
 
     async def encode(self, *args, **kwargs):
-        raise _to_vllm(InvalidInput("embeddings are not served"))
+        raise to_vllm(InvalidInput("embeddings are not served"))
         yield
 
     is_running = property(lambda self: True)
@@ -235,7 +234,7 @@ class Frontend(EngineClient):
     async def reset_encoder_cache(self) -> None: ...
 
     async def reset_prefix_cache(self, reset_running_requests=False, reset_connector=False) -> bool:
-        raise _to_vllm(InvalidInput("resetting caches over HTTP is not served"))
+        raise to_vllm(InvalidInput("resetting caches over HTTP is not served"))
 
     async def is_sleeping(self) -> bool:
         return False
@@ -244,7 +243,7 @@ class Frontend(EngineClient):
         return False
 
     async def _not_served(self, *args, **kwargs):
-        raise _to_vllm(InvalidInput("controlling engines over HTTP is not served"))
+        raise to_vllm(InvalidInput("controlling engines over HTTP is not served"))
 
     start_profile = stop_profile = sleep = wake_up = release_kv_cache_memory = _not_served
     pause_generation = resume_generation = _not_served
@@ -349,13 +348,3 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage
         prefill_stats=PrefillStats(num_cached_tokens=usage.cached_tokens) if is_first else None,
         kv_transfer_params={USAGE: usage.report()} if may_be_last else None,
     )
-
-
-def _to_vllm(error: PrefillShareError) -> Exception:
-    """Our errors as vLLM's HTTP layer knows them."""
-    note_failure(error)
-    if isinstance(error, NotFound):
-        return VLLMNotFoundError(str(error))
-    if isinstance(error, InvalidInput) and error.http_status == 400:
-        return VLLMValidationError(str(error), parameter=error.field)
-    return GracefulHTTPError(str(error), HTTPStatus(error.http_status))

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prefillshare.kvshare.errors import InvalidInput, PrefillShareError
+from prefillshare.kvshare.errors import InvalidInput, NotFound, PrefillShareError
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -32,7 +32,6 @@ _LENGTHS = frozenset({"input_tokens", "input_text"})
 #: Pattern of vLLM's advice on how to start its own server -> what that means here.
 _SETTINGS = (
     (re.compile(r"tool.*--tool-call-parser"), "tools need base.tool_call_parser, which this deployment does not set"),
-    (re.compile(r"VLLM_ENABLE_RESPONSES_API_STORE"), "responses are not kept here, so none can run in the background"),
 )
 _A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
 _REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
@@ -52,7 +51,7 @@ class HttpError:
     @classmethod
     def of(cls, error: PrefillShareError) -> HttpError:
         kind = _TYPES.get(error.http_status) or HTTPStatus(error.http_status).phrase
-        return cls(error.http_status, str(error), kind, error.field if isinstance(error, InvalidInput) else None)
+        return cls(error.http_status, str(error), kind, error.field if isinstance(error, InvalidInput | NotFound) else None)
 
 
 class OpenAI:

@@ -16,7 +16,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prefillshare.kvshare.errors import Overloaded, PrefillShareError
+from vllm.exceptions import GracefulHTTPError, VLLMNotFoundError, VLLMValidationError
+
+from prefillshare.kvshare.errors import InvalidInput, NotFound, Overloaded, PrefillShareError
 from prefillshare.kvshare_vllm.surface import http_errors
 from prefillshare.kvshare_vllm.surface.http_errors import HttpError
 
@@ -45,6 +47,16 @@ def note_failure(error: PrefillShareError) -> None:
     """The request being served is refused, or fails; the first failure is what its client is told."""
     if (turns := _turns.get()) and turns.failure is None:
         turns.failure = error
+
+
+def to_vllm(error: PrefillShareError) -> Exception:
+    """Our errors as vLLM's HTTP layer knows them."""
+    note_failure(error)
+    if isinstance(error, NotFound):
+        return VLLMNotFoundError(str(error))
+    if isinstance(error, InvalidInput) and error.http_status == 400:
+        return VLLMValidationError(str(error), parameter=error.field)
+    return GracefulHTTPError(str(error), HTTPStatus(error.http_status))
 
 
 class HttpRefusals:

@@ -25,6 +25,9 @@ SERVED = frozenset({
     "/openapi.json",
 })  # fmt: skip
 
+#: Routes of ours beside them.
+ADDED = frozenset({"/v1/models/{model:path}"})
+
 #: Routes that are known and left out, with the reason. A route in neither list is new in vLLM, and is left out, too.
 LEFT_OUT = {
     "/load": "it counts nothing unless vLLM's own server is told to",
@@ -32,8 +35,8 @@ LEFT_OUT = {
     "/invocations": "it answers as the base, whatever `model` the request names",
     "/v1/systemone": "it needs raw log-probabilities, which the engines do not give",
     "/generative_scoring": "it needs log-probabilities of chosen tokens, which do not pass the router",
-    "/v1/responses/{response_id}": "responses are not kept (R7)",
-    "/v1/responses/{response_id}/cancel": "responses are not kept (R7)",
+    "/v1/responses/{response_id}": "vLLM's store knows no tenants (R7); the router has these routes itself",
+    "/v1/responses/{response_id}/cancel": "vLLM's store knows no tenants (R7); the router has these routes itself",
     "/scale_elastic_ep": "there is no engine here to scale",
     "/is_scaling_elastic_ep": "there is no engine here to scale",
     "/v1/chat/completions/render": "it feeds engines that are asked directly",

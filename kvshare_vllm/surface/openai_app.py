@@ -33,8 +33,10 @@ from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunn
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
 from prefillshare.kvshare_vllm.surface.http_routes import keep_served
+from prefillshare.kvshare_vllm.surface.model_route import serve_models_one_by_one
 from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
+from prefillshare.kvshare_vllm.surface.responses_route import Items, serve_responses
 
 openai_requests.install()
 
@@ -59,6 +61,8 @@ async def build_openai_app(
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     keep_served(app)
+    serve_responses(app)
+    serve_models_one_by_one(app)
     await init_app_state(frontend, app.state, args, tasks)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
     for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
@@ -66,6 +70,11 @@ async def build_openai_app(
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend
+
+
+def items_reader(app) -> Items:
+    """Reads items of conversations as this app's server does."""
+    return Items(app.state.openai_serving_responses)
 
 
 def set_decoders(app, decoders: Iterable[str]) -> None:

@@ -12,10 +12,12 @@ import math
 
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMValidationError
 
-from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.errors import InvalidInput, NotFound
+from prefillshare.kvshare_vllm.surface.http_refusals import to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import note_asked
 
 MOST_STOPS = 16
@@ -47,6 +49,13 @@ def check_request(request, client: EngineClient | None, max_model_len: int) -> N
             if value not in nothing and getattr(value, "type", None) != "text":
                 fix = "leave it out, or set use_beam_search to false"
                 raise InvalidInput("beam search does not keep to it", field=field, fix=fix)
+
+
+def check_served(model: str | None, models: OpenAIServingModels) -> None:
+    """Raises what vLLM's server answers with as 404 for a model that is not served; the message lists those that are."""
+    names = [*(path.name for path in models.base_model_paths), *models.lora_requests]
+    if model and model not in names:
+        raise to_vllm(NotFound(f"no model {model[:128]!r} is served", field="model", fix=f"use one of {', '.join(names)}"))
 
 
 def turns_of(request) -> int:
@@ -111,6 +120,7 @@ def _checked(check_model):
 
     async def checked(self, request):
         note_asked(self, request)
+        check_served(getattr(request, "model", None), self.models)
         try:
             check_request(request, getattr(self, "engine_client", None), self.model_config.max_model_len)
         except InvalidInput as error:

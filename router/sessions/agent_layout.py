@@ -40,12 +40,16 @@ class AgentLayout(ChatLayout):
     ) -> LaidOut:
         """`new` behind the context, which may be empty; then the agent's own messages and tools, and the answer's opening."""
 
-        def laid_out(answer: bool) -> list[int]:
-            added = self.appended(context, open_response, new, answer) if context else self.opening(new, answer)
-            return [*context, *added]
+        kept, suffix = self.added(context, open_response, new, True), self._own_part(own, tools)
+        if not suffix:
+            return LaidOut(kept, kept)
+        said = self.added(context, open_response, new)
+        return LaidOut(kept, said + self.ids(suffix + self._answer_opening()))
 
-        kept, suffix = laid_out(True), self._own_part(own, tools)
-        return LaidOut(kept, laid_out(False) + self.ids(suffix + self._answer_opening()) if suffix else kept)
+    def added(self, context: Sequence[int], open_response: bool, new: Messages, answer: bool = False) -> list[int]:
+        """The context with `new` behind it. `answer`: add the opening of the assistant's answer."""
+        new_ids = self.appended(context, open_response, new, answer) if context else self.opening(new, answer)
+        return [*context, *new_ids]
 
     def _own_part(self, own: Messages, tools: Messages | None) -> str:
         """Text of the agent's own messages and tools as they are laid out before a conversation; "" if there are none."""

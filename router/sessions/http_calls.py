@@ -60,6 +60,8 @@ class HttpCalls:
 class OpenCall:
     """A call that names no session."""
 
+    state = ""
+
     def __init__(self, calls: HttpCalls):
         self._calls = calls
 
@@ -172,7 +174,7 @@ class SessionCall:
         own, messages = apart(conversation.messages)
         if calls.own_first:
             first = tools if not session.token_ids else None
-            own, messages, tools = (), [*_as_message(tools), *conversation.messages], None
+            own, messages, tools = (), [*as_message(tools), *conversation.messages], None
         elif said.count and not said.begins(messages) and said.begins(conversation.messages):
             own, messages = (), conversation.messages  # the session began with these system messages
         if not said.begins(messages):
@@ -196,6 +198,6 @@ class SessionCall:
         await self._calls.sessions.commit(self._session, context, True, said)
 
 
-def _as_message(tools: Messages | None) -> list[dict[str, Any]]:
+def as_message(tools: Messages | None) -> list[dict[str, Any]]:
     """Tools that a context begins with, as a part of what it says."""
     return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import Unavailable
@@ -18,16 +18,30 @@ GAUGE_PERIOD_S = 5.0
 
 
 async def open_sessions(config: Router, max_per_tenant: Mapping[str, int]) -> SessionStore:
-    """The deployment's store, after it has answered once. Raises ConfigError or Unavailable."""
+    """The store of clients' sessions, after it has answered once. Raises ConfigError or Unavailable."""
+    return await _open(config, config.max_sessions, config.session_ttl_s, max_per_tenant)
+
+
+async def open_threads(config: Router, tenants: Sequence[str]) -> SessionStore:
+    """The store of what stored responses and conversations go on from; else as `open_sessions`. `tenants`: all their names."""
+    each = dict.fromkeys(tenants, config.max_responses)
+    most = config.max_responses * len(each)
+    return await _open(config, most, config.response_ttl_s, each, ":threads", evicts=True)
+
+
+async def _open(
+    config: Router, most: int, ttl_s: float, most_per_tenant: Mapping[str, int], suffix: str = "", *, evicts: bool = False
+) -> SessionStore:
     if config.redis_url is None:
-        return MemorySessions(config.max_sessions, config.session_ttl_s, max_per_tenant)
+        return MemorySessions(most, ttl_s, most_per_tenant, evicts=evicts)
     store = RedisSessions(
         config.redis_url,
-        config.max_sessions,
-        config.session_ttl_s,
-        max_per_tenant,
+        most,
+        ttl_s,
+        most_per_tenant,
         password=config.redis_password(),
-        prefix=config.redis_prefix,
+        prefix=config.redis_prefix + suffix,
+        evicts=evicts,
     )
     try:
         await store.check()

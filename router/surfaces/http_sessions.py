@@ -8,22 +8,36 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface import http_turn
-from prefillshare.router.sessions.http_calls import SessionCall
+from prefillshare.kvshare_vllm.surface.openai_app import items_reader
+from prefillshare.router.responses.conversations import Conversations
+from prefillshare.router.responses.response_call import ResponseCall
+from prefillshare.router.responses.stored import StoredResponses
+from prefillshare.router.responses.threads import Threads
+from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, SessionCall
+from prefillshare.router.surfaces.http_responses import add_routes
 
 SESSION_HEADER = "x-prefillshare-session"
 #: In the answer: "begun", "continued", or "as it is: " and the reason.
 STATE_HEADER = "x-prefillshare-session-state"
 #: Surfaces whose calls are conversations.
-CHATS = frozenset({"/v1/chat/completions", "/v1/messages", "/v1/responses"})
+RESPONSES = "/v1/responses"
+CHATS = frozenset({"/v1/chat/completions", "/v1/messages", RESPONSES})
+
+
+def serve_chats(app: FastAPI, calls: HttpCalls, threads: Threads) -> None:
+    """Have the app's HttpSessions tie calls to these contexts, and answer what is asked of stored ones."""
+    app.state.http_calls, app.state.threads = calls, threads
+    add_routes(app, StoredResponses(threads), Conversations(threads, calls, items_reader(app)))
 
 
 class HttpSessions:
-    """ASGI middleware, within the check of keys. `app.state.http_calls`: the router's HttpCalls."""
+    """ASGI middleware, within the check of keys, of an app that `serve_chats` has been called for."""
 
     def __init__(self, app):
         self._app = app
@@ -36,17 +50,22 @@ class HttpSessions:
             if session_id:
                 return await _refuse(scope["path"], scope, receive, send)
             return await self._app(scope, receive, send)
-        calls = scope["app"].state.http_calls
+        calls, threads = scope["app"].state.http_calls, scope["app"].state.threads
         async with AsyncExitStack() as stack:
-            call = calls.on_session(session_id, stack) if session_id else calls.without_session()
+            if session_id:
+                call = calls.on_session(session_id, stack)
+            elif scope["path"] == RESPONSES:
+                call = ResponseCall(calls, threads, stack)
+            else:
+                call = calls.without_session()
             token = http_turn.bind(call)
             try:
-                await self._app(scope, receive, _with_state(call, send) if session_id else send)
+                await self._app(scope, receive, _with_state(call, send))
             finally:
                 http_turn.unbind(token)
 
 
-def _with_state(call: SessionCall, send):
+def _with_state(call: SessionCall | ResponseCall | OpenCall, send):
     async def with_state(message):
         if message["type"] == "http.response.start" and call.state:
             header = (STATE_HEADER.encode(), call.state.encode("latin-1", "replace"))

@@ -9,7 +9,9 @@ from fastapi import FastAPI, Response
 
 from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app, set_decoders
+from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.core import Core
+from prefillshare.router.responses.threads import Threads
 from prefillshare.router.sessions import SessionStore
 from prefillshare.router.sessions.http_calls import HttpCalls
 from prefillshare.router.sessions.turns import Turns
@@ -17,7 +19,7 @@ from prefillshare.router.surfaces.cors import cors
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 from prefillshare.router.surfaces.http_auth import ApiKeys
 from prefillshare.router.surfaces.http_limits import HttpLimits
-from prefillshare.router.surfaces.http_sessions import HttpSessions
+from prefillshare.router.surfaces.http_sessions import HttpSessions, serve_chats
 from prefillshare.router.surfaces.readiness import Readiness, probe
 from prefillshare.router.surfaces.request_limits import RequestLimits
 from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
@@ -34,7 +36,13 @@ class Surfaces:
 
     @classmethod
     async def over(
-        cls, core: Core, deployment: Deployment, tenants: Tenants, sessions: SessionStore, response_kv
+        cls,
+        core: Core,
+        deployment: Deployment,
+        tenants: Tenants,
+        sessions: SessionStore,
+        threads: SessionStore,
+        response_kv: ResponseKV,
     ) -> Surfaces:
         """Nothing listens before `grpc.start`."""
         config, base = deployment.router, deployment.base
@@ -56,7 +64,8 @@ class Surfaces:
         )
         readiness = Readiness(core.decoders, sessions, lambda: core.orchestrator.draining, partial(probe, frontend))
         _add_readiness(app, readiness)
-        app.state.http_calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
+        calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
+        serve_chats(app, calls, Threads(threads))
         turns = Turns(base, core.decoders, frontend, sessions, response_kv)
         servicer = Servicer(turns, readiness.not_ready_because)
         grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)

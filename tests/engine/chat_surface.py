@@ -11,6 +11,7 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.responses.threads import Threads
 from prefillshare.router.sessions.memory import MemorySessions
 
 DECODERS = ("planner", "coder")
@@ -23,6 +24,7 @@ class ChatSurface:
     def __init__(self, model: str, **config):
         self.base = Base(model=model, dtype="float32", max_model_len=1024, tool_call_parser="hermes")
         self.config, self.sessions = config, MemorySessions(100, 100)
+        self.threads = MemorySessions(40, 100, {"": 20, "me": 20}, evicts=True)
         self.answers: list[str] = ["Yes."]
         self.prompts: list[str] = []
         self.ids: list[list[int]] = []
@@ -30,15 +32,14 @@ class ChatSurface:
     async def start(self) -> None:
         from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
         from prefillshare.router.sessions.http_calls import HttpCalls
-        from prefillshare.router.surfaces.http_sessions import HttpSessions
+        from prefillshare.router.surfaces.http_sessions import HttpSessions, serve_chats
 
         self.app, self.frontend = await build_openai_app(
             self.base, DECODERS, self._turn, lambda *_: None, middleware=[HttpSessions]
         )
         decoders = {name: Decoder(name, "agents", "prefillshare", name, "lora") for name in DECODERS}
-        self.app.state.http_calls = HttpCalls(
-            self.base, decoders, self.frontend, self.sessions, ResponseKV(), **self.config
-        )
+        calls = HttpCalls(self.base, decoders, self.frontend, self.sessions, ResponseKV(), **self.config)
+        serve_chats(self.app, calls, Threads(self.threads))
         self.tokenizer = self.frontend.renderer.tokenizer
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://router")
 

@@ -93,11 +93,11 @@ def error_of(answer: httpx.Response) -> dict:
 
 async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here_are_not_there(surface):
     from prefillshare.kvshare_vllm.surface import openai_app
-    from prefillshare.kvshare_vllm.surface.http_routes import LEFT_OUT, SERVED
+    from prefillshare.kvshare_vllm.surface.http_routes import ADDED, LEFT_OUT, SERVED
 
     theirs = openai_app.build_app(openai_app._arguments(surface.base), ("generate",), surface.frontend.model_config)
     assert {route.path for route in theirs.routes} == SERVED | LEFT_OUT.keys()
-    assert {route.path for route in surface.app.routes} == SERVED
+    assert {route.path for route in surface.app.routes} == SERVED | ADDED
     for path in LEFT_OUT:
         for way in ("GET", "POST"):
             assert (await surface.http.request(way, path, json={})).status_code == 404, path

@@ -29,6 +29,7 @@ ROOMS = {
     "router": (
         {"ingress"},
         {"surfaces"},
+        {"responses"},
         {"core", "sessions"},
         {"turn", "ahead"},
         {"pools", "tenants"},

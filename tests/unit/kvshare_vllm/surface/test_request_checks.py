@@ -140,7 +140,8 @@ def test_a_request_of_too_many_turns_goes_no_further_than_vllms_first_look():
             if turns > 3:
                 raise InvalidInput(f"{turns} turns", field="n", fix="ask for fewer")
 
-    service = SimpleNamespace(engine_client=Client(), model_config=SimpleNamespace(max_model_len=100))
+    models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")], lora_requests={})
+    service = SimpleNamespace(engine_client=Client(), model_config=SimpleNamespace(max_model_len=100), models=models)
     checked = _checked(check_model)
     with pytest.raises(VLLMValidationError, match="4 turns") as caught:
         asyncio.run(checked(service, CompletionRequest(prompt=["a", "b"], n=2)))

@@ -53,9 +53,9 @@ class RouterIngress:
             traces = tracing.set_up(deployment.tracing, "prefillshare-router", instance)
             at_end(asyncio.to_thread, traces.shutdown)  # it exports what is left, with a deadline
         config = deployment.router
-        sessions = await open_sessions(config, tenants.max_sessions(config.max_sessions))
+        sessions = await open_sessions(config, deployment.base, tenants.max_sessions(config.max_sessions))
         at_end(sessions.close)
-        threads = await open_threads(config, tenants.names)
+        threads = await open_threads(config, deployment.base, tenants.names)
         at_end(threads.close)
         self._core = Core(deployment.base, lambda name: handles.get(name) or _handle_of(name))
         at_end(self._core.stop)

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
-from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
+from prefillshare.kvshare.errors import ContractMismatch, PrefillShareError, SessionDamaged, Unavailable
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, Session, SessionStore
@@ -37,6 +37,7 @@ RETRY_S = 0.1
 
 class RedisSessions(SessionStore):
     """`prefix` tells apart the deployments that use one server. `lease_s`: how long a turn holds its session without renewal.
+    `tokenizer`: fingerprint of the base's. Token ids of another one mean nothing here: such a session raises ContractMismatch.
 
     `timeout_s` bounds every call, its retry included. A commit that ends in Unavailable may or may not have happened;
     any other error means that it has not.
@@ -54,9 +55,11 @@ class RedisSessions(SessionStore):
         lease_s: float = 5.0,
         timeout_s: float = 2.0,
         evicts: bool = False,
+        tokenizer: str = "",
     ):
         super().__init__(max_sessions, ttl_s, max_per_tenant, evicts=evicts)
         self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
+        self._tokenizer = tokenizer
         # `_call` sets the timeout and retries. With a socket_timeout, redis-py sends through asyncio.wait_for, which before
         # Python 3.12 may swallow a cancellation: a task that is being stopped would go on.
         pool = BlockingConnectionPool.from_url(
@@ -85,7 +88,7 @@ class RedisSessions(SessionStore):
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        content = (_packed(token_ids), cache_domain, _written(transcript))
+        content = (_packed(token_ids), cache_domain, _written(transcript), self._tokenizer)
         return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -104,9 +107,9 @@ class RedisSessions(SessionStore):
         self._check(answer, tenant, session_id, new_session_id)
         try:
             return self._session(answer, tenant, new_session_id)
-        except SessionDamaged:
+        except (SessionDamaged, ContractMismatch) as error:
             await self.delete(new_session_id, tenant=tenant)
-            raise self.damaged(session_id) from None
+            raise self.damaged(session_id) if isinstance(error, SessionDamaged) else error from None
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         keys, name = self._keys(tenant, session_id)
@@ -122,7 +125,7 @@ class RedisSessions(SessionStore):
         turn_id = uuid.uuid4().hex
         try:
             session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
-        except (asyncio.CancelledError, SessionDamaged):
+        except (asyncio.CancelledError, SessionDamaged, ContractMismatch):
             await self._end(tenant, session_id, turn_id)  # the turn may have begun nevertheless
             raise
         session.turn_id = turn_id
@@ -242,7 +245,8 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript) = answer
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer) = answer
+        self._check_tokenizer((tokenizer or b"").decode("ascii", "replace"), session_id)
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -263,6 +267,15 @@ class RedisSessions(SessionStore):
             bool(busy),
             int(version),
         )
+
+    def _check_tokenizer(self, theirs: str, session_id: str) -> None:
+        if theirs and self._tokenizer and theirs != self._tokenizer:
+            raise ContractMismatch(
+                f"session {session_id!r} consists of tokens of the tokenizer {theirs[:12]}; this deployment's base has"
+                f" {self._tokenizer[:12]}",
+                field="session_id",
+                fix="start a new session, or serve the base that it was begun with",
+            )
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence, *, again: bool = True) -> list:
         registered = self._redis.register_script(script)

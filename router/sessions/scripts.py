@@ -84,14 +84,15 @@ local function full(most, most_of_own, evicts)
 end
 
 local function load(session, tokens)
-  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript')
+  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript',
+    'tokenizer')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
-#: of its tenant's may be evicted, tokens, cache domain, transcript.
+#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer.
 CREATE = (
     _COMMON
     + """
@@ -103,7 +104,7 @@ else
   if refusal then return {refusal} end
   redis.call('DEL', session, tokens, notes)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9])
+    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'tokenizer', ARGV[10])
   redis.call('SET', tokens, ARGV[7])
 end
 touch(session, tokens, notes, name)

@@ -12,7 +12,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.responses.threads import Threads
-from prefillshare.router.sessions.memory import MemorySessions
+from prefillshare.router.sessions import MemorySessions, SessionStore
 
 DECODERS = ("planner", "coder")
 END = 2
@@ -21,10 +21,10 @@ END = 2
 class ChatSurface:
     """`answers`: the texts of the next responses, the last of them again and again. `prompts`: those of all turns, as text."""
 
-    def __init__(self, model: str, **config):
+    def __init__(self, model: str, threads: SessionStore | None = None, **config):
         self.base = Base(model=model, dtype="float32", max_model_len=1024, tool_call_parser="hermes")
         self.config, self.sessions = config, MemorySessions(100, 100)
-        self.threads = MemorySessions(40, 100, {"": 20, "me": 20}, evicts=True)
+        self.threads = threads or MemorySessions(40, 100, {"": 20, "me": 20}, evicts=True)
         self.answers: list[str] = ["Yes."]
         self.prompts: list[str] = []
         self.ids: list[list[int]] = []

@@ -66,6 +66,7 @@ class OpenCall:
         self._calls = calls
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
+        check_tool_results(conversation.messages)
         return await plain()
 
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
@@ -106,6 +107,7 @@ class SessionCall:
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         self._check_one_answer()
+        check_tool_results(conversation.messages)
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
         if not reason:
             reason = await self._continue(conversation)
@@ -196,6 +198,19 @@ class SessionCall:
     async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> None:
         said = self._transcript.with_messages([message_of(text, token_ids)])
         await self._calls.sessions.commit(self._session, context, True, said)
+
+
+def check_tool_results(messages: Messages) -> None:
+    """Raises InvalidInput for a tool's result that answers no call before it."""
+    calls: set[str] = set()
+    for number, message in enumerate(messages):
+        calls |= {call.get("id") for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool" and (call_id := message.get("tool_call_id")) and call_id not in calls:
+            raise InvalidInput(
+                f"no message before it calls a tool as {call_id[:128]!r}",
+                field=f"messages.{number}.tool_call_id",
+                fix="send the assistant's message with the call, too, and its id",
+            )
 
 
 def as_message(tools: Messages | None) -> list[dict[str, Any]]:

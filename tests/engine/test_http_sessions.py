@@ -147,6 +147,18 @@ async def test_several_answers_are_refused(behind, more):
         await behind.sessions.get("several", tenant="")
 
 
+@pytest.mark.parametrize("session", ["", "results"])
+async def test_a_tool_result_without_its_call_is_refused(behind, session):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "tool_calls": [call]}
+    messages = [ASK, called, {"role": "tool", "tool_call_id": "c2", "content": "x"}]
+    headers = {"x-prefillshare-session": session} if session else {}
+    answer = await behind.http.post("/v1/chat/completions", json={"model": "planner", "messages": messages}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages.2.tool_call_id")
+    messages[2]["tool_call_id"] = "c1"
+    await chat(behind, session, messages)
+
+
 async def test_a_surface_without_messages_refuses_the_header(behind):
     response = await behind.http.post(
         "/v1/completions", json={"model": "planner", "prompt": "hi"}, headers={"x-prefillshare-session": "s"}

@@ -20,15 +20,16 @@ from prefillshare.router.turn.terms import Terms
 @dataclass(frozen=True)
 class LaidOut:
     """Token ids before the response. `kept`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
-    which is not kept, makes the difference."""
+    which is not kept, makes the difference. `goes_on`: the suffix stands where it stood at the turn before."""
 
     kept: list[int]
     seen: list[int]
+    goes_on: bool = False
 
 
 #: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
-#: of the response.
-Keep = Callable[[list[int], str, list[int]], Awaitable[None]]
+#: of the response. Returns whether the same agent will take the next turn.
+Keep = Callable[[list[int], str, list[int]], Awaitable[bool | None]]
 
 
 async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> None:
@@ -54,8 +55,10 @@ class ContextTurn:
     async def outputs(self, request, decoder: str, **how) -> AsyncIterator:
         """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run."""
         laid_out = self.laid_out
-        lendable = laid_out.seen == laid_out.kept
-        with self.response_kv.of_turn(self.key, self.decoders[decoder], laid_out.kept, lendable=lendable) as response:
+        # Whoever is next either sees what this turn's decoder sees, or the context without what is this agent's own.
+        before = laid_out.seen if laid_out.goes_on else laid_out.kept
+        lendable = laid_out.seen == before
+        with self.response_kv.of_turn(self.key, self.decoders[decoder], before, lendable=lendable) as response:
             terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready)
             run = self.frontend.run(request, decoder, self.caller, terms=terms, **how)
             response.turns = run.turns
@@ -69,7 +72,9 @@ class ContextTurn:
                     if completion.finish_reason:
                         if completion.stop_reason is not None and completion.stop_reason in request.sampling_params.stop:
                             response.keep(self._shown(request, response.token_ids, shown))
-                        await self.keep(response.context, shown, response.token_ids)
+                        context = [*laid_out.kept, *response.as_kept]
+                        if await self.keep(context, shown, response.token_ids):
+                            response.go_on_from(laid_out.seen)
                         response.ended()
                     else:
                         response.grew()

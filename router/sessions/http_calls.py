@@ -24,7 +24,7 @@ from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, mes
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart
-from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
@@ -102,6 +102,7 @@ class SessionCall:
         self.state = ""
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
+        self._own: OwnPart | None = None
         #: What the context will say when the answer comes behind it.
         self._transcript: Transcript | None = None
 
@@ -188,16 +189,17 @@ class SessionCall:
         shown = [message for message in new if message["role"] != "tools"]
         chars = chars_of(shown) + chars_of(own) + chars_of(tools)
         calls.frontend.text.check_chars(chars, "messages")
-        context, is_open = session.token_ids, session.open_response
-        self._laid_out = await calls.frontend.text.run(
-            chars, lambda: layout.behind(context, is_open, shown, own, tools)
+        self._laid_out, self._own = await calls.frontend.text.run(
+            chars, lambda: layout.behind(session, shown, own, tools)
         )
         self._transcript = said.with_messages(new)
         return ""
 
-    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> None:
-        said = self._transcript.with_messages([message_of(text, token_ids)])
-        await self._calls.sessions.commit(self._session, context, True, said)
+    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> bool:
+        message = message_of(text, token_ids)
+        said = self._transcript.with_messages([message])
+        await self._calls.sessions.commit(self._session, context, True, said, own=self._own)
+        return "tool_calls" in message
 
 
 def check_tool_results(messages: Messages) -> None:

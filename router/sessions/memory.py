@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from prefillshare.router.clock import now
-from prefillshare.router.sessions.base import Mark, Session, SessionStore
+from prefillshare.router.sessions.base import Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -111,13 +111,14 @@ class MemorySessions(SessionStore):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        own: OwnPart | None = None,
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response, transcript)
+        self._committed(session, token_ids, open_response, transcript, own)
         record.session = replace(session, replicas=dict(session.replicas))
         record.notes |= notes
 

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from prefillshare.kvshare.errors import ContractMismatch, PrefillShareError, SessionDamaged, Unavailable
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
-from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, Session, SessionStore
+from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class RedisSessions(SessionStore):
         keys, name = self._keys(tenant, session_id)
         new_keys, new_name = self._keys(tenant, new_session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript))
+        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript), _written(at.own))
         args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, *most, *place)
         answer = await self._run(scripts.FORK, [*keys, *new_keys[:2], new_keys[-1]], args)
         if answer[0] == b"shorter":
@@ -154,6 +154,7 @@ class RedisSessions(SessionStore):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        own: OwnPart | None = None,
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -168,12 +169,13 @@ class RedisSessions(SessionStore):
             int(open_response),
             json.dumps(session.replicas),
             _written(transcript),
+            _written(own),
             *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response, transcript)
+        self._committed(session, token_ids, open_response, transcript, own)
 
     async def check(self) -> None:
         await self.count()
@@ -245,8 +247,8 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer) = answer
-        self._check_tokenizer((tokenizer or b"").decode("ascii", "replace"), session_id)
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own) = answer
+        self._check_tokenizer(_text(tokenizer), session_id)
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -263,7 +265,8 @@ class RedisSessions(SessionStore):
             is_open == b"1",
             replicas,
             cache_domain,
-            Transcript.parsed((transcript or b"").decode("ascii", "replace")),
+            Transcript.parsed(_text(transcript)),
+            OwnPart.parsed(_text(own)),
             bool(busy),
             int(version),
         )
@@ -316,8 +319,12 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-def _written(transcript: Transcript | None) -> str:
-    return "" if transcript is None else str(transcript)
+def _written(state: Transcript | OwnPart | None) -> str:
+    return "" if state is None else str(state)
+
+
+def _text(stored: bytes | None) -> str:
+    return (stored or b"").decode("ascii", "replace")
 
 
 def _pairs(listed: Sequence[bytes]) -> dict[str, bytes]:

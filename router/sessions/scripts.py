@@ -85,7 +85,7 @@ end
 
 local function load(session, tokens)
   local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript',
-    'tokenizer')
+    'tokenizer', 'own')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
@@ -123,7 +123,7 @@ return load(session, tokens)
 )
 
 #: KEYS: also the new session's hash, tokens and notes. ARGV: the new one's name, an id of this creation, most sessions of all
-#: and of its tenant, whether one of its tenant's may be evicted; if it is to be shorter: how many tokens, open, transcript.
+#: and of its tenant, whether one of its tenant's may be evicted; if it is to be shorter: tokens, open, transcript, own part.
 FORK = (
     _COMMON
     + """
@@ -145,7 +145,7 @@ else
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
-    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10])
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11])
   end
 end
 touch(new, copied, no_notes, ARGV[3])
@@ -191,7 +191,7 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, then notes: key and text in turns.
+#: transcript, own part, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -209,10 +209,10 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8], 'transcript', ARGV[9])
+  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10])
 redis.call('HINCRBY', session, 'turns', 1)
 redis.call('HINCRBY', session, 'version', 1)
-for i = 10, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+for i = 11, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
 touch(session, tokens, notes, name)
 return {'ok'}
 """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import openai
 import pytest
 import pytest_asyncio
-from chat_surface import ChatSurface
 from ports import free_port
 
+from benchmarks.chats.surface import ChatSurface
 from benchmarks.shared.redis_server import RedisServer
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.router.sessions import RedisSessions

@@ -16,6 +16,8 @@ class Refusal(StrEnum):
     NEVER_FITS = "never_fits"
     NO_REPLICA = "no_replica"
     TENANT_LIMIT = "tenant_limit"
+    TURNS_PER_MINUTE = "turns_per_minute"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
     TOO_LATE = "too_late"
     QUEUE_FULL = "queue_full"
     WAITED_TOO_LONG = "waited_too_long"

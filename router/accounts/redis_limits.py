@@ -46,14 +46,14 @@ _REASONS = {
 class RedisLimits(Limits):
     """Owns the task that renews the turns in progress, until `close`."""
 
-    def __init__(self, calls: RedisCalls, metrics: Metrics, lease_s: float = LEASE_S):
+    def __init__(self, calls: RedisCalls, metrics: Metrics):
         super().__init__(metrics)
-        self._calls, self._lease_s, self._alone = calls, lease_s, MemoryLimits(metrics)
+        self._calls, self._alone = calls, MemoryLimits(metrics)
         self._counted_alone = metrics["turns_limited_alone_total"]
         self._away_until = -math.inf
         self._open: dict[str, _InRedis] = {}
         self._background = Background(metrics)
-        self._renewal = asyncio.create_task(self._renew())
+        self._renewal = asyncio.create_task(self._keep_renewing())
 
     async def close(self) -> None:
         self._renewal.cancel()
@@ -65,7 +65,7 @@ class RedisLimits(Limits):
             return await self._take_alone(demand, cost)
         tenant, turn = demand.tenant, uuid.uuid4().hex
         most = tenant.max_in_progress
-        args = ("" if most is None else most, turn, cost, _ms(self._lease_s))
+        args = ("" if most is None else most, turn, cost, _ms(LEASE_S))
         try:
             status, wait_ms, told = await self.ask(scripts.TAKE, tenant, args, PATIENCE_S)
         except Unavailable:
@@ -97,20 +97,26 @@ class RedisLimits(Limits):
             return self._background.start("limit_settling", charge.told(tokens, back))
         return None
 
-    async def _renew(self) -> None:
+    async def renew(self) -> None:
+        """Renew the leases of this router's turns, and take what they have used beyond what was expected.
+
+        Raises Unavailable."""
+        by_tenant: dict[TenantShare, list[_InRedis]] = defaultdict(list)
+        for charge in self._open.values():
+            by_tenant[charge.tenant].append(charge)
+        for tenant, charges in by_tenant.items():
+            turns = [part for charge in charges for part in (charge.turn, charge.tokens)]
+            await self.ask(scripts.RENEW, tenant, (_ms(LEASE_S), *turns), CALL_S)
+
+    async def _keep_renewing(self) -> None:
         while True:
-            await asyncio.sleep(self._lease_s / 3)
-            by_tenant: dict[TenantShare, list[_InRedis]] = defaultdict(list)
-            for charge in self._open.values():
-                by_tenant[charge.tenant].append(charge)
-            for tenant, charges in by_tenant.items():
-                turns = [part for charge in charges for part in (charge.turn, charge.tokens)]
-                try:
-                    await self.ask(scripts.RENEW, tenant, (_ms(self._lease_s), *turns), CALL_S)
-                except Unavailable:
-                    break  # logged by the calls; the next round tries again
-                except Exception:
-                    logger.exception("turns in progress of tenant %r are not renewed", tenant.name)
+            await asyncio.sleep(LEASE_S / 3)
+            try:
+                await self.renew()
+            except Unavailable:
+                pass  # logged by the calls; the next round tries again
+            except Exception:
+                logger.exception("turns in progress are not renewed")
 
 
 class _InRedis(Charge):

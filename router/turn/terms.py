@@ -14,7 +14,7 @@ class Terms:
     replicas: dict[str, str] = field(default_factory=dict)
     #: Whether the decode engine is to lend the context's KV at the end, if its mode allows that.
     lend: bool = False
-    #: Whether it only finds out if turns succeed: nobody is charged for it.
-    is_probe: bool = False
     #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
     ready: Callable[[], Awaitable[None]] | None = None
+    #: Whether it only finds out if turns succeed: nobody is charged for it.
+    is_probe: bool = False

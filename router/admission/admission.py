@@ -103,7 +103,7 @@ class Admission:
         return grant
 
     def check_turns(self, turns: int, tenant: TenantShare) -> None:
-        """Raises InvalidInput if this many turns of one request could never be in progress at once."""
+        """Raises InvalidInput if this many turns of one request could never be begun at once."""
         limits = [(self._config.max_queued, "router.max_queued")]
         for field in ("max_in_progress", "turns_per_minute"):
             if (limit := getattr(tenant, field)) is not None:
@@ -111,7 +111,7 @@ class Admission:
         most, whose = min(limits)
         if turns > most:
             raise InvalidInput(
-                f"the request asks for {turns} responses at once, at most {most} can be in progress ({whose})",
+                f"the request asks for {turns} responses at once, at most {most} can be begun ({whose})",
                 field="n",
                 fix=f"ask for at most {most} in one request, counting each prompt n times",
             )

@@ -33,10 +33,10 @@ DEFINITIONS = {
         Metric(
             "prefillshare_turns_total",
             Counter,
-            "Turns ended, by outcome (ok, cancelled, or the error's name).",
+            "Turns ended, by outcome (ok, cancelled, limited: refused by a limit of the tenant's own, or the error's name).",
             ("decoder", "outcome"),
             "If errors rise, read the router's log for that error; if it is Overloaded, add replicas.",
-            known=("ok", "cancelled", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
+            known=("ok", "cancelled", "limited", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
         ),
         Metric(
             "prefillshare_turns_in_progress",

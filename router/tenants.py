@@ -73,11 +73,11 @@ class Tenant(Node):
     max_in_progress: int | None = Field(None, ge=1)
     """Most turns that the tenant may have in progress at once, waiting ones included; with Redis, over all routers. Unset: as
     many as router.max_queued."""
-    tokens_per_minute: int | None = Field(None, ge=1, le=10**12)
+    tokens_per_minute: int | None = Field(None, ge=1, le=10**9)
     """Tokens that the tenant may use a minute: prompt tokens that were not found cached, and generated tokens. When a turn
     begins, it takes what it is expected to use; when it ends, what it has really used. A minute's allowance may be used at
     once; a turn that needs more than that begins when all of it is there. With Redis, over all routers. Unset: no limit."""
-    turns_per_minute: int | None = Field(None, ge=1, le=10**12)
+    turns_per_minute: int | None = Field(None, ge=1, le=10**9)
     """Turns that the tenant may begin a minute; a request for `n` responses is `n` turns. As for tokens_per_minute, all of them
     may begin at once. With Redis, over all routers. Unset: no limit."""
     max_sessions: int | None = Field(None, ge=1)

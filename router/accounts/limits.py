@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from prefillshare.kvshare.errors import Overloaded
+from prefillshare.kvshare.errors import OverLimit
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.rate_limits import REQUESTS, TOKENS, Standing, note
 from prefillshare.router import clock
@@ -46,7 +46,7 @@ class Limits(ABC):
 
     async def take(self, demand: Demand, output_tokens: int) -> Charge:
         """`output_tokens`: what the turn is expected to generate. The caller's surface is told how the tenant stands then.
-        Raises Overloaded with a hint."""
+        Raises OverLimit with a hint."""
         tenant = demand.tenant
         if not tenant.is_limited:
             return Charge()
@@ -59,7 +59,7 @@ class Limits(ABC):
     async def close(self) -> None:
         """Stop working in the background."""
 
-    def _refusal(self, demand: Demand, reason: Refusal, cost: int, retry_s: float, standing: Standing) -> Overloaded:
+    def _refusal(self, demand: Demand, reason: Refusal, cost: int, retry_s: float, standing: Standing) -> OverLimit:
         note(standing)
         self._refused.labels(demand.pool, reason.value).inc()
         tenant = demand.tenant
@@ -72,7 +72,7 @@ class Limits(ABC):
             ),
         }[reason]
         where = f"tenants.{tenant.name}.{field}"
-        return Overloaded(text, field=where, retry_after_s=retry_s, fix=f"try again in {retry_s:.1f} s")
+        return OverLimit(text, field=where, retry_after_s=retry_s, fix=f"try again in {retry_s:.1f} s")
 
 
 class MemoryLimits(Limits):

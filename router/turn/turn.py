@@ -28,7 +28,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
+from prefillshare.kvshare.errors import DeadlineExceeded, Internal, OverLimit, PrefillShareError, PrefixLost, ReplicaLost
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode
@@ -126,6 +126,9 @@ class Turn:
             raise DeadlineExceeded(
                 f"request {request_id}: the deadline passed after {self.usage.completion_tokens} tokens"
             ) from None
+        except OverLimit:
+            outcome = "limited"
+            raise
         except PrefillShareError as error:
             outcome = type(error).__name__
             raise

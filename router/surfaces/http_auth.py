@@ -36,7 +36,7 @@ class ApiKeys:
         try:
             key = bearer(headers.get("authorization")) or headers.get("x-api-key")
             caller = self._tenants.identify(key).in_domain(headers.get(DOMAIN_HEADER, ""))
-            caller = caller.behind(_steps(headers.get(PRIORITY_HEADER, "0")))
+            caller = caller.behind(_steps(headers.get(PRIORITY_HEADER, "0")), PRIORITY_HEADER)
         except (Unauthenticated, PermissionDenied, InvalidInput) as error:
             return await _refuse(error, scope, receive, send)
         token = current_caller.set(caller)

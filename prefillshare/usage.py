@@ -28,7 +28,7 @@ _COLUMNS = {
     "cached": lambda used: _short(used.cached_tokens),
     "computed": lambda used: _short(used.computed_tokens),
     "generated": lambda used: _short(used.generated_tokens),
-    "KV GiB s": lambda used: _short(round(used.kv_byte_seconds / GIB, 1)),
+    "KV GiB s": lambda used: _short(_rounded(used.kv_byte_seconds / GIB)),
 }
 
 #: Who or what used it: day (if it is asked for), tenant, decoder.
@@ -36,9 +36,7 @@ Key = tuple[str, ...]
 
 
 def read(handle, since: date | None, until: date | None) -> list[Row]:
-    """The ledger's rows. Raises InvalidInput, or Unavailable if the router or its store does not answer."""
-    if since and until and since > until:
-        raise InvalidInput(f"{since} is after {until}", field="--since", fix="give the earlier day there")
+    """The ledger's rows. Raises Unavailable if the router or its store does not answer."""
     try:
         return handle.usage.remote(since, until).result(timeout_s=ANSWER_S)
     except Exception as error:  # Ray has an exception for each way in which a router does not answer
@@ -97,6 +95,11 @@ def _short(number: float) -> str:
     return f"{number:,}"
 
 
+def _rounded(number: float) -> float:
+    """To what is worth reading: three digits if it is small."""
+    return float(f"{number:.3g}") if number < 100 else round(number, 1)
+
+
 def _names(by_day: bool) -> tuple[str, ...]:
     return ("day", "tenant", "decoder") if by_day else ("tenant", "decoder")
 
@@ -104,8 +107,13 @@ def _names(by_day: bool) -> tuple[str, ...]:
 def usage_command(
     address: str, since: date | None, until: date | None, tenant: str | None, *, by_day: bool, form: str
 ) -> None:
-    """Print what has been used. `form`: "table", "json" or "csv". Raises ConfigError if nothing runs there."""
+    """Print what has been used. `form`: "table", "json" or "csv".
+
+    Raises InvalidInput, ConfigError if nothing runs there, and as `read` does."""
     from prefillshare.cluster import connected, running_handle
+
+    if since and until and since > until:
+        raise InvalidInput(f"{since} is after {until}", field="--since", fix="give the earlier day there")
 
     with connected(address):
         used = summed(read(running_handle(), since, until), by_day=by_day, tenant=tenant)

@@ -53,6 +53,8 @@ class RedisLedger(Ledger):
         #: When the oldest of what is not written was added.
         self._since: float | None = None
         self.is_behind = False
+        #: Key that keeps the ledger from being written.
+        self._damaged: bytes | None = None
         self._wake, self._tidied = asyncio.Event(), None
         metrics["usage_unwritten_seconds"].set_function(self._unwritten_s)
         self._background = Background(metrics)
@@ -119,9 +121,14 @@ class RedisLedger(Ledger):
             answer = await self._calls.run(scripts.WRITE, keys, args, timeout_s)
         except Unavailable:
             return False  # the calls have logged it
-        if answer[0] != b"ok":
-            logger.error("%r in Redis is not as this program writes it; usage stays in memory until it is removed", answer[1])
-        return answer[0] == b"ok"
+        except Exception:  # if the task ended, turns would wait for it for ever
+            logger.exception("usage is not written")
+            return False
+        damaged = answer[1] if answer[0] != b"ok" else None
+        if damaged and damaged != self._damaged:
+            logger.error("%r in Redis is not as this program writes it; usage stays in memory until it is removed", damaged)
+        self._damaged = damaged
+        return damaged is None
 
     def _packed(self, batch: Batch) -> tuple[list[str], list]:
         days = sorted({place.day for place in batch})
@@ -135,10 +142,13 @@ class RedisLedger(Ledger):
         return keys, args
 
     async def _tidy(self) -> None:
-        """Forget old days. If that fails, it is tried again on the next day."""
-        old = [day for day in await self._days() if day < self._first_day]
-        keys = [self._calls.key("usage", "routers"), self._calls.key("usage", "days"), *map(self._day_key, old)]
-        await self._calls.run(scripts.FORGET, keys, [ROUTER_S, *(day.isoformat() for day in old)], CALL_S)
+        """Forget old days; if Redis does not answer, after the next batch."""
+        try:
+            old = [day for day in await self._days() if day < self._first_day]
+            keys = [self._calls.key("usage", "routers"), self._calls.key("usage", "days"), *map(self._day_key, old)]
+            await self._calls.run(scripts.FORGET, keys, [ROUTER_S, *(day.isoformat() for day in old)], CALL_S)
+        except Unavailable:
+            self._tidied = None
 
     async def _days(self) -> list[date]:
         days = []

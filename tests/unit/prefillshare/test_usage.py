@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from prefillshare import usage
 from prefillshare.cli import app
-from prefillshare.kvshare.errors import InvalidInput, Unavailable
+from prefillshare.kvshare.errors import Unavailable
 from prefillshare.router.accounts.figures import Figures, Place, Row
 
 FIRST, SECOND = date(2026, 12, 1), date(2026, 12, 2)
@@ -40,9 +40,10 @@ def test_the_router_is_asked_for_the_days():
     assert router.asked == [(FIRST, SECOND)]
 
 
-def test_days_in_the_wrong_order_are_refused_by_field():
-    with pytest.raises(InvalidInput, match=r"^--since: 2026-12-02 is after 2026-12-01"):
-        usage.read(handle(ROWS), SECOND, FIRST)
+def test_days_in_the_wrong_order_are_refused_before_anything_is_connected():
+    result = CliRunner().invoke(app, ["usage", "--since", "2026-12-02", "--until", "2026-12-01"])
+    assert result.exit_code == 2
+    assert "--since: 2026-12-02 is after 2026-12-01 (fix: give the earlier day there)" in result.stderr
 
 
 def test_a_router_or_store_that_does_not_answer_is_a_typed_error():
@@ -84,6 +85,15 @@ def test_the_table_is_whole_in_80_columns(by_day):
     assert line.split() == ["total", "4", "101.2", "M", "91.0", "M", "10.2", "M", "902", "4.0"]
     assert "(anonymous)" in shown
     assert ("2026-12-02" in shown) == by_day
+
+
+@pytest.mark.parametrize(
+    ("byte_seconds", "shown"), [(0, "0.0"), (4_019_442, "0.00374"), (3 << 30, "3.0"), (1 << 50, "1,048,576.0")]
+)
+def test_kv_is_shown_whether_it_is_little_or_much(byte_seconds, shown):
+    console = Console(width=80, file=io.StringIO())
+    console.print(usage.as_table({("a", "d"): Figures(kv_byte_seconds=byte_seconds)}))
+    assert console.file.getvalue().split()[-1] == shown
 
 
 def test_two_forms_at_once_are_refused():

@@ -161,3 +161,18 @@ async def test_what_somebody_else_has_damaged_is_named_and_nothing_is_half_writt
         await redis.delete(where)
     await asyncio.wait_for(ledger._idle.wait(), PATIENCE_S)
     assert await figures(ledger) == Figures(2, 4)
+
+
+async def test_routers_that_have_long_written_nothing_are_forgotten(in_redis):
+    routers = f"{{{in_redis.prefix}}}:usage:routers"
+    async with Redis.from_url(in_redis.url) as redis:
+        now = (await redis.time())[0]
+        await redis.hset(routers, mapping={"long": f"7 {now - redis_ledger.ROUTER_S - 1}", "lately": f"7 {now - 60}"})
+        ledger = in_redis.ledger()
+        ledger.add("a", "d", Figures(1))
+        await ledger.written()
+
+        async def forgotten():
+            return set(await redis.hkeys(routers)) == {b"lately", ledger._router.encode()}
+
+        await until(forgotten)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from account_stores import InRedis
 from polling import PATIENCE_S, until
+from redis.asyncio import Redis
 
 from prefillshare.kvshare.errors import Overloaded
 from prefillshare.router.accounts import redis_limits
@@ -154,3 +155,15 @@ async def test_a_tenant_without_limits_does_not_ask_redis(own):
     server.pause()
     async with asyncio.timeout(redis_limits.PATIENCE_S / 2):
         assert type(await limits.take(Demand("agents", 10**9, tenant=TenantShare("free")), 10)) is Charge
+
+
+async def test_nothing_of_a_tenant_stays_in_redis_when_it_asks_no_more(in_redis):
+    limits = in_redis.limits()
+    ended, _ = [await limits.take(TURN, 10) for _ in range(2)]
+    async with Redis.from_url(in_redis.url) as redis:
+        keys = await redis.keys(f"{{{in_redis.prefix}}}:limits:*")
+        left_ms = [await redis.pttl(key) for key in keys]
+        assert len(keys) == 3
+        assert all(0 < ms <= 60_000 for ms in left_ms)
+    ended.settle(10)
+    await ended.settled()

@@ -10,6 +10,7 @@
     |   |-- SessionDamaged      what the store holds under the session's name is no session
     |-- Conflict                the session is busy with another turn, or has changed
     |-- Overloaded              a queue is full; carries a retry hint
+    |   |-- OverLimit           the caller's tenant asks for more than it may; others are not concerned
     |-- DeadlineExceeded        the deadline passed before the turn ended
     |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
     |   |-- ConnectionLost      the router that took the call is gone; a turn may have been committed before
@@ -125,6 +126,10 @@ class Overloaded(PrefillShareError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, **kw):
         super().__init__(message, **kw)
         self.retry_after_s = retry_after_s
+
+
+class OverLimit(Overloaded):
+    """The caller's tenant has begun, or has in progress, as much as the keys file lets it."""
 
 
 class DeadlineExceeded(PrefillShareError):

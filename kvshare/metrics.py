@@ -33,10 +33,10 @@ DEFINITIONS = {
         Metric(
             "prefillshare_turns_total",
             Counter,
-            "Turns ended, by outcome (ok, cancelled, or the error's name).",
+            "Turns ended, by outcome (ok, cancelled, limited: refused by a limit of the tenant's own, or the error's name).",
             ("decoder", "outcome"),
             "If errors rise, read the router's log for that error; if it is Overloaded, add replicas.",
-            known=("ok", "cancelled", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
+            known=("ok", "cancelled", "limited", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
         ),
         Metric(
             "prefillshare_turns_in_progress",
@@ -63,11 +63,16 @@ DEFINITIONS = {
         Metric(
             "prefillshare_turns_refused_total",
             Counter,
-            "Turns refused, by reason (never_fits, no_replica, tenant_limit, too_late, queue_full, waited_too_long).",
+            "Turns refused, by reason (never_fits, no_replica, tenant_limit, turns_per_minute, tokens_per_minute, too_late, "
+            "queue_full, waited_too_long).",
             ("pool", "reason"),
             "too_late: add replicas; queue_full: raise router.max_queued, or add replicas; never_fits: raise kv_cache_gib; "
-            "many waited_too_long with few too_late: turns take longer than before, so look at the engines.",
-            known=("never_fits", "no_replica", "tenant_limit", "too_late", "queue_full", "waited_too_long"),
+            "many waited_too_long with few too_late: turns take longer than before, so look at the engines; tenant_limit, "
+            "turns_per_minute, tokens_per_minute: a tenant asks for more than the keys file gives it.",
+            known=(
+                "never_fits", "no_replica", "tenant_limit", "turns_per_minute", "tokens_per_minute", "too_late", "queue_full",
+                "waited_too_long",
+            ),
         ),
         Metric(
             "prefillshare_prefill_tokens_total",
@@ -185,6 +190,41 @@ DEFINITIONS = {
             "Its rate is the throughput of a decoder.",
         ),
         Metric(
+            "prefillshare_tenant_turns_total",
+            Counter,
+            "Turns admitted, by tenant; after a hundred tenants, the others are counted together.",
+            ("tenant", "decoder"),
+            "It shows who uses the system. The ledger (prefillshare usage) has the exact figures, also after a restart.",
+        ),
+        Metric(
+            "prefillshare_tenant_tokens_total",
+            Counter,
+            "Tokens used by tenants, by kind (prompt; cached and computed, as at prefill; generated).",
+            ("tenant", "decoder", "kind"),
+            "computed rising relative to cached for one tenant: its calls share less; look at how it lays out its prompts.",
+        ),
+        Metric(
+            "prefillshare_tenant_kv_byte_seconds_total",
+            Counter,
+            "Bytes of KV that tenants' turns held on decode replicas, times the seconds for which they held them.",
+            ("tenant", "decoder"),
+            "Its rate is how much of the decode replicas' KV memory a tenant holds.",
+        ),
+        Metric(
+            "prefillshare_usage_unwritten_seconds",
+            Gauge,
+            "How long the oldest usage of this router waits to be written to Redis.",
+            (),
+            "Above a second: Redis does not take it; look at Redis. If the router ends before that, the usage is lost.",
+        ),
+        Metric(
+            "prefillshare_turns_limited_alone_total",
+            Counter,
+            "Turns whose tenant's limits this router applied by itself, because Redis did not answer.",
+            (),
+            "Above 0: tenants may get up to their limits from each router; look at Redis.",
+        ),
+        Metric(
             "prefillshare_kv_transfer_bytes_total",
             Counter,
             "Bytes of KV that decode replicas pulled from prefill replicas.",
@@ -227,11 +267,14 @@ DEFINITIONS = {
             "prefillshare_background_failures_total",
             Counter,
             "Background work that ended in an unforeseen error, by task (eager_prefill, pull_back, loan_release, "
-            "handoff_release, canary, replica_question).",
+            "handoff_release, canary, replica_question, usage_tidying, limit_settling).",
             ("task",),
             "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the session "
             "or request.",
-            known=("eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question"),
+            known=(
+                "eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question", "usage_tidying",
+                "limit_settling",
+            ),
         ),
         Metric(
             "prefillshare_resumes_total",
@@ -329,10 +372,11 @@ class Metrics:
         }
 
     def expect(self, decoders: Iterable[str], pools: Iterable[str]) -> None:
-        """Export the metrics with labels for these decoders and pools from now on, before anything is counted."""
+        """Export the metrics with labels for these decoders and pools from now on, before anything is counted; those of tenants
+        not before they use something, because there may be many."""
         values = {"decoder": list(decoders), "pool": list(pools)}
         for name, m in DEFINITIONS.items():
-            if not m.labels or m.kind is Gauge:
+            if not m.labels or m.kind is Gauge or "tenant" in m.labels:
                 continue
             of = [values[label] for label in m.labels if label in values]
             others = [(one,) if isinstance(one, str) else one for one in m.known] if len(of) < len(m.labels) else [()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 from prefillshare import extras, models
 from prefillshare.kvshare import contract, fingerprint
-from prefillshare.kvshare.errors import ConfigError, PrefillShareError
+from prefillshare.kvshare.errors import ConfigError, InvalidInput, PrefillShareError
 from prefillshare.progress import FetchProgress
 
 EXIT_REFUSED = 2
@@ -113,6 +114,33 @@ def status(
     from prefillshare.status import status_command
 
     status_command(address, watch, as_json)
+
+
+Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DAY", help="Like 2026-12-31, in UTC.")]
+
+
+@app.command()
+def usage(
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster; auto: the deployment on this machine.")] = "auto",
+    since: Day = None,
+    until: Day = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    by_day: Annotated[bool, typer.Option("--by-day", help="A line for each day.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
+) -> None:
+    """Show what tenants have used of each decoder: turns, tokens (prompt, cached, computed, generated), KV held.
+
+    With Redis the figures are those of all routers, exact whatever has ended in between; without, those since the router
+    started.
+    """
+    from prefillshare.usage import usage_command
+
+    if as_json and as_csv:
+        raise InvalidInput("--json and --csv exclude each other", field="--csv", fix="give one of them")
+    first, last = (moment and moment.date() for moment in (since, until))
+    form = "json" if as_json else "csv" if as_csv else "table"
+    usage_command(address, first, last, tenant, by_day=by_day, form=form)
 
 
 @app.command()

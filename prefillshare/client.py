@@ -250,7 +250,7 @@ def _typed(error: grpc.RpcError) -> errors.PrefillShareError:
     for packed in status.details if status else ():
         if packed.Unpack(detail):
             kind = getattr(errors, detail.kind, errors.PrefillShareError)
-            more = {"retry_after_s": detail.retry_after_s} if kind is errors.Overloaded else {}
+            more = {"retry_after_s": detail.retry_after_s} if issubclass(kind, errors.Overloaded) else {}
             return kind(detail.message, field=detail.field or None, fix=detail.fix or None, **more)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
         # gRPC itself refuses a message that is too large, before the router sees it: waiting would not help.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from prefillshare.kvshare import decoders as served_decoders
 from prefillshare.kvshare.config import Base, Deployment
 from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.fleet import Fleet
 from prefillshare.router.turn.canary import Canary
@@ -25,7 +26,7 @@ class Core:
         #: Adapters of the served deployment that engines could not load -> the reason.
         self.left_out: dict[str, str] = {}
 
-    async def start(self, deployment: Deployment, tenants: Mapping[str, TenantShare]) -> None:
+    async def start(self, deployment: Deployment, tenants: Mapping[str, TenantShare], accounts: Accounts) -> None:
         """Wait for the pools. Raises Unavailable if one of them has no replica in time."""
         routes = await self.fleet.adopt(deployment)
         self.orchestrator = Orchestrator(
@@ -36,6 +37,7 @@ class Core:
             self.metrics,
             tenants,
             deployment.cluster.kv_load_timeout_s,
+            accounts,
         )
         self.canary = Canary(self.orchestrator, self.metrics, deployment.router.canary_share)
         self._expect()

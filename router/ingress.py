@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from datetime import date
 
 from ray import serve
 
@@ -19,6 +20,7 @@ from prefillshare.kvshare.live_changes import taken_over
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.router import clock
+from prefillshare.router.accounts.figures import Row
 from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class RouterIngress:
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         ray_node.join()
         with quick_start.paused():
+            from prefillshare.router.accounts.accounts import Accounts
             from prefillshare.router.ahead.response_kv import ResponseKV
             from prefillshare.router.core import Core
             from prefillshare.router.sessions import SessionGauge, open_sessions, open_threads
@@ -58,8 +61,10 @@ class RouterIngress:
         threads = await open_threads(config, deployment.base, tenants.names)
         at_end(threads.close)
         self._core = Core(deployment.base, lambda name: handles.get(name) or _handle_of(name))
+        self._accounts = Accounts.of(deployment, self._core.metrics)
+        at_end(self._accounts.close)
         at_end(self._core.stop)
-        await self._core.start(deployment, tenants.shares())
+        await self._core.start(deployment, tenants.shares(), self._accounts)
         at_end(SessionGauge(sessions, self._core.metrics["sessions"]).stop)
         compute_s = self._core.orchestrator.services.compute_s
         response_kv = ResponseKV.of(deployment, self._core.fleet, self._core.metrics, lambda: compute_s.value)
@@ -113,6 +118,10 @@ class RouterIngress:
     async def tenants(self) -> Tenants:
         """Who may call. Of API keys, only digests are in it."""
         return self._tenants
+
+    async def usage(self, since: date | None = None, until: date | None = None) -> list[Row]:
+        """The ledger, day by day; with Redis, that of all routers. Raises Unavailable."""
+        return await self._accounts.ledger.rows(since, until)
 
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
         """Pool -> replica -> current figures, for the replicas that answer; for tests and operators."""

@@ -69,14 +69,17 @@ class Router(Node):
     different ones share the context's KV; the context does not keep them. first: where the chat template puts them; then only
     calls with the same ones share."""
     redis_url: str | None = None
-    """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
-    "unix://path". Options: ssl_*. Unset: sessions are kept in the router's memory and are lost when the router ends. Required
-    for several routers."""
+    """Redis server (6.2 or newer, or Valkey) that keeps sessions and accounts: "redis://[user@]host[:port][/db]",
+    "rediss://..." (TLS), "unix://path". Options: ssl_*. Unset: both are kept in the router's memory and are lost when the
+    router ends. Required for several routers."""
     redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the Redis password, on every machine where a router may run. The password itself never
     stands in this file, which others may see, because Ray shows what it deploys."""
     redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Prefix of this deployment's keys in Redis. Deployments that share a server need different prefixes."""
+    usage_days: int = Field(400, ge=1, le=10_000)
+    """Days for which the ledger keeps what tenants have used (prefillshare usage). With redis_url the ledger is in Redis, and
+    exact whatever ends; otherwise it is in the router's memory, and lost when the router ends."""
     default_deadline_s: Annotated[float, TAKEN_OVER] = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: Annotated[int, TAKEN_OVER] = Field(64, ge=0)

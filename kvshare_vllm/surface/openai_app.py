@@ -31,6 +31,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from prefillshare.kvshare_vllm.surface import openai_requests
 from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
+from prefillshare.kvshare_vllm.surface.http_rate_limits import RateLimitHeaders
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
 from prefillshare.kvshare_vllm.surface.http_routes import keep_served
 from prefillshare.kvshare_vllm.surface.model_route import serve_models_one_by_one
@@ -50,7 +51,8 @@ async def build_openai_app(
     grammar_cpu_s: float = 5,
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each put
-    around those before it. HttpRefusals is put around middleware that answers requests itself, and HangUps around all."""
+    around those before it. HttpRefusals is put around middleware that answers requests itself, RateLimitHeaders around that,
+    and HangUps around all."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level
@@ -65,7 +67,7 @@ async def build_openai_app(
     serve_models_one_by_one(app)
     await init_app_state(frontend, app.state, args, tasks)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
-    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
+    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, RateLimitHeaders, HangUps):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays

@@ -7,8 +7,15 @@ from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 
+from prefillshare.kvshare.rate_limits import REQUESTS, TOKENS
+
 #: Response headers that scripts may read, besides those that browsers always show them.
-_SHOWN = ("retry-after", "x-request-id", "x-prefillshare-session-state")
+_SHOWN = (
+    "retry-after",
+    "x-request-id",
+    "x-prefillshare-session-state",
+    *(f"x-ratelimit-{which}-{what}" for what in (REQUESTS, TOKENS) for which in ("limit", "remaining", "reset")),
+)
 
 
 def cors(origins: Sequence[str]) -> list[Callable]:

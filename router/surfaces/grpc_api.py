@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from prefillshare.kvshare import addresses
+from prefillshare.kvshare import addresses, rate_limits
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
@@ -125,6 +125,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
+        rate_limits.listen()
         try:
             sampling = to_sampling_params(request.sampling)
             turn = self._turns.take(
@@ -150,6 +151,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
                                 context_tokens=event.context_tokens,
                             )
                         )
+                        context.set_trailing_metadata(rate_limits.headers_now())
                     yield response
         except PrefillShareError as error:
             await _abort(context, error)

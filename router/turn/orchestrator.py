@@ -13,6 +13,7 @@ from prefillshare.kvshare.errors import NotFound, Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router import clock
+from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.route import Route
@@ -27,7 +28,8 @@ from prefillshare.router.turn.turn import Turn
 
 
 class Orchestrator:
-    """`tenants`: what each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY."""
+    """`tenants`: what each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY. `accounts`: by default
+    in memory, without KV."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Orchestrator:
         metrics: Metrics,
         tenants: Mapping[str, TenantShare] = MappingProxyType({}),
         load_timeout_s: float = 30.0,
+        accounts: Accounts | None = None,
     ):
         #: Changed in place: surfaces hold it too.
         self.decoders = decoders
@@ -47,6 +50,7 @@ class Orchestrator:
             block_size=base.block_size,
             load_timeout_s=load_timeout_s,
             admission=Admission(config, base.block_size, self._sources(), metrics),
+            accounts=accounts or Accounts.in_memory(metrics, base.block_size),
             in_progress=InProgress(metrics),
             releases=Releases(metrics),
             layer_choice=LayerChoice(),

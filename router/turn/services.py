@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prefillshare.kvshare.config import Router
+from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.admission import Admission
 from prefillshare.router.admission.grant import NOBODY, TenantShare
 from prefillshare.router.service_rate import MeanRatio
@@ -25,6 +26,8 @@ class Services:
     #: Seconds that a decode call may take to its first token.
     load_timeout_s: float
     admission: Admission
+    #: What tenants have used, and how much they may use a minute.
+    accounts: Accounts
     in_progress: InProgress
     releases: Releases
     layer_choice: LayerChoice

@@ -16,3 +16,5 @@ class Terms:
     lend: bool = False
     #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
     ready: Callable[[], Awaitable[None]] | None = None
+    #: Whether it only finds out if turns succeed: nobody is charged for it.
+    is_probe: bool = False

@@ -1,6 +1,8 @@
 """A turn over token ids: prefill, handoff, decode, and the same again if a replica or the prefix is lost.
 
-1. Admit (admit.py): room for the turn's decode and prefill, or a place in the queue, or a refusal.
+1. Admit (admit.py): the tenant may use what the turn will need, and there is room for its decode and prefill, or a place in the
+   queue; otherwise it is refused. From here on the turn has an account (router/accounts): the ledger counts what it uses before
+   the client sees it.
 2. Prefill (prefill.py): the mode says how many prompt tokens are handed over. A replica of the shared pool, or of the pool's
    own, computes what it has not cached and answers with a lease on the blocks. If there is no such pool, or the decode
    engine is to make them itself (decider.py), they are made in 3.
@@ -26,7 +28,7 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
+from prefillshare.kvshare.errors import DeadlineExceeded, Internal, OverLimit, PrefillShareError, PrefixLost, ReplicaLost
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode
@@ -59,6 +61,8 @@ class Turn:
         #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV (R7).
         self.salt = cache_salt(call.caller.cache_domain, call.salt)
         self.usage = TurnUsage(prompt_tokens=len(call.prompt))
+        is_free = self.terms.is_probe
+        self.account = services.accounts.of_turn(call.caller.tenant, decoder.name, self.usage, is_free=is_free)
         self.span: Span = INVALID_SPAN
         self.generated: list[int] = []
         self.prefix = self._prefix()
@@ -114,6 +118,7 @@ class Turn:
                     async with admitted(self), aclosing(self._attempts()) as chunks:
                         async for chunk in chunks:
                             services.counted.generated(name, self.usage, chunk, clock.now() - started)
+                            await self.account.before_tokens_are_passed_on(last=bool(chunk.finish_reason))
                             yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -121,6 +126,9 @@ class Turn:
             raise DeadlineExceeded(
                 f"request {request_id}: the deadline passed after {self.usage.completion_tokens} tokens"
             ) from None
+        except OverLimit:
+            outcome = "limited"
+            raise
         except PrefillShareError as error:
             outcome = type(error).__name__
             raise
@@ -143,6 +151,7 @@ class Turn:
                     async for chunk in chunks:
                         self.generated += chunk.token_ids
                         self.grant.grow_to(len(self.generated))
+                        self.account.grew(len(self.call.prompt) + len(self.generated))
                         yield chunk
                         if chunk.finish_reason:
                             return

@@ -138,6 +138,7 @@ OTHER = {
         "max_responses": 6,
         "response_ttl_s": 8,
         "own_prompt": "first",
+        "usage_days": 30,
         "redis_url": "redis://other",
         "redis_password_env": "OTHER",
         "redis_prefix": "other",

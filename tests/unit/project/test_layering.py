@@ -32,7 +32,7 @@ ROOMS = {
         {"responses"},
         {"core", "sessions"},
         {"turn", "ahead"},
-        {"pools", "tenants"},
+        {"pools", "tenants", "accounts"},
         {"admission"},
         {"telemetry", "background", "service_rate", "clock"},
     ),

@@ -52,11 +52,16 @@ def found(given: str, folder: Path, field: str = "base.chat_template") -> str:
     )
 
 
+def path_of(given: str) -> Path:
+    """The file of what `found` has returned, on this machine."""
+    return shipped().get(given) or Path(given)
+
+
 def text_of(given: str | None, field: str = "base.chat_template") -> str | None:
     """The template's text; None if none is given. Raises ConfigError."""
     if given is None:
         return None
-    path = shipped().get(given) or Path(given)
+    path = path_of(given)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -48,7 +48,8 @@ def apply_command(file: Path) -> None:
     address = deployment.cluster.address or "auto"
     with connected(address, deployment.router.http_port):
         handle_to_change()
-        check_arguments(deployment)
+        for warning in check_arguments(deployment).warnings:
+            console.print(f"[yellow]warning[/]  {warning}", highlight=False, soft_wrap=True)
         with startup_progress(console) as progress:
             apply(deployment, progress)
             progress.done()

@@ -292,9 +292,9 @@ def test_a_decoder_is_served_under_the_templates_that_somebody_vouches_for_and_n
     assert vouched.other_templates == (served["b"].base.chat_template,)
     vouched.check(served["a"], "it")
     vouched.check(served["b"], "it")
-    for contract, base in ((vouched, served["c"]), (trained, served["b"])):
+    for decoder, base in ((vouched, served["c"]), (trained, served["b"])):
         with pytest.raises(ContractMismatch, match="whose chat_template is"):
-            contract.check(base, "it")
+            decoder.check(base, "it")
     with pytest.raises(ContractMismatch, match="whose weights is"):
         trained.with_template(replace(served["b"], base=replace(served["b"].base, weights="0")), "it")
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prefillshare import app, cli, watch
+from prefillshare.argument_check import Checked
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.watch import PATIENCE_S, Trouble, Watch
 
@@ -123,8 +124,7 @@ def test_serve_ends_with_a_status_and_the_reason_when_its_application_is_gone(mo
             ended.append(deployment)
 
     monkeypatch.setattr(app, "running", running)
-    monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
-    monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
+    monkeypatch.setattr(app, "check_arguments", lambda deployment: Checked())
     monkeypatch.setattr(watch, "ASK_S", 0.01)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     gone = partial(Trouble, "its application is gone from Ray Serve", 0.0)

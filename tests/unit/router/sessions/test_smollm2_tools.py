@@ -65,7 +65,8 @@ def test_tools_calls_and_results_are_laid_out_in_the_form_that_hermes_reads():
     conversation = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Bern?"},
-        {"role": "assistant", "content": "", "tool_calls": [called("get_weather", {"city": "Bärn", "n": 1.5}), called("now", {})]},
+        {"role": "assistant", "content": "", "tool_calls": [called("get_weather", {"city": "Bärn", "n": 1.5}),
+                                                            called("now", {})]},
         {"role": "tool", "tool_call_id": "call-1", "content": "rain"},
     ]
     assert Rendered(OURS).apply_chat_template(conversation, False, True, TOOLS) == (
@@ -123,7 +124,7 @@ def test_the_tools_adapter_was_trained_on_this_layout():
     """Its data described the functions in the system message, and laid calls out as text: the template does the same."""
     pytest.importorskip("bfcl_eval")
     own = ChatLayout(Rendered(OWN))
-    ascii_only = [(item, call) for item, call in tool_calls._live_items() if json.dumps([item, call], ensure_ascii=False).isascii()][:40]
+    ascii_only = [pair for pair in tool_calls._live_items() if json.dumps(pair, ensure_ascii=False).isascii()][:40]
     assert len(ascii_only) == 40
     for item, call in ascii_only:
         *asked, answer = tool_calls._transcript(item, call)["messages"]

@@ -117,6 +117,8 @@ def _use_template(base: Base, frontend: Frontend) -> None:
     tokenizer = frontend.renderer.tokenizer
     if (text := chat_template.text_of(base.chat_template)) is not None:
         tokenizer.chat_template = text
+        # vLLM's pool of tokenizers has copies of it, which lay out by the base's own template unless they are told.
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, chat_template=text)
     if base.tool_call_parser and (problem := chat_template.tools_problem(tokenizer)):
         logger.warning("base.tool_call_parser is %s, but %s (fix: set base.chat_template)", base.tool_call_parser, problem)
 

@@ -89,8 +89,8 @@ def test_text_that_cannot_be_a_call_is_not_held_back():
 
 PARTS = st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", "<tool_", "\n", " ", '{"name": "f"', '"name"', ': "f"', ', "arguments": ', '{"a": ', "1",
-         "2", '"x', '"', "\\", "\\u00e9", "}", "}}", "]", "[", "{", ",", ":", "text", "null", "é", ONE, ODD, L, "; ",
+        ["<tool_call>", "</tool_call>", "<tool_", "\n", " ", '{"name": "f"', '"name"', ': "f"', ', "arguments": ', '{"a": ',
+         "1", "2", '"x', '"', "\\", "\\u00e9", "}", "}}", "]", "[", "{", ",", ":", "text", "null", "é", ONE, ODD, L, "; ",
          "<|python_tag|>", '"parameters"']
     ),
     max_size=14,

@@ -8,7 +8,7 @@ import pytest
 from prefillshare import argument_check
 from prefillshare.argument_check import Checked, check_arguments
 from prefillshare.engines import engine_settings, fields
-from prefillshare.kvshare import chat_template, config
+from prefillshare.kvshare import config
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
 
 ASKED = "import sys, json; asked = json.load(sys.stdin); "
@@ -25,14 +25,15 @@ NEVER = (sys.executable, "-c", "raise SystemExit(3)")
 
 
 @pytest.fixture
-def deployment(model, adapter):
-    base = model()
+def deployment(model, adapter, tmp_path):
+    base, template = model(), tmp_path / "own.jinja"
+    template.write_text((base / "chat_template.jinja").read_text())
     pools = [
         {"pool": "agents", "adapters": {"a": str(adapter("a", base=base))}},
         {"pool": "alone", "adapters": {"b": str(adapter("b"))}, "sharing": "none"},
         {"pool": "apart", "adapters": {"c": str(adapter("c"))}, "sharing": "none", "prefill": {}, "max_loras": 2},
     ]
-    base = {"model": str(base), "max_model_len": 64, "tool_call_parser": "x", "chat_template": "smollm2_tools"}
+    base = {"model": str(base), "max_model_len": 64, "tool_call_parser": "x", "chat_template": str(template)}
     return config.parse({"base": base, "prefill": {}, "decode": pools})
 
 
@@ -58,8 +59,7 @@ def test_all_engines_are_asked_about_at_once_with_what_they_would_start_with(dep
             "print(json.dumps({'problems': [], 'unchecked': '', 'warnings': []}))")  # fmt: skip
     assert check_arguments(deployment, good) == Checked()
     asked = json.loads(seen.read_text())
-    template = chat_template.text_of("smollm2_tools")
-    assert asked["base"] == {"model": deployment.base.model, "tool_call_parser": "x", "chat_template": template}
+    assert asked["base"] == {"model": deployment.base.model, "tool_call_parser": "x", "chat_template": "{{ messages }}"}
     assert asked["engines"].keys() == engine_settings(deployment).keys()
     assert asked["engines"]["apart"]["adapters"] == dict(deployment.decode[2].adapters)
 

@@ -73,6 +73,12 @@ def text_of(given: str | None, field: str = "base.chat_template") -> str | None:
     return text
 
 
+def text_of_given(given: str | None, field: str) -> str | None:
+    """The text of a template that is named as in base.chat_template; relative paths are the current folder's. Raises
+    ConfigError naming the field."""
+    return text_of(given and found(given, Path(), field), field)
+
+
 def problem(tokenizer: Tokenizer) -> str:
     """Why the tokenizer's template cannot lay out a conversation; empty if it can."""
     try:

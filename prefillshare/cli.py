@@ -272,7 +272,7 @@ def _contract_of(folder: Path, template: str | None) -> contract.DecoderContract
 
 
 def _of_base(base: Path, template: str | None, trained_with: str = "") -> contract.DecoderContract:
-    text = chat_templates.text_of(template and chat_templates.found(template, Path(), "--chat-template"), "--chat-template")
+    text = chat_templates.text_of_given(template, "--chat-template")
     return contract.DecoderContract.of_base(base, trained_with, text)
 
 

@@ -2,6 +2,8 @@
 
 It is a Jinja file, or the name of a template that comes with us (kvshare/chat_templates/) or with vLLM. A name stays a name in
 the deployment, so that it means the template of whichever machine reads it; a file becomes an absolute path.
+
+Seam: vllm/transformers_utils/chat_templates/
 """
 
 from __future__ import annotations

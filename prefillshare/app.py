@@ -293,8 +293,7 @@ def serve_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
-    for warning in check_arguments(deployment).warnings:
-        console.print(f"[yellow]warning[/]  {warning}", highlight=False, soft_wrap=True)
+    check_arguments(deployment).warn(console)
     stop = threading.Event()
     with startup_progress(console) as progress, running(deployment, progress):
         # Not earlier: until here a signal ends the start-up, and Ray has set its own handlers.

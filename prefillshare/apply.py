@@ -48,8 +48,7 @@ def apply_command(file: Path) -> None:
     address = deployment.cluster.address or "auto"
     with connected(address, deployment.router.http_port):
         handle_to_change()
-        for warning in check_arguments(deployment).warnings:
-            console.print(f"[yellow]warning[/]  {warning}", highlight=False, soft_wrap=True)
+        check_arguments(deployment).warn(console)
         with startup_progress(console) as progress:
             apply(deployment, progress)
             progress.done()

@@ -10,6 +10,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from prefillshare.engines import engine_settings, fields
 from prefillshare.kvshare import chat_template, fingerprint
 from prefillshare.kvshare.config import Deployment
@@ -30,6 +33,10 @@ class Checked:
 
     unchecked: str = ""
     warnings: tuple[str, ...] = ()
+
+    def warn(self, console: Console) -> None:
+        for warning in self.warnings:
+            console.print(Text.assemble(("warning", "yellow"), f"  {warning}"), soft_wrap=True)
 
 
 def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> Checked:

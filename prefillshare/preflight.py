@@ -150,8 +150,7 @@ def check_command(file: Path) -> None:
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
     for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
         console.print(f"  {line}")
-    for warning in checked.warnings:
-        console.print(f"  [yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
+    checked.warn(console)
     if checked.unchecked:
         console.print(f"  not checked: whether vLLM accepts the engines' arguments ({checked.unchecked})")
     console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): anybody may call")

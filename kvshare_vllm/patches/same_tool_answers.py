@@ -1,15 +1,16 @@
 """An answer with tool calls is the same whether it is streamed or not, wherever it ends and however its tokens arrive.
 
-vLLM reads a whole answer and a stream with different code. Here both are read by kvshare_vllm/tool_text.py, for the parsers
-that write calls as JSON objects. And for all parsers:
+vLLM reads a whole answer and a stream with different code. Here kvshare_vllm/tool_text.py reads both for the parsers `hermes`,
+`longcat`, `llama3_json` and `llama4_json`, and for those with an engine of vLLM's (`qwen3_coder`, `glm45` and others) the code
+for streams reads both. And for all parsers:
 - A call that max_tokens cuts off is a call with a part of its arguments; a whole answer of vLLM's shows it as text.
 - The finish reason is `length` wherever an answer was cut off, and `tool_calls` only if there is a call. The tool that a
   request names is called with finish reason `stop`, as OpenAI has it.
 - Over Anthropic's Messages, where a call's input is an object, a call that was cut off has what of it is whole.
 
-Seam: vllm/parser/abstract_parser.py (DelegatingParser._extract_tool_calls, finalize_generation), vllm/tool_parsers/{hermes,
-longcat,llama}_tool_parser.py, vllm/entrypoints/openai/chat_completion/serving.py (chat_completion_full_generator),
-vllm/entrypoints/anthropic/serving.py (messages_full_converter)
+Seam: vllm/parser/abstract_parser.py (DelegatingParser.parse, _extract_tool_calls, finalize_generation),
+vllm/tool_parsers/{hermes,longcat,llama}_tool_parser.py, vllm/entrypoints/openai/chat_completion/serving.py
+(chat_completion_full_generator), vllm/entrypoints/anthropic/serving.py (messages_full_converter)
 
 Goes when: vLLM reads whole answers with the code that reads its streams, and its parsers do not depend on a stream's pieces.
 """
@@ -57,6 +58,7 @@ def install() -> None:
     for parser, reader in _READ.items():
         parser.tool_text = property(reader)
         parser.extract_tool_calls, parser.extract_tool_calls_streaming = _whole, _next
+    DelegatingParser.parse = _as_a_stream(DelegatingParser.parse)
     DelegatingParser._extract_tool_calls = _required(DelegatingParser._extract_tool_calls)
     DelegatingParser.finalize_generation = _with_the_rest(DelegatingParser.finalize_generation)
     OpenAIServingChat.chat_completion_full_generator = _with_finish_reasons(OpenAIServingChat.chat_completion_full_generator)
@@ -87,6 +89,24 @@ def _news(parser, text: str, ended: bool) -> DeltaMessage | None:
             deltas.append(DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=more)))
     more = content[len(told_content) :]
     return DeltaMessage(content=more or None, tool_calls=deltas) if more or deltas else None
+
+
+def _as_a_stream(parse):
+    def parsed(self, model_output, request, enable_auto_tools=False, model_output_token_ids=()):
+        """An answer as a stream of one piece, where the parser takes pieces of any size."""
+        if not (self._engine_based and enable_auto_tools) or self._tool_parser is None or self._reasoning_parser is not None:
+            return parse(self, model_output, request, enable_auto_tools, model_output_token_ids)
+        delta = self.parse_delta(model_output, list(model_output_token_ids), request, prompt_token_ids=[], finished=True)
+        if delta is None:
+            return None, None, []
+        calls: dict[int, FunctionCall] = {}
+        for piece in delta.tool_calls:
+            call = calls.setdefault(piece.index, FunctionCall(id=piece.id, name="", arguments=""))
+            call.name += piece.function.name or ""
+            call.arguments += piece.function.arguments or ""
+        return None, delta.content or None, list(calls.values())
+
+    return parsed
 
 
 def _with_the_rest(finalize):

@@ -4,8 +4,14 @@ from setuptools import find_packages, setup
 
 NAME = "prefillshare"
 INSIDE = ("decode_service", "finetuning", "kvshare", "kvshare_vllm", "prefill_service", "proof", "protos", "router")
-#: Files for people, which commands show or name.
-FILES = {"deploy.configs": ["*.yaml"], "deploy.grafana": ["*.json"], "deploy.keys": ["*.yaml"], "deploy.prometheus": ["*.yaml"]}
+#: Files that commands show or name, and chat templates.
+FILES = {
+    "deploy.configs": ["*.yaml"],
+    "deploy.grafana": ["*.json"],
+    "deploy.keys": ["*.yaml"],
+    "deploy.prometheus": ["*.yaml"],
+    "kvshare.chat_templates": ["*.jinja"],
+}
 
 inside = [*find_packages(include=[pattern for name in INSIDE for pattern in (name, f"{name}.*")]), *FILES]
 setup(

@@ -293,7 +293,7 @@ def serve_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
-    check_arguments(deployment)
+    check_arguments(deployment).warn(console)
     stop = threading.Event()
     with startup_progress(console) as progress, running(deployment, progress):
         # Not earlier: until here a signal ends the start-up, and Ray has set its own handlers.

@@ -48,7 +48,7 @@ def apply_command(file: Path) -> None:
     address = deployment.cluster.address or "auto"
     with connected(address, deployment.router.http_port):
         handle_to_change()
-        check_arguments(deployment)
+        check_arguments(deployment).warn(console)
         with startup_progress(console) as progress:
             apply(deployment, progress)
             progress.done()

@@ -42,8 +42,19 @@ class Base(_Node):
     block_size: int = Field(32, ge=1, le=256)
     """Tokens per KV block. CPU attention needs a multiple of 32; on GPUs 16 is usual."""
     tool_call_parser: str | None = None
-    """vLLM's tool parser for the base's family ("hermes", "llama3_json", ...). Unset: a request with tools is refused unless it
-    names the tool to call."""
+    """vLLM's tool parser for the base's family ("hermes", "llama3_json", ...). Unset: requests with tools are refused,
+    unless their tool_choice is "none"."""
+    tool_strict_level: Literal["auto", "forced", "function", "parameter"] = "forced"
+    """What tool calls are held to, beyond tools that a request marks as `strict`. auto: a forced call (tool_choice "required",
+    or a tool's name) calls a tool that is offered; its arguments are free. forced: its arguments also obey the tool's schema,
+    unless the tool says `strict: false`. function, parameter: as vLLM's --tool-strict-level: every call, also with tool_choice
+    "auto", calls a tool that is offered (function), with arguments that obey its schema (parameter). A schema that engines
+    cannot enforce in full is refused where it would have to be obeyed."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Template that lays out conversations, over both surfaces, instead of the one in base.model: a Jinja file (relative paths
+    are tried as for base.model), or the name of a template that comes with prefillshare ("smollm2_tools") or with vLLM
+    ("template_chatml"). It is part of the KV contract: decoders in sharing pools are served only if they were trained with it
+    (recipes' chat_template), or if somebody vouches for it (prefillshare contract write)."""
 
 
 class Autoscale(_Node):

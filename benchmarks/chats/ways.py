@@ -87,7 +87,8 @@ class _Client:
             called = await self._turn(agent, message)
             assert bool(called) == is_call, self._last
             self._count()
-        return {"prompt": self._prompt, "computed": self._computed, "continued": self._continued}
+        last = len(self._surface.ids[-1])
+        return {"prompt": self._prompt, "last_prompt": last, "computed": self._computed, "continued": self._continued}
 
     def _result(self, call_id: str, number: int) -> dict:
         return {"role": "tool", "tool_call_id": call_id, "content": f"def part_{number}(order):\n    return order.total()\n"}

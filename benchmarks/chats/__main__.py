@@ -30,8 +30,8 @@ FAMILIES = {
     "mistral": (str(TEMPLATES / "mistral.jinja"), ""),
 }
 RESULTS = Path(__file__).parents[1] / "results"
-#: Scenario -> family -> way -> {"prompt", "last_prompt", "computed", "continued"}: tokens of all prompts, of the last one, those
-#: that are computed, and turns that went on from token ids.
+#: Scenario -> family -> way -> {"prompt", "last_prompt", "computed", "continued"}: tokens of all prompts, of the last one,
+#: those that are computed, and turns that went on from token ids.
 Figures = dict[str, dict[str, dict[str, dict[str, int]]]]
 #: Scenario -> whether the agents are alike.
 SCENARIOS = {"own": False, "alike": True}

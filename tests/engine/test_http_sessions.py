@@ -6,7 +6,7 @@ import json
 
 import pytest
 import pytest_asyncio
-from chat_surface import END, ChatSurface
+from benchmarks.chats.surface import END, ChatSurface
 
 from prefillshare.kvshare.errors import NotFound
 

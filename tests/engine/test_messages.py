@@ -6,7 +6,7 @@ import anthropic
 import httpx2
 import pytest
 import pytest_asyncio
-from chat_surface import ChatSurface
+from benchmarks.chats.surface import ChatSurface
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 

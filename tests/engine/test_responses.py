@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 import pytest_asyncio
-from chat_surface import ChatSurface
+from benchmarks.chats.surface import ChatSurface
 from ports import free_port
 
 from benchmarks.shared.redis_server import RedisServer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 VARIABLE, OFF = "PREFILLSHARE_CHROMIUM", "off"
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 WAIT_S = 20.0
+#: A name that this browser finds at 127.0.0.1, as if its owner had pointed it there.
+REBOUND = "rebound.example"
 FLAGS = (
     "--headless", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check", "--disable-gpu",
     "--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking", "--hide-scrollbars",
-    "--font-render-hinting=none", "--force-color-profile=srgb",
+    "--font-render-hinting=none", "--force-color-profile=srgb", f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
 )  # fmt: skip
 #: Keys that are not characters.
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
@@ -182,20 +185,22 @@ async def chromium(folder: Path) -> AsyncIterator[Chromium]:
     if os.geteuid() == 0:
         flags.append("--no-sandbox")  # Chromium refuses to sandbox for root
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    quiet, nothing = asyncio.subprocess.DEVNULL, contextlib.suppress(ProcessLookupError)
     process = await asyncio.create_subprocess_exec(
         "bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", name, *flags,
-        pass_fds=(theirs_in, theirs_out), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-        stderr=(folder / "log").open("wb"),
+        pass_fds=(theirs_in, theirs_out), stdin=quiet, stdout=quiet, stderr=quiet,
     )  # fmt: skip
     os.close(theirs_in)
     os.close(theirs_out)
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit=1 << 28)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours_in, "rb"))
-    transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(ours_out, "wb"))
-    browser = Chromium(asyncio.StreamWriter(transport, protocol, None, loop), reader)
+    reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours_in, "rb"))
+    writing, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, os.fdopen(ours_out, "wb"))
+    browser = Chromium(asyncio.StreamWriter(writing, protocol, None, loop), reader)
     try:
         yield browser
     finally:
         await browser.close()
-        process.terminate()
+        reading.close()
+        with nothing:
+            process.terminate()
         await process.wait()

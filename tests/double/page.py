@@ -35,9 +35,11 @@ def app_of(running: System, tenants: Tenants | None = None, **router):
     wanted = deployment(1)
     wanted.router = Router(**router)
     core = SimpleNamespace(orchestrator=running.orchestrator, fleet=running.fleet, decoders=running.orchestrator.decoders)
-    chat = Route("/v1/chat/completions", Chat(running), methods=["POST"])
-    routes = [*page_routes(Feed(core, wanted), wanted.router), chat]
-    return ApiKeys(Starlette(routes=routes), tenants or Tenants())
+    chat = Chat(running)
+    routes = [*page_routes(Feed(core, wanted), wanted.router), Route("/v1/chat/completions", chat, methods=["POST"])]
+    app = ApiKeys(Starlette(routes=routes), tenants or Tenants())
+    app.chat = chat
+    return app
 
 
 class Chat:

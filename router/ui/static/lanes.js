@@ -101,8 +101,8 @@ function makeRow({ turn, number }) {
     figure("cached"),
     figure("computed"),
     figure("generated"),
-    cell("made"),
-    cell("ran"),
+    cell("made", el("span", { class: "unit" }, "KV "), el("span", {})),
+    cell("ran", el("span", { class: "unit" }, "decoded by "), el("span", {})),
     cell("first", el("span", {}), el("span", { class: "unit" }, " to the first token")),
   );
   button.addEventListener("click", () => {
@@ -128,12 +128,12 @@ function updateRow(row, { turn, number }, whole, context, again = false) {
   const by = where && where !== "here" ? turn.prefill_replica : "";
   if (made.dataset.seen !== where + by) {
     made.dataset.seen = where + by;
-    made.replaceChildren(where || "–", by ? el("code", { title: named(by, context) }, short(by)) : "");
+    made.lastElementChild.replaceChildren(where || "–", by ? el("code", { title: named(by, context) }, short(by)) : "");
   }
   if (ran.dataset.seen !== turn.decode_replica) {
     ran.dataset.seen = turn.decode_replica;
     const by = turn.decode_replica;
-    ran.replaceChildren(by ? el("code", { title: named(by, context) }, short(by)) : "–");
+    ran.lastElementChild.replaceChildren(by ? el("code", { title: named(by, context) }, short(by)) : "–");
   }
   const [state, text] = end(turn);
   say(ttft.firstElementChild, text);

@@ -103,7 +103,7 @@ function showFigures(turns) {
     ],
     ["computed", count(sum((turn) => turn.computed_tokens)), "prompt tokens"],
     ["generated", count(sum((turn) => turn.completion_tokens)), "tokens"],
-    ["turns", count(turns.length), failed ? `${count(failed)} of them failed` : "of late"],
+    ["turns", count(turns.length), failed ? `${count(failed)} of them failed` : "taken lately"],
     ["running", count(running), running === 1 ? "turn" : "turns"],
   ];
   const make = ([name]) => el("div", {}, el("dt", {}, name), el("dd", {}, el("b", {}), el("span", { class: "quiet" })));

@@ -64,7 +64,7 @@ export function start(root, { store, headers, ask }) {
 
   function begin() {
     talk?.running?.abort();
-    talk = { session: `ui-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`, messages: [], running: null };
+    talk = { session: `ui-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`, messages: [], bars: [], running: null };
     said.replaceChildren();
     say(trouble, "");
     context.value = context.value || CONTEXT;
@@ -108,7 +108,7 @@ export function start(root, { store, headers, ask }) {
       speakers.find((speaker) => speaker !== next()).radio.checked = true;
       name();
       message.focus();
-      await showCost(answer, told, decoder);
+      await showCost(mine, answer, told, decoder);
     } catch (error) {
       asked.remove();
       answer.remove();
@@ -141,7 +141,7 @@ export function start(root, { store, headers, ask }) {
   }
 
   /** What the turn cost, as the router's log of turns has it; where another router took the turn, as the answer said. */
-  async function showCost(answer, told, decoder) {
+  async function showCost(mine, answer, told, decoder) {
     let turn = null;
     for (let look = 0; look < LOOKS && !turn?.outcome; look += 1) {
       if (look) await new Promise((resolve) => setTimeout(resolve, 250));
@@ -150,7 +150,9 @@ export function start(root, { store, headers, ask }) {
     }
     turn ??= asAnswered(told.usage, decoder);
     const bar = makeBar();
-    showBar(bar, turn, length(turn));
+    mine.bars.push([bar, turn]);
+    const whole = Math.max(...mine.bars.map(([, one]) => length(one)));
+    for (const [each, one] of mine.bars) showBar(each, one, whole);
     const cost = el("p", { class: "cost" }, `${count(turn.prompt_tokens)} prompt tokens: ${words(turn)}`);
     answer.append(bar, cost);
     answer.scrollIntoView({ block: "nearest" });

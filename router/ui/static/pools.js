@@ -62,7 +62,7 @@ function updateReplica(element, replica) {
     replica.stalled_s >= 1 ? `no step for ${Math.round(replica.stalled_s)} s` : "",
   ].filter(Boolean);
   const code = state.firstElementChild ?? state.appendChild(el("code", {}, short(replica.replica)));
-  const note = code.nextElementSibling ?? state.appendChild(el("span", {}));
+  const note = code.nextElementSibling ?? (state.append(" "), state.appendChild(el("span", {})));
   say(note, ails.length ? ails.join(", ") : "usable");
   set(note, "class", ails.length ? "" : "unseen");
   set(state, "data-state", ails.length ? "bad" : "good");

@@ -28,7 +28,8 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from prefillshare.kvshare_vllm.surface import openai_requests
+from prefillshare.kvshare_vllm.surface import api_docs, openai_requests
+from prefillshare.kvshare_vllm.surface.api_docs import serve_docs
 from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
@@ -63,6 +64,7 @@ async def build_openai_app(
     keep_served(app)
     serve_responses(app)
     serve_models_one_by_one(app)
+    serve_docs(app)
     await init_app_state(frontend, app.state, args, tasks)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
     for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
@@ -99,6 +101,7 @@ def _arguments(base: Base):
         "--dtype",
         base.dtype,
         "--enable-prompt-tokens-details",
+        api_docs.OPTION,
         "--generation-config",
         "vllm",
         "--max-logprobs",  # each pool has its own (Admit)

@@ -12,14 +12,15 @@ from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import PermissionDenied, Unauthenticated
+from prefillshare.kvshare_vllm.surface import api_docs
 from prefillshare.router.tenants import Tenants, bearer
 from prefillshare.router.ui import page
 
 #: Paths that take no key: health, metrics, the description of the API, the page at /ui but for its data. They show
 #: nothing of any tenant.
 OPEN = frozenset({
-    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json",
-}) | page.OPEN
+    "/ready", "/health", "/ping", "/version", "/metrics", api_docs.PAGE, *api_docs.FILES, "/openapi.json", *page.OPEN,
+})
 DOMAIN_HEADER = "x-prefillshare-cache-domain"
 
 

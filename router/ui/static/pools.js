@@ -74,7 +74,7 @@ function updateReplica(element, replica) {
   set(meter, "aria-valuetext", `${count(replica.blocks_used)} of ${count(replica.blocks_total)} blocks`);
   meter.firstElementChild.style.width = `${share}%`;
   set(meter, "data-state", share > 95 ? "full" : "");
-  say(text, `KV ${percent(replica.blocks_used, replica.blocks_total)}`);
+  say(text, `KV held ${percent(replica.blocks_used, replica.blocks_total)}`);
   set(kv, "title", `${count(replica.blocks_used)} of ${count(replica.blocks_total)} blocks held by turns`);
 }
 

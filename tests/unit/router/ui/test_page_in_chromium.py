@@ -35,8 +35,8 @@ WIDE, NARROW = 1280, 390
 ROWS = "document.querySelectorAll('#lanes tbody tr').length"
 #: The cells of a row in words, and the widths of its bar's parts in percent.
 CELLS = "[...document.querySelectorAll('#lanes li')[{lane}].querySelectorAll('tbody tr')].map((row) => "
-FIGURES = CELLS + "['.decoder', '.cached span', '.computed span', '.generated span', '.made :last-child', '.ran :last-child'].map((c) => " \
-    "row.querySelector(c).textContent))"  # fmt: skip
+FIGURES = CELLS + "['decoder', 'cached span', 'computed span', 'generated span', 'made :last-child', 'ran :last-child']" \
+    ".map((cell) => row.querySelector(`.${{cell}}`).textContent))"  # fmt: skip
 WIDTHS = CELLS + "[...row.querySelectorAll('.bar i')].map((part) => parseFloat(part.style.width)))"
 
 
@@ -177,7 +177,7 @@ async def test_pools_show_queues_and_kv_and_an_ejected_replica_by_more_than_a_co
             line = "document.querySelectorAll('.pool')[2]?.querySelectorAll('.replicas li')[1]"
             words = f"{line}?.innerText.replace(/\\s+/g, ' ')"
             text = await page.wait_for(f"{words}?.includes('1,200') && {words}")
-            assert text == "agents-2 usable 3 running, 1,200 waiting, 4,096 tokens to prefill KV 97 %"
+            assert text == "agents-2 usable 3 running, 1,200 waiting, 4,096 tokens to prefill KV held 97 %"
             running.fleet.pools["agents"].replicas.wellbeing.failed("agents-2", ResumeReason.GONE, for_good=True)
             await page.wait_for(f"{words}.startsWith('agents-2 ejected: gone 3 running')")
             meter = f"{line}.querySelector('[role=meter]')"

@@ -13,9 +13,12 @@ FILES = {
     "kvshare.chat_templates": ["*.jinja"],
 }
 
+#: What a browser loads from the router.
+PAGE = {"router.ui": ["static/*"]}
+
 inside = [*find_packages(include=[pattern for name in INSIDE for pattern in (name, f"{name}.*")]), *FILES]
 setup(
     packages=[NAME, *(f"{NAME}.{name}" for name in inside)],
     package_dir={NAME: NAME} | {f"{NAME}.{name}": name.replace(".", "/") for name in inside},
-    package_data={"": ["py.typed", "*.proto", "*.pyi"]} | {f"{NAME}.{name}": kinds for name, kinds in FILES.items()},
+    package_data={"": ["py.typed", "*.proto", "*.pyi"]} | {f"{NAME}.{name}": kinds for name, kinds in (FILES | PAGE).items()},
 )

@@ -304,6 +304,8 @@ def serve_command(file: Path) -> None:
         scheme = "https" if r.tls else "http"
         http, grpc = (addresses.joined(r.host, port) for port in (r.http_port, r.grpc_port))
         console.print(f"[green]ready[/]  OpenAI: {scheme}://{http}/v1   gRPC: {grpc}", highlight=False)
+        if r.ui != "off":
+            console.print(f"page: {scheme}://{http}/ui", highlight=False)
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         with Watch(deployment.cluster.start_timeout_s, stop) as watch:
             stop.wait()

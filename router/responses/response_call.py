@@ -108,6 +108,7 @@ class ResponseCall:
                 self._laid_out,
                 self._keep,
                 session.replicas,
+                session=session.session_id,
             ).outputs(request, decoder, prompt_text=prompt_text)
         async with aclosing(running) as outputs:
             async for output in outputs:

@@ -38,7 +38,7 @@ async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> 
 
 @dataclass
 class ContextTurn:
-    """`key`: names the context among those whose KV is made ahead. `replicas`: as in Terms."""
+    """`key`: names the context among those whose KV is made ahead. `replicas`, `session`: as in Terms."""
 
     frontend: Frontend
     response_kv: ResponseKV
@@ -49,6 +49,7 @@ class ContextTurn:
     keep: Keep = _keep_nothing
     replicas: dict[str, str] = field(default_factory=dict)
     deadline_s: float | None = None
+    session: str = ""
     #: Filled while the turn runs.
     usage: TurnUsage | None = None
 
@@ -59,7 +60,7 @@ class ContextTurn:
         before = laid_out.seen if laid_out.goes_on else laid_out.kept
         lendable = laid_out.seen == before
         with self.response_kv.of_turn(self.key, self.decoders[decoder], before, lendable=lendable) as response:
-            terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready)
+            terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready, self.session)
             run = self.frontend.run(request, decoder, self.caller, terms=terms, **how)
             response.turns = run.turns
             shown = ""

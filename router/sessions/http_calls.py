@@ -132,6 +132,7 @@ class SessionCall:
                 self._laid_out,
                 self._keep,
                 session.replicas,
+                session=self._session_id,
             ).outputs(request, decoder, prompt_text=prompt_text)
         async with aclosing(running) as outputs:
             async for output in outputs:

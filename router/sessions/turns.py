@@ -106,6 +106,7 @@ class Turns:
                 keep=partial(self._keep, session, given, suffix),
                 replicas=session.replicas,
                 deadline_s=deadline_s,
+                session=session_id,
             )
             async with aclosing(turn.outputs(request, decoder)) as outputs:
                 async for output in outputs:

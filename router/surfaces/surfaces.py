@@ -25,6 +25,8 @@ from prefillshare.router.surfaces.request_limits import RequestLimits
 from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
 from prefillshare.router.telemetry.trace_context import HttpTraces
 from prefillshare.router.tenants import Tenants
+from prefillshare.router.ui.feed import Feed
+from prefillshare.router.ui.page import page_routes
 
 
 class Surfaces:
@@ -66,6 +68,7 @@ class Surfaces:
         _add_readiness(app, readiness)
         calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
         serve_chats(app, calls, Threads(threads))
+        app.router.routes += page_routes(Feed(core, deployment), config)
         turns = Turns(base, core.decoders, frontend, sessions, response_kv)
         servicer = Servicer(turns, readiness.not_ready_because)
         grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)

@@ -18,6 +18,7 @@ from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.route import Route
 from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.telemetry.recent_turns import RecentTurns, kept_per_tenant
 from prefillshare.router.turn.decider import Decider
 from prefillshare.router.turn.in_progress import InProgress
 from prefillshare.router.turn.layer_choice import LayerChoice
@@ -57,6 +58,7 @@ class Orchestrator:
             decider=Decider(),
             counted=TurnMetrics(metrics, base.block_size),
             compute_s=MeanRatio(clock.now),
+            recent=RecentTurns(0 if config.ui == "off" else kept_per_tenant(len(tenants))),
             tenants=tenants,
         )
         self._watch_capacity()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from opentelemetry.trace import INVALID_SPAN, Span
@@ -39,6 +39,7 @@ from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
 from prefillshare.router.pools.pool import Placed
 from prefillshare.router.pools.route import Route
+from prefillshare.router.telemetry.recent_turns import RecentTurn
 from prefillshare.router.turn.admit import admitted
 from prefillshare.router.turn.decider import Choice, Where
 from prefillshare.router.turn.decode import decode
@@ -109,7 +110,7 @@ class Turn:
         """Yields the turn's tokens, and fills its usage. Raises PrefillShareError only."""
         name, request_id, services = self.decoder.name, self.call.request_id, self.services
         deadline_s = self.terms.deadline_s if self.terms.deadline_s is not None else services.config.default_deadline_s
-        started, outcome = clock.now(), "cancelled"
+        started, outcome, noted_end = clock.now(), "cancelled", self._note_beginning()
         try:
             with turn_span(self), services.in_progress.turn(name):
                 async with asyncio.timeout(deadline_s):
@@ -140,7 +141,9 @@ class Turn:
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._record(outcome, clock.now() - started)
+            elapsed = clock.now() - started
+            noted_end(outcome, elapsed)
+            self._record(outcome, elapsed)
 
     async def _attempts(self) -> AsyncIterator[TokenChunk]:
         while True:
@@ -162,6 +165,14 @@ class Turn:
     def _prefix(self) -> Prefix:
         """The part of the prompt and of the tokens generated after it that is handed over."""
         return Prefix.of(self.decoder, self.call.prompt, self.generated, self.services.block_size, self.salt)
+
+    def _note_beginning(self) -> Callable[[str, float], None]:
+        """Note the turn for the page at /ui. Returns what is to be called at its end (RecentTurns.began)."""
+        if self.terms.is_probe:
+            return lambda outcome, took_s: None
+        call, decoder = self.call, self.decoder
+        noted = RecentTurn(decoder.name, decoder.pool, call.request_id, self.terms.session, self.usage)
+        return self.services.recent.began(call.caller.tenant, noted, call.prompt)
 
     def _record(self, outcome: str, elapsed: float) -> None:
         name, request_id = self.decoder.name, self.call.request_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import httpx
 import pytest
@@ -105,7 +106,7 @@ async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here
 
 async def test_every_route_that_is_served_works(surface):
     assert error_of(await surface.http.get("/v1/nothing"))["code"] == 404
-    for path in ("/v1/models", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"):
+    for path in ("/v1/models", "/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"):
         assert (await surface.http.get(path)).status_code == 200, path
     for path in BODIES:
         assert (await surface.post(path)).status_code == 200, path
@@ -113,6 +114,17 @@ async def test_every_route_that_is_served_works(surface):
     assert (await surface.post("/v1/messages/count_tokens", messages=ASK)).json()["input_tokens"] > 0
     tokens = (await surface.post("/tokenize", prompt="hi")).json()["tokens"]
     assert (await surface.post("/detokenize", tokens=tokens)).json()["prompt"] == "hi"
+
+
+async def test_the_description_of_the_api_asks_no_other_host(surface):
+    page = await surface.http.get("/docs")
+    assert not re.search(r"https?:|[\"'(]//", page.text), page.text
+    for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text):
+        assert (await surface.http.get(f"/{name}")).status_code == 200, name
+    assert len(re.findall(r'"static/[^"]+"', page.text)) == 2
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; connect-src 'self'")
+    assert "http" not in policy
 
 
 # Refusals and failures

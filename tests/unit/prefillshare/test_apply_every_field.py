@@ -143,6 +143,8 @@ OTHER = {
         "redis_password_env": "OTHER",
         "redis_prefix": "other",
         "cors_origins": ["https://chat.example"],
+        "ui": "full",
+        "ui_hosts": ["agents.example"],
         "default_deadline_s": 9,
         "max_resumes": 3,
         "max_retries": 2,

@@ -29,7 +29,7 @@ ROOMS = {
     "router": (
         {"ingress"},
         {"surfaces"},
-        {"responses"},
+        {"responses", "ui"},
         {"core", "sessions"},
         {"turn", "ahead"},
         {"pools", "tenants", "accounts"},

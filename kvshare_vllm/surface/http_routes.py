@@ -21,7 +21,7 @@ SERVED = frozenset({
     "/metrics",
     "/docs",
     "/docs/oauth2-redirect",
-    "/redoc",
+    "/static",
     "/openapi.json",
 })  # fmt: skip
 

@@ -35,6 +35,7 @@ from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
 from prefillshare.kvshare_vllm.surface.http_routes import keep_served
 from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
+from prefillshare.kvshare_vllm.surface.self_description import describe
 
 openai_requests.install()
 
@@ -59,6 +60,7 @@ async def build_openai_app(
     tasks = await frontend.get_supported_tasks()
     app = build_app(args, tasks, frontend.model_config)
     keep_served(app)
+    describe(app)
     await init_app_state(frontend, app.state, args, tasks)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
     for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
@@ -92,6 +94,7 @@ def _arguments(base: Base):
         "--enable-prompt-tokens-details",
         "--generation-config",
         "vllm",
+        "--enable-offline-docs",
         "--max-logprobs",  # each pool has its own (Admit)
         "-1",
     ]

@@ -16,7 +16,8 @@ from prefillshare.router.tenants import Tenants, bearer
 
 #: Paths that take no key: health, metrics and the description of the API. They show nothing of any tenant.
 OPEN = frozenset({
-    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json",
+    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/openapi.json",
+    "/static/swagger-ui-bundle.js", "/static/swagger-ui.css",
 })
 DOMAIN_HEADER = "x-prefillshare-cache-domain"
 

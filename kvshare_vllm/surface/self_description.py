@@ -22,8 +22,8 @@ Many fine-tunes of one base model behind one address, which share the KV cache o
 `GET /v1/models` lists them. Requests and answers are those of OpenAI's API (chat completions, completions, responses) and of \
 Anthropic's (messages). Where the deployment has tenants, every request carries a key: `Authorization: Bearer KEY`.
 
-The `usage` of an answer says how many of its prompt's tokens were found cached. `GET /ready` says whether a turn on every pool \
-would succeed now. Sessions, whose context stays on the server, are served over gRPC.
+The `usage` of an answer says how many of its prompt's tokens were found cached. `GET /ready` says whether a turn on every \
+pool would succeed now.
 """
 #: The files of the page, which vLLM brings.
 SCRIPT, STYLE = "/static/swagger-ui-bundle.js", "/static/swagger-ui.css"

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import redis as redis_client
 import yaml
-from chart import CHART, ROOT, groups, of_kind, pods, rendered, serve_config
+from chart import CHART, RELEASE, ROOT, groups, of_kind, pods, rendered, serve_config
 from helm_python import HelmError, lint
 from ports import free_port
 from redis.backoff import ConstantBackoff
@@ -90,7 +90,7 @@ def test_an_examples_deployment_is_the_file_that_serve_takes(example):
     documents = rendered(values_of(example))
     serve = serve_config(documents)
     deployment = Deployment.model_validate(serve["applications"][0]["args"]["deployment"])
-    assert deployment == Deployment.model_validate(values_of(example)["deployment"])
+    assert deployment == Deployment.model_validate({**values_of(example)["deployment"], "name": RELEASE})
     assert deployment.router.host == "0.0.0.0"
     assert serve["http_options"]["port"] == deployment.router.http_port
     assert serve["applications"][0]["import_path"] == "prefillshare.app:application"

@@ -101,28 +101,43 @@ def serve(file: File) -> None:
     serve_command(file)
 
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Address of its Ray cluster; ray://HOST:10001 from other machines.",
+        show_default="the deployment of this name that was started on this machine",
+    ),
+]
+
+
 @app.command()
-def apply(file: File) -> None:
+def apply(file: File, address: Address = None) -> None:
     """Bring a running deployment in line with FILE: replicas, adapters, decode pools, the router's limits.
 
-    Turns go on meanwhile. The base and the cluster cannot change. A change of the gRPC port or of
-    sessions replaces the router; a change of the HTTP port or of TLS needs a new start.
+    It is the deployment that has the `name` in FILE. Turns go on meanwhile. The base and the cluster cannot change. A change of
+    the gRPC port or of sessions replaces the router; a change of the HTTP port or of TLS needs a new start.
     """
     from prefillshare.apply import apply_command
 
-    apply_command(file)
+    apply_command(file, address)
 
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Address of the Ray cluster; auto: the deployment on this machine.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the deployment.", show_default="the one that was started on this machine")
+    ] = None,
+    address: Address = None,
     watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again at this interval, seconds, until Ctrl-C.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Show what runs: decoders with their contracts, replicas with their queues and KV caches."""
+    """Show what runs and how it is doing: sessions, turns and KV hits; decoders; replicas with queues, KV caches and uptime.
+
+    If several deployments were started on this machine, it asks which one is meant, or says how to name it.
+    """
     from prefillshare.status import status_command
 
-    status_command(address, watch, as_json)
+    status_command(name, address, watch, as_json)
 
 
 Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DAY", help="Like 2026-12-31, in UTC.")]

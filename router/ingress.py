@@ -21,6 +21,7 @@ from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.router import clock
 from prefillshare.router.accounts.figures import Row
+from prefillshare.router.telemetry.figures import figures
 from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,10 @@ class RouterIngress:
     async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
         """Pool -> replica -> what it is, and whether it may get work."""
         return self._core.fleet.info()
+
+    async def figures(self) -> dict[str, object]:
+        """What this router has counted since it was started (router/telemetry/figures.py)."""
+        return figures(self._core.metrics)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new turns and let running ones finish, for at most `timeout_s` seconds."""

@@ -22,6 +22,7 @@ Folder = Annotated[str, Field(min_length=1)]
 _ANOTHER = Change("the old one is removed, a new one is added", replaces_engines=True)
 _UNDER_ITS_NAME = refused("it differs from that of the running pool of this name", fix="give the pool another name")
 _ANOTHER_TRANSPORT = refused("engines of two transports cannot exchange KV", fix="start a second deployment")
+_ANOTHER_NAME = refused("a running deployment keeps its name", fix="give the name of the one that runs, or start this one")
 _ANOTHER_CLUSTER = refused("it runs on another cluster", fix="start a second deployment there")
 
 
@@ -331,6 +332,9 @@ class Tracing(_Node):
 class Deployment(_Node):
     """One deployment: a base, its prefill pool, decode pools, the router."""
 
+    name: Annotated[Name, _ANOTHER_NAME] = "prefillshare"
+    """Name by which commands tell deployments apart (prefillshare status --name). On one machine, a user runs at most one
+    deployment of a name."""
     base: Annotated[Base, Base.CHANGE]
     """The frozen base model."""
     prefill: Annotated[Prefill | None, ENGINES] = None

@@ -30,8 +30,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prefillshare.kvshare_vllm.patches import same_tool_answers, tool_constraints
-from prefillshare.kvshare_vllm.surface import api_docs, openai_requests
-from prefillshare.kvshare_vllm.surface.api_docs import serve_docs
+from prefillshare.kvshare_vllm.surface import openai_requests
 from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_rate_limits import RateLimitHeaders
@@ -41,6 +40,7 @@ from prefillshare.kvshare_vllm.surface.model_route import serve_models_one_by_on
 from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 from prefillshare.kvshare_vllm.surface.responses_route import Items, serve_responses
+from prefillshare.kvshare_vllm.surface.self_description import describe
 
 openai_requests.install()
 same_tool_answers.install()
@@ -72,7 +72,7 @@ async def build_openai_app(
     keep_served(app)
     serve_responses(app)
     serve_models_one_by_one(app)
-    serve_docs(app)
+    describe(app)
     await init_app_state(frontend, app.state, args, tasks)
     tool_constraints.hold_forced_calls(app.state.online_renderer.parser, base.tool_strict_level)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
@@ -110,7 +110,7 @@ def _arguments(base: Base):
         "--dtype",
         base.dtype,
         "--enable-prompt-tokens-details",
-        api_docs.OPTION,
+        "--enable-offline-docs",
         "--generation-config",
         "vllm",
         "--max-logprobs",  # each pool has its own (Admit)

@@ -12,14 +12,14 @@ from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import InvalidInput, PermissionDenied, Unauthenticated
-from prefillshare.kvshare_vllm.surface import api_docs
+from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
 from prefillshare.router.tenants import Tenants, bearer
 from prefillshare.router.ui import page
 
 #: Paths that take no key: health, metrics, the description of the API, the page at /ui but for its data. They show
 #: nothing of any tenant.
 OPEN = frozenset({
-    "/ready", "/health", "/ping", "/version", "/metrics", api_docs.PAGE, *api_docs.FILES, "/openapi.json", *page.OPEN,
+    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", SCRIPT, STYLE, "/openapi.json", *page.OPEN,
 })
 DOMAIN_HEADER = "x-prefillshare-cache-domain"
 #: How far the request goes behind its tenant's others; for routes whose body has no `priority`, and added to that where it has.

@@ -57,7 +57,7 @@ class Surfaces:
             middleware=[
                 HttpSessions,
                 partial(ApiKeys, tenants=tenants),
-                partial(NodeMetrics, agent=agent_of_this_node()),
+                partial(NodeMetrics, agent=agent_of_this_node(), replicas=core.fleet.replica_ids),
                 HttpTraces,
                 partial(HttpLimits, limits=bounds),
                 *cors(config.cors_origins),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import re
 
@@ -16,6 +17,7 @@ from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.router.surfaces.http_auth import OPEN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -102,6 +104,37 @@ async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here
     for path in LEFT_OUT:
         for way in ("GET", "POST"):
             assert (await surface.http.request(way, path, json={})).status_code == 404, path
+
+
+async def test_it_says_who_it_is(surface):
+    from vllm.version import __version__
+
+    ours = importlib.metadata.version("prefillshare")
+    said = (await surface.http.get("/openapi.json")).json()["info"]
+    assert (said["title"], said["version"]) == ("prefillshare", ours)
+    assert "share the KV cache" in said["description"]
+    assert (await surface.http.get("/version")).json() == {"version": __version__, "prefillshare": ours}
+
+
+async def test_the_page_that_describes_it_needs_no_other_host(surface):
+    from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
+
+    page = await surface.http.get("/docs")
+    assert f"<title>prefillshare {importlib.metadata.version('prefillshare')}</title>" in page.text
+    assert "http" not in page.text
+    assert page.headers["content-security-policy"].startswith("default-src 'none';")
+    parts = [f"/{part}" for part in re.findall(r'(?:src|href)="([^"]+)"', page.text) if part != "data:,"]
+    assert parts == [STYLE, SCRIPT]
+    assert set(parts) <= OPEN
+    for part, kind in ((SCRIPT, "javascript"), (STYLE, "css")):
+        answer = await surface.http.get(part)
+        assert (answer.status_code, kind in answer.headers["content-type"]) == (200, True)
+    assert (await surface.http.get("/redoc")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/static/", "/static/../openai_app.py", "/static/%2e%2e/basic.py"])
+async def test_no_other_file_is_served_beside_the_page(surface, path):
+    assert (await surface.http.get(path)).status_code == 404
 
 
 async def test_every_route_that_is_served_works(surface):

@@ -90,8 +90,20 @@ def test_example_names_no_folder_of_one_machine(file):
     assert not re.search(r"(model|planner|coder|tools|arithmetic|math): [/~]", text)
 
 
+def of_file(name: str) -> dict:
+    """An example without the deployment's name, which all have in common with their file."""
+    plain = yaml.safe_load((FOLDER / name).read_text())
+    assert plain.pop("name") == name.removesuffix(".yaml").replace("_", "-")
+    return plain
+
+
+@pytest.mark.parametrize("file", [file.name for file in sorted(FOLDER.glob("*.yaml"))])
+def test_an_example_is_named_like_its_file(file):
+    assert of_file(file)
+
+
 def test_demo_and_baseline_differ_in_sharing_alone():
-    demo, baseline = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "per_model_baseline.yaml"))
+    demo, baseline = map(of_file, ("demo.yaml", "per_model_baseline.yaml"))
     assert demo["base"] == baseline["base"]
     assert demo["decode"][0].pop("local_prefill") == "never"  # which the baseline does not need to say
     own, shared = baseline["decode"][0].pop("prefill"), demo.pop("prefill")
@@ -101,7 +113,7 @@ def test_demo_and_baseline_differ_in_sharing_alone():
 
 
 def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
-    demo, one = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "demo_one_engine.yaml"))
+    demo, one = map(of_file, ("demo.yaml", "demo_one_engine.yaml"))
     prefill, (decode,), (engine,) = demo.pop("prefill"), demo.pop("decode"), one.pop("decode")
     assert one.pop("prefill") == {"replicas": 0}
     assert one == demo
@@ -112,7 +124,7 @@ def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
 
 
 def test_tenants_are_the_demo_behind_keys(load):
-    demo, tenants_of = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "tenants.yaml"))
+    demo, tenants_of = map(of_file, ("demo.yaml", "tenants.yaml"))
     assert tenants_of["router"].pop("auth") == {"keys_file": "../keys/example.yaml"}
     assert demo["decode"][0].pop("local_prefill") == "never"  # to show prefill and decode apart
     assert tenants_of == demo

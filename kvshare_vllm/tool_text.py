@@ -165,7 +165,7 @@ def _content(text: str, first: int | None, held: int | None, tags: tuple[str, ..
         content = text[:held]
     else:
         content = text[: len(text) - max(_overlap(text, tag) for tag in tags)]
-    return content if content.strip() else ""
+    return "" if content.isspace() else content
 
 
 def _overlap(text: str, tag: str) -> int:

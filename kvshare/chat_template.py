@@ -8,6 +8,7 @@ Seam: vllm/transformers_utils/chat_templates/
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from prefillshare.kvshare.errors import ConfigError
 _OURS = Path(__file__).parent / "chat_templates"
 _OF_VLLM = "transformers_utils/chat_templates"
 _FIX = "give a Jinja file, or one of the names {names}"
+#: Tags that transformers adds to Jinja.
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _ASKED = [{"role": "user", "content": "xyzzy"}]
 _TOOL = {"type": "function", "function": {"name": "plugh", "description": "None.", "parameters": {"type": "object"}}}
 
@@ -72,7 +75,22 @@ def text_of(given: str | None, field: str = "base.chat_template") -> str | None:
         raise ConfigError(f"cannot read the chat template {path}: {why}", field=field, fix=fix) from None
     if not text.strip():
         raise ConfigError(f"the chat template {path} is empty", field=field, fix="leave it out for the base's own")
+    if wrong := _syntax_error(text):
+        raise ConfigError(f"the chat template {path} is no Jinja: {wrong}", field=field, fix="correct it")
     return text
+
+
+def _syntax_error(text: str) -> str:
+    """Empty if there is none, or if there is no Jinja here, as beside the client only."""
+    try:
+        from jinja2 import Environment, TemplateSyntaxError
+    except ModuleNotFoundError:
+        return ""
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return ""
 
 
 def text_of_given(given: str | None, field: str) -> str | None:

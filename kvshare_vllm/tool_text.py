@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+#: What cannot change the nesting, at once: a text is looked through again with each of its pieces.
+_RUN = re.compile(r'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 #: First keys of an object that may be a call; others' text is not held back.
 _FIRST_KEYS = ("name", "type", "parameters", "arguments")
@@ -97,10 +99,10 @@ def _without(text: str, token: str) -> int:
 
 
 def _object(text: str, start: int, argument_keys: tuple[str, ...]) -> _Object:
-    found, depth, key, of_value = _Object(start), 0, None, None
+    found, depth, key, of_value, end = _Object(start), 0, None, None, start
     if not text.startswith("{", start):
         return found
-    for match in _TOKEN.finditer(text, start):
+    while match := _TOKEN.search(text, _RUN.match(text, end).end() if depth > 1 else end):
         token, end = match.group(), match.end()
         is_string = token[0] == '"'
         is_open = is_string and not _is_closed(token)
@@ -165,7 +167,7 @@ def _content(text: str, first: int | None, held: int | None, tags: tuple[str, ..
         content = text[:held]
     else:
         content = text[: len(text) - max(_overlap(text, tag) for tag in tags)]
-    return content if content.strip() else ""
+    return "" if content.isspace() else content
 
 
 def _overlap(text: str, tag: str) -> int:

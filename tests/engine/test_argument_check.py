@@ -78,6 +78,6 @@ def test_a_template_is_tried_with_the_bases_tokenizer_and_one_that_ignores_tools
     assert list(warnings_of_base(base | {"tool_call_parser": None})) == []
     ours = base | {"chat_template": chat_template.text_of("smollm2_tools")}
     assert [*problems_of_base(ours), *warnings_of_base(ours)] == []
-    (problem,) = problems_of_base(base | {"chat_template": "{% for m in messages %}"})
+    (problem,) = problems_of_base(base | {"chat_template": "{{ messages[0].nobody.said }}"})
     assert problem["argument"] == "chat_template"
-    assert "does not render: Unexpected end of template" in problem["message"]
+    assert "does not render: 'dict object' has no attribute 'nobody'" in problem["message"]

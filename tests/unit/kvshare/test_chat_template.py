@@ -49,6 +49,7 @@ def test_a_name_stays_a_name_and_a_file_becomes_an_absolute_path(deploy, tmp_pat
         (None, r"no such chat template: 'own\.jinja' \(looked for \S+ or \S+\)"),
         (b"\xff\xfe", "cannot read the chat template .*own.jinja: 'utf-8' codec"),
         (b" \n", "the chat template .*own.jinja is empty"),
+        (b"{% for m in messages %}\n", "the chat template .*own.jinja is no Jinja: line 1: Unexpected end of template"),
     ],
 )
 def test_a_file_that_is_no_template_is_refused_with_field_and_fix(deploy, tmp_path, content, message):
@@ -58,6 +59,12 @@ def test_a_file_that_is_no_template_is_refused_with_field_and_fix(deploy, tmp_pa
         deploy("own.jinja", folder=tmp_path)
     assert caught.value.field == "base.chat_template"
     assert caught.value.fix
+
+
+def test_tags_that_transformers_adds_are_no_errors(tmp_path):
+    text = "{% for m in messages %}{%- generation %}{{ m }}{% endgeneration -%}{% break %}{% endfor %}"
+    (tmp_path / "own.jinja").write_text(text)
+    assert chat_template.text_of(str(tmp_path / "own.jinja"))
 
 
 def test_a_decoder_that_was_trained_with_another_template_is_refused_in_sharing_pools_only(deploy, tmp_path):

@@ -101,6 +101,9 @@ def serve(file: File) -> None:
     serve_command(file)
 
 
+Name = Annotated[
+    str | None, typer.Option(help="Name of the deployment.", show_default="the one that was started on this machine")
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -124,9 +127,7 @@ def apply(file: File, address: Address = None) -> None:
 
 @app.command()
 def status(
-    name: Annotated[
-        str | None, typer.Option(help="Name of the deployment.", show_default="the one that was started on this machine")
-    ] = None,
+    name: Name = None,
     address: Address = None,
     watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again at this interval, seconds, until Ctrl-C.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -145,7 +146,8 @@ Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DAY
 
 @app.command()
 def usage(
-    address: Annotated[str, typer.Option(help="Address of the Ray cluster; auto: the deployment on this machine.")] = "auto",
+    name: Name = None,
+    address: Address = None,
     since: Day = None,
     until: Day = None,
     tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
@@ -164,7 +166,7 @@ def usage(
         raise InvalidInput("--json and --csv exclude each other", field="--csv", fix="give one of them")
     first, last = (moment and moment.date() for moment in (since, until))
     form = "json" if as_json else "csv" if as_csv else "table"
-    usage_command(address, first, last, tenant, by_day=by_day, form=form)
+    usage_command(name, address, first, last, tenant, by_day=by_day, form=form)
 
 
 @app.command()

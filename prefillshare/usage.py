@@ -17,7 +17,8 @@ from rich.table import Table
 from prefillshare.kvshare.errors import InvalidInput, Unavailable
 from prefillshare.router.accounts.figures import NOTHING, Figures, Row, total
 
-ANSWER_S = 30.0
+#: Seconds within which the router has to answer.
+ANSWER_S = 6.0
 GIB = 2**30
 #: How tables show the tenant of deployments without `router.auth`.
 ANONYMOUS = "(anonymous)"
@@ -105,17 +106,25 @@ def _names(by_day: bool) -> tuple[str, ...]:
 
 
 def usage_command(
-    address: str, since: date | None, until: date | None, tenant: str | None, *, by_day: bool, form: str
+    name: str | None,
+    address: str | None,
+    since: date | None,
+    until: date | None,
+    tenant: str | None,
+    *,
+    by_day: bool,
+    form: str,
 ) -> None:
     """Print what has been used. `form`: "table", "json" or "csv".
 
-    Raises InvalidInput, ConfigError if nothing runs there, and as `read` does."""
-    from prefillshare.cluster import connected, running_handle
+    Raises InvalidInput, ConfigError if nothing runs there or it is not clear which deployment is meant, and as `read` does."""
+    from prefillshare import which
+    from prefillshare.cluster import joined, running_handle
 
     if since and until and since > until:
         raise InvalidInput(f"{since} is after {until}", field="--since", fix="give the earlier day there")
 
-    with connected(address):
+    with joined(which.found(name, address).address):
         used = summed(read(running_handle(), since, until), by_day=by_day, tenant=tenant)
     if form == "table":
         Console().print(as_table(used))

@@ -11,6 +11,7 @@ from prefillshare import apply as apply_module
 from prefillshare import serve_config, which
 from prefillshare.app import _replicas
 from prefillshare.apply import check_change
+from prefillshare.argument_check import Checked
 from prefillshare.engines import engine_settings
 from prefillshare.kvshare import config
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
@@ -77,7 +78,7 @@ def test_the_command_looks_for_the_files_deployment_and_says_what_it_speaks_to(d
     monkeypatch.setattr(apply_module, "joined", nullcontext)
     monkeypatch.setattr(apply_module, "handle_to_change", lambda: None)
     monkeypatch.setattr(apply_module, "running_deployment", lambda handle, timeout_s: old)
-    monkeypatch.setattr(apply_module, "check_arguments", lambda deployment: "")
+    monkeypatch.setattr(apply_module, "check_arguments", lambda deployment: Checked())
     monkeypatch.setattr(apply_module, "apply", lambda deployment, progress: applied.append(deployment))
     apply_module.apply_command(file, given)
     assert asked == [("prefillshare", given)]

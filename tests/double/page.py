@@ -31,7 +31,7 @@ REFUSED = "no room here"
 
 
 def app_of(running: System, tenants: Tenants | None = None, **router):
-    """The page's routes and `/v1/chat/completions`, behind the check of keys. A message that says REFUSED is refused."""
+    """The page's routes and `/v1/chat/completions`, behind the check of keys. A message that ends with REFUSED is refused."""
     wanted = deployment(1)
     wanted.router = Router(**router)
     core = SimpleNamespace(orchestrator=running.orchestrator, fleet=running.fleet, decoders=running.orchestrator.decoders)
@@ -57,7 +57,7 @@ class Chat:
 
     async def _answer(self, request: Request, body: dict) -> Response:
         self.asked.append((request.headers, body))
-        if body["messages"][-1]["content"] == REFUSED:
+        if body["messages"][-1]["content"].endswith(REFUSED):
             return JSONResponse({"error": {"message": REFUSED, "type": "x", "param": None, "code": 429}}, 429)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
 

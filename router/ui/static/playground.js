@@ -43,12 +43,7 @@ export function start(root, { store, headers, ask }) {
     el("div", { class: "row" }, field("At most, tokens", limit), send, stop, again),
     trouble,
   );
-  const opening = el(
-    "details",
-    { open: "" },
-    el("summary", {}, "Context"),
-    field("What the session begins with", context),
-  );
+  const opening = el("details", { open: "" }, el("summary", {}, "Context"), field("What the session begins with", context));
   root.append(el("h2", { id: "playground-title" }, "Playground"), opening, said, form);
 
   const next = () => speakers.find(({ radio }) => radio.checked) ?? speakers[0];
@@ -117,7 +112,10 @@ export function start(root, { store, headers, ask }) {
       if (mine === talk) say(trouble, control.signal.aborted ? "Stopped. The session is as it was before." : error.message);
     } finally {
       mine.running = null;
-      if (mine === talk) busy(false);
+      if (mine === talk) {
+        busy(false);
+        context.readOnly = mine.messages.length > 0;
+      }
     }
   }
 
@@ -184,9 +182,12 @@ function field(text, control) {
 
 /** The events of a stream of server-sent events, as objects. */
 async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for await (const piece of body.pipeThrough(new TextDecoderStream())) {
-    const lines = (rest + piece).split("\n");
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const data = line.startsWith("data: ") ? line.slice(6).trim() : "";

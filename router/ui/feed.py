@@ -15,7 +15,7 @@ from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.router.core import Core
 from prefillshare.router.pools.replica import Replica
-from prefillshare.router.telemetry.recent_turns import NAME_CHARS, RecentTurn, RecentTurns
+from prefillshare.router.telemetry.recent_turns import NAME_CHARS, RecentTurn
 
 #: Grows when a key changes its meaning or goes away.
 VERSION = 1
@@ -28,23 +28,21 @@ _KNOWN = re.compile(r"[0-9a-f]{8}\.[0-9]{1,15}")
 
 class Feed:
     def __init__(self, core: Core, deployment: Deployment):
-        self._core, self._base, self._router = core, deployment.base, deployment.router
-
-    @property
-    def _recent(self) -> RecentTurns:
-        return self._core.orchestrator.services.recent
+        self._core, self._name, self._base = core, deployment.name, deployment.base
 
     def told(self, tenant: str, known: str = "") -> dict[str, Any]:
         """`known`: what the page has been told before, as `router.revision`, of several routers with commas between them; turns
         that it knows are left out. Raises InvalidInput."""
-        recent = self._recent
+        services = self._core.orchestrator.services
+        recent, config = services.recent, services.config  # as it is now: it may have changed since the start
         since = recent.since(tenant, revisions(known).get(recent.router, 0))
         return {
             "version": VERSION,
             "now": _rounded(time.time()),
-            "router": {"id": recent.router, "routers": self._router.replicas, "revision": since.revision},
+            "router": {"id": recent.router, "routers": config.replicas, "revision": since.revision},
             "tenant": tenant,
-            "ui": self._router.ui,
+            "ui": config.ui,
+            "deployment": self._name,
             "base": {"name": self._base.name, "model": Path(self._base.model).name[:NAME_CHARS]},
             "block_tokens": self._base.block_size,
             "decoders": [

@@ -31,12 +31,11 @@ REFUSED = "no room here"
 
 
 def app_of(running: System, tenants: Tenants | None = None, **router):
-    """The page's routes and `/v1/chat/completions`, behind the check of keys. A message that says REFUSED is refused."""
-    wanted = deployment(1)
-    wanted.router = Router(**router)
+    """The page's routes and `/v1/chat/completions`, behind the check of keys. A message that ends with REFUSED is refused."""
+    running.orchestrator.services.config = config = Router(**router)
     core = SimpleNamespace(orchestrator=running.orchestrator, fleet=running.fleet, decoders=running.orchestrator.decoders)
     chat = Chat(running)
-    routes = [*page_routes(Feed(core, wanted), wanted.router), Route("/v1/chat/completions", chat, methods=["POST"])]
+    routes = [*page_routes(Feed(core, deployment(1)), config), Route("/v1/chat/completions", chat, methods=["POST"])]
     app = ApiKeys(Starlette(routes=routes), tenants or Tenants())
     app.chat = chat
     return app
@@ -57,7 +56,7 @@ class Chat:
 
     async def _answer(self, request: Request, body: dict) -> Response:
         self.asked.append((request.headers, body))
-        if body["messages"][-1]["content"] == REFUSED:
+        if body["messages"][-1]["content"].endswith(REFUSED):
             return JSONResponse({"error": {"message": REFUSED, "type": "x", "param": None, "code": 429}}, 429)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
 

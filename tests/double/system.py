@@ -56,6 +56,7 @@ def deployment(replicas: int, in_place: bool = False, local_prefill: str | None 
         for name, names in ADAPTERS.items()
     ]
     return SimpleNamespace(
+        name="doubles",
         base=Base(model="m", block_size=BLOCK, max_model_len=4096),
         decode=pools,
         shared_prefill=None if in_place else SimpleNamespace(),

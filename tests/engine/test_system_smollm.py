@@ -232,6 +232,9 @@ def test_the_page_shows_what_each_decoder_found_cached_and_where_it_ran(running,
     said = http.chat.completions.create(model="tools", messages=first, max_tokens=8)
     history = [*first, {"role": "assistant", "content": said.choices[0].message.content}, *ask("And on Sundays?")]
     http.chat.completions.create(model="arithmetic", messages=history, max_tokens=8)
+    on = {"extra_headers": {"x-prefillshare-session": "over http"}, "max_tokens": 8}
+    said_on = http.chat.completions.create(model="planner", messages=first, **on).choices[0].message
+    http.chat.completions.create(model="coder", messages=[*first, said_on, *ask("And now?")], **on)
     with httpx.Client(base_url=running.http_url.removesuffix("/v1")) as page:
         assert page.get("/ui").text.startswith("<!doctype html>")
         told = page.get("/ui/data").json()
@@ -244,6 +247,9 @@ def test_the_page_shows_what_each_decoder_found_cached_and_where_it_ran(running,
             assert turn[figure] == getattr(usage, figure), figure
         assert (turn["outcome"], turn["prefill_choice"]) == ("ok", "there: policy")
     assert shown[1]["cached_tokens"] > shown[0]["prompt_tokens"] - BLOCK
+    held = [turn for turn in told["turns"] if turn["session"] == "over http"]
+    assert [turn["decoder"] for turn in held] == ["planner", "coder"]
+    assert held[1]["cached_tokens"] > held[0]["prompt_tokens"] - BLOCK
     calls = [turn for turn in told["turns"] if said.id in turn["request"] or turn["decoder"] == "arithmetic"][-2:]
     assert calls[0]["lane"] == calls[1]["lane"], "the second call continues the first"
     assert [pool["pool"] for pool in told["pools"]] == ["prefill", "agents"]

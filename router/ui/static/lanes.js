@@ -5,6 +5,7 @@ import { ago, count, el, keyed, percent, plural, say, seconds, set } from "./dom
 import { details } from "./details.js";
 import { short } from "./pools.js";
 
+/** Lanes that are open, those of the latest turns, as long as nobody has opened or closed them. */
 const OPEN_LANES = 3;
 const ROWS = 12;
 const COLUMNS = ["turn", "decoder", "", "cached", "computed", "generated", "KV made", "decoded by", "first token"];
@@ -14,12 +15,15 @@ export function showLanes(root, lanes, context) {
     root,
     lanes,
     ({ key }) => key,
-    (lane) => makeLane(lane, root.children.length < OPEN_LANES),
-    (element, lane) => updateLane(element, lane, context),
+    makeLane,
+    (element, lane) => {
+      if (!context.isRead && !element.dataset.touched) element.firstElementChild.open = lanes.indexOf(lane) < OPEN_LANES;
+      updateLane(element, lane, context);
+    },
   );
 }
 
-function makeLane(lane, open) {
+function makeLane(lane) {
   const name = lane.session
     ? el("b", { class: "name", title: lane.session }, lane.session)
     : el(
@@ -40,7 +44,8 @@ function makeLane(lane, open) {
   const table = el("table", { role: "table" }, el("thead", { role: "rowgroup" }, head), el("tbody", { role: "rowgroup" }));
   set(table, "aria-label", lane.session ? `Turns of session ${lane.session}` : "Calls without a session");
   const earlier = el("button", { type: "button", class: "earlier", hidden: "" });
-  const made = el("li", { class: "panel lane" }, el("details", { open: open ? "" : null }, summary, earlier, table));
+  const made = el("li", { class: "panel lane" }, el("details", {}, summary, earlier, table));
+  summary.addEventListener("click", () => (made.dataset.touched = "yes"));
   earlier.addEventListener("click", () => {
     made.dataset.whole = "yes";
     made.update();

@@ -79,7 +79,9 @@ function show() {
   page.forget.hidden = !key;
   if (!paused) status("good", "live");
   const whose = told.tenant ? `, tenant ${told.tenant}` : "";
-  say(page.facts, `${told.base.model}, ${plural(told.decoders.length, "decoder")}${whose}`);
+  const named = told.deployment === "prefillshare" ? "" : `${told.deployment}: `;
+  say(page.facts, `${named}${told.base.model}, ${plural(told.decoders.length, "decoder")}${whose}`);
+  document.title = named ? `${told.deployment} · prefillshare` : "prefillshare";
   showFigures(lanes.flatMap((lane) => lane.turns));
   showPools(page.pools, told);
   showSessions(lanes);
@@ -92,15 +94,9 @@ function showFigures(turns) {
   const running = turns.filter((turn) => !turn.outcome).length;
   const failed = turns.filter(({ outcome }) => !["", "ok", "cancelled"].includes(outcome)).length;
   const prompts = sum((turn) => turn.prompt_tokens);
+  const cached = sum((turn) => parts(turn).cached);
   const figures = [
-    [
-      "found cached",
-      percent(
-        sum((turn) => parts(turn).cached),
-        prompts,
-      ),
-      `of ${plural(prompts, "prompt token")}`,
-    ],
+    ["found cached", percent(cached, prompts), `of ${plural(prompts, "prompt token")}`],
     ["computed", count(sum((turn) => turn.computed_tokens)), "prompt tokens"],
     ["generated", count(sum((turn) => turn.completion_tokens)), "tokens"],
     ["turns", count(turns.length), failed ? `${count(failed)} of them failed` : "taken lately"],
@@ -127,9 +123,10 @@ function showSessions(lanes) {
   let found = wanted ? lanes.filter(matches) : lanes;
   const rest = all ? 0 : Math.max(0, found.length - LANES);
   if (rest) found = found.slice(0, LANES);
-  // Whoever reads or types in the lanes is not to lose the place: lanes keep their order meanwhile, and new ones come on top.
-  if (page.lanes.matches(":hover") || page.lanes.contains(document.activeElement)) found = inTheOrderShown(found);
-  showLanes(page.lanes, found, { now: store.told.now, pools: store.pools() });
+  // Whoever reads or types in the lanes is not to lose the place: they stay where they are meanwhile, and new ones come last.
+  const isRead = page.lanes.matches(":hover") || page.lanes.contains(document.activeElement);
+  if (isRead) found = inTheOrderShown(found);
+  showLanes(page.lanes, found, { now: store.told.now, pools: store.pools(), isRead });
   page.empty.hidden = found.length > 0;
   say(page.empty, wanted ? "No session and no decoder has such a name." : page.empty.dataset.text);
   page.more.hidden = !rest;
@@ -138,7 +135,8 @@ function showSessions(lanes) {
 
 function inTheOrderShown(lanes) {
   const place = new Map([...page.lanes.children].map((element, number) => [element.dataset.key, number]));
-  return [...lanes].sort((a, b) => (place.get(a.key) ?? -1) - (place.get(b.key) ?? -1));
+  const at = (lane) => place.get(lane.key) ?? place.size;
+  return [...lanes].sort((a, b) => at(a) - at(b));
 }
 
 function showNotes(told) {

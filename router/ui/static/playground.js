@@ -4,8 +4,10 @@
 import { makeBar, showBar, tag, words, length } from "./bars.js";
 import { count, el, say, set } from "./dom.js";
 
-/** Ties the calls to one session; a router that does not know the header serves them by their history alone. */
+/** Ties the calls to one session. Its answer's header says whether they went on from there, and if not, why. */
 const SESSION_HEADER = "x-prefillshare-session";
+const STATE_HEADER = "x-prefillshare-session-state";
+/** The context begins the first message: a system message would be the decoder's own, and no session would keep it. */
 const CONTEXT =
   "You run the booking service of a ferry line. It has four ferries between the mainland and three islands. A ferry carries " +
   "up to 220 passengers and 40 cars. The service keeps one count of free seats per departure and holds a place for ten " +
@@ -41,12 +43,7 @@ export function start(root, { store, headers, ask }) {
     el("div", { class: "row" }, field("At most, tokens", limit), send, stop, again),
     trouble,
   );
-  const opening = el(
-    "details",
-    { open: "" },
-    el("summary", {}, "Context"),
-    field("What all decoders know (system message)", context),
-  );
+  const opening = el("details", { open: "" }, el("summary", {}, "Context"), field("What the session begins with", context));
   root.append(el("h2", { id: "playground-title" }, "Playground"), opening, said, form);
 
   const next = () => speakers.find(({ radio }) => radio.checked) ?? speakers[0];
@@ -87,8 +84,8 @@ export function start(root, { store, headers, ask }) {
     if (!text) return say(trouble, "Write a message first.");
     const [mine, decoder] = [talk, next().select.value];
     const control = (mine.running = new AbortController());
-    const history = [...mine.messages, { role: "user", content: text }];
-    const first = context.value.trim() ? [{ role: "system", content: context.value.trim() }] : [];
+    const shared = mine.messages.length ? "" : context.value.trim();
+    const history = [...mine.messages, { role: "user", content: shared ? `${shared}\n\n${text}` : text }];
     const asked = el("li", { class: "user" }, el("p", {}, text));
     const answer = el("li", { class: "answer" }, el("p", { class: "who" }, tag(decoder)), el("p", { class: "text" }));
     say(trouble, "");
@@ -97,7 +94,7 @@ export function start(root, { store, headers, ask }) {
     opening.open = false;
     busy(true);
     try {
-      const body = { model: decoder, messages: [...first, ...history], max_tokens: Number(limit.value) || 96, temperature: 0 };
+      const body = { model: decoder, messages: history, max_tokens: Number(limit.value) || 96, temperature: 0 };
       const told = await stream(body, mine.session, control.signal, (piece) => {
         answer.children[1].append(piece);
         answer.scrollIntoView({ block: "nearest" });
@@ -115,7 +112,10 @@ export function start(root, { store, headers, ask }) {
       if (mine === talk) say(trouble, control.signal.aborted ? "Stopped. The session is as it was before." : error.message);
     } finally {
       mine.running = null;
-      if (mine === talk) busy(false);
+      if (mine === talk) {
+        busy(false);
+        context.readOnly = mine.messages.length > 0;
+      }
     }
   }
 
@@ -128,7 +128,7 @@ export function start(root, { store, headers, ask }) {
     });
     if (!answer.ok)
       throw new Error((await answer.json().catch(() => null))?.error?.message ?? `the router answered ${answer.status}`);
-    const told = { id: "", text: "", usage: null };
+    const told = { id: "", text: "", usage: null, state: answer.headers.get(STATE_HEADER) ?? "" };
     for await (const event of events(answer.body)) {
       if (event.error) throw new Error(event.error.message);
       told.id ||= event.id;
@@ -153,7 +153,8 @@ export function start(root, { store, headers, ask }) {
     mine.bars.push([bar, turn]);
     const whole = Math.max(...mine.bars.map(([, one]) => length(one)));
     for (const [each, one] of mine.bars) showBar(each, one, whole);
-    const cost = el("p", { class: "cost" }, `${count(turn.prompt_tokens)} prompt tokens: ${words(turn)}`);
+    const apart = told.state.startsWith("as it is") ? `; not on the session: ${told.state.slice("as it is: ".length)}` : "";
+    const cost = el("p", { class: "cost" }, `${count(turn.prompt_tokens)} prompt tokens: ${words(turn)}${apart}`);
     answer.append(bar, cost);
     answer.scrollIntoView({ block: "nearest" });
   }
@@ -181,9 +182,12 @@ function field(text, control) {
 
 /** The events of a stream of server-sent events, as objects. */
 async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
-  for await (const piece of body.pipeThrough(new TextDecoderStream())) {
-    const lines = (rest + piece).split("\n");
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       const data = line.startsWith("data: ") ? line.slice(6).trim() : "";

@@ -49,7 +49,7 @@ export class Store {
 
   /** The turn of a request that this page has made. */
   turnOf(request) {
-    return this.turns().find((turn) => turn.request.startsWith(request));
+    return request ? this.turns().find((turn) => turn.request.startsWith(request)) : undefined;
   }
 
   /** Replica -> its pool. */

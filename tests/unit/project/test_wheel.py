@@ -2,12 +2,14 @@
 
 import subprocess
 import zipfile
+from pathlib import Path
 
 import clean_environment
 import pytest
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[3]
 FILES = (
     "prefillshare/py.typed",
     "prefillshare/deploy/configs/demo.yaml",
@@ -17,6 +19,7 @@ FILES = (
     "prefillshare/protos/prefillshare/v1/prefillshare.proto",
     "prefillshare/protos/prefillshare/v1/prefillshare_pb2.pyi",
     "prefillshare/router/turn/turn.py",
+    *(f"prefillshare/router/ui/static/{path.name}" for path in (ROOT / "router/ui/static").iterdir()),
 )
 
 

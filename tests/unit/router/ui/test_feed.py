@@ -21,9 +21,8 @@ PROMPT = list(range(20, 57))
 
 def feed_of(running, **router) -> Feed:
     core = SimpleNamespace(orchestrator=running.orchestrator, fleet=running.fleet, decoders=running.orchestrator.decoders)
-    wanted = deployment(1)
-    wanted.router = Router(**router)
-    return Feed(core, wanted)
+    running.orchestrator.services.config = Router(**router)
+    return Feed(core, deployment(1))
 
 
 @on_virtual_time
@@ -115,6 +114,7 @@ async def test_pools_stand_in_order_with_their_replicas_and_what_they_do():
             "replica": "agents-1", "usable": True, "reason": "", "calls": 0, "queued_tokens": 0, "running": 0, "waiting": 0,
             "blocks_used": 0, "blocks_total": 1_000, "preemptions": 0, "stalled_s": 0.0,
         }  # fmt: skip
+        assert (told["deployment"], told["base"]) == ("doubles", {"name": "base", "model": "m"})
         assert (told["version"], told["ui"], told["router"]["routers"], told["block_tokens"]) == (1, "full", 2, BLOCK)
         assert {decoder["name"] for decoder in told["decoders"]} == {"a", "b", "base", "s", "t", "c", "d"}
 

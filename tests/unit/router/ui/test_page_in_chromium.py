@@ -218,7 +218,6 @@ async def test_many_turns_and_lanes_are_shown_in_part_until_asked_for(browser):
             await page.run("document.querySelector('#filter').focus()")
             await page.type("LONG")
             await page.wait_for("document.querySelectorAll('#lanes > li').length === 1")
-            await page.run("document.querySelector('#lanes summary').click()")
             await page.wait_for(f"{ROWS} === 12")
             assert await page.text(".earlier") == "Show 4 earlier turns"
             await page.click(".earlier")
@@ -474,9 +473,11 @@ async def test_the_playground_sends_the_history_and_one_session_for_both(browser
                 await page.click(".playground button.primary")
                 await page.wait_for(f"document.querySelectorAll('.talk .cost').length === {number}")
             (one, first), (two, second) = app.chat.asked
-            assert [message["role"] for message in second["messages"]] == ["system", "user", "assistant", "user"]
+            assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
             assert (first["model"], second["model"]) == ("a", "b")
-            assert second["messages"][:2] == first["messages"]
+            assert second["messages"][:1] == first["messages"]
+            assert first["messages"][0]["content"].startswith("You run the booking service")
+            assert first["messages"][0]["content"].endswith("\n\nquestion 1")
             assert one["x-prefillshare-session"] == two["x-prefillshare-session"]
             await page.click(".playground .row button:last-child")
             await page.run("document.querySelector('#play-message').value = 'again'")
@@ -484,7 +485,7 @@ async def test_the_playground_sends_the_history_and_one_session_for_both(browser
             await page.wait_for("document.querySelectorAll('.talk .cost').length === 1")
             three, third = app.chat.asked[2]
             assert three["x-prefillshare-session"] != one["x-prefillshare-session"]
-            assert [message["role"] for message in third["messages"]] == ["system", "user"]
+            assert [message["role"] for message in third["messages"]] == ["user"]
 
 
 async def test_a_refused_turn_is_said_and_a_stopped_one_leaves_the_session_as_it_was(browser, monkeypatch):
@@ -508,4 +509,4 @@ async def test_a_refused_turn_is_said_and_a_stopped_one_leaves_the_session_as_it
             monkeypatch.setattr(engines, "STEP_S", 0.002)
             await page.click(".playground button.primary")
             await page.wait_for("document.querySelectorAll('.talk .cost').length === 1")
-            assert [message["role"] for message in app.chat.asked[-1][1]["messages"]] == ["system", "user"]
+            assert [message["role"] for message in app.chat.asked[-1][1]["messages"]] == ["user"]

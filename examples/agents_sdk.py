@@ -1,14 +1,14 @@
 """Three agents of the OpenAI Agents SDK share one context, although each of them is another model.
 
-A planner takes every question and hands it over: to a tool caller, which looks fares up, or to a coder, which does the sums. In an
-ordinary deployment, each handoff makes the next model read the whole conversation anew. Here it computes only what is new, which
-the last columns show.
+A planner takes every question and hands it over: to a tool caller, which looks fares up, or to a coder, which does the sums. In
+an ordinary deployment, each handoff makes the next model read the whole conversation anew. Here it computes only what is new:
+each turn prints how much of its prompt was found cached.
 
     prefillshare serve deploy/configs/demo.yaml
     .venv-examples/bin/python examples/agents_sdk.py --api responses
     .venv-examples/bin/python examples/agents_sdk.py --api chat
 
-The SDK is used as it is: a decoder's name is an agent's `model`. With chat completions, one header says which conversation it is.
+The SDK is used as it is: a decoder's name is an agent's `model`. Over chat completions, a header names the conversation.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from figures import Where, print_head, print_turn
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
-A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held for
-ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
+A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
+for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:
 everybody who booked gets a message, and may choose another departure or their money back.
 What does a grown-up pay on the northern route?"""

@@ -17,8 +17,8 @@ from prefillshare.client import Client
 from prefillshare.kvshare.errors import NotFound
 
 BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
-A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held for
-ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
+A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
+for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:
 everybody who booked gets a message, and may choose another departure or their money back."""
 

@@ -1,8 +1,8 @@
 """A LangGraph whose nodes are decoders of one base: planner, tool caller with its tool, coder, planner again.
 
 LangGraph's state holds the messages, and each node sends all of them, with a system prompt of its own. The header
-`x-prefillshare-session` says to which conversation the calls belong: the server lays out only the messages that are new, and puts
-each node's own system prompt and tools behind the common context. So each node computes only what is new.
+`x-prefillshare-session` names the conversation to which the calls belong: the server lays out only what is new of them, and
+puts each node's own system prompt and tools behind the common context. So each node computes only what is new.
 
     prefillshare serve deploy/configs/demo.yaml
     .venv-examples/bin/python examples/langgraph_agents.py
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import uuid
+from itertools import pairwise
 from typing import Literal
 
 from figures import Where, print_head, print_turn
@@ -23,8 +24,8 @@ from langgraph.prebuilt import ToolNode
 from openai import DefaultHttpxClient
 
 BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
-A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held for
-ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
+A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
+for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:
 everybody who booked gets a message, and may choose another departure or their money back.
 How much do 3 adults pay together on the northern route?"""
@@ -75,7 +76,7 @@ def build(base_url: str, headers: dict[str, str]):
     graph.add_node("coder", node("coder", "arithmetic", "Solve the problem step by step. End with #### and the result."))
     graph.add_node("writer", node("writer", "base", "You write the answer to the customer, in one sentence."))
     order = (START, "planner", "caller", "fare", "coder", "writer", END)
-    for before, after in zip(order, order[1:]):
+    for before, after in pairwise(order):
         graph.add_edge(before, after)
     return graph.compile()
 

@@ -27,8 +27,10 @@ def call(name: str, **arguments) -> str:
 
 
 #: Planner, tool caller; planner, coder; planner.
-TO_TOOLS, FARE, TO_CODER = call("transfer_to_tools"), call("fare", route="north", passenger="adult"), call("transfer_to_coder")
-ASKED, ASKED_LAST = "How much do 3 adults and 2 residents pay together?", "Write them a short note with what you have found out."
+TO_TOOLS, TO_CODER = call("transfer_to_tools"), call("transfer_to_coder")
+FARE = call("fare", route="north", passenger="adult")
+ASKED = "How much do 3 adults and 2 residents pay together?"
+ASKED_LAST = "Write them a short note with what you have found out."
 PLANS = "Hand questions over to those who can answer them, and write notes yourself."
 CALLS, SOLVES = "Call the function that answers the question.", "Solve the problem step by step. End with #### and the result."
 SUM, NOTE = "3 * 14 + 2 * 7 = 56\n#### 56", "It is 56 euros."

@@ -1,4 +1,4 @@
-"""Each example runs as a user runs it, against one real system: that of the page "bring your own adapter", with small caches."""
+"""Each example runs as users run it, against one real system: that of the page on one's own adapter, with small caches."""
 
 from __future__ import annotations
 

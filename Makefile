@@ -1,22 +1,28 @@
 # Every target that runs something sets up the virtual environment first.
 .DEFAULT_GOAL := help
-.PHONY: help setup model chromium demo demo-one test test-unit accuracy bench lint protos lock
+.PHONY: help setup examples-env model chromium demo demo-one test test-unit accuracy bench lint protos lock
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+EXAMPLES := .venv-examples/.installed
 MODEL := smollm2-135m-instruct
 export PYTHON
 
 help: ## this list
 	@echo "make TARGET, one of:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): requirements/cpu.lock requirements/data.lock requirements/install.sh pyproject.toml setup.py
 	@requirements/install.sh
 
 setup: $(INSTALLED) ## make .venv from requirements/cpu.lock (CPU build)
+
+$(EXAMPLES): examples/requirements.lock requirements/examples.sh pyproject.toml setup.py
+	@requirements/examples.sh
+
+examples-env: $(EXAMPLES) ## make .venv-examples, in which the programs in examples/ run
 
 model: $(INSTALLED) ## make the embedded default model's folder, models/smollm2-135m-instruct
 	@$(BIN)/prefillshare model fetch $(MODEL)
@@ -30,7 +36,7 @@ demo-one: model ## the same session in one engine, which makes the shared KV and
 chromium: $(INSTALLED)
 	@requirements/chromium.sh
 
-test: model chromium ## all tests, those that start engines included (about 22 minutes on 2 cores)
+test: model chromium examples-env ## all tests, those that start engines included (about 22 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/engine
 
@@ -61,4 +67,6 @@ lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask 
 		--override requirements/gpu-overrides.in --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
 		--no-emit-index-url --no-emit-find-links -q -o requirements/gpu.lock
 	@rm requirements/constraints.part
-	@echo "requirements/cpu.lock and gpu.lock are written; make setup installs the first."
+	@$(BIN)/uv pip compile pyproject.toml examples/requirements.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o examples/requirements.lock
+	@echo "requirements/cpu.lock and gpu.lock, and examples/requirements.lock are written; make setup examples-env installs them."

@@ -183,9 +183,9 @@ class SessionCall:
             own, messages = (), conversation.messages  # the session began with these system messages
         if not said.begins(messages):
             return f"its messages do not begin with the {said.count} of the session"
-        new = messages[said.count :]
-        if not new:
-            return "it has no new message"
+        if not messages:
+            return "it has no message of the conversation"
+        new = messages[said.count :]  # none where another agent goes on from the answer, as the nodes of a graph do
         layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation, first)
         shown = [message for message in new if message["role"] != "tools"]
         chars = chars_of(shown) + chars_of(own) + chars_of(tools)

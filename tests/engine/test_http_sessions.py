@@ -134,7 +134,6 @@ async def test_the_kv_made_ahead_is_of_what_the_next_turn_sees(behind):
         ([MORE, {"role": "assistant", "content": "Paris."}, MORE], "its messages do not begin with the 2 of the session"),
         ([ASK, {"role": "assistant", "content": "Rome."}, MORE], "its messages do not begin with the 2 of the session"),
         ([MORE], "its messages do not begin with the 2 of the session"),
-        ([ASK, {"role": "assistant", "content": "Paris."}], "it has no new message"),
     ],
 )
 async def test_another_history_is_served_as_it_is_and_leaves_the_session_alone(behind, messages, reason):
@@ -146,6 +145,22 @@ async def test_another_history_is_served_as_it_is_and_leaves_the_session_alone(b
     said = shown(*((message["role"], message["content"]) for message in messages))
     assert behind.prompts[-1] == shown(("system", "You plan.")) + said + OPENING
     assert await context(behind, session) == before
+
+
+async def test_an_agent_goes_on_from_anothers_answer_although_nobody_has_said_anything_new(behind):
+    answer, _ = await chat(behind, "graph", [PLAN, ASK], answer="Paris.")
+    second, state = await chat(behind, "graph", [CODE, ASK, answer], "coder", answer="So be it.")
+    said = DEFAULT + shown(("user", ASK["content"]), ("assistant", "Paris."))
+    assert (state, behind.prompts[-1]) == ("continued", said + shown(("system", "You code.")) + OPENING)
+    _, state = await chat(behind, "graph", [ASK, answer, second], answer="Good.")
+    said += shown(("assistant", "So be it."))
+    assert (state, behind.prompts[-1]) == ("continued", said + OPENING)
+    assert await context(behind, "graph") == said + OPENING + "Good.<|im_end|>"
+
+
+async def test_a_call_without_a_message_of_the_conversation_begins_no_session(behind):
+    _, state = await chat(behind, "nothing said", [PLAN])
+    assert state == "as it is: it has no message of the conversation"
 
 
 async def test_a_call_meanwhile_is_served_as_it_is(behind):

@@ -19,7 +19,10 @@ from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
-NAMES = ("README.md", "docs/using.md", "docs/deploying.md", "docs/architecture.md")
+NAMES = (
+    "README.md", "CONTRIBUTING.md", "docs/using.md", "docs/deploying.md", "docs/architecture.md", "examples/README.md",
+    "examples/bring_your_own_adapter.md",
+)  # fmt: skip
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 
 #: Made on the user's machine, or the user's own.
@@ -93,7 +96,7 @@ def test_every_path_exists(page):
 
 def test_folder_map_is_of_folders_that_exist():
     folders = re.findall(r"(?:^|   )([a-z_]+/[a-z_/]*) ", blocks("README.md", "text")[0], re.M)
-    assert len(folders) == 14
+    assert len(folders) == 15
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 

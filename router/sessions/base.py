@@ -9,7 +9,16 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
+from prefillshare.kvshare.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    SessionBusy,
+    SessionDamaged,
+)
+from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.transcript import Transcript
 
 MAX_NAME_CHARS = 128
@@ -46,6 +55,8 @@ class Session:
     version: int = 0
     #: The turn that this object was handed to; empty outside a turn.
     turn_id: str = ""
+    #: Its own time to live in seconds; None: the store's.
+    ttl_s: float | None = None
 
     @property
     def mark(self) -> Mark:
@@ -63,8 +74,10 @@ class SessionStore(ABC):
 
     A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
     `max_per_tenant`: tenant -> most sessions it holds of the `max_sessions`; a tenant that is not named may hold all.
+    A session may have a time to live of its own, which a fork inherits.
     A session may have notes, texts by key that live as long as it does; a fork begins without any.
-    `evicts`: where the tenant's most sessions are held, a new one takes the place of the one that was unused for longest.
+    `evicts`: where the tenant's most sessions are held, a new one takes the place of the one that was unused for longest. No
+    session of such a store has a time to live of its own.
     Where the store is not in this process, all methods may raise Unavailable, and those that name a session SessionDamaged.
     """
 
@@ -88,9 +101,10 @@ class SessionStore(ABC):
         tenant: str,
         cache_domain: str = "",
         transcript: Transcript | None = None,
+        ttl_s: float | None = None,
     ) -> Session:
-        """`transcript`: that of `token_ids`. Raises InvalidInput, Conflict if the name is taken, Overloaded at the limit of the
-        tenant or of the store."""
+        """`transcript`: that of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded at the limit of
+        the tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -106,12 +120,20 @@ class SessionStore(ABC):
         """Raises NotFound. A turn that is under way cannot commit any more."""
 
     @abstractmethod
+    async def listed(self, most: int, after: Place = Place(), *, tenant: str) -> Page:
+        """Up to `most` of the tenant's sessions, from `after` on."""
+
+    @abstractmethod
+    async def set_ttl(self, session_id: str, ttl_s: float | None, *, tenant: str) -> Session:
+        """Give a session a time to live of its own, or the store's again. Raises NotFound."""
+
+    @abstractmethod
     async def count(self, tenant: str | None = None) -> int:
         """Sessions held: a tenant's, or by default all that `max_sessions` counts."""
 
     @abstractmethod
     def turn(self, session_id: str, *, tenant: str) -> AbstractAsyncContextManager[Session]:
-        """Hold a session for one turn. Raises NotFound, or Conflict while another turn holds it."""
+        """Hold a session for one turn. Raises NotFound, or SessionBusy while another turn holds it."""
 
     @abstractmethod
     async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
@@ -129,12 +151,19 @@ class SessionStore(ABC):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        *,
+        is_turn: bool = True,
     ) -> None:
         """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date. In the
-        same step, `notes` are added.
+        same step, `notes` are added. `is_turn`: false if the session was held to be changed otherwise; that is not counted.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
+
+    @abstractmethod
+    async def said_at(self, session: Session, tokens: int) -> Transcript | None:
+        """What the first `tokens` tokens of the context say as messages, if one of its last turns has ended there; else None.
+        Raises NotFound."""
 
     @abstractmethod
     async def check(self) -> None:
@@ -157,7 +186,8 @@ class SessionStore(ABC):
 
     def _missing(self, session_id: str) -> NotFound:
         return NotFound(
-            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s",
+            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s"
+            " (or for a time to live of its own)",
             field="session_id",
         )
 
@@ -169,8 +199,8 @@ class SessionStore(ABC):
             fix="delete it and start a new session",
         )
 
-    def _exists(self, session_id: str) -> Conflict:
-        return Conflict(
+    def _exists(self, session_id: str) -> AlreadyExists:
+        return AlreadyExists(
             f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
         )
 
@@ -203,8 +233,8 @@ class SessionStore(ABC):
             fix="delete sessions that are done",
         )
 
-    def _busy(self, session_id: str) -> Conflict:
-        return Conflict(
+    def _busy(self, session_id: str) -> SessionBusy:
+        return SessionBusy(
             f"another turn runs on session {session_id!r}",
             field="session_id",
             fix="wait for it to end, or fork the session",
@@ -220,8 +250,8 @@ class SessionStore(ABC):
 
     @staticmethod
     def _committed(
-        session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None
+        session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None, is_turn: bool
     ) -> None:
         session.token_ids, session.open_response, session.transcript = tuple(token_ids), open_response, transcript
-        session.turns += 1
+        session.turns += is_turn
         session.version += 1

@@ -67,8 +67,8 @@ class Router(Node):
     response_ttl_s: float = Field(86400, gt=0)
     """A stored response or conversation that is unused for this long is forgotten, seconds."""
     own_prompt: Literal["behind", "first"] = "behind"
-    """Where calls over HTTP that go on from a session or an earlier response have what is the calling agent's own: its system
-    prompt (`instructions`) and its tools. behind: after the shared context, right before the answer, so that agents with
+    """Where calls that go on from a session or an earlier response have what is the calling agent's own: its tools and, over
+    HTTP, its system prompt (`instructions`). behind: after the shared context, right before the answer, so that agents with
     different ones share the context's KV; the context does not keep them. first: where the chat template puts them; then only
     calls with the same ones share."""
     redis_url: str | None = None

@@ -29,6 +29,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prefillshare.kvshare_vllm.surface import openai_requests
+from prefillshare.kvshare_vllm.surface.chats import Chats
 from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
@@ -64,6 +65,7 @@ async def build_openai_app(
     serve_responses(app)
     serve_models_one_by_one(app)
     await init_app_state(frontend, app.state, args, tasks)
+    frontend.chats = Chats(app.state.openai_serving_chat)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
     for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, HangUps):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already

@@ -7,11 +7,12 @@ answer, as a suffix that the context does not keep (PrefillShare: a decoder's ow
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefillshare.kvshare.errors import InvalidInput
-from prefillshare.kvshare_vllm.surface.http_turn import Conversation
+from prefillshare.kvshare_vllm.surface.http_turn import Render
 from prefillshare.router.sessions.chat import ChatLayout
 from prefillshare.router.sessions.context_turn import LaidOut
 
@@ -27,12 +28,17 @@ def apart(messages: Messages) -> tuple[Messages, Messages]:
     return messages[:own], messages[own:]
 
 
+def as_message(tools: Messages | None) -> list[dict[str, Any]]:
+    """Tools that a context begins with, as a part of what it says."""
+    return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []
+
+
 class AgentLayout(ChatLayout):
     """The base's chat template with one call's settings. `tools`: those laid out where the template puts them."""
 
-    def __init__(self, tokenizer, conversation: Conversation, tools: Messages | None = None):
+    def __init__(self, tokenizer, render: Render, tools: Messages | None = None):
         super().__init__(tokenizer)
-        self._conversation, self._bos = conversation, tokenizer.bos_token or ""
+        self._lay_out, self._bos = render, tokenizer.bos_token or ""
         self._tools_first = tools
 
     def behind(
@@ -45,6 +51,12 @@ class AgentLayout(ChatLayout):
             return LaidOut(kept, kept)
         said = self.added(context, open_response, new)
         return LaidOut(kept, said + self.ids(suffix + self._answer_opening()))
+
+    def asking(self, own: Messages, tools: Messages | None, others: Messages) -> list[int]:
+        """What stands between a context and an answer to it: the agent's own messages and tools, then the others, then the
+        answer's opening."""
+        asked = self._added(others, True) if others else self._answer_opening()
+        return self.ids(self._own_part(own, tools) + asked)
 
     def added(self, context: Sequence[int], open_response: bool, new: Messages, answer: bool = False) -> list[int]:
         """The context with `new` behind it. `answer`: add the opening of the assistant's answer."""
@@ -67,7 +79,7 @@ class AgentLayout(ChatLayout):
         return text[: -len(tail)].removeprefix(once)
 
     def _begun(self, own: Messages, tools: Messages | None) -> str:
-        return self._conversation.render([*own, self._prior[0]], False, tools)
+        return self._lay_out([*own, self._prior[0]], False, tools)
 
     def _asking(self, answer: bool) -> str:
         """What one more question adds to a conversation."""
@@ -77,4 +89,4 @@ class AgentLayout(ChatLayout):
         return self._asking(True)[len(self._asking(False)) :]
 
     def _render(self, messages: Messages, answer: bool) -> str:
-        return self._conversation.render(messages, answer, self._tools_first)
+        return self._lay_out(messages, answer, self._tools_first)

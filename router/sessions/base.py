@@ -57,6 +57,8 @@ class Session:
     turn_id: str = ""
     #: Its own time to live in seconds; None: the store's.
     ttl_s: float | None = None
+    #: Ids of the tool calls in its context that no result answers; None: not known.
+    calls: tuple[str, ...] | None = None
 
     @property
     def mark(self) -> Mark:
@@ -66,7 +68,8 @@ class Session:
     def at(self, mark: Mark) -> Session:
         """The session as it was at that place."""
         token_ids = self.token_ids[: mark.tokens]
-        return replace(self, token_ids=token_ids, open_response=mark.open_response, transcript=mark.transcript)
+        said = {"open_response": mark.open_response, "transcript": mark.transcript, "calls": None}
+        return replace(self, token_ids=token_ids, **said)
 
 
 class SessionStore(ABC):
@@ -102,9 +105,10 @@ class SessionStore(ABC):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
-        """`transcript`: that of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded at the limit of
-        the tenant or of the store."""
+        """`transcript`, `calls`: those of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded at
+        the limit of the tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -120,7 +124,7 @@ class SessionStore(ABC):
         """Raises NotFound. A turn that is under way cannot commit any more."""
 
     @abstractmethod
-    async def listed(self, most: int, after: Place = Place(), *, tenant: str) -> Page:
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
         """Up to `most` of the tenant's sessions, from `after` on."""
 
     @abstractmethod
@@ -153,9 +157,11 @@ class SessionStore(ABC):
         notes: Mapping[str, str] = MappingProxyType({}),
         *,
         is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
-        """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date. In the
-        same step, `notes` are added. `is_turn`: false if the session was held to be changed otherwise; that is not counted.
+        """End a turn well: the context becomes `token_ids`, which say `transcript` and leave `calls` unanswered; `session` is
+        brought up to date. In the same step, `notes` are added. `is_turn`: false if the session was held to be changed in
+        another way, which is not counted.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
@@ -250,8 +256,14 @@ class SessionStore(ABC):
 
     @staticmethod
     def _committed(
-        session: Session, token_ids: Sequence[int], open_response: bool, transcript: Transcript | None, is_turn: bool
+        session: Session,
+        token_ids: Sequence[int],
+        open_response: bool,
+        transcript: Transcript | None,
+        is_turn: bool,
+        calls: Sequence[str] | None,
     ) -> None:
         session.token_ids, session.open_response, session.transcript = tuple(token_ids), open_response, transcript
+        session.calls = None if calls is None else tuple(calls)
         session.turns += is_turn
         session.version += 1

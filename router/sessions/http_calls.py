@@ -10,10 +10,8 @@ A call names a session, or none:
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
@@ -23,7 +21,7 @@ from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart
+from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
 from prefillshare.router.sessions.base import Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.open_contexts import OpenContexts
@@ -182,7 +180,7 @@ class SessionCall:
         new = messages[said.count :]
         if not new:
             return "it has no new message"
-        layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation, first)
+        layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation.render, first)
         shown = [message for message in new if message["role"] != "tools"]
         chars = chars_of(shown) + chars_of(own) + chars_of(tools)
         calls.frontend.text.check_chars(chars, "messages")
@@ -196,8 +194,3 @@ class SessionCall:
     async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> None:
         said = self._transcript.with_messages([message_of(text, token_ids)])
         await self._calls.sessions.commit(self._session, context, True, said)
-
-
-def as_message(tools: Messages | None) -> list[dict[str, Any]]:
-    """Tools that a context begins with, as a part of what it says."""
-    return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []

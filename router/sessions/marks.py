@@ -1,7 +1,7 @@
 """Where turns have ended in a session's context: what a context says as messages is known again when it is truncated to there.
 
-A mark names a length, a digest of the tokens up to there, and what they say. Because of the digest it stays true whatever becomes
-of the tokens behind: it is used only for a context that begins with the same tokens.
+A mark names a length, a digest of the tokens up to there, and what they say. Because of the digest it stays true whatever
+becomes of the tokens behind: it is used only for a context that begins with the same tokens.
 """
 
 from __future__ import annotations

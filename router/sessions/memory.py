@@ -65,6 +65,7 @@ class MemorySessions(SessionStore):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
         new = Session(
             self._name(session_id),
@@ -73,6 +74,7 @@ class MemorySessions(SessionStore):
             cache_domain=cache_domain,
             transcript=transcript,
             ttl_s=ttl_s,
+            calls=None if calls is None else tuple(calls),
         )
         return self._add(new).copy()
 
@@ -95,7 +97,7 @@ class MemorySessions(SessionStore):
         self._use(session_id, tenant)
         self._forget(tenant, session_id)
 
-    async def listed(self, most: int, after: Place = Place(), *, tenant: str) -> Page:
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
         self._forget_expired()
         begins = (float(after.expires), after.name) if after.expires else (-1.0, "")
         mine = sorted((self._ends_at(record), name) for (whose, name), record in self._records.items() if whose == tenant)
@@ -148,13 +150,14 @@ class MemorySessions(SessionStore):
         notes: Mapping[str, str] = MappingProxyType({}),
         *,
         is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, is_turn)
+        self._committed(session, token_ids, open_response, transcript, is_turn, calls)
         record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
         record.notes |= notes
         if is_turn:

@@ -85,11 +85,12 @@ class RedisSessions(SessionStore):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
         said = (_written(transcript), mark_of(token_ids, transcript))
-        content = (_packed(token_ids), cache_domain, *said, _own_ttl(ttl_s))
+        content = (_packed(token_ids), cache_domain, *said, _own_ttl(ttl_s), _listed_calls(calls))
         return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -117,7 +118,7 @@ class RedisSessions(SessionStore):
         # Not retried: if the first try worked, the second would say that there is no such session.
         self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), tenant, session_id)
 
-    async def listed(self, most: int, after: Place = Place(), *, tenant: str) -> Page:
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
         _, whose = self._keys(tenant, "")
         begins = (after.expires or "-inf", whose + after.name if after.expires else "")
         _, rows = await self._ask(scripts.LIST, tenant, "", *begins, most + 1)
@@ -168,6 +169,7 @@ class RedisSessions(SessionStore):
         notes: Mapping[str, str] = MappingProxyType({}),
         *,
         is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -184,12 +186,13 @@ class RedisSessions(SessionStore):
             _written(transcript),
             int(is_turn),
             mark_of(token_ids, transcript) if is_turn else "",
+            _listed_calls(calls),
             *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, is_turn)
+        self._committed(session, token_ids, open_response, transcript, is_turn, calls)
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)
@@ -267,7 +270,7 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, ttl) = answer
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, ttl, calls) = answer
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -288,6 +291,7 @@ class RedisSessions(SessionStore):
             bool(busy),
             int(version),
             ttl_s=int(ttl) / 1000 if ttl else None,
+            calls=_calls(calls),
         )
 
     def _listed(self, row: list, whose: int) -> Listed:
@@ -345,6 +349,20 @@ def _written(transcript: Transcript | None) -> str:
 
 def _own_ttl(ttl_s: float | None) -> int | str:
     return "" if ttl_s is None else _ms(ttl_s)
+
+
+def _listed_calls(calls: Sequence[str] | None) -> str:
+    return "" if calls is None else json.dumps(list(calls))
+
+
+def _calls(listed: bytes | None) -> tuple[str, ...] | None:
+    """The inverse; None for anything that is not a list of ids, too."""
+    try:
+        calls = json.loads(listed or b"null")
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(calls, list) and all(isinstance(call, str) for call in calls)
+    return tuple(calls) if known else None
 
 
 def _pairs(listed: Sequence[bytes]) -> dict[str, bytes]:

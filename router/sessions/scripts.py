@@ -1,9 +1,9 @@
 """The Redis store's scripts, which run on the server, each of them atomic: Lua for Redis 6.2 or newer.
 
 A session is two keys that expire together: a hash (state, the turn that holds it, and until when, its own TTL in ms if it has
-one, and marks: see router/sessions/marks.py) and a string (token ids, 4 bytes each, little-endian). A third one, a hash that expires with them, holds its notes if it has any. Two sorted sets hold
-the names of all sessions and of each tenant's sessions, by the time at which they expire. Expired names are dropped before
-counting, and each set expires with its last name.
+one, and marks: see router/sessions/marks.py) and a string (token ids, 4 bytes each, little-endian). A third one, a hash that
+expires with them, holds its notes if it has any. Two sorted sets hold the names of all sessions and of each tenant's sessions,
+by the time at which they expire. Expired names are dropped before counting, and each set expires with its last name.
 
 KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's, its notes. ARGV: its name in these
 sets, the TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns
@@ -39,7 +39,8 @@ local function unsound(session, tokens)
   local kinds = {redis.call('TYPE', session).ok, redis.call('TYPE', tokens).ok}
   if kinds[1] == 'none' or kinds[2] == 'none' then return 'missing' end
   if kinds[1] ~= 'hash' or kinds[2] ~= 'string' then return 'damaged' end
-  local state = redis.call('HMGET', session, 'tokens', 'turns', 'version', 'open', 'prefilled', 'domain', 'turn', 'until', 'ttl')
+  local state = redis.call('HMGET', session, 'tokens', 'turns', 'version', 'open', 'prefilled', 'domain', 'turn', 'until',
+    'ttl')
   for _, number in ipairs({state[1], state[2], state[3], state[4], state[7] and state[8] or '0', state[9] or '0'}) do
     if not number or #number > 15 or not string.match(number, '^%d+$') then return 'damaged' end
   end
@@ -94,14 +95,15 @@ local function full(most, most_of_own, evicts)
 end
 
 local function load(session, tokens)
-  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript', 'ttl')
+  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript', 'ttl',
+    'calls')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
-#: of its tenant's may be evicted, tokens, cache domain, transcript, mark, TTL in ms of its own ("": none).
+#: of its tenant's may be evicted, tokens, cache domain, transcript, mark, TTL in ms of its own ("": none), calls.
 CREATE = (
     _COMMON
     + """
@@ -113,7 +115,8 @@ else
   if refusal then return {refusal} end
   redis.call('DEL', session, tokens, notes)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'mark0', ARGV[10])
+    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'mark0', ARGV[10],
+    'calls', ARGV[12])
   if ARGV[11] ~= '' then redis.call('HSET', session, 'ttl', ARGV[11]) end
   redis.call('SET', tokens, ARGV[7])
 end
@@ -155,7 +158,7 @@ else
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
-    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10])
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'calls', '')
   end
 end
 touch(new, copied, no_notes, ARGV[3])
@@ -201,7 +204,7 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, whether it counts as a turn, mark, then notes: key and text in turns.
+#: transcript, whether it counts as a turn, mark, calls, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -219,13 +222,13 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8], 'transcript', ARGV[9])
+  'prefilled', ARGV[8], 'transcript', ARGV[9], 'calls', ARGV[12])
 redis.call('HINCRBY', session, 'version', 1)
 if ARGV[10] == '1' then
   local number = redis.call('HINCRBY', session, 'turns', 1)
   redis.call('HSET', session, 'mark' .. number % MOST_MARKS, ARGV[11])
 end
-for i = 12, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+for i = 13, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
 touch(session, tokens, notes, name)
 return {'ok'}
 """
@@ -259,8 +262,8 @@ return load(session, tokens)
 """
 )
 
-#: KEYS and name: those of a session with an empty name. ARGV: when the session before the page expires ("-inf": none), its name,
-#: most sessions. Answers with rows: name, when it expires, in how many ms, its status, tokens, turns, own TTL, domain, held.
+#: KEYS and name: those of a session with an empty name. ARGV: when the session before the page expires ("-inf": none), its
+#: name, most sessions. Answers with rows: name, when it expires, in how many ms, status, tokens, turns, own TTL, domain, held.
 LIST = (
     _COMMON
     + """

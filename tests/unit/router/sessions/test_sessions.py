@@ -368,7 +368,7 @@ async def test_a_tenants_sessions_are_listed_page_by_page_those_that_are_forgott
     await take(store, "c", [1, 2, 3], tenant="t")
     assert await names(store, 1, "t") == [["a"], ["b:ü"], ["c"]]
     async with store.turn("a", tenant="t"):
-        found = {one.session_id: one for one in (await store.listed(9, tenant="t")).sessions}
+        found = {one.session_id: one for one in (await store.listed(9, Place(), tenant="t")).sessions}
     one, held = found["c"], found["a"]
     assert (one.tokens, one.turns, one.ttl_s, one.cache_domain, one.busy) == (3, 1, 10, "d", False)
     assert (held.tokens, held.turns, held.busy) == (2, 0, True)
@@ -466,3 +466,17 @@ async def test_the_last_turns_ends_are_known_and_older_ones_are_not(store):
     async with store.turn("s", tenant="") as session:
         known = [tokens for tokens in range(1, len(context) + 1) if await store.said_at(session, tokens)]
     assert known == list(range(6, MOST_MARKS + 6))
+
+
+async def test_which_calls_wait_for_a_result_is_kept_with_the_context(store):
+    assert (await store.create("s", tenant="", calls=["a"])).calls == ("a",)
+    async with store.turn("s", tenant="") as session:
+        assert session.calls == ("a",)
+        await store.commit(session, [1, 2], False, calls=["a", "b"])
+        assert session.calls == ("a", "b")
+    assert (await store.get("s", tenant="")).calls == ("a", "b")
+    assert (await store.fork("s", "f", tenant="")).calls == ("a", "b")
+    await store.delete("f", tenant="")
+    assert (await store.fork("s", "f", tenant="", at=Mark(1))).calls is None
+    await take(store, "s", [1, 2, 3])
+    assert (await store.get("s", tenant="")).calls is None

@@ -106,7 +106,8 @@ def system(data: dict):
     """Start a deployment, given as plain data, on free ports."""
     data = {**data, "router": {**data.get("router", {}), "http_port": free_port(), "grpc_port": free_port()}}
     deployment = parse(data)
-    with running(deployment) as handle, Client(f"127.0.0.1:{deployment.router.grpc_port}") as client:
+    address = f"127.0.0.1:{deployment.router.grpc_port}"
+    with running(deployment) as handle, Client(address, retries=None) as client:
         yield System(deployment, handle, client)
 
 

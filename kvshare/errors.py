@@ -63,6 +63,8 @@ class PrefillShareError(Exception):
     `field` names the offending field of a request, config or file, if there is one; `fix` says what to do.
     """
 
+    #: Seconds after which trying again may help; 0: no hint.
+    retry_after_s: float = 0.0
     grpc_code = GrpcCode.INTERNAL
     http_status = 500
 

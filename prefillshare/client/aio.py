@@ -4,7 +4,7 @@ do the same steps (prefillshare/client/flows.py)."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Unpack
 
@@ -98,7 +98,7 @@ class AsyncClient(ClientBase):
                         collected.add(piece)
                 return collected
 
-    async def _pieces(self, taking: Taking) -> AsyncIterator[pb.GenerateResponse]:
+    async def _pieces(self, taking: Taking) -> AsyncGenerator[pb.GenerateResponse, None]:
         with typed_errors():
             call = self._stub.Generate(taking.request, timeout=taking.left_s, metadata=self.metadata())
             try:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
+
+from google.protobuf.message import Message as Proto
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+
+P = TypeVar("P", bound=Proto)
 
 
 class _Role(TypedDict):
@@ -177,7 +181,7 @@ def _choice(given: str | Mapping[str, Any] | None) -> pb.ToolChoice | None:
 
 def _sampling(given: dict[str, Any]) -> pb.SamplingParams:
     for name in ("json_schema", "structural_tag"):
-        value = given.get(name)
+        value: Any = given.get(name)
         if hasattr(value, "model_json_schema"):  # a class of pydantic's
             value = value.model_json_schema()
         if value is not None and not isinstance(value, str):
@@ -199,7 +203,7 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], before: str =
             raise InvalidInput("there is no such field", field=f"{before}{name}", fix=fix)
 
 
-def _built(kind: type, values: Mapping[str, Any], before: str = "") -> Any:
+def _built(kind: type[P], values: Mapping[str, Any], before: str = "") -> P:
     """A message with these values. Raises InvalidInput that names the one which does not fit."""
     made = kind()
     for name, value in values.items():
@@ -207,7 +211,7 @@ def _built(kind: type, values: Mapping[str, Any], before: str = "") -> Any:
     return made
 
 
-def _set(made: Any, name: str, value: Any, before: str = "") -> None:
+def _set(made: Proto, name: str, value: Any, before: str = "") -> None:
     try:
         made.MergeFrom(type(made)(**{name: value}))
     except (TypeError, ValueError) as error:

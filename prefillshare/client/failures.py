@@ -44,7 +44,7 @@ def typed(error: grpc.RpcError) -> errors.PrefillShareError:
         hint_s = hint_s or detail.retry_after_s
     elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
         # gRPC itself refuses a message that is too large, before the router sees it: waiting would not help.
-        return errors.InvalidInput(error.details(), fix="send less, or raise router.max_request_bytes")
+        return errors.InvalidInput(error.details() or "", fix="send less, or raise router.max_request_bytes")
     else:
         kind = _BY_CODE.get(error.code(), errors.PrefillShareError)
         typed_error = kind(f"{error.code().name}: {error.details()}")
@@ -62,7 +62,7 @@ def was_not_sent(error: BaseException | None) -> bool:
 
 def _details(error: grpc.RpcError) -> tuple[pb.ErrorDetail | None, float]:
     """The router's own detail, and the standard's hint in seconds, which a proxy may give, too."""
-    packed = next((value for key, value in error.trailing_metadata() or () if key == _DETAILS), b"")
+    packed = dict(error.trailing_metadata() or ()).get(_DETAILS, b"")
     detail, hint_s = None, 0.0
     try:
         for one in rpc_pb.RpcStatus.FromString(packed).details:

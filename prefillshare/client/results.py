@@ -65,12 +65,12 @@ class Collected:
         part.token_ids += piece.token_ids
         part.logprobs += [row.entries[0].logprob for row in piece.logprobs]
         if piece.HasField("done"):
-            part.done = piece.done
+            part.done, part.has_ended = piece.done, True
         return part.text
 
     def results(self) -> list[TurnResult]:
         """By index. Raises ConnectionLost if the stream has ended before all responses had."""
-        if not self._parts or any(part.done is None for part in self._parts.values()):
+        if not self._parts or not all(part.has_ended for part in self._parts.values()):
             raise errors.ConnectionLost(
                 "the server ended the stream without a result", fix="check whether the session has grown"
             )
@@ -82,7 +82,8 @@ class _Part:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    done: pb.Done | None = None
+    done: pb.Done = field(default_factory=pb.Done)
+    has_ended: bool = False
 
     def result(self, index: int) -> TurnResult:
         done = self.done

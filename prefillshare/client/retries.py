@@ -33,7 +33,7 @@ class Retries:
         """Seconds before further try `number`, from 0; None: no further one."""
         if number >= self.most or hint_s > self.longest_pause_s:
             return None
-        usual_s = min(self.longest_pause_s, self.first_pause_s * 2**number) * random.uniform(0.5, 1.0)
+        usual_s = min(self.longest_pause_s, self.first_pause_s * 2.0**number) * random.uniform(0.5, 1.0)
         return max(usual_s, hint_s * random.uniform(1.0, 1.25))
 
 
@@ -60,7 +60,7 @@ class Tries:
             self.is_uncertain |= isinstance(error, errors.Unavailable)
             if not (repeatable and (isinstance(error, errors.Unavailable) or not counts)):
                 raise error
-        pause_s = self._policy.pause_s(self._number if counts else 0, getattr(error, "retry_after_s", 0.0))
+        pause_s = self._policy.pause_s(self._number if counts else 0, error.retry_after_s)
         self._number += counts
         if pause_s is None or pause_s >= self.left_s:
             raise error

@@ -150,7 +150,8 @@ class Turns:
 
     async def _truncate(self, session_id: str, tenant: str, tokens: int) -> None:
         async with self.sessions.turn(session_id, tenant=tenant) as session:
-            if not 0 <= tokens <= (held := len(session.token_ids)):
+            held = len(session.token_ids)
+            if not 0 <= tokens <= held:
                 raise InvalidInput(
                     f"{tokens} is out of range: the context has {held} tokens", field="truncate_to", fix=f"use 0 to {held}"
                 )

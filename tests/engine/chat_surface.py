@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import httpx
@@ -74,6 +75,7 @@ class ChatSurface:
         cut_off, ids = self.ending != "stop", list(ids)
         for token in ids[: len(ids) - cut_off]:
             yield TokenChunk([token])
+            await asyncio.sleep(0)  # its client may read what there is
         yield TokenChunk(ids[-1:] if cut_off else [END], finish_reason=self.ending)
 
     def encode(self, text: str) -> list[int]:

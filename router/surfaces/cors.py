@@ -7,8 +7,10 @@ from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 
+from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER
+
 #: Response headers that scripts may read, besides those that browsers always show them.
-_SHOWN = ("retry-after", "x-request-id", "x-prefillshare-session-state")
+_SHOWN = ("retry-after", "x-request-id", "x-prefillshare-session-state", IGNORED_HEADER)
 
 
 def cors(origins: Sequence[str]) -> list[Callable]:

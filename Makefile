@@ -1,6 +1,6 @@
 # Every target that runs something sets up the virtual environment first.
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo demo-one test test-unit accuracy bench lint protos lock
+.PHONY: help setup model chromium demo demo-one test test-unit accuracy bench lint protos lock
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -27,7 +27,10 @@ demo: model ## start a small cluster on this machine and run a session in which 
 demo-one: model ## the same session in one engine, which makes the shared KV and decodes
 	@$(BIN)/prefillshare demo --config deploy/configs/demo_one_engine.yaml
 
-test: model ## all tests, those that start engines included (about 22 minutes on 2 cores)
+chromium: $(INSTALLED)
+	@requirements/chromium.sh
+
+test: model chromium ## all tests, those that start engines included (about 22 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/engine
 

@@ -12,6 +12,7 @@ figures with hardware, versions and command to benchmarks/results/.
     overload    does goodput hold under overload?
     eager       how much time does prefilling responses ahead save the next turn?
     router      what does one placement cost?
+    accounts    what do a tenant's accounts in Redis cost a turn?
     training    how fast is cache-conditioned training?
 
 shared/ holds what they have in common.

@@ -9,7 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from prefillshare.kvshare import chat_template as chat_templates
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
+
+Template = Annotated[
+    str | None,
+    typer.Option(help="Chat template, as base.chat_template in a deployment file.", show_default="the base's own"),
+]
 
 
 def train(
@@ -51,6 +57,7 @@ def data(
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to answer, e.g. bfcl_simple_python.")],
     base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    chat_template: Template = None,
     decoder: Annotated[Path | None, typer.Option(help="Folder of the decoder.", show_default="the base itself")] = None,
     method: Annotated[
         str | None,
@@ -70,7 +77,11 @@ def evaluate(
         raise InvalidInput("required with --served", field="--name", fix="give the decoder's name in the deployment")
     if answers:
         answers.parent.mkdir(parents=True, exist_ok=True)
-    ask = _served(served, name, batch_size) if served else _offline(base, decoder, method, batch_size, device, dtype)
+    if served:
+        _check_served(chosen)
+        ask = _served(served, name, batch_size)
+    else:
+        ask = _offline(base, chat_template, decoder, method, batch_size, device, dtype)
     from prefillshare.finetuning.evaluate import score
     from prefillshare.finetuning.log import bars
 
@@ -96,6 +107,7 @@ def profile(
     decoder: Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")],
     data: Annotated[Path, typer.Option(metavar="FILE", help="Transcripts like those it will serve (JSONL, docs/training.md).")],
     base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    chat_template: Template = None,
     examples: Annotated[int, typer.Option(min=2, help="Number of transcripts to use, evenly spread over the file.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(metavar="SUITE", help="Also score the frontier on this suite.")] = None,
@@ -110,18 +122,20 @@ def profile(
     """
     suites = _tasks(task or [])
     import torch
-    from transformers import AutoTokenizer
 
     from prefillshare.finetuning import layer_profile, layer_profile_report, subjects, transcripts
     from prefillshare.finetuning.recipe import DTYPES, device_of
+    from prefillshare.finetuning.tokenizers import tokenizer_of
 
+    template = chat_templates.text_of_given(chat_template, "--chat-template")
     if dtype not in DTYPES:
         raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
-    console, tokenizer = Console(stderr=True), AutoTokenizer.from_pretrained(base)
+    console, tokenizer = Console(stderr=True), tokenizer_of(base, template)
     stops = transcripts.stop_ids(base, tokenizer)
     found, _ = transcripts.read(data, tokenizer, stops, max_tokens, field="--data")
     where = device_of(device)
-    subject = subjects.load(decoder.name, base, decoder, "prefillshare", dtype=getattr(torch, dtype), device=where)
+    how = {"dtype": getattr(torch, dtype), "device": where, "template": template}
+    subject = subjects.load(decoder.name, base, decoder, "prefillshare", **how)
     made = layer_profile.profile(base, decoder, subject, data, found, examples, console)
     if suites:
         made = layer_profile.scored(made, subject, suites, limit, tokenizer, stops, where, console)
@@ -131,28 +145,41 @@ def profile(
     print(json.dumps({point.layers: round(point.divergence, 5) for point in made.frontier}))
 
 
-def _offline(base: Path, decoder: Path | None, method: str | None, batch_size: int, device: str, dtype: str):
+def _offline(
+    base: Path, given: str | None, decoder: Path | None, method: str | None, batch_size: int, device: str, dtype: str
+):
     if not (base / "config.json").is_file():
         raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
     import torch
-    from transformers import AutoTokenizer
 
     from prefillshare.finetuning import subjects
     from prefillshare.finetuning.evaluate import offline_answers
     from prefillshare.finetuning.methods import METHODS
     from prefillshare.finetuning.recipe import DTYPES, device_of
+    from prefillshare.finetuning.tokenizers import tokenizer_of
     from prefillshare.finetuning.transcripts import stop_ids
 
+    template = chat_templates.text_of_given(given, "--chat-template")
     method = method or subjects.trained_for(decoder)
     for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
         if value not in allowed:
             raise InvalidInput(f"unknown value {value!r}", field=field, fix=f"use one of {', '.join(allowed)}")
     where = device_of(device)
     Console(stderr=True).print(f"{decoder or base}, which sees context by method {method}, on {where}")
-    subject = subjects.load(method, base, decoder, method, dtype=getattr(torch, dtype), device=where)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    how = {"dtype": getattr(torch, dtype), "device": where, "template": template}
+    subject = subjects.load(method, base, decoder, method, **how)
+    tokenizer = tokenizer_of(base, template)
     options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}
     return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)
+
+
+def _check_served(tasks: list) -> None:
+    if of_tools := [task.name for task in tasks if task.offers_tools]:
+        raise InvalidInput(
+            f"{of_tools[0]} offers tools with its questions, and turns on sessions take none",
+            field="--served",
+            fix="leave it out, or ask a suite that describes them in the system message",
+        )
 
 
 def _served(address: str, name: str, at_once: int):

@@ -98,8 +98,7 @@ def offline_answers(
     advance: Advance = lambda count: None,
 ) -> list[str]:
     """Greedy answers, in the questions' order; prompts of like length are batched together."""
-    layout = ChatLayout(tokenizer)
-    prompts = [layout.opening(list(question.messages)) for question in questions]
+    prompts = [ChatLayout(tokenizer, question.tools).opening(list(question.messages)) for question in questions]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers = [""] * len(prompts)
     for first in range(0, len(order), batch_size):

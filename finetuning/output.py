@@ -54,7 +54,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def contract(recipe: Recipe) -> DecoderContract:
     made = f"{recipe.method}, {recipe.weights}" + (f" of rank {recipe.lora.rank}" if recipe.weights == "lora" else "")
-    return DecoderContract.of_base(recipe.base, trained_with=f"{made}, on {_digest(recipe.train)}")
+    return DecoderContract.of_base(recipe.base, f"{made}, on {_digest(recipe.train)}", recipe.template_text)
 
 
 def write(
@@ -73,6 +73,8 @@ def write(
         model.to(AutoConfig.from_pretrained(recipe.base).dtype or torch.float32).save_pretrained(folder)
         for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:
             shutil.copyfile(file, folder / file.name)
+        if recipe.template_text is not None:
+            (folder / "chat_template.jinja").write_text(recipe.template_text)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     (folder / "README.md").write_text(_card(folder.name, recipe, examples, figures))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from prefillshare.finetuning.methods import METHODS
+from prefillshare.kvshare import chat_template
 from prefillshare.kvshare.config.errors import as_config_error
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node, read
@@ -54,6 +55,9 @@ class Recipe(Node):
 
     base: str
     """Folder of the base model in Hugging Face format. It is not changed."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Template that lays out conversations instead of the base's own, named as base.chat_template in a deployment file. The
+    decoder's contract names it: serve it with the same one."""
     method: Literal["prefillshare", "icarus", "ordinary"] = "prefillshare"
     """What the decoder is trained over. prefillshare: base KV of the prompt. icarus: base KV of everything. ordinary: its own
     KV, as in ordinary fine-tuning; served in mode none."""
@@ -107,6 +111,10 @@ class Recipe(Node):
     def how(self):
         return METHODS[self.method]
 
+    @property
+    def template_text(self) -> str | None:
+        return chat_template.text_of_given(self.chat_template, "chat_template")
+
 
 def parse(data: Any) -> Recipe:
     if not isinstance(data, dict):
@@ -117,6 +125,7 @@ def parse(data: Any) -> Recipe:
         raise as_config_error(error, Recipe) from None
     if not (Path(recipe.base) / "config.json").is_file():
         raise ConfigError(f"no model in {recipe.base}", field="base", fix="give a folder in Hugging Face format")
+    recipe.template_text  # noqa: B018 - raises ConfigError
     return recipe
 
 

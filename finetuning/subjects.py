@@ -41,14 +41,23 @@ def load_base(base: Path, dtype=torch.float32, device: str = "cpu", *, kept_byte
 
 
 def load(
-    name: str, base: Path, decoder: Path | None, method: str, *, dtype=torch.float32, device: str = "cpu", frozen=None
+    name: str,
+    base: Path,
+    decoder: Path | None,
+    method: str,
+    *,
+    dtype=torch.float32,
+    device: str = "cpu",
+    frozen=None,
+    template: str | None = None,
 ) -> Subject:
     """`decoder`: folder of an adapter or of full weights; None: the base itself. `frozen`: the base, if it is loaded already.
-    Raises ContractMismatch if the decoder belongs to another base."""
+    `template`: text of the chat template that is used instead of the base's own. Raises ContractMismatch if the decoder belongs
+    to another base."""
     frozen = frozen or load_base(base, dtype, device)
     model = frozen.model
     if decoder is not None:
-        DecoderContract.read(decoder).check(DecoderContract.of_base(base), str(decoder))
+        DecoderContract.read(decoder).check(DecoderContract.of_base(base, template=template), str(decoder))
         model = _decoder(base, decoder, dtype).to(device).eval()
     return Subject(name, METHODS[method], model, frozen)
 

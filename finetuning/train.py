@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from prefillshare.finetuning import conditioned, output, transcripts
 from prefillshare.finetuning.base_kv_store import BaseKVStore
@@ -27,6 +27,7 @@ from prefillshare.finetuning.checkpoint import Checkpoint
 from prefillshare.finetuning.conditioned import LayersKV
 from prefillshare.finetuning.log import TrainingLog, training_bar
 from prefillshare.finetuning.recipe import Recipe, device_of
+from prefillshare.finetuning.tokenizers import tokenizer_of
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.errors import ConfigError
 
@@ -93,7 +94,7 @@ def train(recipe: Recipe, console: Console) -> Path:
 
 def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
     contract = output.contract(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.base)
+    tokenizer = tokenizer_of(recipe.base, recipe.template_text)
     stops = transcripts.stop_ids(Path(recipe.base), tokenizer)
     examples, left_out = _read("train", recipe.train, recipe, tokenizer, stops, console)
     validation = []

@@ -63,9 +63,10 @@ The data is one JSON object per line. It is laid out as the server lays out a se
 
 Every assistant message is a response to be learnt, unless it has `"weight": 0`: what other decoders said in a shared
 session is only context. A line may offer `tools`, and an assistant message may have `tool_calls`, as OpenAI defines both.
-The base's chat template lays them out, as it does over HTTP, and a call is learnt like text. Messages of the role `tool`
+The chat template lays them out, as it does over HTTP, and a call is learnt like text: the base's own template, or the one that
+the recipe names (`chat_template`), and `prefillshare eval` and `profile` by `--chat-template`. Messages of the role `tool`
 may have `tool_call_id` and `name`. Nothing in a line is ignored: a line is refused, with its number, if it has another key,
-an answer without content, or tools that the base's template leaves out. `prefillshare data` makes data for the task suites
+an answer without content, or tools that the template leaves out. `prefillshare data` makes data for the task suites
 below; it refuses to write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other
 decoders before each transcript, as in a shared session: a decoder that has only seen its own prompts may copy what another
 one has just said.
@@ -76,6 +77,7 @@ one has just said.
 | --- | --- | --- | --- |
 | `bfcl_simple_python` | BFCL v4, 400 | BFCL's own AST checker accepts it | BFCL's live categories, with other functions; calls made from a seed |
 | `bfcl_multiple` | BFCL v4, 200 | the same | the same |
+| `bfcl_simple_python_tools`, `bfcl_multiple_tools` | the same | the same | the same, with the functions as `tools` and the calls as `tool_calls`; needs a template with a place for them, like `smollm2_tools` |
 | `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is right | the same templates with other seeds: other names and numbers |
 
 `prefillshare eval` answers offline and in batches, by the definition of the method (`finetuning/generate.py`, compared with

@@ -39,13 +39,14 @@ class Caller:
             )
         return replace(self, cache_domain=chosen)
 
-    def behind(self, steps: int) -> Caller:
+    def behind(self, steps: int, field: str = "priority") -> Caller:
         """The caller of a request that lets others go first: `steps` behind the tenant's own priority, at most the last.
-        Raises InvalidInput if `steps` is out of range; below 0, the request would go before its tenant's others."""
+        Raises InvalidInput, about `field`, if `steps` is out of range; below 0, the request would go before its tenant's
+        others."""
         if not 0 <= steps <= PRIORITIES[-1]:
             raise InvalidInput(
                 f"{steps} is out of range",
-                field="priority",
+                field=field,
                 fix=f"use 0 to {PRIORITIES[-1]}: how far this request goes behind its tenant's others",
             )
         return replace(self, priority=min(self.priority + steps, PRIORITIES[-1]))

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from prefillshare.kvshare import fingerprint
@@ -17,6 +17,11 @@ from prefillshare.kvshare.errors import ConfigError, ContractMismatch
 
 FILE = "kv_contract.json"
 VERSION = 1
+_BASE_FIX = "serve it with the base it was trained against, or train it against this one"
+_TEMPLATE_FIX = (
+    "set base.chat_template to the template it was trained with, or leave it out for the base's own. Or vouch that this "
+    "template lays out what it was trained on: prefillshare contract write DECODER --base BASE_FOLDER --chat-template TEMPLATE"
+)
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -58,30 +63,45 @@ class BaseIdentity:
     chat_template: str
 
     @classmethod
-    def of(cls, folder: str | Path) -> BaseIdentity:
+    def of(cls, folder: str | Path, template: str | None = None) -> BaseIdentity:
+        """`template`: text of the chat template that is used instead of the folder's."""
         return cls(
             weights=fingerprint.weights(folder),
             config=fingerprint.config(folder),
             tokenizer=fingerprint.tokenizer(folder),
-            chat_template=fingerprint.chat_template(folder),
+            chat_template=fingerprint.chat_template(folder) if template is None else fingerprint.of_text(template),
         )
 
 
 @dataclass(frozen=True)
 class DecoderContract:
-    """What a decoder was trained against. `trained_with`: how it was made, for human readers only."""
+    """What a decoder was trained against. `trained_with`: how it was made, for human readers only. `other_templates`:
+    fingerprints of further chat templates for which somebody vouches that they lay out what the decoder was trained on; they
+    say nothing of how it was made, so that contracts with and without them are equal."""
 
     base: BaseIdentity
     shape: KVShape
     trained_with: str = ""
+    other_templates: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def of_base(cls, folder: str | Path, trained_with: str = "") -> DecoderContract:
-        return cls(BaseIdentity.of(folder), KVShape.of(folder), trained_with)
+    def of_base(cls, folder: str | Path, trained_with: str = "", template: str | None = None) -> DecoderContract:
+        """`template`: as for BaseIdentity.of."""
+        return cls(BaseIdentity.of(folder, template), KVShape.of(folder), trained_with)
+
+    def with_template(self, base: DecoderContract, decoder: str) -> DecoderContract:
+        """This contract, vouched for under the chat template of `base`, too. Raises ContractMismatch if more than that
+        differs."""
+        templates = dict.fromkeys((self.base.chat_template, *self.other_templates, base.base.chat_template))
+        vouched = replace(self, other_templates=tuple(templates)[1:])
+        vouched.check(base, decoder)
+        return vouched
 
     def write(self, decoder: str | Path) -> Path:
-        path = Path(decoder) / FILE
-        path.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=2) + "\n")
+        path, data = Path(decoder) / FILE, {"version": VERSION, **asdict(self)}
+        if not self.other_templates:
+            del data["other_templates"]
+        path.write_text(json.dumps(data, indent=2) + "\n")
         return path
 
     @classmethod
@@ -102,7 +122,8 @@ class DecoderContract:
                 f"{decoder}/{FILE} has version {data.get('version')!r}, this release reads {VERSION}", field=field, fix=again
             )
         try:
-            return cls(BaseIdentity(**data["base"]), KVShape(**data["shape"]), data.get("trained_with", ""))
+            others = tuple(data.get("other_templates", ()))
+            return cls(BaseIdentity(**data["base"]), KVShape(**data["shape"]), data.get("trained_with", ""), others)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{decoder}/{FILE} is not a KV contract: {error}", field=field, fix=again) from None
 
@@ -111,12 +132,13 @@ class DecoderContract:
         for part in ("base", "shape"):
             mine, theirs = asdict(getattr(self, part)), asdict(getattr(base, part))
             for key in mine:
-                if mine[key] != theirs[key]:
-                    raise ContractMismatch(
-                        f"{decoder} was trained against a base whose {key} is {mine[key]}, the base served has {theirs[key]}",
-                        field=field,
-                        fix="serve it with the base it was trained against, or train it against this one",
-                    )
+                if mine[key] == theirs[key] or (key == "chat_template" and theirs[key] in self.other_templates):
+                    continue
+                raise ContractMismatch(
+                    f"{decoder} was trained against a base whose {key} is {mine[key]}, the base served has {theirs[key]}",
+                    field=field,
+                    fix=_TEMPLATE_FIX if key == "chat_template" else _BASE_FIX,
+                )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
 
-from prefillshare.kvshare import adapter_files, fingerprint
+from prefillshare.kvshare import adapter_files, chat_template, fingerprint
 from prefillshare.kvshare.adapter_settings import AdapterSettings
 from prefillshare.kvshare.config import DecodePool, Deployment, Engines
 from prefillshare.kvshare.contract import DecoderContract, KVShape
@@ -97,8 +97,8 @@ def check_files(deployment: Deployment) -> DecoderContract:
     Raises ConfigError for files that cannot be served, ContractMismatch for a decoder of another base.
     """
     length = deployment.base.max_model_len
+    base = of_base(deployment)
     with _about("base.model"):
-        base = DecoderContract.of_base(deployment.base.model)
         _check_positions(deployment.base.model, length)
         linear = adapter_files.linear_modules(deployment.base.model)
     _check_kv_cache(deployment, base.shape)
@@ -114,6 +114,13 @@ def check_files(deployment: Deployment) -> DecoderContract:
             with _about(f"decode.{number}.adapters.{name}"):
                 _check_adapter(pool, folder, base, linear)
     return base
+
+
+def of_base(deployment: Deployment) -> DecoderContract:
+    """The base's own contract, under the chat template that the deployment uses. Raises ConfigError for its files."""
+    template = chat_template.text_of(deployment.base.chat_template)
+    with _about("base.model"):
+        return DecoderContract.of_base(deployment.base.model, template=template)
 
 
 @contextmanager

@@ -12,6 +12,7 @@
     |   |-- AlreadyExists       the name of a new session is in use
     |   |-- SessionBusy         another turn runs on the session
     |-- Overloaded              a queue is full; carries a retry hint
+    |   |-- OverLimit           the caller's tenant asks for more than it may; others are not concerned
     |-- DeadlineExceeded        the deadline passed before the turn ended
     |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
     |   |-- ConnectionLost      the router that took the call is gone; a turn may have been committed before
@@ -141,6 +142,10 @@ class Overloaded(PrefillShareError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, **kw):
         super().__init__(message, **kw)
         self.retry_after_s = retry_after_s
+
+
+class OverLimit(Overloaded):
+    """The caller's tenant has begun, or has in progress, as much as the keys file lets it."""
 
 
 class DeadlineExceeded(PrefillShareError):

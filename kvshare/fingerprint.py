@@ -114,7 +114,11 @@ def chat_template(folder: str | Path) -> str:
     """Hash of the chat template's text; "none" if the tokenizer has none."""
     file = Path(folder) / "chat_template.jinja"
     text = file.read_text() if file.is_file() else read_json(folder, "tokenizer_config.json").get("chat_template")
-    return hashlib.sha256(text.encode()).hexdigest() if isinstance(text, str) else ("none" if text is None else of_json(text))
+    return of_text(text) if isinstance(text, str) else ("none" if text is None else of_json(text))
+
+
+def of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def of_json(data: Any) -> str:

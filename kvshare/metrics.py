@@ -12,6 +12,8 @@ from itertools import product
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+#: Of a lease: what matters is how little is left.
+_LEFT_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class Metric:
     #: Values of the labels after decoder or pool that are exported from the start, at 0: a rate needs a value before the first
     #: event. A tuple of values for each where there are several such labels.
     known: tuple[str | tuple[str, ...], ...] = ()
+    #: Only for decoders that compute layers of a prompt themselves.
+    own_layers: bool = False
+
+    @property
+    def family(self) -> str:
+        """Its name as prometheus_client has it, without a counter's ending."""
+        return self.name.removesuffix("_total")
+
+    @property
+    def series(self) -> int:
+        """How many series it has for each combination of its labels' values."""
+        return len(self.buckets) + 3 if self.kind is Histogram else 1
 
 
 DEFINITIONS = {
@@ -33,10 +47,10 @@ DEFINITIONS = {
         Metric(
             "prefillshare_turns_total",
             Counter,
-            "Turns ended, by outcome (ok, cancelled, or the error's name).",
+            "Turns ended, by outcome (ok, cancelled, limited: refused by a limit of the tenant's own, or the error's name).",
             ("decoder", "outcome"),
             "If errors rise, read the router's log for that error; if it is Overloaded, add replicas.",
-            known=("ok", "cancelled", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
+            known=("ok", "cancelled", "limited", "InvalidInput", "Overloaded", "DeadlineExceeded", "Unavailable", "Internal"),
         ),
         Metric(
             "prefillshare_turns_in_progress",
@@ -63,11 +77,16 @@ DEFINITIONS = {
         Metric(
             "prefillshare_turns_refused_total",
             Counter,
-            "Turns refused, by reason (never_fits, no_replica, tenant_limit, too_late, queue_full, waited_too_long).",
+            "Turns refused, by reason (never_fits, no_replica, tenant_limit, turns_per_minute, tokens_per_minute, too_late, "
+            "queue_full, waited_too_long).",
             ("pool", "reason"),
             "too_late: add replicas; queue_full: raise router.max_queued, or add replicas; never_fits: raise kv_cache_gib; "
-            "many waited_too_long with few too_late: turns take longer than before, so look at the engines.",
-            known=("never_fits", "no_replica", "tenant_limit", "too_late", "queue_full", "waited_too_long"),
+            "many waited_too_long with few too_late: turns take longer than before, so look at the engines; tenant_limit, "
+            "turns_per_minute, tokens_per_minute: a tenant asks for more than the keys file gives it.",
+            known=(
+                "never_fits", "no_replica", "tenant_limit", "turns_per_minute", "tokens_per_minute", "too_late", "queue_full",
+                "waited_too_long",
+            ),
         ),
         Metric(
             "prefillshare_prefill_tokens_total",
@@ -124,6 +143,7 @@ DEFINITIONS = {
             "KV blocks of a pool's replicas as last reported, by state (used: held by requests or leases; total).",
             ("pool", "state"),
             "used near total: turns wait for room or are preempted; raise kv_cache_gib, or add replicas.",
+            known=("used", "total"),
         ),
         Metric(
             "prefillshare_kv_load_seconds",
@@ -139,6 +159,7 @@ DEFINITIONS = {
             "Time left of the lease on a prompt's KV when the KV had been read.",
             ("decoder",),
             "Near zero: reads will soon be late and have to be repeated; raise cluster.kv_lease_s.",
+            _LEFT_S,
         ),
         Metric(
             "prefillshare_late_reads_total",
@@ -185,6 +206,41 @@ DEFINITIONS = {
             "Its rate is the throughput of a decoder.",
         ),
         Metric(
+            "prefillshare_tenant_turns_total",
+            Counter,
+            "Turns admitted, by tenant; after a hundred tenants, the others are counted together.",
+            ("tenant", "decoder"),
+            "It shows who uses the system. The ledger (prefillshare usage) has the exact figures, also after a restart.",
+        ),
+        Metric(
+            "prefillshare_tenant_tokens_total",
+            Counter,
+            "Tokens used by tenants, by kind (prompt; cached and computed, as at prefill; generated).",
+            ("tenant", "decoder", "kind"),
+            "computed rising relative to cached for one tenant: its calls share less; look at how it lays out its prompts.",
+        ),
+        Metric(
+            "prefillshare_tenant_kv_byte_seconds_total",
+            Counter,
+            "Bytes of KV that tenants' turns held on decode replicas, times the seconds for which they held them.",
+            ("tenant", "decoder"),
+            "Its rate is how much of the decode replicas' KV memory a tenant holds.",
+        ),
+        Metric(
+            "prefillshare_usage_unwritten_seconds",
+            Gauge,
+            "How long the oldest usage of this router waits to be written to Redis.",
+            (),
+            "Above a second: Redis does not take it; look at Redis. If the router ends before that, the usage is lost.",
+        ),
+        Metric(
+            "prefillshare_turns_limited_alone_total",
+            Counter,
+            "Turns whose tenant's limits this router applied by itself, because Redis did not answer.",
+            (),
+            "Above 0: tenants may get up to their limits from each router; look at Redis.",
+        ),
+        Metric(
             "prefillshare_kv_transfer_bytes_total",
             Counter,
             "Bytes of KV that decode replicas pulled from prefill replicas.",
@@ -207,6 +263,7 @@ DEFINITIONS = {
             "Mean above prefillshare_quality_floor: other layers matter for this data; run prefillshare profile with such "
             "data.",
             (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+            own_layers=True,
         ),
         Metric(
             "prefillshare_quality_floor",
@@ -222,16 +279,20 @@ DEFINITIONS = {
             ("decoder", "outcome"),
             "dropped: lower router.canary_share; failed: read the router's log.",
             known=("done", "dropped", "failed"),
+            own_layers=True,
         ),
         Metric(
             "prefillshare_background_failures_total",
             Counter,
             "Background work that ended in an unforeseen error, by task (eager_prefill, pull_back, loan_release, "
-            "handoff_release, canary, replica_question).",
+            "handoff_release, canary, replica_question, usage_tidying, limit_settling).",
             ("task",),
             "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the session "
             "or request.",
-            known=("eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question"),
+            known=(
+                "eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question", "usage_tidying",
+                "limit_settling",
+            ),
         ),
         Metric(
             "prefillshare_resumes_total",
@@ -269,6 +330,7 @@ DEFINITIONS = {
             "Replicas that the router knows, by state (usable, ejected).",
             ("pool", "state"),
             "ejected above 0: that replica fails or does not answer; read its log.",
+            known=("usable", "ejected"),
         ),
         Metric(
             "prefillshare_time_to_first_token_seconds",
@@ -322,22 +384,44 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY):
         self._metrics = {
-            name.removeprefix("prefillshare_"): m.kind(
-                name, m.help, m.labels, registry=registry, **({"buckets": m.buckets} if m.kind is Histogram else {})
+            _short(m): m.kind(
+                m.name, m.help, m.labels, registry=registry, **({"buckets": m.buckets} if m.kind is Histogram else {})
             )
-            for name, m in DEFINITIONS.items()
+            for m in DEFINITIONS.values()
         }
 
-    def expect(self, decoders: Iterable[str], pools: Iterable[str]) -> None:
-        """Export the metrics with labels for these decoders and pools from now on, before anything is counted."""
+    def expect(self, decoders: Iterable[str], pools: Iterable[str], own_layers: Iterable[str] = ()) -> None:
+        """Export the metrics with labels for these decoders and pools from now on, before anything is counted; those of tenants
+        not before they use something, because there may be many. `own_layers`: those decoders that compute layers of a prompt
+        themselves."""
         values = {"decoder": list(decoders), "pool": list(pools)}
-        for name, m in DEFINITIONS.items():
-            if not m.labels or m.kind is Gauge:
+        for m in DEFINITIONS.values():
+            if not m.labels or m.kind is Gauge or "tenant" in m.labels:
                 continue
             of = [values[label] for label in m.labels if label in values]
-            others = [(one,) if isinstance(one, str) else one for one in m.known] if len(of) < len(m.labels) else [()]
-            for chosen, known in product(product(*of), others):
-                self[name.removeprefix("prefillshare_")].labels(*chosen, *known)
+            if m.own_layers:
+                of = [list(own_layers)]
+            for chosen, known in product(product(*of), _known(m)):
+                self[_short(m)].labels(*chosen, *known)
+
+    def forget(self, decoders: Iterable[str] = (), pools: Iterable[str] = ()) -> None:
+        """Export nothing any more of decoders and pools that are gone. If one comes back, its counters begin at 0."""
+        gone = [("decoder", name) for name in decoders] + [("pool", name) for name in pools]
+        for m in DEFINITIONS.values():
+            for label, value in gone:
+                if label in m.labels:
+                    self[_short(m)].remove_by_labels({label: value})
 
     def __getitem__(self, name: str):
         return self._metrics[name]
+
+
+def _short(metric: Metric) -> str:
+    return metric.name.removeprefix("prefillshare_")
+
+
+def _known(metric: Metric) -> list[tuple[str, ...]]:
+    """Values of the labels after decoder or pool; one empty tuple where there are none."""
+    if not set(metric.labels) - {"decoder", "pool"}:
+        return [()]
+    return [(one,) if isinstance(one, str) else one for one in metric.known]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefillshare import cluster, forkserver
+from prefillshare import cluster, forkserver, records
 from prefillshare.argument_check import check_arguments
 from prefillshare.cluster import APP, ROUTER
 from prefillshare.engines import engine_settings
 from prefillshare.kvshare import addresses, decoders, live_changes
 from prefillshare.kvshare.config import Deployment, Engines, load, parse
-from prefillshare.kvshare.errors import ConfigError, EngineStartError
+from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillShareError
 from prefillshare.platform import engine_environment, on_cpu
 from prefillshare.preflight import check_machine
 from prefillshare.router import tenants
@@ -90,7 +90,7 @@ def build(
                 "num_cpus": 0.01 if on_cpu() else 1,
                 "num_gpus": 0 if on_cpu() else engines.tensor_parallel_size * engines.gpu_share,
                 "resources": dict(engines.resources),
-                "runtime_env": {"env_vars": env, **forkserver.runtime_env(cluster.folder(), spares)},
+                "runtime_env": {"env_vars": env, **forkserver.runtime_env(records.folder(), spares)},
             },
         )
         handles[name] = _kept_while(engine, settings.fixed).bind(settings)
@@ -111,7 +111,7 @@ def build(
             "resources": dict(router.resources),
             "runtime_env": {
                 "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"},
-                **forkserver.runtime_env(cluster.folder()),
+                **forkserver.runtime_env(records.folder()),
             },
         },
     )
@@ -176,16 +176,19 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
 
     from prefillshare.kvshare_vllm.engine.ray_node import channel_secret
 
-    engine_settings(deployment)  # files first: they are the cheapest to check
+    if not ray.is_initialized():
+        cluster.check(deployment)
+    engine_settings(deployment)
     tenants.load(deployment.router.auth)
     check_machine(deployment)
     with ExitStack() as until_the_end:
         owned = False
         if not ray.is_initialized():
-            owned, address = deployment.cluster.address is None, deployment.cluster.address
+            owned = deployment.cluster.address is None
             with proxy_environment(deployment.router):
-                ray_cluster = cluster.started(deployment) if owned else cluster.joined(address, "cluster.address")
-                until_the_end.enter_context(ray_cluster)
+                until_the_end.enter_context(cluster.started(deployment) if owned else cluster.lent_to(deployment))
+                if not owned:
+                    _refuse_to_replace_another(deployment.name)
             channel_secret()  # raises early what each replica would raise
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         until_the_end.callback(_end, owned)
@@ -199,6 +202,23 @@ def running(deployment: Deployment, progress: Progress | None = None) -> Iterato
             _drain(handle)  # not after a failure: then there may be no router to wait for
         finally:
             handle.shutdown()
+
+
+def _refuse_to_replace_another(name: str) -> None:
+    """Raises ConfigError if the joined cluster runs a deployment of another name: a cluster holds one at a time."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        running = running_deployment(cluster.running_handle()).name
+    except (PrefillShareError, TimeoutError, RayError, RayServeException):  # nothing runs there, or nothing that answers
+        return
+    if running != name:
+        raise ConfigError(
+            f"the Ray cluster at cluster.address runs the deployment {running!r}, which would be replaced",
+            field="name",
+            fix=f"give another cluster, end that deployment, or name this one {running}",
+        )
 
 
 def _end(owned: bool) -> None:
@@ -222,9 +242,9 @@ def autoscaled(deployment: Deployment) -> list[str]:
     return [name for name, (_, engines) in engine_settings(deployment, check_files=False).items() if engines.autoscale]
 
 
-def running_deployment(handle) -> Deployment:
-    """The deployment that a running router says it serves."""
-    return Deployment.model_validate(handle.deployment.remote().result(timeout_s=STOP_TIMEOUT_S))
+def running_deployment(handle, timeout_s: float = STOP_TIMEOUT_S) -> Deployment:
+    """The deployment that a running router says it serves. Raises TimeoutError, or one of Ray's errors."""
+    return Deployment.model_validate(handle.deployment.remote().result(timeout_s=timeout_s))
 
 
 def _drain(handle) -> None:
@@ -293,7 +313,8 @@ def serve_command(file: Path) -> None:
 
     console = Console(stderr=True)
     deployment = load(file)
-    check_arguments(deployment)
+    cluster.check(deployment)
+    check_arguments(deployment).warn(console)
     stop = threading.Event()
     with startup_progress(console) as progress, running(deployment, progress):
         # Not earlier: until here a signal ends the start-up, and Ray has set its own handlers.
@@ -303,7 +324,9 @@ def serve_command(file: Path) -> None:
         r = deployment.router
         scheme = "https" if r.tls else "http"
         http, grpc = (addresses.joined(r.host, port) for port in (r.http_port, r.grpc_port))
-        console.print(f"[green]ready[/]  OpenAI: {scheme}://{http}/v1   gRPC: {grpc}", highlight=False)
+        console.print(f"[green]ready[/]  {deployment.name}   OpenAI: {scheme}://{http}/v1   gRPC: {grpc}", highlight=False)
+        if r.ui != "off":
+            console.print(f"page: {scheme}://{http}/ui", highlight=False)
         console.print(f"decoders: {', '.join(decoders.served(deployment))}   (Ctrl-C finishes running turns and stops)")
         with Watch(deployment.cluster.start_timeout_s, stop) as watch:
             stop.wait()

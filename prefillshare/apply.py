@@ -28,7 +28,7 @@ from prefillshare.app import (
     wait_until_running,
 )
 from prefillshare.argument_check import check_arguments
-from prefillshare.cluster import APP, connected, running_handle
+from prefillshare.cluster import APP, FOUND_S, joined, running_handle
 from prefillshare.kvshare import decoders, live_changes
 from prefillshare.kvshare.config import Deployment, load
 from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillShareError
@@ -37,18 +37,24 @@ from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillSh
 CONFIRM_S = 60.0
 
 
-def apply_command(file: Path) -> None:
-    """`prefillshare apply FILE`: change the running deployment, and return when it has changed."""
+def apply_command(file: Path, address: str | None = None) -> None:
+    """`prefillshare apply FILE`: change the running deployment, and return when it has changed. `address`: of its Ray cluster,
+    if the file's name does not say which deployment is meant."""
     from rich.console import Console
 
+    from prefillshare import which
     from prefillshare.progress import startup_progress
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     deployment = load(file)
-    address = deployment.cluster.address or "auto"
-    with connected(address, deployment.router.http_port):
-        handle_to_change()
-        check_arguments(deployment)
+    found = which.found(deployment.name, address or deployment.cluster.address)
+    with joined(found.address) as at:
+        handle = handle_to_change()
+        with _answers("what it serves"):
+            old = running_deployment(handle, FOUND_S)
+        console.print(f"{old.name} at {at}: base {Path(old.base.model).name}", highlight=False)
+        check_change(old, deployment)
+        check_arguments(deployment).warn(console)
         with startup_progress(console) as progress:
             apply(deployment, progress)
             progress.done()
@@ -102,28 +108,32 @@ def _step(application, deployment: Deployment, progress: Progress | None, ill: C
 def _refuse_what_engines_cannot_load(handle, new: Deployment) -> None:
     """Raises ConfigError naming every adapter that some replica cannot load, and why; EngineStartError if no router answers."""
     timeout_s = new.cluster.start_timeout_s + STOP_TIMEOUT_S
-    with _answers():
+    with _answers(_LOADED):
         problems = handle.adapter_problems.remote(new.model_dump(mode="json")).result(timeout_s=timeout_s)
     _refuse(problems, new)
 
 
 def _refuse_what_routers_leave_out(handle, new: Deployment) -> None:
     """The same check for what routers serve now: an engine may have been away when it was asked before."""
-    with _answers():
+    with _answers(_LOADED):
         told = handle.broadcast("left_out").results(timeout_s=STOP_TIMEOUT_S)
     for left_out in told:
         _refuse(left_out, new)
 
 
+_LOADED = "whether engines have loaded the adapters"
+
+
 @contextmanager
-def _answers() -> Iterator[None]:
+def _answers(what: str) -> Iterator[None]:
+    """Raises EngineStartError if no router says `what`."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     try:
         yield
     except (TimeoutError, RayError, RayServeException) as error:
-        raise EngineStartError(f"no router says whether engines have loaded the adapters: {error}", fix="try again") from error
+        raise EngineStartError(f"no router says {what}: {error}", fix="try again") from error
 
 
 def _refuse(problems: Mapping[str, str], new: Deployment) -> None:
@@ -183,6 +193,12 @@ def differences(one: Deployment, other: Deployment) -> list[str]:
 def check_change(old: Deployment, new: Deployment) -> None:
     """Check that what runs may change from `old` to `new`. Names and KV blocks must keep their meaning: a turn that runs
     meanwhile must not meet other weights, or engines of two contracts. Raises ConfigError."""
+    if old.name != new.name:
+        raise ConfigError(
+            f"the running deployment is called {old.name}",
+            field="name",
+            fix=f"start this one beside it: prefillshare serve FILE; or name it {old.name}, if it is to replace that one",
+        )
     live_changes.refuse(old, new)
     kept, wanted = (decoders.ecache_layers(deployment.decode) for deployment in (old, new))
     if kept != wanted:

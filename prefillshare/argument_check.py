@@ -1,4 +1,5 @@
-"""Checks, before engines start, that vLLM accepts the arguments that a deployment gives them; asks it in a separate process."""
+"""Checks, before engines start, that vLLM accepts the arguments that a deployment gives them, and that its chat template can
+lay out conversations; asks in a separate process."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.text import Text
+
 from prefillshare.engines import engine_settings, fields
-from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare import chat_template, fingerprint
 from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
 from prefillshare.platform import vllm_build
@@ -22,19 +26,37 @@ KEPT = 100
 _MODULE = "prefillshare.kvshare_vllm.engine.argument_check"
 
 
-def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> str:
-    """Returns why vLLM could not be asked; empty if it accepts the arguments of all engines of the deployment.
+@dataclass(frozen=True)
+class Checked:
+    """`unchecked`: why vLLM could not be asked; empty if it accepts the arguments of all engines. `warnings`: what engines
+    would start with, but what hardly anybody wants."""
+
+    unchecked: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def warn(self, console: Console) -> None:
+        for warning in self.warnings:
+            console.print(Text.assemble(("warning", "yellow"), f"  {warning}"), soft_wrap=True)
+
+
+def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.executable, "-m", _MODULE)) -> Checked:
+    """Asks vLLM about the arguments of all engines of the deployment, and tries its chat template.
 
     Raises ConfigError naming the fields and what vLLM says, and as `engine_settings` does. Takes as long as importing vLLM,
     unless the same engines have been checked before.
     """
     if not vllm_build():
-        return "vLLM is not installed here"
+        return Checked("vLLM is not installed here")
+    base = {
+        "model": deployment.base.model,
+        "tool_call_parser": deployment.base.tool_call_parser,
+        "chat_template": chat_template.text_of(deployment.base.chat_template),
+    }
     engines = {name: asdict(settings) for name, (settings, _) in engine_settings(deployment).items()}
-    asked = json.dumps({"engines": engines, "tool_call_parser": deployment.base.tool_call_parser}, default=str)
+    asked = json.dumps({"engines": engines, "base": base}, default=str)
     key = fingerprint.of_json([vllm_build(), asked])
     if key in _good():
-        return ""
+        return Checked()
     try:
         done = subprocess.run(
             command,
@@ -45,7 +67,7 @@ def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.exec
             env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
         )
     except subprocess.TimeoutExpired:
-        return f"vLLM has not answered within {LIMIT_S:g} s"
+        return Checked(f"vLLM has not answered within {LIMIT_S:g} s")
     if done.returncode:
         message = f"vLLM cannot be asked about the engines' arguments (status {done.returncode})"
         raise EngineStartError(message, log_tail=done.stderr)
@@ -55,11 +77,14 @@ def check_arguments(deployment: Deployment, command: tuple[str, ...] = (sys.exec
         named = [(".".join(filter(None, (where[p["engine"]], p["argument"]))), p["message"]) for p in problems]
         (field, message), *rest = dict.fromkeys(named)
         raise ConfigError(
-            message + "".join(f"\n  {name}: {what}" for name, what in rest), field=field, fix="see vLLM's engine arguments"
+            message + "".join(f"\n  {name}: {what}" for name, what in rest),
+            field=field,
+            fix=problems[0].get("fix", "see vLLM's engine arguments"),
         )
-    if not found["unchecked"]:
+    checked = Checked(found["unchecked"], tuple(found["warnings"]))
+    if checked == Checked():
         _remember(key)
-    return found["unchecked"]
+    return checked
 
 
 def _file() -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from prefillshare import extras, models
+from prefillshare.kvshare import chat_template as chat_templates
 from prefillshare.kvshare import contract, fingerprint
-from prefillshare.kvshare.errors import ConfigError, PrefillShareError
+from prefillshare.kvshare.errors import ConfigError, InvalidInput, PrefillShareError
 from prefillshare.progress import FetchProgress
 
 EXIT_REFUSED = 2
@@ -63,6 +65,14 @@ app.add_typer(contract_app, name="contract")
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", exists=True, dir_okay=False)]
 Decoder = Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")]
 Base = Annotated[Path, typer.Option("--base", help="Folder of the base model.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        help="Chat template used instead of the base's own: a file, or a name as in base.chat_template.",
+        show_default="the base's own",
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,28 +101,72 @@ def serve(file: File) -> None:
     serve_command(file)
 
 
+Name = Annotated[
+    str | None, typer.Option(help="Name of the deployment.", show_default="the one that was started on this machine")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Address of its Ray cluster; ray://HOST:10001 from other machines.",
+        show_default="the deployment of this name that was started on this machine",
+    ),
+]
+
+
 @app.command()
-def apply(file: File) -> None:
+def apply(file: File, address: Address = None) -> None:
     """Bring a running deployment in line with FILE: replicas, adapters, decode pools, the router's limits.
 
-    Turns go on meanwhile. The base and the cluster cannot change. A change of the gRPC port or of
-    sessions replaces the router; a change of the HTTP port or of TLS needs a new start.
+    It is the deployment that has the `name` in FILE. Turns go on meanwhile. The base and the cluster cannot change. A change of
+    the gRPC port or of sessions replaces the router; a change of the HTTP port or of TLS needs a new start.
     """
     from prefillshare.apply import apply_command
 
-    apply_command(file)
+    apply_command(file, address)
 
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Option(help="Address of the Ray cluster; auto: the deployment on this machine.")] = "auto",
+    name: Name = None,
+    address: Address = None,
     watch: Annotated[float | None, typer.Option(min=0.5, help="Show it again at this interval, seconds, until Ctrl-C.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Show what runs: decoders with their contracts, replicas with their queues and KV caches."""
+    """Show what runs and how it is doing: sessions, turns and KV hits; decoders; replicas with queues, KV caches and uptime.
+
+    If several deployments were started on this machine, it asks which one is meant, or says how to name it.
+    """
     from prefillshare.status import status_command
 
-    status_command(address, watch, as_json)
+    status_command(name, address, watch, as_json)
+
+
+Day = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], metavar="DAY", help="Like 2026-12-31, in UTC.")]
+
+
+@app.command()
+def usage(
+    name: Name = None,
+    address: Address = None,
+    since: Day = None,
+    until: Day = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    by_day: Annotated[bool, typer.Option("--by-day", help="A line for each day.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values instead of a table.")] = False,
+) -> None:
+    """Show what tenants have used of each decoder: turns, tokens (prompt, cached, computed, generated), KV held.
+
+    With Redis the figures are those of all routers, exact whatever has ended in between; without, those since the router
+    started.
+    """
+    from prefillshare.usage import usage_command
+
+    if as_json and as_csv:
+        raise InvalidInput("--json and --csv exclude each other", field="--csv", fix="give one of them")
+    first, last = (moment and moment.date() for moment in (since, until))
+    form = "json" if as_json else "csv" if as_csv else "table"
+    usage_command(name, address, first, last, tenant, by_day=by_day, form=form)
 
 
 @app.command()
@@ -206,17 +260,23 @@ def model_list() -> None:
 def contract_write(
     decoder: Decoder,
     base: Base,
-    trained_with: Annotated[str, typer.Option(help="Note for people: how the decoder was made.")] = "vouched for by hand",
+    chat_template: Template = None,
+    trained_with: Annotated[
+        str | None,
+        typer.Option(help="Note for people: how the decoder was made.", show_default="vouched for by hand, or what is there"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a contract that names another base.")] = False,
 ) -> None:
     """Vouch that DECODER was trained against the base: write its `kv_contract.json`.
 
-    The weights do not show whether this is true; a decoder that was trained against another base gives wrong answers.
+    The weights do not show whether this is true; a decoder that was trained against another base gives wrong answers. If there
+    is a contract that differs in the chat template only, that template is added to it: the decoder may be served under both.
     """
     _require_weights(decoder)
-    wanted = contract.DecoderContract.of_base(base, trained_with)
+    wanted = _of_base(base, chat_template, trained_with or "vouched for by hand")
     if (decoder / contract.FILE).exists() and not force:
-        contract.DecoderContract.read(decoder).check(wanted, str(decoder))
+        wanted = contract.DecoderContract.read(decoder).with_template(wanted, str(decoder))
+        wanted = replace(wanted, trained_with=trained_with or wanted.trained_with)
     if (decoder / "config.json").is_file() and (shape := contract.KVShape.of(decoder)) != wanted.shape:
         raise ConfigError(
             f"{decoder} has KV of {shape}, but {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"
@@ -227,30 +287,38 @@ def contract_write(
 @contract_app.command("show")
 def contract_show(
     folder: Annotated[Path, typer.Argument(help="A decoder's folder, or a base model's.")],
+    chat_template: Template = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a decoder's contract; for a base model, the contract its decoders must have."""
-    found = _contract_of(folder)
+    found = _contract_of(folder, chat_template)
     if as_json:
         typer.echo(json.dumps({"version": contract.VERSION, **asdict(found)}, indent=2))
         return
     for part in ("base", "shape"):
         for key, value in asdict(getattr(found, part)).items():
             typer.echo(f"{f'{part}.{key}':<19} {value}")
+    for template in found.other_templates:
+        typer.echo(f"{'or chat_template':<19} {template}")
     typer.echo(f"{'trained_with':<19} {found.trained_with or '-'}")
 
 
 @contract_app.command("check")
-def contract_check(decoder: Decoder, base: Base) -> None:
+def contract_check(decoder: Decoder, base: Base, chat_template: Template = None) -> None:
     """Check that DECODER may be served with the base; otherwise name what differs, both values, and exit with 2."""
-    contract.DecoderContract.read(decoder).check(contract.DecoderContract.of_base(base), str(decoder))
+    contract.DecoderContract.read(decoder).check(_of_base(base, chat_template), str(decoder))
     typer.echo(f"{decoder} was trained against the base in {base}")
 
 
-def _contract_of(folder: Path) -> contract.DecoderContract:
+def _contract_of(folder: Path, template: str | None) -> contract.DecoderContract:
     if not (folder / contract.FILE).exists() and (folder / "config.json").is_file():
-        return contract.DecoderContract.of_base(folder)
+        return _of_base(folder, template)
     return contract.DecoderContract.read(folder)
+
+
+def _of_base(base: Path, template: str | None, trained_with: str = "") -> contract.DecoderContract:
+    text = chat_templates.text_of_given(template, "--chat-template")
+    return contract.DecoderContract.of_base(base, trained_with, text)
 
 
 def _require_weights(decoder: Path) -> None:

@@ -1,7 +1,7 @@
-"""The Ray cluster of a deployment: started for it on this machine or joined, and found again by `apply` and `status`.
+"""The Ray cluster of a deployment: started for it on this machine or joined, by `serve` and by commands that ask what runs.
 
-A deployment that starts its own cluster leaves a record of it, under its HTTP port, in a folder that only this user can read.
-These records tell several deployments on one machine apart; Ray itself would take its latest cluster.
+A deployment that starts its own cluster leaves a record of it (prefillshare/records.py). The address of one that is joined is
+asked for an answer first (prefillshare/ray_address.py).
 
 Seam: ray/_private/worker.py (`ray.init`), ray/_private/node.py (`Node`),
 ray/_private/authentication/authentication_token_setup.py
@@ -9,25 +9,20 @@ ray/_private/authentication/authentication_token_setup.py
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import socket
-import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import psutil
-
-from prefillshare import forkserver, ray_messages
+from prefillshare import forkserver, ray_address, ray_messages, records
 from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError, Unavailable
 from prefillshare.kvshare.loopback import ADDRESS, is_loopback
 from prefillshare.local_ray import loopback_kept
+from prefillshare.records import Record
+from prefillshare.within import within
 
 # Ray starts its processes by fork. gRPC would start threads in the fork, which end it if they run before it becomes Ray's
 # program. gRPC reads this variable when it is first used.
@@ -37,58 +32,13 @@ _log = logging.getLogger(__name__)
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"
 ROUTER = "router"
-#: Seconds that whatever listens at a cluster's address may take to accept a connection.
-CONNECT_S = 5.0
-#: For when something listens at the address and Ray's client cannot connect: Ray does not say which of the two causes it is.
+#: Seconds within which Ray Serve has to say whether it runs the application.
+FOUND_S = 5.0
+#: For when a cluster answers at the address and Ray cannot join it: Ray does not say which of the two causes it is.
 _REFUSED_FIX = (
     "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
     " of this version"
 )
-
-
-@dataclass(frozen=True)
-class Record:
-    """A deployment that runs in its own local cluster. `started`: when its process was started, as psutil reports it."""
-
-    address: str
-    http_port: int
-    grpc_port: int
-    pid: int
-    started: float
-
-    @property
-    def lives(self) -> bool:
-        try:
-            return psutil.Process(self.pid).create_time() == self.started
-        except psutil.NoSuchProcess:
-            return False
-
-    def __str__(self) -> str:
-        return f"HTTP port {self.http_port}, gRPC port {self.grpc_port}, process {self.pid}: --address {self.address}"
-
-
-def folder() -> Path:
-    """The folder of records. Only this user may write there, because its content is trusted."""
-    mine = Path(tempfile.gettempdir()) / f"prefillshare-{os.getuid()}"
-    mine.mkdir(mode=0o700, exist_ok=True)
-    if mine.stat().st_uid != os.getuid() or mine.is_symlink():
-        raise ConfigError(f"{mine} belongs to somebody else", fix="remove it, or set TMPDIR to a folder of your own")
-    return mine
-
-
-def records() -> list[Record]:
-    """Records of the deployments that this user runs on this machine in their own clusters."""
-    found = []
-    for file in sorted(folder().glob("*.json")):
-        try:
-            record = Record(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):  # gone meanwhile, or of another version
-            continue
-        if record.lives:
-            found.append(record)
-        else:
-            file.unlink(missing_ok=True)
-    return found
 
 
 @contextmanager
@@ -102,86 +52,68 @@ def started(deployment: Deployment) -> Iterator[None]:
             f"{AUTH_MODE_ENV_VAR} is {mode!r}: anybody who reaches Ray's ports could run programs as this user",
             fix=f"unset {AUTH_MODE_ENV_VAR}, or set it to token",
         )
+    ray_messages.to_file()
     _enable_token_auth()  # Ray would do it with a warning that says how to opt out
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
-    with forkserver.started(folder()) as labels:
+    with forkserver.started(records.folder()) as labels:
         with loopback_kept(deployment.router.host):
             _start(labels=labels, **options)
         try:
             _close_token_file()
-            file = _record(deployment)
-            try:
+            with records.kept(Record.of(deployment, ray.get_runtime_context().gcs_address)):
                 yield
-            finally:
-                file.unlink(missing_ok=True)
         finally:
             ray.shutdown()
 
 
-def _record(deployment: Deployment) -> Path:
-    """Write down where the deployment runs; returns the file."""
-    import ray
-
-    router, me = deployment.router, psutil.Process()
-    record = Record(
-        ray.get_runtime_context().gcs_address, router.http_port, router.grpc_port, me.pid, me.create_time()
-    )
-    file = folder() / f"{router.http_port}.json"
-    whole = file.with_suffix(f".{me.pid}")
-    whole.write_text(json.dumps(asdict(record)))
-    return whole.replace(file)
-
-
 @contextmanager
-def joined(address: str, field: str | None = None) -> Iterator[None]:
-    """Join a running Ray cluster. Raises ConfigError, which names `field`, if it cannot be joined."""
+def joined(address: str, field: str | None = None) -> Iterator[str]:
+    """Join a running Ray cluster; "auto": the only one on this machine. Yields its address. Raises ConfigError, which names
+    `field`, if it cannot be joined, and within seconds if nothing answers."""
     import ray
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
-    where = _named(address)
-    if where is not None and not _answers(*where):
-        raise ConfigError(
-            f"nothing answers at {where[0]}:{where[1]}", field=field, fix="give the address of a running Ray cluster"
-        )
-    # Ray does this itself only for clusters that it finds by itself.
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    with loopback_kept(where[0] if where else None):
+    address = _answering(address, field)
+    with loopback_kept(ray_address.named(address)[0]):
         _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
     try:
-        yield
+        yield address
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def connected(address: str, http_port: int | None = None) -> Iterator[None]:
-    """Connected to the cluster in which a deployment runs. `address` "auto": a cluster on this machine; `http_port`: that of
-    the deployment, if it is known. Raises ConfigError if there is none, or several and it is not clear which one is meant."""
-    with joined(address if address != "auto" or "RAY_ADDRESS" in os.environ else _of_this_machine(http_port)):
+def lent_to(deployment: Deployment) -> Iterator[None]:
+    """The cluster at cluster.address, in which a deployment runs from now on."""
+    with joined(deployment.cluster.address, "cluster.address") as address, records.kept(Record.of(deployment, address)):
         yield
 
 
-def _of_this_machine(http_port: int | None) -> str:
-    running = records()
-    if not running:
-        return "auto"
-    fitting = [record for record in running if http_port in (None, record.http_port)]
-    if len(fitting) == 1:
-        return fitting[0].address
-    which = "several deployments run here" if fitting else f"no deployment with router.http_port {http_port} runs here"
-    listed = "".join(f"\n  {record}" for record in running)
-    fix = "say which one" if fitting else "start it: prefillshare serve FILE"
-    raise ConfigError(f"{which}; the running ones are:{listed}", fix=fix)
+def check(deployment: Deployment) -> None:
+    """Raises ConfigError if the deployment cannot be started for what runs already: another one of its name, or no cluster at
+    cluster.address."""
+    records.refuse_taken(deployment.name)
+    if deployment.cluster.address is not None:
+        _answering(deployment.cluster.address, "cluster.address")
+
+
+def _answering(address: str, field: str | None) -> str:
+    """The address, or what "auto" stands for. Raises ConfigError if no cluster answers there."""
+    ray_messages.to_file()
+    address = ray_address.only_one(field) if address == "auto" else address
+    ray_address.check(address, field)
+    return address
 
 
 def running_handle():
-    """The router's handle in the running application. Raises ConfigError if none runs."""
+    """The router's handle in the running application. Raises ConfigError if none runs, Unavailable if Ray Serve hangs."""
     from ray import serve
 
     try:
-        return serve.get_deployment_handle(ROUTER, app_name=APP)
+        return within(FOUND_S, lambda: serve.get_deployment_handle(ROUTER, app_name=APP))
+    except TimeoutError:
+        raise Unavailable("Ray Serve does not answer", fix="look at Ray's logs; start the deployment anew") from None
     except Exception as error:
         raise ConfigError("nothing is running there", fix="start it: prefillshare serve FILE") from error
 
@@ -203,16 +135,18 @@ def _start(**options) -> None:
 def _init(address: str, failed: str, fix: str, field: str | None = None, **options) -> None:
     import ray
 
-    ray_messages.log_instead_of_printing()
+    ray_messages.to_file()
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            namespace=APP,
-            configure_logging=False,
-            **options,
-        )
+        with warnings.catch_warnings(action="ignore"):
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.INFO,
+                logging_format=ray_messages.FORM,
+                namespace=APP,
+                configure_logging=True,  # otherwise it would take its logger's handlers away
+                **options,
+            )
     except Exception as error:  # Ray has no common type for what goes wrong here
         raise ConfigError(f"{failed}: {type(error).__name__}: {error}", field=field, fix=fix) from error
 
@@ -238,19 +172,3 @@ def _close_token_file() -> None:
     file = _get_default_token_path()
     with suppress(OSError):  # there is none, or it is not ours
         file.chmod(0o600)
-
-
-def _named(address: str) -> tuple[str, int] | None:
-    """Host and port in an address, or in RAY_ADDRESS if that takes its place; None: Ray finds the cluster by itself."""
-    if address in ("auto", "local"):
-        address = os.environ.get("RAY_ADDRESS") or address
-    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
-    return (found[1], int(found[2])) if found else None
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), CONNECT_S):
-            return True
-    except OSError:
-        return False

@@ -90,7 +90,7 @@ def _values(item: dict[str, Any]) -> str:
     if "anyOf" in item:
         return " or ".join(_values(choice) for choice in item["anyOf"] if choice.get("type") != "null")
     if "enum" in item:
-        return ", ".join(f"`{value}`" for value in item["enum"])
+        return ", ".join(f"`{value}`" for value in item["enum"] if value is not False)  # what a bare `off` is in YAML
     if "$ref" in item:
         return "mapping"
     kinds = {"array": "list", "boolean": "`true`, `false`", "object": "mapping"}

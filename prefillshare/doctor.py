@@ -176,7 +176,7 @@ def of_deployment(file: Path) -> Iterator[Finding]:
         tenants.load(deployment.router.auth)
         contract = kv_contract(deployment)
         check_machine(deployment)
-        unchecked = check_arguments(deployment)
+        checked = check_arguments(deployment)
     except PrefillShareError as error:
         yield Finding("deployment", Level.WRONG, f"{error.field or file}: {error.message}", error.fix or "")
         return
@@ -184,8 +184,11 @@ def of_deployment(file: Path) -> Iterator[Finding]:
     if deployment.cluster.address:
         seen = f"files; the machines of the Ray cluster at {deployment.cluster.address} are not seen from here"
     yield Finding("deployment", Level.OK, f"{file}: {seen}")
-    if unchecked:
-        yield Finding("deployment", Level.OK, f"not checked: whether vLLM accepts the engines' arguments ({unchecked})")
+    for warning in checked.warnings:
+        yield Finding("deployment", Level.WARNING, warning)
+    if checked.unchecked:
+        text = f"not checked: whether vLLM accepts the engines' arguments ({checked.unchecked})"
+        yield Finding("deployment", Level.OK, text)
     for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
         yield Finding("deployment", Level.OK, line)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefillshare.kvshare import decoders
 from prefillshare.kvshare.config import Deployment, Engines
-from prefillshare.kvshare.contract import DecoderContract, KVContract
+from prefillshare.kvshare.contract import KVContract
 from prefillshare.kvshare.engine_settings import SHARED_PREFILL, EngineSettings, own_prefill
 from prefillshare.kvshare.modes import get_mode, modes
 from prefillshare.platform import vllm_build
@@ -16,7 +16,7 @@ from prefillshare.platform import vllm_build
 def kv_contract(deployment: Deployment, check_files: bool = True) -> KVContract:
     """Check every decoder's files and return the contract under which all engines of the deployment start. `check_files`: False
     for a deployment that runs already, whose files may be gone."""
-    base = decoders.check_files(deployment) if check_files else DecoderContract.of_base(deployment.base.model)
+    base = decoders.check_files(deployment) if check_files else decoders.of_base(deployment)
     return KVContract(
         base=base.base,
         shape=base.shape,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from prefillshare.kvshare.metric_sizes import Series
 from prefillshare.kvshare.metrics import DEFINITIONS, Metric
+from prefillshare.kvshare.other_metrics import ENGINE_METRICS, ROUTER_METRICS, OtherMetric
 
 _HEAD = """\
 # Metrics
@@ -19,7 +23,8 @@ Where to scrape:
   ([prometheus.yaml](../deploy/prometheus/prometheus.yaml)).
 - **Several machines**: Ray's metrics agent on every node (its port is `metrics-export-port`) has what the routers and replicas
   on that node export, so no replica is missed. Ray puts `ray_` before each name; remove it when you scrape, as the chart's
-  PodMonitor does. The agent computes the sums of histograms from the middles of their buckets; counts are exact.
+  PodMonitor does. The agent computes the sums of histograms from the middles of their buckets; counts are exact. An agent also
+  has thousands of series of Ray's own; the PodMonitor keeps few of them (`monitoring.podMonitor.rayMetrics`).
 
 | metric | labels | what it is | when it moves |
 | --- | --- | --- | --- |
@@ -29,28 +34,60 @@ Where to scrape:
 _ENGINES = """
 ## The engines' own
 
-The engines export vLLM's metrics (https://docs.vllm.ai, "Production metrics") and those of its NIXL connector, with `vllm_`
-where vLLM has `vllm:`. The label `model_name` is the pool, and `ReplicaId` is the replica. Look at these first:
+vLLM and its NIXL connector have many more metrics (https://docs.vllm.ai, "Production metrics"). Those of them that are exported
+have `vllm_` where vLLM has `vllm:`. The label `model_name` is the pool, `ReplicaId` is the replica, and `engine` is the rank of
+data parallelism.
 
 | metric | what it is | when it moves |
 | --- | --- | --- |
-| `vllm_num_requests_running`, `vllm_num_requests_waiting` | requests in a batch, and requests that wait for one | requests wait for long: add replicas |
-| `vllm_kv_cache_usage_perc` | KV memory held by requests and leases, 0 to 1 | near 1: raise kv_cache_gib, or add replicas |
-| `vllm_num_preemptions_total` | requests that had to give up their blocks | rising: raise kv_cache_gib, add replicas, or raise router.expected_output_tokens |
-| `vllm_nixl_xfer_time_seconds`, `vllm_nixl_bytes_transferred` | time and size of NIXL's reads | slower at equal sizes: look at the network hardware |
-| `vllm_nixl_num_failed_transfers_total` | reads that failed | above 0: look at the network between the pools |
-| `vllm_nixl_num_kv_expired_reqs_total` | leases that ended before they were read | above 0: raise cluster.kv_lease_s |
-"""  # noqa: E501 - a table's row is one line
+"""
+_ROUTERS = """
+## The router's process
+
+These are on the router's `/metrics` only, without a prefix.
+
+| metric | labels | what it is | when it moves |
+| --- | --- | --- | --- |
+"""
+_SIZE = """
+## How much there is to scrape
+
+Nothing that a client sends makes a new series, and what is removed by `prefillshare apply`, or has died, is no longer exported.
+A router's `/metrics` has at most this many series; a series is about 90 bytes:
+
+| for | series |
+| --- | ---: |
+| each decoder | {decoder} |
+| each decoder with own layers, besides | {own_layers}, and one for each of its groups |
+| each pool | {pool} |
+| each engine on the router's machine | {engine} |
+| the router itself | {router} |
+
+Ray's agent of a machine exports the same, without the router's process, for all routers and engines on it. Its series are some
+hundred bytes longer.
+"""
 
 
 def markdown() -> str:
-    return _HEAD + "".join(map(_row, DEFINITIONS.values())) + _ENGINES
+    return "".join((
+        _HEAD, *map(_row, DEFINITIONS.values()),
+        _ENGINES, *(_other(metric, metric.help, metric.when) for metric in ENGINE_METRICS.values()),
+        _ROUTERS, *(_other(metric, _names(metric.labels), metric.help, metric.when) for metric in ROUTER_METRICS.values()),
+        _SIZE.format(**vars(Series.most())),
+    ))  # fmt: skip
 
 
 def _row(metric: Metric) -> str:
     kind = metric.kind.__name__.lower()
-    labels = ", ".join(f"`{label}`" for label in metric.labels)
-    return f"| `{metric.name}` ({kind}) | {labels} | {metric.help} | {metric.when} |\n"
+    return f"| `{metric.name}` ({kind}) | {_names(metric.labels)} | {metric.help} | {metric.when} |\n"
+
+
+def _other(metric: OtherMetric, *cells: str) -> str:
+    return " | ".join((f"| `{metric.name}` ({metric.kind})", *cells)) + " |\n"
+
+
+def _names(labels: Iterable[str]) -> str:
+    return ", ".join(f"`{label}`" for label in labels)
 
 
 if __name__ == "__main__":

@@ -143,15 +143,16 @@ def check_command(file: Path) -> None:
     known = tenants.load(deployment.router.auth).by_name
     contract = kv_contract(deployment)
     check_machine(deployment)
-    unchecked = check_arguments(deployment)
+    checked = check_arguments(deployment)
     console = Console()
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
     for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
         console.print(f"  {line}")
-    if unchecked:
-        console.print(f"  not checked: whether vLLM accepts the engines' arguments ({unchecked})")
+    checked.warn(console)
+    if checked.unchecked:
+        console.print(f"  not checked: whether vLLM accepts the engines' arguments ({checked.unchecked})")
     console.print(f"  tenants: {', '.join(known)}" if known else "  no tenants (router.auth): anybody may call")
     if known and deployment.router.tls is None:
         console.print("  no TLS (router.tls): API keys are sent unencrypted")

@@ -81,6 +81,7 @@ def deployment(subject: Subject, dtype: str, machine: Machine) -> Deployment:
 
         engine |= {"gpu_share": 1.0 if torch.cuda.device_count() > 1 else 0.5}
     return parse({
+        "name": f"proof-{http_port}",
         "base": {"model": str(subject.base), "dtype": dtype, "max_model_len": MAX_TOKENS, "block_size": BLOCK},
         "prefill": engine,
         "decode": [{

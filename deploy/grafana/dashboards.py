@@ -1,7 +1,7 @@
 """Grafana dashboards as code: `python deploy/grafana/dashboards.py` writes a JSON file each beside this one.
 
-Queries use the routers' metrics and vLLM's (docs/metrics.md); `$datasource`, and `$decoder` or `$pool`, are chosen above the
-panels.
+Queries use the routers' metrics and vLLM's (docs/metrics.md); `$datasource`, and `$decoder`, `$pool` or `$tenant`, are chosen
+above the panels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Board:
-    """`label`: by what its queries may be narrowed ("decoder" or "pool")."""
+    """`label`: by what its queries may be narrowed ("decoder", "pool" or "tenant")."""
 
     uid: str
     title: str
@@ -68,14 +68,14 @@ def _mean(metric: str, by: str, **labels: str) -> str:
     return f"{_rate(metric + '_sum', by, **labels)} / {_rate(metric + '_count', by, **labels)}"
 
 
-DECODER, POOL = {"decoder": "$decoder"}, {"pool": "$pool"}
+DECODER, POOL, TENANT = {"decoder": "$decoder"}, {"pool": "$pool"}, {"tenant": "$tenant"}
 #: As vLLM's metrics name a pool.
 ENGINES = {"model_name": "$pool"}
 IN_ENGINES = {
     f"sum by (model_name) ({_of(f'vllm_num_requests_{state}', **ENGINES)})": f"{{{{model_name}}}}, {state}"
     for state in ("running", "waiting")
 }
-TOKENS = "prefillshare_prefill_tokens_total"
+TOKENS, USED = "prefillshare_prefill_tokens_total", "prefillshare_tenant_tokens_total"
 HIT = f'{_rate(TOKENS, source="cached", **DECODER)} / {_rate(TOKENS, **DECODER)}'
 HIT_BY_DECODER = f'{_rate(TOKENS, "decoder", source="cached", **DECODER)} / {_rate(TOKENS, "decoder", **DECODER)}'
 
@@ -259,6 +259,33 @@ BOARDS = (
                   "session or request."),
         ),
     }),
+    Board("prefillshare-tenants", "prefillshare: tenants", "tenant", {
+        "What they use": (
+            Panel("Turns", "reqps", {_rate("prefillshare_tenant_turns_total", "tenant", **TENANT): "{{tenant}}"},
+                  "Turns admitted. prefillshare usage has the exact figures by day, also after a restart."),
+            Panel("Tokens generated and computed", "short",
+                  {_rate(USED, "tenant, kind", kind="generated|computed", **TENANT): "{{tenant}}: {{kind}}"},
+                  "Per second. This is the engines' work for each tenant."),
+            Panel("Prefix-cache hit ratio", "percentunit",
+                  {f'{_rate(USED, "tenant", kind="cached", **TENANT)} / '
+                   f'{_rate(USED, "tenant", kind="cached|computed", **TENANT)}': "{{tenant}}"},
+                  "Share of prompt tokens found cached at prefill. One tenant far below the others: its calls share little; "
+                  "look at how it lays out its prompts."),
+            Panel("KV held on decode replicas", "bytes",
+                  {_rate("prefillshare_tenant_kv_byte_seconds_total", "tenant", **TENANT): "{{tenant}}"},
+                  "On average, by the turns in progress; blocks that several turns use count for each of them."),
+        ),
+        "Limits and the ledger": (
+            Panel("Turns refused by tenants' limits", "reqps",
+                  {_rate("prefillshare_turns_refused_total", "reason", reason="tenant_limit|.*_per_minute"): "{{reason}}"},
+                  "Tenants ask for more than the keys file gives them. The answers say when to try again."),
+            Panel("Turns limited by one router alone", "reqps",
+                  {_rate("prefillshare_turns_limited_alone_total"): "turns"},
+                  "Above 0: Redis does not answer, and tenants may get up to their limits from each router."),
+            Panel("Usage not written yet", "s", {"max (prefillshare_usage_unwritten_seconds)": "oldest"},
+                  "Above a second: look at Redis. What is not written is lost if the router ends."),
+        ),
+    }),
     Board("prefillshare-slo", "prefillshare: objectives and alerts", "decoder", {
         "Objectives": (
             Panel("Turns without error", "percentunit",
@@ -320,7 +347,8 @@ def built(board: Board) -> dashboard.Dashboard:
 
 
 def _values_of(label: str) -> str:
-    return {"decoder": "prefillshare_turns_total", "pool": "prefillshare_replicas"}[label]
+    of = {"decoder": "prefillshare_turns_total", "pool": "prefillshare_replicas", "tenant": "prefillshare_tenant_turns_total"}
+    return of[label]
 
 
 def _panel(panel: Panel) -> timeseries.Panel:

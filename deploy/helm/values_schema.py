@@ -161,6 +161,7 @@ class PodMonitor(_Values):
     enabled: bool
     interval: Annotated[str, Field(pattern=r"^\d+(ms|s|m)$")]
     labels: Labels
+    rayMetrics: list[str]
 
 
 class Objectives(_Values):

@@ -8,7 +8,16 @@ from prefillshare.finetuning.tasks.arithmetic import Arithmetic
 from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
 from prefillshare.finetuning.tasks.tool_calls import ToolCalls
 
-TASKS: dict[str, Task] = {task.name: task for task in (ToolCalls("simple_python"), ToolCalls("multiple"), Arithmetic())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        ToolCalls("simple_python"),
+        ToolCalls("multiple"),
+        Arithmetic(),
+        ToolCalls("simple_python", offers_tools=True),
+        ToolCalls("multiple", offers_tools=True),
+    )
+}
 
 __all__ = ["SPLITS", "TASKS", "Question", "Task", "write_transcripts"]
 
@@ -21,7 +30,8 @@ def write_transcripts(
     """
     made = [transcript for task in tasks for transcript in task.transcripts(count, seed, split)]
     if others:
-        made = in_company(made, [t for task in TASKS.values() for t in task.transcripts(count, seed + 1, split)], others, seed)
+        company = [task for task in TASKS.values() if not task.offers_tools]
+        made = in_company(made, [t for task in company for t in task.transcripts(count, seed + 1, split)], others, seed)
     for task in TASKS.values():
         check_disjoint(made, task.questions())
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prefillshare.kvshare.errors import ConfigError
 
@@ -15,17 +16,20 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Question:
-    """`messages`: the prompt. `is_right`: whether an answer's text is right."""
+    """`messages`: the prompt. `is_right`: whether an answer's text is right. `tools`: those offered, as OpenAI defines them."""
 
     name: str
     messages: Sequence[dict[str, str]]
     is_right: Callable[[str], bool]
+    tools: Sequence[dict[str, Any]] = ()
 
 
 class Task(ABC):
     name: str
     #: Longest answer, tokens.
     max_tokens: int
+    #: Its questions and transcripts have `tools`, which the chat template must have a place for.
+    offers_tools: bool = False
 
     @abstractmethod
     def questions(self) -> list[Question]:

@@ -1,5 +1,8 @@
 """Tool calling: BFCL's questions, its possible answers and its own AST checker (package bfcl-eval).
 
+A suite describes the functions in the system message, in BFCL's own form, or offers them as tools, as OpenAI's clients do. The
+base's template lays tools out; `smollm2_tools` in the same way as the system message here, but for what JSON schemas call the
+types.
 Test: the categories simple_python and multiple. Training: questions of the live categories with one call, to functions that
 no test question is about, and calls made from a seed (synthetic_calls.py).
 """
@@ -33,22 +36,25 @@ TRAINING, TESTED = ("live_simple", "live_multiple"), ("simple_python", "multiple
 class ToolCalls(Task):
     max_tokens = 192
 
-    def __init__(self, category: str):
-        self.category, self.name = category, f"bfcl_{category}"
+    def __init__(self, category: str, offers_tools: bool = False):
+        self.category, self.offers_tools = category, offers_tools
+        self.name = f"bfcl_{category}" + ("_tools" if offers_tools else "")
 
     def questions(self) -> list[Question]:
-        return [
-            Question(item["id"], _messages(item), partial(_is_right, item, truth, self.category))
-            for item, truth in _items(self.category)
-        ]
+        made = []
+        for item, truth in _items(self.category):
+            messages, tools = (_own_messages(item), _tools(item)) if self.offers_tools else (_messages(item), ())
+            made.append(Question(item["id"], messages, partial(_is_right, item, truth, self.category), tools))
+        return made
 
     def transcripts(self, count: int, seed: int, split: str = "train") -> list[dict]:
         """Up to half of the transcripts are live questions, the others are synthetic."""
         rng = random.Random(f"{seed} {split}")
-        made = [_transcript(item, call) for item, call in _live_items() if _split_of(item) == split]
+        transcript = _transcript_with_tools if self.offers_tools else _transcript
+        made = [transcript(item, call) for item, call in _live_items() if _split_of(item) == split]
         rng.shuffle(made)
         made = made[: count // 2]
-        made += [_transcript(item, call) for item, call in synthetic_calls(count - len(made), f"{seed} {split}")]
+        made += [transcript(item, call) for item, call in synthetic_calls(count - len(made), f"{seed} {split}")]
         rng.shuffle(made)
         return made
 
@@ -153,6 +159,38 @@ def _value(value):
     if isinstance(value, dict):
         return _chosen({key: values for key, values in value.items() if isinstance(values, list)})
     return [_value(one) for one in value] if isinstance(value, list) else value
+
+
+def _own_messages(item: dict) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in item["question"][0]]
+
+
+def _tools(item: dict) -> list[dict]:
+    return [
+        {"type": "function", "function": function | {"parameters": _schema(function["parameters"])}}
+        for function in item["function"]
+    ]
+
+
+#: BFCL's types of values -> JSON schemas'; None: of any type.
+_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
+
+
+def _schema(given: dict) -> dict:
+    """A description of values in BFCL's form as a JSON schema."""
+    schema = {key: value for key, value in given.items() if key != "type" or _TYPES.get(value, value)}
+    if "type" in schema:
+        schema["type"] = _TYPES.get(schema["type"], schema["type"])
+    if isinstance(items := schema.get("items"), dict):
+        schema["items"] = _schema(items)
+    if isinstance(properties := schema.get("properties"), dict):
+        schema["properties"] = {name: _schema(about) for name, about in properties.items()}
+    return schema
+
+
+def _transcript_with_tools(item: dict, call: dict) -> dict:
+    calls = [{"type": "function", "function": call}]
+    return {"messages": [*_own_messages(item), {"role": "assistant", "tool_calls": calls}], "tools": _tools(item)}
 
 
 def _transcript(item: dict, call: dict) -> dict:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prefillshare.kvshare import chat_template
 from prefillshare.kvshare.config.access import with_files
-from prefillshare.kvshare.config.tree import DecodePool, Deployment
+from prefillshare.kvshare.config.tree import Base, DecodePool, Deployment
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
 from prefillshare.kvshare.layer_profile import LayerProfile
 
@@ -34,9 +35,17 @@ def with_files_found(deployment: Deployment, folder: Path) -> Deployment:
         pools.append(pool.model_copy(update=update))
     base_folder = resolve("base.model", deployment.base.model)
     pools = [_with_profiles(number, pool, base_folder) for number, pool in enumerate(pools)]
-    base = deployment.base.model_copy(update={"model": base_folder})
+    base = deployment.base.model_copy(update={"model": base_folder, "chat_template": _template(deployment.base, folder)})
     router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
     return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})
+
+
+def _template(base: Base, folder: Path) -> str | None:
+    if base.chat_template is None:
+        return None
+    given = chat_template.found(base.chat_template, folder)
+    chat_template.text_of(given)
+    return given
 
 
 def _with_profiles(number: int, pool: DecodePool, base: str) -> DecodePool:

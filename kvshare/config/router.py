@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from prefillshare.kvshare import origins, redis_url
+from prefillshare.kvshare import host_names, origins, redis_url
 from prefillshare.kvshare.config.access import Auth, Tls
 from prefillshare.kvshare.config.changes import ROUTERS, TAKEN_OVER, refused
 from prefillshare.kvshare.config.placement import Placement
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node
 
+#: What YAML makes of a bare `off`.
+_OFF_IS_FALSE = BeforeValidator(
+    lambda value: "off" if value is False else value, json_schema_input_type=Literal["off", "read", "full", False]
+)
 _OF_PROXIES = refused("Ray Serve's proxies keep listening where they do while they run", fix="start anew")
 
 
@@ -72,14 +76,17 @@ class Router(Node):
     different ones share the context's KV; the context does not keep them. first: where the chat template puts them; then only
     calls with the same ones share."""
     redis_url: str | None = None
-    """Redis server (6.2 or newer, or Valkey) that keeps sessions: "redis://[user@]host[:port][/db]", "rediss://..." (TLS),
-    "unix://path". Options: ssl_*. Unset: sessions are kept in the router's memory and are lost when the router ends. Required
-    for several routers."""
+    """Redis server (6.2 or newer, or Valkey) that keeps sessions and accounts: "redis://[user@]host[:port][/db]",
+    "rediss://..." (TLS), "unix://path". Options: ssl_*. Unset: both are kept in the router's memory and are lost when the
+    router ends. Required for several routers."""
     redis_password_env: str | None = Field(None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     """Environment variable that holds the Redis password, on every machine where a router may run. The password itself never
     stands in this file, which others may see, because Ray shows what it deploys."""
     redis_prefix: str = Field("prefillshare", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Prefix of this deployment's keys in Redis. Deployments that share a server need different prefixes."""
+    usage_days: int = Field(400, ge=1, le=10_000)
+    """Days for which the ledger keeps what tenants have used (prefillshare usage). With redis_url the ledger is in Redis, and
+    exact whatever ends; otherwise it is in the router's memory, and lost when the router ends."""
     default_deadline_s: Annotated[float, TAKEN_OVER] = Field(300, gt=0)
     """Deadline of a turn whose client sets none, seconds."""
     max_resumes: Annotated[int, TAKEN_OVER] = Field(64, ge=0)
@@ -117,6 +124,21 @@ class Router(Node):
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the HTTP surface from a browser (CORS), like "https://chat.example:8443"; "*": all
     origins. Empty: none."""
+    ui: Annotated[Literal["off", "read", "full"], _OFF_IS_FALSE] = "read"
+    """The page at /ui on the HTTP port. read: it shows pools, replicas and recent turns; full: it has a playground, too, which
+    takes turns for whoever uses it; off: there is no page. With `router.auth`, the page asks for an API key and shows that
+    tenant's turns only."""
+    ui_hosts: tuple[str, ...] = ()
+    """Further host names, without port, under which browsers may ask for the page: those of a load balancer, an ingress or this
+    machine; "*": any. Without them the page answers to `router.host`, "localhost" and IP addresses only, so that no other web
+    site can read it by pointing a name of its own at the router (DNS rebinding)."""
+
+    @field_validator("ui_hosts")
+    @classmethod
+    def _are_host_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if problem := host_names.problem(value):
+            raise ValueError(problem)
+        return value
 
     @field_validator("cors_origins")
     @classmethod

@@ -22,6 +22,7 @@ Folder = Annotated[str, Field(min_length=1)]
 _ANOTHER = Change("the old one is removed, a new one is added", replaces_engines=True)
 _UNDER_ITS_NAME = refused("it differs from that of the running pool of this name", fix="give the pool another name")
 _ANOTHER_TRANSPORT = refused("engines of two transports cannot exchange KV", fix="start a second deployment")
+_ANOTHER_NAME = refused("a running deployment keeps its name", fix="give the name of the one that runs, or start this one")
 _ANOTHER_CLUSTER = refused("it runs on another cluster", fix="start a second deployment there")
 
 
@@ -42,8 +43,19 @@ class Base(_Node):
     block_size: int = Field(32, ge=1, le=256)
     """Tokens per KV block. CPU attention needs a multiple of 32; on GPUs 16 is usual."""
     tool_call_parser: str | None = None
-    """vLLM's tool parser for the base's family ("hermes", "llama3_json", ...). Unset: a request with tools is refused unless it
-    names the tool to call."""
+    """vLLM's tool parser for the base's family ("hermes", "llama3_json", ...). Unset: requests with tools are refused,
+    unless their tool_choice is "none"."""
+    tool_strict_level: Literal["auto", "forced", "function", "parameter"] = "forced"
+    """What tool calls are held to, beyond tools that a request marks as `strict`. auto: a forced call (tool_choice "required",
+    or a tool's name) calls a tool that is offered; its arguments are free. forced: its arguments also obey the tool's schema,
+    unless the tool says `strict: false`. function, parameter: as vLLM's --tool-strict-level: every call, also with tool_choice
+    "auto", calls a tool that is offered (function), with arguments that obey its schema (parameter). A schema that engines
+    cannot enforce in full is refused where it would have to be obeyed."""
+    chat_template: str | None = Field(None, min_length=1)
+    """Template that lays out conversations, over both surfaces, instead of the one in base.model: a Jinja file (relative paths
+    are tried as for base.model), or the name of a template that comes with prefillshare ("smollm2_tools") or with vLLM
+    ("template_chatml"). It is part of the KV contract: decoders in sharing pools are served only if they were trained with it
+    (recipes' chat_template), or if somebody vouches for it (prefillshare contract write)."""
 
 
 class Autoscale(_Node):
@@ -320,6 +332,9 @@ class Tracing(_Node):
 class Deployment(_Node):
     """One deployment: a base, its prefill pool, decode pools, the router."""
 
+    name: Annotated[Name, _ANOTHER_NAME] = "prefillshare"
+    """Name by which commands tell deployments apart (prefillshare status --name). On one machine, a user runs at most one
+    deployment of a name."""
     base: Annotated[Base, Base.CHANGE]
     """The frozen base model."""
     prefill: Annotated[Prefill | None, ENGINES] = None

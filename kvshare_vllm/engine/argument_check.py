@@ -1,10 +1,10 @@
 """Checks engines' arguments with vLLM's own code, which creates their configurations but no engine.
 
-`python -m prefillshare.kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "tool_call_parser": name
-or null} from its standard input and writes {"problems": [{"engine", "argument", "message"}], "unchecked": why not, or ""} to
-its output.
+`python -m prefillshare.kvshare_vllm.engine.argument_check` reads {"engines": {name: EngineSettings}, "base": {"model": folder,
+"tool_call_parser": name or null, "chat_template": text or null}} from its standard input and writes {"problems": [{"engine",
+"argument", "message", "fix"}], "warnings": [text], "unchecked": why not, or ""} to its output.
 `argument` is a field of EngineSettings, `engine_args.NAME`, or empty if no single one is at fault; `engine` is empty for a
-problem that belongs to no engine. It runs in its own process: vLLM takes seconds to import and writes to the environment.
+problem of the base's. It runs in its own process: vLLM takes seconds to import and writes to the environment.
 
 Seam: vllm/engine/arg_utils.py (`create_engine_config`); vllm/tool_parsers/abstract_tool_parser.py
 """
@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 
+from prefillshare.kvshare import chat_template
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.kvshare_vllm.engine.launch import Ports, engine_args, set_environment
@@ -32,7 +33,7 @@ _NOWHERE = KVEvents("tcp://127.0.0.1:1", "tcp://127.0.0.1:2")
 _KNOWN = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
 
 
-def problems(engines: Mapping[str, EngineSettings], tool_call_parser: str | None) -> Iterator[dict[str, str]]:
+def problems(engines: Mapping[str, EngineSettings]) -> Iterator[dict[str, str]]:
     for name, settings in engines.items():
         unknown = [key for key in settings.engine_args if key not in _KNOWN]
         for key in unknown:
@@ -42,16 +43,32 @@ def problems(engines: Mapping[str, EngineSettings], tool_call_parser: str | None
         known = dataclasses.replace(settings, engine_args=_without(settings.engine_args, *unknown))
         if message := refusal(known):
             yield {"engine": name, "argument": _at_fault(known), "message": message}
-    if tool_call_parser:
-        yield from _of_parser(tool_call_parser)
 
 
-def _of_parser(name: str) -> Iterator[dict[str, str]]:
-    from vllm.tool_parsers import ToolParserManager  # takes seconds
+def problems_of_base(base: Mapping[str, str | None]) -> Iterator[dict[str, str]]:
+    if name := base["tool_call_parser"]:
+        from vllm.tool_parsers import ToolParserManager  # takes seconds
 
-    if name not in (names := ToolParserManager.list_registered()):
-        message = f"vLLM has no tool parser {name!r}; it has {', '.join(names)}"
-        yield {"engine": "", "argument": "tool_call_parser", "message": message}
+        if name not in (names := ToolParserManager.list_registered()):
+            message = f"vLLM has no tool parser {name!r}; it has {', '.join(names)}"
+            yield {"engine": "", "argument": "tool_call_parser", "message": message}
+    if base["chat_template"] and (message := chat_template.problem(_tokenizer(base))):
+        fix = "correct it, or leave it out for the base's own"
+        yield {"engine": "", "argument": "chat_template", "message": message, "fix": fix}
+
+
+def warnings_of_base(base: Mapping[str, str | None]) -> Iterator[str]:
+    """What engines would start with, but nobody can want."""
+    if base["tool_call_parser"] and (message := chat_template.tools_problem(_tokenizer(base))):
+        yield f"base.tool_call_parser is {base['tool_call_parser']}, but {message} (fix: set base.chat_template)"
+
+
+def _tokenizer(base: Mapping[str, str | None]):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base["model"])
+    tokenizer.chat_template = base["chat_template"] or tokenizer.chat_template
+    return tokenizer
 
 
 def refusal(settings: EngineSettings) -> str:
@@ -100,7 +117,9 @@ def main() -> None:
         found: dict[str, Any] = {"problems": [], "unchecked": "vLLM finds no device on this machine"}
     else:
         engines = {name: _here(EngineSettings(**settings)) for name, settings in asked["engines"].items()}
-        found = {"problems": list(problems(engines, asked["tool_call_parser"])), "unchecked": ""}
+        found = {"problems": list(problems(engines)), "unchecked": ""}
+    found["problems"] += problems_of_base(asked["base"])
+    found["warnings"] = [] if found["problems"] else list(warnings_of_base(asked["base"]))
     with answer:
         json.dump(found, answer)
 

@@ -27,6 +27,7 @@ from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, Unavaila
 from prefillshare.kvshare_vllm.fair_gate import FairGate
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
+from prefillshare.kvshare_vllm.tools_format import ToolsFormat
 
 #: The backend of the router and of all engines: vLLM would choose one by what the first request asks for, and keep it.
 BACKEND = "xgrammar"
@@ -36,8 +37,10 @@ AT_ONCE, MOST_WAITING, KEPT, PATIENCE_S = 2, 16, 4096, 120.0
 
 _FIELDS = {name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar", "structural_tag")}
 _FIELDS["json"] = "response_format"
+_OF_TOOLS = "tools"
 _CHEAPER = "lower the bounds of repetitions and lengths, do not nest them, and give fewer alternatives"
 _CORRECT = "correct it, or leave out what is not supported"
+_CORRECT_TOOL = 'correct the tool\'s parameters, or set "strict": false on it so that calls need not obey them'
 
 #: (kind, grammar) -> what is wrong with it, as process.py reports it.
 Try = Callable[[str, str], Awaitable[str | None]]
@@ -72,7 +75,8 @@ class Grammars:
             await self._have_tried(key, grammar)
         self._verdicts.move_to_end(key)
         if fault := self._verdicts[key]:
-            raise InvalidInput(fault.message, field=grammar.field, fix=fault.fix)
+            fix = _CORRECT_TOOL if grammar.field == _OF_TOOLS and fault.fix == _CORRECT else fault.fix
+            raise InvalidInput(fault.message, field=grammar.field, fix=fix)
         return _for_engines(**{"grammar" if grammar.kind == "lark" else grammar.kind: grammar.spec})
 
     async def _have_tried(self, key: tuple[str, bytes], grammar: Grammar) -> None:
@@ -99,13 +103,18 @@ class Grammars:
         return _Fault(problem, _CHEAPER if "CPU time" in problem else _CORRECT)
 
 
+def _field_of(asked: StructuredOutputsParams, name: str) -> str:
+    return _OF_TOOLS if isinstance(asked, ToolsFormat) else _FIELDS[name]
+
+
 def check_size(asked: StructuredOutputsParams) -> None:
     """Check the size before the format is processed. Raises InvalidInput."""
-    for name, field in _FIELDS.items():
+    for name in _FIELDS:
         value = getattr(asked, name)
         size = len(value if isinstance(value, str) else json.dumps(value)) if value is not None else 0
         if size > MOST_BYTES:
-            raise InvalidInput(f"it has {size} characters", field=field, fix=f"send at most {MOST_BYTES}")
+            text, fix = f"it has {size} characters", f"send at most {MOST_BYTES}"
+            raise InvalidInput(text, field=_field_of(asked, name), fix=fix)
 
 
 def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
@@ -115,7 +124,8 @@ def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
         if getattr(asked, name):
             raise InvalidInput("engines do not keep to it", field=f"structured_outputs.{name}", fix="leave it out")
     if asked.json is not None:
-        return Grammar(_FIELDS["json"], "json", _schema(asked.json))
+        field = _field_of(asked, "json")
+        return Grammar(field, "json", _schema(asked.json, field))
     if asked.regex is not None:
         if "\x00" in asked.regex:
             raise InvalidInput("it has a NUL character", field=_FIELDS["regex"], fix="leave it out")
@@ -130,16 +140,16 @@ def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
         kind = "lark" if grammar_is_likely_lark(asked.grammar) else "grammar"
         return Grammar(_FIELDS["grammar"], kind, asked.grammar)
     if asked.structural_tag is not None:
-        _check_nesting(asked.structural_tag, _FIELDS["structural_tag"], structural_tag=True)
-        return Grammar(_FIELDS["structural_tag"], "structural_tag", asked.structural_tag)
+        field = _field_of(asked, "structural_tag")
+        _check_nesting(asked.structural_tag, field, structural_tag=True)
+        return Grammar(field, "structural_tag", asked.structural_tag)
     if not asked.json_object:
         raise InvalidInput("it is true or left out", field="structured_outputs.json_object", fix="leave it out")
     return None
 
 
-def _schema(given: str | dict) -> str:
+def _schema(given: str | dict, field: str) -> str:
     """The schema as engines get it. Raises InvalidInput."""
-    field = _FIELDS["json"]
     try:
         schema = json.loads(given) if isinstance(given, str) else given
     except (ValueError, RecursionError):

@@ -2,7 +2,8 @@
 the base's family writes tool calls. Tool calls are constrained and found by the parser classes that serve HTTP.
 
 Seam: vllm/entrypoints/openai/chat_completion/serving.py (`parser_cls`, chat_completion_stream_generator),
-vllm/renderers/online_renderer.py (preprocess_chat), vllm/parser/abstract_parser.py (Parser.adjust_request, parse_delta)
+vllm/renderers/online_renderer.py (`parser`, preprocess_chat),
+vllm/parser/abstract_parser.py (Parser.adjust_request, parse_delta)
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Chats:
     def asked_tools(self, fields: Mapping[str, Any], max_tokens: int | None) -> AskedTools:
         """`fields`: of a chat completion, with tools. Raises InvalidInput."""
         service, request = self._service, chat_request(fields)
-        parser_cls = service.parser_cls
+        parser_cls = service.online_renderer.parser  # what HTTP requests are adjusted by; base.tool_strict_level is set on it
         if request.tool_choice != "none" and (parser_cls is None or parser_cls.tool_parser_cls is None):
             raise InvalidInput(
                 "tools need base.tool_call_parser, which this deployment does not set",
@@ -63,7 +64,7 @@ class Chats:
         asked = AskedTools(service, request)
         if request.tool_choice != "none":
             with as_our_errors():
-                asked.request = asked.parser().adjust_request(request)
+                asked.request = asked.parser(parser_cls).adjust_request(request)
         asked.sampling = sampling_of(asked.request, max_tokens)
         return asked
 
@@ -81,12 +82,10 @@ class AskedTools:
         """As templates get them."""
         return [tool.model_dump() for tool in self.request.tools]
 
-    def parser(self) -> Parser | None:
+    def parser(self, kind: type[Parser]) -> Parser:
         """A new one, which keeps the state of one response."""
         service, request = self.service, self.request
-        if service.parser_cls is None:
-            return None
-        return service.parser_cls(
+        return kind(
             service.renderer.tokenizer,
             request.tools,
             chat_template_kwargs=service._effective_chat_template_kwargs(request),
@@ -95,7 +94,8 @@ class AskedTools:
 
     def answer(self) -> Answer:
         """For one response."""
-        return Answer(self.parser(), self.request)
+        kind = self.service.parser_cls
+        return Answer(self.parser(kind) if kind else None, self.request)
 
 
 @dataclass

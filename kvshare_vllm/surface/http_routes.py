@@ -20,8 +20,7 @@ SERVED = frozenset({
     "/version",
     "/metrics",
     "/docs",
-    "/docs/oauth2-redirect",
-    "/redoc",
+    "/static",
     "/openapi.json",
 })  # fmt: skip
 
@@ -30,6 +29,7 @@ ADDED = frozenset({"/v1/models/{model:path}"})
 
 #: Routes that are known and left out, with the reason. A route in neither list is new in vLLM, and is left out, too.
 LEFT_OUT = {
+    "/docs/oauth2-redirect": "nobody logs in by OAuth2",
     "/load": "it counts nothing unless vLLM's own server is told to",
     "/kv_event_sources": "there is no engine here whose events one could subscribe to",
     "/invocations": "it answers as the base, whatever `model` the request names",

@@ -103,13 +103,15 @@ class Admission:
         return grant
 
     def check_turns(self, turns: int, tenant: TenantShare) -> None:
-        """Raises InvalidInput if this many turns of one request could never be in progress at once."""
-        most, whose = self._config.max_queued, "router.max_queued"
-        if tenant.max_in_progress is not None and tenant.max_in_progress < most:
-            most, whose = tenant.max_in_progress, f"max_in_progress of tenant {tenant.name!r}"
+        """Raises InvalidInput if this many turns of one request could never be begun at once."""
+        limits = [(self._config.max_queued, "router.max_queued")]
+        for field in ("max_in_progress", "turns_per_minute"):
+            if (limit := getattr(tenant, field)) is not None:
+                limits.append((limit, f"{field} of tenant {tenant.name!r}"))
+        most, whose = min(limits)
         if turns > most:
             raise InvalidInput(
-                f"the request asks for {turns} responses at once, at most {most} can be in progress ({whose})",
+                f"the request asks for {turns} responses at once, at most {most} can be begun ({whose})",
                 field="n",
                 fix=f"ask for at most {most} in one request, counting each prompt n times",
             )
@@ -276,8 +278,7 @@ class Admission:
         self._metrics["turns_waiting"].labels(line.pool).set(len(line.queue))
 
     def _expected_output(self, demand: Demand) -> int:
-        expected = self._config.expected_output_tokens
-        return expected if demand.max_tokens is None else max(1, min(expected, demand.max_tokens))
+        return demand.output_tokens(self._config.expected_output_tokens)
 
 
 def _about(wait_s: float) -> str:

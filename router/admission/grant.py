@@ -13,15 +13,22 @@ from prefillshare.router.admission.fair_queue import Ticket
 
 @dataclass(frozen=True)
 class TenantShare:
-    """A turn's tenant. `weight`: its share relative to others. `max_in_progress`: most turns at once, waiting ones included."""
+    """A turn's tenant. `weight`: its share relative to others. `max_in_progress`: most turns at once, waiting ones included.
+    Limits that are None do not apply."""
 
     name: str = ""
     weight: float = 1.0
     max_in_progress: int | None = None
+    tokens_per_minute: int | None = None
+    turns_per_minute: int | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"tenant {self.name!r} has weight {self.weight:g}; it must be above 0")
+
+    @property
+    def is_limited(self) -> bool:
+        return any(limit is not None for limit in (self.max_in_progress, self.tokens_per_minute, self.turns_per_minute))
 
 
 NOBODY = TenantShare()
@@ -41,6 +48,10 @@ class Demand:
     priority: int = 0
     #: Seconds from now until the turn must have ended; None: router.default_deadline_s.
     deadline_s: float | None = None
+
+    def output_tokens(self, expected: int) -> int:
+        """How many tokens it is expected to generate. `expected`: of a turn that may generate more."""
+        return expected if self.max_tokens is None else max(1, min(expected, self.max_tokens))
 
 
 class Keeper(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from prefillshare.kvshare.errors import InvalidInput, Overloaded, PrefillShareError, Unavailable
+from prefillshare.kvshare.errors import InvalidInput, OverLimit, Overloaded, PrefillShareError, Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.admission.grant import Grant
 
@@ -16,6 +16,8 @@ class Refusal(StrEnum):
     NEVER_FITS = "never_fits"
     NO_REPLICA = "no_replica"
     TENANT_LIMIT = "tenant_limit"
+    TURNS_PER_MINUTE = "turns_per_minute"
+    TOKENS_PER_MINUTE = "tokens_per_minute"
     TOO_LATE = "too_late"
     QUEUE_FULL = "queue_full"
     WAITED_TOO_LONG = "waited_too_long"
@@ -39,7 +41,8 @@ class Refusals:
 
     def overloaded(self, reason: Refusal, grant: Grant, message: str, retry_s: float) -> Overloaded:
         retry_s = min(max(retry_s, LEAST_RETRY_S), MOST_RETRY_S)
-        error = Overloaded(message, retry_after_s=retry_s, fix=f"try again in {retry_s:.0f} s")
+        kind = OverLimit if reason is Refusal.TENANT_LIMIT else Overloaded
+        error = kind(message, retry_after_s=retry_s, fix=f"try again in {retry_s:.0f} s")
         return self._counted(reason, grant, error)
 
     def _counted(self, reason: Refusal, grant: Grant, error: PrefillShareError):

@@ -51,8 +51,9 @@ class ResponseKV:
     def of_turn(
         self, session: SessionKey, decoder: Decoder, kept: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
-        """The response of one turn. `kept`: the session's context before it. `lendable`: the decoder sees exactly that context
-        (no suffix). If the block is left before the response has ended, the KV of the response is given up."""
+        """The response of one turn. `kept`: the context before it that the next turn will have. `lendable`: the decoder
+        sees exactly that context (no suffix). If the block is left before the response has ended, the KV of the response is
+        given up."""
         self.given_up(session)
         # Base KV of a response is of use only if decoders share it.
         eager = self._eager if get_mode(decoder.sharing).shares_prefill else None
@@ -117,16 +118,21 @@ class ResponseOfTurn:
 
     @property
     def context(self) -> list[int]:
-        """The session's context with the response."""
-        return [*self._kept, *self._response]
+        """The context with the response."""
+        return [*self._kept, *self.as_kept]
 
     @property
-    def _response(self) -> list[int]:
+    def as_kept(self) -> list[int]:
+        """The response as the context keeps it."""
         return self.token_ids if self._instead is None else self._instead
 
     def keep(self, token_ids: list[int]) -> None:
         """The session keeps these instead of those that were generated."""
         self._instead = token_ids
+
+    def go_on_from(self, kept: list[int]) -> None:
+        """The next turn will have this context before the response; called before `ended`."""
+        self._kept = kept
 
     def grew(self) -> None:
         """The response has become longer and goes on; called for every piece that streams."""
@@ -139,7 +145,7 @@ class ResponseOfTurn:
         ahead = partial(self._prefill_ahead, ended=True)
         if self._lends and (lent := self.lent):
             # The loan is KV of the generated tokens; it is of use as far as the session keeps these.
-            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self._response, strict=False))
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self.as_kept, strict=False))
             lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
             self._pull_back.lent(self._session, self.context, lent, self.turns[0].salt, otherwise=ahead)
         else:
@@ -147,5 +153,5 @@ class ResponseOfTurn:
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
-            tokens = len(self._kept) + len(self._response)
+            tokens = len(self._kept) + len(self.as_kept)
             self._eager.grew(self._session, tokens, lambda: self.context, self.turns[0].salt, self._pool, ended=ended)

@@ -120,16 +120,17 @@ class Fleet:
             for name, pool in self.pools.items()
         }
 
+    def replica_ids(self) -> set[str]:
+        """Of all pools."""
+        return {replica for pool in tuple(self.pools.values()) for replica in tuple(pool.replicas.members)}
+
     async def forget(self, deployment: Deployment) -> None:
         """Close pools the deployment no longer has. Turns that were sent there end as they would have anyway."""
         sources = _sources(deployment)
-        for name in self.pools.keys() - sources.keys() - set(sources.values()):
-            pool = self.pools.pop(name)
-            await pool.close()
-            for state in ("usable", "ejected"):
-                self._metrics["replicas"].remove(name, state)
-            for state in BLOCKS:
-                self._metrics["kv_blocks"].remove(name, state)
+        gone = self.pools.keys() - sources.keys() - set(sources.values())
+        for name in gone:
+            await self.pools.pop(name).close()
+        self._metrics.forget(pools=gone)
 
     def _open(self, name: str, deployment: Deployment) -> Pool:
         router = deployment.router

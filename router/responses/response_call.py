@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
+from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
@@ -23,7 +24,7 @@ from prefillshare.router.responses.conversations import ConversationNotes
 from prefillshare.router.responses.items import items_of, unanswered
 from prefillshare.router.responses.threads import StoredResponse, Threads, new_response, new_thread
 from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
-from prefillshare.router.sessions.base import Mark, Session
+from prefillshare.router.sessions.base import Mark, OwnPart, Session
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
 from prefillshare.router.sessions.transcript import Transcript
@@ -42,7 +43,9 @@ class ResponseCall:
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
         self._transcript: Transcript | None = None
-        self._kept: tuple[list[int], str, list[int]] | None = None
+        self._own: OwnPart | None = None
+        #: The context with the response, and the response as a message.
+        self._kept: tuple[list[int], dict[str, Any]] | None = None
         self._finished = False
 
     async def begin(self, request) -> None:
@@ -84,9 +87,7 @@ class ResponseCall:
         layout = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation.render, None if session.token_ids else first)
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)
         text.check_chars(chars, "input")
-        self._laid_out = await text.run(
-            chars, lambda: layout.behind(session.token_ids, session.open_response, new, own, tools)
-        )
+        self._laid_out, self._own = await text.run(chars, lambda: layout.behind(session, new, own, tools))
         self._transcript = (session.transcript or Transcript()).with_messages(said)
         if self._stores:
             self._request.request_id = new_response(session.session_id)
@@ -107,6 +108,7 @@ class ResponseCall:
                 self._laid_out,
                 self._keep,
                 session.replicas,
+                session=session.session_id,
             ).outputs(request, decoder, prompt_text=prompt_text)
         async with aclosing(running) as outputs:
             async for output in outputs:
@@ -122,16 +124,18 @@ class ResponseCall:
         self._finished = True
         if not self._stores or self._kept is None:
             return
-        context, text, token_ids = self._kept
-        said = self._transcript.with_messages([message_of(text, token_ids)])
+        context, message = self._kept
+        said = self._transcript.with_messages([message])
         body = response.model_dump(mode="json", by_alias=True)
         left = unanswered(self._unanswered, [item for item in body["output"] if "call_id" in item], "output")
-        stored = StoredResponse(self._session.session_id, body, self._items, Mark(len(context), True, said), left)
+        stored = StoredResponse(self._session.session_id, body, self._items, Mark(len(context), True, said, self._own), left)
         notes = self._conversation.grown([*self._items, *body["output"]], left) if self._conversation else {}
         await self._threads.keep(self._session, context, stored, notes)
 
-    async def _keep(self, context: list[int], text: str, token_ids: list[int]) -> None:
-        self._kept = context, text, token_ids
+    async def _keep(self, context: list[int], text: str, token_ids: list[int]) -> bool:
+        message = message_of(text, token_ids)
+        self._kept = context, message
+        return "tool_calls" in message
 
     async def _as_it_is(self, reason: str, plain: Plain) -> str | list[int]:
         if self._stores and (self._previous or self._conversation):

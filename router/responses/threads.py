@@ -17,7 +17,7 @@ from typing import Any
 
 from prefillshare.kvshare.errors import NotFound
 from prefillshare.router.responses.items import Item
-from prefillshare.router.sessions.base import Mark, Session, SessionStore
+from prefillshare.router.sessions.base import Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.transcript import Transcript
 
 _RESPONSE = re.compile(r"resp_((?:conv_)?[0-9a-f]{32})([0-9a-f]{12})")
@@ -43,15 +43,15 @@ class StoredResponse:
     unanswered: Sequence[str] = field(default_factory=list)
 
     def written(self) -> str:
-        mark = [self.mark.tokens, self.mark.open_response, str(self.mark.transcript or "")]
+        mark = [self.mark.tokens, self.mark.open_response, str(self.mark.transcript or ""), str(self.mark.own or "")]
         return json.dumps({"body": self.body, "input": self.input_items, "mark": mark, "unanswered": self.unanswered})
 
     @classmethod
     def read(cls, thread: str, written: str) -> StoredResponse:
         """Raises ValueError, KeyError or TypeError for what `written` has not written."""
         data = json.loads(written)
-        tokens, is_open, transcript = data["mark"]
-        mark = Mark(int(tokens), bool(is_open), Transcript.parsed(transcript))
+        tokens, is_open, transcript, own = data["mark"]
+        mark = Mark(int(tokens), bool(is_open), Transcript.parsed(transcript), OwnPart.parsed(own))
         return cls(thread, data["body"], data["input"], mark, data["unanswered"])
 
 
@@ -100,7 +100,7 @@ class Threads:
         """End the turn that made a response. `session`: its thread, held. `notes`: further ones of the thread."""
         mark, response_id = stored.mark, stored.body["id"]
         all_notes = {response_id: stored.written(), **notes}
-        await self.sessions.commit(session, context, mark.open_response, mark.transcript, all_notes)
+        await self.sessions.commit(session, context, mark.open_response, mark.transcript, all_notes, mark.own)
         if mark.transcript:
             self._known[session.tenant, mark.transcript] = response_id
             self._known.move_to_end((session.tenant, mark.transcript))

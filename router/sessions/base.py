@@ -25,12 +25,32 @@ MAX_NAME_CHARS = 128
 
 
 @dataclass(frozen=True)
+class OwnPart:
+    """An agent's own part of the prompt, which the context does not contain: where it stands in its agent's turns, as long as
+    these follow each other, in tokens of the context, and a digest of it."""
+
+    tokens: int
+    digest: str
+
+    def __str__(self) -> str:
+        """For a store; `parsed` is the inverse."""
+        return f"{self.tokens}:{self.digest}"
+
+    @classmethod
+    def parsed(cls, written: str) -> OwnPart | None:
+        """None for what `__str__` has not written."""
+        tokens, _, digest = written.partition(":")
+        return cls(int(tokens), digest) if tokens.isascii() and tokens.isdigit() and digest else None
+
+
+@dataclass(frozen=True)
 class Mark:
     """A place in a session's context at which a turn has ended: `tokens` before it, and what a Session says of them."""
 
     tokens: int
     open_response: bool = False
     transcript: Transcript | None = None
+    own: OwnPart | None = None
 
 
 @dataclass
@@ -49,6 +69,8 @@ class Session:
     cache_domain: str = ""
     #: What the context says as chat messages; None if it does not consist of messages only.
     transcript: Transcript | None = None
+    #: That of the agent that took the last turn; None: it had none, or the turn was not a chat's.
+    own: OwnPart | None = None
     #: A turn holds it.
     busy: bool = False
     #: Grows with every commit. A commit is refused if the stored version is not the one that its turn began from.
@@ -63,13 +85,12 @@ class Session:
     @property
     def mark(self) -> Mark:
         """The end of the context."""
-        return Mark(len(self.token_ids), self.open_response, self.transcript)
+        return Mark(len(self.token_ids), self.open_response, self.transcript, self.own)
 
     def at(self, mark: Mark) -> Session:
         """The session as it was at that place."""
-        token_ids = self.token_ids[: mark.tokens]
-        said = {"open_response": mark.open_response, "transcript": mark.transcript, "calls": None}
-        return replace(self, token_ids=token_ids, **said)
+        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own, "calls": None}
+        return replace(self, token_ids=self.token_ids[: mark.tokens], **state)
 
 
 class SessionStore(ABC):
@@ -155,13 +176,14 @@ class SessionStore(ABC):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         calls: Sequence[str] | None = None,
     ) -> None:
         """End a turn well: the context becomes `token_ids`, which say `transcript` and leave `calls` unanswered; `session` is
-        brought up to date. In the same step, `notes` are added. `is_turn`: false if the session was held to be changed in
-        another way, which is not counted.
+        brought up to date. In the same step, `notes` are added. `own`: of the agent that took the turn. `is_turn`: false if
+        the session was held to be changed in another way, which is not counted.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
@@ -260,10 +282,12 @@ class SessionStore(ABC):
         token_ids: Sequence[int],
         open_response: bool,
         transcript: Transcript | None,
+        own: OwnPart | None,
         is_turn: bool,
         calls: Sequence[str] | None,
     ) -> None:
-        session.token_ids, session.open_response, session.transcript = tuple(token_ids), open_response, transcript
+        session.token_ids, session.open_response = tuple(token_ids), open_response
+        session.transcript, session.own = transcript, own
         session.calls = None if calls is None else tuple(calls)
         session.turns += is_turn
         session.version += 1

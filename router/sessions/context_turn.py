@@ -21,15 +21,16 @@ from prefillshare.router.turn.terms import Terms
 @dataclass(frozen=True)
 class LaidOut:
     """Token ids before the response. `kept`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
-    which is not kept, makes the difference."""
+    which is not kept, makes the difference. `goes_on`: the suffix stands where it stood at the turn before."""
 
     kept: list[int]
     seen: list[int]
+    goes_on: bool = False
 
 
 #: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
-#: of the response.
-Keep = Callable[[list[int], str, list[int]], Awaitable[None]]
+#: of the response. Returns whether the same agent will take the next turn.
+Keep = Callable[[list[int], str, list[int]], Awaitable[bool | None]]
 
 
 def _read_nothing(output) -> None:
@@ -42,7 +43,7 @@ async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> 
 
 @dataclass
 class ContextTurn:
-    """`key`: names the context among those whose KV is made ahead. `replicas`: as in Terms."""
+    """`key`: names the context among those whose KV is made ahead. `replicas`, `session`: as in Terms."""
 
     frontend: Frontend
     response_kv: ResponseKV
@@ -55,15 +56,18 @@ class ContextTurn:
     deadline_s: float | None = None
     #: Called with each output, before anything is kept.
     read: Callable[[Any], None] = _read_nothing
+    session: str = ""
     #: Filled while the turn runs.
     usage: TurnUsage | None = None
 
     async def outputs(self, request, decoder: str, **how) -> AsyncIterator:
         """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run."""
         laid_out = self.laid_out
-        lendable = laid_out.seen == laid_out.kept
-        with self.response_kv.of_turn(self.key, self.decoders[decoder], laid_out.kept, lendable=lendable) as response:
-            terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready)
+        # Whoever is next either sees what this turn's decoder sees, or the context without what is this agent's own.
+        before = laid_out.seen if laid_out.goes_on else laid_out.kept
+        lendable = laid_out.seen == before
+        with self.response_kv.of_turn(self.key, self.decoders[decoder], before, lendable=lendable) as response:
+            terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready, self.session)
             run = self.frontend.run(request, decoder, self.caller, terms=terms, **how)
             response.turns = run.turns
             shown = ""
@@ -77,7 +81,9 @@ class ContextTurn:
                     if completion.finish_reason:
                         if completion.stop_reason is not None and completion.stop_reason in request.sampling_params.stop:
                             response.keep(self._shown(request, response.token_ids, shown))
-                        await self.keep(response.context, shown, response.token_ids)
+                        context = [*laid_out.kept, *response.as_kept]
+                        if await self.keep(context, shown, response.token_ids):
+                            response.go_on_from(laid_out.seen)
                         response.ended()
                     else:
                         response.grew()

@@ -21,8 +21,8 @@ from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
-from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
+from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
@@ -64,6 +64,7 @@ class OpenCall:
         self._calls = calls
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
+        check_tool_results(conversation.messages)
         return await plain()
 
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
@@ -99,11 +100,13 @@ class SessionCall:
         self.state = ""
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
+        self._own: OwnPart | None = None
         #: What the context will say when the answer comes behind it.
         self._transcript: Transcript | None = None
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         self._check_one_answer()
+        check_tool_results(conversation.messages)
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
         if not reason:
             reason = await self._continue(conversation)
@@ -127,6 +130,7 @@ class SessionCall:
                 self._laid_out,
                 self._keep,
                 session.replicas,
+                session=self._session_id,
             ).outputs(request, decoder, prompt_text=prompt_text)
         async with aclosing(running) as outputs:
             async for output in outputs:
@@ -184,13 +188,28 @@ class SessionCall:
         shown = [message for message in new if message["role"] != "tools"]
         chars = chars_of(shown) + chars_of(own) + chars_of(tools)
         calls.frontend.text.check_chars(chars, "messages")
-        context, is_open = session.token_ids, session.open_response
-        self._laid_out = await calls.frontend.text.run(
-            chars, lambda: layout.behind(context, is_open, shown, own, tools)
+        self._laid_out, self._own = await calls.frontend.text.run(
+            chars, lambda: layout.behind(session, shown, own, tools)
         )
         self._transcript = said.with_messages(new)
         return ""
 
-    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> None:
-        said = self._transcript.with_messages([message_of(text, token_ids)])
-        await self._calls.sessions.commit(self._session, context, True, said)
+    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> bool:
+        message = message_of(text, token_ids)
+        said = self._transcript.with_messages([message])
+        await self._calls.sessions.commit(self._session, context, True, said, own=self._own)
+        return "tool_calls" in message
+
+
+def check_tool_results(messages: Messages) -> None:
+    """Raises InvalidInput for a tool's result that answers no call before it."""
+    calls: set[str] = set()
+    for number, message in enumerate(messages):
+        calls |= {call.get("id") for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool" and (call_id := message.get("tool_call_id")) and call_id not in calls:
+            raise InvalidInput(
+                f"no message before it calls a tool as {call_id[:128]!r}",
+                field=f"messages.{number}.tool_call_id",
+                fix="send the assistant's message with the call, too, and its id",
+            )
+

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 
-from prefillshare.kvshare.config import Router
+from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.router.sessions.base import SessionStore
 from prefillshare.router.sessions.memory import MemorySessions
@@ -17,20 +18,27 @@ logger = logging.getLogger(__name__)
 GAUGE_PERIOD_S = 5.0
 
 
-async def open_sessions(config: Router, max_per_tenant: Mapping[str, int]) -> SessionStore:
+async def open_sessions(config: Router, base: Base, max_per_tenant: Mapping[str, int]) -> SessionStore:
     """The store of clients' sessions, after it has answered once. Raises ConfigError or Unavailable."""
-    return await _open(config, config.max_sessions, config.session_ttl_s, max_per_tenant)
+    return await _open(config, base, config.max_sessions, config.session_ttl_s, max_per_tenant)
 
 
-async def open_threads(config: Router, tenants: Sequence[str]) -> SessionStore:
+async def open_threads(config: Router, base: Base, tenants: Sequence[str]) -> SessionStore:
     """The store of what stored responses and conversations go on from; else as `open_sessions`. `tenants`: all their names."""
     each = dict.fromkeys(tenants, config.max_responses)
     most = config.max_responses * len(each)
-    return await _open(config, most, config.response_ttl_s, each, ":threads", evicts=True)
+    return await _open(config, base, most, config.response_ttl_s, each, suffix=":threads", evicts=True)
 
 
 async def _open(
-    config: Router, most: int, ttl_s: float, most_per_tenant: Mapping[str, int], suffix: str = "", *, evicts: bool = False
+    config: Router,
+    base: Base,
+    most: int,
+    ttl_s: float,
+    most_per_tenant: Mapping[str, int],
+    *,
+    suffix: str = "",
+    evicts: bool = False,
 ) -> SessionStore:
     if config.redis_url is None:
         return MemorySessions(most, ttl_s, most_per_tenant, evicts=evicts)
@@ -42,6 +50,7 @@ async def _open(
         password=config.redis_password(),
         prefix=config.redis_prefix + suffix,
         evicts=evicts,
+        tokenizer=fingerprint.tokenizer(base.model),
     )
     try:
         await store.check()

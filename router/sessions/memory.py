@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from prefillshare.router.admission.lazy_heap import LazyHeap
 from prefillshare.router.clock import now
-from prefillshare.router.sessions.base import Mark, Session, SessionStore
+from prefillshare.router.sessions.base import Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.listing import Listed, Page, Place
 from prefillshare.router.sessions.marks import MOST_MARKS, mark_of, said_by
 from prefillshare.router.sessions.transcript import Transcript
@@ -148,6 +148,7 @@ class MemorySessions(SessionStore):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         calls: Sequence[str] | None = None,
@@ -157,7 +158,7 @@ class MemorySessions(SessionStore):
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, is_turn, calls)
+        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
         record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
         record.notes |= notes
         if is_turn:

@@ -21,10 +21,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
-from prefillshare.kvshare.errors import PrefillShareError, SessionDamaged, Unavailable
+from prefillshare.kvshare.errors import ContractMismatch, PrefillShareError, SessionDamaged, Unavailable
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
-from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, Session, SessionStore
+from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.listing import Listed, Page, Place
 from prefillshare.router.sessions.marks import mark_of, said_by
 from prefillshare.router.sessions.transcript import Transcript
@@ -39,6 +39,7 @@ RETRY_S = 0.1
 
 class RedisSessions(SessionStore):
     """`prefix` tells apart the deployments that use one server. `lease_s`: how long a turn holds its session without renewal.
+    `tokenizer`: fingerprint of the base's. Token ids of another one mean nothing here: such a session raises ContractMismatch.
 
     `timeout_s` bounds every call, its retry included. A commit that ends in Unavailable may or may not have happened;
     any other error means that it has not.
@@ -56,9 +57,11 @@ class RedisSessions(SessionStore):
         lease_s: float = 5.0,
         timeout_s: float = 2.0,
         evicts: bool = False,
+        tokenizer: str = "",
     ):
         super().__init__(max_sessions, ttl_s, max_per_tenant, evicts=evicts)
         self._lease_s, self._timeout_s, self._prefix = lease_s, timeout_s, f"{{{prefix}}}"
+        self._tokenizer = tokenizer
         # `_call` sets the timeout and retries. With a socket_timeout, redis-py sends through asyncio.wait_for, which before
         # Python 3.12 may swallow a cancellation: a task that is being stopped would go on.
         pool = BlockingConnectionPool.from_url(
@@ -89,9 +92,9 @@ class RedisSessions(SessionStore):
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        said = (_written(transcript), mark_of(token_ids, transcript))
-        content = (_packed(token_ids), cache_domain, *said, _own_ttl(ttl_s), _listed_calls(calls))
-        return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
+        content = (_packed(token_ids), cache_domain, _written(transcript), self._tokenizer)
+        state = (mark_of(token_ids, transcript), _own_ttl(ttl_s), _listed_calls(calls))
+        return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content, *state)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return await self._load(scripts.GET, tenant, session_id)
@@ -101,7 +104,7 @@ class RedisSessions(SessionStore):
         keys, name = self._keys(tenant, session_id)
         new_keys, new_name = self._keys(tenant, new_session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript))
+        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript), _written(at.own))
         args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, *most, *place)
         answer = await self._run(scripts.FORK, [*keys, *new_keys[:2], new_keys[-1]], args)
         if answer[0] == b"shorter":
@@ -109,9 +112,9 @@ class RedisSessions(SessionStore):
         self._check(answer, tenant, session_id, new_session_id)
         try:
             return self._session(answer, tenant, new_session_id)
-        except SessionDamaged:
+        except (SessionDamaged, ContractMismatch) as error:
             await self.delete(new_session_id, tenant=tenant)
-            raise self.damaged(session_id) from None
+            raise self.damaged(session_id) if isinstance(error, SessionDamaged) else error from None
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         keys, name = self._keys(tenant, session_id)
@@ -138,7 +141,7 @@ class RedisSessions(SessionStore):
         turn_id = uuid.uuid4().hex
         try:
             session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
-        except (asyncio.CancelledError, SessionDamaged):
+        except (asyncio.CancelledError, SessionDamaged, ContractMismatch):
             await self._end(tenant, session_id, turn_id)  # the turn may have begun nevertheless
             raise
         session.turn_id = turn_id
@@ -167,6 +170,7 @@ class RedisSessions(SessionStore):
         open_response: bool,
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
+        own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         calls: Sequence[str] | None = None,
@@ -184,6 +188,7 @@ class RedisSessions(SessionStore):
             int(open_response),
             json.dumps(session.replicas),
             _written(transcript),
+            _written(own),
             int(is_turn),
             mark_of(token_ids, transcript) if is_turn else "",
             _listed_calls(calls),
@@ -192,13 +197,12 @@ class RedisSessions(SessionStore):
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, is_turn, calls)
+        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)
         self._check(answer, session.tenant, session.session_id)
-        marks = (mark.decode("ascii", "replace") for mark in answer[1] if mark)
-        return said_by(session.token_ids[:tokens], marks)
+        return said_by(session.token_ids[:tokens], [_text(mark) for mark in answer[1] if mark])
 
     async def check(self) -> None:
         await self.count()
@@ -270,7 +274,8 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, ttl, calls) = answer
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, calls) = answer
+        self._check_tokenizer(_text(tokenizer), session_id)
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -287,7 +292,8 @@ class RedisSessions(SessionStore):
             is_open == b"1",
             replicas,
             cache_domain,
-            Transcript.parsed((transcript or b"").decode("ascii", "replace")),
+            Transcript.parsed(_text(transcript)),
+            OwnPart.parsed(_text(own)),
             bool(busy),
             int(version),
             ttl_s=int(ttl) / 1000 if ttl else None,
@@ -303,6 +309,15 @@ class RedisSessions(SessionStore):
         tokens, turns, ttl, domain, busy = state
         ttl_s = int(ttl) / 1000 if ttl else self.ttl_s
         return Listed(session_id, expires_in_s, int(tokens), int(turns), ttl_s, domain.decode("utf-8", "replace"), bool(busy))
+
+    def _check_tokenizer(self, theirs: str, session_id: str) -> None:
+        if theirs and self._tokenizer and theirs != self._tokenizer:
+            raise ContractMismatch(
+                f"session {session_id!r} consists of tokens of the tokenizer {theirs[:12]}; this deployment's base has"
+                f" {self._tokenizer[:12]}",
+                field="session_id",
+                fix="start a new session, or serve the base that it was begun with",
+            )
 
     async def _run(self, script: str, keys: Sequence[str], args: Sequence, *, again: bool = True) -> list:
         registered = self._redis.register_script(script)
@@ -343,8 +358,12 @@ def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-def _written(transcript: Transcript | None) -> str:
-    return "" if transcript is None else str(transcript)
+def _written(state: Transcript | OwnPart | None) -> str:
+    return "" if state is None else str(state)
+
+
+def _text(stored: bytes | None) -> str:
+    return (stored or b"").decode("ascii", "replace")
 
 
 def _own_ttl(ttl_s: float | None) -> int | str:

@@ -95,15 +95,15 @@ local function full(most, most_of_own, evicts)
 end
 
 local function load(session, tokens)
-  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript', 'ttl',
-    'calls')
+  local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript',
+    'tokenizer', 'own', 'ttl', 'calls')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
-#: of its tenant's may be evicted, tokens, cache domain, transcript, mark, TTL in ms of its own ("": none), calls.
+#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer, mark, TTL in ms of its own ("": none), calls.
 CREATE = (
     _COMMON
     + """
@@ -115,9 +115,9 @@ else
   if refusal then return {refusal} end
   redis.call('DEL', session, tokens, notes)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'mark0', ARGV[10],
-    'calls', ARGV[12])
-  if ARGV[11] ~= '' then redis.call('HSET', session, 'ttl', ARGV[11]) end
+    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'tokenizer', ARGV[10], 'mark0', ARGV[11],
+    'calls', ARGV[13])
+  if ARGV[12] ~= '' then redis.call('HSET', session, 'ttl', ARGV[12]) end
   redis.call('SET', tokens, ARGV[7])
 end
 touch(session, tokens, notes, name)
@@ -136,7 +136,7 @@ return load(session, tokens)
 )
 
 #: KEYS: also the new session's hash, tokens and notes. ARGV: the new one's name, an id of this creation, most sessions of all
-#: and of its tenant, whether one of its tenant's may be evicted; if it is to be shorter: how many tokens, open, transcript.
+#: and of its tenant, whether one of its tenant's may be evicted; if it is to be shorter: tokens, open, transcript, own part.
 FORK = (
     _COMMON
     + """
@@ -158,7 +158,7 @@ else
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
-    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'calls', '')
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11], 'calls', '')
   end
 end
 touch(new, copied, no_notes, ARGV[3])
@@ -204,7 +204,7 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, whether it counts as a turn, mark, calls, then notes: key and text in turns.
+#: transcript, own part, whether it counts as a turn, mark, calls, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -222,13 +222,13 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8], 'transcript', ARGV[9], 'calls', ARGV[12])
+  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10], 'calls', ARGV[13])
 redis.call('HINCRBY', session, 'version', 1)
-if ARGV[10] == '1' then
+if ARGV[11] == '1' then
   local number = redis.call('HINCRBY', session, 'turns', 1)
-  redis.call('HSET', session, 'mark' .. number % MOST_MARKS, ARGV[11])
+  redis.call('HSET', session, 'mark' .. number % MOST_MARKS, ARGV[12])
 end
-for i = 13, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+for i = 14, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
 touch(session, tokens, notes, name)
 return {'ok'}
 """

@@ -1,13 +1,13 @@
 """What a turn over gRPC is given, as token ids behind its session's context; the context is not tokenised again.
 
-What is kept is the context, the input, and the opening of the answer. The decoder's own part, its tools and its suffix, is seen
-between input and answer and is not kept.
+What is kept is the context, the input, and the opening of the answer. What is the decoder's own is seen and not kept: its
+tools and the first system messages of its suffix (router/sessions/agent_layout.py), and before the answer the suffix's rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefillshare.kvshare.config import Base
@@ -15,8 +15,8 @@ from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.roles import check_role
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
-from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
-from prefillshare.router.sessions.base import Session
+from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
+from prefillshare.router.sessions.base import OwnPart, Session
 from prefillshare.router.sessions.context_turn import LaidOut
 from prefillshare.router.sessions.open_calls import left_open
 from prefillshare.router.sessions.transcript import Transcript
@@ -29,12 +29,13 @@ Tools = Sequence[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Begun:
     """A turn before its response. `transcript`, `calls`: what the kept part says, as of Session. `opened`: it ends in the
-    opening of an answer."""
+    opening of an answer. `own`: where the decoder's own part stands, if a next turn may find it there."""
 
     laid_out: LaidOut
     transcript: Transcript | None
     calls: tuple[str, ...] | None
     opened: bool
+    own: OwnPart | None = None
 
 
 class TurnInputs:
@@ -49,11 +50,14 @@ class TurnInputs:
     async def beginning(self, given: TurnInput) -> Session:
         """A session without a name, whose context is what is given."""
         messages = _messages(given)
-        ids = await self._ids(self._layout, (), False, given, answer=False, field="input")
-        if given and messages is None:
-            return Session("", token_ids=tuple(ids))
-        messages = messages or []
+        if messages is None:
+            ids = tuple(await self._ids(given, "input"))
+            return Session("", token_ids=ids) if given else Session("", transcript=Transcript(), calls=())
+        chars = chars_of(messages)
+        self._frontend.text.check_chars(chars, "input.messages")
+        self._check_messages(messages, "input")
         calls = left_open((), messages, "input.messages")
+        ids = await self._frontend.text.run(chars, lambda: self._layout.opening(messages, False))
         return Session("", token_ids=tuple(ids), transcript=Transcript().with_messages(messages), calls=calls)
 
     def is_closed(self, session: Session, tokens: int) -> bool:
@@ -63,30 +67,53 @@ class TurnInputs:
 
     async def lay_out(self, session: Session, given: TurnInput, suffix: TurnInput, tools: Tools | None) -> Begun:
         """Raises InvalidInput."""
-        context, is_open = list(session.token_ids), session.open_response
         messages, said, first = _messages(given), session.transcript, []
-        if messages is not None:
-            self._check_messages(messages, "input")
+        asked = _messages(suffix)
+        for what, field in ((messages, "input"), (asked, "suffix")):
+            if what is not None:
+                self._check_messages(what, field)
         calls = left_open(session.calls, messages or (), "input.messages")
         layout = self._layout
         if tools and self._own_first:
             first = self._first(session, messages, tools)
             layout, tools = AgentLayout(self._tokenizer, self._render, tools if first else None), None
-        asks = suffix is not None and suffix[0] == "messages"
-        kept = context + await self._ids(layout, context, is_open, given, answer=True, field="input")
-        if given is None and context and (asks or tools):
-            kept = context + layout.appended(context, is_open, (), True)
-        opened = messages is not None or (given is None and (asks or bool(tools)))
+        opened = messages is not None or (given is None and bool(asked or tools))
         if said is not None:
-            said = said.with_messages([*first, *(messages or ())]) if opened and (context or messages) else None
-        seen = kept
-        if asks or tools:
-            before = context + await self._ids(layout, context, is_open, given, answer=False, field="input")
-            still_open = is_open and given is None
-            seen = before + await self._own_part(layout, before, still_open, suffix if asks else None, tools)
-        if suffix is not None and not asks:
-            seen = seen + await self._ids(layout, seen, False, suffix, answer=True, field="suffix")
-        return Begun(LaidOut(kept, seen), said, calls, opened)
+            said = said.with_messages([*first, *(messages or ())]) if opened and (session.token_ids or messages) else None
+        if asked or tools or opened:
+            laid_out, own = await self._with_own_part(layout, session, given, asked or (), tools)
+        else:
+            kept = [*session.token_ids, *await self._ids(given, "input")]
+            laid_out, own = LaidOut(kept, kept), None
+        if suffix is not None and asked is None:
+            laid_out = replace(laid_out, seen=laid_out.seen + await self._ids(suffix, "suffix"), goes_on=False)
+            own = None
+        return Begun(laid_out, said, calls, opened, own)
+
+    async def _with_own_part(
+        self, layout: AgentLayout, session: Session, given: TurnInput, suffix: Messages, tools: Tools | None
+    ) -> tuple[LaidOut, OwnPart | None]:
+        """A turn that asks for an answer by messages or tools. `given`: text and token ids go on before them, and stay as they
+        are; no answer is opened behind them in the context."""
+        new, (own, last) = _messages(given) or (), apart(suffix)
+        if given is not None and not new:
+            ids = [*session.token_ids, *await self._ids(given, "input")]
+            session = replace(session, token_ids=tuple(ids), open_response=False)
+        chars = 0
+        for what, field in ((new, "input.messages"), (suffix, "suffix.messages"), (tools or (), "tools")):
+            self._frontend.text.check_chars(chars_of(what), field)
+            chars += chars_of(what)
+
+        def work() -> tuple[LaidOut, OwnPart | None]:
+            if not session.token_ids and not new:
+                begun = layout.ids(self._render([*own, *last], True, tools)) if suffix else []
+                return LaidOut([], begun), None
+            return layout.behind(session, new, own, tools, last)
+
+        laid_out, part = await self._frontend.text.run(chars, work)
+        if given is not None and not new:
+            return replace(laid_out, kept=list(session.token_ids), goes_on=False), None
+        return laid_out, None if last else part
 
     def _first(self, session: Session, messages: Sequence | None, tools: Tools) -> list[dict[str, Any]]:
         """For tools that stand before everything else: what the context says first. Empty if it begins with them already."""
@@ -107,47 +134,15 @@ class TurnInputs:
             )
         return []
 
-    async def _own_part(
-        self, layout: AgentLayout, before: list[int], still_open: bool, suffix: TurnInput, tools: Tools | None
-    ) -> list[int]:
-        """Suffix messages and tools, with the answer's opening."""
-        if not tools:
-            return await self._ids(layout, before, still_open, suffix, answer=True, field="suffix")
-        messages = _messages(suffix) or []
-        if suffix:
-            self._check_messages(messages, "suffix")
-        own, others = apart(messages)
-        chars = chars_of(messages) + chars_of(tools)
-        self._frontend.text.check_chars(chars, "tools")
-
-        def work() -> list[int]:
-            if not before:
-                return layout.ids(self._render([*own, *others], True, tools)) if messages else []
-            closing = layout.closing(before) if still_open else []
-            return closing + layout.asking(own, tools, others)
-
-        ids = await self._frontend.text.run(chars, work)
-        if not ids:
-            raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
-        return ids
-
-    async def _ids(
-        self, layout: AgentLayout, context, open_response: bool, given: TurnInput, *, answer: bool, field: str
-    ) -> list[int]:
+    async def _ids(self, given: TurnInput, field: str) -> list[int]:
+        """Of text or token ids, as they stand."""
         if given is None:
             return []
         kind, value = given
         if kind == "token_ids":
             return self._checked_ids(value, f"{field}.token_ids")
-        text = self._frontend.text
-        chars = chars_of(value)
-        text.check_chars(chars, f"{field}.{kind}")
-        if kind == "text":
-            return await text.run(chars, lambda: layout.ids(value))
-        self._check_messages(value, field)
-        if not context:
-            return await text.run(chars, lambda: layout.opening(value, answer))
-        return await text.run(chars, lambda: layout.appended(context, open_response, value, answer))
+        self._frontend.text.check_chars(len(value), f"{field}.{kind}")
+        return await self._frontend.text.run(len(value), lambda: self._layout.ids(value))
 
     def _checked_ids(self, given: list[int], field: str) -> list[int]:
         if len(given) > self._max_len:

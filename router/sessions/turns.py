@@ -115,7 +115,8 @@ class Turns:
             answers = [tools.answer() if tools else Answer() for _ in range(sampling.n)]
             responses = Responses(session, begun, answers, has_ranks=not sampling.logprob_token_ids)
             if sampling.n > 1:
-                run = self._frontend.run(request, decoder, caller, terms=Terms(deadline_s, dict(session.replicas)))
+                terms = Terms(deadline_s, dict(session.replicas), session=session_id)
+                run = self._frontend.run(request, decoder, caller, terms=terms)
                 outputs, usages = responses.all_read(run.outputs()), lambda: [turn.usage for turn in run.turns]
             else:
                 turn = ContextTurn(
@@ -129,6 +130,7 @@ class Turns:
                     session.replicas,
                     deadline_s,
                     responses.read,
+                    session_id,
                 )
                 outputs, usages = turn.outputs(request, decoder), lambda: [turn.usage]
             with named_as_sent(None):
@@ -137,11 +139,12 @@ class Turns:
                         for event in responses.events(usages()):
                             yield event
 
-    async def _keep(self, responses: Responses, context: list[int], text: str, token_ids: list[int]) -> None:
-        session, begun, message = responses.session, responses.begun, responses.answers[0].message
-        said = begun.transcript and begun.transcript.with_messages([message])
-        calls = left_open(begun.calls, [message])
-        await self.sessions.commit(session, context, begun.opened or session.open_response, said, calls=calls)
+    async def _keep(self, responses: Responses, context: list[int], text: str, token_ids: list[int]) -> bool:
+        session, begun, answer = responses.session, responses.begun, responses.answers[0]
+        said = begun.transcript and begun.transcript.with_messages([answer.message])
+        is_open, calls = begun.opened or session.open_response, left_open(begun.calls, [answer.message])
+        await self.sessions.commit(session, context, is_open, said, own=begun.own, calls=calls)
+        return bool(answer.calls) and begun.own is not None
 
     @asynccontextmanager
     async def _read(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
@@ -160,7 +163,8 @@ class Turns:
             self._response_kv.given_up((tenant, session_id))
             is_open = not self._inputs.is_closed(session, tokens)
             said = await self.sessions.said_at(session, tokens)
-            await self.sessions.commit(session, session.token_ids[:tokens], is_open, said, is_turn=False)
+            own = session.own if session.own and session.own.tokens <= tokens else None
+            await self.sessions.commit(session, session.token_ids[:tokens], is_open, said, own=own, is_turn=False)
 
     def _own_ttl_s(self, asked: float | None) -> float | None:
         """The time to live that a session gets; None: the store's."""

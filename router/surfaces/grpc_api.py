@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from prefillshare.kvshare import addresses
+from prefillshare.kvshare import addresses, rate_limits
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
@@ -136,6 +136,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
+        rate_limits.listen()
         try:
             tools = self._tools(request)
             turn = self._turns.take(
@@ -152,6 +153,8 @@ class Servicer(pb_grpc.PrefillShareServicer):
             )
             async with aclosing(turn) as events:
                 async for event in events:
+                    if event.finish_reason:
+                        context.set_trailing_metadata(rate_limits.headers_now())
                     yield grpc_messages.response(event)
         except PrefillShareError as error:
             await _abort(context, error)

@@ -1,6 +1,7 @@
 """Our errors as gRPC statuses, with details in the standard way: a google.rpc.Status that holds an ErrorDetail.
 
-Where they apply, it also holds google.rpc's own BadRequest and RetryInfo, which clients may understand.
+Where they apply, it also holds google.rpc's own BadRequest and RetryInfo, which clients may understand. The trailing metadata
+say besides how the tenant stands against its limits (kvshare/rate_limits.py).
 Seam: https://github.com/grpc/proposal/blob/master/L44-python-rich-status.md
 """
 
@@ -10,6 +11,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from prefillshare.kvshare import rate_limits
 from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
@@ -37,7 +39,7 @@ async def abort(context, error: PrefillShareError) -> None:
         info.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
         status.details.add().Pack(info)
     rich = rpc_status.to_status(status)
-    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    await context.abort(rich.code, rich.details, (*rich.trailing_metadata, *rate_limits.headers_now()))
 
 
 def _cut(text: str) -> str:

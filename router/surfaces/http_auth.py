@@ -11,14 +11,19 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.caller import current_caller
-from prefillshare.kvshare.errors import PermissionDenied, Unauthenticated
+from prefillshare.kvshare.errors import InvalidInput, PermissionDenied, Unauthenticated
+from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
 from prefillshare.router.tenants import Tenants, bearer
+from prefillshare.router.ui import page
 
-#: Paths that take no key: health, metrics and the description of the API. They show nothing of any tenant.
+#: Paths that take no key: health, metrics, the description of the API, the page at /ui but for its data. They show
+#: nothing of any tenant.
 OPEN = frozenset({
-    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json",
+    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", SCRIPT, STYLE, "/openapi.json", *page.OPEN,
 })
 DOMAIN_HEADER = "x-prefillshare-cache-domain"
+#: How far the request goes behind its tenant's others; for routes whose body has no `priority`, and added to that where it has.
+PRIORITY_HEADER = "x-prefillshare-priority"
 
 
 class ApiKeys:
@@ -34,7 +39,8 @@ class ApiKeys:
         try:
             key = bearer(headers.get("authorization")) or headers.get("x-api-key")
             caller = self._tenants.identify(key).in_domain(headers.get(DOMAIN_HEADER, ""))
-        except (Unauthenticated, PermissionDenied) as error:
+            caller = caller.behind(_steps(headers.get(PRIORITY_HEADER, "0")), PRIORITY_HEADER)
+        except (Unauthenticated, PermissionDenied, InvalidInput) as error:
             return await _refuse(error, scope, receive, send)
         token = current_caller.set(caller)
         try:
@@ -48,7 +54,14 @@ def _is_open(scope) -> bool:
     return scope["type"] == "http" and (scope["method"] == "OPTIONS" or scope["path"] in OPEN)
 
 
-async def _refuse(error: Unauthenticated | PermissionDenied, scope, receive, send) -> None:
+def _steps(written: str) -> int:
+    try:
+        return int(written)
+    except ValueError:
+        raise InvalidInput(f"{written!r} is no whole number", field=PRIORITY_HEADER, fix="use a number from 0 to 100") from None
+
+
+async def _refuse(error: Unauthenticated | PermissionDenied | InvalidInput, scope, receive, send) -> None:
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008, "reason": error.message})
     status = HTTPStatus(error.http_status)

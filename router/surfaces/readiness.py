@@ -62,6 +62,6 @@ async def probe(frontend: Frontend, decoder: str) -> None:
     """A turn of one token. Raises what a client would get."""
     sampling, name = make_sampling_params(max_tokens=1, temperature=0.0), f"probe-{uuid.uuid4().hex}"
     request = frontend.prepare(make_prompt([1, 2, 3]), sampling, name, decoder)
-    run = frontend.run(request, decoder, ANONYMOUS, terms=Terms(deadline_s=PROBE_DEADLINE_S))
+    run = frontend.run(request, decoder, ANONYMOUS, terms=Terms(deadline_s=PROBE_DEADLINE_S, is_probe=True))
     async for _ in run.outputs():
         pass

@@ -25,6 +25,8 @@ from prefillshare.router.surfaces.request_limits import RequestLimits
 from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
 from prefillshare.router.telemetry.trace_context import HttpTraces
 from prefillshare.router.tenants import Tenants
+from prefillshare.router.ui.feed import Feed
+from prefillshare.router.ui.page import page_routes
 
 
 class Surfaces:
@@ -55,7 +57,7 @@ class Surfaces:
             middleware=[
                 HttpSessions,
                 partial(ApiKeys, tenants=tenants),
-                partial(NodeMetrics, agent=agent_of_this_node()),
+                partial(NodeMetrics, agent=agent_of_this_node(), replicas=core.fleet.replica_ids),
                 HttpTraces,
                 partial(HttpLimits, limits=bounds),
                 *cors(config.cors_origins),
@@ -66,6 +68,7 @@ class Surfaces:
         _add_readiness(app, readiness)
         calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
         serve_chats(app, calls, Threads(threads))
+        app.router.routes += page_routes(Feed(core, deployment), config)
         turns = Turns(
             base, core.decoders, frontend, sessions, response_kv, config.own_prompt, config.longest_session_ttl_s
         )

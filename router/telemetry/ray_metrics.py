@@ -68,6 +68,7 @@ class RayMetrics:
             self._tell()
 
     def _tell(self) -> None:
+        there = set()
         for family in self._registry.collect():
             name = family.name + "_total" if family.type == "counter" else family.name
             if name not in DEFINITIONS:
@@ -77,12 +78,16 @@ class RayMetrics:
                     self._ray[name].set(value, tags=labels)
                     continue
                 key = (name, value, *labels.items())
-                new, self._told[key] = amount - self._told.get(key, 0), amount
+                there.add(key)
+                was, self._told[key] = self._told.get(key, 0), amount
+                new = amount - was if amount >= was else amount
                 if family.type == "counter" and new:
                     self._ray[name].inc(new, tags=labels)
                 elif family.type == "histogram":
                     for _ in range(round(new)):
                         self._ray[name].observe(value, tags=labels)
+        for gone in self._told.keys() - there:  # it begins at 0 if it comes back
+            del self._told[gone]
 
 
 def _observed(family: Family) -> Iterator[tuple[Mapping[str, str], float, float]]:

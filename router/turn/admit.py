@@ -1,4 +1,5 @@
-"""A turn's first stage: room for its prefill and its decode, or a place in the queue, or a refusal (router/admission)."""
+"""A turn's first stage: what its tenant may use (router/accounts), then room for its prefill and its decode, or a place in the
+queue (router/admission); or a refusal."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def admitted(turn: Turn) -> AsyncIterator[None]:
-    """Within this context the turn holds its grant. Raises as Admission.admit does."""
-    with tracing.span("queue", tracing.inside(turn.span)):
-        room = await turn.services.admission.admit(_demand(turn))
-    with room as turn.grant:
-        turn.usage.queue_s = turn.grant.waited_s
-        yield
+    """Within this context the turn holds its grant, and its account is open. Raises as Limits.take and Admission.admit do."""
+    services, demand = turn.services, _demand(turn)
+    output_tokens = demand.output_tokens(services.config.expected_output_tokens)
+    async with services.accounts.taken(demand, output_tokens) as charge:
+        with tracing.span("queue", tracing.inside(turn.span)):
+            room = await services.admission.admit(demand)
+        with room as turn.grant:
+            turn.usage.queue_s = turn.grant.waited_s
+            turn.account.open(charge, max(0, demand.prompt_tokens - demand.cached_tokens))
+            try:
+                yield
+            finally:
+                turn.account.close()
 
 
 def _demand(turn: Turn) -> Demand:

@@ -35,14 +35,15 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
             called, called_ns = clock.now(), time.time_ns()
-            async for chunk in stream:
-                if broken():
-                    _note_first(turn, chunk, handoff, span, called, called_ns)
-                turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
-                turn.lent = chunk.lent
-                yield chunk
-                if chunk.finish_reason:
-                    return
+            with turn.account.holding_kv(len(turn.call.prompt) + len(turn.generated)):
+                async for chunk in stream:
+                    if broken():
+                        _note_first(turn, chunk, handoff, span, called, called_ns)
+                    turn.usage.kv_bytes = bytes_before + chunk.kv_bytes
+                    turn.lent = chunk.lent
+                    yield chunk
+                    if chunk.finish_reason:
+                        return
             raise Unavailable(f"request {turn.name}: the stream ended early")
     except PrefixLost as lost:
         if lost.reason is ResumeReason.KV_LOAD_FAILED:  # both are counted; a turn that goes well clears its replicas

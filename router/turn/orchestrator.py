@@ -13,10 +13,12 @@ from prefillshare.kvshare.errors import NotFound, Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router import clock
+from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.admission import Admission, PoolSource
 from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.pools.route import Route
 from prefillshare.router.service_rate import MeanRatio
+from prefillshare.router.telemetry.recent_turns import RecentTurns, kept_per_tenant
 from prefillshare.router.turn.decider import Decider
 from prefillshare.router.turn.in_progress import InProgress
 from prefillshare.router.turn.layer_choice import LayerChoice
@@ -27,7 +29,8 @@ from prefillshare.router.turn.turn import Turn
 
 
 class Orchestrator:
-    """`tenants`: what each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY."""
+    """`tenants`: what each tenant may ask of the queue; a tenant that is not in it is treated as NOBODY. `accounts`: by default
+    in memory, without KV."""
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Orchestrator:
         metrics: Metrics,
         tenants: Mapping[str, TenantShare] = MappingProxyType({}),
         load_timeout_s: float = 30.0,
+        accounts: Accounts | None = None,
     ):
         #: Changed in place: surfaces hold it too.
         self.decoders = decoders
@@ -47,12 +51,14 @@ class Orchestrator:
             block_size=base.block_size,
             load_timeout_s=load_timeout_s,
             admission=Admission(config, base.block_size, self._sources(), metrics),
+            accounts=accounts or Accounts.in_memory(metrics, base.block_size),
             in_progress=InProgress(metrics),
             releases=Releases(metrics),
             layer_choice=LayerChoice(),
             decider=Decider(),
             counted=TurnMetrics(metrics, base.block_size),
             compute_s=MeanRatio(clock.now),
+            recent=RecentTurns(0 if config.ui == "off" else kept_per_tenant(len(tenants))),
             tenants=tenants,
         )
         self._watch_capacity()

@@ -16,3 +16,7 @@ class Terms:
     lend: bool = False
     #: Awaited, within the turn's time, before its prefix is looked up; None: nothing is to be waited for.
     ready: Callable[[], Awaitable[None]] | None = None
+    #: Name of the session whose turn this is; "": it is no session's.
+    session: str = ""
+    #: The router takes the turn for itself, to find out whether one would succeed: it is no client's, and nobody is charged.
+    is_probe: bool = False

@@ -1,6 +1,8 @@
 """A turn over token ids: prefill, handoff, decode, and the same again if a replica or the prefix is lost.
 
-1. Admit (admit.py): room for the turn's decode and prefill, or a place in the queue, or a refusal.
+1. Admit (admit.py): the tenant may use what the turn will need, and there is room for its decode and prefill, or a place in the
+   queue; otherwise it is refused. From here on the turn has an account (router/accounts): the ledger counts what it uses before
+   the client sees it.
 2. Prefill (prefill.py): the mode says how many prompt tokens are handed over. A replica of the shared pool, or of the pool's
    own, computes what it has not cached and answers with a lease on the blocks. If there is no such pool, or the decode
    engine is to make them itself (decider.py), they are made in 3.
@@ -19,14 +21,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from opentelemetry.trace import INVALID_SPAN, Span
 
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefillShareError, PrefixLost, ReplicaLost
+from prefillshare.kvshare.errors import DeadlineExceeded, Internal, OverLimit, PrefillShareError, PrefixLost, ReplicaLost
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode
@@ -37,6 +39,7 @@ from prefillshare.router import clock
 from prefillshare.router.admission.grant import Grant
 from prefillshare.router.pools.pool import Placed
 from prefillshare.router.pools.route import Route
+from prefillshare.router.telemetry.recent_turns import RecentTurn
 from prefillshare.router.turn.admit import admitted
 from prefillshare.router.turn.decider import Choice, Where
 from prefillshare.router.turn.decode import decode
@@ -59,6 +62,8 @@ class Turn:
         #: Mixed into the keys of the prompt's blocks on both sides: prompts of different salts never share KV (R7).
         self.salt = cache_salt(call.caller.cache_domain, call.salt)
         self.usage = TurnUsage(prompt_tokens=len(call.prompt))
+        is_free = self.terms.is_probe
+        self.account = services.accounts.of_turn(call.caller.tenant, decoder.name, self.usage, is_free=is_free)
         self.span: Span = INVALID_SPAN
         self.generated: list[int] = []
         self.prefix = self._prefix()
@@ -105,7 +110,7 @@ class Turn:
         """Yields the turn's tokens, and fills its usage. Raises PrefillShareError only."""
         name, request_id, services = self.decoder.name, self.call.request_id, self.services
         deadline_s = self.terms.deadline_s if self.terms.deadline_s is not None else services.config.default_deadline_s
-        started, outcome = clock.now(), "cancelled"
+        started, outcome, noted_end = clock.now(), "cancelled", self._note_beginning()
         try:
             with turn_span(self), services.in_progress.turn(name):
                 async with asyncio.timeout(deadline_s):
@@ -114,6 +119,7 @@ class Turn:
                     async with admitted(self), aclosing(self._attempts()) as chunks:
                         async for chunk in chunks:
                             services.counted.generated(name, self.usage, chunk, clock.now() - started)
+                            await self.account.before_tokens_are_passed_on(last=bool(chunk.finish_reason))
                             yield chunk
             outcome = "ok"
         except TimeoutError:
@@ -121,6 +127,9 @@ class Turn:
             raise DeadlineExceeded(
                 f"request {request_id}: the deadline passed after {self.usage.completion_tokens} tokens"
             ) from None
+        except OverLimit:
+            outcome = "limited"
+            raise
         except PrefillShareError as error:
             outcome = type(error).__name__
             raise
@@ -132,7 +141,9 @@ class Turn:
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
             raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
         finally:
-            self._record(outcome, clock.now() - started)
+            elapsed = clock.now() - started
+            noted_end(outcome, elapsed)
+            self._record(outcome, elapsed)
 
     async def _attempts(self) -> AsyncIterator[TokenChunk]:
         while True:
@@ -143,6 +154,7 @@ class Turn:
                     async for chunk in chunks:
                         self.generated += chunk.token_ids
                         self.grant.grow_to(len(self.generated))
+                        self.account.grew(len(self.call.prompt) + len(self.generated))
                         yield chunk
                         if chunk.finish_reason:
                             return
@@ -153,6 +165,14 @@ class Turn:
     def _prefix(self) -> Prefix:
         """The part of the prompt and of the tokens generated after it that is handed over."""
         return Prefix.of(self.decoder, self.call.prompt, self.generated, self.services.block_size, self.salt)
+
+    def _note_beginning(self) -> Callable[[str, float], None]:
+        """Note the turn for the page at /ui. Returns what is to be called at its end (RecentTurns.began)."""
+        if self.terms.is_probe:
+            return lambda outcome, took_s: None
+        call, decoder = self.call, self.decoder
+        noted = RecentTurn(decoder.name, decoder.pool, call.request_id, self.terms.session, self.usage)
+        return self.services.recent.began(call.caller.tenant, noted, call.prompt)
 
     def _record(self, outcome: str, elapsed: float) -> None:
         name, request_id = self.decoder.name, self.call.request_id

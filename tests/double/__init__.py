@@ -5,4 +5,6 @@
     cluster.py     pools of such replicas behind handles like those of Ray Serve, and every way in which they fail
     frontend.py    turns without text, in the place of the router's Frontend
     system.py      the router's own parts over such a cluster
+    process.py     such a system in a process of its own, with accounts in Redis, that can be killed
+    page.py        the page at /ui over such a system, served on a port
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 from virtual_time import clock
@@ -23,6 +23,8 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare_vllm.sampling import make_sampling_params
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
+from prefillshare.router.accounts.accounts import Accounts
+from prefillshare.router.admission.grant import TenantShare
 from prefillshare.router.ahead.eager import EagerPrefill
 from prefillshare.router.ahead.pull_back import PullBack
 from prefillshare.router.ahead.response_kv import ResponseKV
@@ -36,6 +38,8 @@ from prefillshare.router.turn.turn import Turn
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
+#: Of the KV of one token.
+KV_BYTES = 100
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
 
 
@@ -159,11 +163,13 @@ async def system(
     cluster: Cluster | None = None,
     in_place: bool = False,
     local_prefill: str | None = None,
+    accounts: Callable[[Metrics], Accounts] | None = None,
+    tenants: Mapping[str, TenantShare] = MappingProxyType({}),
     **router,
 ):
     """`cluster`: that of another system, whose engines both use. `in_place`: without a shared prefill pool. `local_prefill`:
-    the policy of decode engines that hold the base; None: they cannot make its KV beside a prefill pool. `router`: settings
-    of router.* that differ from the usual."""
+    the policy of decode engines that hold the base; None: they cannot make its KV beside a prefill pool. `accounts`: makes the
+    router's; by default they are in memory. `router`: settings of router.* that differ from the usual."""
     local_prefill = local_prefill or ("auto" if in_place else None)
     wanted = deployment(replicas, in_place, local_prefill, **router)
     owned, pools = cluster is None, {} if in_place else {"prefill": (PrefillEngine, get_mode("prefillshare"), replicas)}
@@ -184,9 +190,11 @@ async def system(
         } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base", local_prefill=local["agents"])}
         try:
             routes = await fleet.adopt(wanted)
-            orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, load_timeout_s=3.0)
+            account = (accounts or (lambda metrics: Accounts.in_memory(metrics, BLOCK, KV_BYTES)))(metrics)
+            orchestrator = Orchestrator(wanted.router, wanted.base, decoders, routes, metrics, tenants, 3.0, account)
             yield kind(cluster, fleet, orchestrator, metrics)
             await orchestrator.services.releases._background.stop()
+            await account.close()
         finally:
             await fleet.stop()
             await fleet._background.stop()

@@ -11,7 +11,7 @@ from oracle import Oracle
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
 
-from prefillshare import cluster, forkserver
+from prefillshare import forkserver, records
 from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Deployment, parse
@@ -49,9 +49,9 @@ def _fork_server(tmp_path_factory):
     from lent_spares import LentSpares
 
     name = f"tests-{os.getpid()}"
-    with forkserver.running(cluster.folder(), name), pytest.MonkeyPatch.context() as patch:
+    with forkserver.running(records.folder(), name), pytest.MonkeyPatch.context() as patch:
         patch.setenv(forkserver.SETTING, name)
-        server = forkserver.socket_of(cluster.folder(), name)
+        server = forkserver.socket_of(records.folder(), name)
         patch.setattr(spare, "_spares", LentSpares(server, tmp_path_factory.mktemp("spares")))
         yield
 
@@ -103,8 +103,9 @@ class System:
 
 @contextmanager
 def system(data: dict):
-    """Start a deployment, given as plain data, on free ports."""
+    """Start a deployment, given as plain data, on free ports and under a name of its own."""
     data = {**data, "router": {**data.get("router", {}), "http_port": free_port(), "grpc_port": free_port()}}
+    data["name"] = f"test-{data['router']['http_port']}"
     deployment = parse(data)
     address = f"127.0.0.1:{deployment.router.grpc_port}"
     with running(deployment) as handle, Client(address, retries=None) as client:

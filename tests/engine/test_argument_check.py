@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 from engines import settings_of
 
+from prefillshare.kvshare import chat_template
+
 pytestmark = pytest.mark.engine
 
 
@@ -27,7 +29,7 @@ def settings(tmp_path_factory, smollm):
 def test_vllm_has_nothing_against_what_runs(settings, changes):
     from prefillshare.kvshare_vllm.engine.argument_check import problems
 
-    assert list(problems({"pool": replace(settings, **changes)}, "hermes")) == []
+    assert list(problems({"pool": replace(settings, **changes)})) == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_vllm_has_nothing_against_what_runs(settings, changes):
 def test_what_vllm_refuses_is_named_with_its_words(settings, changes, argument, message):
     from prefillshare.kvshare_vllm.engine.argument_check import problems
 
-    (problem,) = problems({"pool": replace(settings, **changes)}, None)
+    (problem,) = problems({"pool": replace(settings, **changes)})
     assert (problem["engine"], problem["argument"]) == ("pool", argument)
     assert message in problem["message"]
 
@@ -55,13 +57,27 @@ def test_another_model_runner_is_refused_where_the_environment_asks_for_it(setti
     from prefillshare.kvshare_vllm.engine.argument_check import problems
 
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    (problem,) = problems({"pool": settings}, None)
+    (problem,) = problems({"pool": settings})
     assert "VLLM_USE_V2_MODEL_RUNNER is '1': engines run vLLM's V1 model runner" in problem["message"]
 
 
 def test_a_tool_parser_that_vllm_does_not_have_is_refused_with_those_it_has(settings):
-    from prefillshare.kvshare_vllm.engine.argument_check import problems
+    from prefillshare.kvshare_vllm.engine.argument_check import problems_of_base
 
-    (problem,) = problems({}, "hermmes")
+    (problem,) = problems_of_base({"model": "", "tool_call_parser": "hermmes", "chat_template": None})
     assert (problem["engine"], problem["argument"]) == ("", "tool_call_parser")
     assert "hermes" in problem["message"]
+
+
+def test_a_template_is_tried_with_the_bases_tokenizer_and_one_that_ignores_tools_is_warned_of(smollm):
+    from prefillshare.kvshare_vllm.engine.argument_check import problems_of_base, warnings_of_base
+
+    base = {"model": str(smollm), "tool_call_parser": "hermes", "chat_template": None}
+    (warning,) = warnings_of_base(base)
+    assert warning.startswith("base.tool_call_parser is hermes, but the chat template has no place for tools")
+    assert list(warnings_of_base(base | {"tool_call_parser": None})) == []
+    ours = base | {"chat_template": chat_template.text_of("smollm2_tools")}
+    assert [*problems_of_base(ours), *warnings_of_base(ours)] == []
+    (problem,) = problems_of_base(base | {"chat_template": "{{ messages[0].nobody.said }}"})
+    assert problem["argument"] == "chat_template"
+    assert "does not render: 'dict object' has no attribute 'nobody'" in problem["message"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ports import free_port
 from ray import serve
 from test_system_kinds import deployment
 
-from prefillshare import cluster, forkserver
+from prefillshare import cluster, forkserver, which
 from prefillshare.client import Client
 from prefillshare.kvshare.engine_settings import SHARED_PREFILL
 from prefillshare.kvshare.errors import Unavailable
@@ -42,7 +43,7 @@ class Serving:
 
     def connected(self):
         """Connected to its Ray cluster, as other commands are."""
-        return cluster.connected("auto", self.data["router"]["http_port"])
+        return cluster.joined(which.found(self.data["name"], None).address)
 
     def processes(self) -> list[psutil.Process]:
         """Its own process, and all processes that it has started."""
@@ -55,6 +56,7 @@ def serving(tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp("serve")
     data = deployment(folder, smollm)
     data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
+    data["name"] = f"test-{data['router']['http_port']}"
     data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))
     own_fork_server = {name: value for name, value in os.environ.items() if name != forkserver.SETTING}
@@ -77,14 +79,78 @@ def serving(tmp_path_factory, smollm):
             process.wait()
 
 
-def test_status_tells_decoders_and_replicas(serving):
-    told = subprocess.run([COMMAND, "status", "--json"], capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0, told.stderr
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    narrow = os.environ | {"COLUMNS": "80"}
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=120, env=narrow)
+
+
+def test_status_tells_decoders_and_replicas_and_nothing_of_rays(serving):
+    name = serving.data["name"]
+    told = command("status", "--json", "--name", name)
+    assert (told.returncode, told.stderr) == (0, "")
     found = json.loads(told.stdout)
+    assert found["deployment"]["name"] == name
+    assert found["deployment"]["sessions"] == 0
+    assert 10 < found["deployment"]["up_s"] < 600
+    assert [one["state"] for one in found["routers"]] == ["usable"]
+    assert all(0 < one["up_s"] < 600 for one in (*found["replicas"], *found["routers"]))
     assert {decoder["decoder"] for decoder in found["decoders"]} == {d.name for d in serving.client.decoders()}
     assert len({decoder["base_fingerprint"] for decoder in found["decoders"]}) == 1
     assert {replica["pool"] for replica in found["replicas"]} == {"prefill", serving.data["decode"][0]["pool"]}
     assert all(replica["usable"] and replica["stats"]["blocks_total"] for replica in found["replicas"])
+    text = command("status", "--name", name)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert text.stdout.startswith(f"{name}   up ")
+    assert max(map(len, text.stdout.splitlines())) <= 80
+
+
+def test_sessions_turns_and_hits_are_counted(serving):
+    def deployment() -> dict:
+        return json.loads(command("status", "--json", "--name", serving.data["name"]).stdout)["deployment"]
+
+    before, session = deployment(), serving.client.create_session(token_ids=ids(70, salt=3))
+    for number in range(3):
+        session.turn("a", token_ids=ids(5, salt=number), max_tokens=2, ignore_eos=True)
+    after = wait_until(lambda: (told := deployment())["sessions"] == 1 and told, 20, 1)  # the router counts them every 5 s
+    assert after["turns"]["ended"] - before["turns"]["ended"] == 3
+    assert after["prompt_tokens"]["cached"] - before["prompt_tokens"]["cached"] >= 2 * 64
+    assert 0 < after["hit_ratio"] < 1
+    session.delete()
+
+
+def test_a_second_deployment_of_the_name_is_refused_and_apply_says_what_it_speaks_to(serving, tmp_path):
+    file = tmp_path / "d.yaml"
+    file.write_text(yaml.safe_dump(serving.data))
+    again = command("serve", file)
+    assert again.returncode == 2
+    assert f"name: a deployment of this name runs already: {serving.data['name']}: base base, HTTP port" in again.stderr
+    applied = command("apply", file)
+    (told, *_) = applied.stderr.splitlines()
+    assert (applied.returncode, applied.stdout) == (0, "")
+    assert told.startswith(f"{serving.data['name']} at 127.0.0.1:")
+    file.write_text(yaml.safe_dump(serving.data | {"name": "another"}))
+    refused = command("apply", file)
+    assert refused.returncode == 2
+    assert "no deployment 'another' runs on this machine; these do:" in refused.stderr
+    with serving.connected() as address:
+        pass
+    refused = command("apply", file, "--address", address)
+    assert f"name: the running deployment is called {serving.data['name']}" in refused.stderr
+
+
+def test_a_router_that_hangs_is_an_error_within_ten_seconds(serving):
+    found = json.loads(command("status", "--json", "--name", serving.data["name"]).stdout)
+    router = psutil.Process(found["routers"][0]["pid"])
+    router.suspend()
+    try:
+        began = time.monotonic()
+        told = command("status", "--name", serving.data["name"])
+        assert time.monotonic() - began < 10
+        assert told.returncode == 2
+        assert told.stderr.startswith("error: the router does not answer: ")
+        assert "\n  prefill: healthy\n" in told.stderr
+    finally:
+        router.resume()
 
 
 def test_with_a_local_host_everything_listens_on_loopback(serving):

@@ -8,7 +8,7 @@ import json
 import grpc
 import pytest
 import pytest_asyncio
-from chat_surface import ChatSurface
+from grpc_surface import GrpcSurface
 
 from prefillshare.client import AsyncClient
 from prefillshare.kvshare.errors import AlreadyExists, Conflict, InvalidInput, NotFound, SessionBusy
@@ -35,7 +35,7 @@ def shown(*messages) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def surface(smollm):
-    surface = ChatSurface(str(smollm))
+    surface = GrpcSurface(str(smollm))
     await surface.start()
     surface.client = AsyncClient(surface.grpc_address, retries=None)
     yield surface

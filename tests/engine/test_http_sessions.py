@@ -6,8 +6,8 @@ import json
 
 import pytest
 import pytest_asyncio
-from chat_surface import END, ChatSurface
 
+from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.errors import NotFound
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -102,6 +102,32 @@ async def test_tool_calls_go_on_as_they_were_generated(behind):
     assert spaced in behind.prompts[-1]
 
 
+async def test_an_agents_own_part_is_laid_out_once_while_it_takes_turn_after_turn(behind):
+    history = [PLAN, ASK]
+    for number in range(3):
+        answer, _ = await chat(behind, "loop", history, answer=CALLED, tools=[TOOL])
+        result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": f"result {number}"}
+        history += [answer, result]
+        if number:
+            assert behind.ids[-1][: len(behind.ids[-2])] == behind.ids[-2]
+    assert behind.prompts[-1].count("You plan.") == 1
+    assert behind.prompts[-1].startswith(DEFAULT + shown(("user", ASK["content"]), ("system", "You plan.")) + OPENING + CALLED)
+    await chat(behind, "loop", [CODE, *history[1:]], "coder", answer="Done.", tools=[TOOL])
+    assert "You plan." not in behind.prompts[-1]
+    assert behind.prompts[-1].endswith(shown(("tool", "result 2"), ("system", "You code.")) + OPENING)
+    assert "system" not in (await context(behind, "loop")).removeprefix(DEFAULT)
+
+
+async def test_the_kv_made_ahead_is_of_what_the_next_turn_sees(behind):
+    """Behind its own part where an agent goes on, as after a call; without it where another one may."""
+    answer, _ = await chat(behind, "ahead", [PLAN, ASK], answer="Paris.")
+    assert "You plan." not in behind.tokenizer.decode(behind.kept[-1])
+    await chat(behind, "ahead", [PLAN, ASK, answer, MORE], answer="Rome.")
+    assert behind.kept[-1] == [*behind.ids[-1], *behind.encode("Rome."), END]
+    await chat(behind, "ahead call", [PLAN, ASK], answer=CALLED, tools=[TOOL])
+    assert behind.kept[-1] == [*behind.ids[-1], *behind.encode(CALLED), END]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -145,6 +171,18 @@ async def test_several_answers_are_refused(behind, more):
     assert response.json()["error"]["param"] == next(iter(more))
     with pytest.raises(NotFound):
         await behind.sessions.get("several", tenant="")
+
+
+@pytest.mark.parametrize("session", ["", "results"])
+async def test_a_tool_result_without_its_call_is_refused(behind, session):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    called = {"role": "assistant", "tool_calls": [call]}
+    messages = [ASK, called, {"role": "tool", "tool_call_id": "c2", "content": "x"}]
+    headers = {"x-prefillshare-session": session} if session else {}
+    answer = await behind.http.post("/v1/chat/completions", json={"model": "planner", "messages": messages}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages.2.tool_call_id")
+    messages[2]["tool_call_id"] = "c1"
+    await chat(behind, session, messages)
 
 
 async def test_a_surface_without_messages_refuses_the_header(behind):

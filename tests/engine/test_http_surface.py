@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
+import re
 
 import httpx
 import pytest
@@ -15,6 +17,7 @@ from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.router.surfaces.http_auth import OPEN
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -103,9 +106,40 @@ async def test_every_route_of_vllms_app_is_known_and_those_that_cannot_work_here
             assert (await surface.http.request(way, path, json={})).status_code == 404, path
 
 
+async def test_it_says_who_it_is(surface):
+    from vllm.version import __version__
+
+    ours = importlib.metadata.version("prefillshare")
+    said = (await surface.http.get("/openapi.json")).json()["info"]
+    assert (said["title"], said["version"]) == ("prefillshare", ours)
+    assert "share the KV cache" in said["description"]
+    assert (await surface.http.get("/version")).json() == {"version": __version__, "prefillshare": ours}
+
+
+async def test_the_page_that_describes_it_needs_no_other_host(surface):
+    from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
+
+    page = await surface.http.get("/docs")
+    assert f"<title>prefillshare {importlib.metadata.version('prefillshare')}</title>" in page.text
+    assert "http" not in page.text
+    assert page.headers["content-security-policy"].startswith("default-src 'none';")
+    parts = [f"/{part}" for part in re.findall(r'(?:src|href)="([^"]+)"', page.text) if part != "data:,"]
+    assert parts == [STYLE, SCRIPT]
+    assert set(parts) <= OPEN
+    for part, kind in ((SCRIPT, "javascript"), (STYLE, "css")):
+        answer = await surface.http.get(part)
+        assert (answer.status_code, kind in answer.headers["content-type"]) == (200, True)
+    assert (await surface.http.get("/redoc")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/static/", "/static/../openai_app.py", "/static/%2e%2e/basic.py"])
+async def test_no_other_file_is_served_beside_the_page(surface, path):
+    assert (await surface.http.get(path)).status_code == 404
+
+
 async def test_every_route_that_is_served_works(surface):
     assert error_of(await surface.http.get("/v1/nothing"))["code"] == 404
-    for path in ("/v1/models", "/health", "/ping", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"):
+    for path in ("/v1/models", "/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"):
         assert (await surface.http.get(path)).status_code == 200, path
     for path in BODIES:
         assert (await surface.post(path)).status_code == 200, path
@@ -113,6 +147,17 @@ async def test_every_route_that_is_served_works(surface):
     assert (await surface.post("/v1/messages/count_tokens", messages=ASK)).json()["input_tokens"] > 0
     tokens = (await surface.post("/tokenize", prompt="hi")).json()["tokens"]
     assert (await surface.post("/detokenize", tokens=tokens)).json()["prompt"] == "hi"
+
+
+async def test_the_description_of_the_api_asks_no_other_host(surface):
+    page = await surface.http.get("/docs")
+    assert not re.search(r"https?:|[\"'(]//", page.text), page.text
+    for name in re.findall(r'(?:src|href)="(static/[^"]+)"', page.text):
+        assert (await surface.http.get(f"/{name}")).status_code == 200, name
+    assert len(re.findall(r'"static/[^"]+"', page.text)) == 2
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; connect-src 'self'")
+    assert "http" not in policy
 
 
 # Refusals and failures

@@ -27,8 +27,10 @@ from prometheus_server import Prometheus
 
 from benchmarks.shared.load import quantile
 from prefillshare.apply import apply
+from prefillshare.kvshare.metric_sizes import Series
 from prefillshare.kvshare.metrics import DEFINITIONS
-from prefillshare.kvshare.metrics_text import total
+from prefillshare.kvshare.metrics_text import families, total
+from prefillshare.kvshare.other_metrics import ENGINE_METRICS, ROUTER_METRICS
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base
 
@@ -259,10 +261,33 @@ def test_engines_are_named_by_pool_and_replica(running, watched):
 
 
 @pytest.mark.usefixtures("watched")
-def test_rays_agent_has_the_routers_metrics_too(running):
-    (node,) = ray.nodes()
-    agent = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+def test_what_is_scraped_is_described_and_bounded(running):
+    text = httpx.get(f"http://127.0.0.1:{running.deployment.router.http_port}/metrics", timeout=30).text
+    found = {family.name for family in families(text)}
+    described = {metric.family for metric in (*DEFINITIONS.values(), *ENGINE_METRICS.values(), *ROUTER_METRICS.values())}
+    assert found <= described
+    assert {"vllm_num_requests_running", "http_requests", "process_open_fds"} <= found
+    most, series = Series.most(), sum(not line.startswith("#") for line in text.splitlines())
+    assert series <= 4 * most.decoder + most.own_layers + 1 + 3 * most.pool + 4 * most.engine + most.router
+    assert len(text) < 100 * 1024
 
+
+@pytest.mark.usefixtures("watched")
+def test_rays_agent_tells_of_engines_only_what_is_described():
+    text = httpx.get(_agent(), timeout=30).text
+    of_engines = {family.name for family in families(text) if family.name.startswith("ray_vllm_")}
+    assert of_engines
+    assert of_engines <= {f"ray_{metric.family}" for metric in ENGINE_METRICS.values()}
+
+
+def _agent() -> str:
+    (node,) = ray.nodes()
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
+@pytest.mark.usefixtures("watched")
+def test_rays_agent_has_the_routers_metrics_too(running):
+    agent = _agent()
     own = httpx.get(f"http://127.0.0.1:{running.deployment.router.http_port}/metrics", timeout=30).text
     for what in ("completion_tokens_total", "turn_seconds_count", "inter_token_seconds_count"):
         name = f"prefillshare_{what}"

@@ -62,10 +62,11 @@ def persistent(call, timeout_s: float = 40.0):
 
 def test_sessions_and_their_cached_prefix_outlive_each_router(running, oracle):
     sessions = [running.client.create_session() for _ in range(3)]
-    lengths = []
+    lengths, usages = [], []
     for number, session in enumerate(sessions):
         result, _ = oracle.turn(session, "a", token_ids=ids(150, salt=number), max_tokens=6, ignore_eos=True)
         lengths.append(result.context_tokens)
+        usages.append(result.usage)
     port = running.deployment.router.grpc_port
     assert len(routers(port)) == 2
     for victim in routers(port):
@@ -77,7 +78,16 @@ def test_sessions_and_their_cached_prefix_outlive_each_router(running, oracle):
             assert len(prompt) == lengths[number] + 4
             assert result.usage.cached_tokens >= 128
             lengths[number] = result.context_tokens
+            usages.append(result.usage)
         wait_until(lambda: len(routers(port)) == 2 and running.stats_by_replica(), 120)
+    # The ledger is exact over the routers' deaths.
+    used = [row.figures for row in running.handle.usage.remote().result(timeout_s=30)]
+    for of_ledger, of_client in (
+        ("turns", None), ("prompt_tokens",) * 2, ("cached_tokens",) * 2, ("computed_tokens",) * 2,
+        ("generated_tokens", "completion_tokens"),
+    ):  # fmt: skip
+        told = sum(getattr(usage, of_client) if of_client else 1 for usage in usages)
+        assert sum(getattr(figures, of_ledger) for figures in used) == told, of_ledger
 
 
 def test_two_routers_do_not_take_two_turns_on_one_session(running):

@@ -224,6 +224,34 @@ def test_openai_chat_equals_the_grpc_turn(running, http):
     assert usage["total_s"] >= usage["time_to_first_token_s"] > 0
 
 
+def test_the_page_shows_what_each_decoder_found_cached_and_where_it_ran(running, http):
+    session, turns = running.client.create_session("on the page", text="The harbour opens at six. " * 20), []
+    for decoder in ("planner", "coder"):
+        turns.append(session.turn(decoder, text=" And then?", max_tokens=8, ignore_eos=True).usage)
+    first = ask("The harbour closes at ten. " * 20)
+    said = http.chat.completions.create(model="tools", messages=first, max_tokens=8)
+    history = [*first, {"role": "assistant", "content": said.choices[0].message.content}, *ask("And on Sundays?")]
+    http.chat.completions.create(model="arithmetic", messages=history, max_tokens=8)
+    with httpx.Client(base_url=running.http_url.removesuffix("/v1")) as page:
+        assert page.get("/ui").text.startswith("<!doctype html>")
+        told = page.get("/ui/data").json()
+        refused = page.get("/ui/data", headers={"host": "rebound.example"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "host")
+    shown = [turn for turn in told["turns"] if turn["session"] == "on the page"]
+    assert [turn["decoder"] for turn in shown] == ["planner", "coder"]
+    for turn, usage in zip(shown, turns, strict=True):
+        for figure in ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "decode_replica"):
+            assert turn[figure] == getattr(usage, figure), figure
+        assert (turn["outcome"], turn["prefill_choice"]) == ("ok", "there: policy")
+    assert shown[1]["cached_tokens"] > shown[0]["prompt_tokens"] - BLOCK
+    calls = [turn for turn in told["turns"] if said.id in turn["request"] or turn["decoder"] == "arithmetic"][-2:]
+    assert calls[0]["lane"] == calls[1]["lane"], "the second call continues the first"
+    assert [pool["pool"] for pool in told["pools"]] == ["prefill", "agents"]
+    replicas = [replica for pool in told["pools"] for replica in pool["replicas"]]
+    assert {shown[1]["prefill_replica"], shown[1]["decode_replica"]} == {replica["replica"] for replica in replicas}
+    assert all(replica["blocks_total"] > 0 and replica["usable"] for replica in replicas)
+
+
 def test_openai_usage_is_whole_where_a_stop_string_ends_the_turn(running, http):
     asked = {"messages": ask(QUESTIONS[1]), "max_tokens": 16}
     stop = running.client.create_session().turn("coder", **asked).text[4:9]

@@ -10,20 +10,30 @@ import httpx
 import pytest
 import pytest_asyncio
 from ports import free_port
+from prometheus_client import CollectorRegistry
 from stub_turn import StubTurn
 
 from prefillshare.client import Client
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, Unauthenticated
+from prefillshare.kvshare.errors import InvalidInput, NotFound, OverLimit, PermissionDenied, Unauthenticated
 from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.router.accounts.limits import MemoryLimits
+from prefillshare.router.admission.grant import Demand
 from prefillshare.router.tenants import KeysFile, Tenants
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-KEY, OTHER = "psk-first-tenants-key", "psk-second-tenants-key"
-FILE = {"tenants": {"research": {"keys": [KEY], "may_share": ["handbook"], "priority": 4}, "support": {"keys": [OTHER]}}}
+KEY, OTHER, FEW = "psk-first-tenants-key", "psk-second-tenants-key", "psk-key-of-the-tenant-with-few-turns"
+FILE = {
+    "tenants": {
+        "research": {"keys": [KEY], "may_share": ["handbook"], "priority": 4},
+        "support": {"keys": [OTHER]},
+        "few": {"keys": [FEW], "turns_per_minute": 1, "tokens_per_minute": 6000},
+    }
+}
 TENANTS = Tenants(KeysFile.model_validate(FILE).tenants)
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -33,6 +43,10 @@ class Router:
 
     def __init__(self):
         self._turns: list[tuple] = []
+        self.forget_limits()
+
+    def forget_limits(self) -> None:
+        self._limits = MemoryLimits(Metrics(CollectorRegistry()))
 
     @property
     def turns(self) -> list[tuple]:
@@ -42,9 +56,11 @@ class Router:
     def run_turn(self, call) -> StubTurn:
         caller = call.caller
         self._turns.append((caller.tenant, caller.cache_domain, caller.priority, cache_salt(caller.cache_domain, call.salt)))
-        return StubTurn(self._chunks())
+        return StubTurn(self._chunks(call))
 
-    async def _chunks(self):
+    async def _chunks(self, call):
+        if share := self._tenants.shares().get(call.caller.tenant):
+            await self._limits.take(Demand("pool", len(call.prompt), tenant=share), 3)
         yield TokenChunk([100, 101])
         await asyncio.sleep(0)
         yield TokenChunk([102], finish_reason="length")
@@ -60,7 +76,7 @@ class Router:
         from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
         from prefillshare.router.surfaces.http_auth import ApiKeys
 
-        base = Base(model=model, dtype="float32", max_model_len=512)
+        self._tenants, base = tenants, Base(model=model, dtype="float32", max_model_len=512)
         app, frontend = await build_openai_app(
             base, ["planner"], self.run_turn, self.admit, middleware=[partial(ApiKeys, tenants=tenants)]
         )
@@ -126,6 +142,58 @@ async def test_a_request_goes_behind_its_tenants_others_and_never_before_them(ro
         answer = await router.post(path, body | {"priority": asked}, authorization=f"Bearer {KEY}")
         assert (answer.status_code, router.turns) == (400, [])
         assert f"priority: {asked} is out of range" in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": ASK}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": ASK}),
+    ],
+)
+async def test_answers_and_refusals_tell_how_the_tenant_stands_against_its_limits(router, path, body, stream):
+    router.forget_limits()
+    answers = [await router.post(path, body | {"stream": stream}, authorization=f"Bearer {FEW}") for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    for answer in answers:
+        assert answer.headers["x-ratelimit-limit-requests"] == "1"
+        assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+        assert 5900 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 6000
+        assert ("anthropic-ratelimit-tokens-limit" in answer.headers) == (path == "/v1/messages")
+    assert "tenants.few.turns_per_minute: 1 turns a minute have been taken" in answers[1].json()["error"]["message"]
+    assert 58 <= int(answers[1].headers["retry-after"]) <= 60
+    free = await router.post(path, body | {"stream": stream}, authorization=f"Bearer {KEY}")
+    assert not any("ratelimit" in name for name in free.headers)
+    assert len(router.turns) == 3
+
+
+async def test_over_grpc_the_client_raises_what_limit_it_was_and_when_to_try_again(router):
+    router.forget_limits()
+
+    def turns():
+        with Client(router.address, api_key=FEW) as client:
+            session = client.create_session(text="hello")
+            session.turn("planner", text="x", max_tokens=3)
+            with pytest.raises(OverLimit, match=r"^tenants\.few\.turns_per_minute: 1 turns a minute") as caught:
+                session.turn("planner", text="x", max_tokens=3)
+            return caught.value
+
+    error = await asyncio.to_thread(turns)
+    assert error.field == "tenants.few.turns_per_minute"
+    assert 50 < error.retry_after_s <= 60
+    assert len(router.turns) == 2
+
+
+async def test_where_the_body_has_no_priority_a_header_says_it(router):
+    answer = await router.post("/v1/messages", {"messages": ASK}, **{"x-api-key": KEY, "x-prefillshare-priority": "7"})
+    assert answer.status_code == 200, answer.text
+    answer = await router.post("/v1/messages", {"messages": ASK}, **{"x-api-key": KEY, "x-prefillshare-priority": "-7"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "x-prefillshare-priority: -7 is out of range" in answer.text
+    assert [priority for _, _, priority, _ in router.turns] == [11]
 
 
 async def test_a_turn_over_grpc_goes_behind_its_tenants_others(router):

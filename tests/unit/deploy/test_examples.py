@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prefillshare.kvshare import config, decoders, fingerprint
+from prefillshare.kvshare import chat_template, config, decoders, fingerprint
 from prefillshare.kvshare.config.access import Auth, Tls, with_files
 from prefillshare.kvshare.contract import DecoderContract, KVShape
 from prefillshare.kvshare.layer_group import LayerGroup
@@ -18,6 +18,7 @@ from prefillshare.kvshare.modes import get_mode
 from prefillshare.router import tenants
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "configs"
+ADAPTERS = FOLDER.parents[1] / "adapters"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))
 KEYS = FOLDER.parent / "keys" / "example.yaml"
 
@@ -48,11 +49,12 @@ def load(model, adapter, tmp_path, monkeypatch):
         data = yaml.safe_load(file.read_text())
         shape = BASES[data["base"]["model"]]
         base = model(data["base"]["model"], **shape)
+        contract = DecoderContract.of_base(base, template=chat_template.text_of(data["base"].get("chat_template")))
         for pool in data["decode"]:
             if "model" in pool:
-                DecoderContract.of_base(base).write(model(pool["model"], tensors={"w": b"tuned"}, **shape))
+                contract.write(model(pool["model"], tensors={"w": b"tuned"}, **shape))
             for folder in pool.get("adapters", {}).values():
-                made = adapter(folder, base=base)
+                contract.write(made := adapter(folder))
                 if "quality_floor" in pool:
                     profile_of(base, made).write(made)
         monkeypatch.chdir(tmp_path)
@@ -88,8 +90,20 @@ def test_example_names_no_folder_of_one_machine(file):
     assert not re.search(r"(model|planner|coder|tools|arithmetic|math): [/~]", text)
 
 
+def of_file(name: str) -> dict:
+    """An example without the deployment's name, which all have in common with their file."""
+    plain = yaml.safe_load((FOLDER / name).read_text())
+    assert plain.pop("name") == name.removesuffix(".yaml").replace("_", "-")
+    return plain
+
+
+@pytest.mark.parametrize("file", [file.name for file in sorted(FOLDER.glob("*.yaml"))])
+def test_an_example_is_named_like_its_file(file):
+    assert of_file(file)
+
+
 def test_demo_and_baseline_differ_in_sharing_alone():
-    demo, baseline = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "per_model_baseline.yaml"))
+    demo, baseline = map(of_file, ("demo.yaml", "per_model_baseline.yaml"))
     assert demo["base"] == baseline["base"]
     assert demo["decode"][0].pop("local_prefill") == "never"  # which the baseline does not need to say
     own, shared = baseline["decode"][0].pop("prefill"), demo.pop("prefill")
@@ -99,7 +113,7 @@ def test_demo_and_baseline_differ_in_sharing_alone():
 
 
 def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
-    demo, one = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "demo_one_engine.yaml"))
+    demo, one = map(of_file, ("demo.yaml", "demo_one_engine.yaml"))
     prefill, (decode,), (engine,) = demo.pop("prefill"), demo.pop("decode"), one.pop("decode")
     assert one.pop("prefill") == {"replicas": 0}
     assert one == demo
@@ -110,7 +124,7 @@ def test_the_demo_in_one_engine_has_the_same_base_adapters_memory_and_cores():
 
 
 def test_tenants_are_the_demo_behind_keys(load):
-    demo, tenants_of = (yaml.safe_load((FOLDER / name).read_text()) for name in ("demo.yaml", "tenants.yaml"))
+    demo, tenants_of = map(of_file, ("demo.yaml", "tenants.yaml"))
     assert tenants_of["router"].pop("auth") == {"keys_file": "../keys/example.yaml"}
     assert demo["decode"][0].pop("local_prefill") == "never"  # to show prefill and decode apart
     assert tenants_of == demo
@@ -137,7 +151,14 @@ def test_demo_serves_two_adapters_and_the_base_on_two_cores(load):
     demo = load(FOLDER / "demo.yaml")
     assert list(decoders.served(demo)) == ["base", "tools", "arithmetic"]
     assert (demo.prefill.cpu_cores, demo.decode[0].cpu_cores) == ("0", "1")
-    assert demo.base.tool_call_parser == "hermes"
+    assert (demo.base.tool_call_parser, demo.base.chat_template) == ("hermes", "smollm2_tools")
+
+
+def test_adapters_that_come_with_us_may_be_served_under_the_template_with_tools():
+    """Whoever changes the template vouches anew, by `prefillshare contract write --chat-template smollm2_tools`."""
+    wanted = fingerprint.of_text(chat_template.text_of("smollm2_tools"))
+    for folder in sorted(ADAPTERS.glob("*/kv_contract.json")):
+        assert DecoderContract.read(folder.parent).other_templates == (wanted,)
 
 
 def test_figures_in_the_comments_are_right(load):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from prefillshare.kvshare.metrics import DEFINITIONS
+from prefillshare.kvshare.other_metrics import ENGINE_METRICS
 
 FOLDER = Path(__file__).parents[3] / "deploy/grafana"
 SPEC = importlib.util.spec_from_file_location("dashboards", FOLDER / "dashboards.py")
@@ -26,14 +27,25 @@ METRIC = re.compile(r"\b((?:prefillshare|vllm)_\w+?)(?:_bucket|_sum|_count)?(?:\
 RECORDED = re.compile(r"\bprefillshare:\w+:\w+")
 RULES = yaml.safe_load((FOLDER.parent / "prometheus/rules.yaml").read_text())["groups"][0]["rules"]
 VLLM = Path(*importlib.util.find_spec("vllm").submodule_search_locations)
-#: Of vLLM's metrics that we show: their names as the installed version defines them.
-ENGINES = {
+#: vLLM's metrics as the installed version defines them.
+DEFINED = {
     name.replace(":", "_")
-    for file in ("v1/metrics/loggers.py", "distributed/kv_transfer/kv_connector/v1/nixl/stats.py")
-    for name in re.findall(r'name="(vllm:\w+)"', (VLLM / file).read_text())
+    for file in ("v1/metrics/loggers.py", "v1/spec_decode/metrics.py", "distributed/kv_transfer/kv_connector/v1/nixl/stats.py")
+    for name in re.findall(r'"(vllm:\w+)"', (VLLM / file).read_text())
 }
 LABELS = {name: metric.labels for name, metric in DEFINITIONS.items()}
-LABELS |= dict.fromkeys([*ENGINES, *(f"{name}_total" for name in ENGINES)], ("model_name", "engine"))
+LABELS |= {metric.name: metric.labels for metric in ENGINE_METRICS.values()}
+#: Names of series that are exported.
+SERIES = {series for metric in ENGINE_METRICS.values() for series in metric.series}
+
+
+def test_vllm_still_has_the_metrics_that_are_exported():
+    assert ENGINE_METRICS.keys() - DEFINED == set()
+
+
+@pytest.mark.parametrize(("title", "query"), [(title, query) for title, query in QUERIES if "vllm_" in query])
+def test_a_query_of_an_engines_metrics_asks_for_series_that_are_exported(title, query):
+    assert set(re.findall(r"\bvllm_\w+", query)) - SERIES == set()
 
 
 def test_the_files_are_up_to_date():

@@ -15,7 +15,7 @@ import kubernetes_validate
 import pytest
 import redis as redis_client
 import yaml
-from chart import CHART, ROOT, groups, of_kind, pods, rendered, serve_config
+from chart import CHART, RELEASE, ROOT, groups, of_kind, pods, rendered, serve_config
 from helm_python import HelmError, lint
 from ports import free_port
 from redis.backoff import ConstantBackoff
@@ -90,7 +90,7 @@ def test_an_examples_deployment_is_the_file_that_serve_takes(example):
     documents = rendered(values_of(example))
     serve = serve_config(documents)
     deployment = Deployment.model_validate(serve["applications"][0]["args"]["deployment"])
-    assert deployment == Deployment.model_validate(values_of(example)["deployment"])
+    assert deployment == Deployment.model_validate({**values_of(example)["deployment"], "name": RELEASE})
     assert deployment.router.host == "0.0.0.0"
     assert serve["http_options"]["port"] == deployment.router.http_port
     assert serve["applications"][0]["import_path"] == "prefillshare.app:application"
@@ -228,11 +228,38 @@ def test_monitoring_brings_the_rules_and_every_dashboard():
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] == "metrics"
     assert monitor["spec"]["selector"]["matchLabels"].items() <= pods(documents)["decode"]["metadata"]["labels"].items()
-    (relabel,) = endpoint["metricRelabelings"]
-    renamed = lambda name: re.sub(f"^(?:{relabel['regex']})$", relabel["replacement"].replace("$", "\\"), name)  # noqa: E731
-    assert renamed("ray_prefillshare_turns_total") == "prefillshare_turns_total"
-    assert renamed("ray_vllm_num_requests_running") == "vllm_num_requests_running"
-    assert renamed("ray_node_mem_used") == "ray_node_mem_used"
+    assert scraped(endpoint, "ray_prefillshare_turns_total") == "prefillshare_turns_total"
+    assert scraped(endpoint, "ray_vllm_num_requests_running") == "vllm_num_requests_running"
+    assert scraped(endpoint, "ray_node_mem_used") == "ray_node_mem_used"
+    for one in ("ray_serve_long_poll_latency_ms_bucket", "ray_tasks", "ray_node_mem", "python_gc_objects_collected_total"):
+        assert scraped(endpoint, one) is None
+
+
+def test_a_user_may_keep_other_metrics_of_rays():
+    values = values_of(CHART / "examples/one-prefill-four-decode.yaml")
+
+    def monitored(*kept: str) -> dict:
+        values["monitoring"]["podMonitor"]["rayMetrics"] = list(kept)
+        (monitor,) = of_kind(rendered(values), "PodMonitor")
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        return endpoint
+
+    assert scraped(monitored(), "ray_node_mem_used") is None
+    assert scraped(monitored(), "ray_vllm_num_requests_running") == "vllm_num_requests_running"
+    assert scraped(monitored("tasks", ".*_bucket"), "ray_tasks") == "ray_tasks"
+    assert scraped(monitored(".*"), "ray_serve_long_poll_latency_ms_bucket")
+    assert scraped(monitored(".*"), "python_info") is None
+
+
+def scraped(endpoint: dict, name: str) -> str | None:
+    """The name under which a metric of an agent is stored; None: it is dropped."""
+    for rule in endpoint["metricRelabelings"]:
+        found = re.fullmatch(rule["regex"], name)
+        if rule.get("action") == "keep" and not found:
+            return None
+        if "targetLabel" in rule and found:
+            name = found.expand(rule["replacement"].replace("$", "\\"))
+    return name
 
 
 def router_service(documents: list[dict]) -> dict:

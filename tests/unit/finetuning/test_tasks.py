@@ -1,11 +1,13 @@
 """Task suites: the checkers tell right from wrong, training data teaches what the checkers want, and holds no test question."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from prefillshare.finetuning.evaluate import Score, difference
-from prefillshare.finetuning.tasks import TASKS, arithmetic, tool_calls
+from prefillshare.finetuning.tasks import TASKS, arithmetic, tool_calls, write_transcripts
 from prefillshare.finetuning.tasks.base import check_disjoint, in_company
 from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
 from prefillshare.finetuning.tasks.tool_calls import TESTED, parse_call
@@ -13,7 +15,10 @@ from prefillshare.kvshare.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
+ADAPTERS = Path(__file__).parents[3] / "adapters"
+
 SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500}
+SIZES |= {f"{name}_tools": size for name, size in SIZES.items() if name.startswith("bfcl")}
 #: A right answer to the first question of each.
 RIGHT = {
     "bfcl_simple_python": """<tool_call>
@@ -61,15 +66,49 @@ def test_in_company_only_the_own_turn_is_learnt():
     assert in_company(own, others, 2, seed=3) == made != in_company(own, others, 2, seed=4)
 
 
+def answer_of(message):
+    """As text, with a call as a model writes it."""
+    return json.dumps(message["tool_calls"][0]["function"]) if "tool_calls" in message else message["content"]
+
+
+def test_suites_with_tools_ask_the_same_with_json_schemas():
+    types = set()
+
+    def look(schema):
+        types.add(schema.get("type"))
+        for inner in (*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])):
+            look(inner)
+
+    for name in ("bfcl_simple_python", "bfcl_multiple"):
+        plain, offering = TASKS[name], TASKS[f"{name}_tools"]
+        for asked, offered in zip(plain.questions(), offering.questions(), strict=True):
+            assert (offered.name, offered.messages[-1]) == (asked.name, asked.messages[-1])
+            assert not asked.tools
+            for tool in offered.tools:
+                assert f'"name": "{tool["function"]["name"]}"' in asked.messages[0]["content"]
+                look(tool["function"]["parameters"])
+        calls = [[answer_of(t["messages"][-1]) for t in suite.transcripts(60, seed=3)] for suite in (plain, offering)]
+        assert [parse_call(call) for call in calls[0]] == [parse_call(call) for call in calls[1]]
+    assert types <= {"object", "string", "integer", "number", "boolean", "array", None}
+
+
+def test_data_that_recipes_name_does_not_change_because_there_are_more_suites(tmp_path):
+    """adapters/tools says which data it was made from: the same command has to give it."""
+    write_transcripts([TASKS["bfcl_simple_python"]], tmp_path / "tools.jsonl", 3600, others=1)
+    made = hashlib.sha256((tmp_path / "tools.jsonl").read_bytes()).hexdigest()
+    assert f"sha256 {made[:16]}" in (ADAPTERS / "tools" / "kv_contract.json").read_text()
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_training_data_is_right_and_holds_no_test_question(name):
     transcripts = TASKS[name].transcripts(300, seed=1)
     assert len(transcripts) == 300
     assert transcripts == TASKS[name].transcripts(300, seed=1)
-    assert [m["role"] for m in transcripts[0]["messages"]] == ["system", "user", "assistant"]
+    roles = ["user", "assistant"] if TASKS[name].offers_tools else ["system", "user", "assistant"]
+    assert [m["role"] for m in transcripts[0]["messages"]] == roles
     for task in TASKS.values():
         check_disjoint(transcripts, task.questions())
-    answers = [t["messages"][-1]["content"] for t in transcripts]
+    answers = [answer_of(t["messages"][-1]) for t in transcripts]
     assert all(parse_call(a) if name.startswith("bfcl") else "####" in a for a in answers)
 
 

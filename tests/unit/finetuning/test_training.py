@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+TOOL = {"type": "function", "function": {"name": "f"}}
 WORDS = ["<user>", "<assistant>", "<end>", "<unk>", *"abcdefghijklmnopqrst"]
 
 
@@ -161,6 +162,24 @@ def test_the_folder_says_which_base_it_is_for(run, base):
     assert "| loss |" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_decoder_is_for_the_template_that_its_recipe_names(run, base, tmp_path, weights):
+    template = "{% if tools %}a b {% endif %}" + TEMPLATE
+    (tmp_path / "own.jinja").write_text(template)
+    offering = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [TOOL]}
+    (tmp_path / "offering.jsonl").write_text(json.dumps(offering))
+    settings = {"train": str(tmp_path / "offering.jsonl"), "weights": weights}
+    folder, _ = run(**settings, chat_template=str(tmp_path / "own.jinja"))
+    trained = DecoderContract.read(folder)
+    trained.check(DecoderContract.of_base(base, template=template), "it")
+    with pytest.raises(ContractMismatch, match="whose chat_template is"):
+        trained.check(DecoderContract.of_base(base), "it")
+    if weights == "full":
+        assert (folder / "chat_template.jinja").read_text() == template
+    with pytest.raises(ConfigError, match="leaves `tools` out"):
+        run("other", **settings)
+
+
 def test_a_folder_that_holds_a_decoder_is_left_alone(run):
     run()
     with pytest.raises(ConfigError, match="holds a decoder already"):
@@ -222,7 +241,8 @@ def test_validation_loss_is_measured_after_every_epoch(run, data):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"methd": "icarus"}, "did you mean 'method'"), ({"method": "icarus", "weights": "full"}, "icarus trains adapters"),
-     ({"base": "nowhere"}, "no model in nowhere"), ({"epochs": 0}, "greater than or equal to 1")],
+     ({"base": "nowhere"}, "no model in nowhere"), ({"chat_template": "no"}, "no such chat template: 'no'"),
+     ({"epochs": 0}, "greater than or equal to 1")],
 )  # fmt: skip
 def test_a_recipe_that_is_wrong_is_refused(run, wrong, message):
     with pytest.raises(ConfigError, match=message):

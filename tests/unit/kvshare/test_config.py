@@ -314,6 +314,16 @@ def test_a_floor_without_a_profile_says_how_to_measure_one(droidspeak):
     assert "prefillshare profile" in error.fix
 
 
+@pytest.mark.parametrize("name", ["", "../demo", "two words", "a" * 64, ".hidden"])
+def test_a_name_that_could_not_be_a_file_or_a_label_is_refused(droidspeak, name):
+    assert refusal(put(droidspeak, "name", name)).field == "name"
+
+
+def test_a_deployment_has_a_name_if_none_is_given(droidspeak):
+    assert config.parse(droidspeak).name == "prefillshare"
+    assert config.parse(put(droidspeak, "name", "ferry-2.b_c")).name == "ferry-2.b_c"
+
+
 def test_missing_file_is_refused_by_path(tmp_path):
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "none.yaml")
@@ -327,8 +337,8 @@ def test_missing_file_is_refused_by_path(tmp_path):
     [
         (b"base: [", "is not YAML"),
         (b"\xff\xfe\x00", "cannot read"),
-        (b"", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, logs, tracing, got nothing"),
-        (b"- 1", "a deployment is a mapping with the keys base, prefill, decode, router, cluster, logs, tracing, got a list"),
+        (b"", f"a deployment is a mapping with the keys {', '.join(config.Deployment.model_fields)}, got nothing"),
+        (b"- 1", "tracing, got a list"),
         (b"base: {model: a, model: b}", "key 'model' is given twice"),
     ],
 )

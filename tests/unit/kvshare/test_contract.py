@@ -266,9 +266,42 @@ def test_another_base_is_refused_with_both_values(model, key):
         trained.check(served, "adapters/tools", "decode.0.adapters.tools")
     assert str(caught.value) == (
         f"decode.0.adapters.tools: adapters/tools was trained against a base whose {key} is 0123, "
-        f"the base served has {getattr(served.base, key)} "
-        "(fix: serve it with the base it was trained against, or train it against this one)"
+        f"the base served has {getattr(served.base, key)} (fix: {caught.value.fix})"
     )
+    vouch = "prefillshare contract write DECODER --base BASE_FOLDER --chat-template TEMPLATE"
+    assert (vouch in caught.value.fix) is (key == "chat_template")
+    assert ("train it against this one" in caught.value.fix) is (key != "chat_template")
+
+
+def test_a_template_in_the_bases_place_is_what_the_contract_names(model):
+    folder = model(template="{{ messages }}")
+    own, same, other = (BaseIdentity.of(folder, template) for template in (None, "{{ messages }}", "{{ messages }}!"))
+    assert own == same
+    assert other == replace(own, chat_template=fingerprint.of_text("{{ messages }}!"))
+    assert len({KVContract(one, KVShape.of(folder), "float32", 32, "x").digest for one in (own, same, other)}) == 2
+
+
+def test_a_decoder_is_served_under_the_templates_that_somebody_vouches_for_and_no_others(model, tmp_path):
+    folder = model()
+    served = {text: DecoderContract.of_base(folder, template=text) for text in ("a", "b", "c")}
+    trained = replace(served["a"], trained_with="hours")
+    vouched = trained.with_template(served["b"], "it").with_template(served["a"], "it")
+    vouched.write(tmp_path)
+    vouched = DecoderContract.read(tmp_path)
+    assert vouched == trained
+    assert vouched.other_templates == (served["b"].base.chat_template,)
+    vouched.check(served["a"], "it")
+    vouched.check(served["b"], "it")
+    for decoder, base in ((vouched, served["c"]), (trained, served["b"])):
+        with pytest.raises(ContractMismatch, match="whose chat_template is"):
+            decoder.check(base, "it")
+    with pytest.raises(ContractMismatch, match="whose weights is"):
+        trained.with_template(replace(served["b"], base=replace(served["b"].base, weights="0")), "it")
+
+
+def test_a_contract_for_one_template_has_the_form_that_earlier_releases_read(model, tmp_path):
+    DecoderContract.of_base(model()).write(tmp_path)
+    assert json.loads((tmp_path / "kv_contract.json").read_text()).keys() == {"version", "base", "shape", "trained_with"}
 
 
 def test_another_shape_is_refused_with_both_values(model):

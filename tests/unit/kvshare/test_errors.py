@@ -10,6 +10,7 @@ from prefillshare.kvshare.errors import GrpcCode, PrefillShareError, ResumeReaso
 
 EXTRA = {
     errors.Overloaded: {"retry_after_s": 2.5},
+    errors.OverLimit: {"retry_after_s": 2.5},
     errors.EngineStartError: {"log_tail": "last line"},
     errors.PrefixLost: {"reason": ResumeReason.KV_LOAD_FAILED},
     errors.ReplicaLost: {"reason": ResumeReason.WEDGED},
@@ -27,6 +28,7 @@ CODES = {
     "AlreadyExists": ("ALREADY_EXISTS", 409),
     "SessionBusy": ("ABORTED", 409),
     "Overloaded": ("RESOURCE_EXHAUSTED", 429),
+    "OverLimit": ("RESOURCE_EXHAUSTED", 429),
     "DeadlineExceeded": ("DEADLINE_EXCEEDED", 504),
     "Unavailable": ("UNAVAILABLE", 503),
     "ConnectionLost": ("UNAVAILABLE", 503),

@@ -1,13 +1,17 @@
 """What may change of a deployment while it runs, as far as its file says."""
 
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import yaml
 
 from prefillshare import apply as apply_module
-from prefillshare import serve_config
+from prefillshare import serve_config, which
 from prefillshare.app import _replicas
 from prefillshare.apply import check_change
+from prefillshare.argument_check import Checked
 from prefillshare.engines import engine_settings
 from prefillshare.kvshare import config
 from prefillshare.kvshare.errors import ConfigError, EngineStartError
@@ -56,6 +60,45 @@ def test_a_lease_replaces_engines_and_a_timeout_routers(deploy, cluster, engines
     check_change(before, after)
     assert (engine_settings(before) == engine_settings(after)) is engines_stay
     assert (fixed_for_router(before) == fixed_for_router(after)) is routers_stay
+
+
+def test_another_name_is_another_deployment(deploy):
+    another = deploy().model_copy(update={"name": "ferry"})
+    refused = r"name: the running deployment is called prefillshare \(fix: start this one beside it.*or name it prefillshare,"
+    with pytest.raises(ConfigError, match=refused):
+        check_change(deploy(), another)
+
+
+@pytest.mark.parametrize("given", ["10.0.0.9:6379", None])
+def test_the_command_looks_for_the_files_deployment_and_says_what_it_speaks_to(deploy, monkeypatch, tmp_path, capsys, given):
+    old, asked, applied = deploy(), [], []
+    file = tmp_path / "d.yaml"
+    file.write_text(yaml.safe_dump(old.model_dump(mode="json")))
+    monkeypatch.setattr(which, "found", lambda name, address: asked.append((name, address)) or which.Found("10.0.0.1:6379"))
+    monkeypatch.setattr(apply_module, "joined", nullcontext)
+    monkeypatch.setattr(apply_module, "handle_to_change", lambda: None)
+    monkeypatch.setattr(apply_module, "running_deployment", lambda handle, timeout_s: old)
+    monkeypatch.setattr(apply_module, "check_arguments", lambda deployment: Checked())
+    monkeypatch.setattr(apply_module, "apply", lambda deployment, progress: applied.append(deployment))
+    apply_module.apply_command(file, given)
+    assert asked == [("prefillshare", given)]
+    assert capsys.readouterr().err.startswith(f"prefillshare at 10.0.0.1:6379: base {Path(old.base.model).name}\n")
+    assert applied == [old]
+
+
+def test_a_router_that_does_not_say_what_it_serves_is_an_error(deploy, monkeypatch, tmp_path):
+    def hangs(handle, timeout_s):
+        assert timeout_s < 8
+        raise TimeoutError(f"{timeout_s} s")
+
+    file = tmp_path / "d.yaml"
+    file.write_text(yaml.safe_dump(deploy().model_dump(mode="json")))
+    monkeypatch.setattr(which, "found", lambda name, address: which.Found("10.0.0.1:6379"))
+    monkeypatch.setattr(apply_module, "joined", nullcontext)
+    monkeypatch.setattr(apply_module, "handle_to_change", lambda: None)
+    monkeypatch.setattr(apply_module, "running_deployment", hangs)
+    with pytest.raises(EngineStartError, match="no router says what it serves"):
+        apply_module.apply_command(file)
 
 
 def test_another_cluster_is_another_deployment(deploy):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -82,6 +83,30 @@ def test_contract_write_keeps_a_contract_with_another_base_unless_forced(folders
     assert _weights(decoder) == _weights(base)
     assert run("contract", "write", decoder, "--base", other, "--force").exit_code == 0
     assert _weights(decoder) == _weights(other)
+
+
+def test_contract_write_vouches_for_a_decoder_under_another_chat_template_too(folders, tmp_path):
+    base, other, decoder = folders
+    (tmp_path / "tools.jinja").write_text("{{ tools }}{{ messages }}")
+    template = ["--chat-template", tmp_path / "tools.jinja"]
+    run("contract", "write", decoder, "--base", base, "--trained-with", "two epochs")
+    refused = run("contract", "check", decoder, "--base", base, *template)
+    assert refused.exit_code == 2
+    assert "--chat-template TEMPLATE" in refused.stderr
+    assert run("contract", "write", decoder, "--base", base, *template).exit_code == 0
+    for where in (template, []):
+        assert run("contract", "check", decoder, "--base", base, *where).exit_code == 0
+    shown = run("contract", "show", decoder).stdout
+    assert "two epochs" in shown
+    assert re.search("^or chat_template +[0-9a-f]{64}$", shown, re.M)
+    assert run("contract", "write", decoder, "--base", other, *template).exit_code == 2
+
+
+def test_contract_commands_name_a_template_that_is_not_there(folders):
+    result = run("contract", "show", folders[0], "--chat-template", "nowhere")
+    assert result.exit_code == 2
+    assert "--chat-template: no such chat template: 'nowhere'" in result.stderr
+    assert "smollm2_tools" in result.stderr
 
 
 def test_contract_write_refuses_a_model_with_other_kv(folders, model):

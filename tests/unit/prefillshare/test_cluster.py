@@ -1,111 +1,42 @@
-"""Deployments in clusters of their own are found again; what cannot be joined is told at once, with a fix."""
+"""Clusters are started on loopback and with tokens, and joined; what cannot be started or joined is told with a fix."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
-from dataclasses import asdict
+import threading
 from types import SimpleNamespace
 
-import psutil
 import pytest
 from ray._private import node as ray_node
 from ray._private import services
 from ray._private.authentication import authentication_token_setup
 
-from prefillshare import cluster
-from prefillshare.cluster import Record
+from prefillshare import cluster, ray_address, ray_messages, records
 from prefillshare.kvshare.config import Deployment
-from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError, Unavailable
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """runs(http_port, alive=) -> its address: a deployment in a cluster of its own."""
-    monkeypatch.setattr(cluster.tempfile, "gettempdir", lambda: str(tmp_path))
+def mine(tmp_path, monkeypatch):
+    """The folder of records."""
+    monkeypatch.setattr(records.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    me = psutil.Process()
-
-    def make(http_port, alive=True):
-        started = me.create_time() if alive else 1.0
-        record = Record(f"10.0.0.1:{http_port}", http_port, http_port + 1, me.pid, started)
-        (cluster.folder() / f"{http_port}.json").write_text(json.dumps(asdict(record)))
-        return record.address
-
-    return make
+    return records.folder()
 
 
-def test_the_only_one_is_found_without_a_port(runs):
-    address = runs(8000)
-    assert cluster._of_this_machine(None) == address
+@pytest.fixture(autouse=True)
+def _rays_words(monkeypatch):
+    monkeypatch.setattr(ray_messages, "to_file", lambda: None)
 
 
-def test_each_of_several_is_found_by_its_http_port(runs):
-    addresses = {port: runs(port) for port in (8000, 8010)}
-    assert {port: cluster._of_this_machine(port) for port in addresses} == addresses
-
-
-def test_of_several_none_is_chosen_and_all_are_listed(runs):
-    addresses = [runs(8000), runs(8010)]
-    with pytest.raises(ConfigError, match="several deployments run here") as refused:
-        cluster._of_this_machine(None)
-    assert all(f"--address {address}" in str(refused.value) for address in addresses)
-
-
-def test_another_deployments_cluster_is_not_taken_for_ones_own(runs):
-    runs(8000)
-    with pytest.raises(ConfigError, match=r"no deployment with router\.http_port 8010 runs here"):
-        cluster._of_this_machine(8010)
-
-
-def test_one_whose_process_has_died_is_forgotten(runs):
-    runs(8000, alive=False)
-    assert cluster._of_this_machine(None) == "auto"
-    assert not list(cluster.folder().glob("*.json"))
-
-
-def test_a_damaged_record_is_passed_over(runs):
-    address = runs(8000)
-    (cluster.folder() / "8010.json").write_text('{"address"')
-    assert cluster._of_this_machine(None) == address
-
-
-def test_records_of_somebody_else_are_not_believed(runs, monkeypatch):
-    runs(8000)
-    monkeypatch.setattr(cluster.os, "getuid", lambda: os.geteuid() + 1)
-    (cluster.Path(cluster.tempfile.gettempdir()) / f"prefillshare-{os.geteuid() + 1}").mkdir()
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
-        cluster.records()
-
-
-@pytest.mark.parametrize(
-    ("address", "named"),
-    [
-        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
-        ("ray://head:10001", ("head", 10001)),
-        ("[::1]:6379", ("::1", 6379)),
-        ("auto", None),
-    ],
-)
-def test_an_address_names_host_and_port(monkeypatch, address, named):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster._named(address) == named
-
-
-def test_what_nobody_listens_on_is_refused_before_ray_is_asked(monkeypatch):
-    monkeypatch.setattr(cluster, "_init", lambda *args, **kw: pytest.fail("Ray was asked"))
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
-        refused = pytest.raises(ConfigError, match=rf"cluster\.address: nothing answers at {address}")
-        with refused, cluster.joined(address, "cluster.address"):
-            pass
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(ConfigError, match=f"nothing answers at {address}"), cluster.connected("auto"):
-            pass
+@pytest.fixture
+def answers(monkeypatch):
+    """Every address answers as a Ray cluster; -> those that were asked."""
+    asked = []
+    monkeypatch.setattr(ray_address, "check", lambda address, field=None: asked.append((address, field)))
+    return asked
 
 
 @pytest.mark.parametrize("error", [ConnectionError("x"), OSError("disk"), AssertionError("y"), KeyError("z"), TimeoutError()])
@@ -158,17 +89,15 @@ def test_a_start_that_fails_twice_is_given_up_and_leaves_nothing(fails_times):
     assert done == ["started", "ended"] * 2
 
 
-def test_a_cluster_that_cannot_be_joined_is_tried_once(fails_times):
+def test_a_cluster_that_cannot_be_joined_is_tried_once(fails_times, answers):
     done = fails_times(2)
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        joined = cluster.joined(f"127.0.0.1:{there.getsockname()[1]}")
-        with pytest.raises(ConfigError), joined:
-            pass
+    with pytest.raises(ConfigError), cluster.joined("10.0.0.1:6379"):
+        pass
     assert done.count("started") == 1
 
 
 @pytest.fixture
-def starts(runs, monkeypatch):
+def starts(mine, answers, monkeypatch):
     """What Ray is started with; no Ray starts."""
     given = {}
     monkeypatch.setattr(cluster, "_init", lambda *args, **options: given.update(options, kept=kept_on_loopback()))
@@ -197,8 +126,8 @@ def test_ray_is_on_loopback_where_the_surfaces_are(starts, monkeypatch, host, lo
 
 def test_a_cluster_on_loopback_is_joined_there(starts, monkeypatch):
     monkeypatch.setattr(services, "node_ip_address_from_perspective", lambda _: "192.0.2.7")
-    with socket.create_server(("127.0.0.1", 0)) as there, cluster.joined(f"127.0.0.1:{there.getsockname()[1]}"):
-        assert starts["kept"]
+    with cluster.joined("127.0.0.1:6379") as address:
+        assert (address, starts["kept"]) == ("127.0.0.1:6379", True)
 
 
 def test_a_cluster_that_asks_nobody_for_a_token_is_not_started(starts, monkeypatch):
@@ -217,30 +146,62 @@ def test_only_this_user_reads_the_token_that_ray_makes(starts, monkeypatch, tmp_
         assert token.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_cluster_named_by_its_address_or_by_ray_address_is_asked_with_the_token_that_there_is(starts, monkeypatch):
-    """Ray would do so for clusters that it finds by itself only."""
-    monkeypatch.setattr(authentication_token_setup.AuthenticationTokenLoader, "instance", lambda: SimpleNamespace(
-        has_token=lambda ignore_auth_mode: True))  # fmt: skip
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        address = f"127.0.0.1:{there.getsockname()[1]}"
-        with cluster.joined(address):
-            assert starts.pop("tokens")
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with cluster.connected("auto"):
-            assert starts["tokens"]
+def test_what_the_address_auto_stands_for_is_asked_first_and_joined(starts, answers, monkeypatch):
+    monkeypatch.setattr(ray_address, "on_this_machine", lambda: ["10.0.0.1:6379"])
+    with cluster.joined("auto", "cluster.address") as address:
+        assert address == "10.0.0.1:6379"
+    assert answers == [("10.0.0.1:6379", "cluster.address")]
 
 
-def test_a_cluster_that_does_not_let_this_user_in_is_told_with_what_it_wants(monkeypatch):
+def test_of_several_clusters_none_is_joined_silently(starts, answers, monkeypatch):
+    monkeypatch.setattr(ray_address, "on_this_machine", lambda: ["10.0.0.1:6379", "10.0.0.1:6380"])
+    refused = pytest.raises(ConfigError, match=r"cluster\.address: 2 Ray clusters run on this machine: 10\.0\.0\.1:6379, 10")
+    with refused, cluster.joined("auto", "cluster.address"):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6380")
+    with cluster.joined("auto", "cluster.address") as address:
+        assert address == "10.0.0.1:6380"
+
+
+def test_a_cluster_that_does_not_let_this_user_in_is_told_with_what_it_wants(answers, monkeypatch):
     def refuses(**kw):
         raise ConnectionError("Failed to connect to Ray cluster")
 
     monkeypatch.setattr("ray.init", refuses)
-    with socket.create_server(("127.0.0.1", 0)) as there:
-        address = f"127.0.0.1:{there.getsockname()[1]}"
-        wanted = rf"cannot join the Ray cluster at {address}: ConnectionError.*fix: give the cluster's token \(RAY_AUTH_TOKEN"
-        with pytest.raises(ConfigError, match=wanted), cluster.joined(address):
-            pass
+    wanted = r"cannot join the Ray cluster at 10\.0\.0\.1:6379: ConnectionError.*fix: give the cluster's token \(RAY_AUTH_TOKEN"
+    with pytest.raises(ConfigError, match=wanted), cluster.joined("10.0.0.1:6379"):
+        pass
+
+
+def test_what_runs_leaves_a_record_while_it_runs(starts):
+    with cluster.started(deployment(http_port=8010)):
+        (record,) = records.records()
+        assert (record.name, record.address, record.http_port) == ("prefillshare", "127.0.0.1:6379", 8010)
+    assert records.records() == []
+    there = Deployment.model_validate({**deployment().model_dump(), "cluster": {"address": "10.0.0.1:6379"}})
+    with cluster.lent_to(there):
+        assert [record.address for record in records.records()] == ["10.0.0.1:6379"]
+    assert records.records() == []
+
+
+def test_a_name_that_is_taken_is_refused_before_anything_starts(starts, answers):
+    with cluster.started(deployment()):
+        starts.clear()
+        with pytest.raises(ConfigError, match=r"name: a deployment of this name runs already: prefillshare: base m,"):
+            cluster.check(deployment(http_port=8010))
+        assert not starts
+
+
+def test_where_nothing_runs_that_is_said_and_a_hanging_serve_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(cluster, "FOUND_S", 0.05)
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_, **kw: (_ for _ in ()).throw(KeyError("none")))
+    with pytest.raises(ConfigError, match="nothing is running there"):
+        cluster.running_handle()
+    never = threading.Event()
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_, **kw: never.wait(10))
+    with pytest.raises(Unavailable, match="Ray Serve does not answer"):
+        cluster.running_handle()
+    never.set()
 
 
 #: Starts processes as Ray does, while gRPC is busy; prints how many of them became no program.

@@ -6,8 +6,12 @@ import socket
 import psutil
 import pytest
 from ports import free_port
+from typer.testing import CliRunner
 
 from prefillshare import platform
+from prefillshare.argument_check import Checked
+from prefillshare.cli import app
+from prefillshare.doctor import Level, of_deployment
 from prefillshare.kvshare.config import parse
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
@@ -155,3 +159,15 @@ def test_what_hidden_states_cost_is_said_before_the_start(folder):
         "prefill keeps the inputs of layers none: 0 bytes per token beside 256 of KV",
         "d with layers 0-0: reads 128 bytes per token, computes 50 % of the layers",
     ]
+
+
+def test_check_tells_what_hardly_anybody_wants_and_doctor_too(folder, monkeypatch, tmp_path):
+    warning = "base.tool_call_parser is hermes, but the chat template has no place for tools [at all]"
+    monkeypatch.setattr("prefillshare.argument_check.check_arguments", lambda _: Checked(warnings=(warning,)))
+    monkeypatch.setattr("prefillshare.preflight.check_machine", lambda _: None)
+    file = tmp_path / "d.yaml"
+    file.write_text(f"base: {{model: {folder}, max_model_len: 64}}\ndecode: [{{pool: d, model: {folder}, sharing: none}}]\n")
+    done = CliRunner().invoke(app, ["check", str(file)])
+    assert done.exit_code == 0, done.output
+    assert f"warning  {warning}" in done.output
+    assert [f.found for f in of_deployment(file) if f.level == Level.WARNING] == [warning]

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prefillshare import app, cli, watch
+from prefillshare.argument_check import Checked
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.watch import PATIENCE_S, Trouble, Watch
 
@@ -123,8 +124,7 @@ def test_serve_ends_with_a_status_and_the_reason_when_its_application_is_gone(mo
             ended.append(deployment)
 
     monkeypatch.setattr(app, "running", running)
-    monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
-    monkeypatch.setattr(app, "check_arguments", lambda deployment: "")
+    monkeypatch.setattr(app, "check_arguments", lambda deployment: Checked(warnings=("the template ignores [tools]",)))
     monkeypatch.setattr(watch, "ASK_S", 0.01)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     gone = partial(Trouble, "its application is gone from Ray Serve", 0.0)
@@ -132,4 +132,5 @@ def test_serve_ends_with_a_status_and_the_reason_when_its_application_is_gone(mo
     result = CliRunner().invoke(cli.app, ["serve", str(file)])
     assert result.exit_code == 2
     assert "does not serve any more: its application is gone from Ray Serve" in result.stderr
+    assert "warning  the template ignores [tools]" in result.stderr
     assert len(ended) == 1

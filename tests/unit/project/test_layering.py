@@ -29,10 +29,10 @@ ROOMS = {
     "router": (
         {"ingress"},
         {"surfaces"},
-        {"responses"},
+        {"responses", "ui"},
         {"core", "sessions"},
         {"turn", "ahead"},
-        {"pools", "tenants"},
+        {"pools", "tenants", "accounts"},
         {"admission"},
         {"telemetry", "background", "service_rate", "clock"},
     ),
@@ -43,7 +43,7 @@ ROOMS = {
         {"transfer"},
         {"patches"},
         {"sampling"},
-        {"vllm_refusals", "fair_gate", "forkserver"},
+        {"vllm_refusals", "fair_gate", "forkserver", "tool_text", "tools_format"},
     ),
 }
 #: The generated stubs stand beside the layers: they import none of them.

@@ -8,12 +8,21 @@ from prometheus_client import CollectorRegistry
 
 from prefillshare import metrics_docs
 from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
+from prefillshare.kvshare.other_metrics import ENGINE_METRICS, ROUTER_METRICS, Kind
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def test_page_is_up_to_date():
     assert PAGE.read_text() == metrics_docs.markdown(), "run: python -m prefillshare.metrics_docs > docs/metrics.md"
+
+
+def test_what_other_programs_export_has_a_row_and_says_what_to_do():
+    for metric in (*ENGINE_METRICS.values(), *ROUTER_METRICS.values()):
+        assert f"| `{metric.name}` ({metric.kind})" in metrics_docs.markdown()
+        assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
+        assert metric.help.endswith(".")
+        assert metric.when.endswith(".")
 
 
 def test_every_metric_has_a_row_and_says_what_to_do():
@@ -39,6 +48,24 @@ def test_what_will_be_counted_is_exported_from_the_start():
     assert ("prefillshare_prefills_total", ("pool", "agents"), ("where", "here"), ("why", "unavailable")) in there
     assert ("prefillshare_turn_seconds_count", ("decoder", "planner")) in there
     assert not any(name.startswith("prefillshare_own_layer_turns") for name, *_ in there)  # which layers is not known yet
+
+
+def test_what_only_decoders_with_own_layers_have_is_exported_for_them_only():
+    registry = CollectorRegistry()
+    Metrics(registry).expect(["planner", "coder"], ["agents"], own_layers=["coder"])
+    of = {s.labels["decoder"] for family in registry.collect() for s in family.samples if "canary" in s.name}
+    assert of == {"coder"}
+
+
+def test_nothing_is_exported_of_what_is_gone():
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    metrics.expect(["planner", "coder"], ["agents", "old"], ["planner"])
+    metrics["kv_blocks"].labels("old", "used").set_function(lambda: 1)
+    metrics.forget(decoders=["planner"], pools=["old"])
+    left = [label for family in registry.collect() for s in family.samples for label in s.labels.values()]
+    assert {"coder", "agents"} <= set(left)
+    assert {"planner", "old"} & set(left) == set()
 
 
 def test_what_is_exported_from_the_start_is_what_the_help_names():

@@ -45,6 +45,15 @@ def test_defaults_are_the_documented_ones(tmp_path):
     tenant = parse(TWO, tmp_path).by_name["research"]
     assert (tenant.weight, tenant.max_in_progress, tenant.max_sessions, tenant.priority) == (1, None, None, 0)
     assert (tenant.cache_domain, tenant.may_share) == (None, ())
+    assert (tenant.tokens_per_minute, tenant.turns_per_minute) == (None, None)
+
+
+def test_the_limits_of_a_tenant_reach_the_queue_and_the_accounts(tmp_path):
+    limits = {"max_in_progress": 3, "tokens_per_minute": 10**6, "turns_per_minute": 60}
+    share = parse({"tenants": {"a": {"keys": [KEY], "weight": 2, **limits}}}, tmp_path).shares()["a"]
+    assert (share.name, share.weight, share.is_limited) == ("a", 2, True)
+    assert {name: getattr(share, name) for name in limits} == limits
+    assert not parse(TWO, tmp_path).shares()["research"].is_limited
 
 
 def test_sessions_are_shared_out_by_weight_unless_a_tenant_has_a_number_of_its_own(tmp_path):
@@ -173,6 +182,14 @@ def test_no_key_is_in_what_is_kept_shown_or_sent_to_another_process(tmp_path, ca
         ({"tenants": {"a": {"keys": [KEY], "priority": 101}}}, "tenants.a.priority: Input should be less than or equal to 100"),
         ({"tenants": {"a": {"keys": [KEY], "priority": -101}}}, "tenants.a.priority: Input should be greater than or equal"),
         ({"tenants": {"a": {"keys": [KEY], "max_in_progress": 0}}}, "tenants.a.max_in_progress: Input should be greater than"),
+        (
+            {"tenants": {"a": {"keys": [KEY], "tokens_per_minute": 0}}},
+            "tenants.a.tokens_per_minute: Input should be greater than or equal to 1",
+        ),
+        (
+            {"tenants": {"a": {"keys": [KEY], "turns_per_minute": 1.5}}},
+            "tenants.a.turns_per_minute: Input should be a valid integer",
+        ),
         ({"tenants": {"a": {"keys": [KEY], "may_share": "handbook"}}}, "tenants.a.may_share: should be a list, got text"),
         ({"tenants": {"a": {"keys": [KEY], "cache_domain": "a b"}}}, "tenants.a.cache_domain: String should match pattern"),
         ({"tenants": {"a b": {"keys": [KEY]}}}, "tenants: String should match pattern"),

@@ -64,7 +64,7 @@ def test_an_argument_that_needs_the_other_model_runner_is_refused_by_name(gpus, 
 
     monkeypatch.setattr(argument_check, "AsyncEngineArgs", Arguments)
     settings = replace(SETTINGS, engine_args={"seed": 1, "watermark_config": {"key": 1}})
-    (problem,) = argument_check.problems({"agents": settings}, None)
+    (problem,) = argument_check.problems({"agents": settings})
     assert problem["argument"] == "engine_args.watermark_config"
     assert problem["message"] == "it needs vLLM's V2 model runner, and engines run the V1 runner"
 

@@ -13,7 +13,7 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type"
 
 
 def service(parser_cls=None):
-    return SimpleNamespace(parser_cls=parser_cls)
+    return SimpleNamespace(parser_cls=parser_cls, online_renderer=SimpleNamespace(parser=parser_cls))
 
 
 @pytest.mark.parametrize("parser_cls", [None, SimpleNamespace(tool_parser_cls=None)])

@@ -155,6 +155,8 @@ async def test_a_request_of_more_turns_than_can_ever_be_in_progress_is_not_told_
     with pytest.raises(InvalidInput, match=r"at most 2 .*max_in_progress of tenant 'b'"):
         lab.admission.check_turns(3, TenantShare("b", max_in_progress=2))
     lab.admission.check_turns(3, TenantShare("c", max_in_progress=20))
+    with pytest.raises(InvalidInput, match=r"at most 4 can be begun \(turns_per_minute of tenant 'd'\)"):
+        lab.admission.check_turns(5, TenantShare("d", max_in_progress=5, turns_per_minute=4))
 
 
 @on_virtual_time

@@ -9,9 +9,9 @@ from polling import PATIENCE_S, until
 from prometheus_client import CollectorRegistry, Gauge
 from redis.exceptions import ResponseError
 
-from prefillshare.kvshare.config import Router
+from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import ConfigError, Unavailable
-from prefillshare.router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions
+from prefillshare.router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions, open_threads
 from prefillshare.router.sessions.redis import MAX_CONNECTIONS
 
 PASSWORD = "p w/@:#"
@@ -19,6 +19,11 @@ PASSWORD = "p w/@:#"
 @pytest.fixture
 def server(own_redis_server):
     return own_redis_server()
+
+
+@pytest.fixture
+def base(model):
+    return Base(model=str(model()))
 
 
 @pytest.fixture
@@ -105,17 +110,19 @@ async def test_whoever_is_cancelled_while_the_store_is_asked_stops(store):
         assert (await asyncio.wait([asking], timeout=PATIENCE_S))[0] == {asking}
 
 
-async def test_a_router_starts_only_if_its_store_answers(server, monkeypatch):
+async def test_a_router_starts_only_if_its_store_answers(server, base, monkeypatch):
     monkeypatch.setenv("REDIS_SECRET", PASSWORD)
     server.kill()
     with pytest.raises(Unavailable, match=rf"^router\.redis_url: redis://someone@127\.0\.0\.1:{server.port}") as raised:
         await open_sessions(
-            Router(redis_url=f"redis://someone@127.0.0.1:{server.port}", redis_password_env="REDIS_SECRET"), {}
+            Router(redis_url=f"redis://someone@127.0.0.1:{server.port}", redis_password_env="REDIS_SECRET"), base, {}
         )
     assert PASSWORD not in str(raised.value)
 
 
-async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_shown(own_redis_server, monkeypatch, caplog):
+async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_shown(
+    own_redis_server, base, monkeypatch, caplog
+):
     caplog.set_level("DEBUG")
     server = own_redis_server(PASSWORD)
     bare = f"redis://127.0.0.1:{server.port}"
@@ -124,12 +131,12 @@ async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_s
         if password is not None:
             monkeypatch.setenv("REDIS_SECRET", password)
         with pytest.raises(problem) as raised:
-            await open_sessions(by_env, {})
+            await open_sessions(by_env, base, {})
         assert "REDIS_SECRET" in str(raised.value) if problem is ConfigError else PASSWORD not in str(raised.value)
     with pytest.raises(Unavailable, match="Authentication required"):
-        await open_sessions(Router(redis_url=bare), {})
+        await open_sessions(Router(redis_url=bare), base, {})
     monkeypatch.setenv("REDIS_SECRET", PASSWORD)
-    for store in (await open_sessions(by_env, {}), RedisSessions(server.url, 5, 60)):
+    for store in (await open_sessions(by_env, base, {}), RedisSessions(server.url, 5, 60)):
         assert (await store.create(tenant="")).turns == 0
 
         async def repeats(*_):
@@ -144,9 +151,9 @@ async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_s
     assert PASSWORD not in caplog.text
 
 
-async def test_the_configured_prefix_limit_and_time_to_live_are_the_stores(server):
+async def test_the_configured_prefix_limit_and_time_to_live_are_the_stores(server, base):
     config = Router(redis_url=server.url, redis_prefix="mine", max_sessions=1, session_ttl_s=7)
-    store = await open_sessions(config, {"a": 1})
+    store = await open_sessions(config, base, {"a": 1})
     session = await store.create("s", tenant="")
     assert 0 < await store.expires_in_s(session) <= 7
     assert (await store._redis.keys("{mine}:*")) == await store._redis.keys("*")
@@ -154,9 +161,21 @@ async def test_the_configured_prefix_limit_and_time_to_live_are_the_stores(serve
     await store.close()
 
 
-async def test_without_a_url_sessions_are_in_memory():
-    store = await open_sessions(Router(max_sessions=3, session_ttl_s=7), {"a": 1})
+async def test_without_a_url_sessions_are_in_memory(base):
+    store = await open_sessions(Router(max_sessions=3, session_ttl_s=7), base, {"a": 1})
     assert (type(store), store.max_sessions, store.ttl_s, store.max_per_tenant) == (MemorySessions, 3, 7, {"a": 1})
+
+
+async def test_the_store_of_threads_is_apart_and_makes_room_for_new_ones(server, base):
+    config = Router(redis_url=server.url, max_responses=2, response_ttl_s=7)
+    threads = await open_threads(config, base, ("a", "b"))
+    sessions = await open_sessions(config, base, {})
+    assert (threads.max_sessions, threads.ttl_s, threads.max_per_tenant) == (4, 7, {"a": 2, "b": 2})
+    for number in range(3):
+        await threads.create(f"t{number}", tenant="a")
+    assert (await threads.count("a"), await sessions.count()) == (2, 0)
+    for store in (threads, sessions):
+        await store.close()
 
 
 async def test_the_gauge_follows_the_store_also_after_an_outage(store, server):

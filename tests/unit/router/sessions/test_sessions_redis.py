@@ -8,7 +8,7 @@ from polling import PATIENCE_S, until
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as ConnectionLost
 
-from prefillshare.kvshare.errors import Conflict, NotFound, Unavailable
+from prefillshare.kvshare.errors import Conflict, ContractMismatch, NotFound, Unavailable
 from prefillshare.router.sessions import RedisSessions
 
 pytestmark = pytest.mark.slow
@@ -235,3 +235,18 @@ async def test_a_turn_cancelled_while_it_begins_leaves_the_session_free(routers,
         await turn
     monkeypatch.undo()
     assert not (await store.get("s", tenant="")).busy
+
+
+async def test_token_ids_of_another_tokenizer_are_not_taken_for_ours(redis_server):
+    options = {"max_sessions": 5, "ttl_s": 100, "prefix": uuid.uuid4().hex}
+    ours, theirs = (RedisSessions(redis_server.url, **options, tokenizer=name * 64) for name in "ab")
+    await ours.create("s", [1, 2], tenant="")
+    for ask in (theirs.get("s", tenant=""), theirs.fork("s", "f", tenant=""), theirs.turn("s", tenant="").__aenter__()):
+        with pytest.raises(ContractMismatch, match="aaaaaaaaaaaa; this deployment's base has bbbbbbbbbbbb"):
+            await ask
+    async with ours.turn("s", tenant="") as session:
+        assert session.token_ids == (1, 2)
+    assert await ours.count() == 1, "the fork is not left"
+    await theirs.delete("s", tenant="")
+    for store in (ours, theirs):
+        await store.close()

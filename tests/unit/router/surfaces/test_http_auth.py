@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import StreamingResponse
 
 from prefillshare.kvshare.caller import ANONYMOUS, cache_salt, current_caller
-from prefillshare.router.surfaces.http_auth import DOMAIN_HEADER, OPEN, ApiKeys
+from prefillshare.router.surfaces.http_auth import DOMAIN_HEADER, OPEN, PRIORITY_HEADER, ApiKeys
 from prefillshare.router.tenants import KeysFile, Tenants
 
 KEY, OTHER, WRONG = "psk-first-tenants-key", "psk-second-tenants-key", "psk-nobodys-key-at-all"
@@ -106,6 +106,19 @@ async def test_refusal_is_a_401_as_openai_clients_know_it_and_does_not_show_the_
     assert (error["type"], error["param"], error["code"]) == ("Unauthorized", None, 401)
     assert error["message"].startswith(message)
     assert WRONG not in answer.text + caplog.text
+
+
+async def test_the_priority_header_lets_the_tenants_others_go_first_and_never_the_request_before_them(app):
+    async with client(app) as http:
+        for steps, priority in (("0", 2), ("7", 9), ("100", 100)):
+            answer = await http.post("/v1/whole", headers=with_key(KEY, **{PRIORITY_HEADER: steps}))
+            assert answer.json()["priority"] == priority
+        for steps in ("-1", "101", "high", "", "1.5"):
+            answer = await http.post("/v1/whole", headers=with_key(KEY, **{PRIORITY_HEADER: steps}))
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (400, "Bad Request")
+            assert error["message"].startswith(f"{PRIORITY_HEADER}: ")
+            assert "0 to 100" in error["message"]
 
 
 async def test_openais_client_raises_its_own_errors(app):

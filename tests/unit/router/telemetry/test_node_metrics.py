@@ -1,37 +1,51 @@
-"""A router's /metrics has the engines' metrics of its machine behind its own."""
+"""A router's /metrics has the engines' metrics of its machine behind its own, and is bounded by what is deployed."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import httpx
-from prometheus_client import CollectorRegistry, Counter, make_asgi_app
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_asgi_app
 
-from prefillshare.kvshare.metrics_text import samples, total
+from prefillshare.kvshare.metric_sizes import Series
+from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.metrics_text import families, samples, total
+from prefillshare.kvshare.other_metrics import ENGINE_METRICS, Kind
 from prefillshare.router.telemetry.node_metrics import NodeMetrics
 
-AGENT = b"""\
-# HELP ray_vllm_num_requests_running running
-# TYPE ray_vllm_num_requests_running gauge
-ray_vllm_num_requests_running{model_name="agents"} 3.0
-# TYPE ray_vllm_prompt_tokens_total gauge
-ray_vllm_prompt_tokens_total{model_name="agents"} 5.0
-# TYPE ray_vllm_e2e_seconds histogram
-ray_vllm_e2e_seconds_bucket{le="+Inf"} 2.0
-ray_vllm_e2e_seconds_count 2.0
-ray_vllm_e2e_seconds_sum 0.5
-# TYPE ray_node_mem gauge
-ray_node_mem 9.0
-"""
+#: What Ray adds to every series.
+RAYS = (
+    'Component="core_worker",NodeAddress="127.0.0.1",SessionName="session_2026-11-29_14-15-56_839572_10606",Version="2.60.0",'
+    'WorkerId="125e13dcecdba7f2a985597815404ffb33b3d2e44f4548f1a30c8f3c",otel_scope_name="ray._private.telemetry",'
+    'otel_scope_schema_url="",otel_scope_version=""'
+)
+
+
+def engine(replica: str, pool: str = "agents", value: float = 3.0) -> str:
+    """What an agent tells of an engine that exports all that vLLM has, and of Ray."""
+    labels = f'{RAYS},ReplicaId="{replica}",engine="0",model_name="{pool}"'
+    lines = [f"ray_vllm_request_success_total{{{labels},finished_reason=\"stop\"}} 1.0", f"ray_tasks{{{RAYS}}} 9.0"]
+    lines += [f'ray_vllm_e2e_request_latency_seconds_bucket{{{labels},le="{le}"}} 1.0' for le in (1, 5, "+Inf")]
+    for metric in ENGINE_METRICS.values():
+        if metric.kind is Kind.HISTOGRAM:
+            lines += [f'ray_{metric.name}_bucket{{{labels},le="{le}"}} {value}' for le in (*range(1, 15), "+Inf")]
+            lines += [f"ray_{metric.name}_{part}{{{labels}}} {value}" for part in ("sum", "count")]
+        else:
+            lines.append(f"ray_{metric.name}{{{labels}}} {value}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 @contextmanager
-def agent(answer: bytes, status: int = 200):
+def agent(answer: str, status: int = 200):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(answer.encode())
 
         def log_message(self, *_): ...
 
@@ -41,38 +55,101 @@ def agent(answer: bytes, status: int = 200):
         server.shutdown()
 
 
-async def told(agent_url: str | None) -> str:
+@pytest.fixture
+def registry():
     registry = CollectorRegistry()
-    Counter("prefillshare_turns", "turns", registry=registry).inc(4)
-    transport = httpx.ASGITransport(NodeMetrics(make_asgi_app(registry), agent_url))
-    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-        return (await client.get("/metrics")).raise_for_status().text
+    Metrics(registry)["turns_total"].labels("planner", "ok").inc(4)
+    return registry
 
 
-async def test_engines_metrics_stand_behind_the_routers_under_their_own_names():
-    with agent(AGENT) as url:
-        text = await told(url)
+async def told(registry: CollectorRegistry, agent_url: str | None, replicas: Iterable[str] = ("a1", "b2")) -> str:
+    app = NodeMetrics(make_asgi_app(registry), agent_url, lambda: set(replicas), registry)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+        answer = (await client.get("/metrics")).raise_for_status()
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return answer.text
+
+
+def series(text: str) -> int:
+    return sum(not line.startswith("#") for line in text.splitlines())
+
+
+async def test_engines_metrics_stand_behind_the_routers_under_their_own_names(registry):
+    with agent(engine("a1") + engine("b2", "prefill", 5)) as url:
+        text = await told(registry, url)
     assert total(text, "prefillshare_turns_total") == 4
-    assert total(text, "vllm_num_requests_running", model_name="agents") == 3
-    assert total(text, "vllm_prompt_tokens_total") == 5
-    assert total(text, "vllm_e2e_seconds_sum") == 0.5
-    assert not samples(text, "ray_node_mem")
+    assert samples(text, "vllm_num_requests_running")[0].labels == {"model_name": "agents", "ReplicaId": "a1", "engine": "0"}
+    assert total(text, "vllm_prompt_tokens_total", model_name="prefill") == 5
+    assert total(text, "vllm_nixl_bytes_transferred_sum") == 8
+    assert len(samples(text, "vllm_nixl_xfer_time_seconds_bucket")) == 30
+    kinds = {family.name: family.type for family in families(text)}
+    assert kinds["vllm_prompt_tokens"] == "counter"
+    assert kinds["vllm_nixl_xfer_time_seconds"] == "histogram"
     assert "ray_" not in text
 
 
-async def test_an_agent_that_does_not_answer_takes_nothing_from_the_routers_own(caplog):
-    with agent(b"gone", 500) as url:
-        text = await told(url)
+async def test_series_that_nobody_can_use_are_left_out(registry):
+    Histogram("http_request_duration_highr_seconds", "by every bucket", registry=registry).observe(1)
+    Counter("python_gc_collections", "of the garbage collector", registry=registry).inc()
+    with agent(engine("a1")) as url:
+        text = await told(registry, url)
+    for name in ("vllm_e2e", "vllm_request_success", "vllm_nixl_bytes_transferred_bucket", "http_request_duration", "python_gc",
+                 "_created", "WorkerId", "otel_scope", "SessionName"):  # fmt: skip
+        assert name not in text, name
+
+
+async def test_replicas_that_are_gone_are_left_out_although_the_agent_goes_on_telling_of_them(registry):
+    with agent("".join(map(engine, ("a1", "dead", "b2")))) as url:
+        text = await told(registry, url)
+    assert {one.labels["ReplicaId"] for one in samples(text, "vllm_num_requests_running")} == {"a1", "b2"}
+    assert "dead" not in text
+
+
+async def test_a_client_makes_no_series_by_the_methods_it_uses(registry):
+    requests = Counter("http_requests_total", "requests", ("handler", "method", "status"), registry=registry)
+    for number in range(100):
+        requests.labels("none", f"METHOD{number}", "4xx").inc()
+    text = await told(registry, None)
+    assert [(one.labels, one.value) for one in samples(text, "http_requests_total")] == [
+        ({"handler": "none", "status": "4xx"}, 100)
+    ]
+
+
+@pytest.mark.parametrize(("decoders", "replicas"), [(1, 1), (3, 2), (40, 16)])
+async def test_its_size_is_bounded_by_what_is_deployed(decoders, replicas):
+    """With names as long as they may be; docs/metrics.md tells the bound."""
+    registry = CollectorRegistry()
+    names, pools = [f"{number:063}" for number in range(decoders)], [f"pool-{number:057}" for number in range(2)]
+    Metrics(registry).expect(names, pools, names)
+    ids = [f"{number:08}" for number in range(replicas)]
+    with agent("".join(engine(replica) for replica in [*ids, *(f"gone-{number}" for number in range(50))])) as url:
+        text = await told(registry, url, ids)
+    most = Series.most()
+    assert series(text) <= (most.decoder + most.own_layers) * decoders + most.pool * 2 + most.engine * replicas + most.router
+    assert len(text) <= 170 * series(text)
+
+
+async def test_the_demo_is_scraped_in_less_than_64_kib():
+    registry = CollectorRegistry()
+    Metrics(registry).expect(["base", "arithmetic", "tools"], ["agents", "prefill"])
+    with agent(engine("a1") + engine("b2", "prefill")) as url:
+        text = await told(registry, url)
+    assert 20_000 < len(text) < 64 * 1024
+
+
+async def test_an_agent_that_does_not_answer_takes_nothing_from_the_routers_own(registry, caplog):
+    with agent("gone", 500) as url:
+        text = await told(registry, url)
     assert (total(text, "prefillshare_turns_total"), "vllm" in text) == (4, False)
     assert "tells nothing" in caplog.text
 
 
-async def test_without_an_agent_there_are_the_routers_own_only():
-    assert total(await told(None), "prefillshare_turns_total") == 4
+async def test_without_an_agent_there_are_the_routers_own_only(registry):
+    assert total(await told(registry, None), "prefillshare_turns_total") == 4
 
 
-async def test_an_agents_nonsense_takes_nothing_from_the_routers_own(caplog):
-    with agent(b"ray_vllm_x{a=\n") as url:
-        text = await told(url)
+async def test_an_agents_nonsense_takes_nothing_from_the_routers_own(registry, caplog):
+    with agent("ray_vllm_num_requests_running{a=\n") as url:
+        text = await told(registry, url)
     assert total(text, "prefillshare_turns_total") == 4
     assert "tells nothing" in caplog.text

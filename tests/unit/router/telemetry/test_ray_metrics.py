@@ -54,6 +54,23 @@ def test_counters_are_told_by_what_they_grew(told):
     assert ray["prefillshare_turns_total"].counts == {("tools", "ok"): 4, ("math", "ok"): 1}
 
 
+def test_what_went_and_came_back_is_told_from_zero_on(told):
+    metrics, bridge, ray = told
+    metrics["turns_total"].labels("tools", "ok").inc(3)
+    metrics["turn_seconds"].labels("tools").observe(1)
+    bridge.tell()
+    metrics.forget(decoders=["tools"])
+    metrics["turns_total"].labels("tools", "ok").inc(2)  # it is back before Ray was told that it had gone
+    bridge.tell()
+    metrics.forget(decoders=["tools"])
+    bridge.tell()
+    metrics["turns_total"].labels("tools", "ok").inc(4)
+    metrics["turn_seconds"].labels("tools").observe(1)
+    bridge.tell()
+    assert ray["prefillshare_turns_total"].counts == {("tools", "ok"): 9}
+    assert sum(ray["prefillshare_turn_seconds"].seen.values()) == 2
+
+
 def test_gauges_are_told_as_they_are(told):
     metrics, bridge, ray = told
     metrics["replicas"].labels("agents", "usable").set_function(lambda: 2)

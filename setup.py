@@ -18,7 +18,7 @@ PAGE = {"router.ui": ["static/*"]}
 
 inside = [*find_packages(include=[pattern for name in INSIDE for pattern in (name, f"{name}.*")]), *FILES]
 setup(
-    packages=[NAME, *(f"{NAME}.{name}" for name in inside)],
+    packages=[NAME, f"{NAME}.client", *(f"{NAME}.{name}" for name in inside)],
     package_dir={NAME: NAME} | {f"{NAME}.{name}": name.replace(".", "/") for name in inside},
     package_data={"": ["py.typed", "*.proto", "*.pyi"]} | {f"{NAME}.{name}": kinds for name, kinds in (FILES | PAGE).items()},
 )

@@ -68,7 +68,7 @@ def main() -> None:
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         for name, eager in (("without", False), ("with", True)):
             task = progress.add_task(f"{name} eager prefill", total=args.sessions * args.turns)
-            with running(deployment(model, adapters, eager)), Client(ADDRESS) as client:
+            with running(deployment(model, adapters, eager)), Client(ADDRESS, retries=None) as client:
                 figures[name] = play(client, args.sessions, args.turns, args.pause_s, lambda task=task: progress.advance(task))
             console.print(f"{name}: {figures[name]}")
     headline = {

@@ -81,11 +81,11 @@ def main() -> None:
                 turns = second_turns(client, given, args.context, args.repeats, rng, lambda: progress.advance(task))
                 figures.setdefault(str(given), {})[policy] = turns
 
-        with running(deployment(model, adapters, POLICIES[0])), Client(ADDRESS) as client:
+        with running(deployment(model, adapters, POLICIES[0])), Client(ADDRESS, retries=None) as client:
             for policy in POLICIES:
                 apply(deployment(model, adapters, policy))
                 measure(policy, client)
-        with running(deployment(model, adapters, ONE_ENGINE)), Client(ADDRESS) as client:
+        with running(deployment(model, adapters, ONE_ENGINE)), Client(ADDRESS, retries=None) as client:
             measure(ONE_ENGINE, client)
     medians = {
         given: {policy: round(statistics.median(turn["ttft_s"] for turn in turns), 4) for policy, turns in of.items()}

@@ -132,7 +132,7 @@ def main() -> None:
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
         start = progress.add_task("starting engines", total=None)
         figures = {}
-        with running(deployment(model, adapters, args.kv_cache_gib, policies[0])), Client(ADDRESS) as client:
+        with running(deployment(model, adapters, args.kv_cache_gib, policies[0])), Client(ADDRESS, retries=None) as client:
             progress.remove_task(start)
             for number, policy in enumerate(policies):
                 apply(deployment(model, adapters, args.kv_cache_gib, policy))

@@ -139,7 +139,7 @@ def main() -> None:
         task = progress.add_task("starting engines", total=MOST_RATES + 4)
         model = fetch(MODEL)
         adapters = make_seeded_adapters(model, Path(folder), names=DECODERS)
-        with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS) as client:
+        with running(deployment(model, adapters, 0.6 * args.objective_s)), Client(ADDRESS, retries=None) as client:
             load = Load(client, args.objective_s)
             progress.update(task, advance=1, description="capacity")
             load.closed(AT_ONCE, args.seconds / 10)  # warm-up

@@ -8,12 +8,15 @@
     |-- PermissionDenied        the key's tenant may not do this
     |-- NotFound                unknown decoder or session
     |   |-- SessionDamaged      what the store holds under the session's name is no session
-    |-- Conflict                the session is busy with another turn, or has changed
+    |-- Conflict                the session has changed meanwhile, or another turn holds it
+    |   |-- AlreadyExists       the name of a new session is in use
+    |   |-- SessionBusy         another turn runs on the session
     |-- Overloaded              a queue is full; carries a retry hint
     |   |-- OverLimit           the caller's tenant asks for more than it may; others are not concerned
     |-- DeadlineExceeded        the deadline passed before the turn ended
     |-- Unavailable             a replica or the session store is gone or not ready; trying again may help
     |   |-- ConnectionLost      the router that took the call is gone; a turn may have been committed before
+    |   |   |-- AnswerLost      the turn was committed, but its answer did not arrive; taking it again would be a second turn
     |   |-- EngineStartError    an engine did not start; carries the end of its log
     |   |-- PrefixLost          a decode engine no longer holds a request's shared prefix (R3); resumable
     |   |-- ReplicaLost         the replica that served a turn is gone or does not answer; resumable elsewhere
@@ -33,6 +36,7 @@ class GrpcCode(StrEnum):
     UNAUTHENTICATED = "UNAUTHENTICATED"
     PERMISSION_DENIED = "PERMISSION_DENIED"
     NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
     ABORTED = "ABORTED"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -60,6 +64,8 @@ class PrefillShareError(Exception):
     `field` names the offending field of a request, config or file, if there is one; `fix` says what to do.
     """
 
+    #: Seconds after which trying again may help; 0: no hint.
+    retry_after_s: float = 0.0
     grpc_code = GrpcCode.INTERNAL
     http_status = 500
 
@@ -118,6 +124,16 @@ class Conflict(PrefillShareError):
     grpc_code, http_status = GrpcCode.ABORTED, 409
 
 
+class AlreadyExists(Conflict):
+    """The name is in use."""
+
+    grpc_code = GrpcCode.ALREADY_EXISTS
+
+
+class SessionBusy(Conflict):
+    """Another turn holds the session; when it has ended, the same call succeeds."""
+
+
 class Overloaded(PrefillShareError):
     """A bounded queue is full. `retry_after_s`: a hint for the client."""
 
@@ -142,6 +158,11 @@ class Unavailable(PrefillShareError):
 
 class ConnectionLost(Unavailable):
     """Raised by the client: the connection broke before an answer. The session shows whether the turn was committed."""
+
+
+class AnswerLost(ConnectionLost):
+    """Raised by the client: the session shows that the turn was committed, but the connection broke before the answer had
+    come. The session's context holds the answer."""
 
 
 class EngineStartError(Unavailable):

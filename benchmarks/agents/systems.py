@@ -117,7 +117,7 @@ def ours(mode: str, of=deployment):
         names = list(adapters)
         with (
             running(of(mode, model, adapters, budget)) as handle,
-            Client(ADDRESS, timeout_s=TURN_TIMEOUT_S) as client,
+            Client(ADDRESS, timeout_s=TURN_TIMEOUT_S, retries=None) as client,
             CacheWatch(handle) as caches,
         ):
             yield Running(

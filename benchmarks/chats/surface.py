@@ -67,8 +67,8 @@ class ChatSurface:
             self.base, DECODERS, self._turn, lambda *_: None, middleware=[HttpSessions]
         )
         names, noted = (*DECODERS, self.base.name), _Noted()
-        decoders = {name: Decoder(name, "agents", "prefillshare", name, "lora") for name in names}
-        calls = HttpCalls(self.base, decoders, self.frontend, self.sessions, noted, **self.config)
+        self.decoders = {name: Decoder(name, "agents", "prefillshare", name, "lora") for name in names}
+        calls = HttpCalls(self.base, self.decoders, self.frontend, self.sessions, noted, **self.config)
         self.kept = noted.contexts
         serve_chats(self.app, calls, Threads(self.threads))
         self.tokenizer = self.frontend.renderer.tokenizer

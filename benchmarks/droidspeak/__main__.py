@@ -103,7 +103,7 @@ def throughput(model: Path, folder: Path, layers: str, args: argparse.Namespace,
                 model, chosen, prefill=sizes, decode={**sizes, "sharing": mode, **own}, router={"canary_share": 0.0}
             )
             task = progress.add_task(f"{count} decoders, {mode}", total=args.sessions * TURNS)
-            with running(tree), Client(ADDRESS) as client:
+            with running(tree), Client(ADDRESS, retries=None) as client:
                 def advance(task=task) -> None:
                     progress.advance(task)
 
@@ -159,7 +159,7 @@ def main() -> None:
         for mode in MODES:
             tree = one_decoder(model, decoder, adapter, mode, layers, max(args.tokens))
             task = progress.add_task(f"first tokens, {mode}", total=len(args.tokens) * args.repeats)
-            with running(tree), Client(ADDRESS) as client:
+            with running(tree), Client(ADDRESS, retries=None) as client:
                 def advance(task=task) -> None:
                     progress.advance(task)
 

@@ -66,7 +66,7 @@ class Player:
         self.rounds += 1
 
     def _connected(self, number: int, turns: list[Turn]) -> None:
-        with Client(ADDRESS) as client:
+        with Client(ADDRESS, retries=None) as client:
             self._session(client, number, turns)
 
     def _session(self, client: Client, number: int, turns: list[Turn]) -> None:

@@ -91,7 +91,7 @@ def sessions(model: Path, folder: Path, args: argparse.Namespace, console: Conso
         for mode in MODES:
             longest = max(args.adapters)
             task = progress.add_task(f"{count} adapters, {mode}", total=longest + (args.sessions + 1) * TURNS)
-            with running(deployment(model, chosen, mode)) as handle, Client(ADDRESS) as client:
+            with running(deployment(model, chosen, mode)) as handle, Client(ADDRESS, retries=None) as client:
                 def advance(task=task) -> None:
                     progress.advance(task)
 

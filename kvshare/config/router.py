@@ -61,15 +61,18 @@ class Router(Node):
     max_sessions: int = Field(10_000, ge=1)
     """Most sessions kept; with Redis, by all routers together. Beyond that, a new session is refused."""
     session_ttl_s: float = Field(3600, gt=0)
-    """A session that is unused for this long is deleted, seconds."""
+    """A session that is unused for this long is deleted, seconds, unless its client has given it a time to live of its own."""
+    max_session_ttl_s: float | None = Field(None, gt=0)
+    """Longest time to live, in seconds, that a client may give a session of its own. Unset: session_ttl_s, so that a client can
+    only have its sessions forgotten earlier."""
     max_responses: int = Field(4096, ge=1)
     """Most stored responses and conversations (OpenAI's APIs of these names) that a tenant has, counted by the threads that
     they form: responses that follow each other are one. Beyond that, the one that was unused for longest is forgotten."""
     response_ttl_s: float = Field(86400, gt=0)
     """A stored response or conversation that is unused for this long is forgotten, seconds."""
     own_prompt: Literal["behind", "first"] = "behind"
-    """Where calls over HTTP that go on from a session or an earlier response have what is the calling agent's own: its system
-    prompt (`instructions`) and its tools. behind: after the shared context, right before the answer, so that agents with
+    """Where calls that go on from a session or an earlier response have what is the calling agent's own: its tools and, over
+    HTTP, its system prompt (`instructions`). behind: after the shared context, right before the answer, so that agents with
     different ones share the context's KV; the context does not keep them. first: where the chat template puts them; then only
     calls with the same ones share."""
     redis_url: str | None = None
@@ -158,6 +161,20 @@ class Router(Node):
         if self.redis_password_env and not self.redis_url:
             raise ValueError("redis_password_env goes with redis_url; set that too, or remove it")
         return self
+
+    @model_validator(mode="after")
+    def _sessions_may_live_as_long_as_usual(self) -> Router:
+        if self.longest_session_ttl_s < self.session_ttl_s:
+            raise ValueError(
+                f"max_session_ttl_s is {self.max_session_ttl_s:g}, but sessions live for {self.session_ttl_s:g} (session_ttl_s)"
+                " anyway; raise it, or leave it out"
+            )
+        return self
+
+    @property
+    def longest_session_ttl_s(self) -> float:
+        """`max_session_ttl_s`, or what it is if it is unset."""
+        return self.session_ttl_s if self.max_session_ttl_s is None else self.max_session_ttl_s
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Router:

@@ -37,6 +37,7 @@ from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.grammars.client import GrammarClient
 from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
+from prefillshare.kvshare_vllm.surface.chats import Chats
 from prefillshare.kvshare_vllm.surface.http_hang_ups import told_of_hang_up
 from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import bound_turn
@@ -78,6 +79,8 @@ class Frontend(EngineClient):
         self.text.serve(self.renderer, to_vllm)
         self._compiler = GrammarClient(self._tokenizer_info, grammar_cpu_s)
         self.grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
+        #: For turns on sessions; set when vLLM's services are there.
+        self.chats: Chats | None = None
 
     # A plain function: what it raises reaches HTTP clients as a status even where they asked for a stream.
     def generate(

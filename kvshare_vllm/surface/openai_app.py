@@ -31,6 +31,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prefillshare.kvshare_vllm.patches import same_tool_answers, tool_constraints
 from prefillshare.kvshare_vllm.surface import openai_requests
+from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields
+from prefillshare.kvshare_vllm.surface.chats import Chats
 from prefillshare.kvshare_vllm.surface.frontend import Admit, Frontend, TurnRunner, frontend_config
 from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_rate_limits import RateLimitHeaders
@@ -75,8 +77,10 @@ async def build_openai_app(
     describe(app)
     await init_app_state(frontend, app.state, args, tasks)
     tool_constraints.hold_forced_calls(app.state.online_renderer.parser, base.tool_strict_level)
+    frontend.chats = Chats(app.state.openai_serving_chat)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
-    for wrap in (partial(RequestShape, most_numbers=most_numbers), *middleware, HttpRefusals, RateLimitHeaders, HangUps):
+    shape = partial(RequestShape, most_numbers=most_numbers, fields=AskedFields(app.routes))
+    for wrap in (shape, *middleware, HttpRefusals, RateLimitHeaders, HangUps):
         app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays

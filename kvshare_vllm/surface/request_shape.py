@@ -1,4 +1,4 @@
-"""Bounds on what an HTTP body holds, checked before vLLM's request models see it.
+"""Bounds on what an HTTP body holds, checked before vLLM's request models see it; then what it asks for (asked_fields.py).
 
 Validation runs on the router's event loop, and what it costs depends on how many things a body lists, not on its bytes: a
 megabyte of one-token prompts takes seconds. So lists are counted first, on plain JSON, where a megabyte takes milliseconds.
@@ -11,11 +11,14 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import FailFast
 from starlette.responses import JSONResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields, header_of
 
 #: Most messages, prompts, tools or texts in one list; parts of one message; entries of all lists of a request together.
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
@@ -39,10 +42,10 @@ def stop_at_the_first_wrong_item() -> None:
 
 class RequestShape:
     """ASGI middleware, inside router/surfaces/http_limits.py, which bounds the bytes that are held here. `most_numbers`: most
-    numbers (token ids) in one list."""
+    numbers (token ids) in one list. `fields`: what may be asked for, by path."""
 
-    def __init__(self, app, most_numbers: int):
-        self._app, self._most_numbers = app, most_numbers
+    def __init__(self, app, most_numbers: int, fields: AskedFields):
+        self._app, self._most_numbers, self._fields = app, most_numbers, fields
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -55,9 +58,18 @@ class RequestShape:
             pieces.append(message.get("body", b""))
             more = message.get("more_body", False)
         body, given = b"".join(pieces), False
-        if len(body) >= CHECKED_FROM_BYTES and (problem := too_much(body, self._most_numbers)):
-            error = {"message": problem.text, "type": "BadRequestError", "param": problem.field, "code": 400}
-            return await JSONResponse({"error": error}, 400)(scope, receive, send)
+        values, ignored = _parsed(body), []
+        if len(body) >= CHECKED_FROM_BYTES and (problem := _too_much(values, self._most_numbers)):
+            return await _refuse(problem.text, problem.field, scope, receive, send)
+        try:
+            ignored = self._fields.ignored(scope["path"], values) if isinstance(values, dict) else []
+        except InvalidInput as error:
+            return await _refuse(str(error), error.field, scope, receive, send)
+
+        async def naming_ignored(message):
+            if message["type"] == "http.response.start" and ignored:
+                message = {**message, "headers": [*message.get("headers", ()), header_of(ignored)]}
+            await send(message)
 
         async def again():
             nonlocal given
@@ -66,7 +78,12 @@ class RequestShape:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        return await self._app(scope, again, send)
+        return await self._app(scope, again, naming_ignored)
+
+
+async def _refuse(text: str, field: str | None, scope, receive, send) -> None:
+    error = {"message": text, "type": "BadRequestError", "param": field, "code": 400}
+    await JSONResponse({"error": error}, 400)(scope, receive, send)
 
 
 @dataclass(frozen=True)
@@ -77,10 +94,15 @@ class _Problem:
 
 def too_much(body: bytes, most_numbers: int) -> _Problem | None:
     """The list of the body that is too long; None if there is none, or if the body is not JSON, which vLLM reports."""
+    return _too_much(_parsed(body), most_numbers)
+
+
+def _parsed(body: bytes) -> Any:
+    """None for what is no JSON."""
     collects = gc.isenabled()
     gc.disable()  # so many new objects would have it scan all others, too
     try:
-        return _too_much(json.loads(body), most_numbers)
+        return json.loads(body)
     except (ValueError, RecursionError):
         return None
     finally:

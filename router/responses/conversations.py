@@ -150,7 +150,7 @@ class Conversations:
         conversation = self._items.conversation(list(items), field)
         text = self._calls.frontend.text
         text.check_chars(conversation.chars, field)
-        layout, messages = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation), conversation.messages
+        layout, messages = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation.render), conversation.messages
         token_ids = await text.run(conversation.chars, lambda: layout.added(session.token_ids, session.open_response, messages))
         if len(token_ids) >= self._calls.max_len:
             raise InvalidInput(

@@ -23,10 +23,10 @@ from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.responses.conversations import ConversationNotes
 from prefillshare.router.responses.items import items_of, unanswered
 from prefillshare.router.responses.threads import StoredResponse, Threads, new_response, new_thread
-from prefillshare.router.sessions.agent_layout import AgentLayout
+from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
-from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain, as_message
+from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -84,7 +84,7 @@ class ResponseCall:
         if max(session.token_ids, default=0) >= self._calls.vocab_size:
             raise self._threads.sessions.damaged(session.session_id)
         new = [message for message in said if message["role"] != "tools"]
-        layout = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation, None if session.token_ids else first)
+        layout = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation.render, None if session.token_ids else first)
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)
         text.check_chars(chars, "input")
         self._laid_out, self._own = await text.run(chars, lambda: layout.behind(session, new, own, tools))

@@ -12,11 +12,12 @@ takes turn after turn, as it does when it calls tools, its part stays where its 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefillshare.kvshare.errors import InvalidInput
-from prefillshare.kvshare_vllm.surface.http_turn import Conversation
+from prefillshare.kvshare_vllm.surface.http_turn import Render
 from prefillshare.router.sessions.base import OwnPart, Session
 from prefillshare.router.sessions.chat import ChatLayout
 from prefillshare.router.sessions.context_turn import LaidOut
@@ -33,31 +34,39 @@ def apart(messages: Messages) -> tuple[Messages, Messages]:
     return messages[:own], messages[own:]
 
 
+def as_message(tools: Messages | None) -> list[dict[str, Any]]:
+    """Tools that a context begins with, as a part of what it says."""
+    return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []
+
+
 class AgentLayout(ChatLayout):
     """The base's chat template with one call's settings. `tools`: those laid out where the template puts them."""
 
-    def __init__(self, tokenizer, conversation: Conversation, tools: Messages | None = None):
+    def __init__(self, tokenizer, render: Render, tools: Messages | None = None):
         super().__init__(tokenizer)
-        self._conversation, self._bos = conversation, tokenizer.bos_token or ""
+        self._lay_out, self._bos = render, tokenizer.bos_token or ""
         self._tools_first = tools
 
     def behind(
-        self, session: Session, new: Messages, own: Messages = (), tools: Messages | None = None
+        self, session: Session, new: Messages, own: Messages = (), tools: Messages | None = None, last: Messages = ()
     ) -> tuple[LaidOut, OwnPart | None]:
-        """`new` behind the session's context, which may be empty, with the agent's own messages and tools where they belong."""
+        """`new` behind the session's context, which may be empty, with the agent's own messages and tools where they belong.
+        `last`: messages that are seen right before the answer, and are not kept."""
         context, is_open = session.token_ids, session.open_response
         kept, text = self.added(context, is_open, new, True), self._own_part(own, tools)
-        if not text:
+        if not text and not last:
             return LaidOut(kept, kept), None
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         own_ids, place = self.ids(text), session.own
-        if goes_on := place is not None and place.digest == digest and place.tokens <= len(context):
-            before = kept[: place.tokens]
-        else:
-            before = self.added(context, is_open, new)
+        stays = bool(text) and place is not None and place.digest == digest and place.tokens <= len(context)
+        said = self.added(context, is_open, new) if last or not stays else kept
+        before = said[: place.tokens] if stays else said
+        part = OwnPart(len(before), digest) if text else None
+        if last:
+            return LaidOut(kept, before + own_ids + said[len(before) :] + self.ids(self._added(last, True))), part
         if before != kept[: len(before)]:  # the answer's opening begins inside a token: there is no place between tokens
             return LaidOut(kept, before + self.ids(text + self._answer_opening())), None
-        return LaidOut(kept, before + own_ids + kept[len(before) :], goes_on), OwnPart(len(before), digest)
+        return LaidOut(kept, before + own_ids + kept[len(before) :], stays), part
 
     def added(self, context: Sequence[int], open_response: bool, new: Messages, answer: bool = False) -> list[int]:
         """The context with `new` behind it. `answer`: add the opening of the assistant's answer."""
@@ -80,7 +89,7 @@ class AgentLayout(ChatLayout):
         return text[: -len(tail)].removeprefix(once)
 
     def _begun(self, own: Messages, tools: Messages | None) -> str:
-        return self._conversation.render([*own, self._prior[0]], False, tools)
+        return self._lay_out([*own, self._prior[0]], False, tools)
 
     def _asking(self, answer: bool) -> str:
         """What one more question adds to a conversation."""
@@ -90,4 +99,4 @@ class AgentLayout(ChatLayout):
         return self._asking(True)[len(self._asking(False)) :]
 
     def _render(self, messages: Messages, answer: bool) -> str:
-        return self._conversation.render(messages, answer, self._tools_first)
+        return self._lay_out(messages, answer, self._tools_first)

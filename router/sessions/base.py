@@ -9,7 +9,16 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, SessionDamaged
+from prefillshare.kvshare.errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    SessionBusy,
+    SessionDamaged,
+)
+from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.transcript import Transcript
 
 MAX_NAME_CHARS = 128
@@ -68,6 +77,10 @@ class Session:
     version: int = 0
     #: The turn that this object was handed to; empty outside a turn.
     turn_id: str = ""
+    #: Its own time to live in seconds; None: the store's.
+    ttl_s: float | None = None
+    #: Ids of the tool calls in its context that no result answers; None: not known.
+    calls: tuple[str, ...] | None = None
 
     @property
     def mark(self) -> Mark:
@@ -76,7 +89,7 @@ class Session:
 
     def at(self, mark: Mark) -> Session:
         """The session as it was at that place."""
-        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own}
+        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own, "calls": None}
         return replace(self, token_ids=self.token_ids[: mark.tokens], **state)
 
 
@@ -85,8 +98,10 @@ class SessionStore(ABC):
 
     A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
     `max_per_tenant`: tenant -> most sessions it holds of the `max_sessions`; a tenant that is not named may hold all.
+    A session may have a time to live of its own, which a fork inherits.
     A session may have notes, texts by key that live as long as it does; a fork begins without any.
-    `evicts`: where the tenant's most sessions are held, a new one takes the place of the one that was unused for longest.
+    `evicts`: where the tenant's most sessions are held, a new one takes the place of the one that was unused for longest. No
+    session of such a store has a time to live of its own.
     Where the store is not in this process, all methods may raise Unavailable, and those that name a session SessionDamaged.
     """
 
@@ -110,9 +125,11 @@ class SessionStore(ABC):
         tenant: str,
         cache_domain: str = "",
         transcript: Transcript | None = None,
+        ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
-        """`transcript`: that of `token_ids`. Raises InvalidInput, Conflict if the name is taken, Overloaded at the limit of the
-        tenant or of the store."""
+        """`transcript`, `calls`: those of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded at
+        the limit of the tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -128,12 +145,20 @@ class SessionStore(ABC):
         """Raises NotFound. A turn that is under way cannot commit any more."""
 
     @abstractmethod
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
+        """Up to `most` of the tenant's sessions, from `after` on."""
+
+    @abstractmethod
+    async def set_ttl(self, session_id: str, ttl_s: float | None, *, tenant: str) -> Session:
+        """Give a session a time to live of its own, or the store's again. Raises NotFound."""
+
+    @abstractmethod
     async def count(self, tenant: str | None = None) -> int:
         """Sessions held: a tenant's, or by default all that `max_sessions` counts."""
 
     @abstractmethod
     def turn(self, session_id: str, *, tenant: str) -> AbstractAsyncContextManager[Session]:
-        """Hold a session for one turn. Raises NotFound, or Conflict while another turn holds it."""
+        """Hold a session for one turn. Raises NotFound, or SessionBusy while another turn holds it."""
 
     @abstractmethod
     async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
@@ -152,12 +177,21 @@ class SessionStore(ABC):
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
         own: OwnPart | None = None,
+        *,
+        is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
-        """End a turn well: the context becomes `token_ids`, which say `transcript`; `session` is brought up to date. In the
-        same step, `notes` are added. `own`: of the agent that took the turn.
+        """End a turn well: the context becomes `token_ids`, which say `transcript` and leave `calls` unanswered; `session` is
+        brought up to date. In the same step, `notes` are added. `own`: of the agent that took the turn. `is_turn`: false if
+        the session was held to be changed in another way, which is not counted.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
+
+    @abstractmethod
+    async def said_at(self, session: Session, tokens: int) -> Transcript | None:
+        """What the first `tokens` tokens of the context say as messages, if one of its last turns has ended there; else None.
+        Raises NotFound."""
 
     @abstractmethod
     async def check(self) -> None:
@@ -180,7 +214,8 @@ class SessionStore(ABC):
 
     def _missing(self, session_id: str) -> NotFound:
         return NotFound(
-            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s",
+            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s"
+            " (or for a time to live of its own)",
             field="session_id",
         )
 
@@ -192,8 +227,8 @@ class SessionStore(ABC):
             fix="delete it and start a new session",
         )
 
-    def _exists(self, session_id: str) -> Conflict:
-        return Conflict(
+    def _exists(self, session_id: str) -> AlreadyExists:
+        return AlreadyExists(
             f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
         )
 
@@ -226,8 +261,8 @@ class SessionStore(ABC):
             fix="delete sessions that are done",
         )
 
-    def _busy(self, session_id: str) -> Conflict:
-        return Conflict(
+    def _busy(self, session_id: str) -> SessionBusy:
+        return SessionBusy(
             f"another turn runs on session {session_id!r}",
             field="session_id",
             fix="wait for it to end, or fork the session",
@@ -248,8 +283,11 @@ class SessionStore(ABC):
         open_response: bool,
         transcript: Transcript | None,
         own: OwnPart | None,
+        is_turn: bool,
+        calls: Sequence[str] | None,
     ) -> None:
         session.token_ids, session.open_response = tuple(token_ids), open_response
         session.transcript, session.own = transcript, own
-        session.turns += 1
+        session.calls = None if calls is None else tuple(calls)
+        session.turns += is_turn
         session.version += 1

@@ -44,16 +44,13 @@ class ChatLayout:
         self, context: Sequence[int], open_response: bool, messages: Sequence[dict[str, str]], answer: bool = True
     ) -> list[int]:
         """What `messages` add to a non-empty context; see the module docstring."""
-        before = self._render(self._prior, False)
-        after = self._render([*self._prior, *messages], answer)
-        if not after.startswith(before):
-            raise InvalidInput(
-                "the base's chat template rewrites earlier messages when new ones come",
-                field="input.messages",
-                fix="append text or token ids instead",
-            )
-        added = self.ids(after[len(before) :])
+        added = self.ids(self._added(messages, answer))
         return self.closing(context) + added if open_response else added
+
+    def is_closed(self, context: Sequence[int]) -> bool:
+        """Whether a context of messages ends where a message ends."""
+        ids = self.ids(self._closing_text())
+        return not ids or list(context[-len(ids) :]) == ids
 
     def closing(self, context: Sequence[int]) -> list[int]:
         """What closes the open answer at the end of `context`; a response that stopped by itself already has part of it."""
@@ -70,6 +67,17 @@ class ChatLayout:
                 "the base's chat template leaves `tool_calls` out", field="tool_calls", fix="write the calls into `content`"
             )
         return text
+
+    def _added(self, messages: Sequence[dict[str, str]], answer: bool) -> str:
+        before = self._render(self._prior, False)
+        after = self._render([*self._prior, *messages], answer)
+        if not after.startswith(before):
+            raise InvalidInput(
+                "the base's chat template rewrites earlier messages when new ones come",
+                field="input.messages",
+                fix="append text or token ids instead",
+            )
+        return after[len(before) :]
 
     def _answer(self, message: dict[str, Any]) -> str:
         asked, closing = self._prior[:1], self._closing_text()

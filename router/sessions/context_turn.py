@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.decoders import Decoder
@@ -32,6 +33,10 @@ class LaidOut:
 Keep = Callable[[list[int], str, list[int]], Awaitable[bool | None]]
 
 
+def _read_nothing(output) -> None:
+    """For contexts that need not know what their responses say."""
+
+
 async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> None:
     """For contexts that are not stored."""
 
@@ -49,6 +54,8 @@ class ContextTurn:
     keep: Keep = _keep_nothing
     replicas: dict[str, str] = field(default_factory=dict)
     deadline_s: float | None = None
+    #: Called with each output, before anything is kept.
+    read: Callable[[Any], None] = _read_nothing
     session: str = ""
     #: Filled while the turn runs.
     usage: TurnUsage | None = None
@@ -67,6 +74,7 @@ class ContextTurn:
             async with aclosing(run.outputs()) as outputs:
                 async for output in outputs:
                     self.usage = run.turns[0].usage
+                    self.read(output)
                     completion = output.outputs[0]
                     response.token_ids += completion.token_ids
                     shown += completion.text

@@ -10,10 +10,8 @@ A call names a session, or none:
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
-from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
@@ -23,7 +21,7 @@ from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart
+from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.open_contexts import OpenContexts
@@ -186,7 +184,7 @@ class SessionCall:
         if not messages:
             return "it has no message of the conversation"
         new = messages[said.count :]  # none where another agent goes on from the answer, as the nodes of a graph do
-        layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation, first)
+        layout = AgentLayout(calls.frontend.renderer.tokenizer, conversation.render, first)
         shown = [message for message in new if message["role"] != "tools"]
         chars = chars_of(shown) + chars_of(own) + chars_of(tools)
         calls.frontend.text.check_chars(chars, "messages")
@@ -215,7 +213,3 @@ def check_tool_results(messages: Messages) -> None:
                 fix="send the assistant's message with the call, too, and its id",
             )
 
-
-def as_message(tools: Messages | None) -> list[dict[str, Any]]:
-    """Tools that a context begins with, as a part of what it says."""
-    return [{"role": "tools", "content": json.dumps(tools, sort_keys=True, default=str)}] if tools else []

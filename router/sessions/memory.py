@@ -9,8 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from prefillshare.router.admission.lazy_heap import LazyHeap
 from prefillshare.router.clock import now
 from prefillshare.router.sessions.base import Mark, OwnPart, Session, SessionStore
+from prefillshare.router.sessions.listing import Listed, Page, Place
+from prefillshare.router.sessions.marks import MOST_MARKS, mark_of, said_by
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -22,6 +25,13 @@ class _Record:
     used_at: float
     turn_id: str = ""
     notes: dict[str, str] = field(default_factory=dict)
+    #: By number; a new one takes the place of the oldest (router/sessions/marks.py).
+    marks: dict[int, str] = field(default_factory=dict)
+
+    def mark(self) -> None:
+        """Note where the context ends now."""
+        kept = self.session
+        self.marks[kept.turns % MOST_MARKS] = mark_of(kept.token_ids, kept.transcript)
 
     def copy(self, turn_id: str = "") -> Session:
         kept = self.session
@@ -43,6 +53,7 @@ class MemorySessions(SessionStore):
         super().__init__(max_sessions, ttl_s, max_per_tenant, evicts=evicts)
         self._clock = clock
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()  # least recently used first
+        self._ends: LazyHeap[tuple[str, str]] = LazyHeap()  # by the time at which they expire; without those that turns hold
         self._held: Counter[str] = Counter()  # by tenant, as in _records
 
     async def create(
@@ -53,9 +64,17 @@ class MemorySessions(SessionStore):
         tenant: str,
         cache_domain: str = "",
         transcript: Transcript | None = None,
+        ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
         new = Session(
-            self._name(session_id), tenant, tuple(token_ids), cache_domain=cache_domain, transcript=transcript
+            self._name(session_id),
+            tenant,
+            tuple(token_ids),
+            cache_domain=cache_domain,
+            transcript=transcript,
+            ttl_s=ttl_s,
+            calls=None if calls is None else tuple(calls),
         )
         return self._add(new).copy()
 
@@ -63,17 +82,34 @@ class MemorySessions(SessionStore):
         return self._use(session_id, tenant).copy()
 
     async def fork(self, session_id: str, new_session_id: str = "", *, tenant: str, at: Mark | None = None) -> Session:
-        old = self._use(session_id, tenant).session
+        record = self._use(session_id, tenant)
+        old = record.session
         if at is not None:
             if at.tokens > len(old.token_ids):
                 raise self._shorter(session_id, at)
             old = old.at(at)
         new = replace(old, session_id=self._name(new_session_id), replicas=dict(old.replicas))
-        return self._add(new, besides=session_id).copy()
+        fork = self._add(new, besides=session_id)
+        fork.marks = record.marks | fork.marks
+        return fork.copy()
 
     async def delete(self, session_id: str, *, tenant: str) -> None:
         self._use(session_id, tenant)
         self._forget(tenant, session_id)
+
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
+        self._forget_expired()
+        begins = (float(after.expires), after.name) if after.expires else (-1.0, "")
+        mine = sorted((self._ends_at(record), name) for (whose, name), record in self._records.items() if whose == tenant)
+        found = [place for place in mine if place > begins][: most + 1]
+        last = Place(repr(found[most - 1][0]), found[most - 1][1]) if len(found) > most else None
+        return Page([self._listed(self._records[tenant, name]) for _, name in found[:most]], last)
+
+    async def set_ttl(self, session_id: str, ttl_s: float | None, *, tenant: str) -> Session:
+        record = self._use(session_id, tenant)
+        record.session.ttl_s = ttl_s
+        self._touch(tenant, session_id)
+        return record.copy()
 
     async def count(self, tenant: str | None = None) -> int:
         self._forget_expired()
@@ -85,6 +121,7 @@ class MemorySessions(SessionStore):
         if record.turn_id:
             raise self._busy(session_id)
         record.turn_id = uuid.uuid4().hex
+        self._ends.discard((tenant, session_id))
         try:
             yield record.copy(record.turn_id)
         finally:
@@ -112,26 +149,36 @@ class MemorySessions(SessionStore):
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
         own: OwnPart | None = None,
+        *,
+        is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, own)
-        record.session = replace(session, replicas=dict(session.replicas))
+        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
+        record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
         record.notes |= notes
+        if is_turn:
+            record.mark()
+
+    async def said_at(self, session: Session, tokens: int) -> Transcript | None:
+        record = self._use(session.session_id, session.tenant)
+        return said_by(session.token_ids[:tokens], record.marks.values())
 
     async def check(self) -> None:
         pass
 
     async def expires_in_s(self, session: Session) -> float:
         record = self._records.get((session.tenant, session.session_id))
-        return max(0.0, record.used_at + self.ttl_s - self._clock()) if record else 0.0
+        return max(0.0, self._ends_at(record) - self._clock()) if record else 0.0
 
     async def close(self) -> None:
         self._records.clear()
         self._held.clear()
+        self._ends = LazyHeap()
 
     def _add(self, session: Session, besides: str = "") -> _Record:
         self._forget_expired()
@@ -143,7 +190,9 @@ class MemorySessions(SessionStore):
         if len(self._records) >= self.max_sessions:
             raise self._all_full()
         record = self._records[key] = _Record(session, self._clock())
+        record.mark()
         self._held[session.tenant] += 1
+        self._touch(*key)
         return record
 
     def _use(self, session_id: str, tenant: str) -> _Record:
@@ -153,21 +202,32 @@ class MemorySessions(SessionStore):
         return self._touch(tenant, session_id)
 
     def _touch(self, tenant: str, session_id: str) -> _Record:
-        record = self._records[tenant, session_id]
+        key = (tenant, session_id)
+        record = self._records[key]
         record.used_at = self._clock()
-        self._records.move_to_end((tenant, session_id))
+        self._records.move_to_end(key)
+        if not record.turn_id:
+            self._ends.put(key, self._ends_at(record))
         return record
 
+    def _ends_at(self, record: _Record) -> float:
+        return record.used_at + (self.ttl_s if record.session.ttl_s is None else record.session.ttl_s)
+
     def _forget_expired(self) -> None:
-        limit = self._clock() - self.ttl_s
-        expired = []
-        for key, record in self._records.items():
-            if record.used_at > limit:
-                break
-            if not record.turn_id:
-                expired.append(key)
-        for key in expired:
+        while (key := self._ends.first()) and self._ends_at(self._records[key]) <= self._clock():
             self._forget(*key)
+
+    def _listed(self, record: _Record) -> Listed:
+        kept = record.session
+        return Listed(
+            kept.session_id,
+            max(0.0, self._ends_at(record) - self._clock()),
+            len(kept.token_ids),
+            kept.turns,
+            self.ttl_s if kept.ttl_s is None else kept.ttl_s,
+            kept.cache_domain,
+            bool(record.turn_id),
+        )
 
     def _evict(self, tenant: str, besides: str) -> bool:
         """Returns whether a session of the tenant, but for one, has made room."""
@@ -180,6 +240,7 @@ class MemorySessions(SessionStore):
 
     def _forget(self, tenant: str, session_id: str) -> None:
         del self._records[tenant, session_id]
+        self._ends.discard((tenant, session_id))
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]

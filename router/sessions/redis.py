@@ -25,6 +25,8 @@ from prefillshare.kvshare.errors import ContractMismatch, PrefillShareError, Ses
 from prefillshare.kvshare.redis_url import shown
 from prefillshare.router.sessions import scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
+from prefillshare.router.sessions.listing import Listed, Page, Place
+from prefillshare.router.sessions.marks import mark_of, said_by
 from prefillshare.router.sessions.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,14 @@ class RedisSessions(SessionStore):
         tenant: str,
         cache_domain: str = "",
         transcript: Transcript | None = None,
+        ttl_s: float | None = None,
+        calls: Sequence[str] | None = None,
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
         content = (_packed(token_ids), cache_domain, _written(transcript), self._tokenizer)
-        return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content)
+        state = (mark_of(token_ids, transcript), _own_ttl(ttl_s), _listed_calls(calls))
+        return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content, *state)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
         return await self._load(scripts.GET, tenant, session_id)
@@ -115,6 +120,17 @@ class RedisSessions(SessionStore):
         keys, name = self._keys(tenant, session_id)
         # Not retried: if the first try worked, the second would say that there is no such session.
         self._check(await self._run(scripts.DELETE, keys, (name, self._ttl_ms), again=False), tenant, session_id)
+
+    async def listed(self, most: int, after: Place, *, tenant: str) -> Page:
+        _, whose = self._keys(tenant, "")
+        begins = (after.expires or "-inf", whose + after.name if after.expires else "")
+        _, rows = await self._ask(scripts.LIST, tenant, "", *begins, most + 1)
+        sessions = [self._listed(row, len(whose.encode())) for row in rows[:most]]
+        last = Place(rows[most - 1][1].decode(), sessions[-1].session_id) if len(rows) > most else None
+        return Page(sessions, last)
+
+    async def set_ttl(self, session_id: str, ttl_s: float | None, *, tenant: str) -> Session:
+        return await self._load(scripts.SET_TTL, tenant, session_id, _own_ttl(ttl_s))
 
     async def count(self, tenant: str | None = None) -> int:
         names = f"{self._prefix}:names" if tenant is None else f"{self._prefix}:names:{tenant}"
@@ -155,6 +171,9 @@ class RedisSessions(SessionStore):
         transcript: Transcript | None = None,
         notes: Mapping[str, str] = MappingProxyType({}),
         own: OwnPart | None = None,
+        *,
+        is_turn: bool = True,
+        calls: Sequence[str] | None = None,
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -170,12 +189,20 @@ class RedisSessions(SessionStore):
             json.dumps(session.replicas),
             _written(transcript),
             _written(own),
+            int(is_turn),
+            mark_of(token_ids, transcript) if is_turn else "",
+            _listed_calls(calls),
             *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, own)
+        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
+
+    async def said_at(self, session: Session, tokens: int) -> Transcript | None:
+        answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)
+        self._check(answer, session.tenant, session.session_id)
+        return said_by(session.token_ids[:tokens], [_text(mark) for mark in answer[1] if mark])
 
     async def check(self) -> None:
         await self.count()
@@ -247,7 +274,7 @@ class RedisSessions(SessionStore):
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
-        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own) = answer
+        _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, calls) = answer
         self._check_tokenizer(_text(tokenizer), session_id)
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
@@ -269,7 +296,19 @@ class RedisSessions(SessionStore):
             OwnPart.parsed(_text(own)),
             bool(busy),
             int(version),
+            ttl_s=int(ttl) / 1000 if ttl else None,
+            calls=_calls(calls),
         )
+
+    def _listed(self, row: list, whose: int) -> Listed:
+        """`whose`: bytes before a session's own name."""
+        name, _, expires_ms, status, *state = row
+        session_id, expires_in_s = name[whose:].decode("utf-8", "replace"), max(0, expires_ms) / 1000
+        if status != b"ok":
+            return Listed(session_id, expires_in_s, damaged=True)
+        tokens, turns, ttl, domain, busy = state
+        ttl_s = int(ttl) / 1000 if ttl else self.ttl_s
+        return Listed(session_id, expires_in_s, int(tokens), int(turns), ttl_s, domain.decode("utf-8", "replace"), bool(busy))
 
     def _check_tokenizer(self, theirs: str, session_id: str) -> None:
         if theirs and self._tokenizer and theirs != self._tokenizer:
@@ -325,6 +364,24 @@ def _written(state: Transcript | OwnPart | None) -> str:
 
 def _text(stored: bytes | None) -> str:
     return (stored or b"").decode("ascii", "replace")
+
+
+def _own_ttl(ttl_s: float | None) -> int | str:
+    return "" if ttl_s is None else _ms(ttl_s)
+
+
+def _listed_calls(calls: Sequence[str] | None) -> str:
+    return "" if calls is None else json.dumps(list(calls))
+
+
+def _calls(listed: bytes | None) -> tuple[str, ...] | None:
+    """The inverse; None for anything that is not a list of ids, too."""
+    try:
+        calls = json.loads(listed or b"null")
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(calls, list) and all(isinstance(call, str) for call in calls)
+    return tuple(calls) if known else None
 
 
 def _pairs(listed: Sequence[bytes]) -> dict[str, bytes]:

@@ -1,14 +1,18 @@
 """The Redis store's scripts, which run on the server, each of them atomic: Lua for Redis 6.2 or newer.
 
-A session is two keys that expire together: a hash (state, the turn that holds it, and until when) and a string (token ids,
-4 bytes each, little-endian). A third one, a hash that expires with them, holds its notes if it has any. Two sorted sets hold
-the names of all sessions and of each tenant's sessions, by the time at which they expire. Expired names are dropped before
-counting, and each set expires with its last name.
+A session is two keys that expire together: a hash (state, the turn that holds it, and until when, its own TTL in ms if it has
+one, and marks: see router/sessions/marks.py) and a string (token ids, 4 bytes each, little-endian). A third one, a hash that
+expires with them, holds its notes if it has any. Two sorted sets hold the names of all sessions and of each tenant's sessions,
+by the time at which they expire. Expired names are dropped before counting, and each set expires with its last name.
 
 KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's, its notes. ARGV: its name in these
 sets, the TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns
 what `RedisSessions` reads.
 """
+
+from __future__ import annotations
+
+from prefillshare.router.sessions.marks import MOST_MARKS
 
 _COUNTING = """
 local time = redis.call('TIME')
@@ -35,8 +39,9 @@ local function unsound(session, tokens)
   local kinds = {redis.call('TYPE', session).ok, redis.call('TYPE', tokens).ok}
   if kinds[1] == 'none' or kinds[2] == 'none' then return 'missing' end
   if kinds[1] ~= 'hash' or kinds[2] ~= 'string' then return 'damaged' end
-  local state = redis.call('HMGET', session, 'tokens', 'turns', 'version', 'open', 'prefilled', 'domain', 'turn', 'until')
-  for _, number in ipairs({state[1], state[2], state[3], state[4], state[7] and state[8] or '0'}) do
+  local state = redis.call('HMGET', session, 'tokens', 'turns', 'version', 'open', 'prefilled', 'domain', 'turn', 'until',
+    'ttl')
+  for _, number in ipairs({state[1], state[2], state[3], state[4], state[7] and state[8] or '0', state[9] or '0'}) do
     if not number or #number > 15 or not string.match(number, '^%d+$') then return 'damaged' end
   end
   if state[7] and not state[8] then return 'damaged' end
@@ -51,7 +56,7 @@ end
 
 -- A session does not expire while a turn holds it.
 local function touch(session, tokens, notes, name)
-  local ends = now + ttl
+  local ends = now + (tonumber(redis.call('HGET', session, 'ttl') or ttl))
   if holder(session) then ends = math.max(ends, tonumber(redis.call('HGET', session, 'until'))) end
   redis.call('PEXPIREAT', session, ends)
   redis.call('PEXPIREAT', tokens, ends)
@@ -62,12 +67,18 @@ local function touch(session, tokens, notes, name)
   end
 end
 
+-- The keys of another session of this tenant.
+local function of(other)
+  local keys = {}
+  for i, key in ipairs({session, tokens, notes}) do keys[i] = string.sub(key, 1, #key - #name) .. other end
+  return keys
+end
+
 -- Delete the tenant's session that was unused for longest, of those that no turn holds, but not this one. Returns whether there
 -- is one.
 local function evict()
   for _, other in ipairs(redis.call('ZRANGE', own, 0, -1)) do
-    local keys = {}
-    for i, key in ipairs({session, tokens, notes}) do keys[i] = string.sub(key, 1, #key - #name) .. other end
+    local keys = of(other)
     if other ~= name and (redis.call('TYPE', keys[1]).ok ~= 'hash' or not holder(keys[1])) then
       redis.call('DEL', unpack(keys))
       redis.call('ZREM', all, other)
@@ -85,14 +96,14 @@ end
 
 local function load(session, tokens)
   local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript',
-    'tokenizer', 'own')
+    'tokenizer', 'own', 'ttl', 'calls')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
-#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer.
+#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer, mark, TTL in ms of its own ("": none), calls.
 CREATE = (
     _COMMON
     + """
@@ -104,7 +115,9 @@ else
   if refusal then return {refusal} end
   redis.call('DEL', session, tokens, notes)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
-    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'tokenizer', ARGV[10])
+    'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'tokenizer', ARGV[10], 'mark0', ARGV[11],
+    'calls', ARGV[13])
+  if ARGV[12] ~= '' then redis.call('HSET', session, 'ttl', ARGV[12]) end
   redis.call('SET', tokens, ARGV[7])
 end
 touch(session, tokens, notes, name)
@@ -145,7 +158,7 @@ else
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
-    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11])
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11], 'calls', '')
   end
 end
 touch(new, copied, no_notes, ARGV[3])
@@ -191,7 +204,7 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, own part, then notes: key and text in turns.
+#: transcript, own part, whether it counts as a turn, mark, calls, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -209,12 +222,74 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10])
-redis.call('HINCRBY', session, 'turns', 1)
+  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10], 'calls', ARGV[13])
 redis.call('HINCRBY', session, 'version', 1)
-for i = 11, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+if ARGV[11] == '1' then
+  local number = redis.call('HINCRBY', session, 'turns', 1)
+  redis.call('HSET', session, 'mark' .. number % MOST_MARKS, ARGV[12])
+end
+for i = 14, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
 touch(session, tokens, notes, name)
 return {'ok'}
+"""
+).replace("MOST_MARKS", str(MOST_MARKS))
+
+#: No further ARGV.
+MARKS = (
+    _COMMON
+    + """
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
+local fields = {}
+for number = 1, MOST_MARKS do fields[number] = 'mark' .. (number - 1) end
+return {'ok', redis.call('HMGET', session, unpack(fields))}
+"""
+).replace("MOST_MARKS", str(MOST_MARKS))
+
+#: ARGV: the session's own TTL in ms; "": none.
+SET_TTL = (
+    _COMMON
+    + """
+local wrong = unsound(session, tokens)
+if wrong then return {wrong} end
+if ARGV[3] == '' then
+  redis.call('HDEL', session, 'ttl')
+else
+  redis.call('HSET', session, 'ttl', ARGV[3])
+end
+touch(session, tokens, notes, name)
+return load(session, tokens)
+"""
+)
+
+#: KEYS and name: those of a session with an empty name. ARGV: when the session before the page expires ("-inf": none), its
+#: name, most sessions. Answers with rows: name, when it expires, in how many ms, status, tokens, turns, own TTL, domain, held.
+LIST = (
+    _COMMON
+    + """
+count(own)
+local rows, offset, most = {}, 0, tonumber(ARGV[5])
+while #rows < most do
+  local found = redis.call('ZRANGEBYSCORE', own, ARGV[3], '+inf', 'WITHSCORES', 'LIMIT', offset, most)
+  for i = 1, #found, 2 do
+    local other, ends = found[i], found[i + 1]
+    local is_behind = not (ends == ARGV[3] and other <= ARGV[4])
+    local keys = of(other)
+    local wrong = unsound(keys[1], keys[2])
+    if #rows < most and is_behind and wrong ~= 'missing' then
+      local row = {other, ends, tonumber(ends) - now, wrong or 'ok'}
+      if not wrong then
+        local state = redis.call('HMGET', keys[1], 'tokens', 'turns', 'ttl', 'domain')
+        for place = 1, 4 do row[4 + place] = state[place] or '' end
+        row[9] = holder(keys[1]) and 1 or 0
+      end
+      rows[#rows + 1] = row
+    end
+  end
+  if #found < 2 * most then break end
+  offset = offset + most
+end
+return {'ok', rows}
 """
 )
 

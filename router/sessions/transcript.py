@@ -13,23 +13,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """`count` messages whose digest is `digest`; by default that of an empty context."""
+    """`count` messages whose digest is `digest`; by default that of an empty context. `first`: the digest of the first one; ""
+    if it is not known."""
 
     count: int = 0
     digest: str = ""
+    first: str = field(default="", compare=False)
 
     def with_messages(self, messages: Sequence[Mapping[str, Any]]) -> Transcript:
         """The transcript of the context with these messages behind it."""
-        digest = self.digest
-        for message in messages:
+        digest, first = self.digest, self.first
+        for number, message in enumerate(messages, self.count):
             digest = hashlib.sha256((digest + _essence(message)).encode("utf-8", "surrogatepass")).hexdigest()
-        return Transcript(self.count + len(messages), digest)
+            first = first if number else digest
+        return Transcript(self.count + len(messages), digest, first)
 
     def begins(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these messages begin with the context's."""
@@ -37,15 +40,16 @@ class Transcript:
 
     def __str__(self) -> str:
         """For a store; `parsed` is the inverse."""
-        return f"{self.count}:{self.digest}"
+        return f"{self.count}:{self.digest}" + (f":{self.first}" if self.first else "")
 
     @classmethod
     def parsed(cls, written: str) -> Transcript | None:
         """None for what `__str__` has not written, "" included: the context does not consist of messages."""
-        count, colon, digest = written.partition(":")
-        if not colon or not count.isascii() or not count.isdigit() or len(digest) not in (0, 64):
+        count, colon, digests = written.partition(":")
+        digest, _, first = digests.partition(":")
+        if not colon or not count.isascii() or not count.isdigit() or {len(digest), len(first)} - {0, 64}:
             return None
-        return cls(int(count), digest)
+        return cls(int(count), digest, first)
 
 
 def _essence(message: Mapping[str, Any]) -> str:

@@ -1,54 +1,42 @@
 """Turns on sessions: inputs become token ids, a decoder answers, the context grows.
 
-1. Hold the session; a second turn meanwhile is refused.
-2. Lay out context + input (+ suffix) as token ids; the context is not tokenised again.
-3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.surface.frontend).
-4. If the turn ends well, the context becomes context + input + response, without the suffix. Of a response that a stop text has
-   ended, it keeps what the client saw (router/sessions/kept_response.py). Otherwise the context stays as it was.
+1. Hold the session; a second turn meanwhile is refused. Where several responses are asked for, it is only read.
+2. Lay out context + input (+ the decoder's own part) as token ids (router/sessions/turn_inputs.py).
+3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.surface.frontend), tool calls from
+   vLLM's parsers (kvshare_vllm.surface.chats).
+4. If the turn ends well, the context becomes context + input + response, without the decoder's own part. Of a response that a
+   stop text has ended, it keeps what the client saw (router/sessions/kept_response.py). Otherwise, and where there are several
+   responses, the context stays as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import InvalidInput
-from prefillshare.kvshare.usage import TurnUsage
-from prefillshare.kvshare_vllm.sampling import logprob_rows, make_prompt
+from prefillshare.kvshare.errors import Conflict, InvalidInput
+from prefillshare.kvshare_vllm.sampling import SamplingParams, make_prompt
+from prefillshare.kvshare_vllm.surface.chats import Answer, AskedTools
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
-from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions import Session, SessionStore
-from prefillshare.router.sessions.chat import ChatLayout
-from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.base import Session, SessionStore
+from prefillshare.router.sessions.context_turn import ContextTurn
+from prefillshare.router.sessions.open_calls import left_open
 from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
-from prefillshare.router.sessions.transcript import Transcript
+from prefillshare.router.sessions.turn_inputs import TurnInput, TurnInputs
+from prefillshare.router.sessions.turn_responses import Responses, TurnEvent
+from prefillshare.router.turn.terms import Terms
 
 DEFAULT_MAX_TOKENS = 256
-ROLES = ("system", "user", "assistant", "tool")
-
-#: None, ("messages", [{"role", "content"}]), ("text", str) or ("token_ids", [int]).
-TurnInput = tuple[str, object] | None
-
-
-@dataclass(frozen=True)
-class TurnEvent:
-    """New text and tokens; the last one has `finish_reason`, the context's new length, and what the turn cost."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[list[tuple[int, float, int]]] | None = None
-    finish_reason: str | None = None
-    context_tokens: int = 0
-    usage: TurnUsage | None = None
 
 
 class Turns:
+    """`own_prompt`: as config.Router.own_prompt. `longest_ttl_s`: most seconds that a client may have a session live unused."""
+
     def __init__(
         self,
         base: Base,
@@ -56,21 +44,41 @@ class Turns:
         frontend: Frontend,
         sessions: SessionStore,
         response_kv: ResponseKV,
+        own_prompt: str = "behind",
+        longest_ttl_s: float | None = None,
     ):
         self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
-        self._frontend, self._max_len = frontend, base.max_model_len
-        self._chat = ChatLayout(frontend.renderer.tokenizer)
-        self._vocab_size = frontend.model_config.get_vocab_size()
+        self._frontend, self._max_len, self._longest_ttl_s = frontend, base.max_model_len, longest_ttl_s
+        self._inputs = TurnInputs(base, frontend, own_prompt == "first")
 
-    async def create(self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "") -> Session:
-        ids = await self._ids((), False, given, answer=False, field="input")
-        self._check_length(len(ids), None)
-        said = Transcript().with_messages(given[1]) if given and given[0] == "messages" else None if ids else Transcript()
-        return await self.sessions.create(session_id, ids, tenant=tenant, cache_domain=cache_domain, transcript=said)
+    def asked_tools(self, fields: Mapping[str, object], max_tokens: int | None) -> AskedTools:
+        """As of Chats."""
+        return self._frontend.chats.asked_tools(fields, max_tokens)
+
+    async def create(
+        self, session_id: str, given: TurnInput, tenant: str = "", cache_domain: str = "", ttl_s: float | None = None
+    ) -> Session:
+        begun = await self._inputs.beginning(given)
+        self._check_length(len(begun.token_ids), None)
+        said = {"transcript": begun.transcript, "calls": begun.calls, "ttl_s": self._own_ttl_s(ttl_s)}
+        return await self.sessions.create(session_id, begun.token_ids, tenant=tenant, cache_domain=cache_domain, **said)
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
         self._response_kv.given_up((tenant, session_id))
         await self.sessions.delete(session_id, tenant=tenant)
+
+    async def update(
+        self, session_id: str, tenant: str = "", *, truncate_to: int | None = None, ttl_s: float | None = None
+    ) -> Session:
+        """`ttl_s`: 0 stands for that of other sessions. Raises as the store does, and InvalidInput."""
+        if truncate_to is None and ttl_s is None:
+            raise InvalidInput("nothing is to be changed", field="truncate_to", fix="set truncate_to, ttl_s, or both")
+        own_ttl_s = self._own_ttl_s(ttl_s)
+        if truncate_to is not None:
+            await self._truncate(session_id, tenant, truncate_to)
+        if ttl_s is None:
+            return await self.sessions.get(session_id, tenant=tenant)
+        return await self.sessions.set_ttl(session_id, own_ttl_s, tenant=tenant)
 
     async def take(
         self,
@@ -78,113 +86,104 @@ class Turns:
         decoder: str,
         given: TurnInput,
         suffix: TurnInput,
-        sampling,
+        sampling: SamplingParams,
         request_id: str,
         caller: Caller,
         deadline_s: float | None = None,
+        *,
+        tools: AskedTools | None = None,
+        expected_turns: int | None = None,
     ) -> AsyncIterator[TurnEvent]:
+        """`sampling`: vLLM's; with tools, that of `tools`."""
         if not decoder:
             raise InvalidInput("no decoder is named", field="decoder", fix=f"use one of {', '.join(self.decoders)}")
-        async with self.sessions.turn(session_id, tenant=caller.tenant) as session:
-            if max(session.token_ids, default=0) >= self._vocab_size:
+        self._check_numbers(sampling)
+        held = self._read if sampling.n > 1 else self.sessions.turn
+        async with held(session_id, tenant=caller.tenant) as session:
+            _check_turns(session, expected_turns)
+            if max(session.token_ids, default=0) >= self._inputs.vocab_size:
                 raise self.sessions.damaged(session_id)
             caller = caller.in_domain(session.cache_domain)
-            laid_out = await self._lay_out(session, given, suffix)
-            if not laid_out.seen:
+            begun = await self._inputs.lay_out(session, given, suffix, tools.definitions if tools else None)
+            seen = begun.laid_out.seen
+            if not seen:
                 raise InvalidInput("the context is empty and the turn appends nothing", field="input", fix="append something")
-            sampling.max_tokens = self._max_tokens(len(laid_out.seen), sampling.max_tokens)
+            sampling.max_tokens = self._max_tokens(len(seen), sampling.max_tokens)
             check_min_tokens(sampling.min_tokens, sampling.max_tokens)
             with named_as_sent():
-                request = self._frontend.prepare(make_prompt(laid_out.seen), sampling, request_id, decoder)
-            turn = ContextTurn(
-                self._frontend,
-                self._response_kv,
-                self.decoders,
-                (caller.tenant, session_id),
-                caller,
-                laid_out,
-                keep=partial(self._keep, session, given, suffix),
-                replicas=session.replicas,
-                deadline_s=deadline_s,
-                session=session_id,
-            )
-            async with aclosing(turn.outputs(request, decoder)) as outputs:
-                async for output in outputs:
-                    completion = output.outputs[0]
-                    yield TurnEvent(
-                        completion.text,
-                        list(completion.token_ids),
-                        logprob_rows(completion),
-                        completion.finish_reason,
-                        len(session.token_ids) if completion.finish_reason else 0,
-                        turn.usage if completion.finish_reason else None,
-                    )
+                request = self._frontend.prepare(make_prompt(seen), sampling, request_id, decoder)
+            answers = [tools.answer() if tools else Answer() for _ in range(sampling.n)]
+            responses = Responses(session, begun, answers, has_ranks=not sampling.logprob_token_ids)
+            if sampling.n > 1:
+                terms = Terms(deadline_s, dict(session.replicas), session=session_id)
+                run = self._frontend.run(request, decoder, caller, terms=terms)
+                outputs, usages = responses.all_read(run.outputs()), lambda: [turn.usage for turn in run.turns]
+            else:
+                turn = ContextTurn(
+                    self._frontend,
+                    self._response_kv,
+                    self.decoders,
+                    (caller.tenant, session_id),
+                    caller,
+                    begun.laid_out,
+                    partial(self._keep, responses),
+                    session.replicas,
+                    deadline_s,
+                    responses.read,
+                    session_id,
+                )
+                outputs, usages = turn.outputs(request, decoder), lambda: [turn.usage]
+            with named_as_sent(None):
+                async with aclosing(outputs):
+                    async for _ in outputs:
+                        for event in responses.events(usages()):
+                            yield event
 
-    async def _keep(
-        self, session: Session, given: TurnInput, suffix: TurnInput, context: list[int], text: str, token_ids: list[int]
-    ) -> None:
-        is_chat = (given or suffix or ("",))[0] == "messages"
-        transcript = session.transcript
-        if transcript and given and given[0] == "messages":
-            transcript = transcript.with_messages([*given[1], {"role": "assistant", "content": text}])
-        else:
-            transcript = None
-        await self.sessions.commit(session, context, is_chat or session.open_response, transcript)
+    async def _keep(self, responses: Responses, context: list[int], text: str, token_ids: list[int]) -> bool:
+        session, begun, answer = responses.session, responses.begun, responses.answers[0]
+        said = begun.transcript and begun.transcript.with_messages([answer.message])
+        is_open, calls = begun.opened or session.open_response, left_open(begun.calls, [answer.message])
+        await self.sessions.commit(session, context, is_open, said, own=begun.own, calls=calls)
+        return bool(answer.calls) and begun.own is not None
 
-    async def _lay_out(self, session: Session, given: TurnInput, suffix: TurnInput) -> LaidOut:
-        context = list(session.token_ids)
-        kept = context + await self._ids(context, session.open_response, given, answer=True, field="input")
-        if suffix is None:
-            return LaidOut(kept, kept)
-        if suffix[0] != "messages":
-            return LaidOut(kept, kept + await self._ids(kept, False, suffix, answer=True, field="suffix"))
-        # The answer's opening is laid out once, after the suffix.
-        before = context + await self._ids(context, session.open_response, given, answer=False, field="input")
-        still_open = session.open_response and given is None
-        return LaidOut(kept, before + await self._ids(before, still_open, suffix, answer=True, field="suffix"))
+    @asynccontextmanager
+    async def _read(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
+        """For a turn that changes nothing: others may run meanwhile."""
+        yield await self.sessions.get(session_id, tenant=tenant)
 
-    async def _ids(self, context, open_response: bool, given: TurnInput, *, answer: bool, field: str) -> list[int]:
-        if given is None:
-            return []
-        kind, value = given
-        if kind == "token_ids":
-            return self._checked_ids(value, f"{field}.token_ids")
-        text = self._frontend.text
-        chars = chars_of(value)
-        text.check_chars(chars, f"{field}.{kind}")
-        if kind == "text":
-            return await text.run(chars, lambda: self._chat.ids(value))
-        self._check_messages(value, field)
-        if not context:
-            return await text.run(chars, lambda: self._chat.opening(value, answer))
-        return await text.run(chars, lambda: self._chat.appended(context, open_response, value, answer))
+    async def _truncate(self, session_id: str, tenant: str, tokens: int) -> None:
+        async with self.sessions.turn(session_id, tenant=tenant) as session:
+            held = len(session.token_ids)
+            if not 0 <= tokens <= held:
+                raise InvalidInput(
+                    f"{tokens} is out of range: the context has {held} tokens", field="truncate_to", fix=f"use 0 to {held}"
+                )
+            if tokens == held:
+                return
+            self._response_kv.given_up((tenant, session_id))
+            is_open = not self._inputs.is_closed(session, tokens)
+            said = await self.sessions.said_at(session, tokens)
+            own = session.own if session.own and session.own.tokens <= tokens else None
+            await self.sessions.commit(session, session.token_ids[:tokens], is_open, said, own=own, is_turn=False)
 
-    def _checked_ids(self, given: list[int], field: str) -> list[int]:
-        if len(given) > self._max_len:
+    def _own_ttl_s(self, asked: float | None) -> float | None:
+        """The time to live that a session gets; None: the store's."""
+        if not asked:
+            return None
+        longest = self.sessions.ttl_s if self._longest_ttl_s is None else self._longest_ttl_s
+        if not 0 < asked <= longest:
             raise InvalidInput(
-                f"{len(given)} token ids are more than the model's length of {self._max_len}",
-                field=field,
-                fix="send fewer, or raise base.max_model_len",
+                f"{asked:g} s is out of range",
+                field="ttl_s",
+                fix=f"use a value in (0, {longest:g}], or 0 for that of other sessions; router.max_session_ttl_s bounds it",
             )
-        for position, token in enumerate(given):
-            if not 0 <= token < self._vocab_size:
-                raise InvalidInput(
-                    f"token id {token} at position {position} is out of range",
-                    field=field,
-                    fix=f"use ids from 0 to {self._vocab_size - 1}",
-                )
-        return list(given)
+        return asked
 
-    def _check_messages(self, messages, field: str) -> None:
-        if not messages:
-            raise InvalidInput("no message is given", field=f"{field}.messages", fix="give at least one, or leave it out")
-        for number, message in enumerate(messages):
-            if message["role"] not in ROLES:
-                raise InvalidInput(
-                    f"unknown role {message['role']!r}",
-                    field=f"{field}.messages.{number}.role",
-                    fix=f"use one of {', '.join(ROLES)}",
-                )
+    def _check_numbers(self, sampling: SamplingParams) -> None:
+        most = max(self._inputs.vocab_size, self._max_len)
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            if len(ids := getattr(sampling, name) or ()) > most:
+                raise InvalidInput(f"{len(ids)} token ids", field=f"sampling.{name}", fix=f"give at most {most}")
 
     def _max_tokens(self, prompt_tokens: int, asked: int | None) -> int:
         self._check_length(prompt_tokens, asked)
@@ -203,3 +202,12 @@ class Turns:
                 field="sampling.max_tokens",
                 fix=f"ask for at most {self._max_len - prompt_tokens}, start a new session, or raise base.max_model_len",
             )
+
+
+def _check_turns(session: Session, expected: int | None) -> None:
+    if expected is not None and session.turns != expected:
+        raise Conflict(
+            f"session {session.session_id!r} has had {session.turns} turns, not {expected}",
+            field="expected_turns",
+            fix="look at the session before taking the turn again",
+        )

@@ -8,12 +8,14 @@ from functools import partial
 from starlette.middleware.cors import CORSMiddleware
 
 from prefillshare.kvshare.rate_limits import REQUESTS, TOKENS
+from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER
 
 #: Response headers that scripts may read, besides those that browsers always show them.
 _SHOWN = (
     "retry-after",
     "x-request-id",
     "x-prefillshare-session-state",
+    IGNORED_HEADER,
     *(f"x-ratelimit-{which}-{what}" for what in (REQUESTS, TOKENS) for which in ("limit", "remaining", "reset")),
 )
 

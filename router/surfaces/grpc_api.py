@@ -22,8 +22,11 @@ from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
-from prefillshare.router.sessions.sampling import to_sampling_params
+from prefillshare.router.sessions.listing import Place, per_page
+from prefillshare.router.sessions.sampling import fields_of, named_as_sent, to_sampling_params
+from prefillshare.router.sessions.tools import tool_fields
 from prefillshare.router.sessions.turns import Turns
+from prefillshare.router.surfaces import grpc_messages
 from prefillshare.router.surfaces.grpc_auth import ApiKeys
 from prefillshare.router.surfaces.grpc_errors import abort as _abort
 from prefillshare.router.surfaces.grpc_keepalive import server_options
@@ -123,36 +126,36 @@ class Servicer(pb_grpc.PrefillShareServicer):
         await self._answer(context, self._turns.delete(request.session_id, _tenant()))
         return pb.DeleteSessionResponse()
 
+    async def ListSessions(self, request, context):
+        return await self._answer(context, self._list(request))
+
+    async def UpdateSession(self, request, context):
+        asked = {name: getattr(request, name) for name in ("truncate_to", "ttl_s") if request.HasField(name)}
+        changed = self._turns.update(request.session_id, _tenant(), **asked)
+        return await self._answer(context, self._described(changed))
+
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex
         rate_limits.listen()
         try:
-            sampling = to_sampling_params(request.sampling)
+            tools = self._tools(request)
             turn = self._turns.take(
                 request.session_id,
                 request.decoder,
-                _input(request.input),
-                _input(request.suffix),
-                sampling,
+                grpc_messages.turn_input(request.input, "input"),
+                grpc_messages.turn_input(request.suffix, "suffix"),
+                tools.sampling if tools else to_sampling_params(request.sampling),
                 request_id,
                 current_caller.get().behind(request.priority),
                 _deadline_s(context),
+                tools=tools,
+                expected_turns=request.expected_turns if request.HasField("expected_turns") else None,
             )
             async with aclosing(turn) as events:
                 async for event in events:
-                    response = pb.GenerateResponse(text=event.text, token_ids=event.token_ids)
-                    for row in event.logprobs or ():
-                        response.logprobs.add(entries=[pb.Logprob(token_id=t, logprob=p, rank=r) for t, p, r in row])
                     if event.finish_reason:
-                        response.done.CopyFrom(
-                            pb.Done(
-                                finish_reason=event.finish_reason,
-                                usage=pb.Usage(**event.usage.report()),
-                                context_tokens=event.context_tokens,
-                            )
-                        )
                         context.set_trailing_metadata(rate_limits.headers_now())
-                    yield response
+                    yield grpc_messages.response(event)
         except PrefillShareError as error:
             await _abort(context, error)
         except asyncio.CancelledError:
@@ -163,17 +166,27 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     async def _create(self, request):
         caller = current_caller.get().in_domain(request.cache_domain)
-        return await self._turns.create(request.session_id, _input(request.input), caller.tenant, caller.cache_domain)
+        given = grpc_messages.turn_input(request.input, "input")
+        ttl_s = request.ttl_s if request.HasField("ttl_s") else None
+        return await self._turns.create(request.session_id, given, caller.tenant, caller.cache_domain, ttl_s)
+
+    async def _list(self, request) -> pb.ListSessionsResponse:
+        after = Place.of(request.page_token)
+        page = await self._turns.sessions.listed(per_page(request.page_size), after, tenant=_tenant())
+        made = pb.ListSessionsResponse(next_page_token=page.next.token() if page.next else "")
+        made.sessions.extend(grpc_messages.listed(session) for session in page.sessions)
+        return made
+
+    def _tools(self, request):
+        """What the turn's tools ask for; None if it has none."""
+        if not (fields := tool_fields(request)):
+            return None
+        with named_as_sent():
+            return self._turns.asked_tools(fields_of(request.sampling) | fields, request.sampling.max_tokens or None)
 
     async def _described(self, work, with_tokens: bool = False) -> pb.Session:
-        session = await work
-        return pb.Session(
-            session_id=session.session_id,
-            context_tokens=len(session.token_ids),
-            turns=session.turns,
-            token_ids=session.token_ids if with_tokens else (),
-            expires_in_s=await self._turns.sessions.expires_in_s(session),
-        )
+        session, sessions = await work, self._turns.sessions
+        return grpc_messages.described(session, await sessions.expires_in_s(session), sessions.ttl_s, with_tokens)
 
     async def _answer(self, context, work):
         try:
@@ -204,18 +217,6 @@ def _deadline_s(context) -> float | None:
     if left <= 0:
         raise DeadlineExceeded("the deadline passed before the turn began")
     return left
-
-
-def _input(message: pb.Input):
-    """-> None, ("messages", [dict]), ("text", str) or ("token_ids", [int])."""
-    kind = message.WhichOneof("kind")
-    if kind is None:
-        return None
-    if kind == "messages":
-        return kind, [{"role": m.role, "content": m.content} for m in message.messages.messages]
-    if kind == "token_ids":
-        return kind, list(message.token_ids.ids)
-    return kind, message.text
 
 
 __all__ = ["SERVICE", "GrpcServer", "Servicer"]

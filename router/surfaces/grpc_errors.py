@@ -21,7 +21,7 @@ MOST_CHARS = 1_000
 
 async def abort(context, error: PrefillShareError) -> None:
     """End the call with the error's status. Does not return."""
-    retry_after_s = getattr(error, "retry_after_s", 0.0)
+    retry_after_s = error.retry_after_s
     status = status_pb2.Status(code=grpc.StatusCode[error.grpc_code].value[0], message=_cut(str(error)))
     detail = pb.ErrorDetail(
         kind=type(error).__name__,

@@ -69,7 +69,9 @@ class Surfaces:
         calls = HttpCalls(base, core.decoders, frontend, sessions, response_kv, config.own_prompt)
         serve_chats(app, calls, Threads(threads))
         app.router.routes += page_routes(Feed(core, deployment), config)
-        turns = Turns(base, core.decoders, frontend, sessions, response_kv)
+        turns = Turns(
+            base, core.decoders, frontend, sessions, response_kv, config.own_prompt, config.longest_session_ttl_s
+        )
         servicer = Servicer(turns, readiness.not_ready_because)
         grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
         return cls(core, base.name, app, frontend.shutdown, readiness, grpc)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from types import SimpleNamespace
 
-from char_tokenizer import Tokenizer
+from char_tokenizer import Chats, Tokenizer
 
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
@@ -20,6 +20,7 @@ class Frontend:
     def __init__(self, orchestrator: Orchestrator):
         self._orchestrator = orchestrator
         self.renderer = SimpleNamespace(tokenizer=Tokenizer())
+        self.chats = Chats(self.renderer.tokenizer)
         self.text = TextWork(LENGTH, 1)
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCABULARY)
 
@@ -42,7 +43,6 @@ class Run:
     async def outputs(self) -> AsyncIterator[SimpleNamespace]:
         async with aclosing(self.turns[0].chunks()) as chunks:
             async for chunk in chunks:
-                completion = SimpleNamespace(
-                    text="", token_ids=chunk.token_ids, logprobs=None, stop_reason=None, finish_reason=chunk.finish_reason
-                )
+                told = {"token_ids": chunk.token_ids, "finish_reason": chunk.finish_reason}
+                completion = SimpleNamespace(index=0, text="", logprobs=None, stop_reason=None, **told)
                 yield SimpleNamespace(outputs=[completion])

@@ -21,6 +21,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
+from prefillshare.kvshare_vllm.sampling import make_sampling_params
 from prefillshare.kvshare_vllm.surface.turn_call import TurnCall
 from prefillshare.router.accounts.accounts import Accounts
 from prefillshare.router.admission.grant import TenantShare
@@ -132,7 +133,7 @@ class SessionSystem(System):
     async def take(self, session: str, decoder: str, given: list[int], tokens: int = 6, suffix: list[int] | None = None):
         """Take a turn on a session and return its tokens."""
         suffix = ("token_ids", suffix) if suffix else None
-        sampling = SimpleNamespace(max_tokens=tokens, min_tokens=0, logprobs=None, stop=[], structured_outputs=None)
+        sampling = make_sampling_params(max_tokens=tokens)
         name = f"r{next(self._numbers)}"
         events = self.turns.take(session, decoder, ("token_ids", given), suffix, sampling, name, ANONYMOUS)
         async with aclosing(events) as stream:

@@ -107,7 +107,8 @@ def system(data: dict):
     data = {**data, "router": {**data.get("router", {}), "http_port": free_port(), "grpc_port": free_port()}}
     data["name"] = f"test-{data['router']['http_port']}"
     deployment = parse(data)
-    with running(deployment) as handle, Client(f"127.0.0.1:{deployment.router.grpc_port}") as client:
+    address = f"127.0.0.1:{deployment.router.grpc_port}"
+    with running(deployment) as handle, Client(address, retries=None) as client:
         yield System(deployment, handle, client)
 
 

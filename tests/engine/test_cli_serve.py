@@ -62,7 +62,7 @@ def serving(tmp_path_factory, smollm):
     own_fork_server = {name: value for name, value in os.environ.items() if name != forkserver.SETTING}
     process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"], env=own_fork_server)
     try:
-        with Client(f"127.0.0.1:{data['router']['grpc_port']}") as client:
+        with Client(f"127.0.0.1:{data['router']['grpc_port']}", retries=None) as client:
 
             def ready():
                 assert process.poll() is None, "the server ended before it was ready"
@@ -187,7 +187,7 @@ def test_the_key_stands_in_no_command_line_and_in_no_log(serving):
 TURN = """
 import sys
 from prefillshare.client import Client
-with Client(sys.argv[1]) as client:
+with Client(sys.argv[1], retries=None) as client:
     turn = client.create_session(token_ids=[3, 4, 5]).turn("a", token_ids=[6], max_tokens=3, ignore_eos=True)
 print(*turn.token_ids)
 """

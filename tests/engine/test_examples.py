@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import System, system
-from example_programs import EXAMPLES, PYTHON, ROOT, Turn, turns
+from example_programs import EXAMPLES, PYTHON, ROOT, Turn
 
 from prefillshare.client import Client
 

@@ -159,7 +159,7 @@ def cluster(tmp_path_factory, smollm):
         start(head, Path(short), of["head"])
         for host in decoding:
             start(host, Path(short), of["decode"], head.address)
-        with Client(f"{head.address}:{GRPC}") as client:
+        with Client(f"{head.address}:{GRPC}", retries=None) as client:
             made = Cluster(hosts, values, client)
 
             def ready() -> bool:

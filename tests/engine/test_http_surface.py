@@ -414,3 +414,19 @@ async def test_a_format_that_is_cheap_reaches_its_turn_as_engines_get_it(surface
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     assert (await surface.post(CHAT, response_format=form)).status_code == 200
     assert len(surface.limits) == 1
+
+
+# What is asked for
+
+
+@SURFACES
+@pytest.mark.parametrize("stream", [False, True])
+async def test_fields_that_nobody_reads_are_named_in_the_answer(surface, path, stream):
+    answer = await surface.post(path, stream=stream, quux=1, **{"x y": 2})
+    assert (answer.status_code, answer.headers["x-prefillshare-ignored"]) == (200, "quux, x y")
+
+
+@SURFACES
+async def test_a_format_under_its_old_name_is_refused_on_every_surface(surface, path):
+    answer = await surface.post(path, guided_json={"type": "object"})
+    assert (answer.status_code, "response_format" in error_of(answer)["message"]) == (400, True)

@@ -7,9 +7,9 @@ import json
 import openai
 import pytest
 import pytest_asyncio
-from chat_surface import END, ChatSurface
 from stub_turn import StubTurn
 
+from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.sessions.chat import ChatLayout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,13 @@ def deployment(folder, tokenizer) -> dict:
     own = make_full_decoder(base, folder / "own", seed=3)
     small = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8, "cpu_cores": "1"}
     return {
-        "base": {"model": str(base), "dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK},
+        "base": {
+            "model": str(base),
+            "dtype": "float32",
+            "max_model_len": MAX_LEN,
+            "block_size": BLOCK,
+            "tool_call_parser": "hermes",
+        },
         "prefill": {"kv_cache_gib": 8 * SMALL_GIB, "cpu_cores": "0"},
         "decode": [
             {"pool": "agents", "local_prefill": "never", "adapters": files("ab"), **small},
@@ -118,6 +125,33 @@ def test_an_engine_that_holds_the_base_computes_preempted_turns_again_itself(run
 def test_a_per_model_engine_recomputes_a_preempted_request_itself(running, oracle):
     turns = together(oracle, running, "cccc", salt=80, max_tokens=100)
     assert [turn.usage.resumes for turn in turns] == [0] * 4
+
+
+def test_forced_calls_obey_their_schema_and_what_is_not_kept_leaves_the_next_turn_exact(running, oracle):
+    """The model is random: only what engines are held to can make a call of what it says. A format leaves it free to say blanks
+    for ever, which a bias keeps it from."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(running.deployment.base.model)
+    blanks = {token: -100.0 for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()}
+    properties = {"unit": {"enum": ["C", "F"]}, "on": {"type": "boolean"}}
+    schema = {"type": "object", "properties": properties, "required": ["unit", "on"], "additionalProperties": False}
+    tools = [{"name": "set_heating", "parameters": schema, "strict": True}, {"name": "stop", "parameters": {"type": "object"}}]
+    ask = [{"role": "user", "content": "Warmer!"}]
+    session = running.client.create_session(token_ids=ids(45, salt=90))
+    before = session.get().context_tokens
+    for name in ("a", "s", "coder"):
+        turn = session.turn(name, messages=ask, tools=tools, tool_choice="set_heating", max_tokens=120, logit_bias=blanks)
+        (call,) = turn.tool_calls
+        arguments = json.loads(call.arguments)
+        assert (call.name, turn.finish_reason, turn.text) == ("set_heating", "tool_calls", "")
+        assert (arguments.keys(), arguments["unit"] in "CF", type(arguments["on"])) == (properties.keys(), True, bool)
+        session.update(truncate_to=before)
+    choices = session.choices("b", text=" and", n=2, temperature=1.0, seed=7, max_tokens=12, choice=["warm", "cold"])
+    assert {choice.text for choice in choices} <= {"warm", "cold"}
+    assert (session.get().context_tokens, session.get().turns) == (before, 3)
+    for name in ("a", "s", "coder"):
+        oracle.turn(session, name, token_ids=ids(6, salt=91), max_tokens=10, ignore_eos=True)
 
 
 @pytest.fixture

@@ -433,7 +433,7 @@ def test_turns_beyond_the_queue_are_refused_with_a_retry_hint(running):
 
 
 def test_a_grpc_client_that_vanishes_leaves_nothing_behind(running):
-    with Client(running.grpc_address) as client:
+    with Client(running.grpc_address, retries=None) as client:
         stream = client.create_session().stream("planner", text="A long story: " * 20, max_tokens=600, ignore_eos=True)
         next(stream)
         assert running.held()

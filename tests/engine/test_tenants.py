@@ -198,7 +198,7 @@ async def test_where_the_body_has_no_priority_a_header_says_it(router):
 
 async def test_a_turn_over_grpc_goes_behind_its_tenants_others(router):
     def turns():
-        with Client(router.address, api_key=KEY) as client:
+        with Client(router.address, api_key=KEY, retries=None) as client:
             session = client.create_session(text="hello")
             session.turn("planner", text="x", max_tokens=3, priority=7)
             with pytest.raises(InvalidInput, match="priority: -1 is out of range"):
@@ -227,7 +227,7 @@ async def test_more_logprobs_than_the_pool_gives_are_refused_before_anything_run
 
 async def test_turns_over_grpc_name_the_sampling_field_that_is_refused(router):
     def turns():
-        with Client(router.address, api_key=KEY) as client:
+        with Client(router.address, api_key=KEY, retries=None) as client:
             session = client.create_session(text="hello")
             with pytest.raises(InvalidInput, match=r"^sampling\.logprobs: 6 is more than the 5 likeliest"):
                 session.turn("planner", text="x", max_tokens=3, logprobs=6)
@@ -263,13 +263,13 @@ async def test_everything_the_app_serves_takes_a_key_but_what_is_known_to_be_ope
 
 async def test_sessions_stay_in_the_domain_they_were_made_in_and_so_do_their_forks(router):
     def turns():
-        with Client(router.address, api_key=KEY) as client:
+        with Client(router.address, api_key=KEY, retries=None) as client:
             own, shared = client.create_session(text="hello"), client.create_session(text="hello", cache_domain="handbook")
             for session in (own, shared, shared.fork(), own.fork()):
                 session.turn("planner", text="x", max_tokens=3)
             with pytest.raises(PermissionDenied, match="cache domain 'support'"):
                 client.create_session(cache_domain="support")
-        with Client(router.address) as client, pytest.raises(Unauthenticated):
+        with Client(router.address, retries=None) as client, pytest.raises(Unauthenticated):
             client.decoders()
 
     await asyncio.to_thread(turns)
@@ -295,7 +295,7 @@ async def test_a_session_in_a_domain_its_tenant_may_no_longer_use_takes_no_turn(
     made = await router.sessions.create("old", [1, 2], tenant="support", cache_domain="handbook")
 
     def turn():
-        with Client(router.address, api_key=OTHER) as client:
+        with Client(router.address, api_key=OTHER, retries=None) as client:
             client.session(made.session_id).turn("planner", text="x", max_tokens=3)
 
     with pytest.raises(PermissionDenied, match="cache domain 'handbook'"):

@@ -64,6 +64,16 @@ class PrefillShareStub:
                 request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/ListSessions',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.UpdateSession = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/UpdateSession',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.UpdateSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
+                _registered_method=True)
         self.Generate = channel.unary_stream(
                 '/prefillshare.v1.PrefillShare/Generate',
                 request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
@@ -115,10 +125,26 @@ class PrefillShareServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """List the caller's sessions, page by page, in the order in which they would be forgotten. This does not renew their time.
+        A session that is used between two pages moves to the end: it may come twice, but none is left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateSession(self, request, context):
+        """Truncate a session's context, give the session a time to live of its own, or both. Forks are not affected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Generate(self, request, context):
         """Take one turn: append the input to the session's context and let one decoder respond. Tokens stream as they are
-        made; the last message has `done`. The context changes only if the turn ends well. Then input and response are appended;
-        if a text in `stop` ended the response, it is appended as it was shown.
+        made; the last message of a response has `done`. The context changes only if the turn ends well. Then input and response are
+        appended; if a text in `stop` ended the response, it is appended as it was shown. With `sampling.n` above 1, several responses
+        come at once, and the context stays as it is.
         Cancelling the call ends the turn and frees its KV on every worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -157,6 +183,16 @@ def add_PrefillShareServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.FromString,
                     response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'UpdateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSession,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.UpdateSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.SerializeToString,
             ),
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
@@ -326,6 +362,60 @@ class PrefillShare:
             '/prefillshare.v1.PrefillShare/DeleteSession',
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionRequest.SerializeToString,
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/ListSessions',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/UpdateSession',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.UpdateSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,

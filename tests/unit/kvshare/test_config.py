@@ -391,3 +391,10 @@ def test_replicas_that_follow_the_load_begin_within_their_bounds(plain):
 @pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "http://", "http:// collector"])
 def test_what_is_no_collector_is_refused(plain, endpoint):
     assert "tracing.otlp_endpoint: String should match pattern" in str(refusal(put(plain, "tracing/otlp_endpoint", endpoint)))
+
+
+def test_clients_may_only_shorten_their_sessions_unless_they_are_given_more():
+    assert config.Router(session_ttl_s=60).longest_session_ttl_s == 60
+    assert config.Router(session_ttl_s=60, max_session_ttl_s=600).longest_session_ttl_s == 600
+    with pytest.raises(ValueError, match="max_session_ttl_s is 30, but sessions live for 60"):
+        config.Router(session_ttl_s=60, max_session_ttl_s=30)

@@ -135,6 +135,7 @@ OTHER = {
         "expected_output_tokens": 9,
         "max_sessions": 5,
         "session_ttl_s": 7,
+        "max_session_ttl_s": 70_000,
         "max_responses": 6,
         "response_ttl_s": 8,
         "own_prompt": "first",

@@ -12,7 +12,7 @@ import typer
 from google.protobuf import json_format
 
 from prefillshare.cli import app
-from prefillshare.client import RemoteSession
+from prefillshare.client import RemoteSession, TurnArguments
 from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.modes import mode_names
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
@@ -20,8 +20,8 @@ from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
 NAMES = (
-    "README.md", "CONTRIBUTING.md", "docs/using.md", "docs/deploying.md", "docs/architecture.md", "examples/README.md",
-    "examples/bring_your_own_adapter.md",
+    "README.md", "CONTRIBUTING.md", "docs/client.md", "docs/using.md", "docs/deploying.md", "docs/architecture.md",
+    "examples/README.md", "examples/bring_your_own_adapter.md",
 )  # fmt: skip
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 
@@ -130,20 +130,25 @@ def test_every_rule_is_listed_with_what_upholds_it():
 
 
 def test_python_examples_name_arguments_and_modules_that_exist():
-    sampling, taken = set(pb.SamplingParams.DESCRIPTOR.fields_by_name), set(inspect.signature(RemoteSession.stream).parameters)
-    for block in blocks("README.md", "python") + blocks("docs/using.md", "python"):
+    taken = set(TurnArguments.__annotations__)
+    changed = set(inspect.signature(RemoteSession.update).parameters)
+    python = [block for page in ("README.md", "docs/client.md", "docs/using.md") for block in blocks(page, "python")]
+    assert len(python) > 8
+    for block in python:
         compile(block, "README.md", "exec")
         for module in re.findall(r"^from (\S+) import", block, re.M):
             assert importlib.util.find_spec(module), module
-        for call in re.findall(r"session\.(?:turn|stream)\((.*?)\)[\n:]", block):
-            assert set(re.findall(r"(\w+)=", call)) <= sampling | taken, call
-    for argument in re.findall(r"`(\w+)=`", PAGES["docs/using.md"]):
-        assert argument in sampling | taken, argument
+        for call in re.findall(r"session\.(?:turn|stream|choices)\((.*?)\)[\n:]", block):
+            assert set(re.findall(r"(\w+)=", call)) <= taken, call
+        for call in re.findall(r"session\.update\((.*?)\)", block):
+            assert set(re.findall(r"(\w+)=", call)) <= changed, call
+    for argument in re.findall(r"`(\w+)=`", PAGES["docs/using.md"] + PAGES["docs/client.md"]):
+        assert argument in taken, argument
 
 
 def test_grpcurl_examples_are_calls_of_the_service():
     service = pb.DESCRIPTOR.services_by_name["PrefillShare"]
-    calls = [words for words in commands("docs/using.md") if words[0] == "grpcurl"]
+    calls = [words for words in commands("docs/client.md") if words[0] == "grpcurl"]
     assert len(calls) == 3
     for words in calls:
         name, _, method = words[-1].partition("/")

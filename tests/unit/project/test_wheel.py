@@ -18,6 +18,8 @@ FILES = (
     "prefillshare/deploy/prometheus/rules.yaml",
     "prefillshare/protos/prefillshare/v1/prefillshare.proto",
     "prefillshare/protos/prefillshare/v1/prefillshare_pb2.pyi",
+    "prefillshare/protos/prefillshare/v1/rpc_status_pb2.py",
+    "prefillshare/client/aio.py",
     "prefillshare/router/turn/turn.py",
     *(f"prefillshare/router/ui/static/{path.name}" for path in (ROOT / "router/ui/static").iterdir()),
 )
@@ -56,7 +58,7 @@ def test_without_extras_no_engine_is_installed(python, name):
 
 
 def test_the_client_needs_none(python):
-    done = run(python, "-c", "from prefillshare.client import Client; print(Client.__name__)")
+    done = run(python, "-c", "from prefillshare.client import AsyncClient, Client; print(Client.__name__)")
     assert (done.stdout, done.stderr) == ("Client\n", "")
 
 

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields
 from prefillshare.kvshare_vllm.surface.request_shape import (
     MOST_ENTRIES,
     MOST_PARTS,
@@ -75,7 +76,7 @@ def test_a_refused_body_does_not_reach_the_app_and_another_reaches_it_whole():
         await send({"type": "http.response.body", "body": b""})
 
     async def post(content):
-        transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS))
+        transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS, AskedFields(())))
         async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
             return await client.post("/v1/completions", content=content)
 

@@ -3,8 +3,10 @@
 import pytest
 from session_stores import InMemory, InRedis
 
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
+from prefillshare.kvshare.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Overloaded
 from prefillshare.router.sessions.base import Mark
+from prefillshare.router.sessions.listing import Place
+from prefillshare.router.sessions.marks import MOST_MARKS
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -125,7 +127,7 @@ async def test_a_fork_needs_a_session_a_free_name_and_room(store):
     with pytest.raises(NotFound, match="no session 's'"):
         await store.fork("s", "t", tenant="")
     await store.create("s", tenant="")
-    with pytest.raises(Conflict, match="session 's' exists already"):
+    with pytest.raises(AlreadyExists, match="session 's' exists already"):
         await store.fork("s", "s", tenant="")
     assert len((await store.fork("s", tenant="")).session_id) == 32
     with pytest.raises(Overloaded):
@@ -174,7 +176,7 @@ async def test_use_renews_a_session_and_its_fork(store, where):
 
 async def test_a_full_store_refuses_with_a_retry_hint_and_a_taken_name_is_a_conflict(store, where):
     await store.create("a", tenant="")
-    with pytest.raises(Conflict, match="exists already"):
+    with pytest.raises(AlreadyExists, match="exists already"):
         await store.create("a", tenant="")
     await store.create("b", tenant="other")
     with pytest.raises(Overloaded, match="2 sessions are held") as raised:
@@ -343,3 +345,138 @@ async def test_a_store_that_evicts_gives_up_what_its_tenant_left_unused_for_long
     with pytest.raises(NotFound):
         await store.get("one", tenant="a")
     await store.close()
+
+
+async def names(store, most, tenant=""):
+    """The names on each page."""
+    pages, after = [], Place()
+    while after is not None:
+        page = await store.listed(most, Place.of(after.token()), tenant=tenant)
+        pages.append([one.session_id for one in page.sessions])
+        after = page.next
+    return pages
+
+
+async def test_a_tenants_sessions_are_listed_page_by_page_those_that_are_forgotten_first_first(where):
+    store = where.make(max_sessions=9, ttl_s=10)
+    for name in ("c", "a", "b:ü"):
+        await store.create(name, [1, 2], tenant="t", cache_domain="d")
+        await where.pass_time(1)
+    await store.create("not mine", tenant="u")
+    assert await names(store, 2, "t") == [["c", "a"], ["b:ü"]]
+    assert await names(store, 3, "t") == [["c", "a", "b:ü"]]
+    await take(store, "c", [1, 2, 3], tenant="t")
+    assert await names(store, 1, "t") == [["a"], ["b:ü"], ["c"]]
+    async with store.turn("a", tenant="t"):
+        found = {one.session_id: one for one in (await store.listed(9, Place(), tenant="t")).sessions}
+    one, held = found["c"], found["a"]
+    assert (one.tokens, one.turns, one.ttl_s, one.cache_domain, one.busy) == (3, 1, 10, "d", False)
+    assert (held.tokens, held.turns, held.busy) == (2, 0, True)
+    assert 9 < one.expires_in_s <= 10
+    assert await names(store, 9, "nobody") == [[]]
+    await store.close()
+
+
+async def test_sessions_that_end_at_the_same_moment_are_all_listed_once(where):
+    store = where.make(max_sessions=99, ttl_s=10)
+    made = {(await store.create(tenant="")).session_id for _ in range(40)}
+    for most in (1, 7, 40, 41):
+        listed = [name for page in await names(store, most) for name in page]
+        assert (len(listed), set(listed)) == (40, made)
+    await store.close()
+
+
+async def test_being_listed_renews_nothing_and_what_is_forgotten_is_not_listed(store, where):
+    await store.create("s", tenant="")
+    await where.pass_time(6)
+    assert await names(store, 5) == [["s"]]
+    await where.pass_time(5)
+    assert await names(store, 5) == [[]]
+
+
+async def test_a_page_that_never_was_is_refused():
+    for token in ("x", "WzFd", Place("nan", "x").token(), Place("1", "x").token()[:-4]):
+        with pytest.raises(InvalidInput) as raised:
+            Place.of(token)
+        assert raised.value.field == "page_token"
+
+
+async def test_a_session_may_have_a_time_to_live_of_its_own_and_so_have_its_forks(store, where):
+    session = await store.create("s", tenant="", ttl_s=3)
+    assert 2 < await store.expires_in_s(session) <= 3
+    changed = await store.set_ttl("s", 25, tenant="")
+    assert changed.ttl_s == 25
+    await where.pass_time(15)
+    assert (await store.fork("s", "f", tenant="")).ttl_s == 25
+    async with store.turn("s", tenant="") as held:
+        await store.set_ttl("s", 40, tenant="")
+        await store.commit(held, [1], open_response=False)
+    assert (await store.get("s", tenant="")).ttl_s == 40
+    await where.pass_time(20)
+    assert await names(store, 5) == [["f", "s"]]
+    await where.pass_time(10)
+    assert await names(store, 5) == [["s"]]
+    assert 5 < await store.expires_in_s(await store.set_ttl("s", None, tenant="")) <= 10
+    await where.pass_time(11)
+    with pytest.raises(NotFound):
+        await store.set_ttl("s", 5, tenant="")
+
+
+async def test_a_session_with_a_short_time_goes_before_one_that_was_used_earlier(store, where):
+    await store.create("long", tenant="")
+    await store.create("short", tenant="", ttl_s=2)
+    await where.pass_time(3)
+    assert await names(store, 5) == [["long"]]
+    await store.create("room again", tenant="")
+
+
+async def test_to_truncate_is_no_turn_and_leaves_a_fork_alone(store):
+    hi, more = ({"role": "user", "content": text} for text in ("hi", "more"))
+    begun = Transcript().with_messages([hi])
+    first = begun.with_messages([more])
+    await store.create("s", [1, 2], tenant="", transcript=begun)
+    for context, said in (([1, 2, 3, 4], first), ([1, 2, 3, 4, 5, 6], first.with_messages([hi]))):
+        async with store.turn("s", tenant="") as session:
+            await store.commit(session, context, True, said)
+    await store.fork("s", "f", tenant="")
+    async with store.turn("s", tenant="") as session:
+        found = [await store.said_at(session, tokens) for tokens in range(7)]
+        assert found == [Transcript(), None, begun, None, first, None, session.transcript]
+        await store.commit(session, [1, 2, 3, 4], True, found[4], is_turn=False)
+        assert (session.turns, session.version) == (2, 3)
+    kept = await store.get("s", tenant="")
+    assert (kept.token_ids, kept.turns, kept.transcript, kept.open_response) == ((1, 2, 3, 4), 2, first, True)
+    fork = await store.get("f", tenant="")
+    assert (fork.token_ids, fork.turns) == ((1, 2, 3, 4, 5, 6), 2)
+    async with store.turn("f", tenant="") as session:
+        assert await store.said_at(session, 4) == first
+        await store.commit(session, [*session.token_ids, 7], False)
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1, 2, 3, 4, 9, 9], False)
+        assert await store.said_at(session, 6) is None, "these are other tokens than those that ended there"
+
+
+async def test_the_last_turns_ends_are_known_and_older_ones_are_not(store):
+    await store.create("s", tenant="")
+    said, context = Transcript(), []
+    for _ in range(MOST_MARKS + 5):
+        said, context = said.with_messages([{"role": "user", "content": "x"}]), [*context, 1]
+        async with store.turn("s", tenant="") as session:
+            await store.commit(session, context, False, said)
+    async with store.turn("s", tenant="") as session:
+        known = [tokens for tokens in range(1, len(context) + 1) if await store.said_at(session, tokens)]
+    assert known == list(range(6, MOST_MARKS + 6))
+
+
+async def test_which_calls_wait_for_a_result_is_kept_with_the_context(store):
+    assert (await store.create("s", tenant="", calls=["a"])).calls == ("a",)
+    async with store.turn("s", tenant="") as session:
+        assert session.calls == ("a",)
+        await store.commit(session, [1, 2], False, calls=["a", "b"])
+        assert session.calls == ("a", "b")
+    assert (await store.get("s", tenant="")).calls == ("a", "b")
+    assert (await store.fork("s", "f", tenant="")).calls == ("a", "b")
+    await store.delete("f", tenant="")
+    assert (await store.fork("s", "f", tenant="", at=Mark(1))).calls is None
+    await take(store, "s", [1, 2, 3])
+    assert (await store.get("s", tenant="")).calls is None

@@ -60,6 +60,7 @@ async def token_beyond_int32(redis, session, tokens):
 NUMBERS = ("tokens", "turns", "version", "open")
 DAMAGE = {
     **{f"{name} {value!r}": field(name, value) for name in NUMBERS for value in (None, "", "x", "-1", "1.5", "1e3", "9" * 40)},
+    **{f"ttl {value!r}": field("ttl", value) for value in ("", "x", "-1", "1.5", "9" * 40)},
     "held until nobody knows when": field("turn", "x"),
     "held until no time": lambda redis, session, _: redis.hset(session, mapping={"turn": "x", "until": "soon"}),
     **{

@@ -11,7 +11,7 @@ from double.engines import LEASE_S
 from double.system import nothing_held, session_system
 from virtual_time import on_virtual_time
 
-from prefillshare.kvshare.errors import Conflict, NotFound, PrefixLost, ResumeReason, Unavailable
+from prefillshare.kvshare.errors import Conflict, NotFound, PrefixLost, ResumeReason, SessionBusy, Unavailable
 
 PROMPT = list(range(20, 57))
 SHARING = ("a", "b", "base", "s", "t")
@@ -138,3 +138,38 @@ async def test_forks_go_their_own_ways():
         await nothing_held(running, leases_s=LEASE_S + 1)
 
 
+
+
+@on_virtual_time
+async def test_a_truncated_session_goes_on_exactly_whatever_was_made_ahead_and_so_does_its_fork():
+    async with session_system() as running:
+        await running.turns.create("s", ("token_ids", PROMPT))
+        for decoder in SHARING:
+            first = await running.take("s", decoder, [60], tokens=20)
+            length = len(await running.context("s"))
+            await running.take("s", decoder, [61], tokens=20)
+            await running.sessions.fork("s", "f", tenant="")
+            changed = await running.turns.update("s", truncate_to=length)
+            assert (changed.token_ids, changed.turns % 2) == ((*PROMPT, 60, *first), 0)
+            for name, given in (("f", 62), ("s", 63)):
+                context = await running.context(name)
+                assert await running.take(name, decoder, [given]) == running.expected(decoder, [*context, given])
+            await running.turns.delete("f")
+            await running.turns.update("s", truncate_to=len(PROMPT))
+            await running.take("s", decoder, [64])
+            await running.turns.update("s", truncate_to=len(PROMPT))
+        await nothing_held(running, leases_s=LEASE_S + 1)
+
+
+@on_virtual_time
+async def test_a_session_is_not_truncated_under_its_turn():
+    async with session_system() as running:
+        await running.turns.create("s", ("token_ids", PROMPT))
+        turn = asyncio.create_task(running.take("s", "a", [60]))
+        await asyncio.sleep(0.3)
+        with pytest.raises(SessionBusy):
+            await running.turns.update("s", truncate_to=0)
+        assert await running.context("s") == PROMPT
+        said = await turn
+        assert await running.context("s") == [*PROMPT, 60, *said]
+        await nothing_held(running, leases_s=LEASE_S + 1)

@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from char_tokenizer import Tokenizer, text
+from char_tokenizer import Chats, Tokenizer, text
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput
@@ -44,6 +44,7 @@ def tokenizer():
 def turns(tokenizer):
     frontend = SimpleNamespace(
         renderer=SimpleNamespace(tokenizer=tokenizer),
+        chats=Chats(tokenizer),
         text=TextWork(LENGTH, 1),
         model_config=SimpleNamespace(get_vocab_size=lambda: 256),
     )

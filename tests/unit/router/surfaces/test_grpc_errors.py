@@ -13,6 +13,7 @@ from prefillshare.client import Client
 from prefillshare.kvshare.errors import InvalidInput, NotFound, Overloaded
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.router.sessions.turn_responses import TurnEvent
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 from prefillshare.router.surfaces.grpc_errors import MOST_CHARS
 
@@ -22,6 +23,8 @@ CALLS = {
     "GetSession": pb.GetSessionRequest(session_id="s"),
     "ForkSession": pb.ForkSessionRequest(session_id="s"),
     "DeleteSession": pb.DeleteSessionRequest(session_id="s"),
+    "ListSessions": pb.ListSessionsRequest(),
+    "UpdateSession": pb.UpdateSessionRequest(session_id="s", truncate_to=0),
     "GetReadiness": pb.GetReadinessRequest(),
     "Generate": pb.GenerateRequest(session_id="s"),
 }
@@ -32,14 +35,14 @@ async def fails(*args, **kwargs):
 
 
 async def breaks_off(*args, **kwargs):
-    yield SimpleNamespace(text="x", token_ids=[1], logprobs=None, finish_reason=None)
+    yield TurnEvent("x", [1])
     raise RuntimeError(SECRET)
 
 
 @pytest.fixture
 async def stub():
-    sessions = SimpleNamespace(get=fails, fork=fails)
-    turns = SimpleNamespace(sessions=sessions, create=fails, delete=fails, take=breaks_off)
+    sessions = SimpleNamespace(get=fails, fork=fails, listed=fails)
+    turns = SimpleNamespace(sessions=sessions, create=fails, delete=fails, update=fails, take=breaks_off)
     port = free_port()
     server = GrpcServer(Servicer(turns, fails), "127.0.0.1", port)
     await server.start()

@@ -15,6 +15,7 @@ from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
 from prefillshare.router.accounts.limits import MemoryLimits
 from prefillshare.router.admission.grant import Demand, TenantShare
+from prefillshare.router.sessions.turn_responses import TurnEvent
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 
 TENANT = TenantShare("acme", tokens_per_minute=600, turns_per_minute=60)
@@ -24,11 +25,10 @@ TENANT = TenantShare("acme", tokens_per_minute=600, turns_per_minute=60)
 async def stub():
     limits = MemoryLimits(Metrics(CollectorRegistry()))
 
-    async def take(*_):
+    async def take(*_, **__):
         await limits.take(Demand("agents", 300, tenant=TENANT), 20)
-        yield SimpleNamespace(text="x", token_ids=[1], logprobs=None, finish_reason=None)
-        done = {"finish_reason": "stop", "usage": TurnUsage(), "context_tokens": 1}
-        yield SimpleNamespace(text="", token_ids=[], logprobs=None, **done)
+        yield TurnEvent("x", [1])
+        yield TurnEvent("", [], finish_reason="stop", usage=TurnUsage(), context_tokens=1)
 
     port = free_port()
     server = GrpcServer(Servicer(SimpleNamespace(take=take), None), "127.0.0.1", port)

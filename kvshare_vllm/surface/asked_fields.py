@@ -1,0 +1,110 @@
+"""What HTTP requests ask for, checked on plain JSON before vLLM's request classes see it.
+
+- Fields that nobody reads are named in a header of the response (IGNORED_HEADER). vLLM takes them silently, and they cannot be
+  refused: clients send fields of OpenAI's newest API all the time.
+- Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now.
+- A message has a role that chat templates know, and a tool's result names a call that was made.
+
+Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+from urllib.parse import quote
+
+from pydantic import BaseModel
+
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.roles import ROLES, check_role
+
+IGNORED_HEADER = "x-prefillshare-ignored"
+#: Most names in the header, and most characters of each.
+MOST_NAMES, MOST_CHARS = 20, 64
+
+#: Fields that we read ourselves.
+_OURS = {"/v1/responses": {"conversation"}}
+#: Field -> what to send instead.
+_RENAMED = {
+    "guided_json": 'send response_format, or structured_outputs: {"json": ...}',
+    "guided_regex": 'send structured_outputs: {"regex": ...}',
+    "guided_choice": 'send structured_outputs: {"choice": [...]}',
+    "guided_grammar": 'send structured_outputs: {"grammar": ...}',
+    "guided_whitespace_pattern": "leave it out",
+    "guided_decoding_backend": "leave it out: engines have one",
+    "functions": "send tools",
+    "function_call": "send tool_choice",
+    "extra_body": "send the fields that it holds in the body itself",
+}
+#: Roles of Anthropic's API.
+_ANTHROPIC = ("user", "assistant", "system")
+
+
+class AskedFields:
+    """`routes`: those of vLLM's app."""
+
+    def __init__(self, routes: Iterable[Any]):
+        self._known = {route.path: _fields_of(route) | _OURS.get(route.path, set()) for route in routes if _models_of(route)}
+
+    def ignored(self, path: str, body: Mapping[str, Any]) -> list[str]:
+        """The fields of a body that nobody reads. Raises InvalidInput for what is refused."""
+        if (known := self._known.get(path)) is None:
+            return []
+        unknown = [name for name, value in body.items() if value is not None and name not in known]
+        for name in unknown:
+            if name in _RENAMED:
+                raise InvalidInput("it would have no effect", field=name, fix=_RENAMED[name])
+        roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
+        _check_messages(body.get("messages"), "messages", roles)
+        if path == "/v1/responses":
+            _check_items(body.get("input"))
+        return unknown
+
+
+def header_of(names: Sequence[str]) -> tuple[bytes, bytes]:
+    shown = [quote(name, safe="!#$&'()*+/:;<=>?@[]^`{|}~ ")[:MOST_CHARS] for name in names[:MOST_NAMES]]
+    return IGNORED_HEADER.encode(), ", ".join([*shown, *(["..."] if len(names) > MOST_NAMES else [])]).encode("latin-1")
+
+
+def _models_of(route: Any) -> list[type[BaseModel]]:
+    """The classes of which a route's body may be."""
+    given = getattr(getattr(route, "body_field", None), "field_info", None)
+    kinds = get_args(given.annotation) or (given.annotation,) if given else ()
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _fields_of(route: Any) -> set[str]:
+    fields = [item for model in _models_of(route) for item in model.model_fields.items()]
+    return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
+
+
+def _check_messages(messages: Any, field: str, roles: Sequence[str]) -> None:
+    """What is not a list of objects is left to vLLM."""
+    made: set[str] = set()
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        place = f"{field}.{number}"
+        if isinstance(message, list):  # a conversation of several
+            _check_messages(message, place, roles)
+        if not isinstance(message, dict):
+            continue
+        check_role(message.get("role"), place, roles)
+        made |= {str(call["id"]) for call in _listed(message.get("tool_calls")) if call.get("id")}
+        answers = message.get("tool_call_id")
+        if message["role"] == "tool" and answers and str(answers) not in made:
+            raise InvalidInput(
+                f"no message before it has a call {str(answers)[:64]!r}",
+                field=f"{place}.tool_call_id",
+                fix="send the assistant's message with that call, too",
+            )
+
+
+def _check_items(items: Any) -> None:
+    """Of the Responses API, where only some items are messages."""
+    for number, item in enumerate(items if isinstance(items, list) else ()):
+        if isinstance(item, dict) and item.get("type") in (None, "message"):
+            check_role(item.get("role"), f"input.{number}")
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -1,0 +1,150 @@
+"""Fields of a request that nobody reads are named, misleading ones are refused, and so are messages from nobody."""
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
+
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER, MOST_NAMES, AskedFields, header_of
+from prefillshare.kvshare_vllm.surface.request_shape import RequestShape
+
+CHAT, RESPONSES, MESSAGES, TOKENIZE = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"
+ASK = {"role": "user", "content": "hi"}
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+
+
+def app() -> FastAPI:
+    made = FastAPI()
+
+    @made.post(CHAT)
+    async def chat(request: ChatCompletionRequest):
+        return {}
+
+    @made.post(RESPONSES)
+    async def responses(request: ResponsesRequest):
+        return {}
+
+    @made.post(MESSAGES)
+    async def messages(request: AnthropicMessagesRequest):
+        return {}
+
+    @made.post(TOKENIZE)
+    async def tokenize(request: TokenizeCompletionRequest | TokenizeChatRequest):
+        return {}
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def fields():
+    return AskedFields(app().routes)
+
+
+def refused(fields, path, **body) -> InvalidInput:
+    with pytest.raises(InvalidInput) as raised:
+        fields.ignored(path, body)
+    assert raised.value.fix
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "ignored"),
+    [
+        (CHAT, {"messages": [ASK], "seed": 5, "store": True, "verbosity": "low"}, ["store", "verbosity"]),
+        (CHAT, {"messages": [ASK], "store": None}, []),
+        (RESPONSES, {"input": "hi", "conversation": "c", "text": {}, "quux": 1}, ["quux"]),
+        (MESSAGES, {"messages": [ASK], "max_tokens": 5, "service_tier": "auto"}, ["service_tier"]),
+        (TOKENIZE, {"prompt": "hi", "messages": [ASK], "add_generation_prompt": True, "quux": 1}, ["quux"]),
+        ("/v1/conversations", {"quux": 1}, []),
+    ],
+)
+def test_what_nobody_reads_is_named(fields, path, body, ignored):
+    assert fields.ignored(path, body) == ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("guided_json", "response_format"),
+        ("guided_regex", "structured_outputs"),
+        ("guided_choice", "structured_outputs"),
+        ("guided_grammar", "structured_outputs"),
+        ("guided_decoding_backend", "leave it out"),
+        ("functions", "send tools"),
+        ("function_call", "send tool_choice"),
+        ("extra_body", "in the body itself"),
+    ],
+)
+def test_what_would_silently_do_nothing_is_refused_with_what_to_send_instead(fields, name, fix):
+    error = refused(fields, CHAT, messages=[ASK], **{name: {"type": "object"}})
+    assert (error.field, fix in error.fix) == (name, True)
+    assert fields.ignored(CHAT, {"messages": [ASK], name: None}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (CHAT, {"messages": [ASK, {"role": "robot", "content": "x"}]}, "messages.1.role"),
+        (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role"),
+        (CHAT, {"messages": [{"role": ["user"]}]}, "messages.0.role"),
+        (CHAT, {"messages": [[ASK], [ASK, {"role": "robot"}]]}, "messages.1.1.role"),
+        (MESSAGES, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (RESPONSES, {"input": [ASK, {"role": "robot", "content": "x"}]}, "input.1.role"),
+        (RESPONSES, {"input": [{"type": "message", "content": "x"}]}, "input.0.role"),
+        (CHAT, {"messages": [ASK, {"role": "tool", "tool_call_id": "1"}]}, "messages.1.tool_call_id"),
+        (CHAT, {"messages": [CALL, {"role": "tool", "tool_call_id": "2"}]}, "messages.1.tool_call_id"),
+        (CHAT, {"messages": [{"role": "tool", "tool_call_id": "1"}, CALL]}, "messages.0.tool_call_id"),
+    ],
+)
+def test_a_message_from_nobody_and_a_result_without_its_call_are_refused(fields, path, body, field):
+    assert refused(fields, path, **body).field == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant")]}),
+        (CHAT, {"messages": [CALL, {"role": "tool", "tool_call_id": "1"}, {"role": "tool", "content": "x"}]}),
+        (CHAT, {"messages": "x"}),
+        (CHAT, {"messages": [5, None, {"role": "assistant", "tool_calls": [5]}]}),
+        (RESPONSES, {"input": [ASK, {"type": "function_call_output", "call_id": "1", "output": "x"}, 5]}),
+    ],
+)
+def test_what_is_right_or_vllms_to_refuse_passes(fields, path, body):
+    assert fields.ignored(path, body) == []
+
+
+@pytest.fixture
+async def http():
+    wrapped = app()
+    wrapped.middleware_stack = RequestShape(wrapped.build_middleware_stack(), 100, AskedFields(wrapped.routes))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(wrapped), base_url="http://router") as client:
+        yield client
+
+
+async def test_the_answer_names_them_in_a_header_and_only_where_there_are_any(http):
+    body = {"model": "m", "messages": [ASK]}
+    assert IGNORED_HEADER not in (await http.post(CHAT, json=body)).headers
+    told = await http.post(CHAT, json={**body, "store": True, "service_tier": "auto"})
+    assert (told.status_code, told.headers[IGNORED_HEADER]) == (200, "store, service_tier")
+    wrong = await http.post(CHAT, json={**body, "store": True, "seed": "x"})
+    assert (wrong.status_code, wrong.headers[IGNORED_HEADER]) == (422, "store")
+
+
+async def test_a_refusal_has_the_shape_of_the_others(http):
+    refused = await http.post(CHAT, json={"model": "m", "messages": [ASK], "guided_json": {}})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"], error["type"]) == (400, "guided_json", "BadRequestError")
+
+
+def test_any_name_fits_a_header():
+    many = [f"f{number}" for number in range(MOST_NAMES + 5)]
+    assert header_of(many)[1].decode().split(", ") == [*many[:MOST_NAMES], "..."]
+    name, value = header_of(["a\r\nx: y", "ä,b", "x" * 9000])
+    assert name == IGNORED_HEADER.encode()
+    assert value.decode("ascii").isprintable()
+    assert len(value) < 200

@@ -1,0 +1,113 @@
+"""What callers write, flat or as OpenAI has it, becomes messages of the contract; what cannot be meant is refused by name."""
+
+import json
+
+import pytest
+from pydantic import BaseModel
+
+from prefillshare.client.arguments import Sampling, generate_request, turn_input
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "integer"}}}
+FUNCTION = {"name": "look", "description": "Looks.", "parameters": SCHEMA, "strict": True}
+
+
+def asked(**given) -> pb.GenerateRequest:
+    return generate_request("s", "planner", given)
+
+
+def refused(**given) -> str:
+    with pytest.raises(InvalidInput) as raised:
+        asked(**given)
+    assert raised.value.fix
+    return f"{raised.value.field}: {raised.value.fix}"
+
+
+def test_every_sampling_field_of_the_contract_can_be_given():
+    assert set(Sampling.__annotations__) == set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def test_formats_are_given_as_python_has_them():
+    class Trip(BaseModel):
+        city: str
+
+    for given in (SCHEMA, json.dumps(SCHEMA)):
+        sampling = asked(json_schema=given).sampling
+        assert json.loads(sampling.json_schema) == SCHEMA
+        assert list(json.loads(sampling.json_schema)["properties"]) == ["b", "a"], "in the order in which they are written"
+    assert json.loads(asked(json_schema=Trip).sampling.json_schema)["required"] == ["city"]
+    assert list(asked(choice=["yes", "no"]).sampling.choice.texts) == ["yes", "no"]
+    assert asked(regex="a+").sampling.WhichOneof("format") == "regex"
+    repetition = asked(repetition_detection={"max_pattern_size": 4, "min_count": 3}).sampling.repetition_detection
+    assert (repetition.max_pattern_size, repetition.min_count) == (4, 3)
+    assert dict(asked(logit_bias={5: -1.5}).sampling.logit_bias) == {5: -1.5}
+    assert refused(regex="a+", choice=["a"]).startswith("choice: give one")
+
+
+@pytest.mark.parametrize("tool", [FUNCTION, {"type": "function", "function": FUNCTION}, {"type": "function", **FUNCTION}])
+def test_tools_may_be_written_in_each_way_that_openai_has(tool):
+    (made,) = asked(tools=[tool]).tools
+    assert (made.name, made.description, made.strict, json.loads(made.parameters)) == ("look", "Looks.", True, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("auto", {"mode": "AUTO"}),
+        ("none", {"mode": "NONE"}),
+        ("required", {"mode": "REQUIRED"}),
+        ("look", {"function": "look"}),
+        ({"type": "function", "function": {"name": "look"}}, {"function": "look"}),
+        ({"type": "function", "name": "look"}, {"function": "look"}),
+    ],
+)
+def test_tool_choices(given, made):
+    assert asked(tools=[FUNCTION], tool_choice=given).tool_choice == pb.ToolChoice(**made)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}},
+        {"id": "1", "name": "look", "arguments": {"at": "map"}},
+    ],
+)
+def test_messages_of_a_conversation_with_tools(call):
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    first, second = turn_input([answer, result], None, None).messages.messages
+    (made,) = first.tool_calls
+    assert (made.id, made.name, json.loads(made.arguments), first.content) == ("1", "look", {"at": "map"}, "")
+    assert (second.role, second.tool_call_id, second.content) == ("tool", "1", "a\nb")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_token": 5}, "max_token: write max_tokens"),
+        ({"quux": 5}, "quux: use allowed_token_ids, "),
+        ({"max_tokens": "five"}, "max_tokens: "),
+        ({"temperature": [1]}, "temperature: "),
+        ({"seed": 2**64}, "seed: "),
+        ({"stop": "x", "token_ids": ["a"]}, "token_ids.ids: "),
+        ({"priority": 2**40}, "priority: "),
+        ({"text": "a", "messages": []}, "text: give one"),
+        ({"suffix_text": "a", "suffix_token_ids": [1]}, "suffix_token_ids: give one"),
+        ({"messages": [{"content": "hi"}]}, "messages.0.role: "),
+        ({"messages": ["hi"]}, "messages.0: "),
+        ({"suffix_messages": [{"role": "user", "contents": "hi"}]}, "suffix_messages.0.contents: write content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: "),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
+        ({"tools": [{"name": "look", "parameter": {}}]}, "tools.0.parameter: write parameters"),
+        ({"tools": [{"name": 5}]}, "tools.0.name: "),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_its_field(given, told):
+    assert refused(**given).startswith(told)
+
+
+def test_what_is_none_asks_for_nothing():
+    assert asked(messages=None, text="a", seed=None, tools=None, tool_choice=None, nonsense=None) == pb.GenerateRequest(
+        session_id="s", decoder="planner", input=pb.Input(text="a"), sampling=pb.SamplingParams()
+    )

@@ -122,6 +122,10 @@ class Client:
         """A session that exists already."""
         return RemoteSession(self, session_id)
 
+    def kept(self) -> pb.ListKeptResponse:
+        """What the tenant keeps in the engines' caches, and its budget."""
+        return self._call(self._stub.ListKept, pb.ListKeptRequest())
+
     def _call(self, method, request):
         with _typed_errors():
             return method(request, timeout=self.timeout_s, metadata=self.metadata())
@@ -149,6 +153,17 @@ class RemoteSession:
         stub = self._client._stub
         request = pb.ForkSessionRequest(session_id=self.session_id, new_session_id=new_session_id)
         return RemoteSession(self._client, self._client._call(stub.ForkSession, request).session_id)
+
+    def keep(self, ttl_s: float = 0.0, priority: int | None = None) -> pb.KeptContext:
+        """Keep the KV of the session's context in the engines' caches, for `ttl_s` seconds from now and from the end of each
+        turn on; 0: as long as an unused session lives. `priority`: 0 to 100; what has a higher one is given up later.
+        Raises Overloaded or InvalidInput beyond the tenant's budget."""
+        request = pb.KeepSessionRequest(session_id=self.session_id, ttl_s=ttl_s, priority=priority)
+        return self._client._call(self._client._stub.KeepSession, request)
+
+    def let_go(self) -> None:
+        """Keep the session's context no longer than the caches do by themselves."""
+        self._client._call(self._client._stub.LetGoSession, pb.LetGoSessionRequest(session_id=self.session_id))
 
     def delete(self) -> None:
         self._client._call(self._client._stub.DeleteSession, pb.DeleteSessionRequest(session_id=self.session_id))

@@ -230,7 +230,7 @@ class Engine:
         priority: int = 0,
         keep: Sequence[Keep] = (),
     ) -> PrefillResult:
-        """Compute base KV of `token_ids` for the prefix cache only; nothing is handed over. `keep`: what the cache keeps of it."""
+        """Compute base KV of `token_ids` for the prefix cache, which keeps `keep` of it; nothing is handed over."""
         hints = retention.hints(keep)
         output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None, hints=hints)
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)

@@ -26,6 +26,7 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions import Session, SessionStore
 from prefillshare.router.sessions.chat import ChatLayout
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.kept_sessions import KeptSessions
 from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
 from prefillshare.router.sessions.transcript import Transcript
 
@@ -58,6 +59,7 @@ class Turns:
         response_kv: ResponseKV,
     ):
         self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
+        self.kept = KeptSessions(sessions, response_kv.keeper)
         self._frontend, self._max_len = frontend, base.max_model_len
         self._chat = ChatLayout(frontend.renderer.tokenizer)
         self._vocab_size = frontend.model_config.get_vocab_size()
@@ -71,6 +73,7 @@ class Turns:
     async def delete(self, session_id: str, tenant: str = "") -> None:
         self._response_kv.given_up((tenant, session_id))
         await self.sessions.delete(session_id, tenant=tenant)
+        self._response_kv.gone((tenant, session_id))
 
     async def take(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from vllm import SamplingParams
@@ -132,7 +133,10 @@ def test_a_request_that_finds_kept_blocks_is_admitted_as_if_they_were_cached_onl
     """vLLM counts the cached blocks that a request finds among those that it takes from the free ones."""
     for keeps in (False, True):
         engine, kept = Engine(), prompt(10)
-        (engine.keep if keeps else lambda _, tokens: engine.run(tokens))("a", kept)
+        if keeps:
+            engine.keep("a", kept)
+        else:
+            engine.run(kept)
         assert engine.begin([*kept, *prompt(BLOCKS - 9)]) is None
         assert engine.begin([*kept, *prompt(BLOCKS - 10)]) is not None
         assert engine.free == 0
@@ -272,7 +276,7 @@ def test_hints_of_others_are_not_ours():
     engine, tokens = Engine(), prompt(3)
     asked = hints([Keep("a", len(tokens), 100)])
     for change in ({"action_type": "pin"}, {"action_version": "2"}):
-        action = SimpleNamespace(**{name: getattr(asked.actions[0], name) for name in asked.actions[0].__struct_fields__} | change)
+        action = msgspec.structs.replace(asked.actions[0], **change)
         engine.run([*tokens, 0], SimpleNamespace(actions=[action]))
         assert engine.kept.blocks == 0
 
@@ -319,7 +323,7 @@ def test_no_block_is_lost_whatever_happens():
         held = {block for request in running for block in engine.manager.get_block_ids(request.request_id)[0]}
         free = {block.block_id for block in engine.manager.block_pool.free_block_queue.get_all_free_blocks()}
         assert not held & free, step
-        assert len(held) + len(free) == 24 and engine.free == len(free), step
+        assert (len(held) + len(free), engine.free) == (24, len(free)), step
     for request in running:
         engine.end(request)
     assert engine.begin(prompt(24)) is not None

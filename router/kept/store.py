@@ -85,7 +85,7 @@ def refusal(asked: Kept, answer: Answer, budget: Budget, block_size: int) -> Inv
     have = (answer.own if of_own else answer.all) * block_size
     return Overloaded(
         f"{whose if of_own else 'all tenants together'} keep{'s' if of_own and asked.tenant else ''} {have} tokens of at most"
-        f" {most * block_size}, and {wanted} more do not fit beside them",
+        f" {most * block_size}; a context of {wanted} tokens does not fit beside them",
         field=field,
         retry_after_s=min(max(answer.free_s, 1.0), LONGEST_HINT_S) if of_own else LONGEST_HINT_S,
         fix="let something go (ListKept lists it), or have the limit raised",

@@ -104,7 +104,7 @@ async def test_beyond_the_budget_it_is_refused_and_nothing_changes():
         with pytest.raises(Overloaded) as refused:
             await running.turns.kept.keep(ANONYMOUS, "t", ttl_s=60)
         assert str(refused.value) == (
-            "router.max_kept_tokens: you keep 32 tokens of at most 40, and 32 more do not fit beside them "
+            "router.max_kept_tokens: you keep 32 tokens of at most 40; a context of 32 tokens does not fit beside them "
             "(fix: let something go (ListKept lists it), or have the limit raised)"
         )
         assert refused.value.retry_after_s == pytest.approx(60, abs=1)

@@ -23,6 +23,7 @@ from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.cache_control import Breakpoint, breakpoints
 from prefillshare.kvshare_vllm.surface.http_refusals import to_vllm, unnoted
 from prefillshare.kvshare_vllm.surface.http_turn import HttpTurn, bound_turn, unbound
+from prefillshare.kvshare_vllm.surface.request_checks import check_served
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ async def create_messages(request: AnthropicMessagesRequest, raw_request: Reques
         raise to_vllm(error) from error
     turn, service = bound_turn(), api_router.messages(raw_request)
     if ends and turn and service:
+        check_served(request.model, service.models)
+        service.engine_client.check_admission()  # before anything is laid out
         with unbound(), unnoted():
             beginnings = [(await _laid_out(service, request, end), end.ttl_s) for end in ends]
         turn.keep_up_to([(token_ids, ttl_s) for token_ids, ttl_s in beginnings if token_ids])

@@ -318,3 +318,61 @@ async def test_beside_a_prefill_pool_a_decode_replica_keeps_what_it_has_made():
         (names,) = kept(running, "agents").values()
         assert set(names) == {NAME}
         assert kept(running) == {}
+
+
+# Beginnings of prompts --------------------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_beginnings_of_a_prompt_are_kept_with_one_call_on_one_replica():
+    async with session_system(replicas=3) as running:
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(8, 3600.0), (37, 300.0), (5, 300.0)])
+        assert [(kept.blocks, kept.ttl_s) for kept in granted] == [(1, 3600), (4, 300)], "less than a block is not kept"
+        assert kept(running) == {}, "only when its KV is there"
+        running.keeper.hold(granted, PROMPT, None)
+        await asyncio.sleep(1)
+        (names,) = kept(running).values()
+        assert sorted(names.values()) == [8, 32]
+        assert len(running.cluster.calls("warm")) == 1
+        await asyncio.sleep(300)
+        (names,) = kept(running).values()
+        assert list(names.values()) == [8]
+
+
+@on_virtual_time
+async def test_a_prompt_that_its_turn_has_computed_is_kept_there_at_the_cost_of_a_token():
+    async with session_system(replicas=3) as running:
+        prompt = [*PROMPT, *range(60, 90)]
+        granted = await running.keeper.grant(ANONYMOUS, prompt, None, [(len(prompt), 300.0)])
+        await running.turn("a", prompt)
+        running.keeper.hold(granted, prompt, None)
+        await asyncio.sleep(1)
+        assert value(running.metrics["keep_prefill_tokens_total"]) == 1
+        holder = await keeper_of(running, granted[0].engine_name)
+        (prefilled,) = (name for name, one in running.cluster.pools["prefill"].replicas.items() if one.engine.cache.prompts)
+        assert holder == prefilled
+
+
+@on_virtual_time
+async def test_beyond_the_budget_the_longer_beginning_is_left_out():
+    async with session_system(max_kept_tokens=16) as running:
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(16, 300.0), (37, 300.0)])
+        assert [kept.blocks for kept in granted] == [2]
+        assert running.metrics["keeps_refused_total"].labels("never_fits")._value.get() == 1
+
+
+@on_virtual_time
+async def test_prompts_are_not_made_again_by_the_upkeep():
+    async with session_system(replicas=1) as running:
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(37, 300.0)])
+        running.keeper.hold(granted, PROMPT, None)
+        running.keeper.start()
+        await asyncio.sleep(1)
+        (engine,) = (replica.engine for replica in running.cluster.pools["prefill"].replicas.values())
+        engine.give_up(granted[0].engine_name)
+        await asyncio.sleep(5 * PERIOD_S)
+        assert kept(running) == {}
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(37, 300.0)])
+        running.keeper.hold(granted, PROMPT, None)
+        await asyncio.sleep(1)
+        assert list(kept(running).values()) == [{granted[0].engine_name: 32}]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +38,9 @@ from prefillshare.router.pools.fleet import Fleet
 from prefillshare.router.tenants import Tenants
 
 logger = logging.getLogger(__name__)
+
+#: Longest time for which a call waits to be granted that its prompt is kept, seconds.
+PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,10 @@ class Keeper:
             if not own:
                 continue
             try:
-                answer = await self._store.keep(self._asked(caller, of_prompt(own), own, ttl_s, salt), own, budget)
-            except Unavailable as error:
-                logger.warning("a prompt is not kept: %s", error)
+                async with asyncio.timeout(PATIENCE_S):
+                    answer = await self._store.keep(self._asked(caller, of_prompt(own), own, ttl_s, salt), own, budget)
+            except (Unavailable, TimeoutError) as error:
+                logger.warning("a prompt is not kept: %s: %s", type(error).__name__, error)
                 break
             if answer.refused:
                 self._count(answer.refused)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -128,13 +128,12 @@ class Holding:
         self._next.clear()
         await self._background.stop()
 
-    def _ended(self, key: tuple[str, str]) -> None:
+    def _ended(self, key: Key) -> None:
         self._running.pop(key, None)
         if wanted := self._next.pop(key, None):
             self.hold(wanted)
 
     async def _see_to(self, wanted: Wanted) -> None:
-        outcome = "failed"
         try:
             async with asyncio.timeout(max(kept.left_s for kept in wanted.kept)):
                 if wanted.ready:
@@ -144,8 +143,8 @@ class Holding:
             outcome = "done"
         except (PrefillShareError, TimeoutError, *CALL_ERRORS) as error:
             logger.warning("%s is not kept on a replica: %s: %s", wanted.longest.name, type(error).__name__, error)
-        finally:
-            self._metrics["keeps_total"].labels(outcome).inc()
+            outcome = "failed"
+        self._metrics["keeps_total"].labels(outcome).inc()
 
     async def _keep_on_a_replica(self, wanted: Wanted) -> None:
         size, tokens = self._base.block_size, self._tokens(wanted.longest)
@@ -174,7 +173,6 @@ class Holding:
         held = pool.most_cached(len(token_ids), keys)
         if held and held.cached_tokens * 2 >= len(token_ids):
             return held
-
         return await pool.choose(len(token_ids), keys, fits=lambda replica: self._fits(pool, replica, kept))
 
     def _fits(self, pool: Pool, replica: str, kept: Kept) -> bool:
@@ -199,5 +197,4 @@ class Holding:
 
 def capacity_blocks(fleet: Fleet) -> int:
     """Blocks of the replicas that may keep something."""
-    pools: Mapping[str, Pool] = {pool.name: pool for pool in fleet.keepers}
-    return sum(replica.info.blocks_total for pool in pools.values() for replica in pool.replicas.usable())
+    return sum(replica.info.blocks_total for pool in fleet.keepers for replica in pool.replicas.usable())

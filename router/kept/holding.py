@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prefillshare.kvshare.config import Base
-from prefillshare.kvshare.errors import PrefillShareError
+from prefillshare.kvshare.errors import InvalidInput, PrefillShareError, Unavailable
 from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.background import Background
@@ -72,6 +72,13 @@ class Holding:
         self._running: dict[Key, tuple[asyncio.Task, Wanted]] = {}
         self._next: dict[Key, Wanted] = {}
         self._in_turn: set[Key] = set()
+
+    def check(self) -> None:
+        """Raises InvalidInput if no engine of the deployment may ever keep anything, Unavailable if none can now."""
+        if not self._fleet.keepers:
+            raise InvalidInput("no pool of this deployment shares KV", fix="serve decoders in a mode that shares")
+        if not capacity_blocks(self._fleet):
+            raise Unavailable("no replica that could keep it is ready", fix="try again")
 
     def hold(self, wanted: Wanted) -> None:
         """Begin to have a replica keep it; later, if this is being done for the same context."""

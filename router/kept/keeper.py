@@ -78,6 +78,7 @@ class Keeper:
         self, caller: Caller, session_id: str, token_ids: Sequence[int], salt: str | None, ttl_s: float, priority: int | None
     ) -> Kept:
         """Keep a session's context from now on. Raises InvalidInput, Overloaded beyond the budget, Unavailable."""
+        self._holding.check()
         if priority is not None and priority not in PRIORITIES:
             raise InvalidInput(
                 f"{priority} is out of range",
@@ -159,8 +160,8 @@ class Keeper:
         """Raises Unavailable."""
         kept = await self._store.of(tenant)
         held = {one.name: self._holding.held_tokens(one) for one in kept}
-        blocks = (await self._store.held()).get(tenant, 0)
-        return Listed(kept, held, blocks * self._block_size, self._budgets.of(tenant).own * self._block_size)
+        tokens = await self._store.own(tenant) * self._block_size
+        return Listed(kept, held, tokens, self._budgets.of(tenant).own * self._block_size)
 
     async def stop(self) -> None:
         for part in (self._upkeep, self._background, self._holding):

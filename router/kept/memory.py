@@ -84,6 +84,9 @@ class MemoryKept(KeptStore):
     async def of(self, tenant: str) -> list[Kept]:
         return [self._seen(record) for record in self._of(tenant).records.values()]
 
+    async def own(self, tenant: str) -> int:
+        return len(self._of(tenant).blocks)
+
     async def held(self) -> dict[str, int]:
         held = {name: len(self._of(name).blocks) for name in tuple(self._tenants)}
         for name in [name for name, tenant in self._tenants.items() if not tenant.records]:

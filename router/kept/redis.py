@@ -39,6 +39,9 @@ class RedisKept(KeptStore):
     async def of(self, tenant: str) -> list[Kept]:
         return [kept for told in await self._ask(scripts.OF, tenant) if (kept := _kept(tenant, told))]
 
+    async def own(self, tenant: str) -> int:
+        return (await self._ask(scripts.HELD, tenant))[0]
+
     async def held(self) -> dict[str, int]:
         names = await self._calls.run(scripts.TENANTS, [self._all], (), CALL_S)
         held = {}

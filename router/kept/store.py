@@ -58,6 +58,10 @@ class KeptStore(ABC):
         """What the tenant keeps."""
 
     @abstractmethod
+    async def own(self, tenant: str) -> int:
+        """Blocks that the tenant keeps."""
+
+    @abstractmethod
     async def held(self) -> dict[str, int]:
         """Tenant -> blocks, of those that keep something."""
 

@@ -28,6 +28,8 @@ class NoReplicas:
     def __init__(self):
         self.wanted = []
 
+    def check(self) -> None: ...
+
     def hold(self, wanted) -> None:
         self.wanted.append(wanted)
 

@@ -12,7 +12,7 @@ from double.system import session_system
 from virtual_time import on_virtual_time
 
 from prefillshare.kvshare.caller import ANONYMOUS, Caller
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, Overloaded, Unavailable
 from prefillshare.router.kept.kept import of_session
 from prefillshare.router.kept.upkeep import CLAIM_S, PERIOD_S
 
@@ -161,6 +161,19 @@ async def test_a_deleted_session_is_let_go():
         await running.turns.delete("s")
         await asyncio.sleep(1)
         assert (kept(running), (await running.turns.kept.listed(ANONYMOUS)).tokens) == ({}, 0)
+
+
+@on_virtual_time
+async def test_where_nobody_can_keep_it_the_error_says_so():
+    async with session_system(replicas=1) as running:
+        await running.turns.create("s", ("token_ids", PROMPT))
+        running.cluster.pools["prefill"].kill("prefill-1")
+        await asyncio.sleep(1)
+        with pytest.raises(Unavailable, match="no replica that could keep it is ready"):
+            await running.turns.kept.keep(ANONYMOUS, "s")
+        running.fleet.keepers = ()
+        with pytest.raises(InvalidInput, match="no pool of this deployment shares KV"):
+            await running.turns.kept.keep(ANONYMOUS, "s")
 
 
 @pytest.mark.parametrize(("how", "field"), [({"ttl_s": 3601}, "ttl_s"), ({"ttl_s": -1}, "ttl_s"),

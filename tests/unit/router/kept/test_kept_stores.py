@@ -43,6 +43,7 @@ async def test_what_is_kept_is_listed_with_the_time_that_is_left(store, where):
     assert (kept.name, kept.blocks, kept.ttl_s, kept.priority, kept.rank, kept.salt) == ("a", 3, 100, 70, 8, "pepper")
     assert kept.left_s == pytest.approx(60, abs=2)
     assert (await store.held(), await store.of("other")) == ({"ferry": 3}, [])
+    assert (await store.own("ferry"), await store.own("other")) == (3, 0)
 
 
 async def test_common_beginnings_count_once(store):

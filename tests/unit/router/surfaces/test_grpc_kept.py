@@ -31,6 +31,8 @@ class NoReplicas:
     def __init__(self):
         self.let_gone = []
 
+    def check(self) -> None: ...
+
     def hold(self, wanted) -> None: ...
 
     def let_go(self, kept) -> None:

@@ -146,6 +146,57 @@ DEFINITIONS = {
             known=("used", "total"),
         ),
         Metric(
+            "prefillshare_kept_tokens",
+            Gauge,
+            "Tokens that tenants keep, by tenant; after a hundred tenants, the others are counted together. Routers that share "
+            "a store all give the same figure, which is some seconds old.",
+            ("tenant",),
+            "Near the tenant's max_kept_tokens, or all together near what router.max_kept_share allows: further ones are "
+            "refused; raise these, or kv_cache_gib.",
+        ),
+        Metric(
+            "prefillshare_kept_blocks",
+            Gauge,
+            "KV blocks that a pool's replicas keep because somebody asked for it, as last told. Every router gives all of "
+            "them.",
+            ("pool",),
+            "Far below prefillshare_kept_tokens divided by the block size: replicas give up what they keep; look at "
+            "prefillshare_kept_given_up_blocks_total.",
+        ),
+        Metric(
+            "prefillshare_kept_given_up_blocks_total",
+            Counter,
+            "Kept blocks that replicas keep no longer, by reason (pressure: requests needed the room; expired; let_go; gone: "
+            "their content was invalid, or the cache was reset). Every router counts those of all replicas.",
+            ("pool", "reason"),
+            "pressure rising: more is kept than fits beside the requests; lower router.max_kept_share, or raise kv_cache_gib.",
+            known=("pressure", "expired", "let_go", "gone"),
+        ),
+        Metric(
+            "prefillshare_keeps_total",
+            Counter,
+            "Times that a context was to be kept, or kept for longer, on a replica, by outcome (done, failed).",
+            ("outcome",),
+            "failed rising: replicas are lost, or do not come to work behind all turns; read the router's log.",
+            known=("done", "failed"),
+        ),
+        Metric(
+            "prefillshare_keep_prefill_tokens_total",
+            Counter,
+            "Tokens computed because a context is kept.",
+            (),
+            "Rising without new contexts: replicas that kept some were lost, or have given them up.",
+        ),
+        Metric(
+            "prefillshare_keeps_refused_total",
+            Counter,
+            "Contexts, or growths of contexts, that are not kept, by reason (never_fits: longer than the tenant may ever keep; "
+            "own_budget: beyond what the tenant may keep; all_budget: beyond what all tenants together may keep).",
+            ("reason",),
+            "own_budget: raise the tenant's max_kept_tokens; all_budget: raise router.max_kept_share, or kv_cache_gib.",
+            known=("never_fits", "own_budget", "all_budget"),
+        ),
+        Metric(
             "prefillshare_kv_load_seconds",
             Histogram,
             "Time from asking for a prompt's KV until the decode replica has all of it, for turns that had to read some.",
@@ -285,13 +336,13 @@ DEFINITIONS = {
             "prefillshare_background_failures_total",
             Counter,
             "Background work that ended in an unforeseen error, by task (eager_prefill, pull_back, loan_release, "
-            "handoff_release, canary, replica_question, usage_tidying, limit_settling).",
+            "handoff_release, canary, replica_question, usage_tidying, limit_settling, keeping).",
             ("task",),
             "Above 0: a defect of prefillshare; turns go on without this work. The router's log has the error and the session "
             "or request.",
             known=(
                 "eager_prefill", "pull_back", "loan_release", "handoff_release", "canary", "replica_question", "usage_tidying",
-                "limit_settling",
+                "limit_settling", "keeping",
             ),
         ),
         Metric(

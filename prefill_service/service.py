@@ -20,7 +20,7 @@ class PrefillService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from prefillshare.kvshare_vllm.engine.engine import PrefillEngine
+        from prefillshare.kvshare_vllm.engine.prefill_engine import PrefillEngine
 
         return PrefillEngine
 

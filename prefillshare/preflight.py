@@ -137,6 +137,7 @@ def check_command(file: Path) -> None:
 
     from prefillshare.argument_check import check_arguments
     from prefillshare.engines import kv_contract
+    from prefillshare.kept_budget import kept_budget
     from prefillshare.router import tenants
 
     deployment = load(file)
@@ -148,7 +149,8 @@ def check_command(file: Path) -> None:
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
         console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
-    for line in (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape)):
+    of_kv = (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape))
+    for line in (*of_kv, *kept_budget(deployment, contract.shape, known)):
         console.print(f"  {line}")
     checked.warn(console)
     if checked.unchecked:

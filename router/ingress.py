@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from datetime import date
+from functools import partial
 
 from ray import serve
 
@@ -41,7 +42,10 @@ class RouterIngress:
             from prefillshare.router.accounts.accounts import Accounts
             from prefillshare.router.ahead.response_kv import ResponseKV
             from prefillshare.router.core import Core
+            from prefillshare.router.kept.keeper import Keeper
+            from prefillshare.router.kept.lifecycle import open_kept
             from prefillshare.router.sessions import SessionGauge, open_sessions, open_threads
+            from prefillshare.router.sessions.kept_sessions import context_of
             from prefillshare.router.surfaces.surfaces import Surfaces
             from prefillshare.router.telemetry.ray_metrics import RayMetrics
 
@@ -67,8 +71,11 @@ class RouterIngress:
         at_end(self._core.stop)
         await self._core.start(deployment, tenants.shares(), self._accounts)
         at_end(SessionGauge(sessions, self._core.metrics["sessions"]).stop)
-        compute_s = self._core.orchestrator.services.compute_s
-        response_kv = ResponseKV.of(deployment, self._core.fleet, self._core.metrics, lambda: compute_s.value)
+        fleet, metrics, compute_s = self._core.fleet, self._core.metrics, self._core.orchestrator.services.compute_s
+        keeper = Keeper.of(deployment, fleet, metrics, tenants, open_kept(config), partial(context_of, sessions))
+        at_end(keeper.stop)
+        keeper.start()
+        response_kv = ResponseKV.of(deployment, fleet, metrics, lambda: compute_s.value, keeper)
         at_end(response_kv.stop)
         self._surfaces = await Surfaces.over(self._core, deployment, tenants, sessions, threads, response_kv)
         at_end(self._surfaces.stop)

@@ -83,6 +83,11 @@ class Tenant(Node):
     max_sessions: int | None = Field(None, ge=1)
     """Most sessions that the tenant may hold at once; creating another one is refused. Unset: a part of router.max_sessions in
     proportion to its weight, at least 1. All tenants together never hold more than router.max_sessions."""
+    max_kept_tokens: int | None = Field(None, ge=0)
+    """Most tokens that the tenant may keep in the engines' caches at once (KeepSession, `cache_control`,
+    prompt_cache_retention); what several kept contexts have in common at their beginning counts once. Keeping more is refused;
+    0: nothing may be kept. Unset: a part of what all tenants together may keep (router.max_kept_share,
+    router.max_kept_tokens), in proportion to its weight."""
     priority: int = Field(0, ge=-100, le=100)
     """Priority of the tenant's turns; lower is sooner, as in vLLM: turns of a lower number go before all turns of a higher
     number, in the router and in the engines. A request may add up to 100 to it, and so let others go first."""
@@ -158,6 +163,14 @@ class Tenants:
         return {
             name: tenant.max_sessions or max(1, int(in_all * tenant.weight / weights)) for name, tenant in self.by_name.items()
         }
+
+    def max_kept_tokens(self, tenant: str, in_all: int) -> int | None:
+        """Most tokens that the tenant keeps, of the `in_all` that all of them may keep; None: it has no limit of its own."""
+        if not (own := self.by_name.get(tenant)):
+            return None
+        if own.max_kept_tokens is not None:
+            return own.max_kept_tokens
+        return int(in_all * own.weight / sum(one.weight for one in self.by_name.values()))
 
 
 def bearer(authorization: str | None) -> str | None:

@@ -9,10 +9,10 @@ from redis.asyncio import Redis
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.accounts.ledger import Ledger, MemoryLedger
 from prefillshare.router.accounts.limits import Limits, MemoryLimits
-from prefillshare.router.accounts.redis_calls import RedisCalls
 from prefillshare.router.accounts.redis_ledger import RedisLedger
 from prefillshare.router.accounts.redis_limits import RedisLimits
 from prefillshare.router.clock import taken_from
+from prefillshare.router.redis_calls import RedisCalls
 
 
 class InMemory:

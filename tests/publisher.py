@@ -8,7 +8,7 @@ import zmq
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
 from prefillshare.kvshare.replica_info import KVEvents
-from prefillshare.kvshare_vllm.engine.kv_events import StatePublisher
+from prefillshare.kvshare_vllm.engine.kv_events import KeptChanged, StatePublisher
 
 BLOCK = 32
 
@@ -35,6 +35,10 @@ def stored(ids, first, parent=None, salt=None, lora=None, lora_in_key=False):
 
 def removed(*hashes):
     return BlockRemoved(block_hashes=list(hashes), medium="GPU", group_idx=0)
+
+
+def kept(name, tokens, blocks, given_up=0, why=""):
+    return KeptChanged(name, tokens, blocks, given_up, why)
 
 
 class Engine:
@@ -67,5 +71,13 @@ class Engine:
 async def becomes(index, keys, want, timeout_s=5.0):
     deadline = time.monotonic() + timeout_s
     while (found := index.overlaps("prefill", keys)) != want:
+        assert time.monotonic() < deadline, f"the index says {found}, not {want}"
+        await asyncio.sleep(0.02)
+
+
+async def keeps(index, want, timeout_s=5.0):
+    """`want`: name -> tokens that the replica keeps."""
+    deadline = time.monotonic() + timeout_s
+    while (found := index.kept("prefill")["one"].names) != want:
         assert time.monotonic() < deadline, f"the index says {found}, not {want}"
         await asyncio.sleep(0.02)

@@ -12,6 +12,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.router.ahead.response_kv import ResponseKV, ResponseOfTurn
+from prefillshare.router.kept.keeper import Keeper
 from prefillshare.router.responses.threads import Threads
 from prefillshare.router.sessions import MemorySessions, SessionStore
 
@@ -33,8 +34,8 @@ class _Turn:
 class _Noted(ResponseKV):
     """Makes no KV ahead. `contexts`: those that turns have ended with, as its base KV would be made."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, keeper: Keeper | None):
+        super().__init__(keeper=keeper)
         self.contexts: list[list[int]] = []
 
     @contextmanager
@@ -48,6 +49,10 @@ class ChatSurface:
     """`answers`: the texts of the next responses, the last of them again and again. `prompts`, `ids`: those of all turns, as
     text and as token ids. `kept`: what the base's KV would be made of ahead. `base`: further settings of the base. `config`:
     further arguments of HttpCalls."""
+
+    #: How many tokens of each prompt are found cached, and who keeps contexts.
+    cached_tokens = 0
+    keeper: Keeper | None = None
 
     def __init__(self, model: str, threads: SessionStore | None = None, base: dict | None = None, **config):
         usual = {"dtype": "float32", "max_model_len": 1024, "tool_call_parser": "hermes"}
@@ -66,7 +71,7 @@ class ChatSurface:
         self.app, self.frontend = await build_openai_app(
             self.base, DECODERS, self._turn, lambda *_: None, middleware=[HttpSessions]
         )
-        names, noted = (*DECODERS, self.base.name), _Noted()
+        names, noted = (*DECODERS, self.base.name), _Noted(self.keeper)
         self.decoders = {name: Decoder(name, "agents", "prefillshare", name, "lora") for name in names}
         calls = HttpCalls(self.base, self.decoders, self.frontend, self.sessions, noted, **self.config)
         self.kept = noted.contexts
@@ -82,7 +87,9 @@ class ChatSurface:
         self.ids.append(call.prompt)
         self.prompts.append(self.tokenizer.decode(call.prompt))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        return _Turn(self._chunks(self.encode(answer)))
+        turn = _Turn(self._chunks(self.encode(answer)))
+        turn.usage.cached_tokens = self.cached_tokens
+        return turn
 
     @staticmethod
     async def _chunks(ids: Sequence[int]):

@@ -141,6 +141,25 @@ BOARDS = (
                    _rate("prefillshare_pulled_back_tokens_total"): "pulled back"},
                   "Per second."),
         ),
+        "Kept contexts": (
+            Panel("Tokens kept, by tenant", "short", {"max by (tenant) (prefillshare_kept_tokens)": "{{tenant}}"},
+                  "Near a tenant's max_kept_tokens, or all together near what router.max_kept_share allows: further ones are "
+                  "refused."),
+            Panel("Share of the pool's blocks kept", "percentunit",
+                  {"max by (pool) (prefillshare_kept_blocks) / "
+                   'max by (pool) (prefillshare_kv_blocks{state="total"})': "{{pool}}"},
+                  "Above router.max_kept_share for one pool: what is kept lies unevenly."),
+            Panel("Given up", "short",
+                  {f"max by (pool, reason) (rate(prefillshare_kept_given_up_blocks_total[{RATE}]))": "{{pool}}: {{reason}}"},
+                  "Blocks per second. pressure: more is kept than fits beside the requests; lower router.max_kept_share, or "
+                  "raise kv_cache_gib."),
+            Panel("Refused", "reqps", {_rate("prefillshare_keeps_refused_total", "reason"): "{{reason}}"},
+                  "own_budget: raise the tenant's max_kept_tokens; all_budget: raise router.max_kept_share, or kv_cache_gib."),
+            Panel("Kept, or prolonged, on a replica", "reqps", {_rate("prefillshare_keeps_total", "outcome"): "{{outcome}}"},
+                  "failed rising: replicas are lost, or do not come to work behind all turns; read the router's log."),
+            Panel("Computed to be kept", "short", {_rate("prefillshare_keep_prefill_tokens_total"): "tokens a second"},
+                  "Rising without new contexts: replicas that kept some were lost, or have given them up."),
+        ),
         "Decoders' own layers (DroidSpeak)": (
             Panel("Layers computed", "reqps",
                   {_rate("prefillshare_own_layer_turns_total", "decoder, layers", **DECODER): "{{decoder}}: {{layers}}"},

@@ -65,6 +65,12 @@ class Router(Node):
     max_session_ttl_s: float | None = Field(None, gt=0)
     """Longest time to live, in seconds, that a client may give a session of its own. Unset: session_ttl_s, so that a client can
     only have its sessions forgotten earlier."""
+    max_kept_share: float = Field(0.5, ge=0, le=1)
+    """Share of the KV blocks, of the engines that make the base's KV, which may be kept because somebody asks for it
+    (KeepSession, `cache_control`, prompt_cache_retention), by all tenants together. Kept blocks are given up when requests need
+    the room, so they never hold up a turn, but they leave less room for caching what others use. 0: nothing may be kept."""
+    max_kept_tokens: int | None = Field(None, ge=0)
+    """Most tokens that all tenants together may keep, beside max_kept_share. Unset: as many as that allows."""
     max_responses: int = Field(4096, ge=1)
     """Most stored responses and conversations (OpenAI's APIs of these names) that a tenant has, counted by the threads that
     they form: responses that follow each other are one. Beyond that, the one that was unused for longest is forgotten."""

@@ -1,4 +1,4 @@
-"""AsyncLLM as the two engines of the system: one computes KV and hands it over, the other takes it and generates.
+"""AsyncLLM as an engine of the system, and as the decode engine, which takes KV and generates (the other: prefill_engine.py).
 
 Seam: vllm/v1/engine/async_llm.py
 """
@@ -34,11 +34,12 @@ from prefillshare.kvshare.errors import (
     Unavailable,
 )
 from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare.layer_group import block_salt
 from prefillshare.kvshare.logprobs import Logprobs
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaStats
-from prefillshare.kvshare_vllm.engine import array_logprobs, quick_start
+from prefillshare.kvshare_vllm.engine import array_logprobs, quick_start, retention
 from prefillshare.kvshare_vllm.engine.adapters import Adapters
 from prefillshare.kvshare_vllm.engine.first_word import FirstWord
 from prefillshare.kvshare_vllm.engine.gauges import Gauges
@@ -176,7 +177,7 @@ class Engine:
             raise Internal(f"pool {self.settings.pool!r} holds no adapter {name!r}; it holds {sorted(self.adapters)}")
         return self._adapters.loaded[name]
 
-    async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0, trace=None):
+    async def _generate(self, token_ids, sampling, request_id, adapter, cache_salt, priority=0, trace=None, hints=None):
         prompt: dict[str, Any] = {"prompt_token_ids": list(token_ids)}
         if cache_salt:
             prompt["cache_salt"] = cache_salt
@@ -186,7 +187,13 @@ class Engine:
         try:
             with as_our_errors():
                 outputs = self._llm.generate(
-                    prompt, sampling, request_id, lora_request=self._adapter(adapter), priority=priority, trace_headers=trace
+                    prompt,
+                    sampling,
+                    request_id,
+                    lora_request=self._adapter(adapter),
+                    priority=priority,
+                    trace_headers=trace,
+                    kv_hints=hints,
                 )
                 async with aclosing(outputs):
                     async for output in outputs:
@@ -215,19 +222,33 @@ class Engine:
         return PrefillResult(handoff, len(token_ids), output.num_cached_tokens or 0, seconds)
 
     async def warm(
-        self, token_ids: list[int], request_id: str, *, cache_salt: str | None = None, priority: int = 0
+        self,
+        token_ids: list[int],
+        request_id: str,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        keep: Sequence[Keep] = (),
     ) -> PrefillResult:
-        """Compute base KV of `token_ids` for the prefix cache only; nothing is handed over."""
-        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None)
+        """Compute base KV of `token_ids` for the prefix cache, which keeps `keep` of it; nothing is handed over."""
+        hints = retention.hints(keep)
+        output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, priority, None, hints=hints)
         return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
-    async def _prefill(self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None, trace=None):
+    async def let_go(self, names: Sequence[str]) -> None:
+        """What the prefix cache keeps under these names is kept no longer."""
+        name = f"let-go-{uuid.uuid4().hex}"
+        await self._prefill(self._probe_tokens, name, None, None, 0, None, hints=retention.hints(let_go=names))
+
+    async def _prefill(
+        self, token_ids, request_id: str, adapter, cache_salt, priority: int, ask: dict | None, trace=None, hints=None
+    ):
         """(the engine's last output, seconds)"""
         extra = {"kv_transfer_params": ask} if ask else None
         sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra)
         started = time.perf_counter()
         output = None
-        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace):
+        async for latest in self._generate(token_ids, sampling, request_id, adapter, cache_salt, priority, trace, hints):
             output = latest
         ended = output.outputs[0].finish_reason if output is not None else None
         if ended == "error" and params.Asked(ask).load_is_due:
@@ -252,28 +273,6 @@ class Engine:
 
     def _dead(self) -> Unavailable:
         return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
-
-
-class PrefillEngine(Engine):
-    async def pull(
-        self, token_ids: list[int], lent: Handoff, request_id: str, *, cache_salt: str | None = None
-    ) -> PrefillResult:
-        """Cache base KV that a decode engine has lent: only the last token's KV is computed, all other KV is read.
-
-        This engine owns the loan from the call on: it reads the KV or has the decode engine told that nobody will.
-        Raises PrefixLost if it cannot be read.
-        """
-        wanted = len(token_ids) - 1
-        # vLLM aligns both engines' blocks at the end, and a decode engine may have one more than the tokens fill.
-        ask = params.to_pull(lent.transfer, -(-wanted // self.settings.block_size))
-        try:
-            if lent.contract != self.settings.contract or wanted > lent.tokens:
-                raise Internal(f"a loan of {lent.tokens} tokens under contract {lent.contract} for {wanted} tokens")
-            output, seconds = await self._prefill(token_ids, request_id, None, cache_salt, 0, ask)
-        except PrefillShareError as error:
-            await self._release_unseen(lent, request_id, error)
-            raise
-        return PrefillResult(None, len(token_ids), output.num_cached_tokens or 0, seconds)
 
 
 class DecodeEngine(Engine):

@@ -8,6 +8,9 @@ state. Here:
  3. A replay request (ZMQ ROUTER) is answered with the state instead of history: cleared, then every block now held, in parts
     of STATE_BLOCKS that all have the last sequence number. Its size is bounded by the cache, not by time.
 
+What the engine keeps for somebody (kept_blocks.py) is published in the same way: an event of ours for each change, and in the
+state.
+
 A block's event has what the index needs: the tenant's salt (R7) on every block, though vLLM puts it only into the first
 block's extra keys, and an adapter's name only if the block's key contains it (in sharing pools it does not, R5). Events carry
 prompts' token ids: both sockets are for holders of the deployment's key only (kvshare/channel_keys.py).
@@ -39,6 +42,7 @@ from vllm.distributed.kv_events import (
     EventBatch,
     EventPublisher,
     EventPublisherFactory,
+    KVCacheEvent,
     KVEventBatch,
 )
 
@@ -55,6 +59,17 @@ class KeyedBlockStored(BlockStored, tag="BlockStored", kw_only=True):
     """vLLM's event with the salt the block's key was made with."""
 
     cache_salt: str | None = None
+
+
+class KeptChanged(KVCacheEvent):
+    """What is kept under a name is now the KV of `tokens` tokens; 0: nothing. `blocks`: kept under all names together.
+    `given_up`: blocks that this change has given up, and `why` (kept_blocks.py)."""
+
+    name: str
+    tokens: int
+    blocks: int
+    given_up: int = 0
+    why: str = ""
 
 
 @dataclass(slots=True)
@@ -89,6 +104,9 @@ class StatePublisher(EventPublisher):
         self._queued = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._topic = topic.encode()
         self._held: dict[Any, _Held] = {}
+        #: Name -> tokens that are kept under it; and the blocks kept under all names.
+        self._kept: dict[str, int] = {}
+        self._kept_blocks = 0
         self._sent_at = 0.0
         # Starts at the clock: an engine that restarts on this address continues with higher numbers, which shows as a gap.
         self._sequence = time.time_ns() // 1000
@@ -136,7 +154,7 @@ class StatePublisher(EventPublisher):
             except Exception:
                 # After any error the state may be wrong: it is cleared, and built anew from here on.
                 logger.exception("KV events could not be told")
-                self._held.clear()
+                self._forget()
                 self._send([AllBlocksCleared()], time.time())
 
     def _work(self) -> bool:
@@ -169,16 +187,27 @@ class StatePublisher(EventPublisher):
             return
         client = frames[0]
         sequence = self._sequence.to_bytes(8, "big")
-        blocks, part = iter(self._held.items()), [AllBlocksCleared()]
+        kept = [KeptChanged(name, tokens, self._kept_blocks) for name, tokens in self._kept.items()]
+        blocks, part = iter(self._held.items()), [AllBlocksCleared(), *kept]
         while part:
             self._replays.send_multipart((client, b"", self._topic, sequence, self._encode(part, time.time())))
             part = list(_told(islice(blocks, STATE_BLOCKS)))
         self._replays.send_multipart((client, b"", b"", END_SEQ, b""))
 
+    def _forget(self) -> None:
+        self._held.clear()
+        self._kept.clear()
+        self._kept_blocks = 0
+
     def _apply(self, event) -> list:
         """Fold one of vLLM's events into the state; returns what to publish for it."""
         if isinstance(event, AllBlocksCleared):
-            self._held.clear()
+            self._forget()
+            return [event]
+        if isinstance(event, KeptChanged):
+            self._kept[event.name], self._kept_blocks = event.tokens, event.blocks
+            if not event.tokens:
+                del self._kept[event.name]
             return [event]
         if event.medium not in (None, MEDIUM_GPU):
             return [event]

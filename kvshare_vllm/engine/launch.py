@@ -39,6 +39,8 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
             "scheduler_cls": "prefillshare.kvshare_vllm.engine.scheduler.SharedKVScheduler",
             "worker_cls": "prefillshare.kvshare_vllm.engine.worker.SharedKVWorker",
         }
+    elif mode.guards_prefix:
+        args |= {"scheduler_cls": "prefillshare.kvshare_vllm.engine.retention.KeepingScheduler"}
     args |= families.of_engine(s).engine_args(s)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}

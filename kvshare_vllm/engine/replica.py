@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from ray import serve
 
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.handoff import PrefillResult
+from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare.replica_info import ReplicaInfo, ReplicaStats
 from prefillshare.kvshare_vllm.engine import quick_start, ray_node
 from prefillshare.kvshare_vllm.patches import vllm_logging
@@ -84,10 +85,19 @@ class EngineReplica(ABC):
             )
 
     async def warm(
-        self, token_ids: list[int], request_id: str, cache_salt: str | None = None, queued_tokens: int = 0, priority: int = 0
+        self,
+        token_ids: list[int],
+        request_id: str,
+        cache_salt: str | None = None,
+        queued_tokens: int = 0,
+        priority: int = 0,
+        keep: Sequence[Keep] = (),
     ) -> PrefillResult:
         with self._queued(queued_tokens):
-            return await self._engine.warm(token_ids, request_id, cache_salt=cache_salt, priority=priority)
+            return await self._engine.warm(token_ids, request_id, cache_salt=cache_salt, priority=priority, keep=keep)
+
+    async def let_go(self, names: Sequence[str]) -> None:
+        await self._engine.let_go(names)
 
     @contextmanager
     def _queued(self, tokens: int):

@@ -23,6 +23,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import RequestStatus
 
 from prefillshare.kvshare.errors import ResumeReason
+from prefillshare.kvshare_vllm.engine.retention import Keeping
 from prefillshare.kvshare_vllm.patches.block_keys import share_blocks_between_adapters
 from prefillshare.kvshare_vllm.transfer.params import Asked, Params, given_back, refused
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class SharedKVScheduler(AsyncScheduler):
+class SharedKVScheduler(Keeping, AsyncScheduler):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._loads = self.connector.loads

@@ -175,9 +175,10 @@ class Frontend(EngineClient):
         *,
         terms: object = None,
         prompt_text: str | None = None,
+        kept_tokens: int = 0,
     ) -> Run:
-        """Run a prepared request. `terms`: passed on to the turn runner."""
-        return Run(self, request, decoder, caller, terms, prompt_text)
+        """Run a prepared request. `terms`: passed on to the turn runner. `kept_tokens`: of its prompt, to be kept."""
+        return Run(self, request, decoder, caller, terms, prompt_text, kept_tokens)
 
     async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         try:
@@ -263,7 +264,9 @@ class Run:
         caller: Caller,
         terms: object,
         prompt_text: str | None,
+        kept_tokens: int,
     ):
+        self._kept_tokens = kept_tokens
         self._frontend, self._request, self._prompt_text = frontend, request, prompt_text
         self._decoder, self._caller, self._terms = decoder, caller, terms
         #: One turn, or `n` of them; empty until the first output is asked for.
@@ -320,7 +323,7 @@ class Run:
         try:
             async with aclosing(turn.chunks()) as chunks:
                 async for chunk in chunks:
-                    output = _core_output(request, chunk, turn.usage, first)
+                    output = _core_output(request, chunk, turn.usage, first, self._kept_tokens)
                     first = False
                     done = self._frontend.output_processor.process_outputs([output])
                     if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
@@ -334,9 +337,13 @@ class Run:
             queue.put(error)
 
 
-def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool) -> EngineCoreOutput:
+def _core_output(
+    request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool, kept_tokens: int
+) -> EngineCoreOutput:
     """A chunk as an engine would send it. The turn's usage goes where vLLM's server expects a KV connector's report; the server
-    shows the last output's."""
+    shows the last output's. What is kept, and was not cached before, counts as put into the cache by this request."""
+    created = max(0, kept_tokens - usage.cached_tokens)
+    stats = PrefillStats(num_cached_tokens=usage.cached_tokens, num_cache_creation_tokens=created)
     logprobs, k = None, request.sampling_params.num_logprobs
     may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
     if chunk.logprobs is not None and k is not None:
@@ -348,6 +355,6 @@ def _core_output(request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage
         new_logprobs=logprobs,
         finish_reason=_FINISH[chunk.finish_reason] if chunk.finish_reason else None,
         stop_reason=chunk.stop_reason,
-        prefill_stats=PrefillStats(num_cached_tokens=usage.cached_tokens) if is_first else None,
+        prefill_stats=stats if is_first else None,
         kv_transfer_params={USAGE: usage.report()} if may_be_last else None,
     )

@@ -12,6 +12,8 @@ Seam: vllm/entrypoints/{openai,anthropic}: a chunk of a streamed body is an even
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -47,6 +49,16 @@ def note_failure(error: PrefillShareError) -> None:
     """The request being served is refused, or fails; the first failure is what its client is told."""
     if (turns := _turns.get()) and turns.failure is None:
         turns.failure = error
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Within this context, what fails is not a failure of the request being served."""
+    token = _turns.set(None)
+    try:
+        yield
+    finally:
+        _turns.reset(token)
 
 
 def to_vllm(error: PrefillShareError) -> Exception:

@@ -9,7 +9,8 @@ Seam: vllm/entrypoints/openai/{chat_completion,responses}/serving.py: `parser_cl
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +68,16 @@ def bind(turn: HttpTurn):
 
 def unbind(token) -> None:
     _bound.reset(token)
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Within this context, no turn is bound to the request being served."""
+    token = _bound.set(None)
+    try:
+        yield
+    finally:
+        _bound.reset(token)
 
 
 def bound_turn() -> HttpTurn | None:

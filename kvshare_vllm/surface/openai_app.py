@@ -38,6 +38,7 @@ from prefillshare.kvshare_vllm.surface.http_hang_ups import HangUps
 from prefillshare.kvshare_vllm.surface.http_rate_limits import RateLimitHeaders
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
 from prefillshare.kvshare_vllm.surface.http_routes import keep_served
+from prefillshare.kvshare_vllm.surface.messages_route import serve_messages
 from prefillshare.kvshare_vllm.surface.model_route import serve_models_one_by_one
 from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
@@ -73,6 +74,7 @@ async def build_openai_app(
     app = build_app(args, tasks, frontend.model_config)
     keep_served(app)
     serve_responses(app)
+    serve_messages(app)
     serve_models_one_by_one(app)
     describe(app)
     await init_app_state(frontend, app.state, args, tasks)

@@ -68,6 +68,10 @@ class AsyncClient(ClientBase):
                 yield session
             token, is_last = page.next_page_token, not page.next_page_token
 
+    async def kept(self) -> pb.ListKeptResponse:
+        """What the tenant keeps in the engines' caches, and its budget."""
+        return await self._do(calls.kept())
+
     async def _do(self, call: Call) -> Any:
         return await self._run(answered(call, self.retries, self.timeout_s))
 
@@ -119,6 +123,16 @@ class AsyncRemoteSession(SessionBase[AsyncClient]):
     async def update(self, *, truncate_to: int | None = None, ttl_s: float | None = None) -> pb.Session:
         """As of RemoteSession."""
         return self._noted(await self._client._do(calls.update(self.session_id, truncate_to, ttl_s)))
+
+    async def keep(self, ttl_s: float = 0.0, priority: int | None = None) -> pb.KeptContext:
+        """Keep the KV of the session's context in the engines' caches, for `ttl_s` seconds from now and from the end of each
+        turn on; 0: as long as an unused session lives. `priority`: 0 to 100; what has a higher one is given up later.
+        Raises Overloaded or InvalidInput beyond the tenant's budget."""
+        return await self._client._do(calls.keep(self.session_id, ttl_s, priority))
+
+    async def let_go(self) -> None:
+        """Keep the session's context no longer than the caches do by themselves."""
+        await self._client._do(calls.let_go(self.session_id))
 
     async def delete(self) -> None:
         await self._client._do(calls.delete(self.session_id))

@@ -60,6 +60,18 @@ def update(session_id: str, truncate_to: int | None, ttl_s: float | None) -> Cal
     return Call("UpdateSession", request, repeatable=truncate_to is None)
 
 
+def keep(session_id: str, ttl_s: float, priority: int | None) -> Call:
+    return Call("KeepSession", pb.KeepSessionRequest(session_id=session_id, ttl_s=ttl_s, priority=priority))
+
+
+def let_go(session_id: str) -> Call:
+    return Call("LetGoSession", pb.LetGoSessionRequest(session_id=session_id))
+
+
+def kept() -> Call:
+    return Call("ListKept", pb.ListKeptRequest())
+
+
 def _making(method: str, request: Any, name: str, made_up: bool) -> Call:
     """Makes a session. `made_up`: the client has thought of the name, so that a session which has it is this call's own."""
     if not made_up:

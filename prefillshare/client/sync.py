@@ -67,6 +67,10 @@ class Client(ClientBase):
             yield from page.sessions
             token, is_last = page.next_page_token, not page.next_page_token
 
+    def kept(self) -> pb.ListKeptResponse:
+        """What the tenant keeps in the engines' caches, and its budget."""
+        return self._do(calls.kept())
+
     def _do(self, call: Call) -> Any:
         return self._run(answered(call, self.retries, self.timeout_s))
 
@@ -117,6 +121,16 @@ class RemoteSession(SessionBase[Client]):
         """Keep only the first `truncate_to` tokens of the context; give the session a time to live of its own, in seconds (0:
         the deployment's)."""
         return self._noted(self._client._do(calls.update(self.session_id, truncate_to, ttl_s)))
+
+    def keep(self, ttl_s: float = 0.0, priority: int | None = None) -> pb.KeptContext:
+        """Keep the KV of the session's context in the engines' caches, for `ttl_s` seconds from now and from the end of each
+        turn on; 0: as long as an unused session lives. `priority`: 0 to 100; what has a higher one is given up later.
+        Raises Overloaded or InvalidInput beyond the tenant's budget."""
+        return self._client._do(calls.keep(self.session_id, ttl_s, priority))
+
+    def let_go(self) -> None:
+        """Keep the session's context no longer than the caches do by themselves."""
+        self._client._do(calls.let_go(self.session_id))
 
     def delete(self) -> None:
         self._client._do(calls.delete(self.session_id))

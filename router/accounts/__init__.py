@@ -6,6 +6,6 @@
     ledger.py        the ledger: its interface, and the one in memory;    redis_ledger.py  the one in Redis
     limits.py        the limits: their interface, and those in memory;    redis_limits.py  those in Redis
     bucket.py        the arithmetic of a limit per minute
-    scripts.py       what runs on the Redis server;                       redis_calls.py   calls of it, none of which hangs
+    scripts.py       what runs on the Redis server (called through router/redis_calls.py)
     accounts.py      all of it together, as a router has it
 """

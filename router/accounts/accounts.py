@@ -15,10 +15,10 @@ from prefillshare.router.accounts.kv_time import KVTime
 from prefillshare.router.accounts.ledger import Ledger, MemoryLedger
 from prefillshare.router.accounts.limits import Charge, Limits, MemoryLimits
 from prefillshare.router.accounts.metrics import TenantMetrics
-from prefillshare.router.accounts.redis_calls import RedisCalls
 from prefillshare.router.accounts.redis_ledger import RedisLedger
 from prefillshare.router.accounts.redis_limits import RedisLimits
 from prefillshare.router.admission.grant import Demand
+from prefillshare.router.redis_calls import RedisCalls
 
 
 @dataclass

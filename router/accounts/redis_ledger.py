@@ -26,8 +26,8 @@ from prefillshare.router import clock
 from prefillshare.router.accounts import scripts
 from prefillshare.router.accounts.figures import NOTHING, Figures, Place, Row
 from prefillshare.router.accounts.ledger import Ledger, today
-from prefillshare.router.accounts.redis_calls import RedisCalls
 from prefillshare.router.background import Background
+from prefillshare.router.redis_calls import RedisCalls
 
 logger = logging.getLogger(__name__)
 

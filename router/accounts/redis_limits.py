@@ -22,10 +22,10 @@ from prefillshare.kvshare.rate_limits import REQUESTS, TOKENS, Allowance, Standi
 from prefillshare.router import clock
 from prefillshare.router.accounts import scripts
 from prefillshare.router.accounts.limits import Charge, Limits, MemoryLimits
-from prefillshare.router.accounts.redis_calls import RedisCalls
 from prefillshare.router.admission.grant import Demand, TenantShare
 from prefillshare.router.admission.refusals import Refusal
 from prefillshare.router.background import Background
+from prefillshare.router.redis_calls import RedisCalls
 
 logger = logging.getLogger(__name__)
 

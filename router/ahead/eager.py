@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Callable
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.kvshare.metrics import Metrics
-from prefillshare.kvshare.priority import BEHIND
 from prefillshare.router.background import Background
 from prefillshare.router.pools.cache_index import BlockKeys
-from prefillshare.router.pools.calls import answer
+from prefillshare.router.pools.making import make_ahead
 from prefillshare.router.pools.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -80,6 +78,11 @@ class EagerPrefill:
         if task := self._running.pop(session, None):
             task.cancel()
 
+    async def made(self, session: SessionKey) -> None:
+        """Wait until nothing is computed for the session."""
+        if task := self._running.get(session):
+            await asyncio.wait({task})
+
     async def stop(self) -> None:
         await self._background.stop()
 
@@ -96,10 +99,9 @@ class EagerPrefill:
             if placement.missing_tokens < self._base.block_size:
                 outcome = "needless"
                 return
-            async with pool.calling(placement):
-                # In steps, because an engine continues a prefill that it has begun before it begins a turn's.
-                for end in range(placement.cached_tokens, len(token_ids), self._stride_tokens):
-                    await self._make(pool.replicas.on(placement.replica.id), token_ids[: end + self._stride_tokens], salt)
+            made = self._metrics["eager_prefill_tokens_total"].inc
+            how = {"stride_tokens": self._stride_tokens, "block_size": self._base.block_size}
+            await make_ahead(pool, placement, token_ids, salt, made=made, **how)
             outcome = "done"
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -108,11 +110,6 @@ class EagerPrefill:
             logger.warning("eager prefill of %d tokens failed: %s", len(token_ids), error)
         finally:
             self._count(outcome)
-
-    async def _make(self, replica, token_ids: list[int], salt: str | None) -> None:
-        call = replica.warm.remote(token_ids, f"eager-{uuid.uuid4().hex}", cache_salt=salt, priority=BEHIND)
-        result = await answer(call)
-        self._metrics["eager_prefill_tokens_total"].inc(result.computed_tokens)
 
     def _count(self, outcome: str) -> None:
         self._metrics["eager_prefills_total"].labels(outcome).inc()

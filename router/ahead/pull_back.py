@@ -114,6 +114,11 @@ class PullBack:
             for task in unfinished:
                 task.cancel()
 
+    async def made(self, session: Hashable) -> None:
+        """Wait until nothing is pulled for the session."""
+        if pull := self._of_session.get(session):
+            await asyncio.wait({pull.task})
+
     async def stop(self) -> None:
         await self._background.stop()
 

@@ -4,12 +4,13 @@
  2. A decode engine that has made base KV itself lends it at the end instead, and the prefill pool pulls it
     (router/ahead/pull_back.py); what it does not pull is prefilled ahead.
  3. When the next turn comes, prefilling ahead is given up, and a pull in progress is waited for.
+ 4. If the context is kept (router/kept), it is kept with the response as soon as its KV is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -22,18 +23,26 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
 from prefillshare.router.ahead.pull_back import PullBack
+from prefillshare.router.kept.keeper import Keeper
 from prefillshare.router.pools.fleet import Fleet
 
 
 class ResponseKV:
-    """`eager`, `pull_back`: None if the deployment does not use it."""
+    """`eager`, `pull_back`, `keeper`: None if the deployment does not use it."""
 
-    def __init__(self, eager: EagerPrefill | None = None, pull_back: PullBack | None = None):
-        self._eager, self._pull_back = eager, pull_back
+    def __init__(
+        self, eager: EagerPrefill | None = None, pull_back: PullBack | None = None, keeper: Keeper | None = None
+    ):
+        self._eager, self._pull_back, self.keeper = eager, pull_back, keeper
 
     @classmethod
     def of(
-        cls, deployment: Deployment, fleet: Fleet, metrics: Metrics, compute_s: Callable[[], float | None]
+        cls,
+        deployment: Deployment,
+        fleet: Fleet,
+        metrics: Metrics,
+        compute_s: Callable[[], float | None],
+        keeper: Keeper | None = None,
     ) -> ResponseKV:
         """As the deployment configures it. `compute_s` returns the measured seconds per token of prefill."""
         config, base = deployment.router, deployment.base
@@ -45,7 +54,7 @@ class ResponseKV:
         if config.pull_back != "never" and not ecache_layers(deployment.decode):
             limits = {"when": config.pull_back, "limit": config.pull_back_max}
             pull_back = PullBack(fleet.shared_prefill, base, metrics, compute_s=compute_s, **limits)
-        return cls(eager, pull_back)
+        return cls(eager, pull_back, keeper)
 
     @contextmanager
     def of_turn(
@@ -57,9 +66,10 @@ class ResponseKV:
         self.given_up(session)
         # Base KV of a response is of use only if decoders share it.
         eager = self._eager if get_mode(decoder.sharing).shares_prefill else None
-        response = ResponseOfTurn(session, decoder, eager, self._pull_back, kept, lendable=lendable)
+        response = ResponseOfTurn(session, decoder, eager, self._pull_back, kept, self._went_on, lendable=lendable)
         try:
-            yield response
+            with self.keeper.turn(*session) if self.keeper else nullcontext():
+                yield response
         finally:
             if not response.has_ended:
                 self.given_up(session)
@@ -70,6 +80,21 @@ class ResponseKV:
         """Stop prefilling ahead for a session that goes on without it, or is gone."""
         if self._eager:
             self._eager.cancel(session)
+
+    def gone(self, session: SessionKey) -> None:
+        """A session has been deleted: nothing is made for it, and nothing of it is kept."""
+        self.given_up(session)
+        if self.keeper:
+            self.keeper.gone(*session)
+
+    async def made(self, session: SessionKey) -> None:
+        """Wait until nothing is made for the session's context."""
+        for making in filter(None, (self._pull_back, self._eager)):
+            await making.made(session)
+
+    def _went_on(self, session: SessionKey, context: Callable[[], list[int]], salt: str | None) -> None:
+        if self.keeper:
+            self.keeper.went_on(*session, context, salt, partial(self.made, session))
 
     async def stop(self) -> None:
         for background in filter(None, (self._eager, self._pull_back)):
@@ -94,9 +119,11 @@ class ResponseOfTurn:
         eager: EagerPrefill | None,
         pull_back: PullBack | None,
         kept: list[int],
+        went_on: Callable[[SessionKey, Callable[[], list[int]], str | None], None],
         *,
         lendable: bool,
     ):
+        self._went_on = went_on
         self._session, self._pool, self._eager, self._pull_back, self._kept = session, decoder.pool, eager, pull_back, kept
         #: Whether the decode engine's KV of what it generates is base KV already.
         self._lends = get_mode(decoder.sharing).lends_responses and pull_back is not None
@@ -150,6 +177,7 @@ class ResponseOfTurn:
             self._pull_back.lent(self._session, self.context, lent, self.turns[0].salt, otherwise=ahead)
         else:
             ahead()
+        self._went_on(self._session, lambda: self.context, self.turns[0].salt)
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:

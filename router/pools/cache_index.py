@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 
 from prefillshare.kvshare.replica_info import KVEvents
-from prefillshare.router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower
+from prefillshare.router.pools.kv_follower import AllBlocksCleared, BlockRemoved, BlockStored, Event, Follower, KeptChanged
 
 os.environ.setdefault("DYN_LOG", "error")  # read when the library starts
 
@@ -50,18 +51,29 @@ class BlockKeys:
         return blocks * block_size
 
 
-class CacheIndex:
-    """Predicts how much of a prompt each replica of a pool has cached. Not thread-safe: one event loop."""
+@dataclass
+class KeptThere:
+    """What a replica keeps. `names`: name -> tokens. `blocks`: under all names."""
 
-    def __init__(self, block_size: int):
-        self.block_size = block_size
+    names: dict[str, int] = field(default_factory=dict)
+    blocks: int = 0
+
+
+class CacheIndex:
+    """Predicts how much of a prompt each replica of a pool has cached, and what replicas keep. Not thread-safe: one event loop.
+
+    `on_given_up` is called with a pool, why one of its replicas gave up kept blocks, and how many.
+    """
+
+    def __init__(self, block_size: int, on_given_up: Callable[[str, str, int], None] = lambda pool, why, blocks: None):
+        self.block_size, self._on_given_up = block_size, on_given_up
         self._pools: dict[str, _PoolIndex] = {}
         self._followers: dict[tuple[str, str], Follower] = {}
 
     async def add(self, pool: str, replica: str, events: KVEvents) -> None:
         """Follow a replica; what it held before is forgotten."""
         await self.remove(pool, replica)
-        index = self._pools.setdefault(pool, _PoolIndex(self.block_size))
+        index = self._pools.setdefault(pool, _PoolIndex(self.block_size, partial(self._on_given_up, pool)))
         follower = self._followers[pool, replica] = Follower(replica, events, partial(index.apply, index.open(replica)))
         follower.start()
 
@@ -75,34 +87,53 @@ class CacheIndex:
         index = self._pools.get(pool)
         return index.overlaps(keys) if index and keys.hashes else {}
 
+    def kept(self, pool: str) -> Mapping[str, KeptThere]:
+        """Replica -> what it keeps."""
+        index = self._pools.get(pool)
+        return index.kept if index else {}
+
     async def close(self) -> None:
         for pool, replica in list(self._followers):
             await self.remove(pool, replica)
 
 
 class _PoolIndex:
-    def __init__(self, block_size: int):
-        self._block_size = block_size
+    def __init__(self, block_size: int, on_given_up: Callable[[str, int], None]):
+        self._block_size, self._on_given_up = block_size, on_given_up
         self._tree = RadixTree()
         self._replicas: dict[int, str] = {}
+        self.kept: dict[str, KeptThere] = {}
         self._number = 0
 
     def open(self, replica: str) -> int:
         worker = _worker_id(replica)
         self._replicas[worker] = replica
+        self.kept[replica] = KeptThere()
         return worker
 
     def close(self, replica: str) -> None:
         worker = _worker_id(replica)
-        del self._replicas[worker]
+        del self._replicas[worker], self.kept[replica]
         self._tree.remove_worker(worker)
 
     def apply(self, worker: int, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, AllBlocksCleared):
                 self._tree.clear_all_blocks(worker)
+                self.kept[self._replicas[worker]] = KeptThere()
+            elif isinstance(event, KeptChanged):
+                self._keep(self.kept[self._replicas[worker]], event)
             elif event.medium in DEVICE:
                 self._change(worker, event)
+
+    def _keep(self, there: KeptThere, event: KeptChanged) -> None:
+        there.blocks = event.blocks
+        if event.tokens:
+            there.names[event.name] = event.tokens
+        else:
+            there.names.pop(event.name, None)
+        if event.given_up:
+            self._on_given_up(event.why, event.given_up)
 
     def _change(self, worker: int, event: BlockStored | BlockRemoved) -> None:
         stored = isinstance(event, BlockStored)

@@ -41,10 +41,12 @@ class Fleet:
     """`handle_of`: name of a Serve deployment -> its handle."""
 
     def __init__(self, block_size: int, handle_of: Callable[[str], object], metrics: Metrics):
-        self._index = CacheIndex(block_size)
+        self._index = CacheIndex(block_size, self._given_up)
         self._handle_of, self._metrics, self._background = handle_of, metrics, Background(metrics)
         self.pools: dict[str, Pool] = {}
         self._routes: dict[str, Route] = {}
+        #: The pools whose engines keep contexts that are to be kept: those that make the KV which all sharing decoders use.
+        self.keepers: tuple[Pool, ...] = ()
 
     async def adopt(self, deployment: Deployment) -> dict[str, Route]:
         """Decode pool -> where its turns go. Raises Unavailable if a new pool has no replica in time."""
@@ -72,7 +74,16 @@ class Fleet:
             decode: Route(self.pools[decode], self.pools.get(prefill), holders, decode in in_place)
             for decode, prefill in sources.items()
         }
+        shared = tuple(filter(None, (self.pools.get(SHARED_PREFILL),))) if SHARED_PREFILL in sources.values() else ()
+        self.keepers = shared + (tuple(pool for pool in holders if pool.name in in_place) if shared else holders)
         return self._routes
+
+    def keeper(self, keys: BlockKeys) -> Pool:
+        """The pool that is to keep a context: that which holds most of it; the prefill pool before others. Raises Unavailable
+        if no pool shares KV."""
+        if self.keepers:
+            return max(self.keepers, key=lambda pool: max(pool.overlaps(keys).values(), default=0))
+        raise Unavailable("no pool of this deployment shares KV", fix="keep nothing, or serve a pool in a mode that shares")
 
     def maker_ahead(self, decode: str, keys: BlockKeys) -> Pool:
         """As Route.maker_ahead, for this decode pool. Raises Unavailable if the decode pool is no longer served."""
@@ -132,6 +143,9 @@ class Fleet:
             await self.pools.pop(name).close()
         self._metrics.forget(pools=gone)
 
+    def _given_up(self, pool: str, why: str, blocks: int) -> None:
+        self._metrics["kept_given_up_blocks_total"].labels(pool, why).inc(blocks)
+
     def _open(self, name: str, deployment: Deployment) -> Pool:
         router = deployment.router
         replicas = ReplicaSet(name, self._handle_of(name), router.wedged_after_s, self._background)
@@ -146,6 +160,9 @@ class Fleet:
             self._metrics["kv_blocks"].labels(name, state).set_function(
                 lambda blocks=blocks: sum(blocks(r.stats) for r in tuple(replicas.members.values()))
             )
+        self._metrics["kept_blocks"].labels(name).set_function(
+            lambda: sum(there.blocks for there in tuple(self._index.kept(name).values()))
+        )
 
     async def stop(self) -> None:
         for pool in self.pools.values():

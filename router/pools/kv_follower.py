@@ -45,7 +45,17 @@ class AllBlocksCleared(msgspec.Struct, tag=True, gc=False):
     pass
 
 
-Event = BlockStored | BlockRemoved | AllBlocksCleared
+class KeptChanged(msgspec.Struct, tag=True, gc=False):
+    """What the replica keeps under a name (kvshare_vllm/engine/kv_events.py)."""
+
+    name: str
+    tokens: int
+    blocks: int
+    given_up: int = 0
+    why: str = ""
+
+
+Event = BlockStored | BlockRemoved | AllBlocksCleared | KeptChanged
 
 
 class EventBatch(msgspec.Struct, array_like=True, gc=False):

@@ -16,7 +16,7 @@ from prefillshare.kvshare.errors import PrefixLost, ReplicaLost, ResumeReason, U
 from prefillshare.kvshare.replica_info import ReplicaInfo
 from prefillshare.router.admission.decode_room import ReplicaCapacity
 from prefillshare.router.clock import now
-from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex
+from prefillshare.router.pools.cache_index import BlockKeys, CacheIndex, KeptThere
 from prefillshare.router.pools.calls import CALL_ERRORS
 from prefillshare.router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
 from prefillshare.router.pools.replica import Replica
@@ -64,6 +64,10 @@ class Pool:
     def overlaps(self, keys: BlockKeys) -> Mapping[str, int]:
         """Replica -> leading prompt tokens it has cached; those with none are left out."""
         return self._index.overlaps(self.name, keys)
+
+    def kept(self) -> Mapping[str, KeptThere]:
+        """Replica -> what it keeps."""
+        return self._index.kept(self.name)
 
     async def choose(
         self,

@@ -27,6 +27,7 @@ from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
+from prefillshare.router.sessions.kept_prompt import KeptPrompt, retention_s
 from prefillshare.router.sessions.transcript import Transcript
 
 
@@ -36,6 +37,7 @@ class ResponseCall:
     def __init__(self, calls: HttpCalls, threads: Threads, stack: AsyncExitStack):
         self._calls, self._threads, self._stack = calls, threads, stack
         self._tenant = current_caller.get().tenant
+        self._kept_prompt = KeptPrompt(calls.response_kv.keeper)
         self.state = ""
         self._previous: StoredResponse | None = None
         self._conversation: ConversationNotes | None = None
@@ -49,6 +51,7 @@ class ResponseCall:
         self._finished = False
 
     async def begin(self, request) -> None:
+        retention_s(request)
         self._request, self._stores = request, request.store is not False
         self._shown = {"previous_response_id": request.previous_response_id, "store": self._stores, "conversation": None}
         named = _conversation_of(request)
@@ -99,19 +102,22 @@ class ResponseCall:
         if self._laid_out is None:
             running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
         else:
+            caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.kept
+            kept_tokens = await self._kept_prompt.grant(caller, prompt, request.cache_salt, self._request)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
                 calls.decoders,
                 (self._tenant, session.session_id or request.request_id),
-                caller.in_domain(session.cache_domain),
+                caller,
                 self._laid_out,
                 self._keep,
                 session.replicas,
                 session=session.session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text)
+            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
         async with aclosing(running) as outputs:
             async for output in outputs:
+                self._kept_prompt.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output

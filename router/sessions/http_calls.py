@@ -24,6 +24,7 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, retention_s
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
 
@@ -60,17 +61,23 @@ class OpenCall:
 
     state = ""
 
-    def __init__(self, calls: HttpCalls):
-        self._calls = calls
+    def __init__(self, calls: HttpCalls, kept: KeptPrompt | None = None):
+        self._calls, self._kept = calls, kept or KeptPrompt(calls.response_kv.keeper)
+
+    def keep_up_to(self, beginnings: Sequence[Beginning]) -> None:
+        self._kept.beginnings = beginnings
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         check_tool_results(conversation.messages)
+        retention_s(asked())
         return await plain()
 
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
         calls, prompt, params = self._calls, list(request.prompt_token_ids), request.sampling_params
+        kept_tokens = await self._kept.grant(caller, prompt, request.cache_salt, asked())
+        how = {"prompt_text": prompt_text, "kept_tokens": kept_tokens}
         if params.n > 1 or params.max_tokens == 1:  # no single answer to go on from, or (beam search) a piece of one
-            running = calls.frontend.run(request, decoder, caller, prompt_text=prompt_text).outputs()
+            running = calls.frontend.run(request, decoder, caller, **how).outputs()
         else:
             context = calls.contexts.of(prompt, caller, request.cache_salt)
 
@@ -86,9 +93,10 @@ class OpenCall:
                 LaidOut(prompt, prompt),
                 keep,
                 context.replicas,
-            ).outputs(request, decoder, prompt_text=prompt_text)
+            ).outputs(request, decoder, **how)
         async with aclosing(running) as outputs:
             async for output in outputs:
+                self._kept.there()
                 yield output
 
 
@@ -97,6 +105,7 @@ class SessionCall:
 
     def __init__(self, calls: HttpCalls, session_id: str, stack: AsyncExitStack):
         self._calls, self._session_id, self._stack = calls, session_id, stack
+        self._kept = KeptPrompt(calls.response_kv.keeper)
         self.state = ""
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
@@ -104,9 +113,13 @@ class SessionCall:
         #: What the context will say when the answer comes behind it.
         self._transcript: Transcript | None = None
 
+    def keep_up_to(self, beginnings: Sequence[Beginning]) -> None:
+        self._kept.beginnings = beginnings
+
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         self._check_one_answer()
         check_tool_results(conversation.messages)
+        retention_s(asked())
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
         if not reason:
             reason = await self._continue(conversation)
@@ -119,21 +132,24 @@ class SessionCall:
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
         calls, session = self._calls, self._session
         if self._laid_out is None:
-            running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
+            running = OpenCall(calls, self._kept).outputs(request, decoder, caller, prompt_text)
         else:
+            caller = caller.in_domain(session.cache_domain)
+            kept_tokens = await self._kept.grant(caller, self._laid_out.kept, request.cache_salt, asked(), whole=True)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
                 calls.decoders,
                 (caller.tenant, self._session_id),
-                caller.in_domain(session.cache_domain),
+                caller,
                 self._laid_out,
                 self._keep,
                 session.replicas,
                 session=self._session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text)
+            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
         async with aclosing(running) as outputs:
             async for output in outputs:
+                self._kept.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output

@@ -25,6 +25,7 @@ from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.base import Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn
+from prefillshare.router.sessions.kept_sessions import KeptSessions
 from prefillshare.router.sessions.open_calls import left_open
 from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
 from prefillshare.router.sessions.turn_inputs import TurnInput, TurnInputs
@@ -48,6 +49,7 @@ class Turns:
         longest_ttl_s: float | None = None,
     ):
         self.decoders, self.sessions, self._response_kv = decoders, sessions, response_kv
+        self.kept = KeptSessions(sessions, response_kv.keeper)
         self._frontend, self._max_len, self._longest_ttl_s = frontend, base.max_model_len, longest_ttl_s
         self._inputs = TurnInputs(base, frontend, own_prompt == "first")
 
@@ -66,6 +68,7 @@ class Turns:
     async def delete(self, session_id: str, tenant: str = "") -> None:
         self._response_kv.given_up((tenant, session_id))
         await self.sessions.delete(session_id, tenant=tenant)
+        self._response_kv.gone((tenant, session_id))
 
     async def update(
         self, session_id: str, tenant: str = "", *, truncate_to: int | None = None, ttl_s: float | None = None

@@ -22,6 +22,7 @@ from prefillshare.kvshare.config.access import Tls
 from prefillshare.kvshare.errors import ConfigError, DeadlineExceeded, Internal, PrefillShareError
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2_grpc as pb_grpc
+from prefillshare.router.kept.kept import Kept
 from prefillshare.router.sessions.listing import Place, per_page
 from prefillshare.router.sessions.sampling import fields_of, named_as_sent, to_sampling_params
 from prefillshare.router.sessions.tools import tool_fields
@@ -133,6 +134,28 @@ class Servicer(pb_grpc.PrefillShareServicer):
         asked = {name: getattr(request, name) for name in ("truncate_to", "ttl_s") if request.HasField(name)}
         changed = self._turns.update(request.session_id, _tenant(), **asked)
         return await self._answer(context, self._described(changed))
+    async def KeepSession(self, request, context):
+        priority = request.priority if request.HasField("priority") else None
+        kept = self._turns.kept.keep(current_caller.get(), request.session_id, request.ttl_s, priority)
+        return self._kept_context(await self._answer(context, kept), 0)
+
+    async def LetGoSession(self, request, context):
+        await self._answer(context, self._turns.kept.let_go(current_caller.get(), request.session_id))
+        return pb.LetGoSessionResponse()
+
+    async def ListKept(self, request, context):
+        listed = await self._answer(context, self._turns.kept.listed(current_caller.get()))
+        kept = [self._kept_context(one, listed.held[one.name]) for one in listed.kept]
+        return pb.ListKeptResponse(kept=kept, tokens=listed.tokens, max_tokens=listed.max_tokens)
+
+    def _kept_context(self, kept: Kept, held_tokens: int) -> pb.KeptContext:
+        return pb.KeptContext(
+            session_id=kept.session_id,
+            tokens=self._turns.kept.tokens(kept),
+            held_tokens=held_tokens,
+            ends_in_s=kept.left_s,
+            priority=kept.priority,
+        )
 
     async def Generate(self, request, context):
         request_id = uuid.uuid4().hex

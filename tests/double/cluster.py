@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from double.engines import BLOCK, DecodeEngine, Engine, Leases, PrefillEngine
 from prefillshare.kvshare.errors import ReplicaLost
 from prefillshare.kvshare.modes import SharingMode
-from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.cache_index import BlockKeys, KeptThere
 from prefillshare.router.pools.pinned import MEMBERS, WATCHERS, tell
 
 APP = "double"
@@ -207,6 +207,10 @@ class Index:
         replicas = self._pools[pool].replicas
         held = {name: replicas[name].engine.cache.tokens(keys) for name in self._known[pool] if name in replicas}
         return {name: tokens for name, tokens in held.items() if tokens}
+
+    def kept(self, pool: str) -> dict[str, KeptThere]:
+        replicas = self._pools[pool].replicas
+        return {name: replicas[name].engine.kept for name in self._known[pool] if name in replicas}
 
     async def close(self) -> None: ...
 

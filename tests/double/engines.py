@@ -6,15 +6,16 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from double.arithmetic import BASE, KV, extended, next_token
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import ContractMismatch, Internal, PrefixLost, ResumeReason, Unavailable
 from prefillshare.kvshare.handoff import Handoff, PrefillResult, TokenChunk
+from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare.modes import SharingMode
 from prefillshare.kvshare.replica_info import KVEvents, ReplicaInfo, ReplicaStats
-from prefillshare.router.pools.cache_index import BlockKeys
+from prefillshare.router.pools.cache_index import BlockKeys, KeptThere
 
 BLOCK = 8
 CONTRACT = "one"
@@ -77,6 +78,20 @@ class Engine:
     def __init__(self, name: str, mode: SharingMode, leases: Leases, moment: Callable[[str], Awaitable[None]]):
         self.name, self.mode, self.leases, self._moment = name, mode, leases, moment
         self.cache, self.active = Cache(), 0
+        #: Name -> (what is kept under it, until when).
+        self._kept: dict[str, tuple[Keep, float]] = {}
+
+    @property
+    def kept(self) -> KeptThere:
+        names = {name: keep.tokens for name, (keep, until) in self._kept.items() if until > _now()}
+        return KeptThere(names, sum(names.values()) // BLOCK)
+
+    def give_up(self, name: str, tokens: int = 0) -> None:
+        """As an engine whose requests need the room: only so much is kept and cached."""
+        keep, until = self._kept.pop(name)
+        if tokens:
+            self._kept[name] = replace(keep, tokens=tokens), until
+        self.cache.prompts.clear()
 
     async def describe(self) -> ReplicaInfo:
         return ReplicaInfo(self.name, KVEvents("", None), 1_000, BLOCK, 16)
@@ -98,9 +113,17 @@ class Engine:
             handoff = self.leases.lend(extended((), token_ids, adapter or BASE), LEASE_S)
             return PrefillResult(handoff, len(token_ids), cached, 0.01)
 
-    async def warm(self, token_ids, request_id, *, cache_salt=None, **_) -> PrefillResult:
+    async def warm(self, token_ids, request_id, *, cache_salt=None, keep=(), **_) -> PrefillResult:
         with self._call():
-            return PrefillResult(None, len(token_ids), await self._make(token_ids, None, cache_salt), 0.01)
+            cached = await self._make(token_ids, None, cache_salt)
+            for one in keep:
+                whole = min(one.tokens, len(token_ids)) // BLOCK * BLOCK
+                self._kept[one.name] = replace(one, tokens=whole), _now() + one.ttl_s
+            return PrefillResult(None, len(token_ids), cached, 0.01)
+
+    async def let_go(self, names) -> None:
+        for name in names:
+            self._kept.pop(name, None)
 
     async def _make(self, token_ids, adapter, salt) -> int:
         """Returns how many tokens were cached."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 
 from prometheus_client import CollectorRegistry
@@ -29,9 +30,13 @@ from prefillshare.router.ahead.eager import EagerPrefill
 from prefillshare.router.ahead.pull_back import PullBack
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.clock import taken_from
+from prefillshare.router.kept.keeper import Keeper
+from prefillshare.router.kept.memory import MemoryKept
 from prefillshare.router.pools.fleet import Fleet
+from prefillshare.router.sessions.kept_sessions import context_of
 from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.turns import Turns
+from prefillshare.router.tenants import Tenants
 from prefillshare.router.turn.orchestrator import Orchestrator
 from prefillshare.router.turn.terms import Terms
 from prefillshare.router.turn.turn import Turn
@@ -127,7 +132,9 @@ class SessionSystem(System):
         )
         self.sessions = MemorySessions(1_000, 3600)
         self.frontend = Frontend(self.orchestrator)
-        response_kv = ResponseKV(self.eager, self.pull_back)
+        config = SimpleNamespace(router=self.orchestrator.services.config, base=base)
+        self.keeper = Keeper.of(config, fleet, metrics, Tenants(), MemoryKept(clock), partial(context_of, self.sessions))
+        response_kv = ResponseKV(self.eager, self.pull_back, self.keeper)
         self.turns = Turns(base, self.orchestrator.decoders, self.frontend, self.sessions, response_kv)
 
     async def take(self, session: str, decoder: str, given: list[int], tokens: int = 6, suffix: list[int] | None = None):
@@ -145,6 +152,7 @@ class SessionSystem(System):
     async def stop(self) -> None:
         await self.eager.stop()
         await self.pull_back.stop()
+        await self.keeper.stop()
         self.frontend.close()
 
 

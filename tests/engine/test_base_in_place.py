@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from prefillshare import reference
 from prefillshare.kvshare.errors import EngineStartError
+from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare_vllm.engine import engine as engine_module
 from prefillshare.proof.engines import new_id, sampling
 
@@ -91,3 +92,28 @@ async def test_seeded_requests_say_the_same_whether_preempted_or_not(running):
     several = await asyncio.gather(*(turn(running, ids(100, salt=31 + n), 110, "a", **how) for n in range(4)))
     assert engine.stats().preemptions > before
     assert several[0][0] == alone
+
+
+async def filled(running) -> None:
+    """Other prompts pass through all of the cache's 16 blocks."""
+    for n in range(5):
+        await turn(running, ids(150, salt=60 + n), 2, "ab"[n % 2])
+
+
+async def test_what_is_kept_outlives_other_prompts_and_makes_way_for_requests(running):
+    engine, _ = running
+    kept, unkept, more = (ids(4 * BLOCK, salt=50 + n) for n in range(3))
+    whole = ids(6 * BLOCK, salt=53)
+    await engine.warm([*kept, 1], new_id(), keep=[Keep("kept", len(kept), 600, priority=1)])
+    await turn(running, [*unkept, 1], 2, "a")
+    await filled(running)
+    assert [(await turn(running, [*one, 2], 2, "b"))[1] for one in (kept, unkept)] == [4 * BLOCK, 0]
+    await engine.warm([*more, 1], new_id(), keep=[Keep("more", len(more), 600)])
+    await engine.warm([*whole, 1], new_id(), keep=[Keep("whole", len(whole), 600)])
+    await nothing_held(engine)  # 14 of the 16 blocks are kept, and count as free
+    _, local = await turn(running, ids(9 * BLOCK + 10, salt=54), 6, "a")
+    assert local == 0
+    assert (await turn(running, [*kept, 3], 2, None))[1] == 4 * BLOCK, "what has a lower priority was given up for the turn"
+    await engine.let_go(["kept", "more", "whole"])
+    await filled(running)
+    assert [(await turn(running, [*one, 4], 2, "a"))[1] for one in (kept, more)] == [0, 0]

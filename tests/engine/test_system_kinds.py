@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
-from conftest import System, ids, system
+from conftest import System, ids, system, wait_until
 from oracle import Oracle
 
 from prefillshare.app import running as run_deployment
 from prefillshare.kvshare.config import parse
-from prefillshare.kvshare.errors import ContractMismatch, EngineStartError
+from prefillshare.kvshare.errors import ContractMismatch, EngineStartError, Overloaded
 from prefillshare.kvshare.modes import get_mode
 from prefillshare.seeded_adapters import make_seeded_adapters
 from prefillshare.tiny_models import make_base, make_full_decoder
@@ -152,6 +153,46 @@ def test_forced_calls_obey_their_schema_and_what_is_not_kept_leaves_the_next_tur
     assert (session.get().context_tokens, session.get().turns) == (before, 3)
     for name in ("a", "s", "coder"):
         oracle.turn(session, name, token_ids=ids(6, salt=91), max_tokens=10, ignore_eos=True)
+
+
+def test_a_kept_prefix_outlives_other_sessions_grows_and_is_let_go(running, oracle):
+    """The prefill pool's cache has room for 135 blocks; half of them may be kept."""
+
+    def fill(salt: int) -> None:
+        for number in range(16):
+            prompt = ids(9 * BLOCK, salt=salt + number)
+            running.client.create_session(token_ids=prompt).turn("a", text="x", max_tokens=1)
+
+    def cached(session) -> int:
+        """Of a turn on a fork."""
+        return oracle.turn(session.fork(), "b", token_ids=[7], max_tokens=2, ignore_eos=True)[0].usage.cached_tokens
+
+    kept, unkept = (running.client.create_session(token_ids=ids(4 * BLOCK + 5, salt=number)) for number in (200, 201))
+    asked = kept.keep(ttl_s=120, priority=80)
+    assert (asked.tokens, asked.priority) == (4 * BLOCK, 80)
+    unkept.turn("a", text="x", max_tokens=1)
+    wait_until(lambda: [one.held_tokens for one in running.client.kept().kept] == [4 * BLOCK])
+    fill(300)
+    assert (cached(kept), cached(unkept)) == (4 * BLOCK, 0)
+
+    oracle.turn(kept, "a", token_ids=ids(BLOCK, salt=202), max_tokens=BLOCK, ignore_eos=True)
+    wait_until(lambda: [one.held_tokens for one in running.client.kept().kept] == [6 * BLOCK])
+    fill(400)
+    assert cached(kept) == 6 * BLOCK
+    told = running.client.kept()
+    assert (told.tokens, told.max_tokens // BLOCK) == (6 * BLOCK, 67)
+    figures = httpx.get(f"http://127.0.0.1:{running.deployment.router.http_port}/metrics").text
+    assert 'prefillshare_kept_blocks{pool="prefill"} 6.0' in figures
+
+    others = [running.client.create_session(token_ids=ids(9 * BLOCK + 5, salt=500 + number)) for number in range(7)]
+    for session in others[:6]:
+        session.keep()
+    with pytest.raises(Overloaded, match=r"router\.max_kept_share: you keep 1920 tokens of at most 2144; a context of 288"):
+        others[6].keep()
+    for session in (kept, *others):
+        session.let_go()
+    fill(600)
+    assert (cached(kept), running.client.kept().tokens) == (0, 0)
 
 
 @pytest.fixture

@@ -127,6 +127,54 @@ class Session(_message.Message):
     damaged: bool
     def __init__(self, session_id: _Optional[str] = ..., context_tokens: _Optional[int] = ..., turns: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., expires_in_s: _Optional[float] = ..., ttl_s: _Optional[float] = ..., busy: _Optional[bool] = ..., cache_domain: _Optional[str] = ..., damaged: _Optional[bool] = ...) -> None: ...
 
+class KeepSessionRequest(_message.Message):
+    __slots__ = ("session_id", "ttl_s", "priority")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    ttl_s: float
+    priority: int
+    def __init__(self, session_id: _Optional[str] = ..., ttl_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class LetGoSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class LetGoSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListKeptRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListKeptResponse(_message.Message):
+    __slots__ = ("kept", "tokens", "max_tokens")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kept: _containers.RepeatedCompositeFieldContainer[KeptContext]
+    tokens: int
+    max_tokens: int
+    def __init__(self, kept: _Optional[_Iterable[_Union[KeptContext, _Mapping]]] = ..., tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class KeptContext(_message.Message):
+    __slots__ = ("session_id", "tokens", "held_tokens", "ends_in_s", "priority")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_IN_S_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    tokens: int
+    held_tokens: int
+    ends_in_s: float
+    priority: int
+    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., ends_in_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+
 class Input(_message.Message):
     __slots__ = ("messages", "text", "token_ids")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]

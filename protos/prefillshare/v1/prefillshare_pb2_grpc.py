@@ -79,6 +79,21 @@ class PrefillShareStub:
                 request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.KeepSession = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/KeepSession',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeepSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeptContext.FromString,
+                _registered_method=True)
+        self.LetGoSession = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/LetGoSession',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.FromString,
+                _registered_method=True)
+        self.ListKept = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/ListKept',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillShareServicer:
@@ -151,6 +166,32 @@ class PrefillShareServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepSession(self, request, context):
+        """Keep the KV of a session's context in the engines' caches for a time, beyond what they would keep by themselves, so that the
+        next turn finds it there. It is made where it is missing, behind all turns; the call does not wait for that. Each turn on
+        the session prolongs the time, and what the turn adds is kept, too, as far as the tenant's budget allows. Keeping a session
+        again replaces time and priority. To keep a prefix, make a session of it, keep that, and fork it to use it.
+        Beyond the budget the call is refused with RESOURCE_EXHAUSTED, or with INVALID_ARGUMENT if it could never fit, and nothing
+        changes. Turns never wait for what is kept: if requests need the room, it is given up, and made again later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LetGoSession(self, request, context):
+        """Keep a session's context no longer than the caches would by themselves. A session that is deleted is let go, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKept(self, request, context):
+        """List what the tenant keeps: sessions, and beginnings of prompts that calls over HTTP have asked to keep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillShareServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -198,6 +239,21 @@ def add_PrefillShareServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.FromString,
                     response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.SerializeToString,
+            ),
+            'KeepSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepSession,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeepSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeptContext.SerializeToString,
+            ),
+            'LetGoSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.LetGoSession,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.SerializeToString,
+            ),
+            'ListKept': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKept,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -443,6 +499,87 @@ class PrefillShare:
             '/prefillshare.v1.PrefillShare/Generate',
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateRequest.SerializeToString,
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/KeepSession',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeepSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.KeptContext.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LetGoSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/LetGoSession',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/ListKept',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -136,6 +136,8 @@ OTHER = {
         "max_sessions": 5,
         "session_ttl_s": 7,
         "max_session_ttl_s": 70_000,
+        "max_kept_share": 0.25,
+        "max_kept_tokens": 1000,
         "max_responses": 6,
         "response_ttl_s": 8,
         "own_prompt": "first",

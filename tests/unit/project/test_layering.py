@@ -32,9 +32,10 @@ ROOMS = {
         {"responses", "ui"},
         {"core", "sessions"},
         {"turn", "ahead"},
+        {"kept"},
         {"pools", "tenants", "accounts"},
         {"admission"},
-        {"telemetry", "background", "service_rate", "clock"},
+        {"telemetry", "background", "service_rate", "clock", "redis_calls"},
     ),
     "kvshare_vllm": (
         {"plugin"},

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 import zmq
 from polling import until
-from publisher import BLOCK, Engine, becomes, removed, stored, tokens
+from publisher import BLOCK, Engine, becomes, keeps, kept, removed, stored, tokens
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved
 
 from prefillshare.kvshare_vllm.engine import kv_events
@@ -24,8 +24,8 @@ async def follow(engine):
     """An index that has just begun to follow the engine."""
     opened = []
 
-    async def begin():
-        opened.append(index := CacheIndex(BLOCK))
+    async def begin(*on_given_up):
+        opened.append(index := CacheIndex(BLOCK, *on_given_up))
         await index.add("prefill", "one", engine.events)
         return index
 
@@ -80,6 +80,24 @@ async def test_an_engine_that_restarts_on_its_address_is_known_by_its_new_state(
     engine.tell(stored(tokens(64, 7), 1))
     await becomes(index, BlockKeys(tokens(64, 7), BLOCK), {"one": 64})
     assert index.overlaps("prefill", BlockKeys(tokens(128), BLOCK)) == {}
+
+
+async def test_a_router_knows_what_a_replica_keeps_and_what_it_has_given_up(engine, follow):
+    given_up = []
+    engine.tell(stored(tokens(128), 1), kept("a", 128, 4), kept("b", 64, 4))
+    index = await follow(lambda *told: given_up.append(told))
+    await keeps(index, {"a": 128, "b": 64})
+    assert index.kept("prefill")["one"].blocks == 4
+    engine.tell(kept("a", 96, 3, given_up=1, why="pressure"), kept("b", 0, 3, why="let_go"))
+    await keeps(index, {"a": 96})
+    assert index.kept("prefill")["one"].blocks == 3
+    assert given_up == [("prefill", "pressure", 1)]
+    engine.tell(AllBlocksCleared())
+    await keeps(index, {})
+    engine.tell(kept("c", 32, 1))
+    await keeps(await follow(), {"c": 32})
+    await index.remove("prefill", "one")
+    assert "one" not in index.kept("prefill")
 
 
 async def test_a_replica_that_has_left_holds_nothing_and_may_come_back(engine, follow):

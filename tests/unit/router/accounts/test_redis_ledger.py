@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from prefillshare.kvshare.errors import Unavailable
 from prefillshare.router.accounts import redis_ledger
 from prefillshare.router.accounts.figures import Figures, total
-from prefillshare.router.accounts.redis_calls import RedisCalls
+from prefillshare.router.redis_calls import RedisCalls
 
 pytestmark = pytest.mark.slow
 

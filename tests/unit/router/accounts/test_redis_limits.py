@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from prefillshare.kvshare.errors import Overloaded
 from prefillshare.router.accounts import redis_limits
 from prefillshare.router.accounts.limits import Charge
-from prefillshare.router.accounts.redis_calls import RedisCalls
 from prefillshare.router.admission.grant import Demand, TenantShare
+from prefillshare.router.redis_calls import RedisCalls
 
 pytestmark = pytest.mark.slow
 

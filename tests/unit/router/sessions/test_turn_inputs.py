@@ -10,6 +10,7 @@ from char_tokenizer import Chats, Tokenizer, text
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.text_work import SHORT_CHARS, TextWork
+from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.turns import Turns
 
 LENGTH = 2 * SHORT_CHARS
@@ -48,7 +49,7 @@ def turns(tokenizer):
         text=TextWork(LENGTH, 1),
         model_config=SimpleNamespace(get_vocab_size=lambda: 256),
     )
-    yield Turns(Base(model="m", max_model_len=LENGTH), {}, frontend, Sessions(), None)
+    yield Turns(Base(model="m", max_model_len=LENGTH), {}, frontend, Sessions(), ResponseKV())
     frontend.text.close()
 
 

@@ -66,7 +66,9 @@ class RedisCalls:
             self._note("")
             return answer
         self._note(reason)
-        raise Unavailable(f"the store of {self._what} does not answer", fix="try again; if it lasts, look at Redis")
+        raise Unavailable(
+            f"the store of {self._what} does not answer", fix="try again; if it lasts, tell those who run this service"
+        )
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -1,0 +1,46 @@
+"""Sessions that are kept (router/kept), and what the keeper must know of them."""
+
+from __future__ import annotations
+
+from prefillshare.kvshare.caller import Caller, cache_salt
+from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.router.kept.keeper import Keeper, Listed
+from prefillshare.router.kept.kept import Kept
+from prefillshare.router.sessions.base import SessionStore
+
+
+class KeptSessions:
+    def __init__(self, sessions: SessionStore, keeper: Keeper):
+        self._sessions, self._keeper = sessions, keeper
+
+    async def keep(self, caller: Caller, session_id: str, ttl_s: float = 0.0, priority: int | None = None) -> Kept:
+        """`ttl_s`: 0: as long as an unused session lives. Raises NotFound, InvalidInput, PermissionDenied; Overloaded beyond
+        the budget."""
+        longest_s = self._sessions.ttl_s
+        if not 0 <= ttl_s <= longest_s:  # NaN, too
+            raise InvalidInput(
+                f"{ttl_s:g} s is out of range",
+                field="ttl_s",
+                fix=f"use at most {longest_s:g}, the time for which an unused session lives, or raise router.session_ttl_s",
+            )
+        session = await self._sessions.get(session_id, tenant=caller.tenant)
+        salt = cache_salt(caller.in_domain(session.cache_domain).cache_domain)
+        return await self._keeper.keep_session(caller, session_id, session.token_ids, salt, ttl_s or longest_s, priority)
+
+    async def let_go(self, caller: Caller, session_id: str) -> None:
+        """Nothing happens to a session that is not kept. Raises NotFound."""
+        await self._sessions.get(session_id, tenant=caller.tenant)
+        await self._keeper.let_go(caller.tenant, session_id)
+
+    def tokens(self, kept: Kept) -> int:
+        """How much of a context is to be kept."""
+        return self._keeper.tokens(kept)
+
+    async def listed(self, caller: Caller) -> Listed:
+        return await self._keeper.listed(caller.tenant)
+
+
+async def context_of(sessions: SessionStore, tenant: str, session_id: str) -> tuple[list[int], str | None]:
+    """A session's token ids, and the salt that their KV has. Raises NotFound."""
+    session = await sessions.get(session_id, tenant=tenant)
+    return list(session.token_ids), cache_salt(session.cache_domain)

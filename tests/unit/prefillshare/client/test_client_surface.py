@@ -15,8 +15,8 @@ from prefillshare.protos.prefillshare.v1 import rpc_status_pb2 as rpc_pb
 
 BOTH = pytest.mark.parametrize("kind", ["sync", "async"])
 PUBLIC = {
-    Client: {"close", "create_session", "decoders", "metadata", "not_ready_because", "session", "sessions"},
-    RemoteSession: {"choices", "delete", "fork", "get", "stream", "turn", "update"},
+    Client: {"close", "create_session", "decoders", "metadata", "kept", "not_ready_because", "session", "sessions"},
+    RemoteSession: {"choices", "delete", "fork", "get", "keep", "let_go", "stream", "turn", "update"},
 }
 
 

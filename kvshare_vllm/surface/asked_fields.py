@@ -3,7 +3,7 @@
 - Fields that nobody reads are named in a header of the response (IGNORED_HEADER). vLLM takes them silently, and they cannot be
   refused: clients send fields of OpenAI's newest API all the time.
 - Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now.
-- A message has a role that chat templates know, and a tool's result names a call that was made.
+- A message has a role that chat templates know.
 
 Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
 """
@@ -81,22 +81,12 @@ def _fields_of(route: Any) -> set[str]:
 
 def _check_messages(messages: Any, field: str, roles: Sequence[str]) -> None:
     """What is not a list of objects is left to vLLM."""
-    made: set[str] = set()
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         place = f"{field}.{number}"
         if isinstance(message, list):  # a conversation of several
             _check_messages(message, place, roles)
-        if not isinstance(message, dict):
-            continue
-        check_role(message.get("role"), place, roles)
-        made |= {str(call["id"]) for call in _listed(message.get("tool_calls")) if call.get("id")}
-        answers = message.get("tool_call_id")
-        if message["role"] == "tool" and answers and str(answers) not in made:
-            raise InvalidInput(
-                f"no message before it has a call {str(answers)[:64]!r}",
-                field=f"{place}.tool_call_id",
-                fix="send the assistant's message with that call, too",
-            )
+        elif isinstance(message, dict):
+            check_role(message.get("role"), place, roles)
 
 
 def _check_items(items: Any) -> None:
@@ -104,7 +94,3 @@ def _check_items(items: Any) -> None:
     for number, item in enumerate(items if isinstance(items, list) else ()):
         if isinstance(item, dict) and item.get("type") in (None, "message"):
             check_role(item.get("role"), f"input.{number}")
-
-
-def _listed(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

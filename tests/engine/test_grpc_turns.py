@@ -161,6 +161,42 @@ async def test_a_system_message_in_the_suffix_is_the_agents_own(surface, session
     assert await said(surface, session) == DEFAULT + shown(ASK) + OPENING + "Paris.<|im_end|>"
 
 
+async def test_agents_that_call_tools_see_the_same_over_both_surfaces(smollm):
+    """Two agents over one session, with tools and system prompts of their own, over gRPC and over HTTP with the header."""
+    surface = GrpcSurface(str(smollm), base={"chat_template": "smollm2_tools"})
+    await surface.start()
+    code = {"role": "system", "content": "You code."}
+    turns = [("planner", PLAN, [TOOL], ASK, called("look")), ("planner", PLAN, [TOOL], "result", "Paris."),
+             ("coder", code, [JUMP], {"role": "user", "content": "Jump!"}, called("jump")),
+             ("coder", code, [JUMP], "result", "Done."), ("planner", PLAN, [TOOL], ASK, "Paris, as I said.")]  # fmt: skip
+    async with AsyncClient(surface.grpc_address) as client:
+        session, history, ids, prompts = await client.create_session("over grpc"), [], {"grpc": "", "http": ""}, {}
+        for way in ids:
+            surface.prompts = []
+            for decoder, own, tools, new, answer in turns:
+                surface.answers = [answer]
+                given = {"role": "tool", "tool_call_id": ids[way], "content": "a map"} if new == "result" else new
+                if way == "grpc":
+                    turn = await session.turn(decoder, messages=[given], suffix_messages=[own], tools=tools)
+                    message, calls = turn.message, [call.id for call in turn.tool_calls]
+                else:
+                    history.append(given)
+                    body = {"model": decoder, "messages": [own, *history], "tools": tools}
+                    headers = {"x-prefillshare-session": "over http"}
+                    response = await surface.http.post("/v1/chat/completions", json=body, headers=headers)
+                    message = response.json()["choices"][0]["message"]
+                    calls = [call["id"] for call in message.get("tool_calls") or ()]
+                    history.append(message)
+                ids[way] = next(iter(calls), "")
+            prompts[way] = surface.prompts
+    await surface.stop()
+    assert prompts["grpc"] == prompts["http"]
+    assert [prompt.count("You plan.") + prompt.count("You code.") for prompt in prompts["grpc"]] == [1] * len(turns)
+    kept = [(await surface.sessions.get(name, tenant="")) for name in ("over grpc", "over http")]
+    assert kept[0].token_ids == kept[1].token_ids
+    assert (kept[0].transcript, kept[0].own) == (kept[1].transcript, kept[1].own)
+
+
 async def test_an_http_client_goes_on_from_a_grpc_session_with_calls(surface, session):
     surface.answers = ["Hm.\n" + called("look"), "Paris."]
     turn = await session.turn("planner", messages=[ASK], tools=[TOOL])

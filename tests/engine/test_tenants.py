@@ -174,7 +174,7 @@ async def test_over_grpc_the_client_raises_what_limit_it_was_and_when_to_try_aga
     router.forget_limits()
 
     def turns():
-        with Client(router.address, api_key=FEW) as client:
+        with Client(router.address, api_key=FEW, retries=None) as client:
             session = client.create_session(text="hello")
             session.turn("planner", text="x", max_tokens=3)
             with pytest.raises(OverLimit, match=r"^tenants\.few\.turns_per_minute: 1 turns a minute") as caught:

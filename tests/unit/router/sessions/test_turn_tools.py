@@ -100,6 +100,24 @@ async def test_without_an_input_the_answer_is_opened_all_the_same(inputs, suffix
     assert (kept, seen) == (closed + "<assistant:", closed + own + "<assistant:")
 
 
+async def test_an_agents_own_part_stays_in_its_place_while_nothing_else_comes_between(inputs):
+    own = SHOWN + "<system:plan>\n"
+    first = await inputs.lay_out(session(), messages(ASK), messages(PLAN), TOOLS)
+    assert (text(first.laid_out.seen), first.own.tokens) == (BEFORE + own + "<assistant:", len(BEFORE))
+    after = session(BEFORE + "<assistant:yes", ASK, ASK, is_open=True, own=first.own)
+    again = await inputs.lay_out(after, messages(ASK), messages(PLAN), TOOLS)
+    later = "<assistant:yes>\n<user:hi>\n<assistant:"
+    assert (text(again.laid_out.kept), text(again.laid_out.seen)) == (BEFORE + later, BEFORE + own + later)
+    assert (again.own, again.laid_out.goes_on) == (first.own, True)
+    for suffix, tools in ((messages(ASK), TOOLS), (messages(PLAN, ASK), TOOLS), (messages(PLAN), OTHER), (None, None)):
+        other = await inputs.lay_out(after, messages(ASK), suffix, tools)
+        assert not other.laid_out.goes_on
+        assert other.own != first.own
+    ask, well, more = messages(ASK), ("text", "Well, "), ("text", " more")
+    for given, suffix in ((ask, well), (ask, ask), (more, messages(PLAN))):
+        assert (await inputs.lay_out(after, given, suffix, TOOLS)).own is None, "what is not kept stands behind it"
+
+
 async def test_a_context_of_text_goes_on_as_text_behind_tools(inputs):
     kept, seen = await laid_out(inputs, session("notes"), ("text", " more"), None, TOOLS)
     assert (kept, seen) == ("notes more", "notes more" + SHOWN + KIND + "<assistant:")

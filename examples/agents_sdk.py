@@ -32,7 +32,8 @@ from agents import (
 from figures import Where, print_head, print_turn
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
+#: The number makes each run a context of its own: a second run would find everything that the first has computed.
+BRIEF = f"""Notes {uuid.uuid4().hex[:8]}: we run a ferry line between the mainland and three islands.
 A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
 for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:
@@ -151,13 +152,10 @@ async def main() -> None:
 
     print_head()
     async with client:
-        for question, choice, streamed in (
-            (BRIEF, f"transfer_to_{tools.name}", False),
-            (SUM, f"transfer_to_{coder.name}", True),
-            (NOTE, "none", True),
-        ):
-            asked = planner.clone(model_settings=choosing(settings, args, choice))
+        for question, other, streamed in ((BRIEF, tools, False), (SUM, coder, True)):
+            asked = planner.clone(model_settings=choosing(settings, args, f"transfer_to_{other.name}"))
             await ask(asked, question, turns, session, streamed)
+        await ask(planner.clone(handoffs=[]), NOTE, turns, session, streamed=True)
     session.close()
 
 

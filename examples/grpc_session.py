@@ -10,13 +10,15 @@ different instructions share everything in front of them.
 from __future__ import annotations
 
 import argparse
+import uuid
 
 from figures import print_head, print_turn
 
 from prefillshare.client import Client
 from prefillshare.kvshare.errors import NotFound
 
-BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
+#: The number makes each run a context of its own: a second run would find everything that the first has computed.
+BRIEF = f"""Notes {uuid.uuid4().hex[:8]}: we run a ferry line between the mainland and three islands.
 A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
 for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:
@@ -62,7 +64,7 @@ def main() -> None:
             print_turn(decoder, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, where)
 
         # The server has kept the context as token ids. It is forgotten when it is deleted, or after router.session_ttl_s.
-        print(f"the session holds {session.get().num_tokens} tokens")
+        print(f"the session holds {session.get().context_tokens} tokens")
         session.delete()
         try:
             session.get()

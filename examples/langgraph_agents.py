@@ -23,7 +23,8 @@ from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from openai import DefaultHttpxClient
 
-BRIEF = """We run a ferry line between the mainland and three islands, and these are our notes for the season.
+#: The number makes each run a context of its own: a second run would find everything that the first has computed.
+BRIEF = f"""Notes {uuid.uuid4().hex[:8]}: we run a ferry line between the mainland and three islands.
 A ferry carries up to 220 passengers and 40 cars. People book on the web, at two ticket offices and by phone. A place is held
 for ten minutes while somebody pays, and is given back if they do not. Tickets can be changed until one hour before departure.
 Residents of the islands pay half. A bicycle counts as a quarter of a car place. In bad weather the line cancels departures:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import System, system
-from example_programs import EXAMPLES, PYTHON, ROOT, Turn
+from example_programs import EXAMPLES, PYTHON, ROOT, Turn, turns
 
 pytestmark = pytest.mark.engine
 

@@ -26,7 +26,7 @@ NAMES = (
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 
 #: Made on the user's machine, or the user's own.
-MADE = ("models", "adapters", ".venv")
+MADE = ("models", "adapters", "runs", ".venv")
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - set(MADE)
 
 

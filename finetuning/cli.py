@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from prefillshare.arguments import BaseFolder, DecoderFolder, checked
 from prefillshare.kvshare import chat_template as chat_templates
-from prefillshare.kvshare.errors import ConfigError, InvalidInput
+from prefillshare.kvshare import given_files
+from prefillshare.kvshare.errors import ConfigError, ConnectionLost, DeadlineExceeded, InvalidInput
+
+BASE = Path("models/smollm2-135m-instruct")
+DTYPES = ("float32", "bfloat16")
+#: Seconds within which a running deployment has to answer.
+ANSWER_S = 6.0
 
 Template = Annotated[
     str | None,
@@ -19,25 +27,37 @@ Template = Annotated[
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for the decoder.", show_default="the recipe's")] = None,
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.",
+            callback=checked(given_files.readable),
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the decoder.", show_default="the recipe's", callback=checked(given_files.made_folder)),
+    ] = None,
 ) -> None:
     """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method that the recipe names.
 
     A run that was interrupted goes on from its last checkpoint when it is started again. The output folder can be served
     as it is; `log.csv` in it holds every step's loss.
     """
-    from prefillshare.finetuning.recipe import load
+    from prefillshare.finetuning.recipe import check_files, load
+
+    chosen = load(recipe)
+    chosen = chosen.model_copy(update={"output": str(output)}) if output else chosen
+    check_files(chosen)  # before transformers and PEFT are imported
     from prefillshare.finetuning.train import train as run
 
-    console = Console(stderr=True)
-    chosen = load(recipe)
-    typer.echo(run(chosen.model_copy(update={"output": str(output)}) if output else chosen, console))
+    _quiet()
+    typer.echo(run(chosen, Console(stderr=True)))
 
 
 def data(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to make training data for, e.g. arithmetic.")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write.")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write.", callback=checked(given_files.writable))],
     count: Annotated[int, typer.Option(min=1, help="Most transcripts per suite.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Determines the made-up problems and the choice of real ones.")] = 0,
     split: Annotated[str, typer.Option(help="train or validation; the two have nothing in common.")] = "train",
@@ -56,9 +76,12 @@ def data(
 
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to answer, e.g. bfcl_simple_python.")],
-    base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    base: Annotated[Path | None, typer.Option(help="Folder of the base.", show_default=str(BASE))] = None,
     chat_template: Template = None,
-    decoder: Annotated[Path | None, typer.Option(help="Folder of the decoder.", show_default="the base itself")] = None,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the decoder.", show_default="the base itself", callback=checked(given_files.weights)),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="How it sees context: prefillshare, icarus or ordinary.", show_default="as the decoder was trained"),
@@ -69,27 +92,35 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: as it is served.")] = "float32",
     served: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Ask a running deployment (gRPC) instead.")] = None,
     name: Annotated[str | None, typer.Option(help="With --served: the decoder's name there.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="File for the questions' names and the answers (JSONL).")] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="File for the questions' names and the answers (JSONL).", callback=checked(given_files.writable)),
+    ] = None,
 ) -> None:
     """Score a decoder on task suites, with 95 % intervals. The last line of output is one JSON object."""
-    chosen = _tasks(tasks)
-    if served and not name:
-        raise InvalidInput("required with --served", field="--name", fix="give the decoder's name in the deployment")
-    if answers:
-        answers.parent.mkdir(parents=True, exist_ok=True)
+    base = base or BASE
     if served:
-        _check_served(chosen)
+        _check_served(served, name)
+    else:
+        given_files.model(base, "--base")
+        if decoder:
+            template = chat_templates.text_of_given(chat_template, "--chat-template")
+            given_files.decoder(decoder, base, "--decoder", template)
+        _known("--dtype", dtype, DTYPES)
+    chosen = _tasks(tasks)
+    if served:
+        _check_suites_served(chosen)
         ask = _served(served, name, batch_size)
     else:
         ask = _offline(base, chat_template, decoder, method, batch_size, device, dtype)
     from prefillshare.finetuning.evaluate import score
-    from prefillshare.finetuning.log import bars
+    from prefillshare.finetuning.progress import shown
 
     console, figures, lines = Console(stderr=True), {}, []
-    with bars(console) as progress:
+    with shown(console) as progress:
         for task in chosen:
             questions = task.questions()[:limit]
-            bar = progress.add_task(task.name, total=len(questions))
+            bar = progress.add_task(task.name, len(questions))
             given = ask(task, questions, lambda count, bar=bar: progress.advance(bar, count))
             right = [question.is_right(answer) for question, answer in zip(questions, given, strict=True)]
             result = score(right)
@@ -104,9 +135,15 @@ def evaluate(
 
 
 def profile(
-    decoder: Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")],
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Transcripts like those it will serve (JSONL, docs/training.md).")],
-    base: Annotated[Path, typer.Option(help="Folder of the base.")] = Path("models/smollm2-135m-instruct"),
+    decoder: DecoderFolder,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Transcripts like those it will serve (JSONL, docs/training.md).",
+            callback=checked(given_files.lines),
+        ),
+    ],
+    base: BaseFolder = BASE,
     chat_template: Template = None,
     examples: Annotated[int, typer.Option(min=2, help="Number of transcripts to use, evenly spread over the file.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
@@ -120,16 +157,18 @@ def profile(
     Writes layer_profile.json and a plot beside the decoder's KV contract. A run that was interrupted goes on when it is
     started again. The last line of output is one JSON object: the frontier, layers -> divergence.
     """
-    suites = _tasks(task or [])
+    given_files.decoder(decoder, base, "DECODER")
+    given_files.writable_folder(decoder, "DECODER")
+    _known("--dtype", dtype, DTYPES)
+    suites = _tasks(task) if task else []
     import torch
 
     from prefillshare.finetuning import layer_profile, layer_profile_report, subjects, transcripts
-    from prefillshare.finetuning.recipe import DTYPES, device_of
+    from prefillshare.finetuning.recipe import device_of
     from prefillshare.finetuning.tokenizers import tokenizer_of
 
+    _quiet()
     template = chat_templates.text_of_given(chat_template, "--chat-template")
-    if dtype not in DTYPES:
-        raise InvalidInput(f"unknown value {dtype!r}", field="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     console, tokenizer = Console(stderr=True), tokenizer_of(base, template)
     stops = transcripts.stop_ids(base, tokenizer)
     found, _ = transcripts.read(data, tokenizer, stops, max_tokens, field="--data")
@@ -148,22 +187,19 @@ def profile(
 def _offline(
     base: Path, given: str | None, decoder: Path | None, method: str | None, batch_size: int, device: str, dtype: str
 ):
-    if not (base / "config.json").is_file():
-        raise InvalidInput(f"no model in {base}", field="--base", fix="give a folder in Hugging Face format")
     import torch
 
     from prefillshare.finetuning import subjects
     from prefillshare.finetuning.evaluate import offline_answers
     from prefillshare.finetuning.methods import METHODS
-    from prefillshare.finetuning.recipe import DTYPES, device_of
+    from prefillshare.finetuning.recipe import device_of
     from prefillshare.finetuning.tokenizers import tokenizer_of
     from prefillshare.finetuning.transcripts import stop_ids
 
+    _quiet()
     template = chat_templates.text_of_given(given, "--chat-template")
     method = method or subjects.trained_for(decoder)
-    for field, value, allowed in (("--method", method, METHODS), ("--dtype", dtype, DTYPES)):
-        if value not in allowed:
-            raise InvalidInput(f"unknown value {value!r}", field=field, fix=f"use one of {', '.join(allowed)}")
+    _known("--method", method, METHODS)
     where = device_of(device)
     Console(stderr=True).print(f"{decoder or base}, which sees context by method {method}, on {where}")
     how = {"dtype": getattr(torch, dtype), "device": where, "template": template}
@@ -173,13 +209,40 @@ def _offline(
     return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)
 
 
-def _check_served(tasks: list) -> None:
+def _check_suites_served(tasks: list) -> None:
     if of_tools := [task.name for task in tasks if task.offers_tools]:
         raise InvalidInput(
             f"{of_tools[0]} offers tools with its questions, and turns on sessions take none",
             field="--served",
             fix="leave it out, or ask a suite that describes them in the system message",
         )
+
+
+def _known(field: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise InvalidInput(f"unknown value {value!r}", field=field, fix=f"use one of {', '.join(allowed)}")
+
+
+def _quiet() -> None:
+    """transformers has bars of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _check_served(address: str, name: str | None) -> None:
+    """Raises ConfigError unless a deployment answers there, and InvalidInput unless it serves the decoder."""
+    if not name:
+        raise InvalidInput("required with --served", field="--name", fix="give the decoder's name in the deployment")
+    from prefillshare.client import Client
+
+    with Client(address, timeout_s=ANSWER_S) as client:
+        try:
+            there = [decoder.name for decoder in client.decoders()]
+        except (ConnectionLost, DeadlineExceeded) as error:
+            fix = "give HOST:PORT of its gRPC surface"
+            raise ConfigError(f"no deployment answers at {address}: {error.message}", field="--served", fix=fix) from None
+    _known("--name", name, there)
 
 
 def _served(address: str, name: str, at_once: int):

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from prefillshare.finetuning.conditioned import own_layers, plain
 from prefillshare.finetuning.evaluate import evenly, offline_answers
-from prefillshare.finetuning.log import bars
+from prefillshare.finetuning.progress import shown
 from prefillshare.finetuning.subjects import Subject
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare import fingerprint
@@ -136,8 +136,8 @@ class Profiler:
 
     def _measure(self, wanted: Iterable[LayerGroup | str | None], part: Sequence[int], title: str) -> None:
         names = {_name(what): what for what in wanted}
-        with bars(self._console) as progress:
-            bar = progress.add_task(title, total=len(part))
+        with shown(self._console) as progress:
+            bar = progress.add_task(title, len(part))
             for number in part:
                 if missing := {name: what for name, what in names.items() if self._measured.get(number, name) is None}:
                     self._measured.add(number, self._compare(self._examples[number], missing))
@@ -221,12 +221,12 @@ def scored(
 ) -> LayerProfile:
     """The same profile with the frontier's shares of right answers on these suites."""
     points = {point.layers: point for point in profile.points}
-    with bars(console) as progress:
+    with shown(console) as progress:
         for point in profile.frontier:
             scores = {}
             for task in suites:
                 questions = task.questions()[:limit]
-                bar = progress.add_task(f"{point.layers}, {task.name}", total=len(questions))
+                bar = progress.add_task(f"{point.layers}, {task.name}", len(questions))
                 answers = offline_answers(
                     subject, task, questions, tokenizer, stop_ids=stops, own_layers=layer_group(point.layers), device=device,
                     advance=lambda count, bar=bar: progress.advance(bar, count),

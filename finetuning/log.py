@@ -1,14 +1,16 @@
-"""What a run reports while it goes on: a CSV row per step, and a progress bar."""
+"""What a run reports while it goes on: a CSV row per step, and how far it has come."""
 
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from prefillshare.finetuning.progress import Clock, shown
 
 FILE = "log.csv"
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_s", "validation_loss")
@@ -55,20 +57,18 @@ def read(folder: Path) -> list[dict]:
         return []
 
 
-def bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
 @contextmanager
-def training_bar(console: Console, steps: int, start: int) -> Iterator[Callable[[dict], None]]:
-    with bars(console) as progress:
-        task = progress.add_task("training", total=steps, completed=start)
+def training_progress(
+    console: Console, steps: int, start: int, clock: Clock = time.monotonic
+) -> Iterator[Callable[[dict], None]]:
+    """Yields what is told each row."""
+    with shown(console, clock) as progress:
+        task = progress.add_task("training", steps, start)
 
         def show(row: dict) -> None:
-            text = f"loss {row['loss']:.4f}, {row['tokens_per_s']:.0f} tokens/s"
-            progress.update(task, completed=row["step"], description=text)
+            text = f"epoch {row['epoch']}, loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            progress.update(task, row["step"], text)
             if row["validation_loss"] is not None:
-                progress.console.print(f"epoch {row['epoch']}: validation loss {row['validation_loss']:.4f}")
+                progress.print(f"epoch {row['epoch']}: validation loss {row['validation_loss']:.4f}")
 
         yield show

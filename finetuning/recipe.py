@@ -14,12 +14,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from prefillshare.finetuning.methods import METHODS
-from prefillshare.kvshare import chat_template
+from prefillshare.kvshare import chat_template, given_files
 from prefillshare.kvshare.config.errors import as_config_error
+from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node, read
-
-DTYPES = ("float32", "bfloat16")
 
 
 def device_of(wanted: str) -> str:
@@ -123,10 +122,21 @@ def parse(data: Any) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise as_config_error(error, Recipe) from None
-    if not (Path(recipe.base) / "config.json").is_file():
-        raise ConfigError(f"no model in {recipe.base}", field="base", fix="give a folder in Hugging Face format")
     recipe.template_text  # noqa: B018 - raises ConfigError
     return recipe
+
+
+def check_files(recipe: Recipe) -> None:
+    """Raises ConfigError for what the recipe names and a run could not use. It makes the folder above the output."""
+    given_files.model(Path(recipe.base), "base")
+    given_files.lines(Path(recipe.train), "train")
+    if recipe.validation:
+        given_files.lines(Path(recipe.validation), "validation")
+    layers = KVShape.of(recipe.base).layers
+    if (last := recipe.lora.last_layers) and last > layers:
+        raise ConfigError(f"{last} layers, the model has {layers}", field="lora.last_layers", fix="leave it out for all")
+    device_of(recipe.device)
+    given_files.made_folder(Path(recipe.output), "output")
 
 
 def load(path: Path) -> Recipe:

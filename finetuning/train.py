@@ -25,11 +25,10 @@ from prefillshare.finetuning.base_kv_store import BaseKVStore
 from prefillshare.finetuning.batches import Batches
 from prefillshare.finetuning.checkpoint import Checkpoint
 from prefillshare.finetuning.conditioned import LayersKV
-from prefillshare.finetuning.log import TrainingLog, training_bar
-from prefillshare.finetuning.recipe import Recipe, device_of
+from prefillshare.finetuning.log import TrainingLog, training_progress
+from prefillshare.finetuning.recipe import Recipe, check_files, device_of
 from prefillshare.finetuning.tokenizers import tokenizer_of
 from prefillshare.finetuning.transcripts import Example
-from prefillshare.kvshare.errors import ConfigError
 
 
 class Decoder:
@@ -87,6 +86,7 @@ class Feeder:
 
 def train(recipe: Recipe, console: Console) -> Path:
     """Returns the decoder's folder. Raises ConfigError for what cannot be trained. A run that was ended can go on."""
+    check_files(recipe)
     folder = Path(recipe.output)
     with output.alone_in(folder):
         return _train(recipe, folder, console)
@@ -113,7 +113,7 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
     console.print(f"{sum(p.numel() for p in parameters):,} parameters on {where}")
 
     began = time.monotonic()
-    with TrainingLog(folder, start) as log, training_bar(console, batches.steps, start) as show:
+    with TrainingLog(folder, start) as log, training_progress(console, batches.steps, start) as show:
         decoder.model.train()
         for step in range(start, batches.steps):
             chosen, step_began = [examples[number] for number in batches.at(step)], time.monotonic()
@@ -215,9 +215,5 @@ def _with_adapter(base, recipe: Recipe):
 
 
 def _adapted(layers: int, last: int | None) -> list[int] | None:
-    """Numbers of the last `last` layers; None for all. Raises ConfigError if the model has fewer."""
-    if last is None:
-        return None
-    if last > layers:
-        raise ConfigError(f"{last} layers, the model has {layers}", field="lora.last_layers", fix="leave it out for all")
-    return list(range(layers - last, layers))
+    """Numbers of the last `last` layers; None for all."""
+    return list(range(layers - last, layers)) if last else None

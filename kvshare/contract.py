@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
@@ -36,7 +38,10 @@ class KVShape:
     @classmethod
     def of(cls, folder: str | Path) -> KVShape:
         """Read from config.json. Raises ConfigError for a model that is not a plain decoder-only transformer."""
-        c = fingerprint.read_json(folder, "config.json")
+        return cls.of_config(fingerprint.read_json(folder, "config.json"), f"{folder}/config.json")
+
+    @classmethod
+    def of_config(cls, c: Mapping[str, Any], file: str) -> KVShape:
         try:
             heads = c["num_attention_heads"]
             return cls(
@@ -47,9 +52,9 @@ class KVShape:
                 vocab_size=c["vocab_size"],
             )
         except KeyError as error:
-            raise ConfigError(f"{folder}/config.json lacks {error}; only decoder-only transformers are served") from None
+            raise ConfigError(f"{file} lacks {error}; only decoder-only transformers are served") from None
         except (TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{folder}/config.json is not a model's: {error}") from None
+            raise ConfigError(f"{file} is not a model's: {error}") from None
 
     def bytes_per_token(self, dtype: str) -> int:
         return 2 * self.layers * self.kv_heads * self.head_size * DTYPE_BYTES[dtype]

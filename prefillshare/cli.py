@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from prefillshare import extras, models
+from prefillshare.arguments import BaseFolder, DecoderFolder, DeploymentFile, checked
 from prefillshare.kvshare import chat_template as chat_templates
-from prefillshare.kvshare import contract, fingerprint
+from prefillshare.kvshare import contract, given_files
 from prefillshare.kvshare.errors import ConfigError, InvalidInput, PrefillShareError
 from prefillshare.progress import FetchProgress
 
@@ -62,9 +64,6 @@ contract_app = _app(
 app.add_typer(model_app, name="model")
 app.add_typer(contract_app, name="contract")
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", exists=True, dir_okay=False)]
-Decoder = Annotated[Path, typer.Argument(metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.")]
-Base = Annotated[Path, typer.Option("--base", help="Folder of the base model.")]
 Template = Annotated[
     str | None,
     typer.Option(
@@ -91,7 +90,7 @@ def _root(
 
 
 @app.command()
-def serve(file: File) -> None:
+def serve(file: DeploymentFile) -> None:
     """Start the deployment that FILE describes and serve until interrupted.
 
     Checks the file and the models first, then starts router, prefill and decode engines on Ray Serve.
@@ -114,7 +113,7 @@ Address = Annotated[
 
 
 @app.command()
-def apply(file: File, address: Address = None) -> None:
+def apply(file: DeploymentFile, address: Address = None) -> None:
     """Bring a running deployment in line with FILE: replicas, adapters, decode pools, the router's limits.
 
     It is the deployment that has the `name` in FILE. Turns go on meanwhile. The base and the cluster cannot change. A change of
@@ -170,7 +169,7 @@ def usage(
 
 
 @app.command()
-def check(file: File) -> None:
+def check(file: DeploymentFile) -> None:
     """Check a deployment file, its models and this machine, without starting an engine."""
     from prefillshare.preflight import check_command
 
@@ -195,7 +194,9 @@ def examples(
 
 @app.command()
 def doctor(
-    file: Annotated[Path | None, typer.Argument(help="A deployment file to check as well.", dir_okay=False)] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A deployment file to check as well.", callback=checked(given_files.readable))
+    ] = None,
 ) -> None:
     """Check this machine (versions, a NIXL read, shared memory, limits, GPUs and their peer access) and say what to fix.
 
@@ -219,11 +220,16 @@ def key() -> None:
 
 @app.command()
 def demo(
-    config: Annotated[Path, typer.Option(help="Deployment file.", dir_okay=False)] = Path("deploy/configs/demo.yaml"),
+    config: Annotated[
+        Path, typer.Option(help="Deployment file.", callback=checked(given_files.readable))
+    ] = Path("deploy/configs/demo.yaml"),
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a turn, in tokens.")] = 128,
     ca_file: Annotated[
         Path | None,
-        typer.Option(help="With `router.tls`: PEM file of the server's root.", show_default="its certificate", dir_okay=False),
+        typer.Option(
+            help="With `router.tls`: PEM file of the server's root.", show_default="its certificate",
+            callback=checked(given_files.readable),
+        ),
     ] = None,
 ) -> None:
     """Start a small cluster on this machine and run a session in which decoders take turns over one context.
@@ -241,7 +247,10 @@ def demo(
 @model_app.command("fetch")
 def model_fetch(
     name: Annotated[str, typer.Argument(help="Name of a known model, see `prefillshare model list`.")],
-    target: Annotated[Path | None, typer.Option(help="Folder to make.", show_default="models/NAME")] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Folder to make.", show_default="models/NAME", callback=checked(given_files.made_folder)),
+    ] = None,
 ) -> None:
     """Make the model's folder in Hugging Face format and check it by hash. If it exists already, only check it."""
     with FetchProgress() as bars:
@@ -258,8 +267,8 @@ def model_list() -> None:
 
 @contract_app.command("write")
 def contract_write(
-    decoder: Decoder,
-    base: Base,
+    decoder: DecoderFolder,
+    base: BaseFolder,
     chat_template: Template = None,
     trained_with: Annotated[
         str | None,
@@ -272,7 +281,7 @@ def contract_write(
     The weights do not show whether this is true; a decoder that was trained against another base gives wrong answers. If there
     is a contract that differs in the chat template only, that template is added to it: the decoder may be served under both.
     """
-    _require_weights(decoder)
+    given_files.writable(decoder / contract.FILE, "DECODER")
     wanted = _of_base(base, chat_template, trained_with or "vouched for by hand")
     if (decoder / contract.FILE).exists() and not force:
         wanted = contract.DecoderContract.read(decoder).with_template(wanted, str(decoder))
@@ -286,7 +295,9 @@ def contract_write(
 
 @contract_app.command("show")
 def contract_show(
-    folder: Annotated[Path, typer.Argument(help="A decoder's folder, or a base model's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A decoder's folder, or a base model's.", callback=checked(given_files.folder))
+    ],
     chat_template: Template = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -304,7 +315,7 @@ def contract_show(
 
 
 @contract_app.command("check")
-def contract_check(decoder: Decoder, base: Base, chat_template: Template = None) -> None:
+def contract_check(decoder: DecoderFolder, base: BaseFolder, chat_template: Template = None) -> None:
     """Check that DECODER may be served with the base; otherwise name what differs, both values, and exit with 2."""
     contract.DecoderContract.read(decoder).check(_of_base(base, chat_template), str(decoder))
     typer.echo(f"{decoder} was trained against the base in {base}")
@@ -321,15 +332,6 @@ def _of_base(base: Path, template: str | None, trained_with: str = "") -> contra
     return contract.DecoderContract.of_base(base, trained_with, text)
 
 
-def _require_weights(decoder: Path) -> None:
-    if not any((decoder / file).is_file() for file in ("adapter_config.json", "config.json")):
-        raise ConfigError(
-            f"{decoder} has neither adapter_config.json nor config.json", field="DECODER",
-            fix="give the folder of a LoRA adapter saved by PEFT or of a model in Hugging Face format",
-        )
-    fingerprint.weights(decoder)
-
-
 def _add_commands() -> None:
     """Add the commands of higher layers, which nothing here imports."""
     for command in importlib.metadata.entry_points(group="prefillshare.commands"):
@@ -340,4 +342,5 @@ _add_commands()
 
 
 def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders: what one of them lacks, no hub is asked for
     app()

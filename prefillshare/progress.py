@@ -27,8 +27,26 @@ class StartupProgress:
         self._live.stop()
 
 
+class StartupLines:
+    """Where the output is a file: a line whenever something has changed."""
+
+    def __init__(self, console: Console):
+        self._console, self._said = console, ""
+
+    def __call__(self, elapsed_s: float, states: dict[str, str]) -> None:
+        said = "  ".join(f"{name}: {state.lower()}" for name, state in states.items())
+        if said != self._said:
+            self._console.print(f"starting, {elapsed_s:.0f} s  {said}", highlight=False, markup=False, soft_wrap=True)
+        self._said = said
+
+    def done(self) -> None: ...
+
+
 @contextmanager
-def startup_progress(console: Console) -> Iterator[StartupProgress]:
+def startup_progress(console: Console) -> Iterator[StartupProgress | StartupLines]:
+    if not console.is_terminal:
+        yield StartupLines(console)
+        return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield StartupProgress(live)
 

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from prefillshare import platform
+from prefillshare.arguments import checked
+from prefillshare.kvshare import given_files
 from prefillshare.kvshare.contract import DTYPE_BYTES
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
 
@@ -28,7 +30,11 @@ def prove(
         typer.Option(metavar="NAME", help="Run only stages whose names begin with NAME; may be repeated.", show_default="all"),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Folder of a base model (Llama or Qwen3).", show_default="a small random one")
+        Path | None,
+        typer.Option(
+            help="Folder of a base model (Llama or Qwen3).", show_default="a small random one",
+            callback=checked(given_files.model),
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype in which the base is served.", show_default="bfloat16 on GPUs, float32 on CPUs")
@@ -36,14 +42,18 @@ def prove(
     shape: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG_JSON", dir_okay=False, exists=True,
+            metavar="CONFIG_JSON", callback=checked(given_files.model_shape),
             help="Shape of the base whose decode step is measured with two streams; its weights are random.",
             show_default="Llama 3.1 8B on GPUs, the base on CPUs",
         ),
     ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Most seconds for everything.")] = LIMIT_S,
     output: Annotated[
-        Path, typer.Option(help="File for the results, written after each; logs go into a folder beside it.", dir_okay=False)
+        Path,
+        typer.Option(
+            help="File for the results, written after each; logs go into a folder beside it.",
+            callback=checked(given_files.writable),
+        ),
     ] = Path("proof.json"),
     short: Annotated[bool, typer.Option("--short", help="As little as shows that everything works.")] = False,
     list_stages: Annotated[bool, typer.Option("--list", help="Only list the stages.")] = False,
@@ -67,8 +77,6 @@ def prove(
             typer.echo(f"{one.name:<20} {one.about}")
         return
     chosen = stages.choose(stage or [])
-    if base is not None and not (base / "config.json").is_file():
-        raise ConfigError(f"{base} holds no config.json", field="--base", fix="give a folder in Hugging Face format")
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise InvalidInput(f"unknown dtype {dtype!r}", field="--dtype", fix=f"one of {', '.join(DTYPE_BYTES)}")
     importlib.import_module("peft")  # the comparison needs it: if it is missing, that is said before anything starts

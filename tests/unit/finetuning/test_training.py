@@ -241,7 +241,7 @@ def test_validation_loss_is_measured_after_every_epoch(run, data):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"methd": "icarus"}, "did you mean 'method'"), ({"method": "icarus", "weights": "full"}, "icarus trains adapters"),
-     ({"base": "nowhere"}, "no model in nowhere"), ({"chat_template": "no"}, "no such chat template: 'no'"),
+     ({"base": "nowhere"}, "base: nowhere is not there"), ({"chat_template": "no"}, "no such chat template: 'no'"),
      ({"epochs": 0}, "greater than or equal to 1")],
 )  # fmt: skip
 def test_a_recipe_that_is_wrong_is_refused(run, wrong, message):

@@ -1,0 +1,43 @@
+"""Arguments and options of commands that name files or folders. Each is checked (kvshare/given_files.py) while the command line
+is read, so that no command begins work, or imports what takes seconds, before it has what it needs.
+
+What a command does not need in every case it checks itself, by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefillshare.kvshare import given_files
+
+
+def checked(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
+    """A callback of typer's: `check` gets the path and the name of the argument or option."""
+
+    def callback(ctx: typer.Context, param: typer.CallbackParam, value: Path | None) -> Path | None:
+        if value is not None and not ctx.resilient_parsing:
+            check(value, _name(param))
+        return value
+
+    return callback
+
+
+def _name(param: Any) -> str:
+    """As a user writes it: --base, DECODER."""
+    return param.opts[0] if param.opts[0].startswith("-") else param.metavar or param.name.upper()
+
+
+DeploymentFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="Deployment file (YAML).", callback=checked(given_files.readable))
+]
+BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model.", callback=checked(given_files.model))]
+DecoderFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.", callback=checked(given_files.weights)
+    ),
+]

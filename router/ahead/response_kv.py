@@ -87,6 +87,11 @@ class ResponseKV:
         if self.keeper:
             self.keeper.gone(*session)
 
+    def shortened(self, session: SessionKey, context: list[int], salt: str | None) -> None:
+        """A session's context has been cut off after these tokens: if it is kept, no more than them is kept from now on."""
+        self.given_up(session)
+        self._went_on(session, lambda: context, salt)
+
     async def made(self, session: SessionKey) -> None:
         """Wait until nothing is made for the session's context."""
         for making in filter(None, (self._pull_back, self._eager)):

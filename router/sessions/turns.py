@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 
-from prefillshare.kvshare.caller import Caller
+from prefillshare.kvshare.caller import Caller, cache_salt
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Conflict, InvalidInput
@@ -163,11 +163,12 @@ class Turns:
                 )
             if tokens == held:
                 return
-            self._response_kv.given_up((tenant, session_id))
             is_open = not self._inputs.is_closed(session, tokens)
             said = await self.sessions.said_at(session, tokens)
             own = session.own if session.own and session.own.tokens <= tokens else None
             await self.sessions.commit(session, session.token_ids[:tokens], is_open, said, own=own, is_turn=False)
+        salt = cache_salt(session.cache_domain)
+        self._response_kv.shortened((tenant, session_id), list(session.token_ids), salt)
 
     def _own_ttl_s(self, asked: float | None) -> float | None:
         """The time to live that a session gets; None: the store's."""

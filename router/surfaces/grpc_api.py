@@ -134,6 +134,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         asked = {name: getattr(request, name) for name in ("truncate_to", "ttl_s") if request.HasField(name)}
         changed = self._turns.update(request.session_id, _tenant(), **asked)
         return await self._answer(context, self._described(changed))
+
     async def KeepSession(self, request, context):
         priority = request.priority if request.HasField("priority") else None
         kept = self._turns.kept.keep(current_caller.get(), request.session_id, request.ttl_s, priority)

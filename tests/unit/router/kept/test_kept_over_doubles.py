@@ -70,6 +70,20 @@ async def test_what_its_turns_add_is_kept_too_and_its_time_begins_anew():
 
 
 @on_virtual_time
+async def test_what_a_truncation_takes_away_is_kept_no_longer():
+    async with session_system() as running:
+        await begun(running, ttl_s=60)
+        await running.take("s", "a", [60], tokens=20)
+        await asyncio.sleep(3)
+        assert (await running.turns.kept.listed(ANONYMOUS)).tokens == 56
+        await running.turns.update("s", truncate_to=len(PROMPT))
+        await asyncio.sleep(3)
+        listed = await running.turns.kept.listed(ANONYMOUS)
+        assert (listed.tokens, listed.held) == (32, {of_session("s"): 32})
+        assert await running.take("s", "b", [61]) == running.expected("b", [*PROMPT, 61])
+
+
+@on_virtual_time
 async def test_it_stays_where_it_is_while_it_grows():
     async with session_system(replicas=3) as running:
         await begun(running, ttl_s=60)

@@ -124,7 +124,9 @@ function showSessions(lanes) {
   const rest = all ? 0 : Math.max(0, found.length - LANES);
   if (rest) found = found.slice(0, LANES);
   // Whoever reads or types in the lanes is not to lose the place: they stay where they are meanwhile, and new ones come last.
-  const isRead = page.lanes.matches(":hover") || page.lanes.contains(document.activeElement);
+  // Who types a filter looks for others, wherever the pointer rests.
+  const looks = document.activeElement === page.filter;
+  const isRead = !looks && (page.lanes.matches(":hover") || page.lanes.contains(document.activeElement));
   if (isRead) found = inTheOrderShown(found);
   showLanes(page.lanes, found, { now: store.told.now, pools: store.pools(), isRead });
   page.empty.hidden = found.length > 0;

@@ -13,12 +13,14 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 
 
 class GrpcSurface(ChatSurface):
-    """`samplings`: the sampling parameters of all turns. `ending`: how the responses end."""
+    """`samplings`: the sampling parameters of all turns. `ending`: how the responses end. `pace`: a token is made for each of
+    its releases; None: all at once."""
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
         self.samplings: list = []
         self.ending = "stop"
+        self.pace: asyncio.Semaphore | None = None
 
     async def start(self) -> None:
         from prefillshare.router.sessions.turns import Turns
@@ -42,6 +44,8 @@ class GrpcSurface(ChatSurface):
     async def _chunks(self, ids: Sequence[int]):
         cut_off, ids = self.ending != "stop", list(ids)
         for token in ids[: len(ids) - cut_off]:
+            if self.pace:
+                await self.pace.acquire()
             yield TokenChunk([token])
             await asyncio.sleep(0)  # its client may read what there is
         yield TokenChunk(ids[-1:] if cut_off else [END], finish_reason=self.ending)

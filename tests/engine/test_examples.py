@@ -92,7 +92,7 @@ def check(taken: list[Turn], decoders: list[str], own: list[int]) -> None:
 
 def test_the_environment_has_a_client_and_no_engine():
     code = "import prefillshare.client, importlib.util as u; print([n for n in ('torch', 'vllm', 'ray') if u.find_spec(n)])"
-    assert subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, timeout=60).stdout == "[]\n"
+    assert subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, text=True, timeout=60).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("api", ["responses", "chat"])

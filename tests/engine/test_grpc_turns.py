@@ -3,6 +3,7 @@ what a test tells them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import grpc
@@ -95,7 +96,13 @@ async def test_a_forced_call_is_held_to_a_format_and_a_free_one_is_not(surface, 
 
 async def test_pieces_of_a_call_come_as_they_are_made(surface, session):
     surface.answers = ["Hm. " + called("look", "jump")]
-    pieces = [piece async for piece in session.stream("planner", messages=[ASK], tools=[TOOL, JUMP])]
+    surface.pace, pieces = asyncio.Semaphore(1), []
+    try:
+        async for piece in session.stream("planner", messages=[ASK], tools=[TOOL, JUMP]):
+            pieces.append(piece)
+            surface.pace.release()  # the next token is made when its client has the last one
+    finally:
+        surface.pace = None
     told = [piece for piece in pieces if piece.tool_calls]
     assert len(told) > 2
     begun = [(piece.index, piece.name) for one in told for piece in one.tool_calls if piece.name]

@@ -153,6 +153,7 @@ class Session:
         self.latencies_s, self.cached, self.computed = [], 0, 0
         self.began = time.monotonic()
         context = running.client.create_session(token_ids=ids(150, salt=secrets.randbelow(1000)))
+        context.keep(ttl_s=300)
         for number in range(TURNS):
             asked = time.monotonic()
             usage = context.turn("abc"[number % 3], token_ids=ids(4, salt=number), max_tokens=3, ignore_eos=True).usage

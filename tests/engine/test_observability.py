@@ -195,7 +195,9 @@ def panels() -> list[tuple[str, str]]:
 def shown(query: str, window_s: float = 60) -> str:
     """The query with values for Grafana's variables."""
     query = query.replace("$__rate_interval", f"{window_s:.0f}s")
-    return query.replace("$decoder", ".*").replace("$pool", ".*").replace("$ttft", "1.0").replace("$gap", "0.1")
+    for variable in ("decoder", "pool", "tenant"):
+        query = query.replace(f"${variable}", ".*")
+    return query.replace("$ttft", "1.0").replace("$gap", "0.1")
 
 
 def test_every_panel_has_data(watched):

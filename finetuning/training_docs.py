@@ -19,8 +19,9 @@ prefillshare train finetuning/recipes/tools.yaml --output adapters/my-tools
 prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 ```
 
-A run that was interrupted goes on from its last checkpoint, with the losses that it would have had without the
-interruption. The output folder can be served as it is: it holds weights or a PEFT adapter, `kv_contract.json`, a model
+What a recipe names is looked at before anything else is done. A run says how far it has come and when it will end: by a bar
+at a terminal, and by a line from time to time where its output is a file. A run that was interrupted goes on from its last
+checkpoint, with the losses that it would have had without the interruption. The output folder can be served as it is: it holds weights or a PEFT adapter, `kv_contract.json`, a model
 card, the recipe, and `log.csv` with every step.
 
 ## Methods

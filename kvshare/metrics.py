@@ -269,6 +269,7 @@ DEFINITIONS = {
             "Tokens used by tenants, by kind (prompt; cached and computed, as at prefill; generated).",
             ("tenant", "decoder", "kind"),
             "computed rising relative to cached for one tenant: its calls share less; look at how it lays out its prompts.",
+            known=("prompt", "cached", "computed", "generated"),
         ),
         Metric(
             "prefillshare_tenant_kv_byte_seconds_total",

@@ -146,7 +146,7 @@ def application(args: dict[str, Any]):
 
     deployment, scaled = parse(args.get("deployment")), []
     try:
-        old = running_deployment(cluster.running_handle())
+        old = running_deployment(cluster.running_handle(STOP_TIMEOUT_S))
     except (ConfigError, TimeoutError, RayError, RayServeException) as error:
         # Nothing runs, or no router came up: the application may be replaced. (Serve tells no status while it builds one.)
         logger.info("no router answers: %s", error)

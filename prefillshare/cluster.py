@@ -106,12 +106,13 @@ def _answering(address: str, field: str | None) -> str:
     return address
 
 
-def running_handle():
-    """The router's handle in the running application. Raises ConfigError if none runs, Unavailable if Ray Serve hangs."""
+def running_handle(limit_s: float | None = None):
+    """The router's handle in the running application. Raises ConfigError if none runs, and Unavailable if Ray Serve does not
+    answer within `limit_s`, by default FOUND_S."""
     from ray import serve
 
     try:
-        return within(FOUND_S, lambda: serve.get_deployment_handle(ROUTER, app_name=APP))
+        return within(limit_s or FOUND_S, lambda: serve.get_deployment_handle(ROUTER, app_name=APP))
     except TimeoutError:
         raise Unavailable("Ray Serve does not answer", fix="look at Ray's logs; start the deployment anew") from None
     except Exception as error:

@@ -60,6 +60,7 @@ A router's `/metrics` has at most this many series; a series is about 90 bytes:
 | each decoder | {decoder} |
 | each decoder with own layers, besides | {own_layers}, and one for each of its groups |
 | each pool | {pool} |
+| each tenant, up to a hundred of them | {tenant}, and {tenant_decoder} for each decoder that it has used |
 | each engine on the router's machine | {engine} |
 | the router itself | {router} |
 

@@ -23,14 +23,16 @@ class Found:
 
 
 def found(name: str | None, address: str | None, ask: Callable[[Sequence[str]], int] | None = None) -> Found:
-    """The deployment of this name or at this address of a Ray cluster ("auto" is the same as None). `ask`: has the user choose
-    one of several lines, and returns its number; None: the user is asked if there is a terminal. Raises ConfigError."""
+    """The deployment at this address of a Ray cluster ("auto" is the same as None), of this name, at the address in the
+    environment, or the only one; in this order. `ask`: has the user choose one of several lines, and returns its number; None:
+    the user is asked if there is a terminal. Raises ConfigError."""
     running = records.records()
+    fitting = [record for record in running if name in (None, record.name)]
     if address in (None, "auto"):
-        address = ray_address.from_environment()
+        address = None if name and fitting else ray_address.from_environment()
     if address:
         return Found(address, next((record for record in running if record.address == address), None))
-    if fitting := [record for record in running if name in (None, record.name)]:
+    if fitting:
         how = f"--name {fitting[0].name}"
         record = fitting[_chosen("deployments", fitting, how, ask)]
         return Found(record.address, record)

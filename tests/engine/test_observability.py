@@ -271,7 +271,8 @@ def test_what_is_scraped_is_described_and_bounded(running):
     assert found <= described
     assert {"vllm_num_requests_running", "http_requests", "process_open_fds"} <= found
     most, series = Series.most(), sum(not line.startswith("#") for line in text.splitlines())
-    assert series <= 4 * most.decoder + most.own_layers + 1 + 3 * most.pool + 4 * most.engine + most.router
+    of_decoders = 4 * (most.decoder + most.tenant_decoder) + most.own_layers + 1
+    assert series <= of_decoders + 3 * most.pool + 4 * most.engine + most.tenant + most.router
     assert len(text) < 100 * 1024
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,37 @@ prefill   1 of 2 usable
 router   1 of 1 usable
   replica process     state          up
   r0           42    usable  2 h 11 min"""]  # fmt: skip
+
+
+def test_the_page_for_operators_shows_what_it_looks_like():
+    replica = {"node": "127.0.0.1", "usable": True, "reason": "", "state": "usable", "up_s": 1558.0}
+    stats = {"running": 0, "waiting": 0, "queued_tokens": 0, "blocks_used": 0, "blocks_total": 100, "preemptions": 0,
+             "stalled_s": 0.0}  # fmt: skip
+    of_decoder = {"pool": "agents", "sharing": "prefillshare", "own_layers": [], "base_fingerprint": "e4a03c3418142a07"}
+    page = (Path(__file__).parents[3] / "docs/operations.md").read_text()
+    found = {
+        "deployment": {
+            "name": "demo", "address": "127.0.0.1:37913", "http": "http://127.0.0.1:8000/v1", "grpc": "127.0.0.1:9000",
+            "base": "/srv/models/smollm2-135m-instruct", "dtype": "float32", "up_s": 1567.0, "sessions": 12,
+            "max_sessions": 10_000, "turns": {"in_progress": 2, "waiting": 0, "ended": 1_284, "failed": 3},
+            "prompt_tokens": {"cached": 124_819, "computed": 33_581}, "hit_ratio": 0.788,
+        },
+        "decoders": [
+            of_decoder | {"decoder": "base", "kind": "base", "turns": 402, "failed": 0, "hit_ratio": 0.542},
+            of_decoder | {"decoder": "arithmetic", "kind": "lora", "turns": 403, "failed": 3, "hit_ratio": 0.935},
+            of_decoder | {"decoder": "tools", "kind": "lora", "turns": 479, "failed": 0, "hit_ratio": 0.845},
+        ],
+        "replicas": [
+            replica | {"pool": "agents", "replica": "jvf9o2ux", "pid": 14889,
+                       "stats": stats | {"running": 2, "blocks_used": 25}},
+            replica | {"pool": "prefill", "replica": "bvqha2x3", "pid": 14887,
+                       "stats": stats | {"queued_tokens": 1024, "blocks_used": 6}},
+            replica | {"pool": "prefill", "replica": "n02lp5tz", "pid": 15112, "usable": False, "state": "ejected",
+                       "reason": "failed three turns in a row", "up_s": 72.0, "stats": None},
+        ],
+        "routers": [replica | {"pool": "router", "replica": "esk45q7c", "pid": 14945, "stats": None}],
+    }  # fmt: skip
+    assert f"```text\n{shown(found)}```" in page
 
 
 LONG = "customer-support-escalation-planner-2026-11-rank16-v3.release-b"

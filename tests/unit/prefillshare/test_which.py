@@ -44,10 +44,12 @@ def test_each_of_several_is_found_by_its_name_or_address(runs):
 
 
 def test_an_address_that_is_given_goes_before_all_else(runs, monkeypatch):
-    runs("demo", "coder")
+    demo, _ = runs("demo", "coder")
     assert which.found(None, "10.0.0.9:6379") == which.Found("10.0.0.9:6379", None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.8:6379")
     assert which.found(None, None).address == "10.0.0.8:6379"
+    assert which.found("elsewhere", None).address == "10.0.0.8:6379"
+    assert which.found("demo", None).record is demo
     assert which.found(None, "10.0.0.9:6379").address == "10.0.0.9:6379"
 
 

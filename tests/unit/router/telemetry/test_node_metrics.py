@@ -120,12 +120,21 @@ async def test_its_size_is_bounded_by_what_is_deployed(decoders, replicas):
     """With names as long as they may be; docs/metrics.md tells the bound."""
     registry = CollectorRegistry()
     names, pools = [f"{number:063}" for number in range(decoders)], [f"pool-{number:057}" for number in range(2)]
-    Metrics(registry).expect(names, pools, names)
+    metrics = Metrics(registry)
+    metrics.expect(names, pools, names)
+    for decoder in names:
+        for kind in ("prompt", "cached", "computed", "generated"):
+            metrics["tenant_tokens_total"].labels("harbour", decoder, kind).inc()
+        metrics["tenant_turns_total"].labels("harbour", decoder).inc()
+        metrics["tenant_kv_byte_seconds_total"].labels("harbour", decoder).inc()
+    metrics["kept_tokens"].labels("harbour").set(1)
     ids = [f"{number:08}" for number in range(replicas)]
     with agent("".join(engine(replica) for replica in [*ids, *(f"gone-{number}" for number in range(50))])) as url:
         text = await told(registry, url, ids)
     most = Series.most()
-    assert series(text) <= (most.decoder + most.own_layers) * decoders + most.pool * 2 + most.engine * replicas + most.router
+    of_decoders = (most.decoder + most.own_layers + most.tenant_decoder) * decoders
+    assert series(text) <= of_decoders + most.pool * 2 + most.tenant + most.engine * replicas + most.router
+    assert series(text) >= 0.8 * of_decoders
     assert len(text) <= 170 * series(text)
 
 

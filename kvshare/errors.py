@@ -145,7 +145,7 @@ class Overloaded(PrefillShareError):
 
 
 class OverLimit(Overloaded):
-    """The caller's tenant has begun, or has in progress, as much as the keys file lets it."""
+    """The caller's tenant has begun, has in progress, or keeps as much as the keys file lets it."""
 
 
 class DeadlineExceeded(PrefillShareError):

@@ -67,6 +67,8 @@ class KeptBlocks:
         self._keepers: dict[int, set[_Kept]] = {}
         #: Kept blocks that no request holds; they are not in `_free`.
         self._idle: dict[int, KVCacheBlock] = {}
+        #: What is kept, the lowest rank last, with some of which nothing is left; None: not sorted since something was kept.
+        self._order: list[_Kept] | None = None
         self._numbers = itertools.count()
         self._next_end = math.inf
 
@@ -84,15 +86,16 @@ class KeptBlocks:
         for _, block in reversed(kept.blocks):
             if block.block_id not in wanted:
                 self._leave(kept, block)
+        kept.blocks = list(blocks)
         if not blocks:
             self._kept.pop(name, None)
         else:
-            kept.blocks, kept.priority, kept.until = list(blocks), priority, self._clock() + ttl_s
+            kept.priority, kept.until = priority, self._clock() + ttl_s
             self._next_end = min(self._next_end, kept.until)
-            self._kept[name] = kept
+            self._kept[name], self._order = kept, None
             for _, block in blocks:
                 self._take(kept, block)
-        self._tell(name, len(blocks) and kept.tokens, self.blocks, 0, "")
+        self._tell(name, kept.tokens, self.blocks, 0, "")
 
     def let_go(self, name: str, why: str = LET_GO) -> None:
         """From now on, these blocks are cached like any others. Nothing happens if there are none under this name."""
@@ -100,6 +103,7 @@ class KeptBlocks:
             before = self.blocks
             for _, block in reversed(kept.blocks):
                 self._leave(kept, block)
+            kept.blocks = []
             self._tell(name, 0, self.blocks, before - self.blocks, why)
 
     def expire(self) -> None:
@@ -134,7 +138,11 @@ class KeptBlocks:
     def _make_room(self, blocks: int) -> None:
         """Give up kept blocks until `blocks` free ones are kept by nobody."""
         before, shortened = self.blocks, dict[_Kept, None]()
-        for kept in sorted(self._kept.values(), key=lambda kept: kept.rank):
+        if self._order is None:
+            self._order = sorted(self._kept.values(), key=lambda kept: kept.rank, reverse=True)
+        for kept in reversed(self._order):
+            if self._free.num_free_blocks >= blocks:
+                break
             while kept.blocks and self._free.num_free_blocks < blocks:
                 block = kept.blocks[-1][1]
                 if block.block_id not in self._idle or any(other.rank > kept.rank for other in self._keepers[block.block_id]):
@@ -143,6 +151,8 @@ class KeptBlocks:
         # Only where the same content is in several blocks, requests may use the end of a prompt without its beginning.
         while self._free.num_free_blocks < blocks:
             shortened |= dict.fromkeys(self._give_up(next(reversed(self._idle.values()))))
+        while self._order and not self._order[-1].blocks:
+            self._order.pop()
         self._tell_shortened(shortened, before - self.blocks, PRESSURE)
 
     def _give_up(self, block: KVCacheBlock) -> list[_Kept]:

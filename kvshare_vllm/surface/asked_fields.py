@@ -24,7 +24,11 @@ IGNORED_HEADER = "x-prefillshare-ignored"
 MOST_NAMES, MOST_CHARS = 20, 64
 
 #: Fields that we read ourselves.
-_OURS = {"/v1/responses": {"conversation"}}
+_OURS = {
+    "/v1/responses": {"conversation", "prompt_cache_retention"},
+    "/v1/chat/completions": {"prompt_cache_retention"},
+    "/v1/messages": {"cache_control"},
+}
 #: Field -> what to send instead.
 _RENAMED = {
     "guided_json": 'send response_format, or structured_outputs: {"json": ...}',

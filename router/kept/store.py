@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefillshare.kvshare.errors import InvalidInput, Overloaded
+from prefillshare.kvshare.errors import InvalidInput, OverLimit, Overloaded
 from prefillshare.router.kept.budgets import Budget
 from prefillshare.router.kept.kept import Kept
 
@@ -87,7 +87,8 @@ def refusal(asked: Kept, answer: Answer, budget: Budget, block_size: int) -> Inv
             fix="keep a shorter context, or have the limit raised",
         )
     have = (answer.own if of_own else answer.all) * block_size
-    return Overloaded(
+    kind = OverLimit if of_own and asked.tenant else Overloaded
+    return kind(
         f"{whose if of_own else 'all tenants together'} keep{'s' if of_own and asked.tenant else ''} {have} tokens of at most"
         f" {most * block_size}; a context of {wanted} tokens does not fit beside them",
         field=field,

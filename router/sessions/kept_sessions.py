@@ -14,16 +14,16 @@ class KeptSessions:
         self._sessions, self._keeper = sessions, keeper
 
     async def keep(self, caller: Caller, session_id: str, ttl_s: float = 0.0, priority: int | None = None) -> Kept:
-        """`ttl_s`: 0: as long as an unused session lives. Raises NotFound, InvalidInput, PermissionDenied; Overloaded beyond
+        """`ttl_s`: 0: as long as the session lives unused. Raises NotFound, InvalidInput, PermissionDenied; Overloaded beyond
         the budget."""
-        longest_s = self._sessions.ttl_s
+        session = await self._sessions.get(session_id, tenant=caller.tenant)
+        longest_s = self._sessions.ttl_s if session.ttl_s is None else session.ttl_s
         if not 0 <= ttl_s <= longest_s:  # NaN, too
             raise InvalidInput(
                 f"{ttl_s:g} s is out of range",
                 field="ttl_s",
-                fix=f"use at most {longest_s:g}, the time for which an unused session lives, or raise router.session_ttl_s",
+                fix=f"use at most {longest_s:g}, the time for which this session lives unused, or have it live longer",
             )
-        session = await self._sessions.get(session_id, tenant=caller.tenant)
         salt = cache_salt(caller.in_domain(session.cache_domain).cache_domain)
         return await self._keeper.keep_session(caller, session_id, session.token_ids, salt, ttl_s or longest_s, priority)
 

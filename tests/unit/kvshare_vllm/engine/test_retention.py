@@ -223,6 +223,18 @@ def test_keeping_again_prolongs_and_grows():
     assert engine.cached(grown) == 3 * BLOCK
 
 
+def test_nothing_is_left_of_what_is_replaced_by_less_than_a_block():
+    engine, first, other = Engine(), prompt(3), prompt(3)
+    engine.keep("a", first)
+    engine.keep("b", other)
+    engine.begin(prompt(BLOCKS - 5))
+    assert engine.cached(first) == 2 * BLOCK
+    engine.run([*first[:BLOCK], 0], hints([Keep("a", BLOCK - 1, 100)]))
+    assert (engine.kept.blocks, engine.cached(other)) == (3, 3 * BLOCK)
+    assert engine.begin(prompt(5)) is not None
+    assert engine.kept.blocks == 0
+
+
 def test_a_request_that_failed_keeps_nothing():
     engine, tokens = Engine(), prompt(3)
     request = engine.begin([*tokens, 0], hints([Keep("a", len(tokens), 100)]))

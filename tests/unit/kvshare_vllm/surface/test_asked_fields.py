@@ -55,6 +55,9 @@ def refused(fields, path, **body) -> InvalidInput:
     [
         (CHAT, {"messages": [ASK], "seed": 5, "store": True, "verbosity": "low"}, ["store", "verbosity"]),
         (CHAT, {"messages": [ASK], "store": None}, []),
+        (CHAT, {"messages": [ASK], "prompt_cache_retention": "24h", "prompt_cache_key": "k"}, ["prompt_cache_key"]),
+        (RESPONSES, {"input": "hi", "prompt_cache_retention": "24h"}, []),
+        (MESSAGES, {"messages": [ASK], "max_tokens": 5, "cache_control": {"type": "ephemeral"}}, []),
         (RESPONSES, {"input": "hi", "conversation": "c", "text": {}, "quux": 1}, ["quux"]),
         (MESSAGES, {"messages": [ASK], "max_tokens": 5, "service_tier": "auto"}, ["service_tier"]),
         (TOKENIZE, {"prompt": "hi", "messages": [ASK], "add_generation_prompt": True, "quux": 1}, ["quux"]),

@@ -201,9 +201,13 @@ async def test_wrong_times_and_priorities_are_refused(how, field):
 
 
 @on_virtual_time
-async def test_without_a_time_it_is_kept_as_long_as_the_session_lives():
+async def test_without_a_time_it_is_kept_as_long_as_the_session_lives_and_never_longer():
     async with session_system() as running:
         assert (await begun(running)).ttl_s == 3600
+        await running.turns.update("s", ttl_s=50)
+        assert (await running.turns.kept.keep(ANONYMOUS, "s")).ttl_s == 50
+        with pytest.raises(InvalidInput, match="use at most 50, the time for which this session lives unused"):
+            await running.turns.kept.keep(ANONYMOUS, "s", ttl_s=51)
 
 
 @on_virtual_time

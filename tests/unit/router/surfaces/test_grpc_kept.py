@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Base, Router
-from prefillshare.kvshare.errors import InvalidInput, NotFound, Overloaded
+from prefillshare.kvshare.errors import InvalidInput, NotFound, OverLimit
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.kept.budgets import Budgets
 from prefillshare.router.kept.keeper import Keeper
@@ -101,7 +101,7 @@ async def test_a_budget_is_refused_with_the_field_what_is_kept_and_what_may_be(r
 
     def use():
         client.session("small").keep(ttl_s=40)
-        with pytest.raises(Overloaded) as refused:
+        with pytest.raises(OverLimit) as refused:
             client.session("second").keep()
         assert refused.value.field == "tenants.ferry.max_kept_tokens"
         assert str(refused.value) == (

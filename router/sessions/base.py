@@ -1,4 +1,4 @@
-"""What a session is, and what every session store does. Errors for clients are worded here, once for all stores."""
+"""What every session store does."""
 
 from __future__ import annotations
 
@@ -6,94 +6,18 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from prefillshare.kvshare.errors import (
-    AlreadyExists,
-    Conflict,
-    InvalidInput,
-    NotFound,
-    Overloaded,
-    SessionBusy,
-    SessionDamaged,
-)
+from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.router.sessions.listing import Page, Place
+from prefillshare.router.sessions.refusals import MAX_NAME_CHARS, Refusals
+from prefillshare.router.sessions.session import Mark, OwnPart, Session
 from prefillshare.router.sessions.transcript import Transcript
 
-MAX_NAME_CHARS = 128
+__all__ = ["MAX_NAME_CHARS", "Mark", "OwnPart", "Session", "SessionStore"]
 
 
-@dataclass(frozen=True)
-class OwnPart:
-    """An agent's own part of the prompt, which the context does not contain: where it stands in its agent's turns, as long as
-    these follow each other, in tokens of the context, and a digest of it."""
-
-    tokens: int
-    digest: str
-
-    def __str__(self) -> str:
-        """For a store; `parsed` is the inverse."""
-        return f"{self.tokens}:{self.digest}"
-
-    @classmethod
-    def parsed(cls, written: str) -> OwnPart | None:
-        """None for what `__str__` has not written."""
-        tokens, _, digest = written.partition(":")
-        return cls(int(tokens), digest) if tokens.isascii() and tokens.isdigit() and digest else None
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A place in a session's context at which a turn has ended: `tokens` before it, and what a Session says of them."""
-
-    tokens: int
-    open_response: bool = False
-    transcript: Transcript | None = None
-    own: OwnPart | None = None
-
-
-@dataclass
-class Session:
-    """A session as it was when the store was asked. Only a commit by the turn that holds it changes what is stored."""
-
-    session_id: str
-    tenant: str = ""
-    token_ids: tuple[int, ...] = ()
-    turns: int = 0
-    #: True while the context ends in a response to chat messages that has not been closed yet (router/sessions/chat.py).
-    open_response: bool = False
-    #: Pool -> replica that its last turn ran on, for prefill and decode. What a turn changes here is stored by its commit.
-    replicas: dict[str, str] = field(default_factory=dict)
-    #: Cache domain within which this session's KV is shared; a fork has its parent's.
-    cache_domain: str = ""
-    #: What the context says as chat messages; None if it does not consist of messages only.
-    transcript: Transcript | None = None
-    #: That of the agent that took the last turn; None: it had none, or the turn was not a chat's.
-    own: OwnPart | None = None
-    #: A turn holds it.
-    busy: bool = False
-    #: Grows with every commit. A commit is refused if the stored version is not the one that its turn began from.
-    version: int = 0
-    #: The turn that this object was handed to; empty outside a turn.
-    turn_id: str = ""
-    #: Its own time to live in seconds; None: the store's.
-    ttl_s: float | None = None
-    #: Ids of the tool calls in its context that no result answers; None: not known.
-    calls: tuple[str, ...] | None = None
-
-    @property
-    def mark(self) -> Mark:
-        """The end of the context."""
-        return Mark(len(self.token_ids), self.open_response, self.transcript, self.own)
-
-    def at(self, mark: Mark) -> Session:
-        """The session as it was at that place."""
-        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own, "calls": None}
-        return replace(self, token_ids=self.token_ids[: mark.tokens], **state)
-
-
-class SessionStore(ABC):
+class SessionStore(Refusals, ABC):
     """Sessions by tenant and name ("" is the tenant of a deployment without tenants). Bounded, with a time to live.
 
     A tenant neither sees another's sessions nor competes with them for names. Using a session renews its time.
@@ -211,83 +135,3 @@ class SessionStore(ABC):
                 f"{len(session_id)} characters", field="session_id", fix=f"use at most {MAX_NAME_CHARS}"
             )
         return session_id or uuid.uuid4().hex
-
-    def _missing(self, session_id: str) -> NotFound:
-        return NotFound(
-            f"no session {session_id[:MAX_NAME_CHARS]!r}; it was never made, deleted, or unused for {self.ttl_s:g} s"
-            " (or for a time to live of its own)",
-            field="session_id",
-        )
-
-    @staticmethod
-    def damaged(session_id: str) -> SessionDamaged:
-        return SessionDamaged(
-            f"session {session_id[:MAX_NAME_CHARS]!r} is damaged in the session store and cannot be read",
-            field="session_id",
-            fix="delete it and start a new session",
-        )
-
-    def _exists(self, session_id: str) -> AlreadyExists:
-        return AlreadyExists(
-            f"session {session_id!r} exists already", field="session_id", fix="choose another name or leave it out"
-        )
-
-    def _limit_of(self, tenant: str) -> int:
-        return self.max_per_tenant.get(tenant, self.max_sessions)
-
-    def _shorter(self, session_id: str, at: Mark) -> Conflict:
-        return Conflict(
-            f"the context of session {session_id!r} is shorter than {at.tokens} tokens by now",
-            field="session_id",
-            fix="go on from where it ends",
-        )
-
-    def _full(self, tenant: str) -> Overloaded:
-        """The error for a tenant that holds as many sessions as it may."""
-        if tenant not in self.max_per_tenant:
-            return self._all_full()
-        return Overloaded(
-            f"tenant {tenant!r} holds {self._limit_of(tenant)} sessions, which is its most",
-            field=f"tenants.{tenant}.max_sessions",
-            retry_after_s=min(self.ttl_s, 60.0),
-            fix="delete sessions that are done, or have the limit raised in the keys file",
-        )
-
-    def _all_full(self) -> Overloaded:
-        return Overloaded(
-            f"{self.max_sessions} sessions are held, which is the most",
-            field="router.max_sessions",
-            retry_after_s=min(self.ttl_s, 60.0),
-            fix="delete sessions that are done",
-        )
-
-    def _busy(self, session_id: str) -> SessionBusy:
-        return SessionBusy(
-            f"another turn runs on session {session_id!r}",
-            field="session_id",
-            fix="wait for it to end, or fork the session",
-        )
-
-    def _deleted(self, session: Session) -> Conflict:
-        return Conflict(f"session {session.session_id!r} was deleted during the turn", field="session_id")
-
-    def _lost(self, session: Session) -> Conflict:
-        return Conflict(
-            f"the turn no longer holds session {session.session_id!r}", field="session_id", fix="take the turn again"
-        )
-
-    @staticmethod
-    def _committed(
-        session: Session,
-        token_ids: Sequence[int],
-        open_response: bool,
-        transcript: Transcript | None,
-        own: OwnPart | None,
-        is_turn: bool,
-        calls: Sequence[str] | None,
-    ) -> None:
-        session.token_ids, session.open_response = tuple(token_ids), open_response
-        session.transcript, session.own = transcript, own
-        session.calls = None if calls is None else tuple(calls)
-        session.turns += is_turn
-        session.version += 1

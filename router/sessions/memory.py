@@ -158,7 +158,7 @@ class MemorySessions(SessionStore):
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
+        session.committed(token_ids, open_response, transcript, own, is_turn, calls)
         record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
         record.notes |= notes
         if is_turn:

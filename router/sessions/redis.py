@@ -27,6 +27,16 @@ from prefillshare.router.sessions import scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.listing import Listed, Page, Place
 from prefillshare.router.sessions.marks import mark_of, said_by
+from prefillshare.router.sessions.redis_values import (
+    calls_of,
+    listed_calls,
+    ms,
+    own_ttl,
+    packed,
+    pairs,
+    text_of,
+    written,
+)
 from prefillshare.router.sessions.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -92,8 +102,8 @@ class RedisSessions(SessionStore):
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        content = (_packed(token_ids), cache_domain, _written(transcript), self._tokenizer)
-        state = (mark_of(token_ids, transcript), _own_ttl(ttl_s), _listed_calls(calls))
+        content = (packed(token_ids), cache_domain, written(transcript), self._tokenizer)
+        state = (mark_of(token_ids, transcript), own_ttl(ttl_s), listed_calls(calls))
         return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content, *state)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -104,7 +114,7 @@ class RedisSessions(SessionStore):
         keys, name = self._keys(tenant, session_id)
         new_keys, new_name = self._keys(tenant, new_session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
-        place = () if at is None else (at.tokens, int(at.open_response), _written(at.transcript), _written(at.own))
+        place = () if at is None else (at.tokens, int(at.open_response), written(at.transcript), written(at.own))
         args = (name, self._ttl_ms, new_name, uuid.uuid4().hex, *most, *place)
         answer = await self._run(scripts.FORK, [*keys, *new_keys[:2], new_keys[-1]], args)
         if answer[0] == b"shorter":
@@ -130,7 +140,7 @@ class RedisSessions(SessionStore):
         return Page(sessions, last)
 
     async def set_ttl(self, session_id: str, ttl_s: float | None, *, tenant: str) -> Session:
-        return await self._load(scripts.SET_TTL, tenant, session_id, _own_ttl(ttl_s))
+        return await self._load(scripts.SET_TTL, tenant, session_id, own_ttl(ttl_s))
 
     async def count(self, tenant: str | None = None) -> int:
         names = f"{self._prefix}:names" if tenant is None else f"{self._prefix}:names:{tenant}"
@@ -140,7 +150,7 @@ class RedisSessions(SessionStore):
     async def turn(self, session_id: str, *, tenant: str) -> AsyncIterator[Session]:
         turn_id = uuid.uuid4().hex
         try:
-            session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, _ms(self._lease_s))
+            session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, ms(self._lease_s))
         except (asyncio.CancelledError, SessionDamaged, ContractMismatch):
             await self._end(tenant, session_id, turn_id)  # the turn may have begun nevertheless
             raise
@@ -156,7 +166,7 @@ class RedisSessions(SessionStore):
     async def notes(self, session_id: str, *, tenant: str, keys: Sequence[str] | None = None) -> dict[str, str]:
         answer = await self._ask(scripts.NOTES, tenant, session_id, *(keys or ()))
         self._check(answer, tenant, session_id)
-        values = dict(zip(keys or (), answer[1], strict=True)) if keys is not None else _pairs(answer[1])
+        values = dict(zip(keys or (), answer[1], strict=True)) if keys is not None else pairs(answer[1])
         return {key: text.decode("utf-8", "replace") for key, text in values.items() if text is not None}
 
     async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
@@ -183,26 +193,26 @@ class RedisSessions(SessionStore):
             session.session_id,
             session.turn_id,
             session.version,
-            _packed(token_ids[len(old) :] if extends else token_ids),
+            packed(token_ids[len(old) :] if extends else token_ids),
             len(old) if extends else "",
             int(open_response),
             json.dumps(session.replicas),
-            _written(transcript),
-            _written(own),
+            written(transcript),
+            written(own),
             int(is_turn),
             mark_of(token_ids, transcript) if is_turn else "",
-            _listed_calls(calls),
+            listed_calls(calls),
             *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        self._committed(session, token_ids, open_response, transcript, own, is_turn, calls)
+        session.committed(token_ids, open_response, transcript, own, is_turn, calls)
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)
         self._check(answer, session.tenant, session.session_id)
-        return said_by(session.token_ids[:tokens], [_text(mark) for mark in answer[1] if mark])
+        return said_by(session.token_ids[:tokens], [text_of(mark) for mark in answer[1] if mark])
 
     async def check(self) -> None:
         await self.count()
@@ -221,7 +231,7 @@ class RedisSessions(SessionStore):
             await asyncio.sleep(pause_s)
             pause_s = self._lease_s / 3
             try:
-                answer = await self._ask(scripts.RENEW, tenant, session_id, turn_id, _ms(self._lease_s))
+                answer = await self._ask(scripts.RENEW, tenant, session_id, turn_id, ms(self._lease_s))
             except Unavailable as error:
                 logger.warning("turn %s on session %r: not renewed: %s", turn_id, session_id, error)
                 pause_s = min(RETRY_S, pause_s)
@@ -238,7 +248,7 @@ class RedisSessions(SessionStore):
 
     @property
     def _ttl_ms(self) -> int:
-        return _ms(self.ttl_s)
+        return ms(self.ttl_s)
 
     def _keys(self, tenant: str, session_id: str) -> tuple[list[str], str]:
         """Keys as scripts.py expects them, and the session's name in its sets. No two sessions share a name."""
@@ -275,7 +285,7 @@ class RedisSessions(SessionStore):
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
         """The session in an answer of scripts.py's `load`, which has checked its numbers. Raises SessionDamaged."""
         _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, calls) = answer
-        self._check_tokenizer(_text(tokenizer), session_id)
+        self._check_tokenizer(text_of(tokenizer), session_id)
         token_ids = np.frombuffer(tokens, dtype="<u4")
         try:
             replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -292,12 +302,12 @@ class RedisSessions(SessionStore):
             is_open == b"1",
             replicas,
             cache_domain,
-            Transcript.parsed(_text(transcript)),
-            OwnPart.parsed(_text(own)),
+            Transcript.parsed(text_of(transcript)),
+            OwnPart.parsed(text_of(own)),
             bool(busy),
             int(version),
             ttl_s=int(ttl) / 1000 if ttl else None,
-            calls=_calls(calls),
+            calls=calls_of(calls),
         )
 
     def _listed(self, row: list, whose: int) -> Listed:
@@ -352,41 +362,3 @@ class RedisSessions(SessionStore):
         if trouble != self.trouble:
             logger.warning("session store %s", trouble or f"{self._url} works again")
         self.trouble = trouble
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
-
-
-def _written(state: Transcript | OwnPart | None) -> str:
-    return "" if state is None else str(state)
-
-
-def _text(stored: bytes | None) -> str:
-    return (stored or b"").decode("ascii", "replace")
-
-
-def _own_ttl(ttl_s: float | None) -> int | str:
-    return "" if ttl_s is None else _ms(ttl_s)
-
-
-def _listed_calls(calls: Sequence[str] | None) -> str:
-    return "" if calls is None else json.dumps(list(calls))
-
-
-def _calls(listed: bytes | None) -> tuple[str, ...] | None:
-    """The inverse; None for anything that is not a list of ids, too."""
-    try:
-        calls = json.loads(listed or b"null")
-    except (ValueError, RecursionError):
-        return None
-    known = isinstance(calls, list) and all(isinstance(call, str) for call in calls)
-    return tuple(calls) if known else None
-
-
-def _pairs(listed: Sequence[bytes]) -> dict[str, bytes]:
-    return {key.decode("utf-8", "replace"): text for key, text in zip(listed[::2], listed[1::2], strict=True)}
-
-
-def _packed(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, dtype="<u4").tobytes()

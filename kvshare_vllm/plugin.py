@@ -22,6 +22,8 @@ def register() -> None:
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
         quick_start.end_soon()
+        if current_platform.is_cpu():
+            quick_start.stay_frozen()
     for transport in TRANSPORTS.values():
         transport.register()
     kv_events.register()

@@ -35,13 +35,14 @@ print(json.dumps({{
 """
 
 SPAWNS = f"""
-import multiprocessing, os, sys
+import atexit, multiprocessing, os, sys
 from prefillshare.kvshare_vllm.forkserver import spare
 
 def child(connection):
     inherited = os.environ.get("MARK"), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
     connection.send((os.getpid(), os.getppid(), "{MARK}" in sys.modules, inherited))
-    print("heard", flush=True)
+    atexit.register(print, "heard")
+    sys.exit(7)
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
@@ -126,7 +127,7 @@ def test_a_worker_is_on_the_host_of_the_one_that_asks(server, script):
 
 def test_what_it_spawns_was_forked_too_and_is_its_child_and_the_next_one_is_spawned(server, script):
     out, err = stand_in(server[0], script(SPAWNS), spares=1).communicate(timeout=60)
-    assert (out.split("\n")[:-1], err) == (["heard", "0 True", "heard", "0 False"], "")
+    assert (out.split("\n")[:-1], err) == (["heard", "7 True", "heard", "7 False"], "")
 
 
 def test_a_spare_that_is_not_wanted_ends_with_its_replica(server, script):

@@ -61,3 +61,15 @@ def test_a_process_that_is_to_end_soon_looks_for_no_garbage_at_its_end():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_a_process_that_stays_frozen_has_nothing_to_scan_after_an_unfreeze():
+    program = (
+        "import gc\n"
+        "from prefillshare.kvshare_vllm.engine import quick_start\n"
+        "gc.freeze()\n"
+        "quick_start.stay_frozen()\n"
+        "gc.unfreeze()\n"
+        "print(gc.get_freeze_count() > 1000)\n"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60) == "True\n"

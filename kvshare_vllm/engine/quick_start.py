@@ -31,8 +31,8 @@ def end_soon() -> None:
 
 
 def stay_frozen() -> None:
-    """Have this process leave its frozen objects to the kernel. vLLM makes them visible to the collector at an engine's end, three
-    times, for engines that end inside a process which lives on; scanning them took more than half of the time to end."""
+    """Have this process leave its frozen objects to the kernel. At an engine's end vLLM shows them to the collector again, for
+    engines that end inside a process which lives on; scanning them took more than half of the time to end."""
     gc.unfreeze = lambda: None
 
 

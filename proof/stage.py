@@ -10,21 +10,26 @@ import json
 import os
 import sys
 
+from prefillshare.kvshare_vllm.engine import quick_start
 from prefillshare.platform import on_cpu
 from prefillshare.proof.asked import Asked
 from prefillshare.proof.found import Part, Progress, line
-from prefillshare.proof.stages import stages
 
 
 def main(name: str, asked: str, descriptor: str) -> None:
-    stage = stages()[name]
+    quick_start.pause()
+    quick_start.end_soon()
     with os.fdopen(int(descriptor), "w", buffering=1) as pipe:
 
         def tell(told: Part | Progress) -> None:
             print(line(told), file=pipe)
 
         tell(Progress(0, 1, "importing vLLM"))
+        from prefillshare.proof.stages import stages  # after the pause: it imports transformers
+
+        stage = stages()[name]
         _import_engines(stage.engines)
+        quick_start.resume()
         asyncio.run(stage.run(Asked(**json.loads(asked)), tell))
 
 

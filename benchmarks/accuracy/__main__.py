@@ -6,9 +6,9 @@ suites.
  1. Trains the decoders that are not there yet, by the recipes in finetuning/recipes/. The adapters in adapters/ are
     PrefillShare's.
  2. Profiles the layers of the ordinary fine-tunes, for DroidSpeak.
- 3. Asks test questions, 200 of each suite unless told otherwise, offline; tests/engine/test_system_smollm.py checks that the
-    served system gives the same answers. For the collapse curve, questions are asked again with only a part of the prompt as
-    base KV.
+ 3. Asks test questions, 200 of each suite unless told otherwise, offline; tests/engine/smollm/test_exact_turns.py checks that
+    the served system gives the same answers. For the collapse curve, questions are asked again with only a part of the
+    prompt as base KV.
  4. Writes docs/accuracy.md and its plot. The last line is JSON.
 
 It takes many hours on two cores, minutes on a GPU with --jobs 8. What is done is kept in runs/accuracy, so that a run that is

@@ -1,4 +1,4 @@
-"""Each example runs as users run it, against one real system: that of the page on one's own adapter, with small caches."""
+"""Each example runs as users run it, against one real system: that of the page on one's own adapter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import System, system
+from conftest import System
 from example_programs import EXAMPLES, PYTHON, ROOT, Turn, turns
+
+from prefillshare.apply import apply
+from prefillshare.kvshare.config import parse
+from smollm.conftest import DEPLOYMENT, OWN
 
 pytestmark = pytest.mark.engine
 
@@ -51,22 +55,17 @@ def checkout(tmp_path_factory, smollm) -> Checkout:
 
 
 @pytest.fixture(scope="module")
-def trained(checkout) -> Checkout:
+def own(checkout, running) -> Checkout:
+    """With the page's decoder, trained and added to what runs, as the page says for a deployment that runs."""
     checkout.run(commands("Train"))
-    return checkout
-
-
-@pytest.fixture(scope="module")
-def running(trained):
     (told,) = re.findall(r"^prefillshare serve (\S+)", commands("Serve"), re.M)
-    data = yaml.safe_load((ROOT / told).read_text())
-    data["base"]["model"] = str(trained.folder / data["base"]["model"])
-    for part in (data["prefill"], data["decode"][0]):
-        part["kv_cache_gib"] = 0.25
-    adapters = data["decode"][0]["adapters"]
-    adapters |= {name: str(trained.folder / folder) for name, folder in adapters.items()}
-    with system(data) as it:
-        yield it
+    assert ROOT / told == DEPLOYMENT
+    plain = running.deployment.model_dump(mode="json")
+    (folder,) = [pool["adapters"][OWN] for pool in yaml.safe_load(DEPLOYMENT.read_text())["decode"]]
+    plain["decode"][0]["adapters"][OWN] = str(checkout.folder / folder)
+    apply(parse(plain))
+    yield checkout
+    apply(running.deployment)
 
 
 def ran(program: str, *words: str) -> str:
@@ -128,8 +127,8 @@ def test_forks_read_one_context_and_what_they_write_is_joined(running):
     assert joined.computed <= written + 40 + 2 * BLOCK
 
 
-def test_ones_own_adapter_is_checked_and_answers_from_the_bases_kv(running, trained):
-    trained.run(commands("Check"))
+def test_ones_own_adapter_is_checked_and_answers_from_the_bases_kv(running, own):
+    own.run(commands("Check"))
     first, second = (list(map(int, line.split()[1:])) for line in ask(running).splitlines())
     context = first[0]
     assert second[1] >= context - 2 * BLOCK

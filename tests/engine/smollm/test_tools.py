@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Literal
 
 import httpx
 import instructor
 import openai
 import pytest
-from conftest import System, system
 from jsonschema import validate
 from pydantic import BaseModel, Field
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_held_after")]
 
-TOOLS = Path(__file__).parents[2] / "adapters" / "tools"
 ASK = [{"role": "user", "content": "Book a ticket from Ullapool to Stornoway for 3 passengers."}]
 
 
@@ -47,39 +44,6 @@ BOOK = tool(
 COUNT = {"type": "integer", "minimum": 0, "maximum": 9}
 SIZE = tool("set_size", "Set the size.", size={"enum": ["small", "large"]}, count=COUNT)
 NESTED = tool("book_trip", "Book a trip.", trip=Trip.model_json_schema()["$defs"]["Berth"])
-
-
-@pytest.fixture(scope="module")
-def running(smollm):
-    with system(
-        {
-            "base": {
-                "model": str(smollm),
-                "dtype": "float32",
-                "max_model_len": 1024,
-                "block_size": 32,
-                "tool_call_parser": "hermes",
-                "chat_template": "smollm2_tools",
-            },
-            "prefill": {"replicas": 0},
-            "decode": [
-                {
-                    "pool": "agents",
-                    "kv_cache_gib": 0.25,
-                    "max_lora_rank": 8,
-                    "cpu_cores": "0-1",
-                    "adapters": {"tools": str(TOOLS)},
-                }
-            ],
-        }
-    ) as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def http(running: System):
-    with openai.OpenAI(base_url=running.http_url, api_key="none", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def ask(http: openai.OpenAI, stream: bool, **body):

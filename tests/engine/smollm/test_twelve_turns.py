@@ -6,17 +6,14 @@ What is new at a turn: its prompt but for what the base's KV was computed of bef
 from __future__ import annotations
 
 from itertools import cycle
-from pathlib import Path
 
-import openai
 import pytest
-from conftest import System, system
+from conftest import System
 
 pytestmark = pytest.mark.engine
 
-SHIPPED = Path(__file__).parents[2] / "adapters"
 BLOCK = 32
-TURNS = 12
+TURNS, ANSWER = 12, 12
 #: What each agent is told of itself.
 AGENTS = {
     "tools": "You call tools. Choose the function that answers the question, and give its arguments.",
@@ -24,33 +21,6 @@ AGENTS = {
     "base": "You sum up what the others have said, in one sentence.",
 }
 ASKED = "Step {}: what do you do with what the others have found out so far, and what is left for the one after you?"
-
-
-@pytest.fixture(scope="module")
-def running(smollm):
-    with system(
-        {
-            "base": {"model": str(smollm), "name": "base", "dtype": "float32", "max_model_len": 2048, "block_size": BLOCK},
-            "prefill": {"kv_cache_gib": 0.4, "cpu_cores": "0"},
-            "decode": [
-                {
-                    "pool": "agents",
-                    "kv_cache_gib": 0.4,
-                    "cpu_cores": "1",
-                    "max_lora_rank": 16,
-                    "local_prefill": "never",
-                    "adapters": {name: str(SHIPPED / name) for name in ("tools", "arithmetic")},
-                }
-            ],
-        }
-    ) as it:
-        yield it
-
-
-@pytest.fixture(scope="module")
-def http(running: System):
-    with openai.OpenAI(base_url=running.http_url, api_key="none", max_retries=0, timeout=120) as client:
-        yield client
 
 
 class Count:
@@ -97,7 +67,7 @@ def test_by_responses(running, http):
             input=ASKED.format(number),
             instructions=told,
             previous_response_id=last.id if last else None,
-            max_output_tokens=24,
+            max_output_tokens=ANSWER,
             temperature=0,
         )
         count.turn(usage_of(last), own_tokens(running, told))
@@ -112,7 +82,7 @@ def test_by_the_header(running, http):
         answer = http.chat.completions.create(
             model=name,
             messages=[{"role": "system", "content": told}, *history],
-            max_tokens=24,
+            max_tokens=ANSWER,
             temperature=0,
             extra_headers={"x-prefillshare-session": "twelve"},
         )
@@ -126,7 +96,7 @@ def test_by_plain_chat_completions(running, http):
     count, history = Count(), [{"role": "system", "content": "You work in turns."}]
     for number, name in zip(range(TURNS), cycle(AGENTS)):
         history.append({"role": "user", "content": ASKED.format(number)})
-        answer = http.chat.completions.create(model=name, messages=history, max_tokens=24, temperature=0)
+        answer = http.chat.completions.create(model=name, messages=history, max_tokens=ANSWER, temperature=0)
         history.append(answer.choices[0].message.model_dump(exclude_none=True))
         count.turn(usage_of(answer))
     assert count.served == [None] * TURNS

@@ -22,7 +22,7 @@ from prefillshare.tiny_models import make_base
 
 pytestmark = pytest.mark.engine
 
-BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 12, 17
+BLOCK, LEASE_S, LOAD_TIMEOUT_S = 32, 9, 13
 
 
 @pytest.fixture(scope="module")

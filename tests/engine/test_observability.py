@@ -71,7 +71,7 @@ def running(tmp_path_factory, smollm, collector):
                         "own_layers": {"c": "1-2"},
                         "quality_floor": 1.0,
                         "serve_base": False,
-                        "autoscale": {"max_replicas": 2, "target_calls": 2, "upscale_delay_s": 1, "downscale_delay_s": 5},
+                        "autoscale": {"max_replicas": 2, "target_calls": 2, "upscale_delay_s": 1, "downscale_delay_s": 2},
                         **small,
                     },
                 ],
@@ -358,7 +358,7 @@ def test_replicas_follow_the_load(running):
         taken = 0
         while not stop.is_set():
             session = running.client.create_session(token_ids=ids(60, salt=200 + salt))
-            taken += len(session.turn("c", token_ids=[taken], max_tokens=400, ignore_eos=True).token_ids) == 400
+            taken += len(session.turn("c", token_ids=[taken], max_tokens=200, ignore_eos=True).token_ids) == 200
         return taken
 
     with ThreadPoolExecutor(3) as pool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 from google.protobuf.message import Message as Proto
@@ -94,21 +94,18 @@ _TOOL = ("name", "description", "parameters", "strict")
 def generate_request(session_id: str, decoder: str, asked: Mapping[str, Any]) -> pb.GenerateRequest:
     """`asked`: as TurnArguments. Raises InvalidInput."""
     _check_names(asked, _TURN)
-    made = pb.GenerateRequest(
-        session_id=session_id,
-        decoder=decoder,
-        input=turn_input(asked.get("messages"), asked.get("text"), asked.get("token_ids")),
-        suffix=turn_input(
+    return built(pb.GenerateRequest, {
+        "session_id": session_id,
+        "decoder": decoder,
+        "input": turn_input(asked.get("messages"), asked.get("text"), asked.get("token_ids")),
+        "suffix": turn_input(
             asked.get("suffix_messages"), asked.get("suffix_text"), asked.get("suffix_token_ids"), "suffix_"
         ),
-        sampling=_sampling({name: value for name, value in asked.items() if name in _SAMPLING and value is not None}),
-        tools=[_tool(tool, f"tools.{number}") for number, tool in enumerate(asked.get("tools") or ())],
-        tool_choice=_choice(asked.get("tool_choice")),
-    )
-    for name in ("priority", "parallel_tool_calls", "expected_turns"):
-        if asked.get(name) is not None:
-            _set(made, name, asked[name])
-    return made
+        "sampling": _sampling({name: value for name, value in asked.items() if name in _SAMPLING and value is not None}),
+        "tools": [_tool(tool, field) for field, tool in _objects(asked.get("tools"), "tools")],
+        "tool_choice": _choice(asked.get("tool_choice")),
+        **{name: asked.get(name) for name in ("priority", "parallel_tool_calls", "expected_turns")},
+    })  # fmt: skip
 
 
 def turn_input(
@@ -120,23 +117,32 @@ def turn_input(
         names = " and ".join(before + name for name in given)
         raise InvalidInput(f"{names} exclude each other", field=before + given[1], fix="give one of them")
     if messages is not None:
-        places = enumerate(messages)
-        return pb.Input(messages=pb.Messages(messages=[_message(m, f"{before}messages.{n}") for n, m in places]))
+        objects = _objects(messages, f"{before}messages")
+        return pb.Input(messages=pb.Messages(messages=[_message(message, field) for field, message in objects]))
     if text is not None:
-        return _built(pb.Input, {"text": text}, before)
-    return pb.Input(token_ids=_built(pb.TokenIds, {"ids": token_ids}, f"{before}token_ids.")) if token_ids is not None else None
+        return built(pb.Input, {"text": text}, before)
+    return pb.Input(token_ids=built(pb.TokenIds, {"ids": token_ids}, f"{before}token_ids.")) if token_ids is not None else None
 
 
 def _message(given: Mapping[str, Any], field: str) -> pb.Message:
-    if not isinstance(given, Mapping):
-        raise InvalidInput(f"{given!r:.60} is no message", field=field, fix='write {"role": ..., "content": ...}')
     _check_names(given, _MESSAGE, f"{field}.")
     if not given.get("role"):
         raise InvalidInput("a message without a role", field=f"{field}.role", fix='say who speaks, like "user"')
-    calls = enumerate(given.get("tool_calls") or ())
+    calls = [_call(call, of_call) for of_call, call in _objects(given.get("tool_calls"), f"{field}.tool_calls")]
     plain = {name: given[name] for name in ("role", "name", "tool_call_id") if given.get(name) is not None}
     plain["content"] = _text(given.get("content"), f"{field}.content")
-    return _built(pb.Message, plain | {"tool_calls": [_call(c, f"{field}.tool_calls.{n}") for n, c in calls]}, f"{field}.")
+    return built(pb.Message, plain | {"tool_calls": calls}, f"{field}.")
+
+
+def _objects(given: Any, field: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each with its field's name. None: there are none."""
+    if isinstance(given, str | Mapping) or not isinstance(given or (), Iterable):
+        raise InvalidInput(f"{given!r:.60} is no list", field=field, fix="give a list")
+    items = list(given or ())
+    for number, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise InvalidInput(f"{item!r:.60} is no object", field=f"{field}.{number}", fix="see docs/client.md for its keys")
+    return [(f"{field}.{number}", item) for number, item in enumerate(items)]
 
 
 def _text(content: Any, field: str) -> str:
@@ -150,33 +156,34 @@ def _text(content: Any, field: str) -> str:
 
 def _call(given: Mapping[str, Any], field: str) -> pb.ToolCall:
     """Flat, or as OpenAI has it: {"id", "type", "function": {"name", "arguments"}}."""
-    function = given.get("function") or given
-    arguments = function.get("arguments") or ""
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    return _built(
+    function = _function(given)
+    arguments = _json(function.get("arguments") or "", f"{field}.arguments")
+    return built(
         pb.ToolCall, {"id": given.get("id") or "", "name": function.get("name"), "arguments": arguments}, f"{field}."
     )
 
 
 def _tool(given: Mapping[str, Any], field: str) -> pb.Tool:
     """Flat, or as OpenAI has it: {"type": "function", "function": {"name", ...}}."""
-    function = dict(given.get("function") or given)
+    function = dict(_function(given))
     if function.get("type") == "function":
         del function["type"]
     _check_names(function, _TOOL, f"{field}.")
-    if not isinstance(function.get("parameters") or "", str):
-        function["parameters"] = json.dumps(function["parameters"])
-    return _built(pb.Tool, {name: value for name, value in function.items() if value is not None}, f"{field}.")
+    if function.get("parameters") is not None:
+        function["parameters"] = _json(function["parameters"], f"{field}.parameters")
+    return built(pb.Tool, {name: value for name, value in function.items() if value is not None}, f"{field}.")
 
 
 def _choice(given: str | Mapping[str, Any] | None) -> pb.ToolChoice | None:
     if given is None:
         return None
     if isinstance(given, Mapping):
-        given = (given.get("function") or given).get("name")
+        given = _function(given).get("name")
+        if given is None:
+            raise InvalidInput("names no function", field="tool_choice.function", fix='write {"name": ...}, or its name alone')
     elif isinstance(given, str) and given.upper() in pb.ToolChoice.Mode.keys():  # noqa: SIM118 - an enum's names
         return pb.ToolChoice(mode=given.upper())
-    return _built(pb.ToolChoice, {"function": given}, "tool_choice.")
+    return built(pb.ToolChoice, {"function": given}, "tool_choice.")
 
 
 def _sampling(given: dict[str, Any]) -> pb.SamplingParams:
@@ -184,14 +191,27 @@ def _sampling(given: dict[str, Any]) -> pb.SamplingParams:
         value: Any = given.get(name)
         if hasattr(value, "model_json_schema"):  # a class of pydantic's
             value = value.model_json_schema()
-        if value is not None and not isinstance(value, str):
-            given[name] = json.dumps(value)
+        if value is not None:
+            given[name] = _json(value, name)
     if "choice" in given:
-        given["choice"] = _built(pb.Choice, {"texts": given["choice"]}, "choice.")
+        given["choice"] = built(pb.Choice, {"texts": given["choice"]}, "choice.")
     formats = [field.name for field in pb.SamplingParams.DESCRIPTOR.oneofs_by_name["format"].fields if field.name in given]
     if len(formats) > 1:
         raise InvalidInput(f"{' and '.join(formats)} exclude each other", field=formats[1], fix="give one of them")
-    return _built(pb.SamplingParams, given)
+    return built(pb.SamplingParams, given)
+
+
+def _function(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = given.get("function")
+    return inner if isinstance(inner, Mapping) else given
+
+
+def _json(given: Any, field: str) -> str:
+    """Text is taken for JSON."""
+    try:
+        return given if isinstance(given, str) else json.dumps(given)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{given!r:.60} cannot be written as JSON: {error}", field=field, fix="give plain data") from None
 
 
 def _check_names(given: Mapping[str, Any], known: Collection[str], before: str = "") -> None:
@@ -203,17 +223,13 @@ def _check_names(given: Mapping[str, Any], known: Collection[str], before: str =
             raise InvalidInput("there is no such field", field=f"{before}{name}", fix=fix)
 
 
-def _built(kind: type[P], values: Mapping[str, Any], before: str = "") -> P:
+def built(kind: type[P], values: Mapping[str, Any], before: str = "") -> P:
     """A message with these values. Raises InvalidInput that names the one which does not fit."""
     made = kind()
     for name, value in values.items():
-        _set(made, name, value, before)
+        try:
+            made.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError) as error:
+            text = f"{value!r:.60} does not fit: {error}"
+            raise InvalidInput(text, field=f"{before}{name}", fix="see docs/client.md for what it may be") from None
     return made
-
-
-def _set(made: Proto, name: str, value: Any, before: str = "") -> None:
-    try:
-        made.MergeFrom(type(made)(**{name: value}))
-    except (TypeError, ValueError) as error:
-        text = f"{value!r:.60} does not fit: {error}"
-        raise InvalidInput(text, field=f"{before}{name}", fix="see docs/client.md for what it may be") from None

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefillshare.client.arguments import turn_input
+from prefillshare.client.arguments import built, turn_input
 from prefillshare.client.retries import Call
 from prefillshare.kvshare.errors import AlreadyExists, NotFound
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
@@ -30,42 +30,41 @@ def create(
 ) -> Call:
     name = session_id or uuid.uuid4().hex
     given = turn_input(messages, text, token_ids)
-    request = pb.CreateSessionRequest(session_id=name, input=given, cache_domain=cache_domain, ttl_s=ttl_s)
+    request = built(pb.CreateSessionRequest, {"session_id": name, "input": given, "cache_domain": cache_domain, "ttl_s": ttl_s})
     return _making("CreateSession", request, name, made_up=not session_id)
 
 
 def fork(session_id: str, new_session_id: str) -> Call:
     name = new_session_id or uuid.uuid4().hex
-    request = pb.ForkSessionRequest(session_id=session_id, new_session_id=name)
+    request = built(pb.ForkSessionRequest, {"session_id": session_id, "new_session_id": name})
     return _making("ForkSession", request, name, made_up=not new_session_id)
 
 
 def get(session_id: str, with_token_ids: bool = False) -> Call:
-    return Call("GetSession", pb.GetSessionRequest(session_id=session_id, include_token_ids=with_token_ids))
+    return Call("GetSession", built(pb.GetSessionRequest, {"session_id": session_id, "include_token_ids": with_token_ids}))
 
 
 def delete(session_id: str) -> Call:
-    return Call(
-        "DeleteSession", pb.DeleteSessionRequest(session_id=session_id), done_if=NotFound, done=pb.DeleteSessionResponse()
-    )
+    request = built(pb.DeleteSessionRequest, {"session_id": session_id})
+    return Call("DeleteSession", request, done_if=NotFound, done=pb.DeleteSessionResponse())
 
 
 def page(size: int, token: str) -> Call:
-    return Call("ListSessions", pb.ListSessionsRequest(page_size=size, page_token=token))
+    return Call("ListSessions", built(pb.ListSessionsRequest, {"page_size": size, "page_token": token}))
 
 
 def update(session_id: str, truncate_to: int | None, ttl_s: float | None) -> Call:
     """To truncate twice would take away what a turn in between has added."""
-    request = pb.UpdateSessionRequest(session_id=session_id, truncate_to=truncate_to, ttl_s=ttl_s)
+    request = built(pb.UpdateSessionRequest, {"session_id": session_id, "truncate_to": truncate_to, "ttl_s": ttl_s})
     return Call("UpdateSession", request, repeatable=truncate_to is None)
 
 
 def keep(session_id: str, ttl_s: float, priority: int | None) -> Call:
-    return Call("KeepSession", pb.KeepSessionRequest(session_id=session_id, ttl_s=ttl_s, priority=priority))
+    return Call("KeepSession", built(pb.KeepSessionRequest, {"session_id": session_id, "ttl_s": ttl_s, "priority": priority}))
 
 
 def let_go(session_id: str) -> Call:
-    return Call("LetGoSession", pb.LetGoSessionRequest(session_id=session_id))
+    return Call("LetGoSession", built(pb.LetGoSessionRequest, {"session_id": session_id}))
 
 
 def kept() -> Call:

@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import BaseModel
 
+from prefillshare.client import calls
 from prefillshare.client.arguments import Sampling, generate_request, turn_input
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
@@ -100,7 +101,16 @@ def test_messages_of_a_conversation_with_tools(call):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content: "),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
         ({"tools": [{"name": "look", "parameter": {}}]}, "tools.0.parameter: write parameters"),
+        ({"messages": 5}, "messages: give a list"),
+        ({"messages": {"role": "user", "content": "hi"}}, "messages: give a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": ["look"]}]}, "messages.0.tool_calls.0: "),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": {5}}]}]}, "messages.0.tool_calls.0.arg"),
         ({"tools": [{"name": 5}]}, "tools.0.name: "),
+        ({"tools": "look"}, "tools: give a list"),
+        ({"tools": [{"name": "look", "parameters": object()}]}, "tools.0.parameters: give plain data"),
+        ({"tools": [{"function": "look"}]}, "tools.0.function: "),
+        ({"tool_choice": {"function": "look"}}, "tool_choice.function: "),
+        ({"json_schema": object()}, "json_schema: give plain data"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_its_field(given, told):
@@ -111,3 +121,26 @@ def test_what_is_none_asks_for_nothing():
     assert asked(messages=None, text="a", seed=None, tools=None, tool_choice=None, nonsense=None) == pb.GenerateRequest(
         session_id="s", decoder="planner", input=pb.Input(text="a"), sampling=pb.SamplingParams()
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda: calls.create(5, None, "x", None, "", None), "session_id"),
+        (lambda: calls.create("", None, "x", None, "", "soon"), "ttl_s"),
+        (lambda: calls.fork("s", 2), "new_session_id"),
+        (lambda: calls.get(None, with_token_ids="all"), "include_token_ids"),
+        (lambda: calls.delete(7), "session_id"),
+        (lambda: calls.page("many", ""), "page_size"),
+        (lambda: calls.update("s", 1.5, None), "truncate_to"),
+        (lambda: calls.keep("s", 0.0, "huge"), "priority"),
+        (lambda: calls.let_go(["s"]), "session_id"),
+        (lambda: generate_request(3, "planner", {}), "session_id"),
+        (lambda: generate_request("s", 3, {}), "decoder"),
+    ],
+)
+def test_every_call_refuses_what_a_field_cannot_be_by_its_name(call, field):
+    with pytest.raises(InvalidInput) as raised:
+        call()
+    assert raised.value.field == field
+    assert raised.value.fix

@@ -20,7 +20,7 @@ from prefillshare import forkserver, ray_address, ray_messages, records
 from prefillshare.kvshare.config import Deployment
 from prefillshare.kvshare.errors import ConfigError, Unavailable
 from prefillshare.kvshare.loopback import ADDRESS, is_loopback
-from prefillshare.local_ray import loopback_kept
+from prefillshare.local_ray import in_process_groups_of_their_own, loopback_kept
 from prefillshare.records import Record
 from prefillshare.within import within
 
@@ -124,7 +124,8 @@ def _start(**options) -> None:
     itself."""
     for has_failed in (False, True):
         try:
-            _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
+            with in_process_groups_of_their_own():
+                _init("local", "Ray did not start", "see the message; prefillshare doctor looks at this machine", **options)
             return
         except ConfigError as error:
             _end_half_started(error.__cause__)

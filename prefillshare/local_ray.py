@@ -4,7 +4,11 @@ Ray replaces a loopback address by one that other machines can reach, both when 
 does not do so on systems where it supports no clusters of several machines (macOS, Windows). A deployment whose surfaces are on
 loopback needs the same on Linux: then every port that Ray, engines and routers open is on loopback.
 
-Seam: ray/_private/services.py (`resolve_ip_for_localhost`, `get_node_ip_address`), ray/_private/ray_constants.py
+A signal to this process's group (from a terminal, from `timeout`, from a shell that ends a job) is for this process alone,
+which then ends Ray's in order. If they got it, too, running turns would be lost, and Ray would wait a minute for its own head.
+
+Seam: ray/_private/services.py (`resolve_ip_for_localhost`, `get_node_ip_address`, `ConsolePopen`),
+ray/_private/ray_constants.py
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prefillshare.kvshare.loopback import is_loopback
 
@@ -35,3 +40,17 @@ def loopback_kept(host: str | None) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+@contextmanager
+def in_process_groups_of_their_own() -> Iterator[None]:
+    """Within this context `ray.init` starts each of Ray's processes in a process group of its own. They end with this process
+    all the same: Ray asks the kernel for that."""
+    from ray._private import services
+
+    stock = services.ConsolePopen
+    services.ConsolePopen = partial(stock, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = stock

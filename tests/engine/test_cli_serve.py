@@ -60,7 +60,7 @@ def serving(tmp_path_factory, smollm):
     data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))
     own_fork_server = {name: value for name, value in os.environ.items() if name != forkserver.SETTING}
-    process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"], env=own_fork_server)
+    process = subprocess.Popen([COMMAND, "serve", folder / "d.yaml"], env=own_fork_server, process_group=0)
     try:
         with Client(f"127.0.0.1:{data['router']['grpc_port']}", retries=None) as client:
 
@@ -202,11 +202,12 @@ def test_the_client_as_pip_installs_it_takes_a_turn(serving, tmp_path):
 
 
 def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero(serving):
+    """Also if it goes to all of the process group, as from a terminal or from `timeout`."""
     stream = serving.client.create_session().stream("a", token_ids=ids(40), max_tokens=120, ignore_eos=True)
     pieces = [next(stream)]
     reader = threading.Thread(target=lambda: pieces.extend(stream))
     reader.start()
-    serving.process.send_signal(signal.SIGTERM)
+    os.killpg(serving.process.pid, signal.SIGTERM)
     reader.join(timeout=40)
     assert pieces[-1].done.usage.completion_tokens == 120
     assert serving.process.wait(timeout=60) == 0

@@ -14,13 +14,14 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
-    from prefillshare.kvshare_vllm.engine import kv_events, quick_start
+    from prefillshare.kvshare_vllm.engine import kv_events, orphans, quick_start
     from prefillshare.kvshare_vllm.models import families
     from prefillshare.kvshare_vllm.patches import gentle_grammars, gloo_loops, nixl_handshakes, vllm_logging
     from prefillshare.kvshare_vllm.transfer.transports import TRANSPORTS
 
     if multiprocessing.parent_process() is not None:  # an engine's own process; others call vllm_logging.set_up
         vllm_logging.share_with_ours()
+        orphans.end_with_parent()
         quick_start.end_soon()
         if current_platform.is_cpu():
             quick_start.stay_frozen()

@@ -34,6 +34,9 @@ APP = "prefillshare"
 ROUTER = "router"
 #: Seconds within which Ray Serve has to say whether it runs the application.
 FOUND_S = 5.0
+#: A local cluster's head does not come back. When it is gone, each process of the cluster ends after so many seconds, this one
+#: too; by default after a minute.
+_LOCAL = {"gcs_rpc_server_reconnect_timeout_s": 10}
 #: For when a cluster answers at the address and Ray cannot join it: Ray does not say which of the two causes it is.
 _REFUSED_FIX = (
     "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
@@ -54,7 +57,7 @@ def started(deployment: Deployment) -> Iterator[None]:
         )
     ray_messages.to_file()
     _enable_token_auth()  # Ray would do it with a warning that says how to opt out
-    options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False}
+    options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False, "_system_config": _LOCAL}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
     with forkserver.started(records.folder()) as labels:

@@ -25,7 +25,7 @@ from prefillshare.router.accounts.limits import Charge, Limits, MemoryLimits
 from prefillshare.router.admission.grant import Demand, TenantShare
 from prefillshare.router.admission.refusals import Refusal
 from prefillshare.router.background import Background
-from prefillshare.router.redis_calls import RedisCalls
+from prefillshare.router.redis_calls import RedisCalls, ms
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RedisLimits(Limits):
             return await self._take_alone(demand, cost)
         tenant, turn = demand.tenant, uuid.uuid4().hex
         most = tenant.max_in_progress
-        args = ("" if most is None else most, turn, cost, _ms(LEASE_S))
+        args = ("" if most is None else most, turn, cost, ms(LEASE_S))
         try:
             status, wait_ms, told = await self.ask(scripts.TAKE, tenant, args, PATIENCE_S)
         except Unavailable:
@@ -106,7 +106,7 @@ class RedisLimits(Limits):
             by_tenant[charge.tenant].append(charge)
         for tenant, charges in by_tenant.items():
             turns = [part for charge in charges for part in (charge.turn, charge.tokens)]
-            await self.ask(scripts.RENEW, tenant, (_ms(LEASE_S), *turns), CALL_S)
+            await self.ask(scripts.RENEW, tenant, (ms(LEASE_S), *turns), CALL_S)
 
     async def _keep_renewing(self) -> None:
         while True:
@@ -147,8 +147,4 @@ class _InRedis(Charge):
 def _standing(tenant: TenantShare, told: list[int]) -> Standing:
     """From what scripts.py's `standing` returns."""
     limits = ((REQUESTS, tenant.turns_per_minute, *told[:2]), (TOKENS, tenant.tokens_per_minute, *told[2:]))
-    return tuple(Allowance(what, limit, left, ms / 1000) for what, limit, left, ms in limits if limit is not None)
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
+    return tuple(Allowance(what, limit, left, wait_ms / 1000) for what, limit, left, wait_ms in limits if limit is not None)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions.base import SessionStore
 from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.redis import RedisSessions
@@ -16,6 +17,8 @@ from prefillshare.router.sessions.redis import RedisSessions
 logger = logging.getLogger(__name__)
 
 GAUGE_PERIOD_S = 5.0
+#: Of each store, to Redis: every turn asks there several times, and its lease is renewed.
+MAX_CONNECTIONS = 64
 
 
 async def open_sessions(config: Router, base: Base, max_per_tenant: Mapping[str, int]) -> SessionStore:
@@ -42,16 +45,9 @@ async def _open(
 ) -> SessionStore:
     if config.redis_url is None:
         return MemorySessions(most, ttl_s, most_per_tenant, evicts=evicts)
-    store = RedisSessions(
-        config.redis_url,
-        most,
-        ttl_s,
-        most_per_tenant,
-        password=config.redis_password(),
-        prefix=config.redis_prefix + suffix,
-        evicts=evicts,
-        tokenizer=fingerprint.tokenizer(base.model),
-    )
+    tokenizer = fingerprint.tokenizer(base.model)
+    calls = RedisCalls.of(config, "session store", suffix=suffix, max_connections=MAX_CONNECTIONS)
+    store = RedisSessions(calls, most, ttl_s, most_per_tenant, evicts=evicts, tokenizer=tokenizer)
     try:
         await store.check()
     except Unavailable:

@@ -27,6 +27,9 @@ end
 #: KEYS: the names to count. No ARGV.
 COUNT = _COUNTING + "return {'ok', count(KEYS[1])}"
 
+#: KEYS: the session's hash. No ARGV. Answers with ms; negative: there is none.
+EXPIRES_IN = "return {'ok', redis.call('PTTL', KEYS[1])}"
+
 _COMMON = (
     _COUNTING
     + """

@@ -2,8 +2,8 @@
 
 A client that keeps no session sends its conversation's whole history with every call. Only the tokens then show that two calls
 belong together: the later one's prompt begins with the earlier one's. Two parts ask for that: what finds a call's context, to
-run it where that was last (sessions/open_contexts.py), and what chooses its lane on the page (telemetry/recent_turns.py). Stored
-responses are found by messages, before there are any tokens (responses/threads.py).
+run it where that was last (sessions/open_contexts.py), and what chooses its lane on the page (telemetry/recent_turns.py).
+Stored responses are found by messages, before there are any tokens (responses/threads.py).
 
 Only keyed digests of token ids are kept, so nothing can be read from them.
 """

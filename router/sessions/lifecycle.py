@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.background import Periodic
 from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions.base import SessionStore
 from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.redis import RedisSessions
-
-logger = logging.getLogger(__name__)
 
 GAUGE_PERIOD_S = 5.0
 #: Of each store, to Redis: every turn asks there several times, and its lease is renewed.
@@ -60,22 +57,14 @@ async def _open(
 
 
 class SessionGauge:
-    """Sets `gauge` to the store's count every GAUGE_PERIOD_S: a scrape must not wait. Owns the task that `stop` joins."""
+    """Sets `gauge` to the store's count every `period_s` seconds, because a scrape must not wait. Call `stop` at the end."""
 
     def __init__(self, store: SessionStore, gauge, period_s: float = GAUGE_PERIOD_S):
-        self._store, self._gauge, self._period_s = store, gauge, period_s
-        self._task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                self._gauge.set(await self._store.count())
-            except Unavailable as error:
-                logger.warning("sessions are not counted: %s", error)
-            except Exception:
-                logger.exception("sessions are not counted")
-            await asyncio.sleep(self._period_s)
+        self._store, self._gauge = store, gauge
+        self._counting = Periodic("sessions are not counted", self._count, period_s)
 
     async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await self._counting.stop()
+
+    async def _count(self) -> None:
+        self._gauge.set(await self._store.count())

@@ -109,7 +109,6 @@ def evaluate(
         _known("--dtype", dtype, DTYPES)
     chosen = _tasks(tasks)
     if served:
-        _check_suites_served(chosen)
         ask = _served(served, name, batch_size)
     else:
         ask = _offline(base, chat_template, decoder, method, batch_size, device, dtype)
@@ -207,15 +206,6 @@ def _offline(
     tokenizer = tokenizer_of(base, template)
     options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}
     return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)
-
-
-def _check_suites_served(tasks: list) -> None:
-    if of_tools := [task.name for task in tasks if task.offers_tools]:
-        raise InvalidInput(
-            f"{of_tools[0]} offers tools with its questions, and turns on sessions take none",
-            field="--served",
-            fix="leave it out, or ask a suite that describes them in the system message",
-        )
 
 
 def _known(field: str, value: str, allowed: Collection[str]) -> None:

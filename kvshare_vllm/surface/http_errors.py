@@ -27,6 +27,10 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+#: Anthropic's field for conversations that the server holds. Its clients look for this detail of the refusal, and send whole
+#: histories from then on.
+THREAD = "thread"
+_ANTHROPIC_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsupported": [THREAD]}}
 #: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
 #: Pattern of vLLM's advice on how to start its own server -> what that means here.
@@ -90,6 +94,8 @@ class Anthropic(OpenAI):
     def body(self, error: HttpError) -> bytes:
         by_kind = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         fields = {"type": _ANTHROPIC_TYPES.get(error.status, by_kind), "message": error.message}
+        if details := _ANTHROPIC_DETAILS.get(error.param):
+            fields["details"] = details
         return json.dumps({"type": "error", "error": fields}).encode()
 
     def last_event(self, error: HttpError, number: int) -> bytes:

@@ -102,7 +102,7 @@ class ResponseCall:
         if self._laid_out is None:
             running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
         else:
-            caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.kept
+            caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.context
             kept_tokens = await self._kept_prompt.grant(caller, prompt, request.cache_salt, self._request)
             running = ContextTurn(
                 calls.frontend,

@@ -21,7 +21,7 @@ from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.marks import mark_of, said_by
 from prefillshare.router.sessions.redis_lease import Lease
 from prefillshare.router.sessions.redis_values import (
-    listed_calls,
+    ids_text,
     listed_of,
     own_ttl,
     packed,
@@ -70,12 +70,12 @@ class RedisSessions(SessionStore):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> Session:
         session_id = self._name(session_id)
         most = (self.max_sessions, self._limit_of(tenant), int(self.evicts))
         content = (packed(token_ids), cache_domain, written(transcript), self._tokenizer)
-        state = (mark_of(token_ids, transcript), own_ttl(ttl_s), listed_calls(calls))
+        state = (mark_of(token_ids, transcript), own_ttl(ttl_s), ids_text(unanswered))
         return await self._load(scripts.CREATE, tenant, session_id, uuid.uuid4().hex, *most, *content, *state)
 
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -151,7 +151,7 @@ class RedisSessions(SessionStore):
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -169,13 +169,13 @@ class RedisSessions(SessionStore):
             written(own),
             int(is_turn),
             mark_of(token_ids, transcript) if is_turn else "",
-            listed_calls(calls),
+            ids_text(unanswered),
             *(part for pair in notes.items() for part in pair),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
             raise self._deleted(session) if answer[0] == b"deleted" else self._lost(session)
-        session.committed(token_ids, open_response, transcript, own, is_turn, calls)
+        session.committed(token_ids, open_response, transcript, own, is_turn, unanswered)
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)

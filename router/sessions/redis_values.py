@@ -28,18 +28,18 @@ def own_ttl(ttl_s: float | None) -> int | str:
     return "" if ttl_s is None else ms(ttl_s)
 
 
-def listed_calls(calls: Sequence[str] | None) -> str:
-    return "" if calls is None else json.dumps(list(calls))
+def ids_text(ids: Sequence[str] | None) -> str:
+    return "" if ids is None else json.dumps(list(ids))
 
 
-def calls_of(listed: bytes | None) -> tuple[str, ...] | None:
+def ids_of(stored: bytes | None) -> tuple[str, ...] | None:
     """The inverse; None for anything that is not a list of ids, too."""
     try:
-        calls = json.loads(listed or b"null")
+        ids = json.loads(stored or b"null")
     except (ValueError, RecursionError):
         return None
-    known = isinstance(calls, list) and all(isinstance(call, str) for call in calls)
-    return tuple(calls) if known else None
+    known = isinstance(ids, list) and all(isinstance(one, str) for one in ids)
+    return tuple(ids) if known else None
 
 
 def pairs(listed: Sequence[bytes]) -> dict[str, bytes]:
@@ -53,7 +53,7 @@ def packed(token_ids: Sequence[int]) -> bytes:
 def session_of(answer: list, tenant: str, session_id: str) -> tuple[Session | None, str]:
     """From an answer of scripts.py's `load`, which has checked its numbers: the session, None if it is damaged, and the
     tokenizer that its token ids are of."""
-    _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, calls) = answer
+    _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, waiting) = answer
     token_ids, theirs = np.frombuffer(tokens, dtype="<u4"), text_of(tokenizer)
     try:
         replicas, cache_domain = json.loads(prefilled), domain.decode()
@@ -75,7 +75,7 @@ def session_of(answer: list, tenant: str, session_id: str) -> tuple[Session | No
         bool(busy),
         int(version),
         ttl_s=int(ttl) / 1000 if ttl else None,
-        calls=calls_of(calls),
+        unanswered=ids_of(waiting),
     )
     return session, theirs
 

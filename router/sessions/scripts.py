@@ -99,14 +99,15 @@ end
 
 local function load(session, tokens)
   local state = redis.call('HMGET', session, 'turns', 'open', 'prefilled', 'domain', 'version', 'transcript',
-    'tokenizer', 'own', 'ttl', 'calls')
+    'tokenizer', 'own', 'ttl', 'unanswered')
   return {'ok', redis.call('GET', tokens) or '', holder(session) and 1 or 0, state}
 end
 """
 )
 
 #: ARGV: an id of this creation (by which a retry knows its own session), most sessions of all and of its tenant, whether one
-#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer, mark, TTL in ms of its own ("": none), calls.
+#: of its tenant's may be evicted, tokens, cache domain, transcript, tokenizer, mark, TTL in ms of its own ("": none), calls
+#: without a result.
 CREATE = (
     _COMMON
     + """
@@ -119,7 +120,7 @@ else
   redis.call('DEL', session, tokens, notes)
   redis.call('HSET', session, 'made', ARGV[3], 'tokens', #ARGV[7] / 4, 'turns', 0, 'open', 0, 'prefilled', '{}',
     'domain', ARGV[8], 'version', 0, 'transcript', ARGV[9], 'tokenizer', ARGV[10], 'mark0', ARGV[11],
-    'calls', ARGV[13])
+    'unanswered', ARGV[13])
   if ARGV[12] ~= '' then redis.call('HSET', session, 'ttl', ARGV[12]) end
   redis.call('SET', tokens, ARGV[7])
 end
@@ -161,7 +162,8 @@ else
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
-    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11], 'calls', '')
+    redis.call('HSET', new, 'tokens', ARGV[8], 'open', ARGV[9], 'transcript', ARGV[10], 'own', ARGV[11],
+      'unanswered', '')
   end
 end
 touch(new, copied, no_notes, ARGV[3])
@@ -207,7 +209,7 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, own part, whether it counts as a turn, mark, calls, then notes: key and text in turns.
+#: transcript, own part, whether it counts as a turn, mark, calls without a result, then notes: key and text in turns.
 COMMIT = (
     _COMMON
     + """
@@ -225,7 +227,7 @@ else
   return {'lost'}
 end
 redis.call('HSET', session, 'committed', mark, 'tokens', redis.call('STRLEN', tokens) / 4, 'open', ARGV[7],
-  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10], 'calls', ARGV[13])
+  'prefilled', ARGV[8], 'transcript', ARGV[9], 'own', ARGV[10], 'unanswered', ARGV[13])
 redis.call('HINCRBY', session, 'version', 1)
 if ARGV[11] == '1' then
   local number = redis.call('HINCRBY', session, 'turns', 1)

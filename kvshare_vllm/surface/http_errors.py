@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prefillshare.kvshare.errors import InvalidInput, NotFound, PrefillShareError
+from starlette.responses import Response
+
+from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, PrefillShareError
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -55,7 +58,8 @@ class HttpError:
     @classmethod
     def of(cls, error: PrefillShareError) -> HttpError:
         kind = _TYPES.get(error.http_status) or HTTPStatus(error.http_status).phrase
-        return cls(error.http_status, str(error), kind, error.field if isinstance(error, InvalidInput | NotFound) else None)
+        of_request = isinstance(error, InvalidInput | NotFound | PermissionDenied)  # other errors' fields are settings
+        return cls(error.http_status, str(error), kind, error.field if of_request else None)
 
 
 class OpenAI:
@@ -113,6 +117,19 @@ _OTHER = OpenAI()
 
 def surface_of(path: str) -> OpenAI:
     return next((surface for start, surface in _SURFACES if path == start or path.startswith(f"{start}/")), _OTHER)
+
+
+def response_of(error: HttpError, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(surface_of(path).body(error), error.status, headers, media_type="application/json")
+
+
+async def refuse(
+    error: HttpError, scope, receive, send, *, headers: Mapping[str, str] | None = None, close_code: int = 1008
+) -> None:
+    """Answer in the place of an app. `close_code`: with which a web socket is closed."""
+    if scope["type"] == "websocket":
+        return await send({"type": "websocket.close", "code": close_code, "reason": error.message})
+    await response_of(error, scope["path"], headers)(scope, receive, send)
 
 
 def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:

@@ -119,8 +119,9 @@ def surface_of(path: str) -> OpenAI:
     return next((surface for start, surface in _SURFACES if path == start or path.startswith(f"{start}/")), _OTHER)
 
 
-def response_of(error: HttpError, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(surface_of(path).body(error), error.status, headers, media_type="application/json")
+def response_of(error: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+    """In the shape of vLLM's errors; HttpRefusals, on the way out, gives it the shape of its surface."""
+    return Response(_OTHER.body(error), error.status, headers, media_type="application/json")
 
 
 async def refuse(
@@ -129,7 +130,7 @@ async def refuse(
     """Answer in the place of an app. `close_code`: with which a web socket is closed."""
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": close_code, "reason": error.message})
-    await response_of(error, scope["path"], headers)(scope, receive, send)
+    await response_of(error, headers)(scope, receive, send)
 
 
 def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:

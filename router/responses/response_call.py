@@ -17,8 +17,8 @@ from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
-from prefillshare.kvshare_vllm.surface.frontend import USAGE
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, message_of
+from prefillshare.kvshare_vllm.surface.run import USAGE
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.responses.conversations import ConversationNotes
 from prefillshare.router.responses.items import items_of, unanswered

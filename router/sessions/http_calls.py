@@ -17,8 +17,9 @@ from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
-from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
+from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
+from prefillshare.kvshare_vllm.surface.run import USAGE
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message

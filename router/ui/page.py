@@ -92,7 +92,7 @@ def _guarded(hosts: Hosts, endpoint: _Endpoint) -> _Endpoint:
             hosts.check(request.headers.get("host", ""))
             response = await endpoint(request)
         except PrefillShareError as error:
-            response = response_of(HttpError.of(error), request.url.path)
+            response = response_of(HttpError.of(error))
         response.headers.update(HEADERS)
         return response
 

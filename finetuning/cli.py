@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prefillshare.arguments import BaseFolder, DecoderFolder, checked
+from prefillshare.arguments import BaseFolder, ChatTemplate, DecoderFolder, checked
 from prefillshare.kvshare import chat_template as chat_templates
 from prefillshare.kvshare import given_files
 from prefillshare.kvshare.errors import ConfigError, ConnectionLost, DeadlineExceeded, InvalidInput
@@ -19,12 +19,6 @@ BASE = Path("models/smollm2-135m-instruct")
 DTYPES = ("float32", "bfloat16")
 #: Seconds within which a running deployment has to answer.
 ANSWER_S = 6.0
-
-Template = Annotated[
-    str | None,
-    typer.Option(help="Chat template, as base.chat_template in a deployment file.", show_default="the base's own"),
-]
-
 
 def train(
     recipe: Annotated[
@@ -77,7 +71,7 @@ def data(
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to answer, e.g. bfcl_simple_python.")],
     base: Annotated[Path | None, typer.Option(help="Folder of the base.", show_default=str(BASE))] = None,
-    chat_template: Template = None,
+    chat_template: ChatTemplate = None,
     decoder: Annotated[
         Path | None,
         typer.Option(help="Folder of the decoder.", show_default="the base itself", callback=checked(given_files.weights)),
@@ -143,7 +137,7 @@ def profile(
         ),
     ],
     base: BaseFolder = BASE,
-    chat_template: Template = None,
+    chat_template: ChatTemplate = None,
     examples: Annotated[int, typer.Option(min=2, help="Number of transcripts to use, evenly spread over the file.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(metavar="SUITE", help="Also score the frontier on this suite.")] = None,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from prefillshare.kvshare.errors import ContractMismatch, SessionDamaged
 from prefillshare.router.redis_calls import RedisCalls, ms
-from prefillshare.router.sessions import scripts
+from prefillshare.router.sessions import scripts, turn_scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
 from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.marks import mark_of, said_by
@@ -123,7 +123,7 @@ class RedisSessions(SessionStore):
         turn_id = uuid.uuid4().hex
         lease = self._lease(tenant, session_id, turn_id)
         try:
-            session = await self._load(scripts.BEGIN, tenant, session_id, turn_id, ms(self._lease_s))
+            session = await self._load(turn_scripts.BEGIN, tenant, session_id, turn_id, ms(self._lease_s))
         except (asyncio.CancelledError, SessionDamaged, ContractMismatch):
             await lease.end()  # the turn may have begun nevertheless
             raise
@@ -156,7 +156,7 @@ class RedisSessions(SessionStore):
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
         answer = await self._ask(
-            scripts.COMMIT,
+            turn_scripts.COMMIT,
             session.tenant,
             session.session_id,
             session.turn_id,
@@ -178,7 +178,7 @@ class RedisSessions(SessionStore):
         session.committed(token_ids, open_response, transcript, own, is_turn, unanswered)
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
-        answer = await self._ask(scripts.MARKS, session.tenant, session.session_id)
+        answer = await self._ask(turn_scripts.MARKS, session.tenant, session.session_id)
         self._check(answer, session.tenant, session.session_id)
         return said_by(session.token_ids[:tokens], [text_of(mark) for mark in answer[1] if mark])
 
@@ -204,7 +204,7 @@ class RedisSessions(SessionStore):
         return ms(self.ttl_s)
 
     def _keys(self, tenant: str, session_id: str) -> tuple[list[str], str]:
-        """Keys as scripts.py expects them, and the session's name in its sets. No two sessions share a name."""
+        """Keys as script_parts.py expects them, and the session's name in its sets. No two sessions share a name."""
         if len(session_id) > MAX_NAME_CHARS:
             raise self._missing(session_id)
         name = f"{len(tenant)}:{tenant}:{session_id}"
@@ -236,7 +236,7 @@ class RedisSessions(SessionStore):
                 raise self._all_full()
 
     def _session(self, answer: list, tenant: str, session_id: str) -> Session:
-        """The session in an answer of scripts.py's `load`. Raises SessionDamaged, ContractMismatch."""
+        """The session in an answer of script_parts.py's `load`. Raises SessionDamaged, ContractMismatch."""
         session, tokenizer = session_of(answer, tenant, session_id)
         self._check_tokenizer(tokenizer, session_id)
         if session is None:

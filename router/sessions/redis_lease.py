@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from prefillshare.kvshare.errors import PrefillShareError, Unavailable
 from prefillshare.router.redis_calls import ms
-from prefillshare.router.sessions import scripts
+from prefillshare.router.sessions import turn_scripts
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Lease:
 
     async def end(self) -> None:
         try:
-            await self._ask(scripts.END, self._turn_id)
+            await self._ask(turn_scripts.END, self._turn_id)
         except PrefillShareError as error:
             logger.warning("session %r is held for up to %g s: %s", self._session_id, self._lease_s, error)
 
@@ -47,7 +47,7 @@ class Lease:
             await asyncio.sleep(pause_s)
             pause_s = self._lease_s / 3
             try:
-                answer = await self._ask(scripts.RENEW, self._turn_id, ms(self._lease_s))
+                answer = await self._ask(turn_scripts.RENEW, self._turn_id, ms(self._lease_s))
             except Unavailable as error:
                 logger.warning("turn %s on session %r: not renewed: %s", self._turn_id, self._session_id, error)
                 pause_s = min(RETRY_S, pause_s)

@@ -1,4 +1,4 @@
-"""What stands in Redis for the parts of a session, and what is read from there (router/sessions/scripts.py)."""
+"""What stands in Redis for the parts of a session, and what is read from there (router/sessions/script_parts.py)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def packed(token_ids: Sequence[int]) -> bytes:
 
 
 def session_of(answer: list, tenant: str, session_id: str) -> tuple[Session | None, str]:
-    """From an answer of scripts.py's `load`, which has checked its numbers: the session, None if it is damaged, and the
+    """From an answer of script_parts.py's `load`, which has checked its numbers: the session, None if it is damaged, and the
     tokenizer that its token ids are of."""
     _, tokens, busy, (turns, is_open, prefilled, domain, version, transcript, tokenizer, own, ttl, waiting) = answer
     token_ids, theirs = np.frombuffer(tokens, dtype="<u4"), text_of(tokenizer)

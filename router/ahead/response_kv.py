@@ -21,7 +21,7 @@ from prefillshare.kvshare.decoders import Decoder, ecache_layers
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
-from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
+from prefillshare.router.ahead.eager import ContextKey, EagerPrefill
 from prefillshare.router.ahead.pull_back import PullBack
 from prefillshare.router.kept.keeper import Keeper
 from prefillshare.router.pools.fleet import Fleet
@@ -58,7 +58,7 @@ class ResponseKV:
 
     @contextmanager
     def of_turn(
-        self, session: SessionKey, decoder: Decoder, before: list[int], *, lendable: bool
+        self, session: ContextKey, decoder: Decoder, before: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
         """The response of one turn. `before`: the context before it that the next turn will have. `lendable`: the decoder
         sees exactly that context (no suffix). If the block is left before the response has ended, the KV of the response is
@@ -76,28 +76,28 @@ class ResponseKV:
                 if self._pull_back and response.lent:
                     self._pull_back.give_back(response.lent)
 
-    def given_up(self, session: SessionKey) -> None:
+    def given_up(self, session: ContextKey) -> None:
         """Stop prefilling ahead for a session that goes on without it, or is gone."""
         if self._eager:
             self._eager.cancel(session)
 
-    def gone(self, session: SessionKey) -> None:
+    def gone(self, session: ContextKey) -> None:
         """A session has been deleted: nothing is made for it, and nothing of it is kept."""
         self.given_up(session)
         if self.keeper:
             self.keeper.gone(*session)
 
-    def shortened(self, session: SessionKey, context: list[int], salt: str | None) -> None:
+    def shortened(self, session: ContextKey, context: list[int], salt: str | None) -> None:
         """A session's context has been cut off after these tokens: if it is kept, no more than them is kept from now on."""
         self.given_up(session)
         self._went_on(session, lambda: context, salt)
 
-    async def made(self, session: SessionKey) -> None:
+    async def made(self, session: ContextKey) -> None:
         """Wait until nothing is made for the session's context."""
         for making in filter(None, (self._pull_back, self._eager)):
             await making.made(session)
 
-    def _went_on(self, session: SessionKey, context: Callable[[], list[int]], salt: str | None) -> None:
+    def _went_on(self, session: ContextKey, context: Callable[[], list[int]], salt: str | None) -> None:
         if self.keeper:
             self.keeper.went_on(*session, context, salt, partial(self.made, session))
 
@@ -119,12 +119,12 @@ class ResponseOfTurn:
 
     def __init__(
         self,
-        session: SessionKey,
+        session: ContextKey,
         decoder: Decoder,
         eager: EagerPrefill | None,
         pull_back: PullBack | None,
         before: list[int],
-        went_on: Callable[[SessionKey, Callable[[], list[int]], str | None], None],
+        went_on: Callable[[ContextKey, Callable[[], list[int]], str | None], None],
         *,
         lendable: bool,
     ):

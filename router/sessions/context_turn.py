@@ -12,7 +12,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.token_text import text_lengths
-from prefillshare.router.ahead.eager import SessionKey
+from prefillshare.router.ahead.eager import ContextKey
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.seen_response import seen_response
 from prefillshare.router.turn.terms import Terms
@@ -48,7 +48,7 @@ class ContextTurn:
     frontend: Frontend
     response_kv: ResponseKV
     decoders: Mapping[str, Decoder]
-    key: SessionKey
+    key: ContextKey
     caller: Caller
     laid_out: LaidOut
     commit: Commit = _commit_nothing

@@ -1,6 +1,6 @@
 """Client libraries as they are, each with tools over one session of two decoders. Answers are scripted: no engine runs.
 
-The OpenAI Agents SDK is in test_agents_sdk.py; what instructor gets of real decoders is in test_tools.py.
+The OpenAI Agents SDK is in test_agents_sdk.py; what instructor gets of a real decoder is in smollm/test_tools.py.
 """
 
 from __future__ import annotations

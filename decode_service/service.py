@@ -24,7 +24,7 @@ class DecodeService(EngineReplica):
 
     @staticmethod
     def engine_class() -> type:
-        from prefillshare.kvshare_vllm.engine.engine import DecodeEngine
+        from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
 
         return DecodeEngine
 

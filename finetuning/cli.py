@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prefillshare.arguments import BaseFolder, DecoderFolder, checked
+from prefillshare.arguments import BaseFolder, ChatTemplate, DecoderFolder, checked
 from prefillshare.kvshare import chat_template as chat_templates
 from prefillshare.kvshare import given_files
 from prefillshare.kvshare.errors import ConfigError, ConnectionLost, DeadlineExceeded, InvalidInput
@@ -19,12 +19,6 @@ BASE = Path("models/smollm2-135m-instruct")
 DTYPES = ("float32", "bfloat16")
 #: Seconds within which a running deployment has to answer.
 ANSWER_S = 6.0
-
-Template = Annotated[
-    str | None,
-    typer.Option(help="Chat template, as base.chat_template in a deployment file.", show_default="the base's own"),
-]
-
 
 def train(
     recipe: Annotated[
@@ -77,7 +71,7 @@ def data(
 def evaluate(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Suites to answer, e.g. bfcl_simple_python.")],
     base: Annotated[Path | None, typer.Option(help="Folder of the base.", show_default=str(BASE))] = None,
-    chat_template: Template = None,
+    chat_template: ChatTemplate = None,
     decoder: Annotated[
         Path | None,
         typer.Option(help="Folder of the decoder.", show_default="the base itself", callback=checked(given_files.weights)),
@@ -109,7 +103,6 @@ def evaluate(
         _known("--dtype", dtype, DTYPES)
     chosen = _tasks(tasks)
     if served:
-        _check_suites_served(chosen)
         ask = _served(served, name, batch_size)
     else:
         ask = _offline(base, chat_template, decoder, method, batch_size, device, dtype)
@@ -144,7 +137,7 @@ def profile(
         ),
     ],
     base: BaseFolder = BASE,
-    chat_template: Template = None,
+    chat_template: ChatTemplate = None,
     examples: Annotated[int, typer.Option(min=2, help="Number of transcripts to use, evenly spread over the file.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=16, help="Longer transcripts are cut.")] = 1024,
     task: Annotated[list[str] | None, typer.Option(metavar="SUITE", help="Also score the frontier on this suite.")] = None,
@@ -207,15 +200,6 @@ def _offline(
     tokenizer = tokenizer_of(base, template)
     options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}
     return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)
-
-
-def _check_suites_served(tasks: list) -> None:
-    if of_tools := [task.name for task in tasks if task.offers_tools]:
-        raise InvalidInput(
-            f"{of_tools[0]} offers tools with its questions, and turns on sessions take none",
-            field="--served",
-            fix="leave it out, or ask a suite that describes them in the system message",
-        )
 
 
 def _known(field: str, value: str, allowed: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from prefillshare.client import Client
 from prefillshare.finetuning.generate import generate
 from prefillshare.finetuning.subjects import Subject
 from prefillshare.finetuning.tasks import Question, Task
+from prefillshare.finetuning.tasks.tool_calls import written
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.router.sessions.chat import ChatLayout
 
@@ -130,13 +131,17 @@ def served_answers(
     at_once: int = 16,
     advance: Advance = lambda count: None,
 ) -> list[str]:
-    """Greedy answers of a running deployment; each question has a session of its own."""
+    """Greedy answers of a running deployment; each question has a session of its own.
+
+    Tools are offered as clients offer them: where router.own_prompt puts them, and with calls found by the deployment's parser.
+    """
 
     def ask(question: Question) -> str:
-        session = client.create_session()
+        session, tools = client.create_session(), {"tools": question.tools} if question.tools else {}
+        how = {"max_tokens": task.max_tokens, "temperature": 0.0} | tools
         try:
-            result = session.turn(decoder, messages=list(question.messages), max_tokens=task.max_tokens, temperature=0.0)
-            return result.text
+            result = session.turn(decoder, messages=list(question.messages), **how)
+            return written(result.text, [(call.name, call.arguments) for call in result.tool_calls])
         finally:
             session.delete()
             advance(1)

@@ -82,7 +82,11 @@ one has just said.
 | `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is right | the same templates with other seeds: other names and numbers |
 
 `prefillshare eval` answers offline and in batches, by the definition of the method (`finetuning/generate.py`, compared with
-the reference token by token). With `--served HOST:PORT --name DECODER` it asks a running deployment instead.
+the reference token by token). With `--served HOST:PORT --name DECODER` it asks a running deployment instead,
+over gRPC, each question in a session of its own. Suites whose names end in `_tools` then offer the functions as clients do:
+the deployment needs `base.tool_call_parser`, and a chat template with a place for tools. By default it lays tools out behind
+the question, right before the answer, where agents that share a context have them; a decoder that has learnt them in front of
+the question, where the template puts them, is asked as it was trained only with `router.own_prompt: first`.
 
 ## The recipe
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -12,7 +11,7 @@ from prefillshare.kvshare import adapter_files, chat_template, fingerprint
 from prefillshare.kvshare.adapter_settings import AdapterSettings
 from prefillshare.kvshare.config import DecodePool, Deployment, Engines
 from prefillshare.kvshare.contract import DecoderContract, KVShape
-from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput
+from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput, about
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts, layer_group
 from prefillshare.kvshare.modes import get_mode
 
@@ -98,7 +97,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
     """
     length = deployment.base.max_model_len
     base = of_base(deployment)
-    with _about("base.model"):
+    with about("base.model"):
         _check_positions(deployment.base.model, length)
         linear = adapter_files.linear_modules(deployment.base.model)
     _check_kv_cache(deployment, base.shape)
@@ -106,12 +105,12 @@ def check_files(deployment: Deployment) -> DecoderContract:
     _check_graphs(deployment)
     for number, pool in enumerate(deployment.decode):
         if pool.model:
-            with _about(f"decode.{number}.model"):
+            with about(f"decode.{number}.model"):
                 _check_full(pool, pool.model, base)
                 _check_positions(pool.model, length)
         _check_architecture(pool, deployment.base.model, f"decode.{number}.sharing")
         for name, folder in pool.adapters.items():
-            with _about(f"decode.{number}.adapters.{name}"):
+            with about(f"decode.{number}.adapters.{name}"):
                 _check_adapter(pool, folder, base, linear)
     return base
 
@@ -119,18 +118,8 @@ def check_files(deployment: Deployment) -> DecoderContract:
 def of_base(deployment: Deployment) -> DecoderContract:
     """The base's own contract, under the chat template that the deployment uses. Raises ConfigError for its files."""
     template = chat_template.text_of(deployment.base.chat_template)
-    with _about("base.model"):
+    with about("base.model"):
         return DecoderContract.of_base(deployment.base.model, template=template)
-
-
-@contextmanager
-def _about(field: str) -> Iterator[None]:
-    """Make errors about a folder's files name the field of the deployment that gave the folder."""
-    try:
-        yield
-    except InvalidInput as error:
-        error.field = error.field or field
-        raise
 
 
 def _check_positions(folder: str, length: int) -> None:

@@ -25,6 +25,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 
@@ -195,3 +197,13 @@ class ReplicaLost(Unavailable):
 
 class Internal(PrefillShareError):
     pass
+
+
+@contextmanager
+def about(field: str) -> Iterator[None]:
+    """Within this context, an InvalidInput that names no field is about this one."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.field = error.field or field
+        raise

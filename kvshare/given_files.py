@@ -16,7 +16,7 @@ from pathlib import Path
 from prefillshare.kvshare import adapter_files, adapter_settings, fingerprint
 from prefillshare.kvshare.adapter_settings import AdapterSettings
 from prefillshare.kvshare.contract import DecoderContract, KVShape
-from prefillshare.kvshare.errors import ConfigError, InvalidInput
+from prefillshare.kvshare.errors import ConfigError, about
 
 _MODEL_FIX = "give the folder of a model in Hugging Face format"
 
@@ -29,7 +29,7 @@ def folder(path: Path, field: str) -> None:
 def model(folder: Path, field: str) -> None:
     """A model with its tokenizer."""
     _is_folder(folder, field, _MODEL_FIX)
-    with _about(field):
+    with about(field):
         _weights_of_model(folder)
         fingerprint.tokenizer(folder)
         fingerprint.chat_template(folder)
@@ -38,7 +38,7 @@ def model(folder: Path, field: str) -> None:
 def model_shape(file: Path, field: str) -> None:
     """The config.json of a model, whose weights need not be there."""
     readable(file, field)
-    with _about(field):
+    with about(field):
         config = fingerprint.read_json(file.parent, file.name)
         KVShape.of_config(config, str(file))
 
@@ -47,7 +47,7 @@ def decoder(folder: Path, base: Path, field: str, template: str | None = None) -
     """An adapter or a model with weights of its own, which was trained against this base and chat template (text; None: the
     base's own). Raises ContractMismatch as well."""
     weights(folder, field)
-    with _about(field):
+    with about(field):
         if (folder / adapter_settings.FILE).is_file():
             settings = AdapterSettings.read(str(folder))
             adapter_files.check(str(folder), settings, adapter_files.linear_modules(str(base)))
@@ -58,7 +58,7 @@ def weights(folder: Path, field: str) -> None:
     """The weights of an adapter or of a model, whatever it was trained against."""
     fix = "give the folder of a LoRA adapter saved by PEFT or of a model in Hugging Face format"
     _is_folder(folder, field, fix)
-    with _about(field):
+    with about(field):
         if (folder / adapter_settings.FILE).is_file():
             fingerprint.read_json(folder, adapter_settings.FILE)
             file = folder / adapter_files.FILE
@@ -76,7 +76,7 @@ def readable(file: Path, field: str) -> None:
     if not file.is_file():
         what = "a folder, not a file" if file.is_dir() else "not there"
         raise ConfigError(f"{file} is {what}", field=field, fix="give the path of a file")
-    with _about(field), _readable(file):
+    with about(field), _readable(file):
         file.open("rb").close()
 
 
@@ -84,7 +84,7 @@ def lines(file: Path, field: str) -> None:
     """A text file in UTF-8 that is not empty."""
     readable(file, field)
     fix = "give a file of JSON lines in UTF-8"
-    with _about(field), _readable(file):
+    with about(field), _readable(file):
         try:
             with file.open(encoding="utf-8") as text:
                 is_empty = not text.read(1)
@@ -137,13 +137,3 @@ def _readable(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}", fix="give another file, or change its permissions") from None
-
-
-@contextmanager
-def _about(field: str) -> Iterator[None]:
-    """Make errors name the field."""
-    try:
-        yield
-    except InvalidInput as error:
-        error.field = error.field or field
-        raise

@@ -1,5 +1,7 @@
-"""Arguments and options of commands that name files or folders. Each is checked (kvshare/given_files.py) while the command line
-is read, so that no command begins work, or imports what takes seconds, before it has what it needs.
+"""What commands have in common: how they are grouped, and the arguments and options that name files or folders.
+
+Each file or folder is checked (kvshare/given_files.py) while the command line is read, so that no command begins work, or
+imports what takes seconds, before it has what it needs.
 
 What a command does not need in every case it checks itself, by the same functions.
 """
@@ -41,3 +43,17 @@ DecoderFolder = Annotated[
         metavar="DECODER", help="Folder of a LoRA adapter or of a fine-tuned model.", callback=checked(given_files.weights)
     ),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        help="Chat template used instead of the base's own: a file, or a name as in base.chat_template.",
+        show_default="the base's own",
+    ),
+]
+
+
+def group(help: str, **options: Any) -> typer.Typer:
+    """A command line, or a group of its commands."""
+    return typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="markdown", add_completion=False,
+                       context_settings={"help_option_names": ["-h", "--help"]}, **options)

@@ -172,7 +172,7 @@ class Stock:
 @asynccontextmanager
 async def started(*settings: EngineSettings) -> AsyncIterator[list]:
     """Start engines, one after the other, and end them."""
-    from prefillshare.kvshare_vllm.engine.engine import DecodeEngine
+    from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
     from prefillshare.kvshare_vllm.engine.prefill_engine import PrefillEngine
 
     engines: list = []

@@ -1,12 +1,14 @@
-"""Background work that no turn waits for. Its failures are logged and counted."""
+"""Background work that no turn waits for: what is done once, and what is done again and again."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import random
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 
+from prefillshare.kvshare.errors import PrefillShareError
 from prefillshare.kvshare.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -40,3 +42,36 @@ class Background:
             self._failures.labels(what).inc()
         of = ", ".join(f"{kind} {name}" for kind, name in whose.items())
         logger.error("%s failed in the background (%s)", what, of, exc_info=error, extra={k: str(v) for k, v in whose.items()})
+
+
+class Periodic:
+    """Does `work` now and every `period_s` seconds, whatever it raises, until `stop`. Owns the task that `stop` joins.
+
+    `what`: what the log says has not happened if it raises. `later`: the first time is after a period. `spread`: share by which
+    periods vary, so that routers do not all work at once.
+    """
+
+    def __init__(
+        self, what: str, work: Callable[[], Awaitable[None]], period_s: float, *, later: bool = False, spread: float = 0.0
+    ):
+        self._what, self._work, self._period_s, self._spread = what, work, period_s, spread
+        self._task = asyncio.create_task(self._run(later))
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self, later: bool) -> None:
+        while True:
+            if not later:
+                await self._try()
+            later = False
+            await asyncio.sleep(self._period_s * random.uniform(1 - self._spread, 1 + self._spread))
+
+    async def _try(self) -> None:
+        try:
+            await self._work()
+        except PrefillShareError as error:
+            logger.warning("%s: %s", self._what, error)
+        except Exception:
+            logger.exception("%s", self._what)

@@ -49,7 +49,7 @@ class InRedis:
         return self.registries[-1]
 
     def calls(self) -> RedisCalls:
-        self._open.append(RedisCalls(self.url, "accounts", prefix=self.prefix))
+        self._open.append(RedisCalls(self.url, "store of accounts", prefix=self.prefix))
         return self._open[-1]
 
     def _metrics(self) -> Metrics:

@@ -26,7 +26,7 @@ class InRedis:
         self._url, self._prefix = url, uuid.uuid4().hex
 
     def make(self) -> RedisKept:
-        return RedisKept(RedisCalls(self._url, "what is kept", prefix=self._prefix))
+        return RedisKept(RedisCalls(self._url, "store of kept contexts", prefix=self._prefix))
 
     async def pass_time(self, seconds: float) -> None:
         by = round(seconds * 1000)

@@ -31,8 +31,9 @@ class ScriptedRouter(pb_grpc.PrefillShareServicer):
         self.turns: dict[str, int] = {}
         self.plan: list[Exception | None] = []
         self.asked: list[Any] = []
-        #: What a turn says before its end.
+        #: What a turn says before its end, and the tools that it calls.
         self.pieces = [pb.GenerateResponse(text="Par", token_ids=[1]), pb.GenerateResponse(text="is.", token_ids=[2])]
+        self.calls: list[pb.ToolCall] = []
 
     def count(self, method: str) -> int:
         return sum(type(request).__name__ == f"{method}Request" for request in self.asked)
@@ -81,7 +82,7 @@ class ScriptedRouter(pb_grpc.PrefillShareServicer):
             if request.HasField("expected_turns") and request.expected_turns != turns:
                 raise Conflict(f"it has had {turns} turns", field="expected_turns")
             self.turns[request.session_id] = turns + (several == 1)
-            return pb.Done(finish_reason="stop", context_tokens=9, turns=turns + (several == 1))
+            return pb.Done(finish_reason="stop", context_tokens=9, turns=turns + (several == 1), tool_calls=self.calls)
 
         planned = self.plan[0] if self.plan else None
         if isinstance(planned, Dies):

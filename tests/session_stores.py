@@ -4,6 +4,7 @@ import uuid
 
 from redis.asyncio import Redis
 
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import MemorySessions, RedisSessions
 
 
@@ -24,7 +25,7 @@ class InRedis:
         self._url, self._prefix = url, uuid.uuid4().hex
 
     def make(self, **options) -> RedisSessions:
-        return RedisSessions(self._url, **options, prefix=self._prefix, lease_s=15)
+        return RedisSessions(RedisCalls(self._url, "session store", prefix=self._prefix), **options, lease_s=15)
 
     async def pass_time(self, seconds: float) -> None:
         by = round(seconds * 1000)

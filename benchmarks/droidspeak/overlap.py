@@ -75,7 +75,7 @@ async def turns(model: Path, decoder: Path, group: LayerGroup, lengths: list[int
     count: it shakes hands and lets the engine measure how long a step takes."""
     from vllm import SamplingParams
 
-    from prefillshare.kvshare_vllm.engine.engine import DecodeEngine
+    from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
     from prefillshare.kvshare_vllm.engine.prefill_engine import PrefillEngine
 
     some, one = (SamplingParams(max_tokens=tokens, temperature=0.0) for tokens in (8, 1))

@@ -14,6 +14,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache, partial
 from importlib.resources import files
 from types import ModuleType, SimpleNamespace
@@ -90,6 +91,13 @@ def parse_call(answer: str) -> dict[str, dict] | None:
         return {call["name"]: dict(call["arguments"])}
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def written(text: str, calls: Iterable[tuple[str, str]]) -> str:
+    """An answer whose calls a server has taken out of its text, as a decoder writes it. `calls`: names, and arguments as JSON,
+    whose end may be missing."""
+    own = [f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{CLOSE}' for name, arguments in calls]
+    return "\n".join([*([text] if text else []), *own])
 
 
 def _is_right(item: dict, truth: list[dict], category: str, answer: str) -> bool:

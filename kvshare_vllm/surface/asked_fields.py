@@ -2,7 +2,8 @@
 
 - Fields that nobody reads are named in a header of the response (IGNORED_HEADER). vLLM takes them silently, and they cannot be
   refused: clients send fields of OpenAI's newest API all the time.
-- Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now.
+- Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now; or the
+  client would send less the next time, because it takes the conversation to be held.
 - A message has a role that chat templates know.
 
 Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
@@ -17,6 +18,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.http_errors import THREAD
 from prefillshare.kvshare_vllm.surface.roles import ROLES, check_role
 
 IGNORED_HEADER = "x-prefillshare-ignored"
@@ -41,6 +43,12 @@ _RENAMED = {
     "function_call": "send tool_choice",
     "extra_body": "send the fields that it holds in the body itself",
 }
+#: Path -> field that asks for what there is not here, and whose silence would mislead -> what to do instead.
+_NOT_HERE = {
+    "/v1/messages": {
+        THREAD: "send the whole history with each request; a session (x-prefillshare-session) holds what has been computed"
+    },
+}
 #: Roles of Anthropic's API.
 _ANTHROPIC = ("user", "assistant", "system")
 
@@ -57,8 +65,8 @@ class AskedFields:
             return []
         unknown = [name for name, value in body.items() if value is not None and name not in known]
         for name in unknown:
-            if name in _RENAMED:
-                raise InvalidInput("it would have no effect", field=name, fix=_RENAMED[name])
+            if fix := _RENAMED.get(name) or _NOT_HERE.get(path, {}).get(name):
+                raise InvalidInput("it would have no effect", field=name, fix=fix)
         roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
         _check_messages(body.get("messages"), "messages", roles)
         if path == "/v1/responses":

@@ -99,14 +99,14 @@ class AskedTools:
 
 
 @dataclass
-class Call:
+class ToolCall:
     id: str
     name: str
     arguments: str = ""
 
 
 @dataclass(frozen=True)
-class CallDelta:
+class ToolCallDelta:
     """What is new of the call with this number. `id`, `name`: of its first piece only."""
 
     index: int
@@ -120,9 +120,9 @@ class Answer:
 
     def __init__(self, parser: Parser | None = None, request: ChatCompletionRequest | None = None):
         self._parser, self._request = parser, request
-        self.text, self.calls = "", dict[int, Call]()
+        self.text, self.calls = "", dict[int, ToolCall]()
 
-    def read(self, output: CompletionOutput, prompt_token_ids: list[int]) -> tuple[str, list[CallDelta]]:
+    def read(self, output: CompletionOutput, prompt_token_ids: list[int]) -> tuple[str, list[ToolCallDelta]]:
         """What the next piece of the response adds: (text, pieces of calls)."""
         if self._parser is None:
             self.text += output.text
@@ -154,10 +154,10 @@ class Answer:
             ]
         return message
 
-    def _noted(self, piece: Any) -> CallDelta:
+    def _noted(self, piece: Any) -> ToolCallDelta:
         name, arguments = piece.function.name or "", piece.function.arguments or ""
         if call := self.calls.get(piece.index):
             call.arguments += arguments
-            return CallDelta(piece.index, arguments=arguments)
-        call = self.calls[piece.index] = Call(piece.id or make_tool_call_id(), name, arguments)
-        return CallDelta(piece.index, call.id, name, arguments)
+            return ToolCallDelta(piece.index, arguments=arguments)
+        call = self.calls[piece.index] = ToolCall(piece.id or make_tool_call_id(), name, arguments)
+        return ToolCallDelta(piece.index, call.id, name, arguments)

@@ -8,7 +8,6 @@ Seam: vllm/engine/protocol.py, vllm/v1/engine/{input_processor,output_processor}
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -22,36 +21,27 @@ from vllm.outputs import RequestOutput
 from vllm.renderers import renderer_from_config
 from vllm.renderers.inputs.preprocess import extract_prompt_components
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.metrics.stats import PrefillStats
-from vllm.v1.outputs import LogprobsLists
+from vllm.v1.engine.output_processor import OutputProcessor
 from xgrammar import TokenizerInfo
 
 from prefillshare.kvshare.caller import Caller, current_caller
-from prefillshare.kvshare.errors import Internal, InvalidInput, PrefillShareError, Unavailable
-from prefillshare.kvshare.handoff import TokenChunk
-from prefillshare.kvshare.usage import TurnUsage
+from prefillshare.kvshare.errors import Internal, InvalidInput, PrefillShareError
 from prefillshare.kvshare_vllm.grammars.client import GrammarClient
 from prefillshare.kvshare_vllm.grammars.grammars import Grammars, check_size
 from prefillshare.kvshare_vllm.surface.chats import Chats
-from prefillshare.kvshare_vllm.surface.http_hang_ups import told_of_hang_up
 from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import bound_turn
+from prefillshare.kvshare_vllm.surface.renderer_work import RendererWork
 from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
+from prefillshare.kvshare_vllm.surface.run import Run
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
-from prefillshare.kvshare_vllm.surface.turn_call import RunningTurn, TurnCall, TurnRunner
+from prefillshare.kvshare_vllm.surface.turn_call import TurnRunner
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)
-
-_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition": FinishReason.REPETITION}
-
-#: Key of a turn's usage in an OpenAI response's `kv_transfer_params`.
-USAGE = "prefillshare"
 
 #: (decoder, or None while it is unknown; turns; log-probabilities, if they are asked for): raises if that is too much.
 Admit = Callable[..., None]
@@ -76,7 +66,7 @@ class Frontend(EngineClient):
         self.output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._base_name, self.run_turn, self._admit = base_name, run_turn, admit
         self.text = TextWork(self.model_config.max_model_len, self.renderer.tokenizer.max_chars_per_token)
-        self.text.serve(self.renderer, to_vllm)
+        RendererWork(self.text, self.renderer, to_vllm).take_over()
         self._compiler = GrammarClient(self._tokenizer_info, grammar_cpu_s)
         self.grammars = Grammars(self._compiler.try_out, grammar_cpu_s)
         #: For turns on sessions; set when vLLM's services are there.
@@ -178,7 +168,8 @@ class Frontend(EngineClient):
         kept_tokens: int = 0,
     ) -> Run:
         """Run a prepared request. `terms`: passed on to the turn runner. `kept_tokens`: of its prompt, to be kept."""
-        return Run(self, request, decoder, caller, terms, prompt_text, kept_tokens)
+        parts = (self.output_processor, self.grammars, self.run_turn)
+        return Run(*parts, request, decoder, caller, terms, prompt_text, kept_tokens)
 
     async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         try:
@@ -251,110 +242,3 @@ class Frontend(EngineClient):
 
     start_profile = stop_profile = sleep = wake_up = release_kv_cache_memory = _not_served
     pause_generation = resume_generation = _not_served
-
-
-class Run:
-    """One prepared request: the turns that it takes, and the outputs that a client sees."""
-
-    def __init__(
-        self,
-        frontend: Frontend,
-        request: EngineCoreRequest,
-        decoder: str,
-        caller: Caller,
-        terms: object,
-        prompt_text: str | None,
-        kept_tokens: int,
-    ):
-        self._kept_tokens = kept_tokens
-        self._frontend, self._request, self._prompt_text = frontend, request, prompt_text
-        self._decoder, self._caller, self._terms = decoder, caller, terms
-        #: One turn, or `n` of them; empty until the first output is asked for.
-        self.turns: list[RunningTurn] = []
-
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """The request's outputs; called once. Closing the iterator, or cancelling its consumer, ends the turns everywhere."""
-        request, processor = self._request, self._frontend.output_processor
-        params = request.sampling_params
-        if params.structured_outputs:
-            params.structured_outputs = await self._frontend.grammars.tried(params.structured_outputs)
-        queue = RequestOutputCollector(params.output_kind, request.request_id)
-        children, parent = [request], None
-        if params.n > 1:
-            parent, children = ParentRequest(request), []
-            for index in range(params.n):
-                child = copy(request)
-                child.request_id, child.sampling_params = parent.get_child_info(index)
-                children.append(child)
-        pumps: list[asyncio.Task] = []
-        finished = False
-        try:
-            for index, child in enumerate(children):
-                turn = self._frontend.run_turn(self._call(child))
-                self.turns.append(turn)
-                processor.add_request(child, self._prompt_text, parent, index, queue)
-                pumps.append(asyncio.create_task(self._pump(child, turn, queue)))
-            with told_of_hang_up(lambda: queue.put(Unavailable("the client has hung up"))):
-                while not finished:
-                    output = queue.get_nowait() or await queue.get()
-                    finished = output.finished
-                    yield output
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            if not finished:
-                processor.abort_requests([request.request_id], internal=True)
-            queue.close()
-
-    def _call(self, request: EngineCoreRequest) -> TurnCall:
-        return TurnCall(
-            decoder=self._decoder,
-            prompt=list(request.prompt_token_ids),
-            sampling=request.sampling_params,
-            request_id=request.request_id,
-            caller=self._caller,
-            salt=request.cache_salt,
-            terms=self._terms,
-        )
-
-    async def _pump(self, request: EngineCoreRequest, turn: RunningTurn, queue: RequestOutputCollector) -> None:
-        first = True
-        try:
-            async with aclosing(turn.chunks()) as chunks:
-                async for chunk in chunks:
-                    output = _core_output(request, chunk, turn.usage, first, self._kept_tokens)
-                    first = False
-                    done = self._frontend.output_processor.process_outputs([output])
-                    if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it
-                        turn.text_has_ended()
-                        return
-            queue.put(Internal("the turn ended without a finish reason"))
-        except asyncio.CancelledError:
-            queue.put(Unavailable("the turn was cancelled from below"))  # or by `outputs`, which has ended then
-            raise
-        except Exception as error:
-            queue.put(error)
-
-
-def _core_output(
-    request: EngineCoreRequest, chunk: TokenChunk, usage: TurnUsage, is_first: bool, kept_tokens: int
-) -> EngineCoreOutput:
-    """A chunk as an engine would send it. The turn's usage goes where vLLM's server expects a KV connector's report; the server
-    shows the last output's. What is kept, and was not cached before, counts as put into the cache by this request."""
-    created = max(0, kept_tokens - usage.cached_tokens)
-    stats = PrefillStats(num_cached_tokens=usage.cached_tokens, num_cache_creation_tokens=created)
-    logprobs, k = None, request.sampling_params.num_logprobs
-    may_be_last = bool(chunk.finish_reason or request.sampling_params.stop)
-    if chunk.logprobs is not None and k is not None:
-        told = chunk.logprobs if k < 0 else chunk.logprobs.likeliest(k)
-        logprobs = LogprobsLists(told.token_ids, told.values, told.ranks)
-    return EngineCoreOutput(
-        request_id=request.request_id,
-        new_token_ids=list(chunk.token_ids),
-        new_logprobs=logprobs,
-        finish_reason=_FINISH[chunk.finish_reason] if chunk.finish_reason else None,
-        stop_reason=chunk.stop_reason,
-        prefill_stats=stats if is_first else None,
-        kv_transfer_params={USAGE: usage.report()} if may_be_last else None,
-    )

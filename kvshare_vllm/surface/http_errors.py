@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from prefillshare.kvshare.errors import InvalidInput, NotFound, PrefillShareError
+from starlette.responses import Response
+
+from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, PrefillShareError
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -27,6 +30,10 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+#: Anthropic's field for conversations that the server holds. Its clients look for this detail of the refusal, and send whole
+#: histories from then on.
+THREAD = "thread"
+_ANTHROPIC_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsupported": [THREAD]}}
 #: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
 #: Pattern of vLLM's advice on how to start its own server -> what that means here.
@@ -51,7 +58,8 @@ class HttpError:
     @classmethod
     def of(cls, error: PrefillShareError) -> HttpError:
         kind = _TYPES.get(error.http_status) or HTTPStatus(error.http_status).phrase
-        return cls(error.http_status, str(error), kind, error.field if isinstance(error, InvalidInput | NotFound) else None)
+        of_request = isinstance(error, InvalidInput | NotFound | PermissionDenied)  # other errors' fields are settings
+        return cls(error.http_status, str(error), kind, error.field if of_request else None)
 
 
 class OpenAI:
@@ -90,6 +98,8 @@ class Anthropic(OpenAI):
     def body(self, error: HttpError) -> bytes:
         by_kind = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         fields = {"type": _ANTHROPIC_TYPES.get(error.status, by_kind), "message": error.message}
+        if details := _ANTHROPIC_DETAILS.get(error.param):
+            fields["details"] = details
         return json.dumps({"type": "error", "error": fields}).encode()
 
     def last_event(self, error: HttpError, number: int) -> bytes:
@@ -107,6 +117,20 @@ _OTHER = OpenAI()
 
 def surface_of(path: str) -> OpenAI:
     return next((surface for start, surface in _SURFACES if path == start or path.startswith(f"{start}/")), _OTHER)
+
+
+def response_of(error: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+    """In the shape of vLLM's errors; HttpRefusals, on the way out, gives it the shape of its surface."""
+    return Response(_OTHER.body(error), error.status, headers, media_type="application/json")
+
+
+async def refuse(
+    error: HttpError, scope, receive, send, *, headers: Mapping[str, str] | None = None, close_code: int = 1008
+) -> None:
+    """Answer in the place of an app. `close_code`: with which a web socket is closed."""
+    if scope["type"] == "websocket":
+        return await send({"type": "websocket.close", "code": close_code, "reason": error.message})
+    await response_of(error, headers)(scope, receive, send)
 
 
 def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:

@@ -1,7 +1,7 @@
 """What ties an HTTP request of vLLM's server to a context: how its prompt is laid out, and what becomes of its response.
 
 The router binds an HttpTurn to a request before vLLM's server sees it. vLLM parses the request, and asks the bound turn for the
-prompt instead of applying the chat template (text_work.py); then it asks the frontend to generate, which leaves that to the
+prompt instead of applying the chat template (renderer_work.py); then it asks the frontend to generate, which leaves that to the
 bound turn, too. Requests to which nothing is bound are served as vLLM serves them.
 
 Seam: vllm/entrypoints/openai/{chat_completion,responses}/serving.py: `parser_cls`, `parser`, Parser.parse

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 from pydantic import FailFast
-from starlette.responses import JSONResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields, header_of
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 
 #: Most messages, prompts, tools or texts in one list; parts of one message; entries of all lists of a request together.
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
@@ -82,8 +82,7 @@ class RequestShape:
 
 
 async def _refuse(text: str, field: str | None, scope, receive, send) -> None:
-    error = {"message": text, "type": "BadRequestError", "param": field, "code": 400}
-    await JSONResponse({"error": error}, 400)(scope, receive, send)
+    await refuse(HttpError(400, text, "BadRequestError", field), scope, receive, send)
 
 
 @dataclass(frozen=True)

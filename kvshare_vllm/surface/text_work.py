@@ -3,8 +3,6 @@
 Short texts have one thread and long ones another, which tenants use in turns. A text that cannot fit the model is refused
 before any work on it. Work that has not ended in time fails for its client; the thread goes on with it, and it keeps its place
 at the gate until it ends, so that no more work is begun than there are threads.
-
-Seam: vllm/renderers/{base,hf}.py (_tokenize_prompt_async, _async_tokenizer_decode, _apply_chat_template_async)
 """
 
 from __future__ import annotations
@@ -12,22 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
-from vllm.renderers.hf import safe_apply_chat_template
-
 from prefillshare.kvshare.caller import current_caller
-from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, PrefillShareError
+from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput
 from prefillshare.kvshare_vllm.fair_gate import FairGate
-from prefillshare.kvshare_vllm.surface.http_turn import Conversation, bound_turn
 
 T = TypeVar("T")
 
 #: Work on so few characters takes less time than handing it to a thread; work on a text this short takes a few milliseconds.
 INLINE_CHARS, SHORT_CHARS = 256, 8 << 10
-#: Characters that are counted for a message's role and its place in the template, and for a token that becomes text.
-MESSAGE_CHARS, CHARS_PER_TOKEN = 16, 4
+#: Characters that are counted for a message's role and its place in the template.
+MESSAGE_CHARS = 16
 MOST_WAITING = 64
 TIMEOUT_S = 30.0
 
@@ -71,49 +65,6 @@ class TextWork:
                 return await asyncio.shield(working)
         except TimeoutError:
             raise DeadlineExceeded(f"a text of {chars} characters was not worked on within {self._timeout_s:g} s") from None
-
-    def serve(self, renderer, as_http: Callable[[PrefillShareError], Exception]) -> None:
-        """From now on, a renderer of vLLM's does its work here. `as_http`: turns our errors into those vLLM's server knows."""
-
-        async def here(chars: int, field: str | None, work: Callable[[], T]) -> T:
-            try:
-                if field:
-                    self.check_chars(chars, field)
-                return await self.run(chars, work)
-            except PrefillShareError as error:
-                raise as_http(error) from error
-
-        async def tokenize(prompt, params):
-            return await here(len(prompt["prompt"]), "prompt", partial(renderer._tokenize_prompt, prompt, params))
-
-        async def decode(token_ids, *args, **kwargs):
-            return await here(CHARS_PER_TOKEN * len(token_ids), None, partial(renderer._decode, token_ids, *args, **kwargs))
-
-        async def lay_out(model_config, tokenizer, messages, **kwargs):
-            chars = chars_of(messages) + chars_of(kwargs.get("tools"))
-
-            def apply(messages, **more):
-                return safe_apply_chat_template(model_config, tokenizer, messages, **kwargs | more)
-
-            def render(messages, answer, tools):
-                how = {"tokenize": False, "add_generation_prompt": answer, "continue_final_message": False}
-                return apply(list(messages), tools=tools, **how)
-
-            async def plain():
-                return await here(chars, "messages", partial(apply, messages))
-
-            if not (turn := bound_turn()):
-                return await plain()
-            continues = not kwargs.get("add_generation_prompt", True) or kwargs.get("continue_final_message", False)
-            conversation = Conversation(messages, kwargs.get("tools"), continues, render, chars)
-            try:
-                return await turn.lay_out(conversation, plain)
-            except PrefillShareError as error:
-                raise as_http(error) from error
-
-        renderer._tokenize_prompt_async, renderer._async_tokenizer_decode = tokenize, decode
-        if hasattr(renderer, "_apply_chat_template_async"):
-            renderer._apply_chat_template_async = lay_out
 
     def close(self) -> None:
         for _, threads in self._lanes.values():

@@ -40,9 +40,7 @@ class Accounts:
     @classmethod
     def in_redis(cls, config: Router, metrics: Metrics, block_size: int, kv_bytes: int = 0) -> Accounts:
         """Raises ConfigError if the password is missing. To be made while an event loop runs."""
-        calls = RedisCalls(
-            config.redis_url, "accounts", password=config.redis_password(), prefix=config.redis_prefix
-        )
+        calls = RedisCalls.of(config, "store of accounts")
         ledger, limits = RedisLedger(calls, config.usage_days, metrics), RedisLimits(calls, metrics)
         return cls(ledger, limits, TenantMetrics(metrics), block_size, kv_bytes, calls)
 

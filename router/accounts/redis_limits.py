@@ -24,8 +24,8 @@ from prefillshare.router.accounts import scripts
 from prefillshare.router.accounts.limits import Charge, Limits, MemoryLimits
 from prefillshare.router.admission.grant import Demand, TenantShare
 from prefillshare.router.admission.refusals import Refusal
-from prefillshare.router.background import Background
-from prefillshare.router.redis_calls import RedisCalls
+from prefillshare.router.background import Background, Periodic
+from prefillshare.router.redis_calls import RedisCalls, ms
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _REASONS = {
 
 
 class RedisLimits(Limits):
-    """Owns the task that renews the turns in progress, until `close`."""
+    """Renews the turns in progress until `close`."""
 
     def __init__(self, calls: RedisCalls, metrics: Metrics):
         super().__init__(metrics)
@@ -53,11 +53,10 @@ class RedisLimits(Limits):
         self._away_until = -math.inf
         self._open: dict[str, _InRedis] = {}
         self._background = Background(metrics)
-        self._renewal = asyncio.create_task(self._keep_renewing())
+        self._renewal = Periodic("turns in progress are not renewed", self.renew, LEASE_S / 3, later=True)
 
     async def close(self) -> None:
-        self._renewal.cancel()
-        await asyncio.wait([self._renewal])
+        await self._renewal.stop()
         await self._background.stop()
 
     async def _take(self, demand: Demand, cost: int) -> Charge:
@@ -65,7 +64,7 @@ class RedisLimits(Limits):
             return await self._take_alone(demand, cost)
         tenant, turn = demand.tenant, uuid.uuid4().hex
         most = tenant.max_in_progress
-        args = ("" if most is None else most, turn, cost, _ms(LEASE_S))
+        args = ("" if most is None else most, turn, cost, ms(LEASE_S))
         try:
             status, wait_ms, told = await self.ask(scripts.TAKE, tenant, args, PATIENCE_S)
         except Unavailable:
@@ -106,17 +105,7 @@ class RedisLimits(Limits):
             by_tenant[charge.tenant].append(charge)
         for tenant, charges in by_tenant.items():
             turns = [part for charge in charges for part in (charge.turn, charge.tokens)]
-            await self.ask(scripts.RENEW, tenant, (_ms(LEASE_S), *turns), CALL_S)
-
-    async def _keep_renewing(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_S / 3)
-            try:
-                await self.renew()
-            except Unavailable:
-                pass  # logged by the calls; the next round tries again
-            except Exception:
-                logger.exception("turns in progress are not renewed")
+            await self.ask(scripts.RENEW, tenant, (ms(LEASE_S), *turns), CALL_S)
 
 
 class _InRedis(Charge):
@@ -147,8 +136,4 @@ class _InRedis(Charge):
 def _standing(tenant: TenantShare, told: list[int]) -> Standing:
     """From what scripts.py's `standing` returns."""
     limits = ((REQUESTS, tenant.turns_per_minute, *told[:2]), (TOKENS, tenant.tokens_per_minute, *told[2:]))
-    return tuple(Allowance(what, limit, left, ms / 1000) for what, limit, left, ms in limits if limit is not None)
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
+    return tuple(Allowance(what, limit, left, wait_ms / 1000) for what, limit, left, wait_ms in limits if limit is not None)

@@ -24,8 +24,8 @@ from prefillshare.router.pools.pool import Pool
 
 logger = logging.getLogger(__name__)
 
-#: Tenant and name.
-SessionKey = tuple[str, str]
+#: Tenant, and the name of a session or of a context that no session holds (router/sessions/open_contexts.py).
+ContextKey = tuple[str, str]
 
 
 class EagerPrefill:
@@ -37,13 +37,13 @@ class EagerPrefill:
         self._maker, self._base, self._metrics = maker, base, metrics
         self._limit, self._stride_tokens = limit, stride_tokens
         self._background = Background(metrics)
-        self._running: dict[SessionKey, asyncio.Task] = {}
+        self._running: dict[ContextKey, asyncio.Task] = {}
         #: Session -> tokens of its context that have been requested, while its response streams.
-        self._asked: dict[SessionKey, int] = {}
+        self._asked: dict[ContextKey, int] = {}
 
     def grew(
         self,
-        session: SessionKey,
+        session: ContextKey,
         tokens: int,
         context: Callable[[], list[int]],
         salt: str | None,
@@ -72,13 +72,13 @@ class EagerPrefill:
         if ended:
             self._asked.pop(session, None)
 
-    def cancel(self, session: SessionKey) -> None:
+    def cancel(self, session: ContextKey) -> None:
         """Cancel what runs for a session that goes on without it, or is gone."""
         self._asked.pop(session, None)
         if task := self._running.pop(session, None):
             task.cancel()
 
-    async def made(self, session: SessionKey) -> None:
+    async def made(self, session: ContextKey) -> None:
         """Wait until nothing is computed for the session."""
         if task := self._running.get(session):
             await asyncio.wait({task})
@@ -86,7 +86,7 @@ class EagerPrefill:
     async def stop(self) -> None:
         await self._background.stop()
 
-    def _ended(self, session: SessionKey, task: asyncio.Task) -> None:
+    def _ended(self, session: ContextKey, task: asyncio.Task) -> None:
         if self._running.get(session) is task:
             del self._running[session]
 

@@ -21,7 +21,7 @@ from prefillshare.kvshare.decoders import Decoder, ecache_layers
 from prefillshare.kvshare.handoff import Handoff
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.kvshare.modes import get_mode
-from prefillshare.router.ahead.eager import EagerPrefill, SessionKey
+from prefillshare.router.ahead.eager import ContextKey, EagerPrefill
 from prefillshare.router.ahead.pull_back import PullBack
 from prefillshare.router.kept.keeper import Keeper
 from prefillshare.router.pools.fleet import Fleet
@@ -58,15 +58,15 @@ class ResponseKV:
 
     @contextmanager
     def of_turn(
-        self, session: SessionKey, decoder: Decoder, kept: list[int], *, lendable: bool
+        self, session: ContextKey, decoder: Decoder, before: list[int], *, lendable: bool
     ) -> Iterator[ResponseOfTurn]:
-        """The response of one turn. `kept`: the context before it that the next turn will have. `lendable`: the decoder
+        """The response of one turn. `before`: the context before it that the next turn will have. `lendable`: the decoder
         sees exactly that context (no suffix). If the block is left before the response has ended, the KV of the response is
         given up."""
         self.given_up(session)
         # Base KV of a response is of use only if decoders share it.
         eager = self._eager if get_mode(decoder.sharing).shares_prefill else None
-        response = ResponseOfTurn(session, decoder, eager, self._pull_back, kept, self._went_on, lendable=lendable)
+        response = ResponseOfTurn(session, decoder, eager, self._pull_back, before, self._went_on, lendable=lendable)
         try:
             with self.keeper.turn(*session) if self.keeper else nullcontext():
                 yield response
@@ -76,28 +76,28 @@ class ResponseKV:
                 if self._pull_back and response.lent:
                     self._pull_back.give_back(response.lent)
 
-    def given_up(self, session: SessionKey) -> None:
+    def given_up(self, session: ContextKey) -> None:
         """Stop prefilling ahead for a session that goes on without it, or is gone."""
         if self._eager:
             self._eager.cancel(session)
 
-    def gone(self, session: SessionKey) -> None:
+    def gone(self, session: ContextKey) -> None:
         """A session has been deleted: nothing is made for it, and nothing of it is kept."""
         self.given_up(session)
         if self.keeper:
             self.keeper.gone(*session)
 
-    def shortened(self, session: SessionKey, context: list[int], salt: str | None) -> None:
+    def shortened(self, session: ContextKey, context: list[int], salt: str | None) -> None:
         """A session's context has been cut off after these tokens: if it is kept, no more than them is kept from now on."""
         self.given_up(session)
         self._went_on(session, lambda: context, salt)
 
-    async def made(self, session: SessionKey) -> None:
+    async def made(self, session: ContextKey) -> None:
         """Wait until nothing is made for the session's context."""
         for making in filter(None, (self._pull_back, self._eager)):
             await making.made(session)
 
-    def _went_on(self, session: SessionKey, context: Callable[[], list[int]], salt: str | None) -> None:
+    def _went_on(self, session: ContextKey, context: Callable[[], list[int]], salt: str | None) -> None:
         if self.keeper:
             self.keeper.went_on(*session, context, salt, partial(self.made, session))
 
@@ -119,17 +119,17 @@ class ResponseOfTurn:
 
     def __init__(
         self,
-        session: SessionKey,
+        session: ContextKey,
         decoder: Decoder,
         eager: EagerPrefill | None,
         pull_back: PullBack | None,
-        kept: list[int],
-        went_on: Callable[[SessionKey, Callable[[], list[int]], str | None], None],
+        before: list[int],
+        went_on: Callable[[ContextKey, Callable[[], list[int]], str | None], None],
         *,
         lendable: bool,
     ):
         self._went_on = went_on
-        self._session, self._pool, self._eager, self._pull_back, self._kept = session, decoder.pool, eager, pull_back, kept
+        self._session, self._pool, self._eager, self._pull_back, self._before = session, decoder.pool, eager, pull_back, before
         #: Whether the decode engine's KV of what it generates is base KV already.
         self._lends = get_mode(decoder.sharing).lends_responses and pull_back is not None
         #: Whether the decode engine is to lend the context's KV at the end, if its mode allows that.
@@ -151,20 +151,20 @@ class ResponseOfTurn:
     @property
     def context(self) -> list[int]:
         """The context with the response."""
-        return [*self._kept, *self.as_kept]
+        return [*self._before, *self.in_context]
 
     @property
-    def as_kept(self) -> list[int]:
-        """The response as the context keeps it."""
+    def in_context(self) -> list[int]:
+        """The response as it is in the context."""
         return self.token_ids if self._instead is None else self._instead
 
-    def keep(self, token_ids: list[int]) -> None:
-        """The session keeps these instead of those that were generated."""
+    def is_in_context_as(self, token_ids: list[int]) -> None:
+        """The context has these instead of those that were generated."""
         self._instead = token_ids
 
-    def go_on_from(self, kept: list[int]) -> None:
+    def go_on_from(self, before: list[int]) -> None:
         """The next turn will have this context before the response; called before `ended`."""
-        self._kept = kept
+        self._before = before
 
     def grew(self) -> None:
         """The response has become longer and goes on; called for every piece that streams."""
@@ -172,13 +172,13 @@ class ResponseOfTurn:
             self._prefill_ahead(ended=False)
 
     def ended(self) -> None:
-        """The response is complete, and the session keeps it."""
+        """The response is complete, and a part of the context."""
         self.has_ended = True
         ahead = partial(self._prefill_ahead, ended=True)
         if self._lends and (lent := self.lent):
-            # The loan is KV of the generated tokens; it is of use as far as the session keeps these.
-            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self.as_kept, strict=False))
-            lent = replace(lent, tokens=min(lent.tokens, len(self._kept) + sum(1 for _ in alike)))
+            # The loan is KV of the generated tokens; it is of use as far as the context has these.
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(self.token_ids, self.in_context, strict=False))
+            lent = replace(lent, tokens=min(lent.tokens, len(self._before) + sum(1 for _ in alike)))
             self._pull_back.lent(self._session, self.context, lent, self.turns[0].salt, otherwise=ahead)
         else:
             ahead()
@@ -186,5 +186,5 @@ class ResponseOfTurn:
 
     def _prefill_ahead(self, *, ended: bool) -> None:
         if self._eager:
-            tokens = len(self._kept) + len(self.as_kept)
+            tokens = len(self._before) + len(self.in_context)
             self._eager.grew(self._session, tokens, lambda: self.context, self.turns[0].salt, self._pool, ended=ended)

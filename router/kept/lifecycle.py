@@ -13,5 +13,4 @@ def open_kept(config: Router) -> KeptStore:
     """In Redis if sessions are, else in the router's memory. Raises ConfigError."""
     if config.redis_url is None:
         return MemoryKept()
-    password, prefix = config.redis_password(), config.redis_prefix
-    return RedisKept(RedisCalls(config.redis_url, "kept contexts", password=password, prefix=prefix))
+    return RedisKept(RedisCalls.of(config, "store of kept contexts"))

@@ -9,7 +9,7 @@ from prefillshare.router.kept import scripts
 from prefillshare.router.kept.budgets import Budget
 from prefillshare.router.kept.kept import Kept
 from prefillshare.router.kept.store import NEVER_FITS, Answer, KeptStore
-from prefillshare.router.redis_calls import RedisCalls
+from prefillshare.router.redis_calls import RedisCalls, ms
 
 CALL_S = 2.0
 
@@ -23,8 +23,8 @@ class RedisKept(KeptStore):
     async def keep(self, kept: Kept, keys: bytes, budget: Budget) -> Answer:
         if kept.blocks > min(budget.own, budget.all):
             return Answer(None, NEVER_FITS)
-        context = {"ttl_ms": _ms(kept.ttl_s), "priority": kept.priority, "rank": kept.rank, "salt": kept.salt}
-        args = (kept.name, keys, budget.own, budget.all, _ms(kept.ttl_s), json.dumps(context), kept.rank, int(kept.is_prompt))
+        context = {"ttl_ms": ms(kept.ttl_s), "priority": kept.priority, "rank": kept.rank, "salt": kept.salt}
+        args = (kept.name, keys, budget.own, budget.all, ms(kept.ttl_s), json.dumps(context), kept.rank, int(kept.is_prompt))
         return _answer(kept.tenant, await self._ask(scripts.KEEP, kept.tenant, *args))
 
     async def prolong(self, tenant: str, name: str, keys: bytes, budget: Budget) -> Answer:
@@ -53,7 +53,7 @@ class RedisKept(KeptStore):
 
     async def claim(self, tenant: str, name: str, for_s: float) -> bool:
         key = self._calls.key("kept", "claim", f"{len(tenant)}:{tenant}:{name}")
-        return bool((await self._calls.run(scripts.CLAIM, [key], (_ms(for_s),), CALL_S))[0])
+        return bool((await self._calls.run(scripts.CLAIM, [key], (ms(for_s),), CALL_S))[0])
 
     async def close(self) -> None:
         await self._calls.close()
@@ -91,7 +91,3 @@ def _kept(tenant: str, told: list) -> Kept | None:
         pool,
         replica,
     )
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(seconds * 1000))

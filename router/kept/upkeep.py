@@ -8,17 +8,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import random
 from collections.abc import Awaitable, Callable
 
-from prefillshare.kvshare.errors import NotFound, PrefillShareError
+from prefillshare.kvshare.errors import NotFound
+from prefillshare.router.background import Periodic
 from prefillshare.router.kept.holding import Holding, Wanted
 from prefillshare.router.kept.kept import Kept
 from prefillshare.router.kept.store import KeptStore
-
-logger = logging.getLogger(__name__)
 
 PERIOD_S = 10.0
 #: How long one router sees to a session before another may, seconds.
@@ -31,22 +27,21 @@ Contexts = Callable[[str, str], Awaitable[tuple[list[int], str | None]]]
 
 
 class Upkeep:
-    """Owns the task that `stop` joins; `start` begins it."""
+    """Works from `start` to `stop`."""
 
     def __init__(self, store: KeptStore, holding: Holding, contexts: Contexts, gauge, block_size: int):
         self._store, self._holding, self._contexts = store, holding, contexts
         self._gauge, self._block_size = gauge, block_size
         self._tenants: set[str] = set()
         self._labels: dict[str, str] = {}
-        self._task: asyncio.Task | None = None
+        self._looking: Periodic | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._looking = Periodic("what is kept is not looked after", self.look, PERIOD_S, spread=0.2)
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        if self._looking:
+            await self._looking.stop()
 
     def keeps(self, tenant: str) -> None:
         """The tenant keeps something."""
@@ -66,16 +61,6 @@ class Upkeep:
         for kept in sorted(missing, key=lambda kept: (-kept.rank, kept.tenant, kept.name)):
             if self._holding.has_room(kept) and await self._store.claim(kept.tenant, kept.name, CLAIM_S):
                 return await self._keep_again(kept)
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except PrefillShareError as error:
-                logger.warning("what is kept is not looked after: %s", error)
-            except Exception:
-                logger.exception("what is kept is not looked after")
-            await asyncio.sleep(PERIOD_S * random.uniform(0.8, 1.2))  # so that routers do not all look at once
 
     async def _keep_again(self, kept: Kept) -> None:
         try:

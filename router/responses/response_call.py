@@ -17,8 +17,8 @@ from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
-from prefillshare.kvshare_vllm.surface.frontend import USAGE
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, message_of
+from prefillshare.kvshare_vllm.surface.run import USAGE
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.responses.conversations import ConversationNotes
 from prefillshare.router.responses.items import items_of, unanswered
@@ -102,7 +102,7 @@ class ResponseCall:
         if self._laid_out is None:
             running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
         else:
-            caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.kept
+            caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.context
             kept_tokens = await self._kept_prompt.grant(caller, prompt, request.cache_salt, self._request)
             running = ContextTurn(
                 calls.frontend,

@@ -2,7 +2,7 @@
 
 Agents that take turns over one context differ in their system prompt and their tools, which chat templates put before all
 messages: then nothing behind them could be shared. So the agent's own part is laid out behind the context, right before the
-answer, as a suffix that the context does not keep (PrefillShare: a decoder's own suffix of the prompt). While the same agent
+answer, as a suffix that is no part of the context (PrefillShare: a decoder's own suffix of the prompt). While the same agent
 takes turn after turn, as it does when it calls tools, its part stays where its first turn has put it, and is computed once:
 
     shared context | own part of A | answer of A, result of its call, answer of A       all of it is A's prompt at its next turn
@@ -51,22 +51,22 @@ class AgentLayout(ChatLayout):
         self, session: Session, new: Messages, own: Messages = (), tools: Messages | None = None, last: Messages = ()
     ) -> tuple[LaidOut, OwnPart | None]:
         """`new` behind the session's context, which may be empty, with the agent's own messages and tools where they belong.
-        `last`: messages that are seen right before the answer, and are not kept."""
+        `last`: messages that are seen right before the answer, and do not stay."""
         context, is_open = session.token_ids, session.open_response
-        kept, text = self.added(context, is_open, new, True), self._own_part(own, tools)
+        after, text = self.added(context, is_open, new, True), self._own_part(own, tools)
         if not text and not last:
-            return LaidOut(kept, kept), None
+            return LaidOut(after, after), None
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         own_ids, place = self.ids(text), session.own
         stays = bool(text) and place is not None and place.digest == digest and place.tokens <= len(context)
-        said = self.added(context, is_open, new) if last or not stays else kept
+        said = self.added(context, is_open, new) if last or not stays else after
         before = said[: place.tokens] if stays else said
         part = OwnPart(len(before), digest) if text else None
         if last:
-            return LaidOut(kept, before + own_ids + said[len(before) :] + self.ids(self._added(last, True))), part
-        if before != kept[: len(before)]:  # the answer's opening begins inside a token: there is no place between tokens
-            return LaidOut(kept, before + self.ids(text + self._answer_opening())), None
-        return LaidOut(kept, before + own_ids + kept[len(before) :], stays), part
+            return LaidOut(after, before + own_ids + said[len(before) :] + self.ids(self._added(last, True))), part
+        if before != after[: len(before)]:  # the answer's opening begins inside a token: there is no place between tokens
+            return LaidOut(after, before + self.ids(text + self._answer_opening())), None
+        return LaidOut(after, before + own_ids + after[len(before) :], stays), part
 
     def added(self, context: Sequence[int], open_response: bool, new: Messages, answer: bool = False) -> list[int]:
         """The context with `new` behind it. `answer`: add the opening of the assistant's answer."""

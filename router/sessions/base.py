@@ -50,10 +50,10 @@ class SessionStore(Refusals, ABC):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> Session:
-        """`transcript`, `calls`: those of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded at
-        the limit of the tenant or of the store."""
+        """`transcript`, `unanswered`: those of `token_ids`. Raises InvalidInput, AlreadyExists if the name is taken, Overloaded
+        at the limit of the tenant or of the store."""
 
     @abstractmethod
     async def get(self, session_id: str, *, tenant: str) -> Session:
@@ -103,11 +103,11 @@ class SessionStore(Refusals, ABC):
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> None:
-        """End a turn well: the context becomes `token_ids`, which say `transcript` and leave `calls` unanswered; `session` is
-        brought up to date. In the same step, `notes` are added. `own`: of the agent that took the turn. `is_turn`: false if
-        the session was held to be changed in another way, which is not counted.
+        """End a turn well: the context becomes `token_ids`, which say `transcript` and leave tool calls `unanswered`; `session`
+        is brought up to date. In the same step, `notes` are added. `own`: of the agent that took the turn. `is_turn`: false
+        if the session was held to be changed in another way, which is not counted.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """

@@ -1,4 +1,4 @@
-"""One turn behind a context: what of its response the context keeps, and how that response's KV comes about (router/ahead)."""
+"""One turn behind a context: how its response becomes a part of the context, and how its KV comes about (router/ahead)."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.token_text import text_lengths
-from prefillshare.router.ahead.eager import SessionKey
+from prefillshare.router.ahead.eager import ContextKey
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions.kept_response import kept_response
+from prefillshare.router.sessions.seen_response import seen_response
 from prefillshare.router.turn.terms import Terms
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """Token ids before the response. `kept`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
-    which is not kept, makes the difference. `goes_on`: the suffix stands where it stood at the turn before."""
+    """Token ids before the response. `context`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
+    which does not stay, makes the difference. `goes_on`: the suffix stands where it stood at the turn before."""
 
-    kept: list[int]
+    context: list[int]
     seen: list[int]
     goes_on: bool = False
 
 
 #: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
 #: of the response. Returns whether the same agent will take the next turn.
-Keep = Callable[[list[int], str, list[int]], Awaitable[bool | None]]
+Commit = Callable[[list[int], str, list[int]], Awaitable[bool | None]]
 
 
 def _read_nothing(output) -> None:
     """For contexts that need not know what their responses say."""
 
 
-async def _keep_nothing(context: list[int], text: str, token_ids: list[int]) -> None:
+async def _commit_nothing(context: list[int], text: str, token_ids: list[int]) -> None:
     """For contexts that are not stored."""
 
 
@@ -48,13 +48,13 @@ class ContextTurn:
     frontend: Frontend
     response_kv: ResponseKV
     decoders: Mapping[str, Decoder]
-    key: SessionKey
+    key: ContextKey
     caller: Caller
     laid_out: LaidOut
-    keep: Keep = _keep_nothing
+    commit: Commit = _commit_nothing
     replicas: dict[str, str] = field(default_factory=dict)
     deadline_s: float | None = None
-    #: Called with each output, before anything is kept.
+    #: Called with each output, before anything is committed.
     read: Callable[[Any], None] = _read_nothing
     session: str = ""
     #: Filled while the turn runs.
@@ -64,7 +64,7 @@ class ContextTurn:
         """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run."""
         laid_out = self.laid_out
         # Whoever is next either sees what this turn's decoder sees, or the context without what is this agent's own.
-        before = laid_out.seen if laid_out.goes_on else laid_out.kept
+        before = laid_out.seen if laid_out.goes_on else laid_out.context
         lendable = laid_out.seen == before
         with self.response_kv.of_turn(self.key, self.decoders[decoder], before, lendable=lendable) as response:
             terms = Terms(self.deadline_s, self.replicas, response.lend, response.ready, self.session)
@@ -80,9 +80,9 @@ class ContextTurn:
                     shown += completion.text
                     if completion.finish_reason:
                         if completion.stop_reason is not None and completion.stop_reason in request.sampling_params.stop:
-                            response.keep(self._shown(request, response.token_ids, shown))
-                        context = [*laid_out.kept, *response.as_kept]
-                        if await self.keep(context, shown, response.token_ids):
+                            response.is_in_context_as(self._shown(request, response.token_ids, shown))
+                        context = [*laid_out.context, *response.in_context]
+                        if await self.commit(context, shown, response.token_ids):
                             response.go_on_from(laid_out.seen)
                         response.ended()
                     else:
@@ -92,4 +92,4 @@ class ContextTurn:
     def _shown(self, request, token_ids: list[int], shown: str) -> list[int]:
         tokenizer = self.frontend.renderer.tokenizer
         lengths = text_lengths(tokenizer, request, token_ids)
-        return kept_response(token_ids, lengths, shown, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        return seen_response(token_ids, lengths, shown, lambda text: tokenizer.encode(text, add_special_tokens=False))

@@ -17,16 +17,18 @@ from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
-from prefillshare.kvshare_vllm.surface.frontend import USAGE, Frontend
+from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
+from prefillshare.kvshare_vllm.surface.run import USAGE
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
-from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
+from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
 from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, retention_s
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
+from prefillshare.router.sessions.unanswered import check_tool_results
 
 Plain = Callable[[], Awaitable[str | list[int]]]
 
@@ -81,7 +83,7 @@ class OpenCall:
         else:
             context = calls.contexts.of(prompt, caller, request.cache_salt)
 
-            async def keep(token_ids: list[int], *_) -> None:
+            async def went_on(token_ids: list[int], *_) -> None:
                 calls.contexts.went_on(context, token_ids, caller, request.cache_salt)
 
             running = ContextTurn(
@@ -91,7 +93,7 @@ class OpenCall:
                 (caller.tenant, context.name),
                 caller,
                 LaidOut(prompt, prompt),
-                keep,
+                went_on,
                 context.replicas,
             ).outputs(request, decoder, **how)
         async with aclosing(running) as outputs:
@@ -135,7 +137,7 @@ class SessionCall:
             running = OpenCall(calls, self._kept).outputs(request, decoder, caller, prompt_text)
         else:
             caller = caller.in_domain(session.cache_domain)
-            kept_tokens = await self._kept.grant(caller, self._laid_out.kept, request.cache_salt, asked(), whole=True)
+            kept_tokens = await self._kept.grant(caller, self._laid_out.context, request.cache_salt, asked(), whole=True)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
@@ -143,7 +145,7 @@ class SessionCall:
                 (caller.tenant, self._session_id),
                 caller,
                 self._laid_out,
-                self._keep,
+                self._commit,
                 session.replicas,
                 session=self._session_id,
             ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
@@ -210,22 +212,8 @@ class SessionCall:
         self._transcript = said.with_messages(new)
         return ""
 
-    async def _keep(self, context: list[int], text: str, token_ids: Sequence[int]) -> bool:
+    async def _commit(self, context: list[int], text: str, token_ids: Sequence[int]) -> bool:
         message = message_of(text, token_ids)
         said = self._transcript.with_messages([message])
         await self._calls.sessions.commit(self._session, context, True, said, own=self._own)
         return "tool_calls" in message
-
-
-def check_tool_results(messages: Messages) -> None:
-    """Raises InvalidInput for a tool's result that answers no call before it."""
-    calls: set[str] = set()
-    for number, message in enumerate(messages):
-        calls |= {call.get("id") for call in message.get("tool_calls") or ()}
-        if message["role"] == "tool" and (call_id := message.get("tool_call_id")) and call_id not in calls:
-            raise InvalidInput(
-                f"no message before it calls a tool as {call_id[:128]!r}",
-                field=f"messages.{number}.tool_call_id",
-                fix="send the assistant's message with the call, too, and its id",
-            )
-

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.background import Periodic
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions.base import SessionStore
 from prefillshare.router.sessions.memory import MemorySessions
 from prefillshare.router.sessions.redis import RedisSessions
 
-logger = logging.getLogger(__name__)
-
 GAUGE_PERIOD_S = 5.0
+#: Of each store, to Redis: every turn asks there several times, and its lease is renewed.
+MAX_CONNECTIONS = 64
 
 
 async def open_sessions(config: Router, base: Base, max_per_tenant: Mapping[str, int]) -> SessionStore:
@@ -42,16 +42,9 @@ async def _open(
 ) -> SessionStore:
     if config.redis_url is None:
         return MemorySessions(most, ttl_s, most_per_tenant, evicts=evicts)
-    store = RedisSessions(
-        config.redis_url,
-        most,
-        ttl_s,
-        most_per_tenant,
-        password=config.redis_password(),
-        prefix=config.redis_prefix + suffix,
-        evicts=evicts,
-        tokenizer=fingerprint.tokenizer(base.model),
-    )
+    tokenizer = fingerprint.tokenizer(base.model)
+    calls = RedisCalls.of(config, "session store", suffix=suffix, max_connections=MAX_CONNECTIONS)
+    store = RedisSessions(calls, most, ttl_s, most_per_tenant, evicts=evicts, tokenizer=tokenizer)
     try:
         await store.check()
     except Unavailable:
@@ -64,22 +57,14 @@ async def _open(
 
 
 class SessionGauge:
-    """Sets `gauge` to the store's count every GAUGE_PERIOD_S: a scrape must not wait. Owns the task that `stop` joins."""
+    """Sets `gauge` to the store's count every `period_s` seconds, because a scrape must not wait. Call `stop` at the end."""
 
     def __init__(self, store: SessionStore, gauge, period_s: float = GAUGE_PERIOD_S):
-        self._store, self._gauge, self._period_s = store, gauge, period_s
-        self._task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while True:
-            try:
-                self._gauge.set(await self._store.count())
-            except Unavailable as error:
-                logger.warning("sessions are not counted: %s", error)
-            except Exception:
-                logger.exception("sessions are not counted")
-            await asyncio.sleep(self._period_s)
+        self._store, self._gauge = store, gauge
+        self._counting = Periodic("sessions are not counted", self._count, period_s)
 
     async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await self._counting.stop()
+
+    async def _count(self) -> None:
+        self._gauge.set(await self._store.count())

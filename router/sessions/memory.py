@@ -65,7 +65,7 @@ class MemorySessions(SessionStore):
         cache_domain: str = "",
         transcript: Transcript | None = None,
         ttl_s: float | None = None,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> Session:
         new = Session(
             self._name(session_id),
@@ -74,7 +74,7 @@ class MemorySessions(SessionStore):
             cache_domain=cache_domain,
             transcript=transcript,
             ttl_s=ttl_s,
-            calls=None if calls is None else tuple(calls),
+            unanswered=None if unanswered is None else tuple(unanswered),
         )
         return self._add(new).copy()
 
@@ -151,14 +151,14 @@ class MemorySessions(SessionStore):
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
-        calls: Sequence[str] | None = None,
+        unanswered: Sequence[str] | None = None,
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
             raise self._deleted(session)
         if not session.turn_id or (record.turn_id, record.session.version) != (session.turn_id, session.version):
             raise self._lost(session)
-        session.committed(token_ids, open_response, transcript, own, is_turn, calls)
+        session.committed(token_ids, open_response, transcript, own, is_turn, unanswered)
         record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
         record.notes |= notes
         if is_turn:

@@ -64,7 +64,7 @@ class Session:
     #: Its own time to live in seconds; None: the store's.
     ttl_s: float | None = None
     #: Ids of the tool calls in its context that no result answers; None: not known.
-    calls: tuple[str, ...] | None = None
+    unanswered: tuple[str, ...] | None = None
 
     @property
     def mark(self) -> Mark:
@@ -73,7 +73,7 @@ class Session:
 
     def at(self, mark: Mark) -> Session:
         """The session as it was at that place."""
-        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own, "calls": None}
+        state = {"open_response": mark.open_response, "transcript": mark.transcript, "own": mark.own, "unanswered": None}
         return replace(self, token_ids=self.token_ids[: mark.tokens], **state)
 
     def committed(
@@ -83,11 +83,11 @@ class Session:
         transcript: Transcript | None,
         own: OwnPart | None,
         is_turn: bool,
-        calls: Sequence[str] | None,
+        unanswered: Sequence[str] | None,
     ) -> None:
         """Bring it up to date with what a store has committed."""
         self.token_ids, self.open_response = tuple(token_ids), open_response
         self.transcript, self.own = transcript, own
-        self.calls = None if calls is None else tuple(calls)
+        self.unanswered = None if unanswered is None else tuple(unanswered)
         self.turns += is_turn
         self.version += 1

@@ -1,6 +1,6 @@
 """What a turn over gRPC is given, as token ids behind its session's context; the context is not tokenised again.
 
-What is kept is the context, the input, and the opening of the answer. What is the decoder's own is seen and not kept: its
+The context, the input and the opening of the answer stay in the context. What is the decoder's own is seen and does not: its
 tools and the first system messages of its suffix (router/sessions/agent_layout.py), and before the answer the suffix's rest.
 """
 
@@ -18,8 +18,8 @@ from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.sessions.agent_layout import AgentLayout, Messages, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session
 from prefillshare.router.sessions.context_turn import LaidOut
-from prefillshare.router.sessions.open_calls import left_open
 from prefillshare.router.sessions.transcript import Transcript
+from prefillshare.router.sessions.unanswered import left_unanswered
 
 #: None, ("messages", [{"role", "content", ...}]), ("text", str) or ("token_ids", [int]).
 TurnInput = tuple[str, Any] | None
@@ -28,12 +28,12 @@ Tools = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Begun:
-    """A turn before its response. `transcript`, `calls`: what the kept part says, as of Session. `opened`: it ends in the
+    """A turn before its response. `transcript`, `unanswered`: what its context says, as of Session. `opened`: it ends in the
     opening of an answer. `own`: where the decoder's own part stands, if a next turn may find it there."""
 
     laid_out: LaidOut
     transcript: Transcript | None
-    calls: tuple[str, ...] | None
+    unanswered: tuple[str, ...] | None
     opened: bool
     own: OwnPart | None = None
 
@@ -52,13 +52,13 @@ class TurnInputs:
         messages = _messages(given)
         if messages is None:
             ids = tuple(await self._ids(given, "input"))
-            return Session("", token_ids=ids) if given else Session("", transcript=Transcript(), calls=())
+            return Session("", token_ids=ids) if given else Session("", transcript=Transcript(), unanswered=())
         chars = chars_of(messages)
         self._frontend.text.check_chars(chars, "input.messages")
         self._check_messages(messages, "input")
-        calls = left_open((), messages, "input.messages")
+        waiting = left_unanswered((), messages, "input.messages")
         ids = await self._frontend.text.run(chars, lambda: self._layout.opening(messages, False))
-        return Session("", token_ids=tuple(ids), transcript=Transcript().with_messages(messages), calls=calls)
+        return Session("", token_ids=tuple(ids), transcript=Transcript().with_messages(messages), unanswered=waiting)
 
     def is_closed(self, session: Session, tokens: int) -> bool:
         """Whether the session's context, cut off after so many tokens, leaves no message open."""
@@ -72,7 +72,7 @@ class TurnInputs:
         for what, field in ((messages, "input"), (asked, "suffix")):
             if what is not None:
                 self._check_messages(what, field)
-        calls = left_open(session.calls, messages or (), "input.messages")
+        waiting = left_unanswered(session.unanswered, messages or (), "input.messages")
         layout = self._layout
         if tools and self._own_first:
             first = self._first(session, messages, tools)
@@ -83,12 +83,12 @@ class TurnInputs:
         if asked or tools or opened:
             laid_out, own = await self._with_own_part(layout, session, given, asked or (), tools)
         else:
-            kept = [*session.token_ids, *await self._ids(given, "input")]
-            laid_out, own = LaidOut(kept, kept), None
+            context = [*session.token_ids, *await self._ids(given, "input")]
+            laid_out, own = LaidOut(context, context), None
         if suffix is not None and asked is None:
             laid_out = replace(laid_out, seen=laid_out.seen + await self._ids(suffix, "suffix"), goes_on=False)
             own = None
-        return Begun(laid_out, said, calls, opened, own)
+        return Begun(laid_out, said, waiting, opened, own)
 
     async def _with_own_part(
         self, layout: AgentLayout, session: Session, given: TurnInput, suffix: Messages, tools: Tools | None
@@ -112,7 +112,7 @@ class TurnInputs:
 
         laid_out, part = await self._frontend.text.run(chars, work)
         if given is not None and not new:
-            return replace(laid_out, kept=list(session.token_ids), goes_on=False), None
+            return replace(laid_out, context=list(session.token_ids), goes_on=False), None
         return laid_out, None if last else part
 
     def _first(self, session: Session, messages: Sequence | None, tools: Tools) -> list[dict[str, Any]]:

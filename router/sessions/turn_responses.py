@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.sampling import logprob_rows
-from prefillshare.kvshare_vllm.surface.chats import Answer, Call, CallDelta
+from prefillshare.kvshare_vllm.surface.chats import Answer, ToolCall, ToolCallDelta
 from prefillshare.router.sessions.base import Session
 from prefillshare.router.sessions.turn_inputs import Begun
 
@@ -25,8 +25,8 @@ class TurnEvent:
     context_tokens: int = 0
     usage: TurnUsage | None = None
     index: int = 0
-    tool_calls: Sequence[CallDelta] = ()
-    calls: Sequence[Call] = ()
+    tool_call_deltas: Sequence[ToolCallDelta] = ()
+    tool_calls: Sequence[ToolCall] = ()
     turns: int = 0
 
 
@@ -57,10 +57,10 @@ class Responses:
                     "finish_reason": answer.finish_reason(part.finish_reason),
                     "context_tokens": len(self.session.token_ids),
                     "usage": usages[part.index],
-                    "calls": list(answer.calls.values()),
+                    "tool_calls": list(answer.calls.values()),
                     "turns": self.session.turns,
                 }
             rows = logprob_rows(part)
             if rows and not self._has_ranks:
                 rows = [[first, *((token, value, 0) for token, value, _ in others)] for first, *others in rows]
-            yield TurnEvent(text, list(part.token_ids), rows, index=part.index, tool_calls=pieces, **last)
+            yield TurnEvent(text, list(part.token_ids), rows, index=part.index, tool_call_deltas=pieces, **last)

@@ -5,7 +5,7 @@
 3. Run the turn; text and log-probabilities come from vLLM's output processor (kvshare_vllm.surface.frontend), tool calls from
    vLLM's parsers (kvshare_vllm.surface.chats).
 4. If the turn ends well, the context becomes context + input + response, without the decoder's own part. Of a response that a
-   stop text has ended, it keeps what the client saw (router/sessions/kept_response.py). Otherwise, and where there are several
+   stop text has ended, it keeps what the client saw (router/sessions/seen_response.py). Otherwise, and where there are several
    responses, the context stays as it was.
 """
 
@@ -26,10 +26,10 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.base import Session, SessionStore
 from prefillshare.router.sessions.context_turn import ContextTurn
 from prefillshare.router.sessions.kept_sessions import KeptSessions
-from prefillshare.router.sessions.open_calls import left_open
 from prefillshare.router.sessions.sampling import check_min_tokens, named_as_sent
 from prefillshare.router.sessions.turn_inputs import TurnInput, TurnInputs
 from prefillshare.router.sessions.turn_responses import Responses, TurnEvent
+from prefillshare.router.sessions.unanswered import left_unanswered
 from prefillshare.router.turn.terms import Terms
 
 DEFAULT_MAX_TOKENS = 256
@@ -62,7 +62,7 @@ class Turns:
     ) -> Session:
         begun = await self._inputs.beginning(given)
         self._check_length(len(begun.token_ids), None)
-        said = {"transcript": begun.transcript, "calls": begun.calls, "ttl_s": self._own_ttl_s(ttl_s)}
+        said = {"transcript": begun.transcript, "unanswered": begun.unanswered, "ttl_s": self._own_ttl_s(ttl_s)}
         return await self.sessions.create(session_id, begun.token_ids, tenant=tenant, cache_domain=cache_domain, **said)
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
@@ -129,7 +129,7 @@ class Turns:
                     (caller.tenant, session_id),
                     caller,
                     begun.laid_out,
-                    partial(self._keep, responses),
+                    partial(self._commit, responses),
                     session.replicas,
                     deadline_s,
                     responses.read,
@@ -142,11 +142,11 @@ class Turns:
                         for event in responses.events(usages()):
                             yield event
 
-    async def _keep(self, responses: Responses, context: list[int], text: str, token_ids: list[int]) -> bool:
+    async def _commit(self, responses: Responses, context: list[int], text: str, token_ids: list[int]) -> bool:
         session, begun, answer = responses.session, responses.begun, responses.answers[0]
         said = begun.transcript and begun.transcript.with_messages([answer.message])
-        is_open, calls = begun.opened or session.open_response, left_open(begun.calls, [answer.message])
-        await self.sessions.commit(session, context, is_open, said, own=begun.own, calls=calls)
+        is_open, waiting = begun.opened or session.open_response, left_unanswered(begun.unanswered, [answer.message])
+        await self.sessions.commit(session, context, is_open, said, own=begun.own, unanswered=waiting)
         return bool(answer.calls) and begun.own is not None
 
     @asynccontextmanager

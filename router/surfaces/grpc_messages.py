@@ -53,10 +53,10 @@ def response(event: TurnEvent) -> pb.GenerateResponse:
     made = pb.GenerateResponse(text=event.text, token_ids=event.token_ids, index=event.index)
     for row in event.logprobs or ():
         made.logprobs.add(entries=[pb.Logprob(token_id=t, logprob=p, rank=r) for t, p, r in row])
-    for piece in event.tool_calls:
-        made.tool_calls.add(index=piece.index, id=piece.id, name=piece.name, arguments=piece.arguments)
+    for delta in event.tool_call_deltas:
+        made.tool_calls.add(index=delta.index, id=delta.id, name=delta.name, arguments=delta.arguments)
     if event.finish_reason:
-        calls = [pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in event.calls]
+        calls = [pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in event.tool_calls]
         made.done.CopyFrom(
             pb.Done(
                 finish_reason=event.finish_reason,

@@ -5,13 +5,11 @@ The check is around vLLM's whole app, so that nothing it serves can be reached w
 
 from __future__ import annotations
 
-from http import HTTPStatus
-
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import InvalidInput, PermissionDenied, Unauthenticated
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
 from prefillshare.router.tenants import Tenants, bearer
 from prefillshare.router.ui import page
@@ -35,13 +33,14 @@ class ApiKeys:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan" or _is_open(scope):
             return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
+        sent = Headers(scope=scope)
         try:
-            key = bearer(headers.get("authorization")) or headers.get("x-api-key")
-            caller = self._tenants.identify(key).in_domain(headers.get(DOMAIN_HEADER, ""))
-            caller = caller.behind(_steps(headers.get(PRIORITY_HEADER, "0")), PRIORITY_HEADER)
+            key = bearer(sent.get("authorization")) or sent.get("x-api-key")
+            caller = self._tenants.identify(key).in_domain(sent.get(DOMAIN_HEADER, ""))
+            caller = caller.behind(_steps(sent.get(PRIORITY_HEADER, "0")), PRIORITY_HEADER)
         except (Unauthenticated, PermissionDenied, InvalidInput) as error:
-            return await _refuse(error, scope, receive, send)
+            headers = {"www-authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
+            return await refuse(HttpError.of(error), scope, receive, send, headers=headers)
         token = current_caller.set(caller)
         try:
             await self._app(scope, receive, send)
@@ -59,13 +58,3 @@ def _steps(written: str) -> int:
         return int(written)
     except ValueError:
         raise InvalidInput(f"{written!r} is no whole number", field=PRIORITY_HEADER, fix="use a number from 0 to 100") from None
-
-
-async def _refuse(error: Unauthenticated | PermissionDenied | InvalidInput, scope, receive, send) -> None:
-    if scope["type"] == "websocket":
-        return await send({"type": "websocket.close", "code": 1008, "reason": error.message})
-    status = HTTPStatus(error.http_status)
-    # The format of vLLM's own errors (vllm/entrypoints/serve/engine/protocol.py: ErrorResponse), and of OpenAI's.
-    body = {"error": {"message": str(error), "type": status.phrase, "param": error.field, "code": status.value}}
-    headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
-    await JSONResponse(body, status, headers)(scope, receive, send)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from starlette.responses import JSONResponse
-
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 from prefillshare.router.surfaces.request_limits import RequestLimits
 
 
 class HttpLimits:
-    """ASGI middleware. Errors have the format of OpenAI's and vLLM's."""
+    """ASGI middleware."""
 
     def __init__(self, app, limits: RequestLimits):
         self._app, self._limits = app, limits
@@ -63,8 +62,6 @@ class _TooLarge(Exception):
 
 
 async def _refuse(status: HTTPStatus, message: str, scope, receive, send) -> None:
-    if scope["type"] == "websocket":
-        return await send({"type": "websocket.close", "code": 1009, "reason": message})
-    body = {"error": {"message": message, "type": status.phrase, "param": None, "code": status.value}}
     # The rest of the body is not read: the connection cannot be used again.
-    await JSONResponse(body, status, {"connection": "close"})(scope, receive, send)
+    how = {"headers": {"connection": "close"}, "close_code": 1009}
+    await refuse(HttpError(status.value, message, status.phrase), scope, receive, send, **how)

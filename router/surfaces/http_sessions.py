@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface import http_turn
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 from prefillshare.kvshare_vllm.surface.openai_app import items_reader
 from prefillshare.router.responses.conversations import Conversations
 from prefillshare.router.responses.response_call import ResponseCall
@@ -48,7 +48,9 @@ class HttpSessions:
         session_id = Headers(scope=scope).get(SESSION_HEADER, "")
         if scope["path"] not in CHATS:
             if session_id:
-                return await _refuse(scope["path"], scope, receive, send)
+                fix = f"leave it out, or use one of {', '.join(sorted(CHATS))}"
+                error = InvalidInput(f"{scope['path']} does not go on from a session", field=SESSION_HEADER, fix=fix)
+                return await refuse(HttpError.of(error), scope, receive, send)
             return await self._app(scope, receive, send)
         calls, threads = scope["app"].state.http_calls, scope["app"].state.threads
         async with AsyncExitStack() as stack:
@@ -73,10 +75,3 @@ def _with_state(call: SessionCall | ResponseCall | OpenCall, send):
         await send(message)
 
     return with_state
-
-
-async def _refuse(path: str, scope, receive, send) -> None:
-    fix = f"leave it out, or use one of {', '.join(sorted(CHATS))}"
-    error = InvalidInput(f"{path} does not go on from a session", field=SESSION_HEADER, fix=fix)
-    body = {"error": {"message": str(error), "type": "Bad Request", "param": SESSION_HEADER, "code": error.http_status}}
-    await JSONResponse(body, error.http_status)(scope, receive, send)

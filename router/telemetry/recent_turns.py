@@ -1,7 +1,8 @@
 """The last turns of each tenant, for the page at /ui: what each cost and where it ran, never what it said.
 
-Turns stand on lanes. The turns of a session are one lane; calls without a session are on one lane as far as they continue each
-other (call_chains.py). Nothing of one tenant's turns, not even their number, can be seen in what another is told (R7).
+Turns stand on lanes. The turns of a session are one lane. A call without a session is on the lane of an earlier one if its
+prompt begins with all of that one's (router/known_prefixes.py). Nothing of one tenant's turns, not even their number, can be
+seen in what another is told (R7).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from prefillshare.kvshare.usage import TurnUsage
-from prefillshare.router.telemetry.call_chains import CallChains
+from prefillshare.router.known_prefixes import KnownPrefixes
 
 #: Turns kept of one tenant: at most MOST, of all tenants together about IN_ALL, and LEAST of each in any case.
 MOST, LEAST, IN_ALL = 256, 32, 16384
 #: Names that clients choose are cut to this length.
 NAME_CHARS = 128
+#: A shorter prompt, such as a lone token that opens every text, is continued by nobody.
+LEAST_TOKENS = 4
 
 
 def kept_per_tenant(tenants: int) -> int:
@@ -93,15 +96,25 @@ class RecentTurns:
 class _OfTenant:
     def __init__(self, kept: int):
         self.turns: deque[RecentTurn] = deque(maxlen=kept)
-        self._chains = CallChains(kept)
-        self.revision = self._count = 0
+        #: Prompts of calls without a session -> number of their lane.
+        self._lanes: KnownPrefixes[int] = KnownPrefixes(kept)
+        self.revision = self._count = self._lane_count = 0
 
     def add(self, turn: RecentTurn, prompt: Sequence[int]) -> None:
         self._count += 1
         turn.number, turn.revision = self._count, self.next_revision()
         turn.session, turn.request_id = turn.session[:NAME_CHARS], turn.request_id[:NAME_CHARS]
-        turn.lane = f"session {turn.session}" if turn.session else f"calls {self._chains.chain_of(prompt)}"
+        turn.lane = f"session {turn.session}" if turn.session else f"calls {self._lane_of(prompt)}"
         self.turns.append(turn)
+
+    def _lane_of(self, prompt: Sequence[int]) -> int:
+        lane = self._lanes.longest(prompt)
+        if lane is None:
+            self._lane_count += 1
+            lane = self._lane_count
+        if len(prompt) >= LEAST_TOKENS:
+            self._lanes.note(prompt, lane)
+        return lane
 
     def next_revision(self) -> int:
         self.revision += 1

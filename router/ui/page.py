@@ -19,7 +19,7 @@ from prefillshare.kvshare import host_names
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.config import Router
 from prefillshare.kvshare.errors import InvalidInput, PrefillShareError
-from prefillshare.kvshare_vllm.surface.http_errors import HttpError, OpenAI
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, response_of
 from prefillshare.router.ui.feed import Feed
 
 PAGE, DATA = "/ui", "/ui/data"
@@ -92,8 +92,7 @@ def _guarded(hosts: Hosts, endpoint: _Endpoint) -> _Endpoint:
             hosts.check(request.headers.get("host", ""))
             response = await endpoint(request)
         except PrefillShareError as error:
-            refusal = HttpError.of(error)
-            response = Response(OpenAI().body(refusal), refusal.status, media_type="application/json")
+            response = response_of(HttpError.of(error))
         response.headers.update(HEADERS)
         return response
 

@@ -16,6 +16,7 @@ from prefillshare import reference
 from prefillshare.kvshare.errors import EngineStartError
 from prefillshare.kvshare.keep import Keep
 from prefillshare.kvshare_vllm.engine import engine as engine_module
+from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
 from prefillshare.proof.engines import new_id, sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -28,7 +29,7 @@ async def test_an_engine_in_which_nobody_asks_the_hook_does_not_start(tmp_path, 
     monkeypatch.setattr(engine_module, "engine_args", lambda *of: stock(*of) | {"worker_cls": "broken_rows.Worker"})
     settings = replace(settings_of(tmp_path, smollm, "prefillshare", ("a",)), makes_base_kv=True)
     with pytest.raises(EngineStartError, match=r"rows of a shared prefix run with its adapter: .* models/base_rows\.py"):
-        await engine_module.DecodeEngine.start(settings)
+        await DecodeEngine.start(settings)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["prefillshare", "icarus"])
@@ -38,7 +39,7 @@ async def running(request, tmp_path_factory, smollm):
     base = load(settings.model)
     models = {name: PeftModel.from_pretrained(load(settings.model), path).eval() for name, path in settings.adapters.items()}
     function = getattr(reference, request.param)
-    engine = await engine_module.DecodeEngine.start(replace(settings, makes_base_kv=True))
+    engine = await DecodeEngine.start(replace(settings, makes_base_kv=True))
     try:
         yield engine, lambda adapter, prompt, tokens: function(base, models.get(adapter, base), prompt, tokens)
     finally:

@@ -10,6 +10,7 @@ from ports import free_port
 from benchmarks.chats.surface import ChatSurface
 from benchmarks.shared.redis_server import RedisServer
 from prefillshare.kvshare.caller import Caller, current_caller
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -236,7 +237,8 @@ async def test_every_decoder_can_be_looked_up_and_an_unknown_one_is_told_all_tha
 
 async def test_with_redis_every_router_goes_on_from_every_response_and_one_may_die(surface, smollm, tmp_path):
     with RedisServer(tmp_path, free_port()) as redis:
-        routers = [ChatSurface(str(smollm), RedisSessions(redis.url, 10, 60, evicts=True)) for _ in range(2)]
+        stores = [RedisSessions(RedisCalls(redis.url, "session store"), 10, 60, evicts=True) for _ in range(2)]
+        routers = [ChatSurface(str(smollm), store) for store in stores]
         try:
             clients = []
             for router in routers:

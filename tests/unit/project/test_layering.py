@@ -36,6 +36,7 @@ ROOMS = {
         {"pools", "tenants", "accounts"},
         {"admission"},
         {"telemetry", "background", "service_rate", "clock", "redis_calls"},
+        {"known_prefixes"},
     ),
     "kvshare_vllm": (
         {"plugin"},

@@ -3,7 +3,10 @@
 import asyncio
 import logging
 
-from prefillshare.router.background import Background
+import pytest
+
+from prefillshare.kvshare.errors import Unavailable
+from prefillshare.router.background import Background, Periodic
 
 
 def failures(metrics) -> float:
@@ -40,3 +43,36 @@ async def test_tasks_that_end_well_or_are_stopped_are_no_failures(metrics):
     await background.stop()
     assert ended == [0, 60]
     assert failures(metrics) == 0
+
+
+async def test_periodic_work_goes_on_whatever_it_raises_until_it_is_stopped(caplog):
+    done, fourth, failures = [], asyncio.Event(), [Unavailable("gone for now"), ValueError("broken")]
+
+    async def work():
+        done.append(1)
+        if len(done) <= len(failures):
+            raise failures[len(done) - 1]
+        if len(done) == 4:
+            fourth.set()
+            await asyncio.Event().wait()
+
+    periodic = Periodic("nothing is counted", work, 0.001, spread=0.5)
+    await asyncio.wait_for(fourth.wait(), 60)
+    await asyncio.wait_for(periodic.stop(), 60)
+    assert len(done) == 4
+    told = [(record.levelname, record.getMessage(), bool(record.exc_info)) for record in caplog.records]
+    assert told == [("WARNING", "nothing is counted: gone for now", False), ("ERROR", "nothing is counted", True)]
+
+
+@pytest.mark.parametrize(("later", "times"), [(False, 1), (True, 0)])
+async def test_periodic_work_is_done_at_once_or_after_a_period(later, times):
+    done = []
+
+    async def work():
+        done.append(1)
+
+    periodic = Periodic("-", work, 3600, later=later)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await periodic.stop()
+    assert len(done) == times

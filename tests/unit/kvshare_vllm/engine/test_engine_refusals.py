@@ -9,7 +9,7 @@ from vllm.exceptions import MaxQueuedTokensError, VLLMNotFoundError, VLLMValidat
 from prefillshare.kvshare.decode_request import DecodeRequest
 from prefillshare.kvshare.errors import ContractMismatch, Internal, InvalidInput, Overloaded, PrefixLost, Unavailable
 from prefillshare.kvshare.handoff import Handoff
-from prefillshare.kvshare_vllm.engine.engine import DecodeEngine
+from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
 from prefillshare.kvshare_vllm.engine.prefill_engine import PrefillEngine
 from prefillshare.kvshare_vllm.sampling import make_sampling_params
 

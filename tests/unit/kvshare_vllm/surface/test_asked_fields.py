@@ -1,5 +1,7 @@
 """Fields of a request that nobody reads are named, misleading ones are refused, and so are messages from nobody."""
 
+import json
+
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -9,6 +11,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface import http_errors
 from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER, MOST_NAMES, AskedFields, header_of
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape
 
@@ -85,6 +88,13 @@ def test_what_would_silently_do_nothing_is_refused_with_what_to_send_instead(fie
     error = refused(fields, CHAT, messages=[ASK], **{name: {"type": "object"}})
     assert (error.field, fix in error.fix) == (name, True)
     assert fields.ignored(CHAT, {"messages": [ASK], name: None}) == []
+
+
+def test_a_conversation_that_the_server_is_to_hold_is_refused_in_words_that_anthropics_client_reads(fields):
+    error = refused(fields, MESSAGES, messages=[ASK], max_tokens=5, thread={"type": "create"})
+    told = json.loads(http_errors.surface_of(MESSAGES).body(http_errors.HttpError.of(error)))["error"]
+    assert (told["type"], told["details"]["error_code"]) == ("invalid_request_error", "thread_unsupported_request")
+    assert fields.ignored(CHAT, {"messages": [ASK], "thread": {"type": "create"}}) == ["thread"]
 
 
 @pytest.mark.parametrize(

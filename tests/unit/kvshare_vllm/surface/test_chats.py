@@ -7,7 +7,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaFunctionCall, DeltaMess
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.chat_request import chat_request
-from prefillshare.kvshare_vllm.surface.chats import Answer, CallDelta, Chats
+from prefillshare.kvshare_vllm.surface.chats import Answer, Chats, ToolCallDelta
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
@@ -54,7 +54,7 @@ def test_calls_are_put_together_and_a_call_without_an_id_gets_one():
     answer = Answer(parser, chat_request({"tools": TOOLS, "tool_choice": "auto"}))
     told = [answer.read(piece("x"), [1]) for _ in range(5)]
     assert [text for text, _ in told] == ["Hm.", "", "", "", "!"]
-    assert [calls for _, calls in told[:4]] == [[], [], [CallDelta(0, "a", "look")], [CallDelta(0, arguments='{"at"')]]
+    assert [calls for _, calls in told[:4]] == [[], [], [ToolCallDelta(0, "a", "look")], [ToolCallDelta(0, arguments='{"at"')]]
     first, second = answer.calls.values()
     assert (first.id, first.name, first.arguments, second.name) == ("a", "look", '{"at": 1}', "jump")
     assert second.id == told[4][1][1].id != ""
@@ -66,7 +66,7 @@ def test_calls_are_put_together_and_a_call_without_an_id_gets_one():
 def test_one_call_is_told_where_one_is_asked_for():
     parser = Parser(delta(None, (0, "a", "look", "{}"), (1, "b", "jump", "{}")))
     answer = Answer(parser, chat_request({"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": False}))
-    assert answer.read(piece("x"), [1]) == ("", [CallDelta(0, "a", "look", "{}")])
+    assert answer.read(piece("x"), [1]) == ("", [ToolCallDelta(0, "a", "look", "{}")])
 
 
 def test_without_tools_all_of_it_is_text():

@@ -8,6 +8,7 @@ import pytest
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput
+from prefillshare.kvshare_vllm.surface.renderer_work import RendererWork
 from prefillshare.kvshare_vllm.surface.text_work import INLINE_CHARS, SHORT_CHARS, TextWork, chars_of
 
 LONG, SHORT = SHORT_CHARS + 1, SHORT_CHARS
@@ -105,7 +106,7 @@ def test_a_text_that_cannot_fit_reaches_no_tokeniser_and_no_template(text):
         raise AssertionError("reached")
 
     renderer = SimpleNamespace(_tokenize_prompt=reached, _decode=reached, _apply_chat_template_async=reached)
-    text.serve(renderer, lambda error: TooMuch(str(error)))
+    RendererWork(text, renderer, lambda error: TooMuch(str(error))).take_over()
     with pytest.raises(TooMuch, match="101 characters are more than 10 tokens can hold"):
         asyncio.run(renderer._tokenize_prompt_async({"prompt": "a" * 101}, None))
     with pytest.raises(TooMuch, match="messages: "):
@@ -121,7 +122,7 @@ def test_a_renderer_has_its_work_done_here(text):
         _decode=lambda ids: where.append(threading.get_ident()) or "text",
     )
     text.max_chars = 10**6
-    text.serve(renderer, lambda error: error)
+    RendererWork(text, renderer, lambda error: error).take_over()
     asyncio.run(renderer._tokenize_prompt_async({"prompt": "a" * LONG}, None))
     asyncio.run(renderer._async_tokenizer_decode([1] * LONG))
     assert threading.get_ident() not in where

@@ -92,7 +92,7 @@ def test_kv_is_made_and_pulled_for_what_the_session_keeps_and_not_for_what_was_g
     with ResponseKV(asked, asked).of_turn(SESSION, decoder_of(LENDING), [1, 2], lendable=True) as response:
         response.token_ids += generated
         response.turns = [SimpleNamespace(salt=None, lent=LENT)]
-        response.keep(kept)
+        response.is_in_context_as(kept)
         assert response.context == [1, 2, *kept]
         response.ended()
     assert asked.calls == [

@@ -469,14 +469,14 @@ async def test_the_last_turns_ends_are_known_and_older_ones_are_not(store):
 
 
 async def test_which_calls_wait_for_a_result_is_kept_with_the_context(store):
-    assert (await store.create("s", tenant="", calls=["a"])).calls == ("a",)
+    assert (await store.create("s", tenant="", unanswered=["a"])).unanswered == ("a",)
     async with store.turn("s", tenant="") as session:
-        assert session.calls == ("a",)
-        await store.commit(session, [1, 2], False, calls=["a", "b"])
-        assert session.calls == ("a", "b")
-    assert (await store.get("s", tenant="")).calls == ("a", "b")
-    assert (await store.fork("s", "f", tenant="")).calls == ("a", "b")
+        assert session.unanswered == ("a",)
+        await store.commit(session, [1, 2], False, unanswered=["a", "b"])
+        assert session.unanswered == ("a", "b")
+    assert (await store.get("s", tenant="")).unanswered == ("a", "b")
+    assert (await store.fork("s", "f", tenant="")).unanswered == ("a", "b")
     await store.delete("f", tenant="")
-    assert (await store.fork("s", "f", tenant="", at=Mark(1))).calls is None
+    assert (await store.fork("s", "f", tenant="", at=Mark(1))).unanswered is None
     await take(store, "s", [1, 2, 3])
-    assert (await store.get("s", tenant="")).calls is None
+    assert (await store.get("s", tenant="")).unanswered is None

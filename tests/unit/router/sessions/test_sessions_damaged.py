@@ -7,6 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from prefillshare.kvshare.errors import Conflict, NotFound, SessionDamaged, Unavailable
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
 
 CONTEXT = (1, 2, 3)
@@ -22,7 +23,7 @@ async def redis(redis_server):
 
 @pytest.fixture
 async def store(redis_server):
-    store = RedisSessions(redis_server.url, 10, 60, prefix=uuid.uuid4().hex)
+    store = RedisSessions(RedisCalls(redis_server.url, "session store", prefix=uuid.uuid4().hex), 10, 60)
     yield store
     await store.close()
 

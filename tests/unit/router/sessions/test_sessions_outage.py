@@ -11,8 +11,8 @@ from redis.exceptions import ResponseError
 
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import ConfigError, Unavailable
+from prefillshare.router.redis_calls import MAX_CONNECTIONS, RedisCalls
 from prefillshare.router.sessions import MemorySessions, RedisSessions, SessionGauge, open_sessions, open_threads
-from prefillshare.router.sessions.redis import MAX_CONNECTIONS
 
 PASSWORD = "p w/@:#"
 
@@ -28,7 +28,7 @@ def base(model):
 
 @pytest.fixture
 async def store(server):
-    store = RedisSessions(server.url, 5, 60, timeout_s=1, lease_s=30)
+    store = RedisSessions(RedisCalls(server.url, "session store"), 5, 60, timeout_s=1, lease_s=30)
     yield store
     await store.close()
 
@@ -69,7 +69,7 @@ async def test_a_turn_fails_while_the_server_is_gone_and_goes_on_once_it_is_back
 
 
 async def test_a_turn_whose_end_cannot_be_told_ends_with_its_lease(server, caplog):
-    store = RedisSessions(server.url, 5, 60, lease_s=0.2)
+    store = RedisSessions(RedisCalls(server.url, "session store"), 5, 60, lease_s=0.2)
     await store.create("s", tenant="")
     async with store.turn("s", tenant=""):
         server.kill()
@@ -136,13 +136,13 @@ async def test_the_password_comes_from_the_environment_or_the_url_and_is_never_s
     with pytest.raises(Unavailable, match="Authentication required"):
         await open_sessions(Router(redis_url=bare), base, {})
     monkeypatch.setenv("REDIS_SECRET", PASSWORD)
-    for store in (await open_sessions(by_env, base, {}), RedisSessions(server.url, 5, 60)):
+    for store in (await open_sessions(by_env, base, {}), RedisSessions(RedisCalls(server.url, "session store"), 5, 60)):
         assert (await store.create(tenant="")).turns == 0
 
         async def repeats(*_):
             raise ResponseError(f"ERR unknown command 'AUTH', with args beginning with: '{PASSWORD}'")
 
-        monkeypatch.setattr(store._redis, "evalsha", repeats)
+        monkeypatch.setattr(store._calls._redis, "evalsha", repeats)
         with pytest.raises(Unavailable) as raised:
             await store.count()
         assert raised.value.message == "the session store: it answers with an error"
@@ -156,7 +156,7 @@ async def test_the_configured_prefix_limit_and_time_to_live_are_the_stores(serve
     store = await open_sessions(config, base, {"a": 1})
     session = await store.create("s", tenant="")
     assert 0 < await store.expires_in_s(session) <= 7
-    assert (await store._redis.keys("{mine}:*")) == await store._redis.keys("*")
+    assert (await store._calls._redis.keys("{mine}:*")) == await store._calls._redis.keys("*")
     assert (store.max_sessions, store.ttl_s, store.max_per_tenant) == (1, 7, {"a": 1})
     await store.close()
 

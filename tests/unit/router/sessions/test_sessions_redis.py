@@ -9,7 +9,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as ConnectionLost
 
 from prefillshare.kvshare.errors import Conflict, ContractMismatch, NotFound, Unavailable
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
+from prefillshare.router.sessions.redis_lease import Lease
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +23,9 @@ async def routers(redis_server):
     """make(**options) -> one more router's store of the same deployment."""
     stores, prefix = [], uuid.uuid4().hex
 
-    def make(**options) -> RedisSessions:
-        stores.append(RedisSessions(**({"url": redis_server.url, "max_sessions": 5, "ttl_s": 60, "prefix": prefix} | options)))
+    def make(prefix: str = prefix, **options) -> RedisSessions:
+        calls = RedisCalls(redis_server.url, "session store", prefix=prefix)
+        stores.append(RedisSessions(calls, **({"max_sessions": 5, "ttl_s": 60} | options)))
         return stores[-1]
 
     yield make
@@ -39,11 +42,10 @@ async def redis(redis_server):
 def vanish(store: RedisSessions, monkeypatch) -> None:
     """From here on the router is silent: it renews nothing and ends nothing."""
 
-    async def nothing(*_):
-        pass
+    async def silent(*_):
+        return [b"ok"]
 
-    monkeypatch.setattr(store, "_renew", nothing)
-    monkeypatch.setattr(store, "_end", nothing)
+    monkeypatch.setattr(store, "_lease", lambda *_: Lease(silent, "", "", SHORT_S))
 
 
 async def test_routers_share_sessions_and_their_turns_exclude_each_other(routers):
@@ -124,7 +126,7 @@ async def test_a_turn_longer_than_its_lease_and_the_ttl_keeps_its_session(router
     store = routers(lease_s=6)
     await store.create("s", [1], tenant="")
     store.ttl_s = SHORT_S
-    (key,) = await redis.keys(f"{store._prefix}:session:*")
+    (key,) = await redis.keys(store._calls.key("session", "*"))
     async with store.turn("s", tenant="") as session:
         first = int(await redis.hget(key, "until"))
 
@@ -144,7 +146,7 @@ async def test_what_expires_leaves_nothing_behind(routers, redis):
         await store.fork("s", tenant=tenant)
 
     async def empty():
-        return await redis.keys(f"{store._prefix}:*") == []
+        return await redis.keys(store._calls.key("*")) == []
 
     await until(empty)
     assert await store.count() == 0
@@ -154,7 +156,7 @@ async def test_a_session_of_which_the_server_evicted_a_part_is_no_session(router
     store = routers()
     for kind in ("tokens", "session"):
         await store.create("s", [1, 2], tenant="")
-        (key,) = await redis.keys(f"{store._prefix}:{kind}:*")
+        (key,) = await redis.keys(store._calls.key(kind, "*"))
         await redis.delete(key)
         with pytest.raises(NotFound):
             await store.get("s", tenant="")
@@ -185,7 +187,7 @@ async def test_a_commit_sends_only_what_is_new(routers, redis):
 @pytest.mark.parametrize("lost", ["request", "reply"])
 async def test_a_lost_connection_is_tried_again_and_nothing_is_done_twice(routers, monkeypatch, lost):
     store = routers()
-    evalsha, losses = store._redis.evalsha, []
+    evalsha, losses = store._calls._redis.evalsha, []
 
     async def flaky(*args):
         if losses:
@@ -202,7 +204,7 @@ async def test_a_lost_connection_is_tried_again_and_nothing_is_done_twice(router
         await store.commit(session, [1], open_response=False)
     await store.create("gone", tenant="")
     await store.delete("gone", tenant="")
-    monkeypatch.setattr(store._redis, "evalsha", flaky)
+    monkeypatch.setattr(store._calls._redis, "evalsha", flaky)
     await store.create("s", [1], tenant="")
     async with store.turn("s", tenant="") as session:
         await store.commit(session, [1, 2], open_response=False)
@@ -238,8 +240,9 @@ async def test_a_turn_cancelled_while_it_begins_leaves_the_session_free(routers,
 
 
 async def test_token_ids_of_another_tokenizer_are_not_taken_for_ours(redis_server):
-    options = {"max_sessions": 5, "ttl_s": 100, "prefix": uuid.uuid4().hex}
-    ours, theirs = (RedisSessions(redis_server.url, **options, tokenizer=name * 64) for name in "ab")
+    prefix = uuid.uuid4().hex
+    calls = [RedisCalls(redis_server.url, "session store", prefix=prefix) for _ in range(2)]
+    ours, theirs = (RedisSessions(own, 5, 100, tokenizer=name * 64) for own, name in zip(calls, "ab", strict=True))
     await ours.create("s", [1, 2], tenant="")
     for ask in (theirs.get("s", tenant=""), theirs.fork("s", "f", tenant=""), theirs.turn("s", tenant="").__aenter__()):
         with pytest.raises(ContractMismatch, match="aaaaaaaaaaaa; this deployment's base has bbbbbbbbbbbb"):

@@ -9,9 +9,9 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
 from prefillshare.router.sessions.base import Session
-from prefillshare.router.sessions.open_calls import MOST_CALLS, left_open
 from prefillshare.router.sessions.transcript import Transcript
 from prefillshare.router.sessions.turn_inputs import TurnInputs
+from prefillshare.router.sessions.unanswered import MOST_CALLS, left_unanswered
 
 LENGTH = 4096
 ASK = {"role": "user", "content": "hi"}
@@ -57,7 +57,7 @@ def session(says: str = "", *said, is_open: bool = False, **more) -> Session:
 async def laid_out(inputs, session, given=None, suffix=None, tools=None) -> tuple[str, str]:
     """(what is kept, what the decoder sees besides, where the kept part has the answer's opening)"""
     begun = await inputs.lay_out(session, given, suffix, tools)
-    return text(begun.laid_out.kept), text(begun.laid_out.seen)
+    return text(begun.laid_out.context), text(begun.laid_out.seen)
 
 
 BEFORE = KIND + "<user:hi>\n"
@@ -92,7 +92,7 @@ async def test_without_an_input_the_answer_is_opened_all_the_same(inputs, suffix
         return
     own = (SHOWN if tools else "") + ("<system:plan>\n" if suffix else KIND)
     begun = await inputs.lay_out(session(BEFORE, ASK), None, suffix, tools)
-    assert text(begun.laid_out.kept) == BEFORE + "<assistant:"
+    assert text(begun.laid_out.context) == BEFORE + "<assistant:"
     assert text(begun.laid_out.seen) == BEFORE + own + "<assistant:"
     assert (begun.opened, begun.transcript) == (True, Transcript().with_messages([ASK]))
     closed = BEFORE + "<assistant:yes>\n"
@@ -107,7 +107,7 @@ async def test_an_agents_own_part_stays_in_its_place_while_nothing_else_comes_be
     after = session(BEFORE + "<assistant:yes", ASK, ASK, is_open=True, own=first.own)
     again = await inputs.lay_out(after, messages(ASK), messages(PLAN), TOOLS)
     later = "<assistant:yes>\n<user:hi>\n<assistant:"
-    assert (text(again.laid_out.kept), text(again.laid_out.seen)) == (BEFORE + later, BEFORE + own + later)
+    assert (text(again.laid_out.context), text(again.laid_out.seen)) == (BEFORE + later, BEFORE + own + later)
     assert (again.own, again.laid_out.goes_on) == (first.own, True)
     for suffix, tools in ((messages(ASK), TOOLS), (messages(PLAN, ASK), TOOLS), (messages(PLAN), OTHER), (None, None)):
         other = await inputs.lay_out(after, messages(ASK), suffix, tools)
@@ -138,8 +138,8 @@ async def test_what_is_wrong_with_a_suffix_is_said_of_it(inputs):
 
 async def test_own_prompts_first_tools_begin_the_session_and_are_kept(first):
     begun = await first.lay_out(session(), messages(ASK), None, TOOLS)
-    assert text(begun.laid_out.kept) == text(begun.laid_out.seen) == SHOWN + BEFORE + "<assistant:"
-    later = Session("s", token_ids=tuple(begun.laid_out.kept), open_response=True, transcript=begun.transcript)
+    assert text(begun.laid_out.context) == text(begun.laid_out.seen) == SHOWN + BEFORE + "<assistant:"
+    later = Session("s", token_ids=tuple(begun.laid_out.context), open_response=True, transcript=begun.transcript)
     kept, seen = await laid_out(first, later, messages(ASK), None, TOOLS)
     assert kept == seen == SHOWN + BEFORE + "<assistant:>\n<user:hi>\n<assistant:"
     for wrong in (session(BEFORE, ASK), session("notes"), later):
@@ -160,29 +160,29 @@ async def test_calls_and_their_results_are_laid_out_as_messages(inputs):
     result = {"role": "tool", "content": "Paris", "tool_call_id": "1"}
     begun = await inputs.beginning(messages(ASK, answer, result))
     assert text(begun.token_ids) == BEFORE + '<assistant:Hm.[look {"at": "map"}]>\n<tool:Paris>\n'
-    assert (begun.calls, begun.transcript) == ((), Transcript().with_messages([ASK, answer, result]))
-    assert (await inputs.beginning(messages(ASK, answer))).calls == ("1",)
+    assert (begun.unanswered, begun.transcript) == ((), Transcript().with_messages([ASK, answer, result]))
+    assert (await inputs.beginning(messages(ASK, answer))).unanswered == ("1",)
     with pytest.raises(InvalidInput) as raised:
         await inputs.beginning(messages(ASK, result))
     assert raised.value.field == "input.messages.1.tool_call_id"
-    assert (await inputs.beginning(("text", "notes"))).calls is None, "what a text says is not known"
-    assert (await inputs.beginning(None)).calls == ()
+    assert (await inputs.beginning(("text", "notes"))).unanswered is None, "what a text says is not known"
+    assert (await inputs.beginning(None)).unanswered == ()
 
 
 async def test_a_result_answers_a_call_that_waits_once(inputs):
     def answering(*ids):
         return messages(*({"role": "tool", "content": "x", "tool_call_id": one} for one in ids))
 
-    begun = await inputs.lay_out(session(BEFORE, ASK, calls=("1", "2")), answering("2"), None, None)
-    assert begun.calls == ("1",)
+    begun = await inputs.lay_out(session(BEFORE, ASK, unanswered=("1", "2")), answering("2"), None, None)
+    assert begun.unanswered == ("1",)
     for given, field in ((answering("3"), 0), (answering("1", "1"), 1)):
         with pytest.raises(InvalidInput) as raised:
-            await inputs.lay_out(session(BEFORE, ASK, calls=("1", "2")), given, None, None)
+            await inputs.lay_out(session(BEFORE, ASK, unanswered=("1", "2")), given, None, None)
         assert raised.value.field == f"input.messages.{field}.tool_call_id"
     unknown = await inputs.lay_out(session(BEFORE, ASK), answering("3", "3"), None, None)
-    assert unknown.calls is None
-    assert left_open((), [{"role": "tool", "content": "x"}], "f") == (), "clients need not say which call"
-    assert left_open([], [{"tool_calls": [CALL] * (MOST_CALLS + 1)}]) is None
+    assert unknown.unanswered is None
+    assert left_unanswered((), [{"role": "tool", "content": "x"}], "f") == (), "clients need not say which call"
+    assert left_unanswered([], [{"tool_calls": [CALL] * (MOST_CALLS + 1)}]) is None
 
 
 async def test_where_a_context_ends_inside_a_message_and_where_not(inputs):

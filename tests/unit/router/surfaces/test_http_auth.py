@@ -116,7 +116,7 @@ async def test_the_priority_header_lets_the_tenants_others_go_first_and_never_th
         for steps in ("-1", "101", "high", "", "1.5"):
             answer = await http.post("/v1/whole", headers=with_key(KEY, **{PRIORITY_HEADER: steps}))
             error = answer.json()["error"]
-            assert (answer.status_code, error["type"]) == (400, "Bad Request")
+            assert (answer.status_code, error["type"]) == (400, "BadRequestError")
             assert error["message"].startswith(f"{PRIORITY_HEADER}: ")
             assert "0 to 100" in error["message"]
 

@@ -7,6 +7,7 @@ from polling import PATIENCE_S
 
 from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Overloaded, ReplicaLost
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import MemorySessions, RedisSessions
 from prefillshare.router.surfaces.readiness import Readiness
 
@@ -57,7 +58,7 @@ async def test_a_router_that_stops_is_not_ready(probe):
 @pytest.mark.parametrize(("outage", "reason"), [("kill", "it cannot be reached"), ("pause", "no answer within 0.5 s")])
 async def test_without_its_session_store_a_router_is_not_ready_and_says_so_at_once(probe, own_redis_server, outage, reason):
     server = own_redis_server()
-    sessions = RedisSessions(server.url, 5, 60, timeout_s=0.5)
+    sessions = RedisSessions(RedisCalls(server.url, "session store"), 5, 60, timeout_s=0.5)
     not_ready_because = readiness(sessions, probe)
     assert await not_ready_because() == ""
     getattr(server, outage)()

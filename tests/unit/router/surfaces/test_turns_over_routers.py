@@ -21,6 +21,7 @@ from prefillshare.kvshare.errors import AnswerLost
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
 from prefillshare.router.ahead.response_kv import ResponseKV
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
 from prefillshare.router.sessions.turns import Turns
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
@@ -72,7 +73,7 @@ class AnswersTooLate(Servicer):
 @asynccontextmanager
 async def router(redis_url: str, prefix: str, port: int, kind=Servicer, *given):
     """Yields (its frontend, its server, its sessions)."""
-    sessions = RedisSessions(redis_url, 10, 60, prefix=prefix, lease_s=0.5)
+    sessions = RedisSessions(RedisCalls(redis_url, "session store", prefix=prefix), 10, 60, lease_s=0.5)
     frontend = Frontend()
     decoders = {"planner": Decoder("planner", "agents", "prefillshare", "planner", "lora")}
     turns = Turns(Base(model="m", max_model_len=4096), decoders, frontend, sessions, ResponseKV())
@@ -98,12 +99,11 @@ async def test_a_turn_that_its_router_took_along_is_taken_again_once_its_lease_h
             turn = asyncio.create_task(session.turn("planner", text=" why?"))
             await asyncio.wait_for(frontend.begun.wait(), 20)
 
-            async def nothing(*_):
-                pass
+            async def silent(*_):
+                return [b"ok"]
 
             # It is killed: it neither renews the turn's lease nor ends it.
-            monkeypatch.setattr(sessions, "_renew", nothing)
-            monkeypatch.setattr(sessions, "_end", nothing)
+            monkeypatch.setattr(sessions, "_ask", silent)
             await server.stop(0)
         async with router(*place) as (frontend, _, sessions):
             frontend.gate.set()

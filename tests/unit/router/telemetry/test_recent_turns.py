@@ -1,11 +1,8 @@
 """The log of recent turns: bounded, by tenant, with sessions and chains of calls as lanes."""
 
-import array
-
 import pytest
 
 from prefillshare.kvshare.usage import TurnUsage
-from prefillshare.router.telemetry.call_chains import CallChains
 from prefillshare.router.telemetry.recent_turns import (
     IN_ALL,
     LEAST,
@@ -97,49 +94,9 @@ def test_sessions_are_lanes_and_calls_without_one_are_on_the_lane_of_the_call_th
     assert [one.lane for one in made] == ["session s", "calls 1", "calls 1", "calls 2", "session s"]
 
 
-# Chains of calls
-
-
-def test_a_call_continues_another_if_its_prompt_begins_with_all_of_it():
-    chains, prompt = CallChains(8), list(range(100, 200))
-    assert chains.chain_of(prompt) == 1
-    assert chains.chain_of([*prompt, 1, 2]) == 1
-    assert chains.chain_of([*prompt, 3]) == 1, "a branch of the same conversation"
-    assert chains.chain_of(prompt) == 1, "the same call again"
-    assert chains.chain_of(prompt[:-1]) == 2, "a shorter prompt continues nothing"
-    assert chains.chain_of([*prompt[:50], 0, *prompt[51:], 4]) == 3
-    assert chains.chain_of([*prompt, 1, 2, 5]) == 1
-
-
-def test_of_several_calls_that_it_continues_the_longest_counts():
-    chains = CallChains(8)
-    one, other = chains.chain_of([1, 2, 3, 4, 5]), chains.chain_of([9, 8, 7, 6])
-    longer = chains.chain_of([9, 8, 7, 6, 5, 4])
-    assert (one, other, longer) == (1, 2, 2)
-    assert chains.chain_of([9, 8, 7, 6, 5, 4, 3]) == 2
-
-
 def test_a_prompt_of_a_few_tokens_is_continued_by_nobody():
-    chains = CallChains(8)
-    assert [chains.chain_of(prompt) for prompt in ([1], [1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4])] == [1, 2, 3, 4, 4]
-
-
-def test_only_the_last_prompts_are_remembered_and_those_that_are_continued_stay():
-    chains = CallChains(3)
-    first = [1, 2, 3, 4]
-    chains.chain_of(first)
-    for number in range(10):
-        assert chains.chain_of([*first, number]) == 1
-        chains.chain_of([50 + number] * 5)
-    assert len(chains._prompts) == sum(chains._lengths.values()) == 3
-
-
-def test_nothing_of_a_prompt_can_be_read_from_what_is_kept():
-    prompt = list(range(1_000, 1_064))
-    kept = [CallChains(2), CallChains(2)]
-    for chains in kept:
-        chains.chain_of(prompt)
-    (first,), (second,) = (list(chains._prompts) for chains in kept)
-    assert first[0] == second[0] == len(prompt)
-    assert first[1] != second[1], "the digest is keyed"
-    assert array.array("Q", prompt[:2]).tobytes() not in first[1]
+    recent = RecentTurns()
+    made = [turn() for _ in range(5)]
+    for one, seen in zip(made, ([1], [1], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]), strict=True):
+        recent.began("", one, seen)
+    assert [one.lane for one in made] == [f"calls {number}" for number in (1, 2, 3, 4, 4)]

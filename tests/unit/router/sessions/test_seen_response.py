@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefillshare.router.sessions.kept_response import kept_response
+from prefillshare.router.sessions.seen_response import seen_response
 
 
 def encode(text: str) -> list[int]:
@@ -26,4 +26,4 @@ def encode(text: str) -> list[int]:
 )
 def test_kept_is_what_was_shown(texts, shown, kept):
     lengths = [len("".join(texts[: number + 1])) for number in range(len(texts))]
-    assert kept_response(range(len(texts)), lengths, shown, encode) == kept
+    assert seen_response(range(len(texts)), lengths, shown, encode) == kept

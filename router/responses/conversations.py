@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any
 
 from prefillshare.kvshare.caller import current_caller
-from prefillshare.kvshare.errors import InvalidInput, NotFound
+from prefillshare.kvshare.errors import InvalidInput, NotFound, SessionDamaged
 from prefillshare.kvshare_vllm.surface.responses_route import Items
 from prefillshare.router.responses.items import Item, items_of, page, unanswered
-from prefillshare.router.responses.threads import Threads, new_thread, told_of
+from prefillshare.router.responses.threads import Threads, damaged, new_thread, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout
 from prefillshare.router.sessions.base import Session
 from prefillshare.router.sessions.http_calls import HttpCalls
@@ -47,6 +47,8 @@ class ConversationNotes:
             raise unknown
         try:
             notes = await threads.sessions.notes(conversation_id, tenant=tenant, keys=[cls.KEY])
+        except SessionDamaged:
+            raise damaged(f"conversation {conversation_id!r}", field) from None
         except NotFound:
             raise unknown from None
         if cls.KEY not in notes:
@@ -54,7 +56,7 @@ class ConversationNotes:
         try:
             return cls(conversation_id, *json.loads(notes[cls.KEY]))
         except (ValueError, TypeError):
-            raise threads.sessions.damaged(conversation_id) from None
+            raise damaged(f"conversation {conversation_id!r}", field) from None
 
     def written(self) -> dict[str, str]:
         return {self.KEY: json.dumps([self.data, self.next_item, self.unanswered])}
@@ -106,7 +108,8 @@ class Conversations:
         return dict(notes.data)
 
     async def delete(self, conversation_id: str) -> dict[str, Any]:
-        await self._notes(conversation_id)
+        with suppress(SessionDamaged):  # that is how one is got rid of
+            await self._notes(conversation_id)
         with _told_of(conversation_id):
             await self._threads.sessions.delete(conversation_id, tenant=_tenant())
         return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}

@@ -24,7 +24,7 @@ from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.responses.context import ResponseContext
 from prefillshare.router.responses.conversations import checked_metadata
 from prefillshare.router.responses.items import items_of, unanswered
-from prefillshare.router.responses.threads import StoredResponse, Threads, new_response, told_of
+from prefillshare.router.responses.threads import StoredResponse, Threads, damaged, new_response, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
@@ -93,7 +93,7 @@ class ResponseCall:
             return await self._as_it_is("the store of responses does not answer", plain)
         self._session = session
         if max(session.token_ids, default=0) >= self._calls.vocab_size:
-            raise self._threads.sessions.damaged(session.session_id)
+            raise damaged(*self._context.told)
         new = [message for message in said if message["role"] != "tools"]
         layout = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation.render, None if session.token_ids else first)
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)

@@ -15,7 +15,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,8 +79,12 @@ def _as_told(error: Conflict | ContractMismatch | NotFound, what: str, field: st
             text = f"{what} was deleted or changed while this call was served, of which nothing was kept"
             return Conflict(text, field=field, fix="send it again, behind what is there now")
         case SessionDamaged():
-            return SessionDamaged(f"{what} is damaged in the store", field=field, fix="delete it and begin anew")
+            return damaged(what, field)
     return NotFound(f"{what} has been deleted, or was unused for too long", field=field, fix="begin anew")
+
+
+def damaged(what: str, field: str) -> SessionDamaged:
+    return SessionDamaged(f"{what} is damaged in the store and cannot be read", field=field, fix="delete it and begin anew")
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,14 @@ class Threads:
 
     async def response(self, response_id: str, tenant: str, field: str) -> StoredResponse:
         """Raises NotFound for a response that is unknown, gone, or another tenant's."""
+        thread, note = await self._note(response_id, tenant, field)
+        try:
+            return StoredResponse.read(thread, note)
+        except (ValueError, KeyError, TypeError):
+            raise damaged(f"response {response_id!r}", field) from None
+
+    async def _note(self, response_id: str, tenant: str, field: str) -> tuple[str, str]:
+        """The response's thread, and the thread's note of it."""
         found = _RESPONSE.fullmatch(response_id)
         unknown = NotFound(
             f"no response {response_id[:128]!r}; it was never stored (store: false), was deleted, was unused for"
@@ -131,15 +143,17 @@ class Threads:
             raise unknown
         try:
             notes = await self.sessions.notes(found[1], tenant=tenant, keys=[response_id])
+        except SessionDamaged:
+            raise damaged(f"response {response_id!r}", field) from None
         except NotFound:
             raise unknown from None
         if response_id not in notes:
             raise unknown
-        return self._read(found[1], response_id, notes[response_id])
+        return found[1], notes[response_id]
 
     async def forget(self, response_id: str, tenant: str) -> None:
         """Delete a response; with the last one of a thread that is no conversation, the thread. Raises NotFound."""
-        thread = (await self.response(response_id, tenant, "response_id")).thread
+        thread, _ = await self._note(response_id, tenant, "response_id")
         with told_of(f"response {response_id!r}", "response_id"):
             await self.sessions.note(thread, {response_id: None}, tenant=tenant)
             left = await self.sessions.notes(thread, tenant=tenant)
@@ -167,20 +181,18 @@ class Threads:
         if not ends or (end := await self.sessions.found(ends[: -self.MOST_LOOKED_UP - 1 : -1], tenant=tenant)) is None:
             return None
         try:
-            stored = self._read(end.session_id, end.key, end.note)
-        except SessionDamaged as error:
-            logger.warning("a response is not gone on from: %s", error)
+            stored = StoredResponse.read(end.session_id, end.note)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("response %s is damaged in the store, and not gone on from", end.key)
             return None
         return stored if stored.mark and stored.mark.transcript else None
 
     async def moved(self, thread: str, tenant: str) -> dict[str, str]:
         """Notes of a thread that is being laid out anew: nothing can go on from where its responses have ended."""
         notes = await self.sessions.notes(thread, tenant=tenant)
-        stored = {key: self._read(thread, key, note) for key, note in notes.items() if _RESPONSE.fullmatch(key)}
-        return {key: replace(response, mark=None).written() for key, response in stored.items() if response.mark}
-
-    def _read(self, thread: str, response_id: str, note: str) -> StoredResponse:
-        try:
-            return StoredResponse.read(thread, note)
-        except (ValueError, KeyError, TypeError):
-            raise self.sessions.damaged(response_id) from None
+        moved = {}
+        for key, note in notes.items():
+            with suppress(ValueError, KeyError, TypeError):  # damaged: it is not gone on from anyway
+                if _RESPONSE.fullmatch(key) and (response := StoredResponse.read(thread, note)).mark:
+                    moved[key] = replace(response, mark=None).written()
+        return moved

@@ -328,3 +328,19 @@ async def test_a_request_that_is_too_long_behind_a_response_leaves_the_response(
     await surface.refused(RESPONSES, "input", **ASK | {"input": "word " * 1100}, previous_response_id=first["id"])
     await surface.asked(**ASK, previous_response_id=first["id"])
     assert surface.prompts[-1].count("user\nhi") == 2
+
+
+async def test_what_is_damaged_in_the_store_is_told_as_such_and_can_be_deleted(surface, conversation):
+    made = await surface.asked(**ASK)
+    await surface.threads.note(made["id"].removeprefix("resp_")[:32], {made["id"]: "{}"}, tenant="")
+    await surface.threads.note(conversation, {"conversation": "[]"}, tenant="")
+    for path, field, where in (
+        (f"{RESPONSES}/{made['id']}", "response_id", {"previous_response_id": made["id"]}),
+        (f"{CONVERSATIONS}/{conversation}", "conversation_id", {"conversation": conversation}),
+    ):
+        assert "damaged" in await surface.refused(path, field, 404, "GET")
+        assert "damaged" in await surface.refused(RESPONSES, next(iter(where)), 404, **ASK, **where)
+        await surface.asked(path, "DELETE")
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Yes."}, *message()]
+    await surface.asked(model="planner", input=history)
+    assert await surface.threads.count() == 1

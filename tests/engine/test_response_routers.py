@@ -11,6 +11,7 @@ from ports import free_port
 
 from benchmarks.chats.surface import ChatSurface
 from benchmarks.shared.redis_server import RedisServer
+from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -27,6 +28,10 @@ def session_of(response) -> str:
     return response.model_extra["kv_transfer_params"]["prefillshare"]["session"]
 
 
+def store(server: RedisServer, **options) -> RedisSessions:
+    return RedisSessions(RedisCalls(server.url, "session store"), 20, 60, evicts=True, **options)
+
+
 def shown(*messages) -> str:
     return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in messages)
 
@@ -35,7 +40,7 @@ def shown(*messages) -> str:
 async def started(smollm, tmp_path_factory):
     """A Redis server, and two routers over it, each with a client."""
     with RedisServer(tmp_path_factory.mktemp("redis"), free_port()) as server:
-        routers = [ChatSurface(str(smollm), RedisSessions(server.url, 20, 60, evicts=True, timeout_s=1)) for _ in range(2)]
+        routers = [ChatSurface(str(smollm), store(server, timeout_s=1)) for _ in range(2)]
         try:
             for router in routers:
                 await router.start()
@@ -132,7 +137,7 @@ async def test_while_redis_is_gone_only_what_relies_on_it_is_refused(redis, rout
 
 async def test_a_response_of_another_base_is_not_gone_on_from(redis, routers):
     one, _ = routers
-    stores = [RedisSessions(redis.url, 10, 60, evicts=True, tokenizer=letter * 64) for letter in "ab"]
+    stores = [store(redis, tokenizer=letter * 64) for letter in "ab"]
     own = one.threads
     try:
         one.threads = one.app.state.threads.sessions = stores[0]
@@ -150,5 +155,5 @@ async def test_a_response_of_another_base_is_not_gone_on_from(redis, routers):
         await one.client.responses.create(model="planner", input="two", previous_response_id=first.id)
     finally:
         one.threads = one.app.state.threads.sessions = own
-        for store in stores:
-            await store.close()
+        for one_base in stores:
+            await one_base.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import httpx
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.router.ahead.response_kv import ResponseKV, ResponseOfTurn
@@ -53,6 +55,10 @@ class ChatSurface:
     #: How many tokens of each prompt are found cached, and who keeps contexts.
     cached_tokens = 0
     keeper: Keeper | None = None
+    #: Number of the token in place of which a turn fails; 0: none.
+    fails_at = 0
+    #: Number of the token before which turns wait for `go_on`; 0: none. `waiting` is set when one waits.
+    waits_at = 0
 
     def __init__(self, model: str, threads: SessionStore | None = None, base: dict | None = None, **config):
         usual = {"dtype": "float32", "max_model_len": 1024, "tool_call_parser": "hermes"}
@@ -62,6 +68,7 @@ class ChatSurface:
         self.answers: list[str] = ["Yes."]
         self.prompts: list[str] = []
         self.ids: list[list[int]] = []
+        self.waiting, self.go_on = asyncio.Event(), asyncio.Event()
 
     async def start(self) -> None:
         from prefillshare.kvshare_vllm.surface.openai_app import build_openai_app
@@ -87,15 +94,19 @@ class ChatSurface:
         self.ids.append(call.prompt)
         self.prompts.append(self.tokenizer.decode(call.prompt))
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        turn = _Turn(self._chunks(self.encode(answer)))
+        turn = _Turn(self._chunks(self.encode(answer), call.sampling.max_tokens))
         turn.usage.cached_tokens = self.cached_tokens
         return turn
 
-    @staticmethod
-    async def _chunks(ids: Sequence[int]):
-        for token in ids:
-            yield TokenChunk([token])
-        yield TokenChunk([END], finish_reason="stop")
+    async def _chunks(self, ids: Sequence[int], most: int) -> AsyncIterator[TokenChunk]:
+        for number, token in enumerate([*ids, END][:most], 1):
+            if number == self.waits_at:
+                self.waiting.set()
+                await self.go_on.wait()
+            if number == self.fails_at:
+                raise Unavailable("the engine is gone")
+            reason = "stop" if token == END else "length" if number == most else None
+            yield TokenChunk([token], finish_reason=reason)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

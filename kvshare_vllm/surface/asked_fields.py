@@ -4,7 +4,7 @@
   refused: clients send fields of OpenAI's newest API all the time.
 - Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now; or the
   client would send less the next time, because it takes the conversation to be held.
-- A message has a role that chat templates know.
+- A message has a role that chat templates know, and consists of text.
 
 Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
 """
@@ -49,6 +49,13 @@ _NOT_HERE = {
         THREAD: "send the whole history with each request; a session (x-prefillshare-session) holds what has been computed"
     },
 }
+#: Types of the parts of an item -> the field that has the text.
+_TEXTS = {
+    "input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal",
+    "reasoning_text": "text", "summary_text": "text",
+}  # fmt: skip
+#: Types of the tools that clients run, of the Responses API.
+_CLIENTS_TOOLS = ("function", "custom", "namespace")
 #: Roles of Anthropic's API.
 _ANTHROPIC = ("user", "assistant", "system")
 
@@ -67,10 +74,14 @@ class AskedFields:
         for name in unknown:
             if fix := _RENAMED.get(name) or _NOT_HERE.get(path, {}).get(name):
                 raise InvalidInput("it would have no effect", field=name, fix=fix)
+        for name in ("messages", "tools"):
+            if not isinstance(body.get(name), list | None):
+                raise InvalidInput("this is no list", field=name, fix="give a list of objects")
         roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
         _check_messages(body.get("messages"), "messages", roles)
         if path == "/v1/responses":
-            _check_items(body.get("input"))
+            check_items(body.get("input"), "input")
+            unknown += _not_run(body.get("tools") or ())
         return unknown
 
 
@@ -101,8 +112,30 @@ def _check_messages(messages: Any, field: str, roles: Sequence[str]) -> None:
             check_role(message.get("role"), place, roles)
 
 
-def _check_items(items: Any) -> None:
-    """Of the Responses API, where only some items are messages."""
+def check_items(items: Any, field: str) -> None:
+    """Of the Responses API, where only some items are messages. Raises InvalidInput; leaves the rest to vLLM, as above."""
     for number, item in enumerate(items if isinstance(items, list) else ()):
-        if isinstance(item, dict) and item.get("type") in (None, "message"):
-            check_role(item.get("role"), f"input.{number}")
+        if not isinstance(item, dict):
+            continue
+        place = f"{field}.{number}"
+        if item.get("type") in (None, "message"):
+            check_role(item.get("role"), place)
+        for name in ("content", "output"):
+            if isinstance(parts := item.get(name), list):
+                _check_parts(parts, f"{place}.{name}")
+
+
+def _check_parts(parts: Sequence[Any], field: str) -> None:
+    for number, part in enumerate(parts):
+        kind, place = part.get("type") if isinstance(part, dict) else None, f"{field}.{number}"
+        if not isinstance(kind, str) or kind not in _TEXTS:
+            what = "a part without a type" if kind is None else f"a part of type {str(kind)[:64]!r}: only text is served"
+            raise InvalidInput(what, field=place, fix=f"send parts of the types {', '.join(_TEXTS)}")
+        if not isinstance(part.get(_TEXTS[kind]), str):
+            raise InvalidInput("this is no text", field=f"{place}.{_TEXTS[kind]}", fix="send a string")
+
+
+def _not_run(tools: Sequence[Any]) -> list[str]:
+    """Tools that would run on the server, which has none."""
+    kinds = [tool.get("type") if isinstance(tool, dict) else None for tool in tools]
+    return [f"tools.{n} ({kind})" for n, kind in enumerate(kinds) if isinstance(kind, str) and kind not in _CLIENTS_TOOLS]

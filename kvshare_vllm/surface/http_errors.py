@@ -15,7 +15,7 @@ from http import HTTPStatus
 
 from starlette.responses import Response
 
-from prefillshare.kvshare.errors import InvalidInput, NotFound, PermissionDenied, PrefillShareError
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PermissionDenied, PrefillShareError
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -34,6 +34,8 @@ _ANTHROPIC_TYPES = {
 #: histories from then on.
 THREAD = "thread"
 _ANTHROPIC_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsupported": [THREAD]}}
+#: OpenAI's codes of a response's failure, by status; else a server's error.
+_FAILURES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 #: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
 #: Pattern of vLLM's advice on how to start its own server -> what that means here.
@@ -42,6 +44,8 @@ _SETTINGS = (
 )
 _A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
 _REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
+#: Errors whose field is one of the request.
+_ABOUT_FIELDS = InvalidInput | NotFound | Conflict | PermissionDenied
 #: vLLM's names of errors, where they differ from the status's phrase.
 _TYPES = {400: "BadRequestError", 404: "NotFoundError"}
 
@@ -58,8 +62,7 @@ class HttpError:
     @classmethod
     def of(cls, error: PrefillShareError) -> HttpError:
         kind = _TYPES.get(error.http_status) or HTTPStatus(error.http_status).phrase
-        of_request = isinstance(error, InvalidInput | NotFound | PermissionDenied)  # other errors' fields are settings
-        return cls(error.http_status, str(error), kind, error.field if of_request else None)
+        return cls(error.http_status, str(error), kind, error.field if isinstance(error, _ABOUT_FIELDS) else None)
 
 
 class OpenAI:
@@ -71,8 +74,8 @@ class OpenAI:
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
         return json.dumps({"error": fields}).encode()
 
-    def last_event(self, error: HttpError, number: int) -> bytes:
-        """What ends a stream of which `number` events have been sent."""
+    def last_event(self, error: HttpError, number: int, first: bytes) -> bytes:
+        """What ends a stream of which `number` events have been sent. `first`: the first of them."""
         return b"data: " + self.body(error) + b"\n\ndata: [DONE]\n\n"
 
 
@@ -87,9 +90,16 @@ class Completions(OpenAI):
 class Responses(OpenAI):
     prompt_field = "input"
 
-    def last_event(self, error: HttpError, number: int) -> bytes:
+    def last_event(self, error: HttpError, number: int, first: bytes) -> bytes:
+        """An error, and that the response has failed: clients look for one or the other."""
         fields = {"code": error.type, "message": error.message, "param": error.param, "sequence_number": number}
-        return b"event: error\ndata: " + json.dumps({"type": "error", **fields}).encode() + b"\n\n"
+        told = b"event: error\ndata: " + json.dumps({"type": "error", **fields}).encode() + b"\n\n"
+        begun = _data(first).get("response")
+        if not isinstance(begun, dict):
+            return told
+        why = {"code": _FAILURES.get(error.status, "server_error"), "message": error.message}
+        failed = {"response": begun | {"status": "failed", "error": why, "store": False}, "sequence_number": number + 1}
+        return told + b"event: response.failed\ndata: " + json.dumps({"type": "response.failed", **failed}).encode() + b"\n\n"
 
 
 class Anthropic(OpenAI):
@@ -102,7 +112,7 @@ class Anthropic(OpenAI):
             fields["details"] = details
         return json.dumps({"type": "error", "error": fields}).encode()
 
-    def last_event(self, error: HttpError, number: int) -> bytes:
+    def last_event(self, error: HttpError, number: int, first: bytes) -> bytes:
         return b"event: error\ndata: " + self.body(error) + b"\n\n"
 
 
@@ -162,6 +172,15 @@ def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:
         return None
     _, _, data = chunk.partition(b"data: ")
     return read(data.split(b"\n", 1)[0], None, surface) or unforeseen()
+
+
+def _data(event: bytes) -> dict:
+    """What an event says; nothing if it is no JSON object."""
+    try:
+        said = json.loads(event.partition(b"data: ")[2].split(b"\n", 1)[0])
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def unforeseen() -> HttpError:

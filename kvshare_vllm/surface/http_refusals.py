@@ -101,7 +101,7 @@ class _Answer:
         self._start: dict | None = None
         self._held: list[dict] = []
         self._is_stream = self._is_error = self._is_held = self._ended = False
-        self._events = 0
+        self._events, self._first = 0, b""
 
     async def take(self, message: dict) -> None:
         if self._ended:
@@ -145,6 +145,7 @@ class _Answer:
     async def _event(self, message: dict) -> None:
         if error := self._failure() or http_errors.read_event(message.get("body", b""), self._surface):
             return await self._fail(error)
+        self._first = self._first or message.get("body", b"")
         if not self._is_held:
             self._events += 1
             return await self._send(message)
@@ -162,7 +163,8 @@ class _Answer:
     async def _fail(self, error: HttpError) -> None:
         self._ended = True
         if not self._is_held:
-            return await self._send({"type": "http.response.body", "body": self._surface.last_event(error, self._events)})
+            last = self._surface.last_event(error, self._events, self._first)
+            return await self._send({"type": "http.response.body", "body": last})
         body = self._surface.body(error)
         kept = [(name, value) for name, value in self._start.get("headers", ()) if name.lower() not in _OF_THE_BODY]
         headers = [*kept, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

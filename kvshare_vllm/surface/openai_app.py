@@ -44,10 +44,12 @@ from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 from prefillshare.kvshare_vllm.surface.responses_route import Items, serve_responses
 from prefillshare.kvshare_vllm.surface.self_description import describe
+from prefillshare.kvshare_vllm.surface.validation_errors import tell_wrong_fields
 
 openai_requests.install()
 same_tool_answers.install()
 tool_constraints.install()
+
 logger = logging.getLogger(__name__)
 
 
@@ -82,8 +84,9 @@ async def build_openai_app(
     frontend.chats = Chats(app.state.openai_serving_chat)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
     shape = partial(RequestShape, most_numbers=most_numbers, fields=AskedFields(app.routes))
+    tell_wrong_fields(app)
     for wrap in (shape, *middleware, HttpRefusals, RateLimitHeaders, HangUps):
-        app.middleware_stack = wrap(app.middleware_stack or app.build_middleware_stack())  # vLLM has built it already
+        app.middleware_stack = wrap(app.middleware_stack)
     logging.root.setLevel(log_level)  # what vLLM's app loads raises it to ERROR, and our warnings would be lost
     app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler tells its server to exit; Serve's stays
     return app, frontend

@@ -43,6 +43,8 @@ def check_request(request, client: EngineClient | None, max_model_len: int) -> N
     if len(getattr(request, "tokens", None) or ()) > max_model_len:
         text = f"{len(request.tokens)} tokens are more than the model's length of {max_model_len}"
         raise InvalidInput(text, field="tokens", fix="send fewer")
+    if (most := getattr(request, "max_output_tokens", None)) is not None and most < 1:
+        raise InvalidInput(f"{most} leaves no room for a response", field="max_output_tokens", fix="use 1 or more")
     if getattr(request, "use_beam_search", False):
         for field, nothing in _NOT_IN_BEAMS.items():
             value = getattr(request, field, None)

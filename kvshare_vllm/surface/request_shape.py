@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
@@ -24,6 +25,8 @@ from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
 #: Shorter bodies cannot list too much.
 CHECKED_FROM_BYTES = 2048
+#: Without such an escape, JSON has whole characters only.
+_HALVES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _FailFast(FailFast):
@@ -59,6 +62,9 @@ class RequestShape:
             more = message.get("more_body", False)
         body, given = b"".join(pieces), False
         values, ignored = _parsed(body), []
+        if field := _half_a_character(body, values):
+            text = f"{field}: it contains half of a surrogate pair, which is no character (fix: send whole characters)"
+            return await _refuse(text, field, scope, receive, send)
         if len(body) >= CHECKED_FROM_BYTES and (problem := _too_much(values, self._most_numbers)):
             return await _refuse(problem.text, problem.field, scope, receive, send)
         try:
@@ -107,6 +113,31 @@ def _parsed(body: bytes) -> Any:
     finally:
         if collects:
             gc.enable()
+
+
+def _half_a_character(body: bytes, values: Any) -> str | None:
+    """The field of a text that JSON can express, and UTF-8 cannot."""
+    if not _HALVES.search(body):
+        return None
+    left = [("", values)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, str) and not _is_whole(value):
+            return path or "the body"
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, one in inner:
+            if isinstance(key, str) and not _is_whole(key):
+                return path or "the body"
+            left.append((f"{path}.{key}" if path else str(key), one))
+    return None
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _too_much(values, most_numbers: int) -> _Problem | None:

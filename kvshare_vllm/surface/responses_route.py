@@ -21,9 +21,12 @@ from vllm.renderers.chat_utils import parse_chat_messages
 from vllm.renderers.hf import safe_apply_chat_template
 
 from prefillshare.kvshare.errors import InvalidInput, PrefillShareError
+from prefillshare.kvshare_vllm.surface.asked_fields import check_items
 from prefillshare.kvshare_vllm.surface.http_refusals import to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, HttpTurn, bound_turn
+from prefillshare.kvshare_vllm.surface.response_events import as_documented, mark_cut_off
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
+from prefillshare.kvshare_vllm.surface.validation_errors import told
 
 PATH = "/v1/responses"
 
@@ -38,7 +41,7 @@ class ResponseTurn(HttpTurn, Protocol):
         """Put in a response what vLLM does not know of it; called for each event that shows one."""
 
     async def finish(self, response: ResponsesResponse) -> None:
-        """The response is complete; called before its client is told."""
+        """The response has ended, complete or cut off; called before its client is told."""
 
 
 @with_cancellation
@@ -54,7 +57,8 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
         if isinstance(made, ErrorResponse):
             return JSONResponse(made.model_dump(mode="json", by_alias=True), made.error.code)
         if isinstance(made, ResponsesResponse):
-            turn.dress(made)
+            mark_cut_off(made)
+            _dress(turn, made)
             await turn.finish(made)
             return JSONResponse(made.model_dump(mode="json", by_alias=True))
     except PrefillShareError as error:
@@ -63,15 +67,20 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
 
 
 async def _dressed(turn: ResponseTurn, events):
-    async for event in events:
+    async for event in as_documented(events):
         if isinstance(response := getattr(event, "response", None), ResponsesResponse):
-            turn.dress(response)
-            if event.type == "response.completed":
+            _dress(turn, response)
+            if event.type in ("response.completed", "response.incomplete"):
                 try:
                     await turn.finish(response)
                 except PrefillShareError as error:
                     raise to_vllm(error) from error
         yield event
+
+
+def _dress(turn: ResponseTurn, response: ResponsesResponse) -> None:
+    response.error = None  # OpenAI's responses have it always
+    turn.dress(response)
 
 
 class _Passing:
@@ -115,15 +124,14 @@ class Items:
 
     def parsed(self, items: list[dict[str, Any]], field: str) -> list[Any]:
         """As vLLM's server understands them. Raises InvalidInput."""
+        check_items(items, field)  # vLLM would fetch pictures
         try:
             return ResponsesRequest(input=items).input
-        except (ValidationError, VLLMValidationError) as error:
-            where = ""
-            if isinstance(error, ValidationError):
-                places = (part for one in error.errors() for part in one["loc"] if isinstance(part, int))
-                where = next((f".{number}" for number in places), "")
-            what, fix = "this is not an item of a conversation", "see OpenAI's API"
-            raise InvalidInput(what, field=f"{field}{where}", fix=fix) from error
+        except ValidationError as error:
+            place, what = told(error.errors())
+            raise InvalidInput(what, field=f"{field}{(place or '').removeprefix('input')}") from error
+        except VLLMValidationError as error:
+            raise InvalidInput(_text_of(error), field=field) from error
 
     def conversation(self, items: list[dict[str, Any]], field: str) -> Conversation:
         """The items as chat messages, and how the base's template lays them out. Raises InvalidInput."""
@@ -133,7 +141,7 @@ class Items:
             said = construct_chat_messages_with_tool_call(self.parsed(items, field))
             messages, _, _ = parse_chat_messages(said, config, content_format="string")
         except VLLMValidationError as error:
-            raise InvalidInput(str(error), field=field) from error
+            raise InvalidInput(_text_of(error), field=field) from error
 
         def render(messages, answer, tools):
             template = {"chat_template": renderer.chat_template, **renderer.default_chat_template_kwargs}
@@ -141,3 +149,7 @@ class Items:
             return safe_apply_chat_template(config, tokenizer, list(messages), **template | how)
 
         return Conversation(messages, None, False, render, chars_of(messages))
+
+
+def _text_of(error: VLLMValidationError) -> str:
+    return str(error.args[0] if error.args else error)  # str(error) repeats the parameter

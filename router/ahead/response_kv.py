@@ -163,8 +163,10 @@ class ResponseOfTurn:
         self._instead = token_ids
 
     def go_on_from(self, before: list[int]) -> None:
-        """The next turn will have this context before the response; called before `ended`."""
-        self._before = before
+        """The next turn will have this context before the response; called before `ended`. Nothing changes if the decode engine
+        lends the KV of the context that it has seen: what it lends would not belong to another one."""
+        if not (self._lends and self.lend):
+            self._before = before
 
     def grew(self) -> None:
         """The response has become longer and goes on; called for every piece that streams."""

@@ -2,6 +2,7 @@
 
     threads.py        where they are kept: contexts with notes, each response a place in one
     response_call.py  a call that makes a response
+    context.py        what it goes on from
     stored.py         what is asked of stored responses
     conversations.py  conversations and their items
     items.py          items with ids, and lists of them page by page

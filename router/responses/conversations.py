@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from typing import Any
 
 from prefillshare.kvshare.caller import current_caller
-from prefillshare.kvshare.errors import InvalidInput, NotFound
+from prefillshare.kvshare.errors import InvalidInput, NotFound, SessionDamaged
 from prefillshare.kvshare_vllm.surface.responses_route import Items
 from prefillshare.router.responses.items import Item, items_of, page, unanswered
-from prefillshare.router.responses.threads import Threads, new_thread
+from prefillshare.router.responses.threads import Threads, damaged, new_thread, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout
 from prefillshare.router.sessions.base import Session
 from prefillshare.router.sessions.http_calls import HttpCalls
@@ -39,14 +39,16 @@ class ConversationNotes:
     async def of(cls, threads: Threads, conversation_id: str, tenant: str, field: str) -> ConversationNotes:
         """Raises NotFound for one that is unknown, gone, or another tenant's."""
         unknown = NotFound(
-            f"no conversation {conversation_id[:128]!r}; it was never made, deleted, or unused for"
-            f" {threads.sessions.ttl_s:g} s",
+            f"no conversation {conversation_id[:128]!r}; it was never made, was deleted, was unused for"
+            f" {threads.sessions.ttl_s:g} s, or made room for newer ones",
             field=field,
         )
         if not conversation_id.startswith("conv_"):
             raise unknown
         try:
             notes = await threads.sessions.notes(conversation_id, tenant=tenant, keys=[cls.KEY])
+        except SessionDamaged:
+            raise damaged(f"conversation {conversation_id!r}", field) from None
         except NotFound:
             raise unknown from None
         if cls.KEY not in notes:
@@ -54,7 +56,7 @@ class ConversationNotes:
         try:
             return cls(conversation_id, *json.loads(notes[cls.KEY]))
         except (ValueError, TypeError):
-            raise threads.sessions.damaged(conversation_id) from None
+            raise damaged(f"conversation {conversation_id!r}", field) from None
 
     def written(self) -> dict[str, str]:
         return {self.KEY: json.dumps([self.data, self.next_item, self.unanswered])}
@@ -78,34 +80,38 @@ class Conversations:
             "id": conversation_id,
             "object": "conversation",
             "created_at": int(time.time()),
-            "metadata": _checked_metadata(metadata),
+            "metadata": checked_metadata(metadata),
         }
-        added = self._checked(items or [])
+        added = self._checked([] if items is None else items)
         session = Session(conversation_id, caller.tenant, transcript=Transcript())
         token_ids, said = await self._behind(session, added, "items")
         left = unanswered((), added, "items")
         notes = ConversationNotes(conversation_id, data).grown(added, left)
         sessions = self._threads.sessions
-        await sessions.create(
-            conversation_id, token_ids, tenant=caller.tenant, cache_domain=caller.cache_domain, transcript=said
-        )
-        await sessions.note(conversation_id, notes, tenant=caller.tenant)
+        how = {"cache_domain": caller.cache_domain, "transcript": said}
+        with _told_of(conversation_id):
+            await sessions.create(conversation_id, token_ids, tenant=caller.tenant, **how)
+            await sessions.note(conversation_id, notes, tenant=caller.tenant)
         return data
 
     async def get(self, conversation_id: str) -> dict[str, Any]:
         return dict((await self._notes(conversation_id)).data)
 
-    async def update(self, conversation_id: str, metadata: Any) -> dict[str, Any]:
-        async with AsyncExitStack() as stack:
-            session, notes = await self._held(conversation_id, stack)
-            notes.data = {**notes.data, "metadata": _checked_metadata(metadata)}
+    async def update(self, conversation_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if "metadata" not in given:
+            raise InvalidInput("nothing is to be changed", field="metadata", fix="send the metadata that it is to have")
+        metadata = checked_metadata(given["metadata"])
+        async with self._held(conversation_id) as (session, notes):
+            notes.data = {**notes.data, "metadata": metadata}
             is_open, said = session.open_response, session.transcript
             await self._threads.sessions.commit(session, session.token_ids, is_open, said, notes.written())
         return dict(notes.data)
 
     async def delete(self, conversation_id: str) -> dict[str, Any]:
-        await self._notes(conversation_id)
-        await self._threads.sessions.delete(conversation_id, tenant=_tenant())
+        with suppress(SessionDamaged):  # that is how one is got rid of
+            await self._notes(conversation_id)
+        with _told_of(conversation_id):
+            await self._threads.sessions.delete(conversation_id, tenant=_tenant())
         return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
     async def items(self, conversation_id: str, *, after: str | None, limit: int, order: str) -> dict[str, Any]:
@@ -118,19 +124,17 @@ class Conversations:
         return items[item_id]
 
     async def add(self, conversation_id: str, items: Any) -> dict[str, Any]:
-        if not items:
+        if items is None or items == []:
             raise InvalidInput("no item is given", field="items", fix="give at least one")
         added = self._checked(items)
-        async with AsyncExitStack() as stack:
-            session, notes = await self._held(conversation_id, stack)
+        async with self._held(conversation_id) as (session, notes):
             left = unanswered(notes.unanswered, added, "items")
             token_ids, said = await self._behind(session, added, "items")
             await self._threads.sessions.commit(session, token_ids, False, said, notes.grown(added, left))
         return page(added, after=None, limit=MOST_ITEMS, order="asc")
 
     async def take_out(self, conversation_id: str, item_id: str) -> dict[str, Any]:
-        async with AsyncExitStack() as stack:
-            session, notes = await self._held(conversation_id, stack)
+        async with self._held(conversation_id) as (session, notes):
             keys = await self._by_key(conversation_id)
             key = next((key for key, item in keys.items() if item["id"] == item_id), None)
             if key is None:
@@ -139,8 +143,8 @@ class Conversations:
             anew = Session(conversation_id, session.tenant, transcript=Transcript())
             token_ids, said = await self._behind(anew, kept, "item_id")
             notes.unanswered = unanswered((), kept, "item_id")
-            await self._threads.sessions.commit(session, token_ids, False, said, notes.written())
-            await self._threads.sessions.note(conversation_id, {key: None}, tenant=session.tenant)
+            all_notes = notes.written() | await self._threads.moved(conversation_id, session.tenant) | {key: None}
+            await self._threads.sessions.commit(session, token_ids, False, said, all_notes)
         return dict(notes.data)
 
     async def _behind(self, session: Session, items: Sequence[Item], field: str) -> tuple[list[int], Transcript]:
@@ -160,10 +164,13 @@ class Conversations:
             )
         return token_ids, (session.transcript or Transcript()).with_messages(messages)
 
-    async def _held(self, conversation_id: str, stack: AsyncExitStack) -> tuple[Session, ConversationNotes]:
+    @asynccontextmanager
+    async def _held(self, conversation_id: str) -> AsyncIterator[tuple[Session, ConversationNotes]]:
+        """Hold a conversation while it is changed."""
         await self._notes(conversation_id)
-        session = await stack.enter_async_context(self._threads.sessions.turn(conversation_id, tenant=_tenant()))
-        return session, await self._notes(conversation_id)
+        with _told_of(conversation_id):
+            async with self._threads.sessions.turn(conversation_id, tenant=_tenant()) as session:
+                yield session, await self._notes(conversation_id)
 
     async def _notes(self, conversation_id: str) -> ConversationNotes:
         return await ConversationNotes.of(self._threads, conversation_id, _tenant(), "conversation_id")
@@ -183,11 +190,12 @@ class Conversations:
         if len(items) > MOST_ITEMS:
             raise InvalidInput(f"{len(items)} items", field="items", fix=f"give at most {MOST_ITEMS} at once")
         self._items.parsed(items, "items")
-        return items_of(items)
+        return items_of(items, "items")
 
 
-def _checked_metadata(metadata: Any) -> dict[str, str]:
-    metadata = metadata or {}
+def checked_metadata(metadata: Any) -> dict[str, str]:
+    """Raises InvalidInput."""
+    metadata = {} if metadata is None else metadata
     fits = isinstance(metadata, dict) and len(metadata) <= MOST_METADATA
     if not fits or not all(
         isinstance(text, str) and len(key) <= MOST_KEY_CHARS and len(text) <= MOST_VALUE_CHARS
@@ -199,6 +207,10 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
             fix=f"give at most {MOST_METADATA} texts of {MOST_VALUE_CHARS} characters, by keys of {MOST_KEY_CHARS}",
         )
     return metadata
+
+
+def _told_of(conversation_id: str) -> AbstractContextManager[None]:
+    return told_of(f"conversation {conversation_id!r}", "conversation_id")
 
 
 def _no_item(item_id: str) -> NotFound:

@@ -10,22 +10,32 @@ from prefillshare.kvshare.errors import InvalidInput, NotFound
 
 Item = dict[str, Any]
 
+_STATUSES = ("in_progress", "completed", "incomplete")
+MOST_ID_CHARS = 256
 MOST_PER_PAGE, USUAL_PER_PAGE = 100, 20
 #: Beginning of an id, by the item's type (OpenAI's).
 _PREFIXES = {"message": "msg", "function_call": "fc", "reasoning": "rs", "custom_tool_call": "ctc"}
 
 
-def items_of(given: str | Sequence[Any]) -> list[Item]:
-    """A response's `input` as items with ids."""
+def items_of(given: str | Sequence[Any], field: str) -> list[Item]:
+    """A response's `input` as items with ids. Raises InvalidInput for an id or a status that is none."""
     if isinstance(given, str):
         given = [{"role": "user", "content": [{"type": "input_text", "text": given}]}]
-    return [_with_id(item if isinstance(item, dict) else item.model_dump(mode="json", exclude_none=True)) for item in given]
+    items = [item if isinstance(item, dict) else item.model_dump(mode="json", exclude_none=True) for item in given]
+    return [_with_id(item, f"{field}.{number}") for number, item in enumerate(items)]
 
 
-def _with_id(item: Item) -> Item:
-    kind = item.get("type") or "message"
-    named = item.get("id") or f"{_PREFIXES.get(kind, 'item')}_{uuid.uuid4().hex}"
-    return {"type": kind, **item, "id": named, "status": item.get("status") or "completed"}
+def _with_id(item: Item, field: str) -> Item:
+    kind, named, status = item.get("type") or "message", item.get("id"), item.get("status") or "completed"
+    if named is not None and not (isinstance(named, str) and 0 < len(named) <= MOST_ID_CHARS):
+        fix = f"leave it out, or give a text of at most {MOST_ID_CHARS} characters"
+        raise InvalidInput("this is no id", field=f"{field}.id", fix=fix)
+    if status not in _STATUSES:
+        raise InvalidInput(
+            f"unknown status {str(status)[:64]!r}", field=f"{field}.status", fix=f"use one of {', '.join(_STATUSES)}"
+        )
+    named = named or f"{_PREFIXES.get(kind, 'item')}_{uuid.uuid4().hex}"
+    return {"type": kind, **item, "id": named, "status": status}
 
 
 def unanswered(before: Sequence[str], items: Sequence[Item], field: str) -> list[str]:

@@ -6,23 +6,25 @@
 4. `finish`: store response, items and context in one step, then the client is told.
 
 A call that sends the whole history (as agent frameworks do) goes on from the response with which the longest known part of it
-ends. A call that fails changes nothing.
+ends. If nothing is known of it, or the store does not answer, it is served as it is. A call that fails changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from prefillshare.kvshare.caller import Caller, current_caller
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
+from prefillshare.kvshare.errors import Conflict, InvalidInput, Unavailable
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, message_of
 from prefillshare.kvshare_vllm.surface.run import USAGE
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
-from prefillshare.router.responses.conversations import ConversationNotes
+from prefillshare.router.responses.context import ResponseContext
+from prefillshare.router.responses.conversations import checked_metadata
 from prefillshare.router.responses.items import items_of, unanswered
-from prefillshare.router.responses.threads import StoredResponse, Threads, new_response, new_thread
+from prefillshare.router.responses.threads import StoredResponse, Threads, damaged, new_response, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
 from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
@@ -30,50 +32,51 @@ from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
 from prefillshare.router.sessions.kept_prompt import KeptPrompt, retention_s
 from prefillshare.router.sessions.transcript import Transcript
 
+logger = logging.getLogger(__name__)
+
 
 class ResponseCall:
     """`stack`: closed when the call has ended; then nothing is held any more. `state`: as of SessionCall."""
 
     def __init__(self, calls: HttpCalls, threads: Threads, stack: AsyncExitStack):
-        self._calls, self._threads, self._stack = calls, threads, stack
+        self._calls, self._threads = calls, threads
         self._tenant = current_caller.get().tenant
         self._kept_prompt = KeptPrompt(calls.response_kv.keeper)
         self.state = ""
-        self._previous: StoredResponse | None = None
-        self._conversation: ConversationNotes | None = None
-        self._unanswered: list[str] = []
+        self._context = ResponseContext(threads, stack)
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
         self._transcript: Transcript | None = None
         self._own: OwnPart | None = None
         #: The context with the response, and the response as a message.
         self._kept: tuple[list[int], dict[str, Any]] | None = None
-        self._finished = False
 
     async def begin(self, request) -> None:
         retention_s(request)
         self._request, self._stores = request, request.store is not False
+        #: Whether the client relies on the store; else it is served without it, too.
+        self._needs_store = "store" in request.model_fields_set and request.store is True
         self._shown = {"previous_response_id": request.previous_response_id, "store": self._stores, "conversation": None}
-        named = _conversation_of(request)
         if request.background:
             raise InvalidInput("responses are made while their clients wait", field="background", fix="leave it out, or stream")
-        if named and request.previous_response_id:
-            raise InvalidInput("a response goes on from one or the other", field="conversation", fix="leave one of them out")
-        self._items = items_of(request.input)
-        before: Sequence[str] = ()
-        if request.previous_response_id:
-            self._previous = await self._threads.response(request.previous_response_id, self._tenant, "previous_response_id")
-            before = self._previous.unanswered
-        if named:
-            self._shown["conversation"] = {"id": named}
-            self._conversation = await ConversationNotes.of(self._threads, named, self._tenant, "conversation")
-            before = self._conversation.unanswered
-        self._unanswered = unanswered(before, self._items, "input")
+        if request.previous_input_messages:
+            raise InvalidInput("it is not read", field="previous_input_messages", fix="send the messages as input")
+        checked_metadata(request.metadata)
+        self._items = items_of(request.input, "input")
+        await self._context.find(request, self._items)
+        if conversation := self._context.conversation:
+            self._shown["conversation"] = {"id": conversation.thread}
         # vLLM neither finds nor keeps responses.
         request.previous_response_id, request.store = None, False
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         if conversation.continues:
+            if self._context.is_named:
+                raise InvalidInput(
+                    "a message that is to be continued goes on from no stored response",
+                    field="input",
+                    fix="send the whole history, or a message with status completed",
+                )
             return await self._as_it_is("the last message is to be continued", plain)
         said, own = conversation.messages, ()
         tools, first = conversation.tools, None
@@ -81,11 +84,16 @@ class ResponseCall:
             own, said = said[:1], said[1:]
         if self._calls.own_first:
             own, said, tools, first = (), [*as_message(tools), *own, *said], None, tools
-        if not self._previous and not self._conversation and (found := await self._threads.found(said, self._tenant)):
-            self._previous, said = found, said[found.mark.transcript.count :]
-        session = self._session = await self._context()
+        try:
+            session, said = await self._context.begin(said, stores=self._stores)
+        except Unavailable as error:
+            if self._context.is_named or self._needs_store:
+                raise
+            logger.warning("a response is made without the store: %s", error)
+            return await self._as_it_is("the store of responses does not answer", plain)
+        self._session = session
         if max(session.token_ids, default=0) >= self._calls.vocab_size:
-            raise self._threads.sessions.damaged(session.session_id)
+            raise damaged(*self._context.told)
         new = [message for message in said if message["role"] != "tools"]
         layout = AgentLayout(self._calls.frontend.renderer.tokenizer, conversation.render, None if session.token_ids else first)
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)
@@ -127,16 +135,26 @@ class ResponseCall:
             setattr(response, name, value)
 
     async def finish(self, response) -> None:
-        self._finished = True
         if not self._stores or self._kept is None:
             return
         context, message = self._kept
         said = self._transcript.with_messages([message])
         body = response.model_dump(mode="json", by_alias=True)
-        left = unanswered(self._unanswered, [item for item in body["output"] if "call_id" in item], "output")
+        left = unanswered(self._context.unanswered, [item for item in body["output"] if "call_id" in item], "output")
         stored = StoredResponse(self._session.session_id, body, self._items, Mark(len(context), True, said, self._own), left)
-        notes = self._conversation.grown([*self._items, *body["output"]], left) if self._conversation else {}
-        await self._threads.keep(self._session, context, stored, notes)
+        conversation = self._context.conversation
+        notes = conversation.grown([*self._items, *body["output"]], left) if conversation else {}
+        try:
+            with told_of(*self._context.told):
+                await self._threads.keep(self._session, context, stored, notes)
+        except (Unavailable, Conflict) as error:
+            if self._context.is_named or self._needs_store:
+                raise
+            logger.warning("response %s is not stored: %s", body["id"], error)
+            self._shown["store"] = False
+            self.dress(response)
+        else:
+            self._context.is_kept = True
 
     async def _keep(self, context: list[int], text: str, token_ids: list[int]) -> bool:
         message = message_of(text, token_ids)
@@ -144,60 +162,6 @@ class ResponseCall:
         return "tool_calls" in message
 
     async def _as_it_is(self, reason: str, plain: Plain) -> str | list[int]:
-        if self._stores and (self._previous or self._conversation):
-            raise InvalidInput(f"{reason}, which no stored response can be", field="input", fix="set store to false")
         self._stores = self._shown["store"] = False
         self.state = f"as it is: {reason}"
         return await plain()
-
-    async def _context(self) -> Session:
-        """The context that the response goes on from; held if the response is to be stored."""
-        sessions, caller = self._threads.sessions, current_caller.get()
-        if self._conversation:
-            if not self._stores:
-                return await sessions.get(self._conversation.thread, tenant=self._tenant)
-            return await self._held(self._conversation.thread)
-        if self._previous:
-            return await self._behind(self._previous)
-        if not self._stores:
-            return Session("", self._tenant, cache_domain=caller.cache_domain)
-        thread = await sessions.create(
-            new_thread(), tenant=self._tenant, cache_domain=caller.cache_domain, transcript=Transcript()
-        )
-        return await self._held_anew(thread.session_id)
-
-    async def _behind(self, previous: StoredResponse) -> Session:
-        sessions, thread, mark = self._threads.sessions, previous.thread, previous.mark
-        if not self._stores:
-            return (await sessions.get(thread, tenant=self._tenant)).at(mark)
-        async with AsyncExitStack() as own:
-            with suppress(Conflict):  # another response is being made behind it
-                session = await own.enter_async_context(sessions.turn(thread, tenant=self._tenant))
-                if len(session.token_ids) == mark.tokens:
-                    await self._stack.enter_async_context(own.pop_all())
-                    return session
-        fork = await sessions.fork(thread, new_thread(), tenant=self._tenant, at=mark)
-        return await self._held_anew(fork.session_id)
-
-    async def _held_anew(self, thread: str) -> Session:
-        """Hold a thread that is deleted again if no response ends up in it."""
-
-        async def tidy() -> None:
-            if not self._finished:
-                with suppress(NotFound):
-                    await self._threads.sessions.delete(thread, tenant=self._tenant)
-
-        self._stack.push_async_callback(tidy)
-        return await self._held(thread)
-
-    async def _held(self, thread: str) -> Session:
-        return await self._stack.enter_async_context(self._threads.sessions.turn(thread, tenant=self._tenant))
-
-
-def _conversation_of(request) -> str | None:
-    """The conversation that a request names, by its id or as an object that has one."""
-    given = getattr(request, "conversation", None)
-    named = given.get("id") if isinstance(given, Mapping) else given
-    if named is not None and not isinstance(named, str):
-        raise InvalidInput("this names no conversation", field="conversation", fix='give its id, or {"id": ...}')
-    return named or None

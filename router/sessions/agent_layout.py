@@ -7,6 +7,10 @@ takes turn after turn, as it does when it calls tools, its part stays where its 
 
     shared context | own part of A | answer of A, result of its call, answer of A       all of it is A's prompt at its next turn
     shared context                 | answer of A, result of its call, answer of A | own part of B                   that of B
+
+So the KV that the next turn needs depends on who takes it. It is made ahead behind the agent's part while one agent takes turn
+after turn. Where several have taken turns in the context, it is made behind the shared context when an agent answers without a
+call, since then another one may be next.
 """
 
 from __future__ import annotations
@@ -61,12 +65,13 @@ class AgentLayout(ChatLayout):
         stays = bool(text) and place is not None and place.digest == digest and place.tokens <= len(context)
         said = self.added(context, is_open, new) if last or not stays else after
         before = said[: place.tokens] if stays else said
-        part = OwnPart(len(before), digest) if text else None
+        several = place is not None and (place.several or place.digest != digest)
+        part = OwnPart(len(before), digest, several) if text else None
         if last:
             return LaidOut(after, before + own_ids + said[len(before) :] + self.ids(self._added(last, True))), part
         if before != after[: len(before)]:  # the answer's opening begins inside a token: there is no place between tokens
             return LaidOut(after, before + self.ids(text + self._answer_opening())), None
-        return LaidOut(after, before + own_ids + after[len(before) :], stays), part
+        return LaidOut(after, before + own_ids + after[len(before) :], stays, several), part
 
     def added(self, context: Sequence[int], open_response: bool, new: Messages, answer: bool = False) -> list[int]:
         """The context with `new` behind it. `answer`: add the opening of the assistant's answer."""

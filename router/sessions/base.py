@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from types import MappingProxyType
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.router.sessions.ends import Ending
 from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.refusals import MAX_NAME_CHARS, Refusals
 from prefillshare.router.sessions.session import Mark, OwnPart, Session
@@ -99,15 +100,17 @@ class SessionStore(Refusals, ABC):
         token_ids: Sequence[int],
         open_response: bool,
         transcript: Transcript | None = None,
-        notes: Mapping[str, str] = MappingProxyType({}),
+        notes: Mapping[str, str | None] = MappingProxyType({}),
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         unanswered: Sequence[str] | None = None,
+        end: str = "",
     ) -> None:
         """End a turn well: the context becomes `token_ids`, which say `transcript` and leave tool calls `unanswered`; `session`
-        is brought up to date. In the same step, `notes` are added. `own`: of the agent that took the turn. `is_turn`: false
-        if the session was held to be changed in another way, which is not counted.
+        is brought up to date. In the same step, `notes` are set as by `note`. `own`: of the agent that took the turn.
+        `is_turn`: false if the session was held to be changed in another way, which is not counted. `end`: key of the note that
+        belongs to where the context ends now, by which `found` finds it.
 
         Raises Conflict, and changes nothing, if the session was deleted or another turn has begun since.
         """
@@ -116,6 +119,11 @@ class SessionStore(Refusals, ABC):
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         """What the first `tokens` tokens of the context say as messages, if one of its last turns has ended there; else None.
         Raises NotFound."""
+
+    @abstractmethod
+    async def found(self, said: Sequence[Transcript], *, tenant: str) -> Ending | None:
+        """The end of a turn (`end` of `commit`) at which a context of this tenant said the first of these transcripts; the next
+        one if there is none, or its session or its note is gone. Uses the session. One call of the store."""
 
     @abstractmethod
     async def check(self) -> None:

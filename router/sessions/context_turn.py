@@ -21,11 +21,13 @@ from prefillshare.router.turn.terms import Terms
 @dataclass(frozen=True)
 class LaidOut:
     """Token ids before the response. `context`: those that stay in the context. `seen`: those that the decoder sees; a suffix,
-    which does not stay, makes the difference. `goes_on`: the suffix stands where it stood at the turn before."""
+    which does not stay, makes the difference. `goes_on`: the suffix stands where it stood at the turn before. `several`: agents
+    with other suffixes have taken turns in this context."""
 
     context: list[int]
     seen: list[int]
     goes_on: bool = False
+    several: bool = False
 
 
 #: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
@@ -84,6 +86,8 @@ class ContextTurn:
                         context = [*laid_out.context, *response.in_context]
                         if await self.commit(context, shown, response.token_ids):
                             response.go_on_from(laid_out.seen)
+                        elif laid_out.several:  # the agent is done, and another may be next
+                            response.go_on_from(laid_out.context)
                         response.ended()
                     else:
                         response.grew()

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from prefillshare.router.admission.lazy_heap import LazyHeap
 from prefillshare.router.clock import now
 from prefillshare.router.sessions.base import Mark, OwnPart, Session, SessionStore
+from prefillshare.router.sessions.ends import MOST_ENDS, Ending
 from prefillshare.router.sessions.listing import Listed, Page, Place
 from prefillshare.router.sessions.marks import MOST_MARKS, mark_of, said_by
 from prefillshare.router.sessions.transcript import Transcript
@@ -27,11 +28,20 @@ class _Record:
     notes: dict[str, str] = field(default_factory=dict)
     #: By number; a new one takes the place of the oldest (router/sessions/marks.py).
     marks: dict[int, str] = field(default_factory=dict)
+    #: Keys of the notes that belong to the context's ends, by the transcripts' digests; the latest last.
+    ends: dict[str, str] = field(default_factory=dict)
 
     def mark(self) -> None:
         """Note where the context ends now."""
         kept = self.session
         self.marks[kept.turns % MOST_MARKS] = mark_of(kept.token_ids, kept.transcript)
+
+    def set_notes(self, notes: Mapping[str, str | None]) -> None:
+        for key, text in notes.items():
+            if text is None:
+                self.notes.pop(key, None)
+            else:
+                self.notes[key] = text
 
     def copy(self, turn_id: str = "") -> Session:
         kept = self.session
@@ -55,6 +65,8 @@ class MemorySessions(SessionStore):
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()  # least recently used first
         self._ends: LazyHeap[tuple[str, str]] = LazyHeap()  # by the time at which they expire; without those that turns hold
         self._held: Counter[str] = Counter()  # by tenant, as in _records
+        #: By tenant and digest of a transcript: the session whose context has ended with it.
+        self._said: dict[tuple[str, str], str] = {}
 
     async def create(
         self,
@@ -134,12 +146,7 @@ class MemorySessions(SessionStore):
         return dict(notes) if keys is None else {key: notes[key] for key in keys if key in notes}
 
     async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
-        kept = self._use(session_id, tenant).notes
-        for key, text in notes.items():
-            if text is None:
-                kept.pop(key, None)
-            else:
-                kept[key] = text
+        self._use(session_id, tenant).set_notes(notes)
 
     async def commit(
         self,
@@ -147,11 +154,12 @@ class MemorySessions(SessionStore):
         token_ids: Sequence[int],
         open_response: bool,
         transcript: Transcript | None = None,
-        notes: Mapping[str, str] = MappingProxyType({}),
+        notes: Mapping[str, str | None] = MappingProxyType({}),
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         unanswered: Sequence[str] | None = None,
+        end: str = "",
     ) -> None:
         record = self._records.get((session.tenant, session.session_id))
         if record is None:
@@ -160,13 +168,32 @@ class MemorySessions(SessionStore):
             raise self._lost(session)
         session.committed(token_ids, open_response, transcript, own, is_turn, unanswered)
         record.session = replace(session, replicas=dict(session.replicas), ttl_s=record.session.ttl_s)
-        record.notes |= notes
+        record.set_notes(notes)
         if is_turn:
             record.mark()
+        if end and transcript:
+            record.ends.pop(transcript.digest, None)
+            record.ends[transcript.digest] = end
+            self._said[session.tenant, transcript.digest] = session.session_id
+            if len(record.ends) > MOST_ENDS:
+                self._forget_end(session.tenant, session.session_id, next(iter(record.ends)))
 
     async def said_at(self, session: Session, tokens: int) -> Transcript | None:
         record = self._use(session.session_id, session.tenant)
         return said_by(session.token_ids[:tokens], record.marks.values())
+
+    async def found(self, said: Sequence[Transcript], *, tenant: str) -> Ending | None:
+        self._forget_expired()
+        for digest in (transcript.digest for transcript in said):
+            if (session_id := self._said.get((tenant, digest))) is None:
+                continue
+            record = self._records[tenant, session_id]
+            key = record.ends[digest]
+            if (note := record.notes.get(key)) is not None:
+                self._touch(tenant, session_id)
+                return Ending(session_id, key, note)
+            self._forget_end(tenant, session_id, digest)
+        return None
 
     async def check(self) -> None:
         pass
@@ -178,6 +205,7 @@ class MemorySessions(SessionStore):
     async def close(self) -> None:
         self._records.clear()
         self._held.clear()
+        self._said.clear()
         self._ends = LazyHeap()
 
     def _add(self, session: Session, besides: str = "") -> _Record:
@@ -238,7 +266,14 @@ class MemorySessions(SessionStore):
         self._forget(*key)
         return True
 
+    def _forget_end(self, tenant: str, session_id: str, digest: str) -> None:
+        del self._records[tenant, session_id].ends[digest]
+        if self._said.get((tenant, digest)) == session_id:
+            del self._said[tenant, digest]
+
     def _forget(self, tenant: str, session_id: str) -> None:
+        for digest in list(self._records[tenant, session_id].ends):
+            self._forget_end(tenant, session_id, digest)
         del self._records[tenant, session_id]
         self._ends.discard((tenant, session_id))
         self._held[tenant] -= 1

@@ -17,11 +17,13 @@ from prefillshare.kvshare.errors import ContractMismatch, SessionDamaged
 from prefillshare.router.redis_calls import RedisCalls, ms
 from prefillshare.router.sessions import scripts, turn_scripts
 from prefillshare.router.sessions.base import MAX_NAME_CHARS, Mark, OwnPart, Session, SessionStore
+from prefillshare.router.sessions.ends import Ending
 from prefillshare.router.sessions.listing import Page, Place
 from prefillshare.router.sessions.marks import mark_of, said_by
 from prefillshare.router.sessions.redis_lease import Lease
 from prefillshare.router.sessions.redis_values import (
     ids_text,
+    listed_notes,
     listed_of,
     own_ttl,
     packed,
@@ -138,8 +140,7 @@ class RedisSessions(SessionStore):
         return {key: text.decode("utf-8", "replace") for key, text in values.items() if text is not None}
 
     async def note(self, session_id: str, notes: Mapping[str, str | None], *, tenant: str) -> None:
-        pairs = [part for key, text in notes.items() for part in (key, "" if text is None else f"+{text}")]
-        self._check(await self._ask(scripts.NOTE, tenant, session_id, *pairs), tenant, session_id)
+        self._check(await self._ask(scripts.NOTE, tenant, session_id, *listed_notes(notes)), tenant, session_id)
 
     async def commit(
         self,
@@ -147,11 +148,12 @@ class RedisSessions(SessionStore):
         token_ids: Sequence[int],
         open_response: bool,
         transcript: Transcript | None = None,
-        notes: Mapping[str, str] = MappingProxyType({}),
+        notes: Mapping[str, str | None] = MappingProxyType({}),
         own: OwnPart | None = None,
         *,
         is_turn: bool = True,
         unanswered: Sequence[str] | None = None,
+        end: str = "",
     ) -> None:
         old, token_ids = session.token_ids, tuple(token_ids)
         extends = token_ids[: len(old)] == old
@@ -170,7 +172,9 @@ class RedisSessions(SessionStore):
             int(is_turn),
             mark_of(token_ids, transcript) if is_turn else "",
             ids_text(unanswered),
-            *(part for pair in notes.items() for part in pair),
+            end if transcript else "",
+            transcript.digest if transcript else "",
+            *listed_notes(notes),
         )
         self._check(answer, session.tenant, session.session_id)
         if answer[0] != b"ok":
@@ -181,6 +185,14 @@ class RedisSessions(SessionStore):
         answer = await self._ask(turn_scripts.MARKS, session.tenant, session.session_id)
         self._check(answer, session.tenant, session.session_id)
         return said_by(session.token_ids[:tokens], [text_of(mark) for mark in answer[1] if mark])
+
+    async def found(self, said: Sequence[Transcript], *, tenant: str) -> Ending | None:
+        _, whose = self._keys(tenant, "")
+        _, *there = await self._ask(scripts.FOUND, tenant, "", *(transcript.digest for transcript in said))
+        if not there:
+            return None
+        name, key, note = (part.decode("utf-8", "replace") for part in there)
+        return Ending(name.removeprefix(whose), key, note)
 
     async def check(self) -> None:
         await self.count()

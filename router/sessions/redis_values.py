@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,6 +40,11 @@ def ids_of(stored: bytes | None) -> tuple[str, ...] | None:
         return None
     known = isinstance(ids, list) and all(isinstance(one, str) for one in ids)
     return tuple(ids) if known else None
+
+
+def listed_notes(notes: Mapping[str, str | None]) -> list[str]:
+    """As script_parts.py's `set_notes` reads them."""
+    return [part for key, text in notes.items() for part in (key, "" if text is None else f"+{text}")]
 
 
 def pairs(listed: Sequence[bytes]) -> dict[str, bytes]:

@@ -1,9 +1,10 @@
 """How a session stands in Redis, and the Lua that the scripts over it have in common (scripts.py, turn_scripts.py).
 
 A session is two keys that expire together: a hash (state, the turn that holds it, and until when, its own TTL in ms if it has
-one, and marks: see router/sessions/marks.py) and a string (token ids, 4 bytes each, little-endian). A third one, a hash that
-expires with them, holds its notes if it has any. Two sorted sets hold the names of all sessions and of each tenant's sessions,
-by the time at which they expire. Expired names are dropped before counting, and each set expires with its last name.
+one, marks and ends: see router/sessions/marks.py and ends.py) and a string (token ids, 4 bytes each, little-endian). A third
+one, a hash that expires with them, holds its notes if it has any. Two sorted sets hold the names of all sessions and of each
+tenant's sessions, by the time at which they expire. Expired names are dropped before counting, and each set expires with its
+last name.
 
 KEYS: the session's hash, its tokens, the names of all sessions, the names of its tenant's, its notes. ARGV: its name in these
 sets, the TTL in ms. Further ones are noted at each script. Times are the server's. Answers begin with a status; `load` returns
@@ -11,6 +12,8 @@ what `redis_values.session_of` reads.
 """
 
 from __future__ import annotations
+
+from prefillshare.router.sessions import ends
 
 COUNTING = """
 local time = redis.call('TIME')
@@ -27,7 +30,9 @@ COMMON = (
     + """
 local session, tokens, all, own, notes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local name, ttl = ARGV[1], tonumber(ARGV[2])
-
+"""
+    + ends.LUA
+    + """
 -- Nil for a session, else the status to answer with. Under memory pressure the server may evict one half of a session: then
 -- there is none. Whatever else is not as these scripts write it is damaged, and nothing but DELETE touches it.
 local function unsound(session, tokens)
@@ -56,6 +61,7 @@ local function touch(session, tokens, notes, name)
   redis.call('PEXPIREAT', session, ends)
   redis.call('PEXPIREAT', tokens, ends)
   redis.call('PEXPIREAT', notes, ends)
+  for _, digest in ipairs(ends_of(session)) do redis.call('PEXPIREAT', end_key(digest), ends) end
   for _, names in ipairs({all, own}) do
     redis.call('ZADD', names, ends, name)
     if redis.call('PTTL', names) < ends - now then redis.call('PEXPIREAT', names, ends) end
@@ -75,10 +81,22 @@ local function evict()
   for _, other in ipairs(redis.call('ZRANGE', own, 0, -1)) do
     local keys = of(other)
     if other ~= name and (redis.call('TYPE', keys[1]).ok ~= 'hash' or not holder(keys[1])) then
+      drop_ends(keys[1], other)
       redis.call('DEL', unpack(keys))
       redis.call('ZREM', all, other)
       redis.call('ZREM', own, other)
       return true
+    end
+  end
+end
+
+-- ARGV from `first` on: key and text in turns; a text follows a "+", and without one the note is taken out.
+local function set_notes(first)
+  for i = first, #ARGV, 2 do
+    if ARGV[i + 1] == '' then
+      redis.call('HDEL', notes, ARGV[i])
+    else
+      redis.call('HSET', notes, ARGV[i], string.sub(ARGV[i + 1], 2))
     end
   end
 end

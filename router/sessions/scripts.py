@@ -64,7 +64,7 @@ else
   redis.call('DEL', new, copied, no_notes)
   redis.call('COPY', session, new)
   redis.call('COPY', tokens, copied)
-  redis.call('HDEL', new, 'turn', 'until', 'committed')
+  redis.call('HDEL', new, 'turn', 'until', 'committed', 'ends')
   redis.call('HSET', new, 'made', ARGV[4])
   if ARGV[8] then
     redis.call('SET', copied, string.sub(redis.call('GET', tokens), 1, 4 * tonumber(ARGV[8])))
@@ -81,6 +81,7 @@ DELETE = (
     COMMON
     + """
 local wrong = unsound(session, tokens)
+drop_ends(session, name)
 redis.call('DEL', session, tokens, notes)
 redis.call('ZREM', all, name)
 redis.call('ZREM', own, name)
@@ -135,6 +136,27 @@ return {'ok', rows}
 """
 )
 
+#: KEYS and name: those of a session with an empty name. ARGV: digests of transcripts. Answers with the first end that is there:
+#: its session's name, its note's key, its note.
+FOUND = (
+    COMMON
+    + """
+for i = 3, #ARGV do
+  local key, other = end_at(ARGV[i])
+  if key then
+    local keys = of(other)
+    local note = not unsound(keys[1], keys[2]) and redis.call('HGET', keys[3], key)
+    if note then
+      touch(keys[1], keys[2], keys[3], other)
+      return {'ok', other, key, note}
+    end
+    redis.call('DEL', end_key(ARGV[i]))
+  end
+end
+return {'ok'}
+"""
+)
+
 #: ARGV: the keys wanted; none: all.
 NOTES = (
     COMMON
@@ -147,19 +169,13 @@ return {'ok', redis.call('HMGET', notes, unpack(ARGV, 3))}
 """
 )
 
-#: ARGV: key and text in turns; a text follows a "+", and without one the note is taken out.
+#: ARGV: notes as of `set_notes`.
 NOTE = (
     COMMON
     + """
 local wrong = unsound(session, tokens)
 if wrong then return {wrong} end
-for i = 3, #ARGV, 2 do
-  if ARGV[i + 1] == '' then
-    redis.call('HDEL', notes, ARGV[i])
-  else
-    redis.call('HSET', notes, ARGV[i], string.sub(ARGV[i + 1], 2))
-  end
-end
+set_notes(3)
 touch(session, tokens, notes, name)
 return {'ok'}
 """

@@ -7,24 +7,28 @@ from dataclasses import dataclass, field, replace
 
 from prefillshare.router.sessions.transcript import Transcript
 
+_SEVERAL = "+"
+
 
 @dataclass(frozen=True)
 class OwnPart:
     """An agent's own part of the prompt, which the context does not contain: where it stands in its agent's turns, as long as
-    these follow each other, in tokens of the context, and a digest of it."""
+    these follow each other, in tokens of the context, and a digest of it. `several`: other agents have taken turns before."""
 
     tokens: int
     digest: str
+    several: bool = False
 
     def __str__(self) -> str:
         """For a store; `parsed` is the inverse."""
-        return f"{self.tokens}:{self.digest}"
+        return f"{self.tokens}:{self.digest}{_SEVERAL if self.several else ''}"
 
     @classmethod
     def parsed(cls, written: str) -> OwnPart | None:
         """None for what `__str__` has not written."""
-        tokens, _, digest = written.partition(":")
-        return cls(int(tokens), digest) if tokens.isascii() and tokens.isdigit() and digest else None
+        tokens, _, digest = written.removesuffix(_SEVERAL).partition(":")
+        known = tokens.isascii() and tokens.isdigit() and digest
+        return cls(int(tokens), digest, written.endswith(_SEVERAL)) if known else None
 
 
 @dataclass(frozen=True)

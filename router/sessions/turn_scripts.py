@@ -33,7 +33,8 @@ return {'ok'}
 
 #: A turn whose lease has ended may commit if no other has begun since.
 #: ARGV: turn, version it began from, tokens, how many tokens precede them ("": they replace all), open, prefilled,
-#: transcript, own part, whether it counts as a turn, mark, calls without a result, then notes: key and text in turns.
+#: transcript, own part, whether it counts as a turn, mark, calls without a result, the key of the note that belongs to the end
+#: of the context ("": none), the transcript's digest, then notes as of `set_notes`.
 COMMIT = (
     COMMON
     + """
@@ -57,7 +58,8 @@ if ARGV[11] == '1' then
   local number = redis.call('HINCRBY', session, 'turns', 1)
   redis.call('HSET', session, 'mark' .. number % MOST_MARKS, ARGV[12])
 end
-for i = 14, #ARGV, 2 do redis.call('HSET', notes, ARGV[i], ARGV[i + 1]) end
+if ARGV[14] ~= '' then add_end(session, name, ARGV[15], ARGV[14]) end
+set_notes(16)
 touch(session, tokens, notes, name)
 return {'ok'}
 """

@@ -56,7 +56,7 @@ def add_routes(app: FastAPI, responses: StoredResponses, conversations: Conversa
     @routes.post(one)
     async def update_conversation(conversation_id: str, given: Given):
         """Change a conversation's metadata."""
-        return await _answered(conversations.update(conversation_id, given.get("metadata")))
+        return await _answered(conversations.update(conversation_id, given))
 
     @routes.delete(one)
     async def delete_conversation(conversation_id: str):

@@ -41,7 +41,7 @@ class GrpcSurface(ChatSurface):
         self.samplings.append(call.sampling)
         return super()._turn(call)
 
-    async def _chunks(self, ids: Sequence[int]):
+    async def _chunks(self, ids: Sequence[int], most: int):
         cut_off, ids = self.ending != "stop", list(ids)
         for token in ids[: len(ids) - cut_off]:
             if self.pace:

@@ -36,6 +36,41 @@ CALLS, SOLVES = "Call the function that answers the question.", "Solve the probl
 SUM, NOTE = "3 * 14 + 2 * 7 = 56\n#### 56", "It is 56 euros."
 
 
+#: Asks once whole and once streamed, and prints how each ends.
+CUT_OFF = """
+import asyncio, logging, sys
+from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, set_tracing_disabled
+from agents.exceptions import ModelBehaviorError
+from openai import AsyncOpenAI
+
+logging.disable()
+set_tracing_disabled(True)
+model = OpenAIResponsesModel(model="planner", openai_client=AsyncOpenAI(base_url=sys.argv[1], api_key="unused"))
+agent = Agent(name="planner", model=model, model_settings=ModelSettings(max_tokens=3))
+
+async def whole():
+    await Runner.run(agent, "Count.")
+
+async def streamed():
+    run, kinds = Runner.run_streamed(agent, "Count."), []
+    try:
+        async for event in run.stream_events():
+            if event.type == "raw_response_event":
+                kinds.append(event.data.type)
+    finally:
+        print(*kinds[-2:])
+
+async def main():
+    for run in (whole, streamed):
+        try:
+            await run()
+        except ModelBehaviorError as error:
+            print(error)
+
+asyncio.run(main())
+"""
+
+
 def shown(role: str, text: str) -> str:
     return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
@@ -57,10 +92,16 @@ async def surface(smollm):
 async def ran(surface: ChatSurface, *words: str) -> str:
     """What the example prints, over answers as scripted."""
     surface.answers, surface.prompts, surface.ids = [TO_TOOLS, FARE, TO_CODER, SUM, NOTE], [], []
-    process = await asyncio.create_subprocess_exec(
-        PYTHON, EXAMPLES / "agents_sdk.py", "--base-url", surface.url, "--auto", "--planner", "planner", "--coder", "coder",
-        "--tools", surface.base.name, *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    return await printed_by(
+        EXAMPLES / "agents_sdk.py", "--base-url", surface.url, "--auto", "--planner", "planner", "--coder", "coder",
+        "--tools", surface.base.name, *words,
     )  # fmt: skip
+
+
+async def printed_by(*command) -> str:
+    """In the environment of the examples."""
+    pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+    process = await asyncio.create_subprocess_exec(PYTHON, *command, **pipes)
     try:
         out, err = await asyncio.wait_for(process.communicate(), 120)
     finally:
@@ -90,3 +131,12 @@ async def test_agents_hand_over_call_tools_and_stream_and_each_goes_on_from_the_
         assert prompt.startswith(context + "<|im_start|>system\n")
         assert prompt.removeprefix(context).endswith(own + "<|im_end|>\n" + OPENING)
         assert prompt.removeprefix(context).count("<|im_start|>") == 2  # its own part, and the answer's opening
+
+
+async def test_a_response_that_is_cut_off_ends_a_run_as_openais_does(surface):
+    surface.answers = ["One, two, three, four."]
+    why = "status=incomplete; incomplete_details=IncompleteDetails(reason='max_output_tokens')."
+    told = f"Responses stream ended with terminal event `response.incomplete`. {why}"
+    whole, events, streamed = (await printed_by("-c", CUT_OFF, surface.url)).splitlines()
+    assert whole == streamed == told
+    assert events == "response.output_item.done response.incomplete"

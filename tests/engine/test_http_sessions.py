@@ -119,13 +119,23 @@ async def test_an_agents_own_part_is_laid_out_once_while_it_takes_turn_after_tur
 
 
 async def test_the_kv_made_ahead_is_of_what_the_next_turn_sees(behind):
-    """Behind its own part where an agent goes on, as after a call; without it where another one may."""
+    """Behind its own part where an agent goes on, as after a call; without it where another one may, as it did before."""
     answer, _ = await chat(behind, "ahead", [PLAN, ASK], answer="Paris.")
     assert "You plan." not in behind.tokenizer.decode(behind.kept[-1])
     await chat(behind, "ahead", [PLAN, ASK, answer, MORE], answer="Rome.")
     assert behind.kept[-1] == [*behind.ids[-1], *behind.encode("Rome."), END]
     await chat(behind, "ahead call", [PLAN, ASK], answer=CALLED, tools=[TOOL])
     assert behind.kept[-1] == [*behind.ids[-1], *behind.encode(CALLED), END]
+    history = [PLAN, ASK]
+    for agent in (PLAN, CODE):
+        history[0] = agent
+        answer, _ = await chat(behind, "ahead both", history, answer=CALLED, tools=[TOOL])
+        history += [answer, {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "a result"}]
+        answer, _ = await chat(behind, "ahead both", history, answer="Done.", tools=[TOOL])
+        history += [answer, MORE]
+        seen, kept = [*behind.ids[-1], *behind.encode("Done."), END], behind.kept[-1]
+        context = (await behind.sessions.get("ahead both", tenant="")).token_ids
+        assert kept == (seen if agent is PLAN else list(context))
 
 
 @pytest.mark.parametrize(

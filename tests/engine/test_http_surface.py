@@ -200,7 +200,8 @@ async def test_a_stream_that_fails_after_its_first_token_ends_with_an_error_even
     assert "gone" in json.dumps(last)
     if path == RESPONSES:
         events = [line for line in answer.text.splitlines() if line.startswith("event: ")]
-        assert (events[-1], last["type"], last["sequence_number"]) == ("event: error", "error", len(events) - 1)
+        assert events[-2:] == ["event: error", "event: response.failed"]
+        assert (last["type"], last["sequence_number"]) == ("response.failed", len(events) - 1)
     elif path == MESSAGES:
         assert last == {"type": "error", "error": {"type": "api_error", "message": "gone"}}
     else:

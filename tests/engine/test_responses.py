@@ -5,13 +5,9 @@ from __future__ import annotations
 import openai
 import pytest
 import pytest_asyncio
-from ports import free_port
 
 from benchmarks.chats.surface import ChatSurface
-from benchmarks.shared.redis_server import RedisServer
 from prefillshare.kvshare.caller import Caller, current_caller
-from prefillshare.router.redis_calls import RedisCalls
-from prefillshare.router.sessions import RedisSessions
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -19,6 +15,11 @@ OPENING = "<|im_start|>assistant\n"
 DEFAULT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
 CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
+
+
+def session_of(response) -> str:
+    """How the call went on."""
+    return response.model_extra["kv_transfer_params"]["prefillshare"]["session"]
 
 
 def shown(*messages) -> str:
@@ -173,7 +174,7 @@ async def test_a_client_that_sends_the_whole_history_goes_on_from_the_tokens_too
     history.append({"type": "function_call_output", "call_id": first.output[0].call_id, "output": "Paris"})
     second = await responses.create(model="coder", input=history, instructions="You code.")
     assert spaced in surface.prompts[-1]
-    assert second.model_extra["kv_transfer_params"]["prefillshare"]["session"] == "continued"
+    assert session_of(second) == "continued"
     assert second.previous_response_id is None
     assert [item.type for item in (await responses.input_items.list(second.id, order="asc")).data] == [
         "message", "function_call", "function_call_output",
@@ -233,34 +234,6 @@ async def test_every_decoder_can_be_looked_up_and_an_unknown_one_is_told_all_tha
         with pytest.raises(openai.NotFoundError, match=f"{surface.base.name}, planner, coder") as refused:
             await ask
         assert refused.value.param == "model"
-
-
-async def test_with_redis_every_router_goes_on_from_every_response_and_one_may_die(surface, smollm, tmp_path):
-    with RedisServer(tmp_path, free_port()) as redis:
-        stores = [RedisSessions(RedisCalls(redis.url, "session store"), 10, 60, evicts=True) for _ in range(2)]
-        routers = [ChatSurface(str(smollm), store) for store in stores]
-        try:
-            clients = []
-            for router in routers:
-                await router.start()
-                clients.append(surface.client.with_options(http_client=router.http))
-            one, two = clients
-            first = await one.responses.create(model="planner", input="Capital of France?")
-            made = await one.conversations.create(items=[{"role": "user", "content": "I am Ann."}])
-            thread = first.id.removeprefix("resp_")[:32]
-            await routers[0].threads.turn(thread, tenant="").__aenter__()  # in the middle of which its router dies
-            await routers[0].threads.close()
-            second = await two.responses.create(model="coder", input="And of Italy?", previous_response_id=first.id)
-            said = shown(("user", "Capital of France?"), ("assistant", "Yes."), ("user", "And of Italy?"))
-            assert routers[1].prompts[-1] == DEFAULT + said + OPENING
-            assert (await two.responses.retrieve(first.id)).model_dump() == first.model_dump()
-            assert second.previous_response_id == first.id
-            await two.responses.create(model="coder", input="Who am I?", conversation=made.id)
-            assert shown(("user", "I am Ann."), ("user", "Who am I?")) in routers[1].prompts[-1]
-        finally:
-            for router in routers:
-                await router.stop()
-                await router.threads.close()
 
 
 # Conversations

@@ -64,6 +64,7 @@ def refused(fields, path, **body) -> InvalidInput:
         (RESPONSES, {"input": "hi", "conversation": "c", "text": {}, "quux": 1}, ["quux"]),
         (MESSAGES, {"messages": [ASK], "max_tokens": 5, "service_tier": "auto"}, ["service_tier"]),
         (TOKENIZE, {"prompt": "hi", "messages": [ASK], "add_generation_prompt": True, "quux": 1}, ["quux"]),
+        (RESPONSES, {"input": "hi", "tools": [{"type": "function"}, {"type": "web_search"}]}, ["tools.1 (web_search)"]),
         ("/v1/conversations", {"quux": 1}, []),
     ],
 )
@@ -114,12 +115,28 @@ def test_a_message_from_nobody_is_refused(fields, path, body, field):
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (CHAT, {"messages": "x"}, "messages"),
+        (MESSAGES, {"messages": [ASK], "tools": 3}, "tools"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
+        (RESPONSES, {"input": [ASK, {"role": "user", "content": ["x"]}]}, "input.1.content.0"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input.0.content.0.text"),
+        (RESPONSES, {"input": [{"type": "function_call_output", "output": [{"type": "input_file"}]}]}, "input.0.output.0"),
+    ],
+)
+def test_what_is_no_list_or_no_text_is_refused(fields, path, body, field):
+    assert refused(fields, path, **body).field == field
+
+
+@pytest.mark.parametrize(
     ("path", "body"),
     [
         (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant", "tool")]}),
-        (CHAT, {"messages": "x"}),
         (CHAT, {"messages": [5, None, {"role": "assistant", "tool_calls": [5]}]}),
         (RESPONSES, {"input": [ASK, {"type": "function_call_output", "call_id": "1", "output": "x"}, 5]}),
+        (RESPONSES, {"input": [ASK | {"content": [{"type": "input_text", "text": ""}]}], "tools": []}),
+        (RESPONSES, {"input": "hi", "tools": [{"type": "function"}, {"type": "custom"}, {"type": "namespace"}, 5]}),
     ],
 )
 def test_what_is_right_or_vllms_to_refuse_passes(fields, path, body):

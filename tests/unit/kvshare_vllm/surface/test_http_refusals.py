@@ -85,6 +85,21 @@ async def test_a_stream_that_fails_later_keeps_its_status_and_ends_with_its_clie
     assert "retry-after" not in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(FULL, "rate_limit_exceeded"), (Unavailable("gone"), "server_error"), (InvalidInput("no"), "invalid_prompt")],
+)
+async def test_a_response_that_fails_later_ends_as_failed_and_not_stored_behind_the_error(error, code):
+    begun = {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress", "store": True}}
+    created = f"event: response.created\ndata: {json.dumps(begun)}\n\n"
+    answer = await ask(RESPONSES, BEGUN, created, "data: {}\n\n", error, "what vLLM makes of it")
+    told, failed = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: ")][-2:]
+    assert (told["type"], told["message"], told["sequence_number"]) == ("error", str(error), 2)
+    why = {"code": code, "message": str(error)}
+    response = {"id": "resp_1", "status": "failed", "store": False, "error": why}
+    assert failed == {"type": "response.failed", "sequence_number": 3, "response": response}
+
+
 @SURFACES
 async def test_the_first_tokens_end_the_waiting(path):
     answer = await ask(path, "data: 1\n\n", BEGUN, "data: 2\n\n", "data: 3\n\n")

@@ -92,6 +92,28 @@ def test_a_refused_body_does_not_reach_the_app_and_another_reaches_it_whole():
     assert seen == [good]
 
 
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (r'{"prompt": "a \ud83d"}', "prompt"),
+        (r'{"messages": [{"content": "\uD83D\ude00"}, {"content": "\uDE00"}]}', "messages.1.content"),
+        (r'{"metadata": {"\ud83d": "x"}}', "metadata"),
+        (r'{"prompt": "\ud83d\ude00", "user": "\\ud83d"}', None),
+    ],
+)
+def test_a_text_that_is_no_text_is_refused_by_its_field(body, field):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def post():
+        transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS, AskedFields(())))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+            return (await client.post("/v1/completions", content=body)).json()
+
+    assert asyncio.run(post()).get("error", {}).get("param") == field
+
+
 def test_one_wrong_item_of_a_responses_request_is_enough():
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 

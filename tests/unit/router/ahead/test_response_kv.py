@@ -121,3 +121,17 @@ def test_a_turn_that_fails_leaves_nothing_behind(asked):
 def test_a_suffix_is_not_lent(asked):
     with ResponseKV(pull_back=asked).of_turn(SESSION, decoder_of(LENDING), [1], lendable=False) as response:
         assert not response.lend
+
+
+@pytest.mark.parametrize(
+    ("mode", "lendable", "context"),
+    [(SHARING, True, [8, 9, 5]), (LENDING, False, [8, 9, 5]), (LENDING, True, [1, 2, 5])],
+)
+def test_kv_is_made_behind_what_the_next_turn_will_have_unless_the_engine_lends_what_it_has(asked, mode, lendable, context):
+    with ResponseKV(asked, asked).of_turn(SESSION, decoder_of(mode), [1, 2], lendable=lendable) as response:
+        response.turns = [SimpleNamespace(salt=None, lent=LENT if response.lend else None)]
+        response.token_ids += [5]
+        response.go_on_from([8, 9])
+        response.ended()
+        assert response.context == context
+    assert asked.calls[-1] == ("ahead", 3, None, True)

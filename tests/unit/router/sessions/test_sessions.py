@@ -310,6 +310,14 @@ async def test_notes_live_with_their_session_and_are_not_forked(store, where):
         await store.note("s", {}, tenant="")
 
 
+async def test_a_commit_sets_and_takes_out_notes_in_one_step(store):
+    await store.create("s", tenant="")
+    await store.note("s", {"a": "one", "b": "two"}, tenant="")
+    async with store.turn("s", tenant="") as session:
+        await store.commit(session, [1], False, None, {"a": None, "b": "", "c": "+three"})
+    assert await store.notes("s", tenant="") == {"b": "", "c": "+three"}
+
+
 async def test_a_commit_that_is_refused_adds_no_note(store):
     await store.create("s", tenant="")
     async with store.turn("s", tenant="") as session:

@@ -44,7 +44,7 @@ class Sampling(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int
@@ -193,6 +193,8 @@ def _sampling(given: dict[str, Any]) -> pb.SamplingParams:
             value = value.model_json_schema()
         if value is not None:
             given[name] = _json(value, name)
+    if isinstance(given.get("stop"), str):  # as OpenAI's API has it
+        given["stop"] = [given["stop"]]
     if "choice" in given:
         given["choice"] = built(pb.Choice, {"texts": given["choice"]}, "choice.")
     formats = [field.name for field in pb.SamplingParams.DESCRIPTOR.oneofs_by_name["format"].fields if field.name in given]
@@ -227,9 +229,17 @@ def built(kind: type[P], values: Mapping[str, Any], before: str = "") -> P:
     """A message with these values. Raises InvalidInput that names the one which does not fit."""
     made = kind()
     for name, value in values.items():
+        if _is_list(kind, name) and isinstance(value, str | bytes | bytearray | Mapping):  # protobuf would take its parts
+            raise InvalidInput(f"{value!r:.60} is no list", field=f"{before}{name}", fix="give a list")
         try:
             made.MergeFrom(kind(**{name: value}))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             text = f"{value!r:.60} does not fit: {error}"
             raise InvalidInput(text, field=f"{before}{name}", fix="see docs/client.md for what it may be") from None
     return made
+
+
+def _is_list(kind: type[Proto], name: str) -> bool:
+    field = kind.DESCRIPTOR.fields_by_name[name]
+    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    return field.is_repeated and not is_map

@@ -6,7 +6,8 @@ import pytest
 from pydantic import BaseModel
 
 from prefillshare.client import calls
-from prefillshare.client.arguments import Sampling, built, generate_request, turn_input
+from prefillshare.client.arguments import Sampling, generate_request, turn_input
+from prefillshare.client.building import built
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
@@ -72,6 +73,7 @@ def test_tool_choices(given, made):
     [
         {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}},
         {"id": "1", "name": "look", "arguments": {"at": "map"}},
+        {"id": "1", "index": 0, "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}, "name": None},
     ],
 )
 def test_messages_of_a_conversation_with_tools(call):
@@ -115,6 +117,21 @@ def test_messages_of_a_conversation_with_tools(call):
         ({"messages": [{"role": "assistant", "tool_calls": ["look"]}]}, "messages.0.tool_calls.0: "),
         ({"messages": [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": {5}}]}]}, "messages.0.tool_calls.0.arg"),
         ({"tools": [{"name": 5}]}, "tools.0.name: "),
+        (
+            {"tools": [{"type": "function", "function": FUNCTION, "strict": True}]},
+            "tools.0.strict: write it within tools.0.fun",
+        ),
+        ({"tools": [{"function": FUNCTION, "cache_control": {}}]}, "tools.0.cache_control: "),
+        ({"tools": [{"function": {"name": "look", "parameter": {}}}]}, "tools.0.function.parameter: write parameters"),
+        ({"tools": [{"function": {"name": 5}}]}, "tools.0.function.name: "),
+        ({"tools": [{"type": "custom", "name": "look"}]}, 'tools.0.type: write "function"'),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "a", "args": {}}]}]}, "messages.0.tool_calls.0.args: "),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a"}, "arguments": "{}"}]}]},
+            "messages.0.tool_calls.0.arguments: write it within messages.0.tool_calls.0.function",
+        ),
+        ({"tool_choice": {"name": "look", "mode": "auto"}}, "tool_choice.mode: "),
+        ({"tool_choice": {"function": {"name": "look"}, "name": "look"}}, "tool_choice.name: write it within"),
         ({"tools": "look"}, "tools: give a list"),
         ({"tools": [{"name": "look", "parameters": object()}]}, "tools.0.parameters: give plain data"),
         ({"tools": [{"function": "look"}]}, "tools.0.function: "),

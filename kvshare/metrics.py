@@ -36,6 +36,11 @@ class Metric:
         return self.name.removesuffix("_total")
 
     @property
+    def is_of_tenants(self) -> bool:
+        """Whether it shows who the tenants are and what each of them uses."""
+        return "tenant" in self.labels
+
+    @property
     def series(self) -> int:
         """How many series it has for each combination of its labels' values."""
         return len(self.buckets) + 3 if self.kind is Histogram else 1
@@ -448,7 +453,7 @@ class Metrics:
         themselves."""
         values = {"decoder": list(decoders), "pool": list(pools)}
         for m in DEFINITIONS.values():
-            if not m.labels or m.kind is Gauge or "tenant" in m.labels:
+            if not m.labels or m.kind is Gauge or m.is_of_tenants:
                 continue
             of = [values[label] for label in m.labels if label in values]
             if m.own_layers:

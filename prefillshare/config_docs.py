@@ -29,8 +29,11 @@ _KEYS_FILE = """\
 ## The keys file
 
 `router.auth.keys_file` names the keys file, or the environment variable `router.auth.keys_env` holds its content. It is YAML
-or JSON with one mapping, `tenants`, from a tenant's name to the keys below. Unknown keys are refused. Error messages show
-names only, never values. Example: [example.yaml](../deploy/keys/example.yaml).
+or JSON with the mapping `tenants`, from a tenant's name to the keys below, and, if wanted, the list `operator_keys`. Unknown
+keys are refused. Error messages show names only, never values. Example: [example.yaml](../deploy/keys/example.yaml).
+
+`operator_keys` are keys of those who run the deployment, written like a tenant's. They belong to no tenant: they show the
+figures of all tenants in the router's `/metrics`, and open nothing else.
 """
 #: Where each node of the tree is in the file.
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (

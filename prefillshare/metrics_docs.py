@@ -20,11 +20,13 @@ and `_count`. Alerts: [rules.yaml](../deploy/prometheus/rules.yaml).
 Where to scrape:
 
 - **One machine**: `GET /metrics` on the router's HTTP port has all metrics, including the engines' own
-  ([prometheus.yaml](../deploy/prometheus/prometheus.yaml)).
+  ([prometheus.yaml](../deploy/prometheus/prometheus.yaml)). With `router.auth`, metrics with the label `tenant` are left out
+  unless the scrape has one of the keys file's `operator_keys` as its `authorization`; a wrong key is refused with 401.
 - **Several machines**: Ray's metrics agent on every node (its port is `metrics-export-port`) has what the routers and replicas
   on that node export, so no replica is missed. Ray puts `ray_` before each name; remove it when you scrape, as the chart's
-  PodMonitor does. The agent computes the sums of histograms from the middles of their buckets; counts are exact. An agent also
-  has thousands of series of Ray's own; the PodMonitor keeps few of them (`monitoring.podMonitor.rayMetrics`).
+  PodMonitor does. The agent computes the sums of histograms from the middles of their buckets; counts are exact. An agent
+  asks for no key, and has thousands of series of Ray's own as well; the PodMonitor keeps few of them
+  (`monitoring.podMonitor.rayMetrics`).
 
 | metric | labels | what it is | when it moves |
 | --- | --- | --- | --- |

@@ -11,7 +11,7 @@ import hmac
 import os
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,14 +58,15 @@ def _as_digest(written: Any) -> bytes:
     return digest(written)
 
 
+_Key = Annotated[bytes, BeforeValidator(_as_digest, json_schema_input_type=str)]
+
+
 class Tenant(Node):
     """What one tenant may do, under its name in `tenants`. Names are shown in logs and metrics."""
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    keys: tuple[Annotated[bytes, BeforeValidator(_as_digest, json_schema_input_type=str)], ...] = Field(
-        min_length=1, repr=False
-    )
+    keys: tuple[_Key, ...] = Field(min_length=1, repr=False)
     """The tenant's API keys, each either as it is (16 characters or more) or as "sha256:" and its SHA-256 in hexadecimal
     digits. `prefillshare key` prints both forms."""
     weight: float = Field(1, gt=0, le=1000)
@@ -105,13 +106,17 @@ class KeysFile(Node):
 
     tenants: dict[Name, Tenant] = Field(min_length=1)
     """Tenant name -> what it may do."""
+    operator_keys: tuple[_Key, ...] = Field((), repr=False)
+    """Keys of those who run the deployment, written like a tenant's. They show the figures of all tenants in `/metrics`, and
+    open nothing else."""
 
     @model_validator(mode="after")
     def _keys_are_unique(self) -> KeysFile:
         seen: dict[bytes, str] = {}
-        for name, tenant in self.tenants.items():
-            for number, key in enumerate(tenant.keys):
-                place = f"tenants.{name}.keys.{number}"
+        lists = {f"tenants.{name}.keys": tenant.keys for name, tenant in self.tenants.items()}
+        for of, keys in (lists | {"operator_keys": self.operator_keys}).items():
+            for number, key in enumerate(keys):
+                place = f"{of}.{number}"
                 if key in seen:
                     raise ValueError(f"{place} is the same key as {seen[key]}; a key belongs to one tenant, once")
                 seen[key] = place
@@ -119,11 +124,13 @@ class KeysFile(Node):
 
 
 class Tenants:
-    """The tenants of a deployment; without any, every caller is the anonymous tenant. Read-only; passed between processes."""
+    """The tenants of a deployment; without any, every caller is the anonymous tenant. Read-only; passed between processes.
+    `operator_keys`: digests."""
 
-    def __init__(self, tenants: Mapping[str, Tenant] | None = None):
+    def __init__(self, tenants: Mapping[str, Tenant] | None = None, operator_keys: Sequence[bytes] = ()):
         self.by_name = dict(tenants or {})
         self._digests = tuple((key, name) for name, tenant in self.by_name.items() for key in tenant.keys)
+        self.operator_keys = tuple(operator_keys)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,7 +140,7 @@ class Tenants:
     def fingerprint(self) -> str:
         """Changes with everything a keys file says, keys included."""
         everything = [(name, tenant.model_dump()) for name, tenant in self.by_name.items()]
-        return hashlib.sha256(repr(everything).encode()).hexdigest()
+        return hashlib.sha256(repr((everything, self.operator_keys)).encode()).hexdigest()
 
     def identify(self, key: str | None) -> Caller:
         """The caller that presents this key. Raises Unauthenticated. A wrong key takes as long to check as a right one."""
@@ -149,6 +156,20 @@ class Tenants:
             raise Unauthenticated("no tenant has this API key", fix="use a key of this deployment's keys file")
         tenant = self.by_name[found]
         return Caller(found, tenant.cache_domain or found, tenant.may_share, tenant.priority)
+
+    def shows_all(self, key: str | None) -> bool:
+        """Whether whoever presents this key, or none, may see figures of all tenants: operators, and everybody where there are
+        no keys at all. Raises Unauthenticated for a key that is neither an operator's nor a tenant's."""
+        if not self.by_name:
+            return True
+        if not key:
+            return False
+        presented, found = digest(key), False
+        for stored in self.operator_keys:
+            found |= hmac.compare_digest(presented, stored)
+        if not found:
+            self.identify(key)
+        return found
 
     def shares(self) -> dict[str, grant.TenantShare]:
         """Tenant name -> what the queue and the limits know of the tenant."""
@@ -192,7 +213,8 @@ def load(auth: Auth | None) -> Tenants:
         text, reason = _read(Path(where))
         if reason:
             raise ConfigError(f"cannot read {where}: {reason}", field=field)
-    return Tenants(_parse(text, field, where).tenants)
+    file = _parse(text, field, where)
+    return Tenants(file.tenants, file.operator_keys)
 
 
 def _parse(text: str, field: str, where: str) -> KeysFile:

@@ -150,6 +150,7 @@ class NetworkPolicy(_Values):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     enabled: bool
     from_: Annotated[list[Kubernetes], Field(alias="from")]
+    metricsFrom: list[Kubernetes]
 
 
 class PodDisruptionBudget(_Values):

@@ -5,17 +5,13 @@ Messages and tools may be written as OpenAI's API has them.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
-from google.protobuf.message import Message as Proto
-
+from prefillshare.client.building import as_json, built, check_names, objects
+from prefillshare.client.tools import tool, tool_call, tool_choice
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
-
-P = TypeVar("P", bound=Proto)
 
 
 class _Role(TypedDict):
@@ -44,7 +40,7 @@ class Sampling(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int
@@ -88,12 +84,11 @@ class TurnArguments(Sampling, total=False):
 _SAMPLING = frozenset(Sampling.__annotations__)
 _TURN = frozenset(TurnArguments.__annotations__) | _SAMPLING
 _MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
-_TOOL = ("name", "description", "parameters", "strict")
 
 
 def generate_request(session_id: str, decoder: str, asked: Mapping[str, Any]) -> pb.GenerateRequest:
     """`asked`: as TurnArguments. Raises InvalidInput."""
-    _check_names(asked, _TURN)
+    check_names(asked, _TURN)
     return built(pb.GenerateRequest, {
         "session_id": session_id,
         "decoder": decoder,
@@ -102,8 +97,8 @@ def generate_request(session_id: str, decoder: str, asked: Mapping[str, Any]) ->
             asked.get("suffix_messages"), asked.get("suffix_text"), asked.get("suffix_token_ids"), "suffix_"
         ),
         "sampling": _sampling({name: value for name, value in asked.items() if name in _SAMPLING and value is not None}),
-        "tools": [_tool(tool, field) for field, tool in _objects(asked.get("tools"), "tools")],
-        "tool_choice": _choice(asked.get("tool_choice")),
+        "tools": [tool(one, field) for field, one in objects(asked.get("tools"), "tools")],
+        "tool_choice": tool_choice(asked.get("tool_choice")),
         **{name: asked.get(name) for name in ("priority", "parallel_tool_calls", "expected_turns")},
     })  # fmt: skip
 
@@ -117,32 +112,21 @@ def turn_input(
         names = " and ".join(before + name for name in given)
         raise InvalidInput(f"{names} exclude each other", field=before + given[1], fix="give one of them")
     if messages is not None:
-        objects = _objects(messages, f"{before}messages")
-        return pb.Input(messages=pb.Messages(messages=[_message(message, field) for field, message in objects]))
+        found = objects(messages, f"{before}messages")
+        return pb.Input(messages=pb.Messages(messages=[_message(message, field) for field, message in found]))
     if text is not None:
         return built(pb.Input, {"text": text}, before)
     return pb.Input(token_ids=built(pb.TokenIds, {"ids": token_ids}, f"{before}token_ids.")) if token_ids is not None else None
 
 
 def _message(given: Mapping[str, Any], field: str) -> pb.Message:
-    _check_names(given, _MESSAGE, f"{field}.")
+    check_names(given, _MESSAGE, f"{field}.")
     if not given.get("role"):
         raise InvalidInput("a message without a role", field=f"{field}.role", fix='say who speaks, like "user"')
-    calls = [_call(call, of_call) for of_call, call in _objects(given.get("tool_calls"), f"{field}.tool_calls")]
+    calls = [tool_call(one, of_one) for of_one, one in objects(given.get("tool_calls"), f"{field}.tool_calls")]
     plain = {name: given[name] for name in ("role", "name", "tool_call_id") if given.get(name) is not None}
     plain["content"] = _text(given.get("content"), f"{field}.content")
     return built(pb.Message, plain | {"tool_calls": calls}, f"{field}.")
-
-
-def _objects(given: Any, field: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Each with its field's name. None: there are none."""
-    if isinstance(given, str | Mapping) or not isinstance(given or (), Iterable):
-        raise InvalidInput(f"{given!r:.60} is no list", field=field, fix="give a list")
-    items = list(given or ())
-    for number, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise InvalidInput(f"{item!r:.60} is no object", field=f"{field}.{number}", fix="see docs/client.md for its keys")
-    return [(f"{field}.{number}", item) for number, item in enumerate(items)]
 
 
 def _text(content: Any, field: str) -> str:
@@ -154,82 +138,18 @@ def _text(content: Any, field: str) -> str:
     return "\n".join(part["text"] for part in parts)
 
 
-def _call(given: Mapping[str, Any], field: str) -> pb.ToolCall:
-    """Flat, or as OpenAI has it: {"id", "type", "function": {"name", "arguments"}}."""
-    function = _function(given)
-    arguments = _json(function.get("arguments") or "", f"{field}.arguments")
-    return built(
-        pb.ToolCall, {"id": given.get("id") or "", "name": function.get("name"), "arguments": arguments}, f"{field}."
-    )
-
-
-def _tool(given: Mapping[str, Any], field: str) -> pb.Tool:
-    """Flat, or as OpenAI has it: {"type": "function", "function": {"name", ...}}."""
-    function = dict(_function(given))
-    if function.get("type") == "function":
-        del function["type"]
-    _check_names(function, _TOOL, f"{field}.")
-    if function.get("parameters") is not None:
-        function["parameters"] = _json(function["parameters"], f"{field}.parameters")
-    return built(pb.Tool, {name: value for name, value in function.items() if value is not None}, f"{field}.")
-
-
-def _choice(given: str | Mapping[str, Any] | None) -> pb.ToolChoice | None:
-    if given is None:
-        return None
-    if isinstance(given, Mapping):
-        given = _function(given).get("name")
-        if given is None:
-            raise InvalidInput("names no function", field="tool_choice.function", fix='write {"name": ...}, or its name alone')
-    elif isinstance(given, str) and given.upper() in pb.ToolChoice.Mode.keys():  # noqa: SIM118 - an enum's names
-        return pb.ToolChoice(mode=given.upper())
-    return built(pb.ToolChoice, {"function": given}, "tool_choice.")
-
-
 def _sampling(given: dict[str, Any]) -> pb.SamplingParams:
     for name in ("json_schema", "structural_tag"):
         value: Any = given.get(name)
         if hasattr(value, "model_json_schema"):  # a class of pydantic's
             value = value.model_json_schema()
         if value is not None:
-            given[name] = _json(value, name)
+            given[name] = as_json(value, name)
+    if isinstance(given.get("stop"), str):  # as OpenAI's API has it
+        given["stop"] = [given["stop"]]
     if "choice" in given:
         given["choice"] = built(pb.Choice, {"texts": given["choice"]}, "choice.")
     formats = [field.name for field in pb.SamplingParams.DESCRIPTOR.oneofs_by_name["format"].fields if field.name in given]
     if len(formats) > 1:
         raise InvalidInput(f"{' and '.join(formats)} exclude each other", field=formats[1], fix="give one of them")
     return built(pb.SamplingParams, given)
-
-
-def _function(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = given.get("function")
-    return inner if isinstance(inner, Mapping) else given
-
-
-def _json(given: Any, field: str) -> str:
-    """Text is taken for JSON."""
-    try:
-        return given if isinstance(given, str) else json.dumps(given)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{given!r:.60} cannot be written as JSON: {error}", field=field, fix="give plain data") from None
-
-
-def _check_names(given: Mapping[str, Any], known: Collection[str], before: str = "") -> None:
-    """A field that is None asks for nothing."""
-    for name, value in given.items():
-        if name not in known and value is not None:
-            near = difflib.get_close_matches(str(name), known, 1)
-            fix = f"write {near[0]}" if near else f"use {', '.join(sorted(known))}"
-            raise InvalidInput("there is no such field", field=f"{before}{name}", fix=fix)
-
-
-def built(kind: type[P], values: Mapping[str, Any], before: str = "") -> P:
-    """A message with these values. Raises InvalidInput that names the one which does not fit."""
-    made = kind()
-    for name, value in values.items():
-        try:
-            made.MergeFrom(kind(**{name: value}))
-        except (TypeError, ValueError) as error:
-            text = f"{value!r:.60} does not fit: {error}"
-            raise InvalidInput(text, field=f"{before}{name}", fix="see docs/client.md for what it may be") from None
-    return made

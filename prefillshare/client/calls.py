@@ -6,7 +6,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefillshare.client.arguments import built, turn_input
+from prefillshare.client.arguments import turn_input
+from prefillshare.client.building import built
 from prefillshare.client.retries import Call
 from prefillshare.kvshare.errors import AlreadyExists, NotFound
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb

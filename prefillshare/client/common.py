@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from prefillshare.client import settings
 from prefillshare.client.arguments import TurnArguments, generate_request
+from prefillshare.client.building import built
 from prefillshare.client.connection import OPTIONS, Connection
 from prefillshare.client.retries import NONE, Retries
 from prefillshare.client.taking import Taking
@@ -41,6 +43,10 @@ class ClientBase:
         key_file: str | Path | None = None,
         retries: Retries | None = Retries(),  # noqa: B008 - it is immutable
     ):
+        self.timeout_s = settings.seconds(timeout_s, "timeout_s")
+        if retries is not None:
+            settings.one_of(retries, Retries, "retries", "give Retries(most=...), or None")
+        self.retries = NONE if retries is None else retries
         self._connection = Connection(address, api_key, tls, ca_file, cert_file, key_file)
         insecure, secure = type(self)._channels
         if self._connection.credentials is None:
@@ -48,7 +54,6 @@ class ClientBase:
         else:
             self._channel = secure(address, self._connection.credentials, options=OPTIONS)
         self._stub = pb_grpc.PrefillShareStub(self._channel)
-        self.timeout_s, self.retries = timeout_s, retries or NONE
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._connection.address!r})"
@@ -74,11 +79,15 @@ class SessionBase(Generic[C]):
         return self._turns is None and self._client.retries.most > 0
 
     def _request(self, decoder: str, asked: TurnArguments) -> pb.GenerateRequest:
+        self._timeout_s(asked)
         return generate_request(self.session_id, decoder, asked)
 
     def _tries_of(self, request: pb.GenerateRequest, asked: TurnArguments) -> Taking:
-        timeout_s = asked.get("timeout_s") or self._client.timeout_s
-        return Taking(request, self._client.retries, timeout_s, self._turns)
+        return Taking(request, self._client.retries, self._timeout_s(asked), self._turns)
+
+    def _timeout_s(self, asked: TurnArguments) -> float:
+        given = asked.get("timeout_s")
+        return self._client.timeout_s if given is None else settings.seconds(given, "timeout_s")
 
     def _noted(self, session: pb.Session) -> pb.Session:
         self._turns = session.turns
@@ -91,5 +100,5 @@ class SessionBase(Generic[C]):
 
     @staticmethod
     def _check_one(asked: TurnArguments) -> None:
-        if (asked.get("n") or 1) > 1:
+        if built(pb.SamplingParams, {"n": asked.get("n")}).n > 1:
             raise InvalidInput("a turn has one result", field="n", fix="call `choices`, or `stream`")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from prefillshare.client import settings
 from prefillshare.kvshare import errors
 
 try:  # if the calling code is traced, it has this package
@@ -45,9 +46,11 @@ class Connection:
         cert_file: str | Path | None,
         key_file: str | Path | None,
     ):
-        self.address = address
-        self._key = _key_metadata(api_key or os.environ.get(API_KEY_VARIABLE))
-        self.credentials = _credentials(ca_file, cert_file, key_file) if tls or ca_file or cert_file or key_file else None
+        self.address = settings.text(address, "address", 'write "HOST:PORT"')
+        settings.one_of(tls, bool, "tls", "give True or False")
+        self._key = _key_metadata(os.environ.get(API_KEY_VARIABLE) if api_key in (None, "") else api_key)
+        files = (ca_file, cert_file, key_file)
+        self.credentials = _credentials(*files) if tls or any(file is not None for file in files) else None
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Metadata of a call: the key, and the current OpenTelemetry trace, which the server continues."""
@@ -58,8 +61,10 @@ class Connection:
 
 
 def _key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    if not api_key:
+    if api_key in (None, ""):
         return ()
+    if not isinstance(api_key, str):  # not shown: it may be a key
+        raise errors.InvalidInput(f"a key is text, not {type(api_key).__name__}", field="api_key", fix="give it as a str")
     if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
         raise errors.InvalidInput("a key is ASCII text without spaces", field="api_key", fix="check it for a line break")
     return (("authorization", f"Bearer {api_key}"),)
@@ -67,10 +72,17 @@ def _key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
 
 def _credentials(*files: str | Path | None) -> grpc.ChannelCredentials:
     def content(name: str, file: str | Path | None) -> bytes | None:
+        if file is None:
+            return None
+        if not isinstance(file, str | os.PathLike):
+            raise errors.ConfigError(f"{type(file).__name__} is no path", field=name, fix="give the path of a PEM file")
         try:
-            return None if file is None else Path(file).read_bytes()
-        except OSError as error:
-            raise errors.ConfigError(f"cannot read {file}: {error.strerror}", field=name, fix="give a PEM file") from None
+            return Path(file).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            # What is behind a line's end is a key in a path's place.
+            path = str(file).partition("\n")[0][:200] or "an empty path"
+            raise errors.ConfigError(f"cannot read {path}: {reason}", field=name, fix="give a PEM file") from None
 
     roots, certificate, key = map(content, ("ca_file", "cert_file", "key_file"), files)
     if (certificate is None) != (key is None):

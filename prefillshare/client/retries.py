@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from prefillshare.client import settings
 from prefillshare.client.failures import was_not_sent
 from prefillshare.kvshare import errors
 
@@ -28,6 +29,11 @@ class Retries:
     most: int = 3
     first_pause_s: float = 0.25
     longest_pause_s: float = 30.0
+
+    def __post_init__(self):
+        settings.count(self.most, "retries.most")
+        settings.seconds(self.first_pause_s, "retries.first_pause_s", or_none_at_all=True)
+        settings.seconds(self.longest_pause_s, "retries.longest_pause_s", or_none_at_all=True)
 
     def pause_s(self, number: int, hint_s: float = 0.0) -> float | None:
         """Seconds before further try `number`, from 0; None: no further one."""

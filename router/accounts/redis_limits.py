@@ -67,12 +67,12 @@ class RedisLimits(Limits):
         args = ("" if most is None else most, turn, cost, ms(LEASE_S))
         try:
             status, wait_ms, told = await self.ask(scripts.TAKE, tenant, args, PATIENCE_S)
-        except Unavailable:
+        except (Unavailable, asyncio.CancelledError) as error:  # Redis may have taken it, or be about to
+            self._background.start("limit_settling", _InRedis(self, tenant, turn, cost).told(0, 1))
+            if isinstance(error, asyncio.CancelledError):
+                raise
             self._away_until = clock.now() + AWAY_S
             return await self._take_alone(demand, cost)
-        except asyncio.CancelledError:  # it may have been taken
-            self._background.start("limit_settling", _InRedis(self, tenant, turn, cost).told(0, 1))
-            raise
         standing = _standing(tenant, told)
         if reason := _REASONS.get(status):
             raise self._refusal(demand, reason, cost, wait_ms / 1000 or RETRY_S, standing)

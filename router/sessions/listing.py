@@ -47,18 +47,32 @@ class Place:
 
     @classmethod
     def of(cls, token: str) -> Place:
-        """The inverse of `token`. Raises InvalidInput for what that has not written."""
+        """The inverse of `token`. Raises InvalidInput for what no store's place is written as: stores take a place as it is."""
         if not token:
             return cls()
         try:
             expires, name = json.loads(base64.urlsafe_b64decode(token))
-            if isinstance(expires, str) and isinstance(name, str) and math.isfinite(float(expires)):
-                return cls(expires, name)
+            place = cls(expires, name)
+            if _is_written(expires) and _is_name(name) and place.token() == token:
+                return place
         except (ValueError, TypeError, RecursionError, binascii.Error):
             pass
         raise InvalidInput(
             "no page begins there", field="page_token", fix="use next_page_token of the page before, or leave it out"
         )
+
+
+def _is_written(expires: object) -> bool:
+    """Whether a store writes a moment in this way: Redis as whole milliseconds, memory as Python's own form of a float."""
+    if not isinstance(expires, str):
+        return False
+    moment = float(expires)
+    return math.isfinite(moment) and expires in (str(int(moment)), repr(moment))
+
+
+def _is_name(name: object) -> bool:
+    """No store has half of a pair of surrogates in a name, which cannot be sent to it either."""
+    return isinstance(name, str) and name == name.encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from prefillshare.kvshare_vllm.surface.self_description import SCRIPT, STYLE
 from prefillshare.router.tenants import Tenants, bearer
 from prefillshare.router.ui import page
 
-#: Paths that take no key: health, metrics, the description of the API, the page at /ui but for its data. They show
-#: nothing of any tenant.
+#: Paths that take no key: health, the description of the API, the page at /ui but for its data. They show nothing of any
+#: tenant. `/metrics` is answered before (NodeMetrics, with `shows_all`).
 OPEN = frozenset({
-    "/ready", "/health", "/ping", "/version", "/metrics", "/docs", SCRIPT, STYLE, "/openapi.json", *page.OPEN,
+    "/ready", "/health", "/ping", "/version", "/docs", SCRIPT, STYLE, "/openapi.json", *page.OPEN,
 })
 DOMAIN_HEADER = "x-prefillshare-cache-domain"
 #: How far the request goes behind its tenant's others; for routes whose body has no `priority`, and added to that where it has.
@@ -35,8 +35,7 @@ class ApiKeys:
             return await self._app(scope, receive, send)
         sent = Headers(scope=scope)
         try:
-            key = bearer(sent.get("authorization")) or sent.get("x-api-key")
-            caller = self._tenants.identify(key).in_domain(sent.get(DOMAIN_HEADER, ""))
+            caller = self._tenants.identify(_key(sent)).in_domain(sent.get(DOMAIN_HEADER, ""))
             caller = caller.behind(_steps(sent.get(PRIORITY_HEADER, "0")), PRIORITY_HEADER)
         except (Unauthenticated, PermissionDenied, InvalidInput) as error:
             headers = {"www-authenticate": "Bearer"} if isinstance(error, Unauthenticated) else None
@@ -46,6 +45,15 @@ class ApiKeys:
             await self._app(scope, receive, send)
         finally:
             current_caller.reset(token)
+
+
+def shows_all(tenants: Tenants, headers: Headers) -> bool:
+    """Whether who sends these may see figures of all tenants. Raises Unauthenticated."""
+    return tenants.shows_all(_key(headers))
+
+
+def _key(headers: Headers) -> str | None:
+    return bearer(headers.get("authorization")) or headers.get("x-api-key")
 
 
 def _is_open(scope) -> bool:

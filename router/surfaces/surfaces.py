@@ -17,7 +17,7 @@ from prefillshare.router.sessions.http_calls import HttpCalls
 from prefillshare.router.sessions.turns import Turns
 from prefillshare.router.surfaces.cors import cors
 from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
-from prefillshare.router.surfaces.http_auth import ApiKeys
+from prefillshare.router.surfaces.http_auth import ApiKeys, shows_all
 from prefillshare.router.surfaces.http_limits import HttpLimits
 from prefillshare.router.surfaces.http_sessions import HttpSessions, serve_chats
 from prefillshare.router.surfaces.readiness import Readiness, probe
@@ -57,7 +57,12 @@ class Surfaces:
             middleware=[
                 HttpSessions,
                 partial(ApiKeys, tenants=tenants),
-                partial(NodeMetrics, agent=agent_of_this_node(), replicas=core.fleet.replica_ids),
+                partial(
+                    NodeMetrics,
+                    agent=agent_of_this_node(),
+                    replicas=core.fleet.replica_ids,
+                    shows_all=partial(shows_all, tenants),
+                ),
                 HttpTraces,
                 partial(HttpLimits, limits=bounds),
                 *cors(config.cors_origins),

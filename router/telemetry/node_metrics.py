@@ -3,7 +3,7 @@ agent (vLLM's and NIXL's). A Prometheus that knows nothing of Ray finds all metr
 scrape the agents.
 
 The answer is bounded by what is deployed (docs/metrics.md): it has only metrics that are described there, of replicas that the
-router knows, and no label whose values clients or Ray choose.
+router knows, and no label whose values clients or Ray choose. What shows who the tenants are is there for operators only.
 """
 
 from __future__ import annotations
@@ -11,42 +11,66 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
+from http import HTTPStatus
 
 import httpx
 from prometheus_client import REGISTRY, CollectorRegistry, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.samples import Sample
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from prefillshare.kvshare import metrics_text
+from prefillshare.kvshare.errors import NotFound, Unauthenticated
 from prefillshare.kvshare.metrics import DEFINITIONS
 from prefillshare.kvshare.other_metrics import ENGINE_METRICS, ROUTER_METRICS, OtherMetric
+from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 
 logger = logging.getLogger(__name__)
 
 PATH = "/metrics"
+_METHODS = ("GET", "HEAD")
 #: What Ray puts before every name.
 _PREFIX = "ray_"
 #: Series of engines -> the metric.
 _SERIES = {series: metric for metric in ENGINE_METRICS.values() for series in metric.series}
-#: Families of ours.
+#: Families of ours, and those of them that anybody may see.
 _OURS = frozenset(metric.family for metric in DEFINITIONS.values())
+_OF_ALL = frozenset(metric.family for metric in DEFINITIONS.values() if not metric.is_of_tenants)
 AGENT_S = 5.0
 
 
 class NodeMetrics:
-    """ASGI middleware. `agent`: URL of the agent's metrics; None: there is none. `replicas`: ids of those that the router
-    knows; an agent goes on telling of those that are gone."""
+    """ASGI middleware. It answers for all that begins with PATH, because vLLM's app shows its whole registry there, whatever
+    the method. `agent`: URL of the agent's metrics; None: there is none. `replicas`: ids of those that the router knows; an
+    agent goes on telling of those that are gone. `shows_all`: whether whoever sends these headers may see what tells of
+    tenants; raises Unauthenticated."""
 
     def __init__(
-        self, app, agent: str | None, replicas: Callable[[], Collection[str]], registry: CollectorRegistry = REGISTRY
+        self,
+        app,
+        agent: str | None,
+        replicas: Callable[[], Collection[str]],
+        shows_all: Callable[[Headers], bool],
+        registry: CollectorRegistry = REGISTRY,
     ):
-        self._app, self._agent, self._replicas, self._registry = app, agent, replicas, registry
+        self._app, self._agent, self._replicas, self._shows_all, self._registry = app, agent, replicas, shows_all, registry
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["path"].rstrip("/") != PATH or scope["method"] != "GET":
+        if scope["type"] != "http" or not scope["path"].startswith(PATH):
             return await self._app(scope, receive, send)
-        own, engines = await asyncio.gather(asyncio.to_thread(generate_latest, _Own(self._registry)), self._of_engines())
+        if scope["path"].rstrip("/") != PATH:
+            return await refuse(HttpError.of(NotFound("there is nothing here", fix=f"ask for {PATH}")), scope, receive, send)
+        if scope["method"] not in _METHODS:
+            status = HTTPStatus.METHOD_NOT_ALLOWED
+            error = HttpError(status.value, f"{PATH} is only read", status.phrase)
+            return await refuse(error, scope, receive, send, headers={"allow": ", ".join(_METHODS)})
+        try:
+            families = _OURS if self._shows_all(Headers(scope=scope)) else _OF_ALL
+        except Unauthenticated as error:
+            return await refuse(HttpError.of(error), scope, receive, send, headers={"www-authenticate": "Bearer"})
+        own = asyncio.to_thread(generate_latest, _Own(self._registry, families))
+        own, engines = await asyncio.gather(own, self._of_engines())
         await Response(own + engines, media_type=CONTENT_TYPE_PLAIN_0_0_4)(scope, receive, send)
 
     async def _of_engines(self) -> bytes:
@@ -64,14 +88,14 @@ class NodeMetrics:
 
 
 class _Own:
-    """A registry of those metrics of this process that are described."""
+    """A registry of those metrics of this process that are described; of ours, of these families."""
 
-    def __init__(self, registry: CollectorRegistry):
-        self._registry = registry
+    def __init__(self, registry: CollectorRegistry, families: Collection[str]):
+        self._registry, self._families = registry, families
 
     def collect(self) -> Iterator[Metric]:
         for family in self._registry.collect():
-            if family.name in _OURS:
+            if family.name in self._families:
                 family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
                 yield family
             elif metric := ROUTER_METRICS.get(family.name):

@@ -74,11 +74,14 @@ class Router:
         from prefillshare.router.sessions import MemorySessions
         from prefillshare.router.sessions.turns import Turns
         from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
-        from prefillshare.router.surfaces.http_auth import ApiKeys
+        from prefillshare.router.surfaces.http_auth import ApiKeys, shows_all
+        from prefillshare.router.telemetry.node_metrics import NodeMetrics
 
         self._tenants, base = tenants, Base(model=model, dtype="float32", max_model_len=512)
+        keys = partial(ApiKeys, tenants=tenants)
+        metrics = partial(NodeMetrics, agent=None, replicas=tuple, shows_all=partial(shows_all, tenants))
         app, frontend = await build_openai_app(
-            base, ["planner"], self.run_turn, self.admit, middleware=[partial(ApiKeys, tenants=tenants)]
+            base, ["planner"], self.run_turn, self.admit, middleware=[keys, metrics]
         )
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
         decoders = {"planner": Decoder("planner", "pool", "prefillshare", "planner", "lora")}
@@ -259,6 +262,9 @@ async def test_everything_the_app_serves_takes_a_key_but_what_is_known_to_be_ope
     is_open = {path for way, path in calls if (await router.http.request(way, path)).status_code != 401}
     assert len(paths) > 10
     assert is_open == {"/health", "/ping", "/version", "/metrics"}
+    for way, path in (("POST", "/metrics"), ("GET", "/metrics/x"), ("GET", "/metricsx")):  # vLLM's app shows all there
+        answer = await router.http.request(way, path, headers={"authorization": f"Bearer {KEY}"})
+        assert answer.status_code in (404, 405)
 
 
 async def test_sessions_stay_in_the_domain_they_were_made_in_and_so_do_their_forks(router):

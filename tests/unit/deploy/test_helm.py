@@ -79,6 +79,15 @@ def test_rules_and_dashboards_are_the_projects_own():
     assert (CHART / "files/grafana").resolve() == ROOT / "deploy/grafana"
 
 
+def test_only_those_who_are_named_may_scrape_the_agents_and_call_the_surfaces():
+    values = values_of(CHART / "examples/one-gpu.yaml")
+    named = {what: [{"namespaceSelector": {"matchLabels": {"name": what}}}] for what in ("monitoring", "callers")}
+    values["networkPolicy"] = {"metricsFrom": named["monitoring"], "from": named["callers"]}
+    (policy,) = of_kind(rendered(values), "NetworkPolicy")
+    allowed = {tuple(port["port"] for port in rule.get("ports", ())): rule["from"] for rule in policy["spec"]["ingress"]}
+    assert (allowed["metrics",], allowed["serve", "grpc"]) == (named["monitoring"], named["callers"])
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_lints(example):
     found = lint(CHART, values=values_of(example))

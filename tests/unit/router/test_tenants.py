@@ -16,7 +16,7 @@ from prefillshare.kvshare.errors import ConfigError, Unauthenticated
 from prefillshare.router import tenants
 from prefillshare.router.tenants import bearer, digest, new_key
 
-KEY, OTHER = "psk-first-tenants-key", "psk-second-tenants-key"
+KEY, OTHER, OPERATOR = "psk-first-tenants-key", "psk-second-tenants-key", "psk-for-prometheus-only"
 TWO = {"tenants": {"research": {"keys": [KEY]}, "support": {"keys": [OTHER], "priority": -5, "may_share": ["handbook"]}}}
 
 
@@ -109,6 +109,17 @@ def test_a_digest_stands_for_its_key_and_is_no_key_itself(tmp_path):
                 known.identify(presented)
 
 
+def test_an_operators_key_shows_all_and_is_no_tenants(tmp_path):
+    known = parse(TWO | {"operator_keys": [OPERATOR]}, tmp_path)
+    assert (known.shows_all(OPERATOR), known.shows_all(KEY), known.shows_all(None), known.shows_all("")) == (True, *[False] * 3)
+    for call, key in ((known.identify, OPERATOR), (known.shows_all, "psk-nobodys-key-at-all")):
+        with pytest.raises(Unauthenticated, match="no tenant has this API key"):
+            call(key)
+    assert known.names == ("research", "support")
+    assert known.fingerprint != parse(TWO, tmp_path).fingerprint
+    assert tenants.load(None).shows_all(None)
+
+
 def test_made_keys_differ_and_fit_their_line(tmp_path):
     (key, line), (another, _) = new_key(), new_key()
     assert key != another
@@ -175,6 +186,11 @@ def test_no_key_is_in_what_is_kept_shown_or_sent_to_another_process(tmp_path, ca
         (
             {"tenants": {"a": {"keys": [KEY]}, "b": {"keys": ["sha256:" + digest(KEY).hex()]}}},
             "tenants.b.keys.0 is the same key as tenants.a.keys.0; a key belongs to one tenant, once",
+        ),
+        ({"tenants": {"a": {"keys": [KEY]}}, "operator_keys": ["short"]}, "operator_keys.0: 5 characters; a key has 16 to 512"),
+        (
+            {"tenants": {"a": {"keys": [KEY]}}, "operator_keys": [KEY]},
+            "operator_keys.0 is the same key as tenants.a.keys.0; a key belongs to one tenant, once",
         ),
         ({"tenants": {"a": {"keys": [KEY], "wieght": 2}}}, "tenants.a: unknown key; did you mean 'weight'?"),
         ({"tenant": {}}, "unknown key; did you mean 'tenants'?"),

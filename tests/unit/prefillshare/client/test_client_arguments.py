@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from prefillshare.client import calls
 from prefillshare.client.arguments import Sampling, generate_request, turn_input
+from prefillshare.client.building import built
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
@@ -72,6 +73,7 @@ def test_tool_choices(given, made):
     [
         {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}},
         {"id": "1", "name": "look", "arguments": {"at": "map"}},
+        {"id": "1", "index": 0, "type": "function", "function": {"name": "look", "arguments": '{"at": "map"}'}, "name": None},
     ],
 )
 def test_messages_of_a_conversation_with_tools(call):
@@ -91,7 +93,16 @@ def test_messages_of_a_conversation_with_tools(call):
         ({"max_tokens": "five"}, "max_tokens: "),
         ({"temperature": [1]}, "temperature: "),
         ({"seed": 2**64}, "seed: "),
-        ({"stop": "x", "token_ids": ["a"]}, "token_ids.ids: "),
+        ({"token_ids": ["a"]}, "token_ids.ids: "),
+        ({"token_ids": b"ab"}, "token_ids.ids: give a list"),
+        ({"suffix_token_ids": {5: "five"}}, "suffix_token_ids.ids: give a list"),
+        ({"choice": "abc"}, "choice.texts: give a list"),
+        ({"choice": {"yes": 1, "no": 2}}, "choice.texts: give a list"),
+        ({"bad_words": "no"}, "bad_words: give a list"),
+        ({"stop": {"END": True}}, "stop: give a list"),
+        ({"stop": ["x", 5]}, "stop: "),
+        ({"logit_bias": "ab"}, "logit_bias: "),
+        ({"ignore_eos": 2**70}, "ignore_eos: "),
         ({"priority": 2**40}, "priority: "),
         ({"text": "a", "messages": []}, "text: give one"),
         ({"suffix_text": "a", "suffix_token_ids": [1]}, "suffix_token_ids: give one"),
@@ -106,6 +117,21 @@ def test_messages_of_a_conversation_with_tools(call):
         ({"messages": [{"role": "assistant", "tool_calls": ["look"]}]}, "messages.0.tool_calls.0: "),
         ({"messages": [{"role": "assistant", "tool_calls": [{"name": "a", "arguments": {5}}]}]}, "messages.0.tool_calls.0.arg"),
         ({"tools": [{"name": 5}]}, "tools.0.name: "),
+        (
+            {"tools": [{"type": "function", "function": FUNCTION, "strict": True}]},
+            "tools.0.strict: write it within tools.0.fun",
+        ),
+        ({"tools": [{"function": FUNCTION, "cache_control": {}}]}, "tools.0.cache_control: "),
+        ({"tools": [{"function": {"name": "look", "parameter": {}}}]}, "tools.0.function.parameter: write parameters"),
+        ({"tools": [{"function": {"name": 5}}]}, "tools.0.function.name: "),
+        ({"tools": [{"type": "custom", "name": "look"}]}, 'tools.0.type: write "function"'),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "a", "args": {}}]}]}, "messages.0.tool_calls.0.args: "),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a"}, "arguments": "{}"}]}]},
+            "messages.0.tool_calls.0.arguments: write it within messages.0.tool_calls.0.function",
+        ),
+        ({"tool_choice": {"name": "look", "mode": "auto"}}, "tool_choice.mode: "),
+        ({"tool_choice": {"function": {"name": "look"}, "name": "look"}}, "tool_choice.name: write it within"),
         ({"tools": "look"}, "tools: give a list"),
         ({"tools": [{"name": "look", "parameters": object()}]}, "tools.0.parameters: give plain data"),
         ({"tools": [{"function": "look"}]}, "tools.0.function: "),
@@ -115,6 +141,42 @@ def test_messages_of_a_conversation_with_tools(call):
 )
 def test_what_cannot_be_meant_is_refused_with_its_field(given, told):
     assert refused(**given).startswith(told)
+
+
+LISTS = [
+    (kind, field.name)
+    for kind in (pb.SamplingParams, pb.Choice, pb.TokenIds, pb.Message, pb.GenerateRequest)
+    for field in kind.DESCRIPTOR.fields
+    if field.is_repeated and not (field.message_type and field.message_type.GetOptions().map_entry)
+]
+
+
+def test_one_stop_text_is_a_list_of_one_as_openai_has_it():
+    assert list(asked(stop="END").sampling.stop) == ["END"]
+    assert list(asked(stop=("END", "STOP")).sampling.stop) == ["END", "STOP"]
+
+
+@pytest.mark.parametrize("given", ["no", b"no", {"no": 1}, {5: 1}])
+@pytest.mark.parametrize(("kind", "name"), LISTS)
+def test_what_is_no_list_is_not_split_into_one(kind, name, given):
+    with pytest.raises(InvalidInput) as raised:
+        built(kind, {name: given}, "here.")
+    assert (raised.value.field, raised.value.fix) == (f"here.{name}", "give a list")
+
+
+def test_all_lists_of_a_turn_are_looked_at():
+    assert {"stop", "bad_words", "texts", "ids", "stop_token_ids"} <= {name for _, name in LISTS}
+
+
+@pytest.mark.parametrize("value", ["ab", b"ab", 5, 1.5, True, object(), {"a": 1}, [1], [[1]], [None], "\ud800", 2**70, ()])
+@pytest.mark.parametrize("name", Sampling.__annotations__)
+def test_a_value_fits_its_field_or_is_refused_by_its_name(name, value):
+    fields = {name}
+    try:
+        asked(**{name: value})
+    except InvalidInput as error:
+        fields.add(error.field.partition(".")[0])
+    assert fields == {name}
 
 
 def test_what_is_none_asks_for_nothing():

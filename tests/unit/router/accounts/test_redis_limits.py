@@ -7,7 +7,7 @@ from account_stores import InRedis
 from polling import PATIENCE_S, until
 from redis.asyncio import Redis
 
-from prefillshare.kvshare.errors import Overloaded
+from prefillshare.kvshare.errors import Overloaded, Unavailable
 from prefillshare.router.accounts import redis_limits
 from prefillshare.router.accounts.limits import Charge
 from prefillshare.router.admission.grant import Demand, TenantShare
@@ -113,6 +113,31 @@ async def test_a_call_whose_answer_was_lost_and_that_is_repeated_counts_once(in_
     (await limits.take(TURN, 3500)).give_back()
     with pytest.raises(Overloaded):
         await limits.take(TURN, 4500)
+
+
+class Late(RedisCalls):
+    """The answer to the first call comes after its deadline: the script has run."""
+
+    first = True
+
+    async def run(self, script, keys, args, timeout_s):
+        answer = await super().run(script, keys, args, timeout_s)
+        if self.first:
+            self.first = False
+            raise Unavailable("no answer within 0.25 s")
+        return answer
+
+
+async def test_a_turn_that_redis_took_too_late_is_charged_once_and_is_no_turn_in_progress_there(in_redis, monkeypatch):
+    monkeypatch.setattr(redis_limits, "AWAY_S", 0)
+    late, other = in_redis.limits(), in_redis.limits()
+    late._calls.__class__ = Late
+    alone = await late.take(Demand("agents", 4000, tenant=ACME), 0)
+    assert type(alone).__name__ != "_InRedis"
+    await asyncio.gather(*late._background._running)
+    taken = [await other.take(Demand("agents", 2900, tenant=ACME), 0) for _ in range(2)]
+    assert len(taken) == 2, "both turns and the whole minute's tokens are there"
+    alone.settle(4000)
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """What every session store does: bounded, forgotten in time, one turn at once, changed only by turns that end well."""
 
+import base64
+import json
+
 import pytest
 from session_stores import InMemory, InRedis
 
@@ -402,11 +405,34 @@ async def test_being_listed_renews_nothing_and_what_is_forgotten_is_not_listed(s
     assert await names(store, 5) == [[]]
 
 
-async def test_a_page_that_never_was_is_refused():
-    for token in ("x", "WzFd", Place("nan", "x").token(), Place("1", "x").token()[:-4]):
+def test_a_page_that_never_was_is_refused():
+    for token in ("x", "WzFd", "ü", Place("1", "x").token()[:-4], f" {Place('1', 'x').token()}\n", "[" * 10**5):
         with pytest.raises(InvalidInput) as raised:
             Place.of(token)
         assert raised.value.field == "page_token"
+
+
+UNWRITTEN = ["nan", "inf", "-Infinity", "1_000", " 5 ", "+5", "5.", "05", "1e3", "٥", "5\n", "0x5", 5, None, []]
+
+
+@pytest.mark.parametrize("expires", UNWRITTEN)
+def test_a_moment_that_no_store_has_written_is_refused_before_a_store_is_asked(expires):
+    with pytest.raises(InvalidInput) as raised:
+        Place.of(base64.urlsafe_b64encode(json.dumps([expires, "x"]).encode()).decode())
+    assert raised.value.field == "page_token"
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x\udfff", 5, None, ["x"]])
+def test_a_name_that_no_session_can_have_begins_no_page(name):
+    with pytest.raises(InvalidInput) as raised:
+        Place.of(base64.urlsafe_b64encode(json.dumps(["5", name]).encode()).decode())
+    assert raised.value.field == "page_token"
+
+
+@pytest.mark.parametrize("expires", ["0", "1796000000123", "0.0", "12.25", "1e-05", "1e+16"])
+@pytest.mark.parametrize("name", ["s", "b:ü", "\U0001f600", "\x00", '"'])
+def test_what_stores_write_begins_a_page(expires, name):
+    assert Place.of(Place(expires, name).token()) == Place(expires, name)
 
 
 async def test_a_session_may_have_a_time_to_live_of_its_own_and_so_have_its_forks(store, where):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Histogram, make_asgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
 
 from prefillshare.kvshare.metric_sizes import Series
-from prefillshare.kvshare.metrics import Metrics
+from prefillshare.kvshare.metrics import DEFINITIONS, Metrics
 from prefillshare.kvshare.metrics_text import families, samples, total
 from prefillshare.kvshare.other_metrics import ENGINE_METRICS, Kind
+from prefillshare.router.surfaces.http_auth import shows_all
 from prefillshare.router.telemetry.node_metrics import NodeMetrics
+from prefillshare.router.tenants import KeysFile, Tenants, digest
 
 #: What Ray adds to every series.
 RAYS = (
@@ -62,9 +65,16 @@ def registry():
     return registry
 
 
+def scraping(
+    registry: CollectorRegistry, agent_url: str | None, replicas: Iterable[str] = (), tenants: Tenants = Tenants()  # noqa: B008
+) -> httpx.AsyncClient:
+    """Around an app that shows the whole registry at every path, as vLLM's does."""
+    app = NodeMetrics(make_asgi_app(registry), agent_url, lambda: set(replicas), partial(shows_all, tenants), registry)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router")
+
+
 async def told(registry: CollectorRegistry, agent_url: str | None, replicas: Iterable[str] = ("a1", "b2")) -> str:
-    app = NodeMetrics(make_asgi_app(registry), agent_url, lambda: set(replicas), registry)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+    async with scraping(registry, agent_url, replicas) as client:
         answer = (await client.get("/metrics")).raise_for_status()
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return answer.text
@@ -162,3 +172,68 @@ async def test_an_agents_nonsense_takes_nothing_from_the_routers_own(registry, c
         text = await told(registry, url)
     assert total(text, "prefillshare_turns_total") == 4
     assert "tells nothing" in caplog.text
+
+
+TENANT, OPERATOR, WRONG = "psk-first-tenants-key", "psk-for-prometheus-only", "psk-nobodys-key-at-all"
+TENANTS = Tenants(KeysFile.model_validate({"tenants": {"harbour": {"keys": [TENANT]}}}).tenants, [digest(OPERATOR)])
+
+
+@pytest.fixture
+def of_tenants():
+    """All metrics that have a tenant's name among their labels, and one that has not."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    metrics["turns_total"].labels("planner", "ok").inc(4)
+    for metric in DEFINITIONS.values():
+        if "tenant" in metric.labels:
+            child = metrics[metric.name.removeprefix("prefillshare_")].labels(*("harbour" for _ in metric.labels))
+            child.set(1) if metric.kind is Gauge else child.inc()
+    return registry
+
+
+def shown(text: str) -> set[str]:
+    """Families of which there are series that name a tenant."""
+    return {family.name for family in families(text) if any("tenant" in one.labels for one in family.samples)}
+
+
+OF_TENANTS = {metric.family for metric in DEFINITIONS.values() if "tenant" in metric.labels}
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+async def test_with_keys_only_an_operator_sees_who_the_tenants_are(of_tenants, path):
+    assert {"prefillshare_tenant_turns", "prefillshare_tenant_tokens", "prefillshare_kept_tokens"} <= OF_TENANTS
+    async with scraping(of_tenants, None, tenants=TENANTS) as client:
+        for headers in ({}, {"authorization": f"Bearer {TENANT}"}, {"x-api-key": TENANT}, {"authorization": "Basic x"}):
+            answer = await client.get(path, headers=headers)
+            assert (answer.status_code, shown(answer.text)) == (200, set())
+            assert "harbour" not in answer.text
+            assert not any(f"{name}_" in answer.text or f"{name} " in answer.text for name in OF_TENANTS)
+            assert total(answer.text, "prefillshare_turns_total") == 4
+        for headers in ({"authorization": f"Bearer {OPERATOR}"}, {"x-api-key": OPERATOR}):
+            answer = await client.get(path, headers=headers)
+            assert (answer.status_code, shown(answer.text)) == (200, OF_TENANTS)
+            assert total(answer.text, "prefillshare_turns_total") == 4
+
+
+async def test_a_prometheus_with_a_wrong_key_is_told_so(of_tenants):
+    async with scraping(of_tenants, None, tenants=TENANTS) as client:
+        answer = await client.get("/metrics", headers={"authorization": f"Bearer {WRONG}"})
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert WRONG not in answer.text
+    assert "harbour" not in answer.text
+
+
+async def test_without_keys_everybody_sees_everything_whatever_is_sent(of_tenants):
+    async with scraping(of_tenants, None) as client:
+        for headers in ({}, {"authorization": f"Bearer {WRONG}"}):
+            assert shown((await client.get("/metrics", headers=headers)).text) == OF_TENANTS
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "OPTIONS", "NONSENSE"])
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/metrics/x", "/metricsx", "/metrics?name[]=prefillshare_sessions"])
+async def test_there_is_no_way_around_the_key(of_tenants, method, path):
+    async with scraping(of_tenants, None, tenants=TENANTS) as client:
+        answer = await client.request(method, path, headers={"authorization": f"Bearer {TENANT}"})
+    found = "x" not in path.partition("?")[0]
+    assert answer.status_code == (404 if not found else 200 if method in ("GET", "HEAD") else 405)
+    assert "harbour" not in answer.text

@@ -27,7 +27,7 @@ from prefillshare.router.responses.items import items_of, unanswered
 from prefillshare.router.responses.threads import StoredResponse, Threads, damaged, new_response, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
-from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut, check_stays_whole
 from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
 from prefillshare.router.sessions.kept_prompt import KeptPrompt, retention_s
 from prefillshare.router.sessions.transcript import Transcript
@@ -99,6 +99,7 @@ class ResponseCall:
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)
         text.check_chars(chars, "input")
         self._laid_out, self._own = await text.run(chars, lambda: layout.behind(session, new, own, tools))
+        check_stays_whole(self._request, self._laid_out, self._calls.max_len)
         self._transcript = (session.transcript or Transcript()).with_messages(said)
         if self._stores:
             self._request.request_id = new_response(session.session_id)

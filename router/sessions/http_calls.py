@@ -24,7 +24,7 @@ from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
-from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut, check_stays_whole
 from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, retention_s
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
@@ -119,7 +119,7 @@ class SessionCall:
         self._kept.beginnings = beginnings
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
-        self._check_one_answer()
+        self._check_asked()
         check_tool_results(conversation.messages)
         retention_s(asked())
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
@@ -156,13 +156,19 @@ class SessionCall:
                     usage["session"] = self.state
                 yield output
 
-    def _check_one_answer(self) -> None:
+    def _check_asked(self) -> None:
         request = asked()
         for field, one in (("n", 1), ("use_beam_search", False)):
             if (getattr(request, field, None) or one) != one:
                 raise InvalidInput(
                     "a session goes on from one answer", field=field, fix="leave it out, or call without a session"
                 )
+        if getattr(request, "truncate_prompt_tokens", None) is not None:
+            raise InvalidInput(
+                "a session goes on from all that was said in it",
+                field="truncate_prompt_tokens",
+                fix="leave it out, or call without a session; UpdateSession truncates a session",
+            )
 
     async def _hold(self) -> str:
         """Returns why it cannot be held, "" if it is."""
@@ -209,6 +215,7 @@ class SessionCall:
         self._laid_out, self._own = await calls.frontend.text.run(
             chars, lambda: layout.behind(session, shown, own, tools)
         )
+        check_stays_whole(asked(), self._laid_out, calls.max_len)
         self._transcript = said.with_messages(new)
         return ""
 

@@ -198,6 +198,35 @@ async def test_several_answers_are_refused(behind, more):
         await behind.sessions.get("several", tenant="")
 
 
+@pytest.mark.parametrize("most", [3, 500, -1])
+async def test_a_session_is_not_truncated_by_a_call(behind, most):
+    body = {"model": "planner", "messages": [ASK], "max_tokens": 5, "truncate_prompt_tokens": most}
+    headers = {"x-prefillshare-session": "cut off"}
+    response = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+    assert behind.prompts == []
+    with pytest.raises(NotFound):
+        await behind.sessions.get("cut off", tenant="")
+
+
+async def test_without_a_session_a_truncated_prompt_is_the_context_whose_kv_is_made_ahead(behind):
+    await chat(behind, "", [ASK], answer="Paris.", truncate_prompt_tokens=3)
+    assert len(behind.ids[-1]) == 3
+    assert behind.kept[-1] == [*behind.ids[-1], *behind.encode("Paris."), END]
+
+
+async def test_a_session_is_not_cut_off_where_it_does_not_fit(behind):
+    async def respond(*messages):
+        body = {"model": "planner", "input": list(messages), "truncation": "auto"}
+        return await behind.http.post("/v1/responses", json=body, headers={"x-prefillshare-session": "fits"})
+
+    assert (await respond(ASK)).headers["x-prefillshare-session-state"] == "begun"
+    before = await context(behind, "fits")
+    refused = await respond(ASK, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "word " * 1100})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncation")
+    assert await context(behind, "fits") == before
+
+
 @pytest.mark.parametrize("session", ["", "results"])
 async def test_a_tool_result_without_its_call_is_refused(behind, session):
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

@@ -10,13 +10,14 @@ A call names a session, or none:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PrefillShareError
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
 from prefillshare.kvshare_vllm.surface.run import USAGE
@@ -29,6 +30,8 @@ from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, rete
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
 from prefillshare.router.sessions.unanswered import check_tool_results
+
+logger = logging.getLogger(__name__)
 
 Plain = Callable[[], Awaitable[str | list[int]]]
 
@@ -54,7 +57,8 @@ class HttpCalls:
         return OpenCall(self)
 
     def on_session(self, session_id: str, stack: AsyncExitStack) -> SessionCall:
-        """The call holds its session until `stack` is closed. A session that does not exist begins with this call."""
+        """The call holds its session until `stack` is closed. A session that does not exist begins with this call, if that ends
+        well."""
         return SessionCall(self, session_id, stack)
 
 
@@ -112,6 +116,7 @@ class SessionCall:
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
         self._own: OwnPart | None = None
+        self._is_kept = False
         #: What the context will say when the answer comes behind it.
         self._transcript: Transcript | None = None
 
@@ -180,6 +185,7 @@ class SessionCall:
                 await calls.sessions.create(
                     self._session_id, tenant=caller.tenant, cache_domain=caller.cache_domain, transcript=Transcript()
                 )
+                self._stack.push_async_callback(self._tidy, caller.tenant)
         try:
             held = calls.sessions.turn(self._session_id, tenant=caller.tenant)
             session = await self._stack.enter_async_context(held)
@@ -189,6 +195,20 @@ class SessionCall:
             raise calls.sessions.damaged(self._session_id)
         self._session = session
         return ""
+
+    async def _tidy(self, tenant: str) -> None:
+        """Delete the session that this call has begun, if no call has gone on in it."""
+        if self._is_kept:
+            return
+        sessions = self._calls.sessions
+        try:
+            async with sessions.turn(self._session_id, tenant=tenant) as session:
+                if not session.turns and not session.token_ids:
+                    await sessions.delete(self._session_id, tenant=tenant)
+        except (NotFound, Conflict):  # it is gone, or another call goes on in it
+            pass
+        except PrefillShareError as error:
+            logger.warning("session %r stays until its time has passed: %s", self._session_id, error)
 
     async def _continue(self, conversation: Conversation) -> str:
         """Lay out what is new behind the session's context. Returns why that cannot be done, "" if it is."""
@@ -223,4 +243,5 @@ class SessionCall:
         message = message_of(text, token_ids)
         said = self._transcript.with_messages([message])
         await self._calls.sessions.commit(self._session, context, True, said, own=self._own)
+        self._is_kept = True
         return "tool_calls" in message

@@ -23,7 +23,7 @@ from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Session
 from prefillshare.router.surfaces.http_responses import add_routes
 
 SESSION_HEADER = "x-prefillshare-session"
-#: In the answer: "begun", "continued", or "as it is: " and the reason.
+#: In answers, but for errors: "begun", "continued", or "as it is: " and the reason.
 STATE_HEADER = "x-prefillshare-session-state"
 #: Surfaces whose calls are conversations.
 RESPONSES = "/v1/responses"
@@ -69,7 +69,7 @@ class HttpSessions:
 
 def _with_state(call: SessionCall | ResponseCall | OpenCall, send):
     async def with_state(message):
-        if message["type"] == "http.response.start" and call.state:
+        if message["type"] == "http.response.start" and call.state and message["status"] < 400:
             header = (STATE_HEADER.encode(), call.state.encode("latin-1", "replace"))
             message = {**message, "headers": [*message.get("headers", ()), header]}
         await send(message)

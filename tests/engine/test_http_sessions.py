@@ -198,6 +198,49 @@ async def test_several_answers_are_refused(behind, more):
         await behind.sessions.get("several", tenant="")
 
 
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({}, 503),
+        ({"temperature": -1}, 400),
+        ({"structured_outputs": {"regex": "("}}, 400),
+        ({"logit_bias": {"999999": 1}}, 400),
+        ({"prompt_logprobs": 1}, 400),
+        ({"max_tokens": 100_000}, 400),
+        ({"messages": [PLAN]}, 200),
+    ],
+)
+async def test_a_call_that_goes_on_in_no_session_leaves_none(behind, more, status):
+    """The engine fails; what is asked for is refused; or nothing is said in the conversation."""
+    headers = {"x-prefillshare-session": "nothing came of it"}
+    behind.fails_at = 1 if status == 503 else 0
+    try:
+        body = {"model": "planner", "messages": [ASK], "max_tokens": 5, **more}
+        answer = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+    finally:
+        behind.fails_at = 0
+    assert answer.status_code == status, answer.text
+    assert ("x-prefillshare-session-state" in answer.headers) == (status == 200)
+    with pytest.raises(NotFound):
+        await behind.sessions.get("nothing came of it", tenant="")
+
+
+async def test_a_call_that_begins_a_session_holds_it_once(behind, monkeypatch):
+    """The client's next call may come at once."""
+    held, turn = [], behind.sessions.turn
+    monkeypatch.setattr(behind.sessions, "turn", lambda *given, **how: held.append(given) or turn(*given, **how))
+    await chat(behind, "once", [ASK])
+    assert held == [("once",)]
+
+
+async def test_a_session_that_had_been_created_stays_when_its_first_call_fails(behind):
+    await behind.sessions.create("created", tenant="")
+    body = {"model": "planner", "messages": [ASK], "temperature": -1}
+    headers = {"x-prefillshare-session": "created"}
+    assert (await behind.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 400
+    assert (await behind.sessions.get("created", tenant="")).turns == 0
+
+
 @pytest.mark.parametrize("most", [3, 500, -1])
 async def test_a_session_is_not_truncated_by_a_call(behind, most):
     body = {"model": "planner", "messages": [ASK], "max_tokens": 5, "truncate_prompt_tokens": most}

@@ -99,7 +99,8 @@ class Keeper:
         self, caller: Caller, prompt: Sequence[int], salt: str | None, asked: Sequence[tuple[int, float]]
     ) -> list[Kept]:
         """Grant a call that beginnings of its prompt are kept: `asked` says how many tokens each, and for how many seconds.
-        Those beyond the budget are left out and counted. What is granted is given to `hold` as soon as its KV is there."""
+        Those beyond the budget are left out and counted. To be called when its KV is there; what is granted is then given to
+        `hold`."""
         granted, keys = [], block_keys(prompt, self._block_size, salt)
         budget = self._budgets.of(caller.tenant)
         for tokens, ttl_s in sorted(asked):

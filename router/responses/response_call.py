@@ -112,7 +112,7 @@ class ResponseCall:
             running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
         else:
             caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.context
-            kept_tokens = await self._kept_prompt.grant(caller, prompt, request.cache_salt, self._request)
+            keep = self._kept_prompt.of(caller, prompt, request.cache_salt, self._request)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
@@ -123,10 +123,9 @@ class ResponseCall:
                 self._keep,
                 session.replicas,
                 session=session.session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
+            ).outputs(request, decoder, prompt_text=prompt_text, keep=keep)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept_prompt.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output

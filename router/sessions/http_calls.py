@@ -80,8 +80,7 @@ class OpenCall:
 
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
         calls, prompt, params = self._calls, list(request.prompt_token_ids), request.sampling_params
-        kept_tokens = await self._kept.grant(caller, prompt, request.cache_salt, asked())
-        how = {"prompt_text": prompt_text, "kept_tokens": kept_tokens}
+        how = {"prompt_text": prompt_text, "keep": self._kept.of(caller, prompt, request.cache_salt, asked())}
         if params.n > 1 or params.max_tokens == 1:  # no single answer to go on from, or (beam search) a piece of one
             running = calls.frontend.run(request, decoder, caller, **how).outputs()
         else:
@@ -102,7 +101,6 @@ class OpenCall:
             ).outputs(request, decoder, **how)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept.there()
                 yield output
 
 
@@ -142,7 +140,7 @@ class SessionCall:
             running = OpenCall(calls, self._kept).outputs(request, decoder, caller, prompt_text)
         else:
             caller = caller.in_domain(session.cache_domain)
-            kept_tokens = await self._kept.grant(caller, self._laid_out.context, request.cache_salt, asked(), whole=True)
+            keep = self._kept.of(caller, self._laid_out.context, request.cache_salt, asked(), whole=True)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
@@ -153,10 +151,9 @@ class SessionCall:
                 self._commit,
                 session.replicas,
                 session=self._session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
+            ).outputs(request, decoder, prompt_text=prompt_text, keep=keep)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output

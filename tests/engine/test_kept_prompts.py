@@ -195,3 +195,37 @@ async def test_of_a_response_its_prompt_is_kept(keeping):
     assert (HANDBOOK[:200] in text, ttl_s) == (True, 86400)
     told = await keeping.http.post("/v1/responses", json=body | {"prompt_cache_retention": "7d"})
     assert (told.status_code, told.json()["error"]["param"]) == (400, "prompt_cache_retention")
+
+
+@pytest.mark.parametrize("session", ["", "fails"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_a_call_that_fails_before_its_prompt_is_there_takes_up_nothing_of_the_budget(keeping, path, session):
+    said = {"input": HANDBOOK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": HANDBOOK}]}
+    headers = {"x-prefillshare-session": session} if session else {}
+    body = {"model": "planner", "prompt_cache_retention": "24h", **said}
+    keeping.fails_at = 1
+    try:
+        assert (await keeping.http.post(path, json=body, headers=headers)).status_code == 503
+    finally:
+        keeping.fails_at = 0
+    assert (await keeping.store.own(""), kept(keeping)) == (0, [])
+
+
+async def test_a_call_that_fails_takes_nothing_from_what_was_kept_before(keeping):
+    short = {"messages": [{"role": "user", "content": "When?"}], "system": [block(HANDBOOK)]}
+    await ask(keeping, **short)
+    before = [one.name for one in await keeping.store.of("")]
+    keeping.fails_at = 1
+    try:
+        with pytest.raises(anthropic.APIStatusError):
+            await ask(keeping, short["messages"], system=[block(HANDBOOK), block("More. " * 60)])
+    finally:
+        keeping.fails_at = 0
+    assert [one.name for one in await keeping.store.of("")] == before
+
+
+async def test_the_prompt_of_several_answers_is_kept_once(keeping):
+    body = {"model": "planner", "n": 3, "messages": [{"role": "user", "content": HANDBOOK}], "prompt_cache_retention": "24h"}
+    told = (await keeping.http.post("/v1/chat/completions", json=body)).json()["usage"]["prompt_tokens_details"]
+    assert len(keeping.replicas.wanted) == 1
+    assert told["created_cache_tokens"] == keeping.replicas.wanted[0].longest.blocks * keeping.base.block_size

@@ -144,15 +144,25 @@ class Keeper:
             prolonging = self._prolong(tenant, of_session(session_id), context(), salt, ready)
             self._background.start("keeping", prolonging, session=session_id)
 
-    async def let_go(self, tenant: str, session_id: str) -> None:
-        """Keep a session no longer. Raises Unavailable."""
+    async def shorten(
+        self, tenant: str, session_id: str, token_ids: Sequence[int], salt: str | None, ttl_s: float
+    ) -> None:
+        """A session lives for no more than `ttl_s` unused from now on, and is kept no longer than that. Raises Unavailable."""
+        if kept := await self._store.shorten(tenant, of_session(session_id), ttl_s):
+            self._holding.hold(Wanted([kept], list(token_ids), salt))
+
+    async def let_go(self, tenant: str, session_id: str) -> bool:
+        """Keep a session no longer. Returns whether it was kept. Raises Unavailable."""
         if kept := await self._store.let_go(tenant, of_session(session_id)):
             self._holding.let_go(kept)
+        return kept is not None
 
-    def gone(self, tenant: str, session_id: str) -> None:
-        """A session has been deleted."""
-        if self._upkeep.may_keep(tenant):
-            self._background.start("keeping", self._forget(tenant, session_id), session=session_id)
+    async def gone(self, tenant: str, session_id: str) -> None:
+        """A session has been deleted, or another one begins under its name."""
+        try:
+            await self.let_go(tenant, session_id)
+        except PrefillShareError as error:
+            logger.warning("session %r is kept until its time is over: %s", session_id, error)
 
     def tokens(self, kept: Kept) -> int:
         return kept.blocks * self._block_size
@@ -187,12 +197,6 @@ class Keeper:
             self._count(answer.refused)
         if answer.kept:
             self._holding.hold(Wanted([answer.kept], context, salt, ready))
-
-    async def _forget(self, tenant: str, session_id: str) -> None:
-        try:
-            await self.let_go(tenant, session_id)
-        except PrefillShareError as error:
-            logger.warning("session %r is kept until its time is over: %s", session_id, error)
 
     def _count(self, refused: str) -> None:
         self._metrics["keeps_refused_total"].labels(refused).inc()

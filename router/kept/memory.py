@@ -77,6 +77,13 @@ class MemoryKept(KeptStore):
             if record := records.get(name):
                 record.kept = replace(record.kept, pool=pool, replica=replica)
 
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        if not (record := self._of(tenant).records.get(name)):
+            return None
+        record.kept = replace(record.kept, ttl_s=min(record.kept.ttl_s, ttl_s))
+        record.until = min(record.until, self._clock() + ttl_s)
+        return self._seen(record)
+
     async def let_go(self, tenant: str, name: str) -> Kept | None:
         record = self._of(tenant).forget(name)
         return self._seen(record) if record else None

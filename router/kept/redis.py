@@ -33,6 +33,9 @@ class RedisKept(KeptStore):
     async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> None:
         await self._ask(scripts.PLACED, tenant, json.dumps([pool, replica]), *names)
 
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        return _kept(tenant, await self._ask(scripts.SHORTEN, tenant, name, ms(ttl_s)))
+
     async def let_go(self, tenant: str, name: str) -> Kept | None:
         return _kept(tenant, await self._ask(scripts.LET_GO, tenant, name))
 

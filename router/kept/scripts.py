@@ -152,6 +152,25 @@ return {'ok'}
 """
 )
 
+#: ARGV: name, ms. Returns what is kept.
+SHORTEN = (
+    _COMMON
+    + """
+local name, ttl = ARGV[2], tonumber(ARGV[3])
+local told = redis.call('HGET', contexts, name)
+if told then
+  local context = cjson.decode(told)
+  if ttl < context.ttl_ms then
+    context.ttl_ms = ttl
+    redis.call('HSET', contexts, name, cjson.encode(context))
+  end
+  redis.call('ZADD', ends, 'XX', 'LT', now + ttl, name)
+end
+settle()
+return seen(name)
+"""
+)
+
 #: ARGV: name. Returns what was kept.
 LET_GO = (
     _COMMON

@@ -50,6 +50,10 @@ class KeptStore(ABC):
         """Those of these contexts that are still kept are kept on this replica."""
 
     @abstractmethod
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        """What is kept under the name, if anything: from now on, and whenever it is prolonged, for at most `ttl_s` seconds."""
+
+    @abstractmethod
     async def let_go(self, tenant: str, name: str) -> Kept | None:
         """Returns what was kept under the name."""
 

@@ -183,6 +183,7 @@ class SessionCall:
                     self._session_id, tenant=caller.tenant, cache_domain=caller.cache_domain, transcript=Transcript()
                 )
                 self._stack.push_async_callback(self._tidy, caller.tenant)
+                await calls.response_kv.gone((caller.tenant, self._session_id))  # kept of a session before it
         try:
             held = calls.sessions.turn(self._session_id, tenant=caller.tenant)
             session = await self._stack.enter_async_context(held)
@@ -202,6 +203,7 @@ class SessionCall:
             async with sessions.turn(self._session_id, tenant=tenant) as session:
                 if not session.turns and not session.token_ids:
                     await sessions.delete(self._session_id, tenant=tenant)
+                    await self._calls.response_kv.gone((tenant, self._session_id))
         except (NotFound, Conflict):  # it is gone, or another call goes on in it
             pass
         except PrefillShareError as error:

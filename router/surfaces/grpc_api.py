@@ -120,7 +120,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return await self._answer(context, self._described(found, request.include_token_ids))
 
     async def ForkSession(self, request, context):
-        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant())
+        made = self._turns.fork(request.session_id, request.new_session_id, _tenant())
         return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):

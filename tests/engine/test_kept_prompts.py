@@ -9,6 +9,9 @@ import pytest
 import pytest_asyncio
 from keeping_surface import KeepingSurface
 
+from prefillshare.router.kept.budgets import Budget
+from prefillshare.router.kept.kept import Kept, of_session
+
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 TOOL = {"name": "look", "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}}}
@@ -143,6 +146,14 @@ async def test_in_a_session_its_context_is_kept_however_it_is_laid_out(keeping):
     text = keeping.tokenizer.decode(wanted.token_ids[: only.blocks * keeping.base.block_size])
     assert HANDBOOK[:200] in text
     assert "You plan." not in text, "the agent's own part is not of the context"
+
+
+async def test_a_session_that_a_call_begins_is_not_kept_because_one_of_its_name_was(keeping):
+    before = Kept("", of_session("anew"), 0, 600.0, 600.0)
+    await keeping.store.keep(before, b"", Budget(9, "own", 9, "all"))
+    said = [{"role": "user", "content": "When?"}]
+    await ask(keeping, said, extra_headers={"x-prefillshare-session": "anew"})
+    assert await keeping.store.of("") == []
 
 
 async def test_without_cache_control_nothing_is_kept(keeping):

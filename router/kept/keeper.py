@@ -151,16 +151,16 @@ class Keeper:
         if kept := await self._store.shorten(tenant, of_session(session_id), ttl_s):
             self._holding.hold(Wanted([kept], list(token_ids), salt))
 
-    async def let_go(self, tenant: str, session_id: str) -> bool:
-        """Keep a session no longer. Returns whether it was kept. Raises Unavailable."""
-        if kept := await self._store.let_go(tenant, of_session(session_id)):
+    async def let_go(self, tenant: str, name: str) -> bool:
+        """Keep a session or a prompt no longer. `name`: as of Kept. Returns whether it was kept. Raises Unavailable."""
+        if kept := await self._store.let_go(tenant, name):
             self._holding.let_go(kept)
         return kept is not None
 
     async def gone(self, tenant: str, session_id: str) -> None:
         """A session has been deleted, or another one begins under its name."""
         try:
-            await self.let_go(tenant, session_id)
+            await self.let_go(tenant, of_session(session_id))
         except PrefillShareError as error:
             logger.warning("session %r is kept until its time is over: %s", session_id, error)
 

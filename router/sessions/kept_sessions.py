@@ -1,11 +1,11 @@
-"""Sessions that are kept (router/kept), and what the keeper must know of them."""
+"""What a tenant keeps (router/kept) as its calls ask for it, and what the keeper must know of sessions."""
 
 from __future__ import annotations
 
 from prefillshare.kvshare.caller import Caller, cache_salt
-from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.errors import InvalidInput, NotFound
 from prefillshare.router.kept.keeper import Keeper, Listed
-from prefillshare.router.kept.kept import Kept
+from prefillshare.router.kept.kept import Kept, of_session
 from prefillshare.router.sessions.base import Session, SessionStore
 
 
@@ -31,8 +31,13 @@ class KeptSessions:
 
     async def let_go(self, caller: Caller, session_id: str) -> None:
         """Nothing happens to a session that is not kept. Raises NotFound for one that is neither kept nor there."""
-        if not await self._keeper.let_go(caller.tenant, session_id):
+        if not await self._keeper.let_go(caller.tenant, of_session(session_id)):
             await self._sessions.get(session_id, tenant=caller.tenant)
+
+    async def let_go_kept(self, caller: Caller, name: str) -> None:
+        """Let go of a session or of a beginning of a prompt. `name`: as of Kept. Raises NotFound."""
+        if not await self._keeper.let_go(caller.tenant, name):
+            raise NotFound(f"nothing is kept under {name[:128]!r}", field="id", fix="use an id that ListKept tells")
 
     async def live_for(self, session: Session) -> None:
         """The session has got another time to live: it is kept no longer than that. Raises Unavailable."""

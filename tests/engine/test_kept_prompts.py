@@ -10,7 +10,7 @@ import pytest_asyncio
 from keeping_surface import KeepingSurface
 
 from prefillshare.router.kept.budgets import Budget
-from prefillshare.router.kept.kept import Kept, of_session
+from prefillshare.router.kept.kept import PRIORITIES, Kept, of_session
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
@@ -197,6 +197,16 @@ async def test_a_prompt_that_is_to_be_retained_for_a_day_is_kept_for_a_day(keepi
     told = await keeping.http.post("/v1/chat/completions", json=body | {"prompt_cache_retention": "7d"})
     assert (told.status_code, told.json()["error"]["param"]) == (400, "prompt_cache_retention")
     assert "use in_memory or 24h" in told.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_the_prompt_of_a_call_that_goes_behind_others_is_given_up_before_theirs(keeping, path):
+    said = {"input": HANDBOOK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": HANDBOOK}]}
+    body = {"model": "planner", "prompt_cache_retention": "24h", **said}
+    for priority in (0, 3):
+        assert (await keeping.http.post(path, json=body | {"priority": priority})).status_code == 200
+    first, behind = (wanted.longest for wanted in keeping.replicas.wanted)
+    assert first.rank - behind.rank == 3 * len(PRIORITIES)
 
 
 async def test_of_a_response_its_prompt_is_kept(keeping):

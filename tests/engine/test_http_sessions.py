@@ -102,6 +102,16 @@ async def test_tool_calls_go_on_as_they_were_generated(behind):
     assert spaced in behind.prompts[-1]
 
 
+async def test_a_call_whose_arguments_are_no_json_goes_on_as_it_was_generated(behind):
+    broken = CALLED.replace('"map"', "")
+    answer, _ = await chat(behind, "broken", [ASK], answer=broken, tools=[TOOL])
+    assert answer["tool_calls"][0]["function"]["arguments"] == '{"at": }'
+    result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "no JSON"}
+    _, state = await chat(behind, "broken", [ASK, answer, result], tools=[TOOL])
+    assert state == "continued"
+    assert broken in behind.prompts[-1]
+
+
 async def test_an_agents_own_part_is_laid_out_once_while_it_takes_turn_after_turn(behind):
     history = [PLAN, ASK]
     for number in range(3):

@@ -140,15 +140,17 @@ return answer(name, reason)
 """
 )
 
-#: ARGV: place, then names.
+#: ARGV: place, then names. Returns those that are not kept.
 PLACED = (
     _COMMON
     + """
+local gone = {}
 for i = 3, #ARGV do
-  if redis.call('HEXISTS', contexts, ARGV[i]) == 1 then redis.call('HSET', places, ARGV[i], ARGV[2]) end
+  if redis.call('HEXISTS', contexts, ARGV[i]) == 1 then redis.call('HSET', places, ARGV[i], ARGV[2])
+  else table.insert(gone, ARGV[i]) end
 end
 settle()
-return {'ok'}
+return gone
 """
 )
 

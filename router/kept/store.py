@@ -46,8 +46,8 @@ class KeptStore(ABC):
         of it so far is."""
 
     @abstractmethod
-    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> None:
-        """Those of these contexts that are still kept are kept on this replica."""
+    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> list[str]:
+        """Those of these contexts that are still kept are kept on this replica. Returns the names of the others."""
 
     @abstractmethod
     async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:

@@ -434,6 +434,22 @@ async def test_beginnings_of_a_prompt_are_kept_with_one_call_on_one_replica():
         assert list(names.values()) == [8]
 
 
+@pytest.mark.parametrize("waits_s", [0, STEP_S / 2, 1])
+@pytest.mark.parametrize("number", [0, 1])
+@on_virtual_time
+async def test_one_beginning_is_let_go_and_the_other_stays(number, waits_s):
+    """Also while a replica is being told to keep both."""
+    async with session_system(replicas=3) as running:
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(8, 3600.0), (37, 300.0)])
+        running.keeper.hold(granted, PROMPT, None)
+        await asyncio.sleep(waits_s)
+        await running.turns.kept.let_go_kept(ANONYMOUS, granted[number].name)
+        await asyncio.sleep(3)
+        other = granted[1 - number]
+        assert list(kept(running).values()) == [{other.engine_name: other.blocks * BLOCK}]
+        assert [one.name for one in (await running.turns.kept.listed(ANONYMOUS)).kept] == [other.name]
+
+
 @on_virtual_time
 async def test_a_prompt_that_its_turn_has_computed_is_kept_there_at_the_cost_of_a_token():
     async with session_system(replicas=3) as running:

@@ -144,7 +144,7 @@ async def test_what_is_shortened_ends_sooner_now_and_whenever_it_is_prolonged(st
 
 async def test_letting_go_tells_where_it_was_kept(store):
     await keep(store, "a", keys(3))
-    await store.placed("", ["a", "unknown"], "prefill", "one")
+    assert await store.placed("", ["a", "unknown"], "prefill", "one") == ["unknown"]
     gone = await store.let_go("", "a")
     assert (gone.blocks, gone.pool, gone.replica) == (3, "prefill", "one")
     assert (await store.let_go("", "a"), await store.of(""), await store.held()) == (None, [], {})

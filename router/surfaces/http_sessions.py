@@ -1,7 +1,7 @@
 """Ties chat-like HTTP calls to contexts (router/sessions/http_calls.py): a header names the session that a call goes on from.
 
-The answer says in a header of its own how the call was served: the session is held from the prompt's layout until the last
-byte of the answer has been sent.
+An answer that is no error says in a header of its own how the call was served: the session is held from the prompt's layout
+until the last byte of the answer has been sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Session
 from prefillshare.router.surfaces.http_responses import add_routes
 
 SESSION_HEADER = "x-prefillshare-session"
-#: In answers, but for errors: "begun", "continued", or "as it is: " and the reason.
+#: In the answer: "begun", "continued", or "as it is: " and the reason.
 STATE_HEADER = "x-prefillshare-session-state"
 #: Surfaces whose calls are conversations.
 RESPONSES = "/v1/responses"

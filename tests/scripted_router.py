@@ -31,6 +31,8 @@ class ScriptedRouter(pb_grpc.PrefillShareServicer):
         self.turns: dict[str, int] = {}
         self.plan: list[Exception | None] = []
         self.asked: list[Any] = []
+        #: Ids of what is kept.
+        self.kept: set[str] = set()
         #: What a turn says before its end, and the tools that it calls.
         self.pieces = [pb.GenerateResponse(text="Par", token_ids=[1]), pb.GenerateResponse(text="is.", token_ids=[2])]
         self.calls: list[pb.ToolCall] = []
@@ -52,6 +54,15 @@ class ScriptedRouter(pb_grpc.PrefillShareServicer):
 
     async def GetSession(self, request, context):
         return await self._do(request, context, lambda: self._session(request.session_id))
+
+    async def LetGoKept(self, request, context):
+        def let_go():
+            if request.id not in self.kept:
+                raise NotFound(f"nothing is kept under {request.id!r}", field="id")
+            self.kept.discard(request.id)
+            return pb.LetGoKeptResponse()
+
+        return await self._do(request, context, let_go)
 
     async def UpdateSession(self, request, context):
         return await self._do(request, context, lambda: self._session(request.session_id))

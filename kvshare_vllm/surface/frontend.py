@@ -36,7 +36,7 @@ from prefillshare.kvshare_vllm.surface.http_refusals import note_begun, to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import bound_turn
 from prefillshare.kvshare_vllm.surface.renderer_work import RendererWork
 from prefillshare.kvshare_vllm.surface.request_checks import check_asked, check_something_is_left
-from prefillshare.kvshare_vllm.surface.run import Run
+from prefillshare.kvshare_vllm.surface.run import KeepPrompt, Run
 from prefillshare.kvshare_vllm.surface.text_work import TextWork
 from prefillshare.kvshare_vllm.surface.turn_call import TurnRunner
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
@@ -165,11 +165,12 @@ class Frontend(EngineClient):
         *,
         terms: object = None,
         prompt_text: str | None = None,
-        kept_tokens: int = 0,
+        keep: KeepPrompt | None = None,
     ) -> Run:
-        """Run a prepared request. `terms`: passed on to the turn runner. `kept_tokens`: of its prompt, to be kept."""
+        """Run a prepared request. `terms`: passed on to the turn runner. `keep`: awaited when the prompt's KV is there, before
+        the first output; once for each of several responses."""
         parts = (self.output_processor, self.grammars, self.run_turn)
-        return Run(*parts, request, decoder, caller, terms, prompt_text, kept_tokens)
+        return Run(*parts, request, decoder, caller, terms, prompt_text, keep)
 
     async def _as_vllm(self, request_id: str, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
         try:

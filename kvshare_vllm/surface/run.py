@@ -8,7 +8,7 @@ Seam: vllm/v1/engine/{__init__,output_processor,parallel_sampling}.py
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from copy import copy
 
@@ -32,9 +32,12 @@ _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "repetition
 #: Key of a turn's usage in an OpenAI response's `kv_transfer_params`.
 USAGE = "prefillshare"
 
+#: Has a prompt kept whose KV has just been made. Returns how many of its tokens are kept now.
+KeepPrompt = Callable[[], Awaitable[int]]
+
 
 class Run:
-    """`terms`, `kept_tokens`: as of Frontend.run."""
+    """`terms`, `keep`: as of Frontend.run."""
 
     def __init__(
         self,
@@ -46,9 +49,9 @@ class Run:
         caller: Caller,
         terms: object,
         prompt_text: str | None,
-        kept_tokens: int,
+        keep: KeepPrompt | None,
     ):
-        self._kept_tokens = kept_tokens
+        self._keep = keep
         self._processor, self._grammars, self._run_turn = processor, grammars, run_turn
         self._request, self._prompt_text = request, prompt_text
         self._decoder, self._caller, self._terms = decoder, caller, terms
@@ -102,11 +105,13 @@ class Run:
         )
 
     async def _pump(self, request: EngineCoreRequest, turn: RunningTurn, queue: RequestOutputCollector) -> None:
-        first = True
+        first, kept_tokens = True, 0
         try:
             async with aclosing(turn.chunks()) as chunks:
                 async for chunk in chunks:
-                    output = _core_output(request, chunk, turn.usage, first, self._kept_tokens)
+                    if first and self._keep:
+                        kept_tokens = await self._keep()
+                    output = _core_output(request, chunk, turn.usage, first, kept_tokens)
                     first = False
                     done = self._processor.process_outputs([output])
                     if done.reqs_to_abort or output.finished:  # a stop string was met here, or the engine ended it

@@ -72,6 +72,11 @@ class AsyncClient(ClientBase):
         """What the tenant keeps in the engines' caches, and its budget."""
         return await self._do(calls.kept())
 
+    async def let_go(self, kept_id: str) -> None:
+        """Keep this no longer than the caches do by themselves: a session or the beginning of a prompt, by the `id` that `kept`
+        tells. Raises NotFound if nothing is kept under it."""
+        await self._do(calls.let_go_kept(kept_id))
+
     async def _do(self, call: Call) -> Any:
         return await self._run(answered(call, self.retries, self.timeout_s))
 

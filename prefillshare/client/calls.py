@@ -68,6 +68,11 @@ def let_go(session_id: str) -> Call:
     return Call("LetGoSession", built(pb.LetGoSessionRequest, {"session_id": session_id}))
 
 
+def let_go_kept(kept_id: str) -> Call:
+    request = built(pb.LetGoKeptRequest, {"id": kept_id})
+    return Call("LetGoKept", request, done_if=NotFound, done=pb.LetGoKeptResponse())
+
+
 def kept() -> Call:
     return Call("ListKept", pb.ListKeptRequest())
 

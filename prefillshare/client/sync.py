@@ -71,6 +71,11 @@ class Client(ClientBase):
         """What the tenant keeps in the engines' caches, and its budget."""
         return self._do(calls.kept())
 
+    def let_go(self, kept_id: str) -> None:
+        """Keep this no longer than the caches do by themselves: a session or the beginning of a prompt, by the `id` that `kept`
+        tells. Raises NotFound if nothing is kept under it."""
+        self._do(calls.let_go_kept(kept_id))
+
     def _do(self, call: Call) -> Any:
         return self._run(answered(call, self.retries, self.timeout_s))
 

@@ -81,11 +81,12 @@ class ResponseKV:
         if self._eager:
             self._eager.cancel(session)
 
-    def gone(self, session: ContextKey) -> None:
-        """A session has been deleted: nothing is made for it, and nothing of it is kept."""
+    async def gone(self, session: ContextKey) -> None:
+        """A session has been deleted, or another one begins under its name: nothing is made for it, and nothing of it is
+        kept."""
         self.given_up(session)
         if self.keeper:
-            self.keeper.gone(*session)
+            await self.keeper.gone(*session)
 
     def shortened(self, session: ContextKey, context: list[int], salt: str | None) -> None:
         """A session's context has been cut off after these tokens: if it is kept, no more than them is kept from now on."""

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, PrefillShareError, Unavailable
@@ -103,11 +103,16 @@ class Holding:
             self._in_turn.discard(key)
 
     def let_go(self, kept: Kept) -> None:
-        """Begin to have the context's replica let it go."""
+        """Begin to have the context's replica let it go. Shorter beginnings of it that are being seen to still are."""
         key = (kept.tenant, kept.name)
-        self._next.pop(key, None)
+        under_way = [wanted for wanted in [self._next.pop(key, None)] if wanted]
         if key in self._running:
-            self._running[key][0].cancel()
+            task, wanted = self._running[key]
+            task.cancel()
+            under_way.append(wanted)
+        for wanted in under_way:
+            if left := [one for one in wanted.kept if one.name != kept.name]:
+                self.hold(replace(wanted, kept=left))
         if kept.replica:
             self._background.start("keeping", self._have_let_go(kept), context=key)
 
@@ -174,7 +179,11 @@ class Holding:
             if kept.replica and kept.replica != placed.replica.id:
                 self._background.start("keeping", self._have_let_go(kept), context=kept.name)
         names = [kept.name for kept in wanted.kept]
-        await self._store.placed(wanted.longest.tenant, names, pool.name, placed.replica.id)
+        gone = await self._store.placed(wanted.longest.tenant, names, pool.name, placed.replica.id)
+        for kept in wanted.kept:
+            if kept.name in gone:  # let go, or replaced, while the replica was told to keep it
+                there = replace(kept, pool=pool.name, replica=placed.replica.id)
+                self._background.start("keeping", self._have_let_go(there), context=kept.name)
 
     async def _place(self, pool: Pool, token_ids: list[int], keys: BlockKeys, kept: Kept) -> Placed:
         held = pool.most_cached(len(token_ids), keys)

@@ -99,7 +99,8 @@ class Keeper:
         self, caller: Caller, prompt: Sequence[int], salt: str | None, asked: Sequence[tuple[int, float]]
     ) -> list[Kept]:
         """Grant a call that beginnings of its prompt are kept: `asked` says how many tokens each, and for how many seconds.
-        Those beyond the budget are left out and counted. What is granted is given to `hold` as soon as its KV is there."""
+        Those beyond the budget are left out and counted. To be called when its KV is there; what is granted is then given to
+        `hold`."""
         granted, keys = [], block_keys(prompt, self._block_size, salt)
         budget = self._budgets.of(caller.tenant)
         for tokens, ttl_s in sorted(asked):
@@ -143,15 +144,25 @@ class Keeper:
             prolonging = self._prolong(tenant, of_session(session_id), context(), salt, ready)
             self._background.start("keeping", prolonging, session=session_id)
 
-    async def let_go(self, tenant: str, session_id: str) -> None:
-        """Keep a session no longer. Raises Unavailable."""
-        if kept := await self._store.let_go(tenant, of_session(session_id)):
-            self._holding.let_go(kept)
+    async def shorten(
+        self, tenant: str, session_id: str, token_ids: Sequence[int], salt: str | None, ttl_s: float
+    ) -> None:
+        """A session lives for no more than `ttl_s` unused from now on, and is kept no longer than that. Raises Unavailable."""
+        if kept := await self._store.shorten(tenant, of_session(session_id), ttl_s):
+            self._holding.hold(Wanted([kept], list(token_ids), salt))
 
-    def gone(self, tenant: str, session_id: str) -> None:
-        """A session has been deleted."""
-        if self._upkeep.may_keep(tenant):
-            self._background.start("keeping", self._forget(tenant, session_id), session=session_id)
+    async def let_go(self, tenant: str, name: str) -> bool:
+        """Keep a session or a prompt no longer. `name`: as of Kept. Returns whether it was kept. Raises Unavailable."""
+        if kept := await self._store.let_go(tenant, name):
+            self._holding.let_go(kept)
+        return kept is not None
+
+    async def gone(self, tenant: str, session_id: str) -> None:
+        """A session has been deleted, or another one begins under its name."""
+        try:
+            await self.let_go(tenant, of_session(session_id))
+        except PrefillShareError as error:
+            logger.warning("session %r is kept until its time is over: %s", session_id, error)
 
     def tokens(self, kept: Kept) -> int:
         return kept.blocks * self._block_size
@@ -186,12 +197,6 @@ class Keeper:
             self._count(answer.refused)
         if answer.kept:
             self._holding.hold(Wanted([answer.kept], context, salt, ready))
-
-    async def _forget(self, tenant: str, session_id: str) -> None:
-        try:
-            await self.let_go(tenant, session_id)
-        except PrefillShareError as error:
-            logger.warning("session %r is kept until its time is over: %s", session_id, error)
 
     def _count(self, refused: str) -> None:
         self._metrics["keeps_refused_total"].labels(refused).inc()

@@ -71,11 +71,19 @@ class MemoryKept(KeptStore):
         record.until = self._clock() + record.kept.ttl_s
         return self._answer(held, record, refused)
 
-    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> None:
+    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> list[str]:
         records = self._of(tenant).records
         for name in names:
             if record := records.get(name):
                 record.kept = replace(record.kept, pool=pool, replica=replica)
+        return [name for name in names if name not in records]
+
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        if not (record := self._of(tenant).records.get(name)):
+            return None
+        record.kept = replace(record.kept, ttl_s=min(record.kept.ttl_s, ttl_s))
+        record.until = min(record.until, self._clock() + ttl_s)
+        return self._seen(record)
 
     async def let_go(self, tenant: str, name: str) -> Kept | None:
         record = self._of(tenant).forget(name)

@@ -30,8 +30,11 @@ class RedisKept(KeptStore):
     async def prolong(self, tenant: str, name: str, keys: bytes, budget: Budget) -> Answer:
         return _answer(tenant, await self._ask(scripts.PROLONG, tenant, name, keys, budget.own, budget.all))
 
-    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> None:
-        await self._ask(scripts.PLACED, tenant, json.dumps([pool, replica]), *names)
+    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> list[str]:
+        return [name.decode() for name in await self._ask(scripts.PLACED, tenant, json.dumps([pool, replica]), *names)]
+
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        return _kept(tenant, await self._ask(scripts.SHORTEN, tenant, name, ms(ttl_s)))
 
     async def let_go(self, tenant: str, name: str) -> Kept | None:
         return _kept(tenant, await self._ask(scripts.LET_GO, tenant, name))

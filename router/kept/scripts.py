@@ -140,15 +140,36 @@ return answer(name, reason)
 """
 )
 
-#: ARGV: place, then names.
+#: ARGV: place, then names. Returns those that are not kept.
 PLACED = (
     _COMMON
     + """
+local gone = {}
 for i = 3, #ARGV do
-  if redis.call('HEXISTS', contexts, ARGV[i]) == 1 then redis.call('HSET', places, ARGV[i], ARGV[2]) end
+  if redis.call('HEXISTS', contexts, ARGV[i]) == 1 then redis.call('HSET', places, ARGV[i], ARGV[2])
+  else table.insert(gone, ARGV[i]) end
 end
 settle()
-return {'ok'}
+return gone
+"""
+)
+
+#: ARGV: name, ms. Returns what is kept.
+SHORTEN = (
+    _COMMON
+    + """
+local name, ttl = ARGV[2], tonumber(ARGV[3])
+local told = redis.call('HGET', contexts, name)
+if told then
+  local context = cjson.decode(told)
+  if ttl < context.ttl_ms then
+    context.ttl_ms = ttl
+    redis.call('HSET', contexts, name, cjson.encode(context))
+  end
+  redis.call('ZADD', ends, 'XX', 'LT', now + ttl, name)
+end
+settle()
+return seen(name)
 """
 )
 

@@ -46,8 +46,12 @@ class KeptStore(ABC):
         of it so far is."""
 
     @abstractmethod
-    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> None:
-        """Those of these contexts that are still kept are kept on this replica."""
+    async def placed(self, tenant: str, names: Sequence[str], pool: str, replica: str) -> list[str]:
+        """Those of these contexts that are still kept are kept on this replica. Returns the names of the others."""
+
+    @abstractmethod
+    async def shorten(self, tenant: str, name: str, ttl_s: float) -> Kept | None:
+        """What is kept under the name, if anything: from now on, and whenever it is prolonged, for at most `ttl_s` seconds."""
 
     @abstractmethod
     async def let_go(self, tenant: str, name: str) -> Kept | None:

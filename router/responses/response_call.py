@@ -27,7 +27,7 @@ from prefillshare.router.responses.items import items_of, unanswered
 from prefillshare.router.responses.threads import StoredResponse, Threads, damaged, new_response, told_of
 from prefillshare.router.sessions.agent_layout import AgentLayout, as_message
 from prefillshare.router.sessions.base import Mark, OwnPart, Session
-from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut, check_stays_whole
 from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, Plain
 from prefillshare.router.sessions.kept_prompt import KeptPrompt, retention_s
 from prefillshare.router.sessions.transcript import Transcript
@@ -99,6 +99,7 @@ class ResponseCall:
         text, chars = self._calls.frontend.text, chars_of(new) + chars_of(own) + chars_of(tools)
         text.check_chars(chars, "input")
         self._laid_out, self._own = await text.run(chars, lambda: layout.behind(session, new, own, tools))
+        check_stays_whole(self._request, self._laid_out, self._calls.max_len)
         self._transcript = (session.transcript or Transcript()).with_messages(said)
         if self._stores:
             self._request.request_id = new_response(session.session_id)
@@ -111,7 +112,7 @@ class ResponseCall:
             running = OpenCall(calls).outputs(request, decoder, caller, prompt_text)
         else:
             caller, prompt = caller.in_domain(session.cache_domain), self._laid_out.context
-            kept_tokens = await self._kept_prompt.grant(caller, prompt, request.cache_salt, self._request)
+            keep = self._kept_prompt.of(caller, prompt, request.cache_salt, self._request)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
@@ -122,10 +123,9 @@ class ResponseCall:
                 self._keep,
                 session.replicas,
                 session=session.session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
+            ).outputs(request, decoder, prompt_text=prompt_text, keep=keep)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept_prompt.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output

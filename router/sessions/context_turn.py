@@ -9,6 +9,7 @@ from typing import Any
 
 from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.decoders import Decoder
+from prefillshare.kvshare.errors import Internal, InvalidInput
 from prefillshare.kvshare.usage import TurnUsage
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.token_text import text_lengths
@@ -28,6 +29,18 @@ class LaidOut:
     seen: list[int]
     goes_on: bool = False
     several: bool = False
+
+
+def check_stays_whole(asked: Any, laid_out: LaidOut, max_len: int) -> None:
+    """Raises InvalidInput if vLLM would cut off the prompt of this request, as its `truncation` allows. `asked`: as of
+    http_turn.asked."""
+    if getattr(asked, "truncation", None) == "auto" and len(laid_out.seen) >= max_len:
+        raise InvalidInput(
+            f"a context is never cut off, and the prompt's {len(laid_out.seen)} tokens leave no room for an answer: the model"
+            f" takes {max_len}, both together",
+            field="truncation",
+            fix="send less, or go on from an earlier point of the conversation",
+        )
 
 
 #: Stores a context with the response: called when that is complete, with the token ids of both, and the text and the token ids
@@ -63,8 +76,11 @@ class ContextTurn:
     usage: TurnUsage | None = None
 
     async def outputs(self, request, decoder: str, **how) -> AsyncIterator:
-        """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run."""
+        """The outputs of a prepared request for one response. `how`: further arguments of Frontend.run. Raises Internal if the
+        request is not for what was laid out: the context would then be one that its decoder has not seen."""
         laid_out = self.laid_out
+        if request.prompt_token_ids != laid_out.seen:
+            raise Internal(f"{len(request.prompt_token_ids)} prompt tokens are not the {len(laid_out.seen)} that were laid out")
         # Whoever is next either sees what this turn's decoder sees, or the context without what is this agent's own.
         before = laid_out.seen if laid_out.goes_on else laid_out.context
         lendable = laid_out.seen == before

@@ -10,13 +10,14 @@ A call names a session, or none:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound
+from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PrefillShareError
 from prefillshare.kvshare_vllm.surface.frontend import Frontend
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, asked, message_of
 from prefillshare.kvshare_vllm.surface.run import USAGE
@@ -24,11 +25,13 @@ from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions.agent_layout import AgentLayout, apart, as_message
 from prefillshare.router.sessions.base import OwnPart, Session, SessionStore
-from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut
+from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut, check_stays_whole
 from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, retention_s
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
 from prefillshare.router.sessions.unanswered import check_tool_results
+
+logger = logging.getLogger(__name__)
 
 Plain = Callable[[], Awaitable[str | list[int]]]
 
@@ -54,7 +57,8 @@ class HttpCalls:
         return OpenCall(self)
 
     def on_session(self, session_id: str, stack: AsyncExitStack) -> SessionCall:
-        """The call holds its session until `stack` is closed. A session that does not exist begins with this call."""
+        """The call holds its session until `stack` is closed. A session that does not exist begins with this call, if that ends
+        well."""
         return SessionCall(self, session_id, stack)
 
 
@@ -76,8 +80,7 @@ class OpenCall:
 
     async def outputs(self, request, decoder: str, caller: Caller, prompt_text: str | None) -> AsyncIterator:
         calls, prompt, params = self._calls, list(request.prompt_token_ids), request.sampling_params
-        kept_tokens = await self._kept.grant(caller, prompt, request.cache_salt, asked())
-        how = {"prompt_text": prompt_text, "kept_tokens": kept_tokens}
+        how = {"prompt_text": prompt_text, "keep": self._kept.of(caller, prompt, request.cache_salt, asked())}
         if params.n > 1 or params.max_tokens == 1:  # no single answer to go on from, or (beam search) a piece of one
             running = calls.frontend.run(request, decoder, caller, **how).outputs()
         else:
@@ -98,7 +101,6 @@ class OpenCall:
             ).outputs(request, decoder, **how)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept.there()
                 yield output
 
 
@@ -112,6 +114,7 @@ class SessionCall:
         self._session: Session | None = None
         self._laid_out: LaidOut | None = None
         self._own: OwnPart | None = None
+        self._is_kept = False
         #: What the context will say when the answer comes behind it.
         self._transcript: Transcript | None = None
 
@@ -119,7 +122,7 @@ class SessionCall:
         self._kept.beginnings = beginnings
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
-        self._check_one_answer()
+        self._check_asked()
         check_tool_results(conversation.messages)
         retention_s(asked())
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
@@ -137,7 +140,7 @@ class SessionCall:
             running = OpenCall(calls, self._kept).outputs(request, decoder, caller, prompt_text)
         else:
             caller = caller.in_domain(session.cache_domain)
-            kept_tokens = await self._kept.grant(caller, self._laid_out.context, request.cache_salt, asked(), whole=True)
+            keep = self._kept.of(caller, self._laid_out.context, request.cache_salt, asked(), whole=True)
             running = ContextTurn(
                 calls.frontend,
                 calls.response_kv,
@@ -148,21 +151,26 @@ class SessionCall:
                 self._commit,
                 session.replicas,
                 session=self._session_id,
-            ).outputs(request, decoder, prompt_text=prompt_text, kept_tokens=kept_tokens)
+            ).outputs(request, decoder, prompt_text=prompt_text, keep=keep)
         async with aclosing(running) as outputs:
             async for output in outputs:
-                self._kept.there()
                 if usage := (output.kv_transfer_params or {}).get(USAGE):
                     usage["session"] = self.state
                 yield output
 
-    def _check_one_answer(self) -> None:
+    def _check_asked(self) -> None:
         request = asked()
         for field, one in (("n", 1), ("use_beam_search", False)):
             if (getattr(request, field, None) or one) != one:
                 raise InvalidInput(
                     "a session goes on from one answer", field=field, fix="leave it out, or call without a session"
                 )
+        if getattr(request, "truncate_prompt_tokens", None) is not None:
+            raise InvalidInput(
+                "a session goes on from all that was said in it",
+                field="truncate_prompt_tokens",
+                fix="leave it out, or call without a session; UpdateSession truncates a session",
+            )
 
     async def _hold(self) -> str:
         """Returns why it cannot be held, "" if it is."""
@@ -174,6 +182,8 @@ class SessionCall:
                 await calls.sessions.create(
                     self._session_id, tenant=caller.tenant, cache_domain=caller.cache_domain, transcript=Transcript()
                 )
+                self._stack.push_async_callback(self._tidy, caller.tenant)
+                await calls.response_kv.gone((caller.tenant, self._session_id))  # kept of a session before it
         try:
             held = calls.sessions.turn(self._session_id, tenant=caller.tenant)
             session = await self._stack.enter_async_context(held)
@@ -183,6 +193,21 @@ class SessionCall:
             raise calls.sessions.damaged(self._session_id)
         self._session = session
         return ""
+
+    async def _tidy(self, tenant: str) -> None:
+        """Delete the session that this call has begun, if no call has gone on in it."""
+        if self._is_kept:
+            return
+        sessions = self._calls.sessions
+        try:
+            async with sessions.turn(self._session_id, tenant=tenant) as session:
+                if not session.turns and not session.token_ids:
+                    await sessions.delete(self._session_id, tenant=tenant)
+                    await self._calls.response_kv.gone((tenant, self._session_id))
+        except (NotFound, Conflict):  # it is gone, or another call goes on in it
+            pass
+        except PrefillShareError as error:
+            logger.warning("session %r stays until its time has passed: %s", self._session_id, error)
 
     async def _continue(self, conversation: Conversation) -> str:
         """Lay out what is new behind the session's context. Returns why that cannot be done, "" if it is."""
@@ -209,6 +234,7 @@ class SessionCall:
         self._laid_out, self._own = await calls.frontend.text.run(
             chars, lambda: layout.behind(session, shown, own, tools)
         )
+        check_stays_whole(asked(), self._laid_out, calls.max_len)
         self._transcript = said.with_messages(new)
         return ""
 
@@ -216,4 +242,5 @@ class SessionCall:
         message = message_of(text, token_ids)
         said = self._transcript.with_messages([message])
         await self._calls.sessions.commit(self._session, context, True, said, own=self._own)
+        self._is_kept = True
         return "tool_calls" in message

@@ -1,23 +1,25 @@
-"""Sessions that are kept (router/kept), and what the keeper must know of them."""
+"""What a tenant keeps (router/kept) as its calls ask for it, and what the keeper must know of sessions."""
 
 from __future__ import annotations
 
 from prefillshare.kvshare.caller import Caller, cache_salt
-from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.errors import InvalidInput, NotFound
 from prefillshare.router.kept.keeper import Keeper, Listed
-from prefillshare.router.kept.kept import Kept
-from prefillshare.router.sessions.base import SessionStore
+from prefillshare.router.kept.kept import Kept, of_session
+from prefillshare.router.sessions.base import Session, SessionStore
 
 
 class KeptSessions:
-    def __init__(self, sessions: SessionStore, keeper: Keeper):
+    """`keeper`: None where nothing may be kept."""
+
+    def __init__(self, sessions: SessionStore, keeper: Keeper | None):
         self._sessions, self._keeper = sessions, keeper
 
     async def keep(self, caller: Caller, session_id: str, ttl_s: float = 0.0, priority: int | None = None) -> Kept:
         """`ttl_s`: 0: as long as the session lives unused. Raises NotFound, InvalidInput, PermissionDenied; Overloaded beyond
         the budget."""
         session = await self._sessions.get(session_id, tenant=caller.tenant)
-        longest_s = self._sessions.ttl_s if session.ttl_s is None else session.ttl_s
+        longest_s = self._longest_s(session)
         if not 0 <= ttl_s <= longest_s:  # NaN, too
             raise InvalidInput(
                 f"{ttl_s:g} s is out of range",
@@ -28,9 +30,24 @@ class KeptSessions:
         return await self._keeper.keep_session(caller, session_id, session.token_ids, salt, ttl_s or longest_s, priority)
 
     async def let_go(self, caller: Caller, session_id: str) -> None:
-        """Nothing happens to a session that is not kept. Raises NotFound."""
-        await self._sessions.get(session_id, tenant=caller.tenant)
-        await self._keeper.let_go(caller.tenant, session_id)
+        """Nothing happens to a session that is not kept. Raises NotFound for one that is neither kept nor there."""
+        if not await self._keeper.let_go(caller.tenant, of_session(session_id)):
+            await self._sessions.get(session_id, tenant=caller.tenant)
+
+    async def let_go_kept(self, caller: Caller, name: str) -> None:
+        """Let go of a session or of a beginning of a prompt. `name`: as of Kept. Raises NotFound."""
+        if not await self._keeper.let_go(caller.tenant, name):
+            raise NotFound(f"nothing is kept under {name[:128]!r}", field="id", fix="use an id that ListKept tells")
+
+    async def live_for(self, session: Session) -> None:
+        """The session has got another time to live: it is kept no longer than that. Raises Unavailable."""
+        if self._keeper:
+            salt, longest_s = cache_salt(session.cache_domain), self._longest_s(session)
+            await self._keeper.shorten(session.tenant, session.session_id, session.token_ids, salt, longest_s)
+
+    def _longest_s(self, session: Session) -> float:
+        """Seconds for which the session lives unused."""
+        return self._sessions.ttl_s if session.ttl_s is None else session.ttl_s
 
     def tokens(self, kept: Kept) -> int:
         """How much of a context is to be kept."""

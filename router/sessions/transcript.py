@@ -66,11 +66,12 @@ def _text(content: Any) -> str:
 
 
 def _call(function: Mapping[str, Any]) -> list[str]:
-    """Name and arguments of a tool call; arguments that are equal as JSON are equal."""
-    arguments = function.get("arguments") or "{}"
+    """Name and arguments of a tool call; arguments that are equal as JSON are equal. What is no JSON object counts as an empty
+    one, which vLLM makes of it when a client sends it back (_postprocess_messages of vllm/renderers/chat_utils.py)."""
+    arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
-            return [str(function.get("name")), arguments]
-    return [str(function.get("name")), json.dumps(arguments, sort_keys=True)]
+        except (ValueError, RecursionError):
+            arguments = {}
+    return [str(function.get("name")), json.dumps(arguments if isinstance(arguments, Mapping) else {}, sort_keys=True)]

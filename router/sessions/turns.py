@@ -63,12 +63,19 @@ class Turns:
         begun = await self._inputs.beginning(given)
         self._check_length(len(begun.token_ids), None)
         said = {"transcript": begun.transcript, "unanswered": begun.unanswered, "ttl_s": self._own_ttl_s(ttl_s)}
-        return await self.sessions.create(session_id, begun.token_ids, tenant=tenant, cache_domain=cache_domain, **said)
+        session = await self.sessions.create(session_id, begun.token_ids, tenant=tenant, cache_domain=cache_domain, **said)
+        await self._response_kv.gone((tenant, session_id))  # what is kept under the name is of a session before it
+        return session
+
+    async def fork(self, session_id: str, new_session_id: str, tenant: str = "") -> Session:
+        fork = await self.sessions.fork(session_id, new_session_id, tenant=tenant)
+        await self._response_kv.gone((tenant, new_session_id))  # as for `create`
+        return fork
 
     async def delete(self, session_id: str, tenant: str = "") -> None:
         self._response_kv.given_up((tenant, session_id))
         await self.sessions.delete(session_id, tenant=tenant)
-        self._response_kv.gone((tenant, session_id))
+        await self._response_kv.gone((tenant, session_id))
 
     async def update(
         self, session_id: str, tenant: str = "", *, truncate_to: int | None = None, ttl_s: float | None = None
@@ -81,7 +88,9 @@ class Turns:
             await self._truncate(session_id, tenant, truncate_to)
         if ttl_s is None:
             return await self.sessions.get(session_id, tenant=tenant)
-        return await self.sessions.set_ttl(session_id, own_ttl_s, tenant=tenant)
+        session = await self.sessions.set_ttl(session_id, own_ttl_s, tenant=tenant)
+        await self.kept.live_for(session)
+        return session
 
     async def take(
         self,

@@ -120,7 +120,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
         return await self._answer(context, self._described(found, request.include_token_ids))
 
     async def ForkSession(self, request, context):
-        made = self._turns.sessions.fork(request.session_id, request.new_session_id, tenant=_tenant())
+        made = self._turns.fork(request.session_id, request.new_session_id, _tenant())
         return await self._answer(context, self._described(made))
 
     async def DeleteSession(self, request, context):
@@ -144,6 +144,10 @@ class Servicer(pb_grpc.PrefillShareServicer):
         await self._answer(context, self._turns.kept.let_go(current_caller.get(), request.session_id))
         return pb.LetGoSessionResponse()
 
+    async def LetGoKept(self, request, context):
+        await self._answer(context, self._turns.kept.let_go_kept(current_caller.get(), request.id))
+        return pb.LetGoKeptResponse()
+
     async def ListKept(self, request, context):
         listed = await self._answer(context, self._turns.kept.listed(current_caller.get()))
         kept = [self._kept_context(one, listed.held[one.name]) for one in listed.kept]
@@ -151,6 +155,7 @@ class Servicer(pb_grpc.PrefillShareServicer):
 
     def _kept_context(self, kept: Kept, held_tokens: int) -> pb.KeptContext:
         return pb.KeptContext(
+            id=kept.name,
             session_id=kept.session_id,
             tokens=self._turns.kept.tokens(kept),
             held_tokens=held_tokens,

@@ -1,7 +1,7 @@
 """Ties chat-like HTTP calls to contexts (router/sessions/http_calls.py): a header names the session that a call goes on from.
 
-The answer says in a header of its own how the call was served: the session is held from the prompt's layout until the last
-byte of the answer has been sent.
+An answer that is no error says in a header of its own how the call was served: the session is held from the prompt's layout
+until the last byte of the answer has been sent.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class HttpSessions:
 
 def _with_state(call: SessionCall | ResponseCall | OpenCall, send):
     async def with_state(message):
-        if message["type"] == "http.response.start" and call.state:
+        if message["type"] == "http.response.start" and call.state and message["status"] < 400:
             header = (STATE_HEADER.encode(), call.state.encode("latin-1", "replace"))
             message = {**message, "headers": [*message.get("headers", ()), header]}
         await send(message)

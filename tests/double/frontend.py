@@ -26,10 +26,11 @@ class Frontend:
 
     def prepare(self, prompt, sampling, request_id: str, decoder: str) -> SimpleNamespace:
         self._orchestrator.admit(decoder)
-        return SimpleNamespace(prompt=list(prompt["prompt_token_ids"]), sampling_params=sampling, request_id=request_id)
+        given = list(prompt["prompt_token_ids"])
+        return SimpleNamespace(prompt_token_ids=given, sampling_params=sampling, request_id=request_id)
 
     def run(self, request: SimpleNamespace, decoder: str, caller: Caller, *, terms: object = None) -> Run:
-        call = TurnCall(decoder, request.prompt, request.sampling_params, request.request_id, caller, terms=terms)
+        call = TurnCall(decoder, request.prompt_token_ids, request.sampling_params, request.request_id, caller, terms=terms)
         return Run(self._orchestrator.turn(call))
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.kept.budgets import Budgets
 from prefillshare.router.kept.holding import Wanted
 from prefillshare.router.kept.keeper import Keeper
+from prefillshare.router.kept.kept import Kept
 from prefillshare.router.kept.memory import MemoryKept
 from prefillshare.router.tenants import Tenants
 
@@ -24,6 +25,8 @@ class NoReplicas:
 
     def hold(self, wanted: Wanted) -> None:
         self.wanted.append(wanted)
+
+    def let_go(self, kept: Kept) -> None: ...
 
     def turn(self, key):
         return nullcontext()

@@ -102,6 +102,16 @@ async def test_tool_calls_go_on_as_they_were_generated(behind):
     assert spaced in behind.prompts[-1]
 
 
+async def test_a_call_whose_arguments_are_no_json_goes_on_as_it_was_generated(behind):
+    broken = CALLED.replace('"map"', "")
+    answer, _ = await chat(behind, "broken", [ASK], answer=broken, tools=[TOOL])
+    assert answer["tool_calls"][0]["function"]["arguments"] == '{"at": }'
+    result = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "content": "no JSON"}
+    _, state = await chat(behind, "broken", [ASK, answer, result], tools=[TOOL])
+    assert state == "continued"
+    assert broken in behind.prompts[-1]
+
+
 async def test_an_agents_own_part_is_laid_out_once_while_it_takes_turn_after_turn(behind):
     history = [PLAN, ASK]
     for number in range(3):
@@ -196,6 +206,78 @@ async def test_several_answers_are_refused(behind, more):
     assert response.json()["error"]["param"] == next(iter(more))
     with pytest.raises(NotFound):
         await behind.sessions.get("several", tenant="")
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [
+        ({}, 503),
+        ({"temperature": -1}, 400),
+        ({"structured_outputs": {"regex": "("}}, 400),
+        ({"logit_bias": {"999999": 1}}, 400),
+        ({"prompt_logprobs": 1}, 400),
+        ({"max_tokens": 100_000}, 400),
+        ({"messages": [PLAN]}, 200),
+    ],
+)
+async def test_a_call_that_goes_on_in_no_session_leaves_none(behind, more, status):
+    """The engine fails; what is asked for is refused; or nothing is said in the conversation."""
+    headers = {"x-prefillshare-session": "nothing came of it"}
+    behind.fails_at = 1 if status == 503 else 0
+    try:
+        body = {"model": "planner", "messages": [ASK], "max_tokens": 5, **more}
+        answer = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+    finally:
+        behind.fails_at = 0
+    assert answer.status_code == status, answer.text
+    assert ("x-prefillshare-session-state" in answer.headers) == (status == 200)
+    with pytest.raises(NotFound):
+        await behind.sessions.get("nothing came of it", tenant="")
+
+
+async def test_a_call_that_begins_a_session_holds_it_once(behind, monkeypatch):
+    """The client's next call may come at once."""
+    held, turn = [], behind.sessions.turn
+    monkeypatch.setattr(behind.sessions, "turn", lambda *given, **how: held.append(given) or turn(*given, **how))
+    await chat(behind, "once", [ASK])
+    assert held == [("once",)]
+
+
+async def test_a_session_that_had_been_created_stays_when_its_first_call_fails(behind):
+    await behind.sessions.create("created", tenant="")
+    body = {"model": "planner", "messages": [ASK], "temperature": -1}
+    headers = {"x-prefillshare-session": "created"}
+    assert (await behind.http.post("/v1/chat/completions", json=body, headers=headers)).status_code == 400
+    assert (await behind.sessions.get("created", tenant="")).turns == 0
+
+
+@pytest.mark.parametrize("most", [3, 500, -1])
+async def test_a_session_is_not_truncated_by_a_call(behind, most):
+    body = {"model": "planner", "messages": [ASK], "max_tokens": 5, "truncate_prompt_tokens": most}
+    headers = {"x-prefillshare-session": "cut off"}
+    response = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "truncate_prompt_tokens")
+    assert behind.prompts == []
+    with pytest.raises(NotFound):
+        await behind.sessions.get("cut off", tenant="")
+
+
+async def test_without_a_session_a_truncated_prompt_is_the_context_whose_kv_is_made_ahead(behind):
+    await chat(behind, "", [ASK], answer="Paris.", truncate_prompt_tokens=3)
+    assert len(behind.ids[-1]) == 3
+    assert behind.kept[-1] == [*behind.ids[-1], *behind.encode("Paris."), END]
+
+
+async def test_a_session_is_not_cut_off_where_it_does_not_fit(behind):
+    async def respond(*messages):
+        body = {"model": "planner", "input": list(messages), "truncation": "auto"}
+        return await behind.http.post("/v1/responses", json=body, headers={"x-prefillshare-session": "fits"})
+
+    assert (await respond(ASK)).headers["x-prefillshare-session-state"] == "begun"
+    before = await context(behind, "fits")
+    refused = await respond(ASK, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "word " * 1100})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "truncation")
+    assert await context(behind, "fits") == before
 
 
 @pytest.mark.parametrize("session", ["", "results"])

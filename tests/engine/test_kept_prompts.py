@@ -9,6 +9,9 @@ import pytest
 import pytest_asyncio
 from keeping_surface import KeepingSurface
 
+from prefillshare.router.kept.budgets import Budget
+from prefillshare.router.kept.kept import PRIORITIES, Kept, of_session
+
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 TOOL = {"name": "look", "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}}}
@@ -145,6 +148,14 @@ async def test_in_a_session_its_context_is_kept_however_it_is_laid_out(keeping):
     assert "You plan." not in text, "the agent's own part is not of the context"
 
 
+async def test_a_session_that_a_call_begins_is_not_kept_because_one_of_its_name_was(keeping):
+    before = Kept("", of_session("anew"), 0, 600.0, 600.0)
+    await keeping.store.keep(before, b"", Budget(9, "own", 9, "all"))
+    said = [{"role": "user", "content": "When?"}]
+    await ask(keeping, said, extra_headers={"x-prefillshare-session": "anew"})
+    assert await keeping.store.of("") == []
+
+
 async def test_without_cache_control_nothing_is_kept(keeping):
     told = await ask(keeping, [{"role": "user", "content": HANDBOOK}])
     assert kept(keeping) == []
@@ -188,6 +199,16 @@ async def test_a_prompt_that_is_to_be_retained_for_a_day_is_kept_for_a_day(keepi
     assert "use in_memory or 24h" in told.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_the_prompt_of_a_call_that_goes_behind_others_is_given_up_before_theirs(keeping, path):
+    said = {"input": HANDBOOK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": HANDBOOK}]}
+    body = {"model": "planner", "prompt_cache_retention": "24h", **said}
+    for priority in (0, 3):
+        assert (await keeping.http.post(path, json=body | {"priority": priority})).status_code == 200
+    first, behind = (wanted.longest for wanted in keeping.replicas.wanted)
+    assert first.rank - behind.rank == 3 * len(PRIORITIES)
+
+
 async def test_of_a_response_its_prompt_is_kept(keeping):
     body = {"model": "planner", "max_output_tokens": 5, "input": HANDBOOK, "prompt_cache_retention": "24h"}
     assert (await keeping.http.post("/v1/responses", json=body)).status_code == 200
@@ -195,3 +216,37 @@ async def test_of_a_response_its_prompt_is_kept(keeping):
     assert (HANDBOOK[:200] in text, ttl_s) == (True, 86400)
     told = await keeping.http.post("/v1/responses", json=body | {"prompt_cache_retention": "7d"})
     assert (told.status_code, told.json()["error"]["param"]) == (400, "prompt_cache_retention")
+
+
+@pytest.mark.parametrize("session", ["", "fails"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_a_call_that_fails_before_its_prompt_is_there_takes_up_nothing_of_the_budget(keeping, path, session):
+    said = {"input": HANDBOOK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": HANDBOOK}]}
+    headers = {"x-prefillshare-session": session} if session else {}
+    body = {"model": "planner", "prompt_cache_retention": "24h", **said}
+    keeping.fails_at = 1
+    try:
+        assert (await keeping.http.post(path, json=body, headers=headers)).status_code == 503
+    finally:
+        keeping.fails_at = 0
+    assert (await keeping.store.own(""), kept(keeping)) == (0, [])
+
+
+async def test_a_call_that_fails_takes_nothing_from_what_was_kept_before(keeping):
+    short = {"messages": [{"role": "user", "content": "When?"}], "system": [block(HANDBOOK)]}
+    await ask(keeping, **short)
+    before = [one.name for one in await keeping.store.of("")]
+    keeping.fails_at = 1
+    try:
+        with pytest.raises(anthropic.APIStatusError):
+            await ask(keeping, short["messages"], system=[block(HANDBOOK), block("More. " * 60)])
+    finally:
+        keeping.fails_at = 0
+    assert [one.name for one in await keeping.store.of("")] == before
+
+
+async def test_the_prompt_of_several_answers_is_kept_once(keeping):
+    body = {"model": "planner", "n": 3, "messages": [{"role": "user", "content": HANDBOOK}], "prompt_cache_retention": "24h"}
+    told = (await keeping.http.post("/v1/chat/completions", json=body)).json()["usage"]["prompt_tokens_details"]
+    assert len(keeping.replicas.wanted) == 1
+    assert told["created_cache_tokens"] == keeping.replicas.wanted[0].longest.blocks * keeping.base.block_size

@@ -200,6 +200,15 @@ async def test_what_cannot_be_gone_on_from_is_refused_with_the_field(responses, 
     assert "VLLM_" not in str(refused.value)
 
 
+async def test_what_a_response_goes_on_from_is_not_cut_off_where_it_does_not_fit(surface, responses):
+    first = await responses.create(model="planner", input="hi", truncation="auto")
+    long = {"model": "planner", "input": "word " * 1100, "truncation": "auto", "max_output_tokens": 1}
+    for named in ({"previous_response_id": first.id}, {}):
+        with pytest.raises(openai.BadRequestError, match="tokens leave no room for an answer") as refused:
+            await responses.create(**long, **named)
+        assert refused.value.param == "truncation"
+
+
 async def test_a_response_that_has_been_made_is_not_cancelled(responses):
     made = await responses.create(model="planner", input="hi")
     with pytest.raises(openai.BadRequestError, match="has been made"):

@@ -147,6 +147,16 @@ class LetGoSessionResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class LetGoKeptRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class LetGoKeptResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ListKeptRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -162,18 +172,20 @@ class ListKeptResponse(_message.Message):
     def __init__(self, kept: _Optional[_Iterable[_Union[KeptContext, _Mapping]]] = ..., tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class KeptContext(_message.Message):
-    __slots__ = ("session_id", "tokens", "held_tokens", "ends_in_s", "priority")
+    __slots__ = ("session_id", "tokens", "held_tokens", "ends_in_s", "priority", "id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDS_IN_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     tokens: int
     held_tokens: int
     ends_in_s: float
     priority: int
-    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., ends_in_s: _Optional[float] = ..., priority: _Optional[int] = ...) -> None: ...
+    id: str
+    def __init__(self, session_id: _Optional[str] = ..., tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., ends_in_s: _Optional[float] = ..., priority: _Optional[int] = ..., id: _Optional[str] = ...) -> None: ...
 
 class Input(_message.Message):
     __slots__ = ("messages", "text", "token_ids")

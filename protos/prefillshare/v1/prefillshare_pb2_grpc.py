@@ -89,6 +89,11 @@ class PrefillShareStub:
                 request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.SerializeToString,
                 response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.FromString,
                 _registered_method=True)
+        self.LetGoKept = channel.unary_unary(
+                '/prefillshare.v1.PrefillShare/LetGoKept',
+                request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptRequest.SerializeToString,
+                response_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptResponse.FromString,
+                _registered_method=True)
         self.ListKept = channel.unary_unary(
                 '/prefillshare.v1.PrefillShare/ListKept',
                 request_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.ListKeptRequest.SerializeToString,
@@ -185,6 +190,14 @@ class PrefillShareServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LetGoKept(self, request, context):
+        """Let go of anything that ListKept lists, by its id: a session, or the beginning of a prompt. NOT_FOUND if nothing is kept
+        under it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListKept(self, request, context):
         """List what the tenant keeps: sessions, and beginnings of prompts that calls over HTTP have asked to keep.
         """
@@ -249,6 +262,11 @@ def add_PrefillShareServicer_to_server(servicer, server):
                     servicer.LetGoSession,
                     request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.FromString,
                     response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.SerializeToString,
+            ),
+            'LetGoKept': grpc.unary_unary_rpc_method_handler(
+                    servicer.LetGoKept,
+                    request_deserializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptRequest.FromString,
+                    response_serializer=prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptResponse.SerializeToString,
             ),
             'ListKept': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKept,
@@ -553,6 +571,33 @@ class PrefillShare:
             '/prefillshare.v1.PrefillShare/LetGoSession',
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionRequest.SerializeToString,
             prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LetGoKept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefillshare.v1.PrefillShare/LetGoKept',
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptRequest.SerializeToString,
+            prefillshare_dot_protos_dot_prefillshare_dot_v1_dot_prefillshare__pb2.LetGoKeptResponse.FromString,
             options,
             channel_credentials,
             insecure,

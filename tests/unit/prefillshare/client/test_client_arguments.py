@@ -197,6 +197,7 @@ def test_what_is_none_asks_for_nothing():
         (lambda: calls.update("s", 1.5, None), "truncate_to"),
         (lambda: calls.keep("s", 0.0, "huge"), "priority"),
         (lambda: calls.let_go(["s"]), "session_id"),
+        (lambda: calls.let_go_kept(3), "id"),
         (lambda: generate_request(3, "planner", {}), "session_id"),
         (lambda: generate_request("s", 3, {}), "decoder"),
     ],

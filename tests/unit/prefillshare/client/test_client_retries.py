@@ -71,12 +71,13 @@ async def test_what_would_fail_again_is_not_asked_again(router, client, error):
 async def test_calls_that_lead_to_the_same_are_repeated_when_the_connection_broke(router, client, after):
     calls = (client.decoders, client.not_ready_because, lambda: client.create_session(),
              lambda: client.session("s").get(), lambda: client.session("s").fork(), lambda: client.session("s").update(ttl_s=5),
-             lambda: client.session("s").delete())  # fmt: skip
-    router.turns["s"] = 3
+             lambda: client.session("s").delete(), lambda: client.let_go("prompt:1"))  # fmt: skip
+    router.turns["s"], router.kept = 3, {"prompt:1"}
     for call in calls:
         router.plan = [Dies(after), Dies(after=False)]
         await call()
     assert sorted(router.turns.values()) == [0, 3], "a new session and a fork, once each; the old one is deleted"
+    assert router.kept == set()
 
 
 async def test_a_name_of_the_callers_own_and_a_truncation_are_not_repeated_if_they_may_have_happened(router, client):

@@ -15,7 +15,7 @@ from prefillshare.protos.prefillshare.v1 import rpc_status_pb2 as rpc_pb
 
 BOTH = pytest.mark.parametrize("kind", ["sync", "async"])
 PUBLIC = {
-    Client: {"close", "create_session", "decoders", "kept", "metadata", "not_ready_because", "session", "sessions"},
+    Client: {"close", "create_session", "decoders", "kept", "let_go", "metadata", "not_ready_because", "session", "sessions"},
     RemoteSession: {"choices", "delete", "fork", "get", "keep", "let_go", "stream", "turn", "update"},
 }
 

@@ -15,6 +15,7 @@ from prefillshare.kvshare.errors import Unavailable
 from prefillshare.kvshare.metrics import Metrics
 from prefillshare.router.kept.budgets import Budgets
 from prefillshare.router.kept.keeper import PATIENCE_S, Keeper
+from prefillshare.router.kept.kept import of_session
 from prefillshare.router.kept.lifecycle import open_kept
 from prefillshare.router.kept.redis import CALL_S
 from prefillshare.router.tenants import Tenants
@@ -64,7 +65,7 @@ async def test_who_keeps_a_session_is_told_that_the_store_is_away(made):
     server.kill()
     for call in (
         keeper.keep_session(ANONYMOUS, "t", PROMPT, None, 60, None),
-        keeper.let_go("", "s"),
+        keeper.let_go("", of_session("s")),
         keeper.listed(""),
     ):
         began = time.monotonic()

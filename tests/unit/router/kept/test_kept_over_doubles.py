@@ -178,6 +178,70 @@ async def test_a_deleted_session_is_let_go():
 
 
 @on_virtual_time
+async def test_a_session_that_lives_shorter_is_kept_shorter_on_its_replica_too():
+    async with session_system() as running:
+        await begun(running, ttl_s=600)
+        await asyncio.sleep(1)
+        await running.turns.update("s", ttl_s=20)
+        (one,) = (await running.turns.kept.listed(ANONYMOUS)).kept
+        assert (one.ttl_s, one.left_s) == (20, 20)
+        await asyncio.sleep(21)
+        with pytest.raises(NotFound):
+            await running.sessions.get("s", tenant="")
+        assert (kept(running), (await running.turns.kept.listed(ANONYMOUS)).kept) == ({}, [])
+
+
+@on_virtual_time
+async def test_a_session_that_lives_longer_is_kept_as_long_as_before():
+    async with session_system() as running:
+        await begun(running, ttl_s=60)
+        await running.turns.update("s", ttl_s=600)
+        (one,) = (await running.turns.kept.listed(ANONYMOUS)).kept
+        assert (one.ttl_s, one.left_s) == (60, 60)
+
+
+@pytest.mark.parametrize("way", ["create", "fork"])
+@on_virtual_time
+async def test_a_new_session_is_not_kept_because_one_of_its_name_was(way):
+    async with session_system() as running:
+        await begun(running)
+        await asyncio.sleep(1)
+        await running.sessions.delete("s", tenant="")  # without a word to the keeper
+        if way == "create":
+            await running.turns.create("s", ("token_ids", PROMPT))
+        else:
+            await running.turns.create("t", ("token_ids", PROMPT))
+            await running.turns.fork("t", "s")
+        assert (await running.turns.kept.listed(ANONYMOUS)).kept == []
+        await running.take("s", "a", [60], tokens=20)
+        await asyncio.sleep(3)
+        assert (kept(running), (await running.turns.kept.listed(ANONYMOUS)).kept) == ({}, [])
+
+
+@on_virtual_time
+async def test_a_session_that_is_created_and_kept_right_after_its_deletion_is_kept():
+    async with session_system() as running:
+        await begun(running)
+        await running.turns.delete("s")
+        await begun(running)
+        await asyncio.sleep(1)
+        assert list(kept(running).values()) == [{NAME: 32}]
+
+
+@on_virtual_time
+async def test_what_outlives_its_session_can_be_let_go():
+    async with session_system() as running:
+        await begun(running)
+        await asyncio.sleep(1)
+        await running.sessions.delete("s", tenant="")
+        await running.turns.kept.let_go(ANONYMOUS, "s")
+        await asyncio.sleep(1)
+        assert (kept(running), (await running.turns.kept.listed(ANONYMOUS)).kept) == ({}, [])
+        with pytest.raises(NotFound):
+            await running.turns.kept.let_go(ANONYMOUS, "s")
+
+
+@on_virtual_time
 async def test_where_nobody_can_keep_it_the_error_says_so():
     async with session_system(replicas=1) as running:
         await running.turns.create("s", ("token_ids", PROMPT))
@@ -368,6 +432,22 @@ async def test_beginnings_of_a_prompt_are_kept_with_one_call_on_one_replica():
         await asyncio.sleep(300)
         (names,) = kept(running).values()
         assert list(names.values()) == [8]
+
+
+@pytest.mark.parametrize("waits_s", [0, STEP_S / 2, 1])
+@pytest.mark.parametrize("number", [0, 1])
+@on_virtual_time
+async def test_one_beginning_is_let_go_and_the_other_stays(number, waits_s):
+    """Also while a replica is being told to keep both."""
+    async with session_system(replicas=3) as running:
+        granted = await running.keeper.grant(ANONYMOUS, PROMPT, None, [(8, 3600.0), (37, 300.0)])
+        running.keeper.hold(granted, PROMPT, None)
+        await asyncio.sleep(waits_s)
+        await running.turns.kept.let_go_kept(ANONYMOUS, granted[number].name)
+        await asyncio.sleep(3)
+        other = granted[1 - number]
+        assert list(kept(running).values()) == [{other.engine_name: other.blocks * BLOCK}]
+        assert [one.name for one in (await running.turns.kept.listed(ANONYMOUS)).kept] == [other.name]
 
 
 @on_virtual_time

@@ -7,6 +7,7 @@ from kept_stores import InMemory, InRedis
 
 from prefillshare.router.kept.budgets import Budget
 from prefillshare.router.kept.kept import Kept, block_keys, of_prompt, of_session
+from prefillshare.router.kept.store import Answer
 
 BLOCK = 4
 PLENTY = Budget(1000, "own", 1000, "all")
@@ -128,9 +129,22 @@ async def test_what_is_over_counts_no_longer(store, where):
     assert [kept.name for kept in await store.of("")] == ["c"]
 
 
+async def test_what_is_shortened_ends_sooner_now_and_whenever_it_is_prolonged(store, where):
+    await keep(store, "a", keys(3), tenant="ferry", priority=70, rank=8, salt="pepper")
+    await store.placed("ferry", ["a"], "prefill", "one")
+    kept = await store.shorten("ferry", "a", 10.0)
+    assert (kept.blocks, kept.ttl_s, kept.left_s) == (3, 10, pytest.approx(10, abs=1))
+    assert (kept.priority, kept.rank, kept.salt, kept.replica) == (70, 8, "pepper", "one")
+    assert (await store.shorten("ferry", "a", 50.0)).ttl_s == 10, "it is never lengthened"
+    await where.pass_time(5)
+    assert (await store.prolong("ferry", "a", keys(4), PLENTY)).kept.left_s == pytest.approx(10, abs=1)
+    await where.pass_time(11)
+    assert (await store.of("ferry"), await store.shorten("ferry", "a", 5.0)) == ([], None)
+
+
 async def test_letting_go_tells_where_it_was_kept(store):
     await keep(store, "a", keys(3))
-    await store.placed("", ["a", "unknown"], "prefill", "one")
+    assert await store.placed("", ["a", "unknown"], "prefill", "one") == ["unknown"]
     gone = await store.let_go("", "a")
     assert (gone.blocks, gone.pool, gone.replica) == (3, "prefill", "one")
     assert (await store.let_go("", "a"), await store.of(""), await store.held()) == (None, [], {})
@@ -176,9 +190,12 @@ async def test_two_stores_count_the_same(redis_server):
                     answer = await keep(store, name, of, budget, tenant, ttl_s=ttl_s, rank=len(name))
                 elif action < 0.8:
                     answer = await store.prolong(tenant, name, of, budget)
-                else:
+                elif action < 0.9:
                     await store.let_go(tenant, name)
                     answer = None
+                else:
+                    kept = await store.shorten(tenant, name, ttl_s)
+                    answer = kept and Answer(kept)
                 told.append(answer and (answer.refused, answer.own, answer.all, answer.kept and answer.kept.blocks))
             assert told[0] == told[1]
             for one in (memory, redis):

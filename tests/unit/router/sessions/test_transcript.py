@@ -37,6 +37,13 @@ def test_what_clients_write_differently_makes_no_difference(same):
     assert said(ASK, same) == said(ASK, CALL)
 
 
+@pytest.mark.parametrize("arguments", ['{"at": }', "map", "[1]", '"map"', "3", "null", "[" * 100_000, "", None, {}])
+def test_arguments_that_are_no_object_are_an_empty_one(arguments):
+    """As vLLM lays them out when the client sends them back."""
+    other, empty = (ASK | {"tool_calls": [{"function": {"name": "f", "arguments": given}}]} for given in (arguments, "{}"))
+    assert said(other) == said(empty)
+
+
 def test_text_in_parts_is_text():
     parts = [{"type": "text", "text": "Capital of"}, {"type": "text", "text": "France?"}]
     assert said({"role": "user", "content": parts}) == said({"role": "user", "content": "Capital of\nFrance?"})

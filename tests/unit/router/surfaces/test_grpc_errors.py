@@ -41,8 +41,8 @@ async def breaks_off(*args, **kwargs):
 
 @pytest.fixture
 async def stub():
-    sessions = SimpleNamespace(get=fails, fork=fails, listed=fails)
-    turns = SimpleNamespace(sessions=sessions, create=fails, delete=fails, update=fails, take=breaks_off)
+    sessions = SimpleNamespace(get=fails, listed=fails)
+    turns = SimpleNamespace(sessions=sessions, create=fails, fork=fails, delete=fails, update=fails, take=breaks_off)
     port = free_port()
     server = GrpcServer(Servicer(turns, fails), "127.0.0.1", port)
     await server.start()

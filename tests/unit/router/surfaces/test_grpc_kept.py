@@ -10,6 +10,7 @@ from ports import free_port
 from prometheus_client import CollectorRegistry
 
 from prefillshare.client import Client
+from prefillshare.kvshare.caller import Caller
 from prefillshare.kvshare.config import Base, Router
 from prefillshare.kvshare.errors import InvalidInput, NotFound, OverLimit
 from prefillshare.kvshare.metrics import Metrics
@@ -69,6 +70,7 @@ async def running():
     server = GrpcServer(Servicer(Surface(sessions, keeper), None), "127.0.0.1", port, tenants)
     await server.start()
     clients = {tenant: Client(f"127.0.0.1:{port}", api_key=key, timeout_s=30) for tenant, key in KEYS.items()}
+    replicas.keeper = keeper
     yield clients, replicas
     for client in clients.values():
         client.close()
@@ -94,6 +96,28 @@ async def test_a_session_is_kept_listed_and_let_go(running):
 
     await asyncio.to_thread(use)
     assert replicas.let_gone == ["5:ferry:session:small"]
+
+
+async def test_a_prompt_that_is_kept_has_an_id_by_which_its_tenant_lets_it_go(running):
+    clients, replicas = running
+    await replicas.keeper.grant(Caller("ferry"), list(range(100)), None, [(70, 60.0)])
+
+    def use():
+        client, other = clients["ferry"], clients["harbour"]
+        client.session("small").keep()
+        prompt, session = sorted(client.kept().kept, key=lambda one: one.id)
+        assert (prompt.session_id, prompt.tokens, session.session_id) == ("", 2 * BLOCK, "small")
+        for kept in (prompt, session):
+            with pytest.raises(NotFound, match="id: nothing is kept under"):
+                other.let_go(kept.id)
+            client.let_go(kept.id)
+            with pytest.raises(NotFound, match="use an id that ListKept tells"):
+                client.let_go(kept.id)
+        assert client.kept().tokens == 0
+        return prompt.id
+
+    name = await asyncio.to_thread(use)
+    assert replicas.let_gone == [f"5:ferry:{name}", "5:ferry:session:small"]
 
 
 async def test_a_budget_is_refused_with_the_field_what_is_kept_and_what_may_be(running):

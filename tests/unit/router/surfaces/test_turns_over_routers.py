@@ -41,7 +41,7 @@ class Frontend:
         self.gate, self.begun = asyncio.Event(), asyncio.Event()
 
     def prepare(self, prompt, sampling, request_id, decoder):
-        return SimpleNamespace(sampling_params=sampling)
+        return SimpleNamespace(sampling_params=sampling, prompt_token_ids=list(prompt["prompt_token_ids"]))
 
     def run(self, request, decoder, caller, *, terms=None):
         return SimpleNamespace(turns=[StubTurn(None)], outputs=self._outputs)

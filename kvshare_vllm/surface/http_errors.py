@@ -1,14 +1,11 @@
 """Errors as the clients of each HTTP surface expect them: in OpenAI's shape, in Anthropic's, and as the last event of a stream.
 
-Also edits the text for clients: it reveals nothing of the server's inner setup, and names the fields that the client sent.
-
 Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoints/anthropic/protocol.py
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -16,6 +13,7 @@ from http import HTTPStatus
 from starlette.responses import Response
 
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PermissionDenied, PrefillShareError
+from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -38,12 +36,6 @@ _ANTHROPIC_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsu
 _FAILURES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 #: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
-#: Pattern of vLLM's advice on how to start its own server -> what that means here.
-_SETTINGS = (
-    (re.compile(r"tool.*--tool-call-parser"), "tools need base.tool_call_parser, which this deployment does not set"),
-)
-_A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
-_REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
 #: Errors whose field is one of the request.
 _ABOUT_FIELDS = InvalidInput | NotFound | Conflict | PermissionDenied
 #: vLLM's names of errors, where they differ from the status's phrase.
@@ -186,13 +178,3 @@ def _data(event: bytes) -> dict:
 def unforeseen() -> HttpError:
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     return HttpError(status.value, UNFORESEEN, status.phrase)
-
-
-def for_clients(message: str) -> str:
-    """vLLM's text without advice on how to start vLLM's own server, and without a repetition of `param`."""
-    for pattern, meaning in _SETTINGS:
-        if pattern.search(message):
-            return meaning
-    sentences = re.split(r"(?<=[.!?;])\s+", _REPEATED.sub("", message))
-    kept = " ".join(sentence for sentence in sentences if not _A_SETTING.search(sentence))
-    return kept or "this deployment does not serve what the request asks for"

@@ -27,6 +27,7 @@ from prefillshare.kvshare_vllm.surface.http_turn import Conversation, HttpTurn, 
 from prefillshare.kvshare_vllm.surface.response_events import as_documented, mark_cut_off
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
 from prefillshare.kvshare_vllm.surface.validation_errors import told
+from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
 PATH = "/v1/responses"
 
@@ -152,4 +153,4 @@ class Items:
 
 
 def _text_of(error: VLLMValidationError) -> str:
-    return str(error.args[0] if error.args else error)  # str(error) repeats the parameter
+    return for_clients(str(error.args[0] if error.args else error))  # str(error) repeats the parameter

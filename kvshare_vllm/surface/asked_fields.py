@@ -4,7 +4,7 @@
   refused: clients send fields of OpenAI's newest API all the time.
 - Those among them whose silence misleads are refused: they ask for a format or for tools, and have another name now; or the
   client would send less the next time, because it takes the conversation to be held.
-- A message has a role that chat templates know, and consists of text.
+- A message has a role that chat templates know, and consists of text. A tool's result names a call before it.
 
 Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
 """
@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.http_errors import THREAD
 from prefillshare.kvshare_vllm.surface.roles import ROLES, check_role
+from prefillshare.kvshare_vllm.surface.tool_results import Reader, check_results, of_anthropic, of_openai
 
 IGNORED_HEADER = "x-prefillshare-ignored"
 #: Most names in the header, and most characters of each.
@@ -58,6 +59,13 @@ _TEXTS = {
 _CLIENTS_TOOLS = ("function", "custom", "namespace")
 #: Roles of Anthropic's API.
 _ANTHROPIC = ("user", "assistant", "system")
+#: Path -> how its messages tell tool results, where they are a whole history that is answered.
+_RESULTS = {
+    "/v1/chat/completions": of_openai,
+    "/v1/chat/completions/batch": of_openai,
+    "/v1/messages": of_anthropic,
+    "/v1/messages/count_tokens": of_anthropic,
+}
 
 
 class AskedFields:
@@ -78,7 +86,7 @@ class AskedFields:
             if not isinstance(body.get(name), list | None):
                 raise InvalidInput("this is no list", field=name, fix="give a list of objects")
         roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
-        _check_messages(body.get("messages"), "messages", roles)
+        _check_messages(body.get("messages"), "messages", roles, _RESULTS.get(path))
         if path == "/v1/responses":
             check_items(body.get("input"), "input")
             unknown += _not_run(body.get("tools") or ())
@@ -102,14 +110,17 @@ def _fields_of(route: Any) -> set[str]:
     return {name for name, _ in fields} | {field.alias for _, field in fields if field.alias}
 
 
-def _check_messages(messages: Any, field: str, roles: Sequence[str]) -> None:
+def _check_messages(messages: Any, field: str, roles: Sequence[str], results: Reader | None) -> None:
     """What is not a list of objects is left to vLLM."""
-    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+    messages = messages if isinstance(messages, list) else ()
+    for number, message in enumerate(messages):
         place = f"{field}.{number}"
         if isinstance(message, list):  # a conversation of several
-            _check_messages(message, place, roles)
+            _check_messages(message, place, roles, results)
         elif isinstance(message, dict):
             check_role(message.get("role"), place, roles)
+    if results:
+        check_results(messages, field, results)
 
 
 def check_items(items: Any, field: str) -> None:

@@ -26,6 +26,7 @@ from prefillshare.kvshare_vllm.surface.http_refusals import to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, HttpTurn, bound_turn
 from prefillshare.kvshare_vllm.surface.response_events import as_documented, mark_cut_off
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
+from prefillshare.kvshare_vllm.surface.tool_results import check_results, of_response
 from prefillshare.kvshare_vllm.surface.validation_errors import told
 from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
@@ -98,6 +99,8 @@ class _Passing:
                     field=field,
                     fix="leave it out, or leave the session's header out",
                 )
+        items = () if isinstance(request.input, str) else request.input
+        check_results([item if isinstance(item, dict) else item.model_dump() for item in items], "input", of_response)
 
     def dress(self, response: ResponsesResponse) -> None:
         response.store = False

@@ -292,6 +292,13 @@ async def test_a_tool_result_without_its_call_is_refused(behind, session):
     await chat(behind, session, messages)
 
 
+async def test_nor_is_an_output_taken_without_its_call_where_a_response_goes_on_from_a_session(behind):
+    output = {"type": "function_call_output", "call_id": "c2", "output": "x"}
+    body, headers = {"model": "planner", "input": [ASK, output]}, {"x-prefillshare-session": "outputs"}
+    answer = await behind.http.post("/v1/responses", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1.call_id")
+
+
 async def test_a_surface_without_messages_refuses_the_header(behind):
     response = await behind.http.post(
         "/v1/completions", json={"model": "planner", "prompt": "hi"}, headers={"x-prefillshare-session": "s"}

@@ -5,8 +5,8 @@ import json
 import httpx
 import pytest
 from fastapi import FastAPI
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
@@ -16,7 +16,12 @@ from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER, MOST_
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape
 
 CHAT, RESPONSES, MESSAGES, TOKENIZE = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"
+BATCH, COUNT = "/v1/chat/completions/batch", "/v1/messages/count_tokens"
 ASK = {"role": "user", "content": "hi"}
+CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "look"}}]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+USE = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "look", "input": {}}]}
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "x"}
 
 
 def app() -> FastAPI:
@@ -32,6 +37,14 @@ def app() -> FastAPI:
 
     @made.post(MESSAGES)
     async def messages(request: AnthropicMessagesRequest):
+        return {}
+
+    @made.post(BATCH)
+    async def batch(request: BatchChatCompletionRequest):
+        return {}
+
+    @made.post(COUNT)
+    async def count(request: AnthropicCountTokensRequest):
         return {}
 
     @made.post(TOKENIZE)
@@ -115,6 +128,25 @@ def test_a_message_from_nobody_is_refused(fields, path, body, field):
 
 
 @pytest.mark.parametrize(
+    ("path", "messages", "field"),
+    [
+        (CHAT, [{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
+        (CHAT, [CALLS, {"role": "tool", "content": "x"}], "messages.1.tool_call_id"),
+        (CHAT, [RESULT, CALLS], "messages.0.tool_call_id"),
+        (CHAT, [CALLS, RESULT | {"tool_call_id": ["1"]}], "messages.1.tool_call_id"),
+        (BATCH, [[ASK], [ASK, RESULT]], "messages.1.1.tool_call_id"),
+        (BATCH, [[CALLS], [ASK, RESULT]], "messages.1.1.tool_call_id"),
+        (MESSAGES, [ASK, {"role": "user", "content": [TOOL_RESULT]}], "messages.1.content.0.tool_use_id"),
+        (MESSAGES, [USE, {"role": "user", "content": [ASK, {"type": "tool_result"}]}], "messages.1.content.1.tool_use_id"),
+        (COUNT, [{"role": "user", "content": [TOOL_RESULT]}], "messages.0.content.0.tool_use_id"),
+    ],
+)
+def test_a_tools_result_without_its_call_is_refused_under_the_name_that_its_client_sent(fields, path, messages, field):
+    system = {"system": "You plan."} if path == MESSAGES else {}
+    assert refused(fields, path, messages=messages, **system).field == field
+
+
+@pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         (CHAT, {"messages": "x"}, "messages"),
@@ -132,7 +164,11 @@ def test_what_is_no_list_or_no_text_is_refused(fields, path, body, field):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant", "tool")]}),
+        (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant")]}),
+        (CHAT, {"messages": [CALLS, RESULT, RESULT]}),
+        (BATCH, {"messages": [[ASK, CALLS, RESULT], [ASK]]}),
+        (MESSAGES, {"messages": [ASK, USE, {"role": "user", "content": [TOOL_RESULT]}]}),
+        (TOKENIZE, {"messages": [RESULT]}),
         (CHAT, {"messages": [5, None, {"role": "assistant", "tool_calls": [5]}]}),
         (RESPONSES, {"input": [ASK, {"type": "function_call_output", "call_id": "1", "output": "x"}, 5]}),
         (RESPONSES, {"input": [ASK | {"content": [{"type": "input_text", "text": ""}]}], "tools": []}),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 from starlette.responses import Response
@@ -58,9 +58,17 @@ class HttpError:
 
 
 class OpenAI:
-    """The shape for chat, completions and all other routes of vLLM's."""
+    """The shape for chat, completions and all other routes of vLLM's. `fields`: names that errors have for what this surface's
+    clients send under another name."""
 
     prompt_field: str | None = None
+    fields: Mapping[str, str] = {}
+
+    def told(self, error: HttpError) -> HttpError:
+        """The error under the name of the field that was sent."""
+        if (sent := self.fields.get(error.param or "")) is None:
+            return error
+        return replace(error, param=sent, message=f"{sent}: {error.message.removeprefix(f'{error.param}: ')}")
 
     def body(self, error: HttpError) -> bytes:
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
@@ -96,6 +104,13 @@ class Responses(OpenAI):
 
 class Anthropic(OpenAI):
     prompt_field = "messages"
+    fields = {
+        "stop": "stop_sequences",
+        "max_completion_tokens": "max_tokens",
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "thinking_token_budget": "thinking.budget_tokens",
+    }
 
     def body(self, error: HttpError) -> bytes:
         by_kind = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
@@ -155,7 +170,8 @@ def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
     param = surface.prompt_field if param in _LENGTHS else param
     if param and str(param) not in message:  # clients show the text
         message = f"{param}: {message}"
-    return HttpError(status, message, str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase), param)
+    kind = str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase)
+    return surface.told(HttpError(status, message, kind, param))
 
 
 def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:

@@ -148,3 +148,11 @@ async def test_what_was_not_foreseen_shows_nothing_of_the_inside(path):
 
 async def test_an_internal_error_of_ours_keeps_its_text():
     assert (await ask(OPENAI, Internal("the turn ended"), stream=False)).json()["error"]["message"] == "the turn ended"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_anthropics_clients_are_told_of_the_fields_that_they_sent(stream):
+    failure = InvalidInput("17 texts", field="stop", fix="give 16")
+    error = (await ask(ANTHROPIC, failure, stream=stream)).json()["error"]
+    assert error == {"type": "invalid_request_error", "message": "stop_sequences: 17 texts (fix: give 16)"}
+    assert (await ask(OPENAI, failure, stream=stream)).json()["error"]["param"] == "stop"

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.forced_calls import check_format_beside_forced_call
 from prefillshare.kvshare_vllm.surface.http_errors import THREAD
 from prefillshare.kvshare_vllm.surface.roles import ROLES, check_role
 from prefillshare.kvshare_vllm.surface.tool_results import Reader, check_results, of_anthropic, of_openai
@@ -87,6 +88,7 @@ class AskedFields:
                 raise InvalidInput("this is no list", field=name, fix="give a list of objects")
         roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
         _check_messages(body.get("messages"), "messages", roles, _RESULTS.get(path))
+        check_format_beside_forced_call(body)
         if path == "/v1/responses":
             check_items(body.get("input"), "input")
             unknown += _not_run(body.get("tools") or ())

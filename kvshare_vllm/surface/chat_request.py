@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare_vllm.surface.forced_calls import check_format_beside_forced_call
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors, for_clients
 
 #: For limits that are not known yet.
@@ -22,6 +23,7 @@ _UNLIMITED = 2**31 - 1
 
 def chat_request(fields: Mapping[str, Any]) -> ChatCompletionRequest:
     """`fields`: of a chat completion, but for messages and model. Raises InvalidInput that names the field."""
+    check_format_beside_forced_call(fields)
     try:
         with as_our_errors():
             return ChatCompletionRequest(messages=[], stream=True, **fields)

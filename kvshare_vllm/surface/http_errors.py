@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from typing import ClassVar
 
 from starlette.responses import Response
 
@@ -62,7 +63,7 @@ class OpenAI:
     clients send under another name."""
 
     prompt_field: str | None = None
-    fields: Mapping[str, str] = {}
+    fields: ClassVar[Mapping[str, str]] = {}
 
     def told(self, error: HttpError) -> HttpError:
         """The error under the name of the field that was sent."""
@@ -104,7 +105,7 @@ class Responses(OpenAI):
 
 class Anthropic(OpenAI):
     prompt_field = "messages"
-    fields = {
+    fields: ClassVar = {
         "stop": "stop_sequences",
         "max_completion_tokens": "max_tokens",
         "response_format": "output_config.format",

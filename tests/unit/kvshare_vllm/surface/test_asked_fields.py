@@ -146,6 +146,37 @@ def test_a_tools_result_without_its_call_is_refused_under_the_name_that_its_clie
     assert refused(fields, path, messages=messages, **system).field == field
 
 
+NAMED = {"type": "function", "function": {"name": "look"}}
+ANY, TOOL = {"type": "any"}, {"type": "tool", "name": "look"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "choices", "form", "field"),
+    [
+        (CHAT, ["required", NAMED], {"response_format": SCHEMA}, "response_format"),
+        (CHAT, ["required", NAMED], {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, ["required", NAMED], {"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
+        (CHAT, ["required", NAMED], {"response_format": {"type": "text"}}, None),
+        (CHAT, ["required"], {"structured_outputs": {"json_object": False, "regex": None}}, None),
+        (RESPONSES, ["required", {"type": "function", "name": "look"}], {"text": {"format": SCHEMA}}, "text.format"),
+        (RESPONSES, ["required", {"type": "custom", "name": "look"}], {"text": {"format": {"type": "text"}}}, None),
+        (RESPONSES, ["required"], {"text": {"verbosity": "low"}}, None),
+        (MESSAGES, [ANY, TOOL], {"output_config": {"format": SCHEMA}}, "output_config.format"),
+        (MESSAGES, [ANY, TOOL], {"output_config": {"effort": "low"}}, None),
+    ],
+)
+def test_a_format_beside_a_forced_call_is_refused(fields, path, choices, form, field):
+    body = {"messages": [ASK], "tools": [{"name": "look"}], **form}
+    for choice in choices:
+        if field:
+            assert refused(fields, path, tool_choice=choice, **body).field == field
+        else:
+            fields.ignored(path, {"tool_choice": choice, **body})
+    for choice in ("auto", "none", {"type": "auto"}, None):
+        fields.ignored(path, {"tool_choice": choice, **body})
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [

@@ -54,6 +54,7 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
     if not hasattr(turn, "begin"):  # the call names a session, which is no place for responses
         turn = _Passing(turn)
     try:
+        _check_served(request)
         await turn.begin(request)
         made = await responses(raw_request).create_responses(request, raw_request)
         if isinstance(made, ErrorResponse):
@@ -66,6 +67,14 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
     except PrefillShareError as error:
         raise to_vllm(error) from error
     return StreamingResponse(_convert_stream_to_sse_events(_dressed(turn, made)), media_type="text/event-stream")
+
+
+def _check_served(request: ResponsesRequest) -> None:
+    """Raises InvalidInput for what vLLM would refuse in words about its own server, or leave unread."""
+    if request.background:
+        raise InvalidInput("responses are made while their clients wait", field="background", fix="leave it out, or stream")
+    if request.previous_input_messages:
+        raise InvalidInput("it is not read", field="previous_input_messages", fix="send the messages as input")
 
 
 async def _dressed(turn: ResponseTurn, events):

@@ -299,6 +299,14 @@ async def test_nor_is_an_output_taken_without_its_call_where_a_response_goes_on_
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1.call_id")
 
 
+async def test_what_no_response_does_is_refused_in_our_words_on_a_session_too(behind):
+    body, headers = {"model": "planner", "input": "hi", "background": True}, {"x-prefillshare-session": "background"}
+    answer = await behind.http.post("/v1/responses", json=body, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], "vLLM" in error["message"]) == (400, "background", False)
+    assert "responses are made while their clients wait" in error["message"]
+
+
 async def test_a_surface_without_messages_refuses_the_header(behind):
     response = await behind.http.post(
         "/v1/completions", json={"model": "planner", "prompt": "hi"}, headers={"x-prefillshare-session": "s"}

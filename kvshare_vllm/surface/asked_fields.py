@@ -12,6 +12,7 @@ Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,ser
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any, get_args
 from urllib.parse import quote
 
@@ -27,12 +28,18 @@ IGNORED_HEADER = "x-prefillshare-ignored"
 #: Most names in the header, and most characters of each.
 MOST_NAMES, MOST_CHARS = 20, 64
 
-#: Fields that we read ourselves.
-_OURS = {
-    "/v1/responses": {"conversation", "prompt_cache_retention"},
-    "/v1/chat/completions": {"prompt_cache_retention"},
-    "/v1/messages": {"cache_control"},
+#: Fields that we read ourselves, and what they may be.
+_OURS: dict[str, dict[str, type | UnionType]] = {
+    "/v1/responses": {"conversation": str | dict, "prompt_cache_retention": str},
+    "/v1/chat/completions": {"prompt_cache_retention": str},
+    "/v1/messages": {"cache_control": dict},
 }
+#: Names in `chat_template_kwargs` that the renderer sets itself.
+_SET_HERE = frozenset({
+    "self", "model_config", "tokenizer", "messages", "conversation", "tools", "chat_template", "tokenize", "padding",
+    "truncation", "add_generation_prompt", "continue_final_message", "max_length", "return_tensors", "return_dict",
+    "tokenizer_kwargs", "return_assistant_tokens_mask",
+})  # fmt: skip
 #: Field -> what to send instead.
 _RENAMED = {
     "guided_json": 'send response_format, or structured_outputs: {"json": ...}',
@@ -73,7 +80,8 @@ class AskedFields:
     """`routes`: those of vLLM's app."""
 
     def __init__(self, routes: Iterable[Any]):
-        self._known = {route.path: _fields_of(route) | _OURS.get(route.path, set()) for route in routes if _models_of(route)}
+        served = [route for route in routes if _models_of(route)]
+        self._known = {route.path: _fields_of(route) | _OURS.get(route.path, {}).keys() for route in served}
 
     def ignored(self, path: str, body: Mapping[str, Any]) -> list[str]:
         """The fields of a body that nobody reads. Raises InvalidInput for what is refused."""
@@ -83,9 +91,7 @@ class AskedFields:
         for name in unknown:
             if fix := _RENAMED.get(name) or _NOT_HERE.get(path, {}).get(name):
                 raise InvalidInput("it would have no effect", field=name, fix=fix)
-        for name in ("messages", "tools"):
-            if not isinstance(body.get(name), list | None):
-                raise InvalidInput("this is no list", field=name, fix="give a list of objects")
+        _check_kinds(path, body)
         roles = _ANTHROPIC if path.startswith("/v1/messages") else ROLES
         _check_messages(body.get("messages"), "messages", roles, _RESULTS.get(path))
         check_format_beside_forced_call(body)
@@ -98,6 +104,22 @@ class AskedFields:
 def header_of(names: Sequence[str]) -> tuple[bytes, bytes]:
     shown = [quote(name, safe="!#$&'()*+/:;<=>?@[]^`{|}~ ")[:MOST_CHARS] for name in names[:MOST_NAMES]]
     return IGNORED_HEADER.encode(), ", ".join([*shown, *(["..."] if len(names) > MOST_NAMES else [])]).encode("latin-1")
+
+
+def _check_kinds(path: str, body: Mapping[str, Any]) -> None:
+    """Of the fields that are read here, or by parts of vLLM that do not look at what they are."""
+    needs_messages = "messages" in body and body.get("prompt") is None
+    for name, kind in (("messages", list if needs_messages else list | None), ("tools", list | None)):
+        if not isinstance(body.get(name), kind):
+            raise InvalidInput("this is no list", field=name, fix="give a list of objects")
+    for name, kind in _OURS.get(path, {}).items():
+        if not isinstance(body.get(name), kind | None):
+            text = "a text" if kind is str else "an object" if kind is dict else "a text or an object"
+            raise InvalidInput(f"this is not {text}", field=name, fix=f"send {text}, or leave it out")
+    settings = body.get("chat_template_kwargs")
+    for name in settings if isinstance(settings, dict) else ():
+        if name in _SET_HERE:
+            raise InvalidInput("it is set by the server", field=f"chat_template_kwargs.{name}", fix="leave it out")
 
 
 def _models_of(route: Any) -> list[type[BaseModel]]:

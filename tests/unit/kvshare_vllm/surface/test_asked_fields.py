@@ -181,6 +181,15 @@ def test_a_format_beside_a_forced_call_is_refused(fields, path, choices, form, f
     ("path", "body", "field"),
     [
         (CHAT, {"messages": "x"}, "messages"),
+        (CHAT, {"messages": None}, "messages"),
+        (MESSAGES, {"messages": None}, "messages"),
+        (CHAT, {"messages": [ASK], "prompt_cache_retention": ["24h"]}, "prompt_cache_retention"),
+        (RESPONSES, {"input": "hi", "prompt_cache_retention": {}}, "prompt_cache_retention"),
+        (RESPONSES, {"input": "hi", "conversation": ["c"]}, "conversation"),
+        (MESSAGES, {"messages": [ASK], "cache_control": "5m"}, "cache_control"),
+        (CHAT, {"messages": [ASK], "chat_template_kwargs": {"x": 1, "messages": []}}, "chat_template_kwargs.messages"),
+        (MESSAGES, {"messages": [ASK], "chat_template_kwargs": {"tokenizer": 1}}, "chat_template_kwargs.tokenizer"),
+        (TOKENIZE, {"messages": [ASK], "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         (MESSAGES, {"messages": [ASK], "tools": 3}, "tools"),
         (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         (RESPONSES, {"input": [ASK, {"role": "user", "content": ["x"]}]}, "input.1.content.0"),
@@ -188,7 +197,7 @@ def test_a_format_beside_a_forced_call_is_refused(fields, path, choices, form, f
         (RESPONSES, {"input": [{"type": "function_call_output", "output": [{"type": "input_file"}]}]}, "input.0.output.0"),
     ],
 )
-def test_what_is_no_list_or_no_text_is_refused(fields, path, body, field):
+def test_what_is_not_what_it_should_be_is_refused(fields, path, body, field):
     assert refused(fields, path, **body).field == field
 
 
@@ -200,6 +209,8 @@ def test_what_is_no_list_or_no_text_is_refused(fields, path, body, field):
         (BATCH, {"messages": [[ASK, CALLS, RESULT], [ASK]]}),
         (MESSAGES, {"messages": [ASK, USE, {"role": "user", "content": [TOOL_RESULT]}]}),
         (TOKENIZE, {"messages": [RESULT]}),
+        (TOKENIZE, {"messages": None, "prompt": "hi"}),
+        (CHAT, {"messages": [ASK], "tools": None, "chat_template_kwargs": {"enable_thinking": False}}),
         (CHAT, {"messages": [5, None, {"role": "assistant", "tool_calls": [5]}]}),
         (RESPONSES, {"input": [ASK, {"type": "function_call_output", "call_id": "1", "output": "x"}, 5]}),
         (RESPONSES, {"input": [ASK | {"content": [{"type": "input_text", "text": ""}]}], "tools": []}),

@@ -29,6 +29,10 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+#: Names the session that a call goes on from.
+SESSION_HEADER = "x-prefillshare-session"
+#: Names that errors have for what clients of every surface send under another name.
+_SENT = {"session_id": SESSION_HEADER}
 #: Anthropic's field for conversations that the server holds. Its clients look for this detail of the refusal, and send whole
 #: histories from then on.
 THREAD = "thread"
@@ -63,7 +67,7 @@ class OpenAI:
     clients send under another name."""
 
     prompt_field: str | None = None
-    fields: ClassVar[Mapping[str, str]] = {}
+    fields: ClassVar[Mapping[str, str]] = _SENT
 
     def told(self, error: HttpError) -> HttpError:
         """The error under the name of the field that was sent."""
@@ -105,7 +109,7 @@ class Responses(OpenAI):
 
 class Anthropic(OpenAI):
     prompt_field = "messages"
-    fields: ClassVar = {
+    fields: ClassVar = _SENT | {
         "stop": "stop_sequences",
         "max_completion_tokens": "max_tokens",
         "response_format": "output_config.format",

@@ -156,3 +156,9 @@ async def test_anthropics_clients_are_told_of_the_fields_that_they_sent(stream):
     error = (await ask(ANTHROPIC, failure, stream=stream)).json()["error"]
     assert error == {"type": "invalid_request_error", "message": "stop_sequences: 17 texts (fix: give 16)"}
     assert (await ask(OPENAI, failure, stream=stream)).json()["error"]["param"] == "stop"
+
+
+@SURFACES
+async def test_a_session_that_cannot_be_had_is_told_of_under_the_headers_name(path):
+    told = (await ask(path, InvalidInput("it is damaged", field="session_id"), stream=False)).json()["error"]["message"]
+    assert told == "x-prefillshare-session: it is damaged"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import logging
 import re
 
 import httpx
@@ -431,3 +432,28 @@ async def test_fields_that_nobody_reads_are_named_in_the_answer(surface, path, s
 async def test_a_format_under_its_old_name_is_refused_on_every_surface(surface, path):
     answer = await surface.post(path, guided_json={"type": "object"})
     assert (answer.status_code, "response_format" in error_of(answer)["message"]) == (400, True)
+
+
+# What is logged
+
+
+@SURFACES
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals_leave_no_traceback_in_the_log_and_failures_do(surface, path, stream):
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("vllm").addHandler(handler)
+    try:
+        schema = {"type": "json_schema", "name": "x", "schema": {"type": "dict"}}
+        formats = {CHAT: {"response_format": {**schema, "json_schema": schema}}, RESPONSES: {"text": {"format": schema}}}
+        formats |= {COMPLETIONS: formats[CHAT], MESSAGES: {"output_config": {"format": schema}}}
+        for wrong in ({LIMITS[path]: 10**6}, formats[path]):
+            assert (await surface.post(path, stream=stream, **wrong)).status_code == 400
+        assert (await surface.post(path, stream=stream, steps=[FULL])).status_code == 429
+        assert [record.getMessage() for record in logged if record.exc_info] == []
+        if path == MESSAGES:
+            assert (await surface.post(path, stream=stream, steps=[Unavailable("gone")])).status_code == 503
+            assert [record for record in logged if record.exc_info]
+    finally:
+        logging.getLogger("vllm").removeHandler(handler)

@@ -418,6 +418,29 @@ async def test_a_format_that_is_cheap_reaches_its_turn_as_engines_get_it(surface
     assert len(surface.limits) == 1
 
 
+WRONG = {"type": "dict"}
+AS_JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": WRONG}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "form", "field"),
+    [
+        (CHAT, {"response_format": AS_JSON}, "response_format"),
+        (CHAT, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (COMPLETIONS, {"response_format": AS_JSON}, "response_format"),
+        (COMPLETIONS, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x", "schema": WRONG}}}, "text.format"),
+        (RESPONSES, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": WRONG}}}, "output_config.format"),
+    ],
+)
+async def test_a_schema_that_cannot_be_is_told_of_under_the_name_of_the_field_that_held_it(surface, path, form, field, stream):
+    answer = await surface.post(path, **form, stream=stream)
+    assert (answer.status_code, surface.limits) == (400, [])
+    assert error_of(answer)["message"].startswith(f"{field}: "), answer.text
+
+
 # What is asked for
 
 

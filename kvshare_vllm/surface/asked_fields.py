@@ -6,17 +6,19 @@
   client would send less the next time, because it takes the conversation to be held.
 - A message has a role that chat templates know, and consists of text. A tool's result names a call before it.
 
-Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py)
+Seam: the bodies that vLLM's routes take (vllm/entrypoints/{openai,anthropic,serve}: protocol.py),
+vllm/renderers/chat_utils.py (MM_PARSER_MAP: the types of a message's parts)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, get_args
 from urllib.parse import quote
 
 from pydantic import BaseModel
+from vllm.renderers.chat_utils import MM_PARSER_MAP
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface.forced_calls import check_format_beside_forced_call
@@ -112,7 +114,7 @@ def _check_kinds(path: str, body: Mapping[str, Any]) -> None:
     for name, kind in (("messages", list if needs_messages else list | None), ("tools", list | None)):
         if not isinstance(body.get(name), kind):
             raise InvalidInput("this is no list", field=name, fix="give a list of objects")
-    for name, kind in _OURS.get(path, {}).items():
+    for name, kind in ({"structured_outputs": dict} | _OURS.get(path, {})).items():
         if not isinstance(body.get(name), kind | None):
             text = "a text" if kind is str else "an object" if kind is dict else "a text or an object"
             raise InvalidInput(f"this is not {text}", field=name, fix=f"send {text}, or leave it out")
@@ -143,8 +145,20 @@ def _check_messages(messages: Any, field: str, roles: Sequence[str], results: Re
             _check_messages(message, place, roles, results)
         elif isinstance(message, dict):
             check_role(message.get("role"), place, roles)
+            if roles is ROLES:
+                _check_chat_message(message, place)
     if results:
         check_results(messages, field, results)
+
+
+def _check_chat_message(message: Mapping[str, Any], field: str) -> None:
+    """What vLLM looks at only when it lays the message out."""
+    if not isinstance(message.get("tool_calls"), list | None):
+        raise InvalidInput("this is no list", field=f"{field}.tool_calls", fix="give a list of calls, or leave it out")
+    content = message.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if not isinstance(part, str):
+            _check_part(part, f"{field}.content.{number}", _TEXTS | MM_PARSER_MAP)
 
 
 def check_items(items: Any, field: str) -> None:
@@ -162,12 +176,16 @@ def check_items(items: Any, field: str) -> None:
 
 def _check_parts(parts: Sequence[Any], field: str) -> None:
     for number, part in enumerate(parts):
-        kind, place = part.get("type") if isinstance(part, dict) else None, f"{field}.{number}"
-        if not isinstance(kind, str) or kind not in _TEXTS:
-            what = "a part without a type" if kind is None else f"a part of type {str(kind)[:64]!r}: only text is served"
-            raise InvalidInput(what, field=place, fix=f"send parts of the types {', '.join(_TEXTS)}")
-        if not isinstance(part.get(_TEXTS[kind]), str):
-            raise InvalidInput("this is no text", field=f"{place}.{_TEXTS[kind]}", fix="send a string")
+        _check_part(part, f"{field}.{number}", _TEXTS)
+
+
+def _check_part(part: Any, field: str, kinds: Container[str]) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in kinds:
+        what = "a part without a type" if kind is None else f"a part of type {str(kind)[:64]!r}: only text is served"
+        raise InvalidInput(what, field=field, fix=f"send parts of the types {', '.join(_TEXTS)}")
+    if kind in _TEXTS and not isinstance(part.get(_TEXTS[kind]), str):
+        raise InvalidInput("this is no text", field=f"{field}.{_TEXTS[kind]}", fix="send a string")
 
 
 def _not_run(tools: Sequence[Any]) -> list[str]:

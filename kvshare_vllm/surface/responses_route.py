@@ -31,6 +31,8 @@ from prefillshare.kvshare_vllm.surface.validation_errors import told
 from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
 PATH = "/v1/responses"
+#: Fields that requests may leave null, and of which vLLM shows null in a response that may not have it.
+_MAY_BE_NULL = ("background", "truncation")
 
 
 class ResponseTurn(HttpTurn, Protocol):
@@ -55,6 +57,9 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
         turn = _Passing(turn)
     try:
         _check_served(request)
+        for field in _MAY_BE_NULL:
+            if getattr(request, field) is None:
+                setattr(request, field, ResponsesRequest.model_fields[field].default)
         await turn.begin(request)
         made = await responses(raw_request).create_responses(request, raw_request)
         if isinstance(made, ErrorResponse):

@@ -441,6 +441,17 @@ async def test_a_schema_that_cannot_be_is_told_of_under_the_name_of_the_field_th
     assert error_of(answer)["message"].startswith(f"{field}: "), answer.text
 
 
+async def test_a_format_that_is_none_is_told_of_by_its_field_for_a_batch_too(surface):
+    answer = await surface.post("/v1/chat/completions/batch", messages=[ASK], response_format={"type": "sonnet"})
+    assert (answer.status_code, "response_format" in error_of(answer)["param"]) == (400, True)
+    assert "pydantic" not in answer.text
+
+
+async def test_what_a_response_may_leave_null_it_may_leave_null(surface):
+    answer = await surface.post(RESPONSES, background=None, truncation=None)
+    assert (answer.status_code, answer.json().get("background"), answer.json().get("truncation")) == (200, False, "disabled")
+
+
 # What is asked for
 
 

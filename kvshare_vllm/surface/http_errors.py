@@ -6,6 +6,7 @@ Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoint
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -33,6 +34,8 @@ _ANTHROPIC_TYPES = {
 SESSION_HEADER = "x-prefillshare-session"
 #: Names that errors have for what clients of every surface send under another name.
 _SENT = {"session_id": SESSION_HEADER}
+#: The field that a text begins with.
+_SPOKEN = re.compile(r"`?([a-z_]+)`?")
 #: Anthropic's field for conversations that the server holds. Its clients look for this detail of the refusal, and send whole
 #: histories from then on.
 THREAD = "thread"
@@ -70,10 +73,14 @@ class OpenAI:
     fields: ClassVar[Mapping[str, str]] = _SENT
 
     def told(self, error: HttpError) -> HttpError:
-        """The error under the name of the field that was sent."""
-        if (sent := self.fields.get(error.param or "")) is None:
+        """The error under the name of the field that was sent, which vLLM's text may begin with."""
+        spoken = _SPOKEN.match(error.message)
+        named = error.param or (spoken[1] if spoken else "")
+        if (sent := self.fields.get(named)) is None:
             return error
-        return replace(error, param=sent, message=f"{sent}: {error.message.removeprefix(f'{error.param}: ')}")
+        if spoken and spoken[1] == named:
+            return replace(error, param=sent, message=sent + error.message[spoken.end() :])
+        return replace(error, param=sent, message=f"{sent}: {error.message}")
 
     def body(self, error: HttpError) -> bytes:
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}

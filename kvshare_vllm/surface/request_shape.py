@@ -62,7 +62,7 @@ class RequestShape:
             more = message.get("more_body", False)
         body, given = b"".join(pieces), False
         if not _is_utf8(body):
-            return await _refuse("the body is not in UTF-8 (fix: send JSON in UTF-8)", None, scope, receive, send)
+            return await _refuse("the body is not JSON in UTF-8 (fix: send it so)", None, scope, receive, send)
         values, ignored = _parsed(body), []
         if field := _half_a_character(body, values):
             text = f"{field}: it contains half of a surrogate pair, which is no character (fix: send whole characters)"

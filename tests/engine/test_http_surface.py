@@ -452,6 +452,19 @@ async def test_what_a_response_may_leave_null_it_may_leave_null(surface):
     assert (answer.status_code, answer.json().get("background"), answer.json().get("truncation")) == (200, False, "disabled")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_tokens": 10**6}, "max_tokens=1000000 cannot be greater"),
+        ({"stop_sequences": [""]}, "stop_sequences cannot contain an empty string"),
+        ({"stop_sequences": ["x" * 20_000]}, "stop_sequences: 20000 characters"),
+    ],
+)
+async def test_a_message_is_refused_in_the_words_of_anthropics_api(surface, wrong, said):
+    answer = await surface.post(MESSAGES, **wrong)
+    assert (answer.status_code, error_of(answer)["message"].startswith(said)) == (400, True), answer.text
+
+
 # What is asked for
 
 

@@ -24,10 +24,10 @@ from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely
 
 from prefillshare.kvshare.caller import current_caller
 from prefillshare.kvshare.errors import DeadlineExceeded, InvalidInput, Unavailable
+from prefillshare.kvshare_vllm.asked_formats import ToolsFormat, field_of
 from prefillshare.kvshare_vllm.fair_gate import FairGate
 from prefillshare.kvshare_vllm.grammars.client import DIED, TOO_MUCH_CPU, TOO_MUCH_TIME
 from prefillshare.kvshare_vllm.grammars.schema_coverage import not_held
-from prefillshare.kvshare_vllm.tools_format import ToolsFormat
 
 #: The backend of the router and of all engines: vLLM would choose one by what the first request asks for, and keep it.
 BACKEND = "xgrammar"
@@ -35,9 +35,7 @@ MOST_BYTES = 128 << 10
 #: Grammars compiled at once; waiting requests of one tenant; verdicts kept; seconds that a request waits for its verdict.
 AT_ONCE, MOST_WAITING, KEPT, PATIENCE_S = 2, 16, 4096, 120.0
 
-_FIELDS = {name: f"structured_outputs.{name}" for name in ("regex", "choice", "grammar", "structural_tag")}
-_FIELDS["json"] = "response_format"
-_OF_TOOLS = "tools"
+_KINDS = ("json", "regex", "choice", "grammar", "structural_tag")
 _CHEAPER = "lower the bounds of repetitions and lengths, do not nest them, and give fewer alternatives"
 _CORRECT = "correct it, or leave out what is not supported"
 _CORRECT_TOOL = 'correct the tool\'s parameters, or set "strict": false on it so that calls need not obey them'
@@ -75,7 +73,7 @@ class Grammars:
             await self._have_tried(key, grammar)
         self._verdicts.move_to_end(key)
         if fault := self._verdicts[key]:
-            fix = _CORRECT_TOOL if grammar.field == _OF_TOOLS and fault.fix == _CORRECT else fault.fix
+            fix = _CORRECT_TOOL if grammar.field == ToolsFormat.field and fault.fix == _CORRECT else fault.fix
             raise InvalidInput(fault.message, field=grammar.field, fix=fix)
         return _for_engines(**{"grammar" if grammar.kind == "lark" else grammar.kind: grammar.spec})
 
@@ -103,18 +101,14 @@ class Grammars:
         return _Fault(problem, _CHEAPER if "CPU time" in problem else _CORRECT)
 
 
-def _field_of(asked: StructuredOutputsParams, name: str) -> str:
-    return _OF_TOOLS if isinstance(asked, ToolsFormat) else _FIELDS[name]
-
-
 def check_size(asked: StructuredOutputsParams) -> None:
     """Check the size before the format is processed. Raises InvalidInput."""
-    for name in _FIELDS:
+    for name in _KINDS:
         value = getattr(asked, name)
         size = len(value if isinstance(value, str) else json.dumps(value)) if value is not None else 0
         if size > MOST_BYTES:
             text, fix = f"it has {size} characters", f"send at most {MOST_BYTES}"
-            raise InvalidInput(text, field=_field_of(asked, name), fix=fix)
+            raise InvalidInput(text, field=field_of(asked, name), fix=fix)
 
 
 def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
@@ -124,23 +118,24 @@ def laid_out(asked: StructuredOutputsParams) -> Grammar | None:
         if getattr(asked, name):
             raise InvalidInput("engines do not keep to it", field=f"structured_outputs.{name}", fix="leave it out")
     if asked.json is not None:
-        field = _field_of(asked, "json")
+        field = field_of(asked, "json")
         return Grammar(field, "json", _schema(asked.json, field))
     if asked.regex is not None:
         if "\x00" in asked.regex:
-            raise InvalidInput("it has a NUL character", field=_FIELDS["regex"], fix="leave it out")
-        return Grammar(_FIELDS["regex"], "regex", asked.regex)
+            raise InvalidInput("it has a NUL character", field=field_of(asked, "regex"), fix="leave it out")
+        return Grammar(field_of(asked, "regex"), "regex", asked.regex)
     if asked.choice is not None:
+        field = field_of(asked, "choice")
         if not asked.choice or not all(isinstance(text, str) and text for text in asked.choice):
-            raise InvalidInput("a choice is of texts that are not empty", field=_FIELDS["choice"], fix="give at least one")
-        return Grammar(_FIELDS["choice"], "grammar", choice_as_grammar(asked.choice))
+            raise InvalidInput("a choice is of texts that are not empty", field=field, fix="give at least one")
+        return Grammar(field, "grammar", choice_as_grammar(asked.choice))
     if asked.grammar is not None:
         if not asked.grammar.strip():
-            raise InvalidInput("it is empty", field=_FIELDS["grammar"], fix="give a grammar, or leave it out")
+            raise InvalidInput("it is empty", field=field_of(asked, "grammar"), fix="give a grammar, or leave it out")
         kind = "lark" if grammar_is_likely_lark(asked.grammar) else "grammar"
-        return Grammar(_FIELDS["grammar"], kind, asked.grammar)
+        return Grammar(field_of(asked, "grammar"), kind, asked.grammar)
     if asked.structural_tag is not None:
-        field = _field_of(asked, "structural_tag")
+        field = field_of(asked, "structural_tag")
         _check_nesting(asked.structural_tag, field, structural_tag=True)
         return Grammar(field, "structural_tag", asked.structural_tag)
     if not asked.json_object:

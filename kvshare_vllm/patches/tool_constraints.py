@@ -14,13 +14,11 @@ Goes when: vLLM has such a level, and its tag of `hermes` a line break between c
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from vllm.parser.abstract_parser import DelegatingParser
 from vllm.tool_parsers import structural_tag_registry
 from xgrammar.structural_tag import TagsWithSeparatorFormat
 
-from prefillshare.kvshare_vllm.tools_format import ToolsFormat
+from prefillshare.kvshare_vllm.asked_formats import ToolsFormat
 
 FORCED = "forced"
 
@@ -71,8 +69,7 @@ def _named_as_tools(adjust):
         request = adjust(self, request)
         form = request.structured_outputs
         if form is not None and form is not before:
-            asked = {field.name: getattr(form, field.name) for field in fields(form) if field.init}
-            request.structured_outputs = ToolsFormat(**asked)
+            request.structured_outputs = ToolsFormat.of(form)
         return request
 
     return adjusted

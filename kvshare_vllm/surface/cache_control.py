@@ -96,7 +96,7 @@ def _of(block: Mapping[str, Any], where: str) -> tuple[Any, str] | None:
 def _ttl_s(given: Any, field: str) -> float:
     if not isinstance(given, Mapping) or given.get("type") != "ephemeral":
         raise InvalidInput("this is not of type ephemeral", field=field, fix='use {"type": "ephemeral"}, with or without a ttl')
-    ttl = given.get("ttl") or "5m"
-    if ttl not in TTLS_S:
+    ttl = "5m" if given.get("ttl") is None else given["ttl"]
+    if not isinstance(ttl, str) or ttl not in TTLS_S:
         raise InvalidInput(f"{str(ttl)[:32]!r} is not known", field=f"{field}.ttl", fix=f"use one of {', '.join(TTLS_S)}")
     return TTLS_S[ttl]

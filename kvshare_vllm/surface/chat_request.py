@@ -14,7 +14,8 @@ from vllm import SamplingParams
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from prefillshare.kvshare.errors import InvalidInput
-from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
+from prefillshare.kvshare_vllm.surface.forced_calls import check_format_beside_forced_call
+from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors, for_clients
 
 #: For limits that are not known yet.
 _UNLIMITED = 2**31 - 1
@@ -22,13 +23,14 @@ _UNLIMITED = 2**31 - 1
 
 def chat_request(fields: Mapping[str, Any]) -> ChatCompletionRequest:
     """`fields`: of a chat completion, but for messages and model. Raises InvalidInput that names the field."""
+    check_format_beside_forced_call(fields)
     try:
         with as_our_errors():
             return ChatCompletionRequest(messages=[], stream=True, **fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(first["msg"], field=place or None, fix="see vLLM's API of chat completions") from None
+        raise InvalidInput(for_clients(first["msg"]), field=place or None, fix="see vLLM's API of chat completions") from None
 
 
 def sampling_of(request: ChatCompletionRequest, max_tokens: int | None) -> SamplingParams:

@@ -1,7 +1,5 @@
 """Errors as the clients of each HTTP surface expect them: in OpenAI's shape, in Anthropic's, and as the last event of a stream.
 
-Also edits the text for clients: it reveals nothing of the server's inner setup, and names the fields that the client sent.
-
 Seam: vllm/entrypoints/serve/engine/protocol.py (ErrorResponse), vllm/entrypoints/anthropic/protocol.py
 """
 
@@ -10,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
+from typing import ClassVar
 
 from starlette.responses import Response
 
 from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PermissionDenied, PrefillShareError
+from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
 #: What a client is told of an unforeseen error, whose own text is for the log only.
 UNFORESEEN = "the server failed; its log says why"
@@ -30,6 +30,12 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+#: Names the session that a call goes on from.
+SESSION_HEADER = "x-prefillshare-session"
+#: Names that errors have for what clients of every surface send under another name.
+_SENT = {"session_id": SESSION_HEADER}
+#: The field that a text begins with.
+_SPOKEN = re.compile(r"`?([a-z_]+)`?")
 #: Anthropic's field for conversations that the server holds. Its clients look for this detail of the refusal, and send whole
 #: histories from then on.
 THREAD = "thread"
@@ -38,12 +44,6 @@ _ANTHROPIC_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsu
 _FAILURES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 #: vLLM's names for a prompt's length; a client is told the field that holds the prompt instead.
 _LENGTHS = frozenset({"input_tokens", "input_text"})
-#: Pattern of vLLM's advice on how to start its own server -> what that means here.
-_SETTINGS = (
-    (re.compile(r"tool.*--tool-call-parser"), "tools need base.tool_call_parser, which this deployment does not set"),
-)
-_A_SETTING = re.compile(r"\bVLLM_[A-Z]|(?<![\w-])--[a-z]")
-_REPEATED = re.compile(r"\s*\((?:parameter|value)=[^()]*\)\s*$")
 #: Errors whose field is one of the request.
 _ABOUT_FIELDS = InvalidInput | NotFound | Conflict | PermissionDenied
 #: vLLM's names of errors, where they differ from the status's phrase.
@@ -66,9 +66,21 @@ class HttpError:
 
 
 class OpenAI:
-    """The shape for chat, completions and all other routes of vLLM's."""
+    """The shape for chat, completions and all other routes of vLLM's. `fields`: names that errors have for what this surface's
+    clients send under another name."""
 
     prompt_field: str | None = None
+    fields: ClassVar[Mapping[str, str]] = _SENT
+
+    def told(self, error: HttpError) -> HttpError:
+        """The error under the name of the field that was sent, which vLLM's text may begin with."""
+        spoken = _SPOKEN.match(error.message)
+        named = error.param or (spoken[1] if spoken else "")
+        if (sent := self.fields.get(named)) is None:
+            return error
+        if spoken and spoken[1] == named:
+            return replace(error, param=sent, message=sent + error.message[spoken.end() :])
+        return replace(error, param=sent, message=f"{sent}: {error.message}")
 
     def body(self, error: HttpError) -> bytes:
         fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.status}
@@ -104,6 +116,13 @@ class Responses(OpenAI):
 
 class Anthropic(OpenAI):
     prompt_field = "messages"
+    fields: ClassVar = _SENT | {
+        "stop": "stop_sequences",
+        "max_completion_tokens": "max_tokens",
+        "response_format": "output_config.format",
+        "reasoning_effort": "output_config.effort",
+        "thinking_token_budget": "thinking.budget_tokens",
+    }
 
     def body(self, error: HttpError) -> bytes:
         by_kind = "api_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
@@ -163,7 +182,8 @@ def read(body: bytes, status: int | None, surface: OpenAI) -> HttpError | None:
     param = surface.prompt_field if param in _LENGTHS else param
     if param and str(param) not in message:  # clients show the text
         message = f"{param}: {message}"
-    return HttpError(status, message, str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase), param)
+    kind = str(fields.get("type") or _TYPES.get(status) or HTTPStatus(status).phrase)
+    return surface.told(HttpError(status, message, kind, param))
 
 
 def read_event(chunk: bytes, surface: OpenAI) -> HttpError | None:
@@ -186,13 +206,3 @@ def _data(event: bytes) -> dict:
 def unforeseen() -> HttpError:
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     return HttpError(status.value, UNFORESEEN, status.phrase)
-
-
-def for_clients(message: str) -> str:
-    """vLLM's text without advice on how to start vLLM's own server, and without a repetition of `param`."""
-    for pattern, meaning in _SETTINGS:
-        if pattern.search(message):
-            return meaning
-    sentences = re.split(r"(?<=[.!?;])\s+", _REPEATED.sub("", message))
-    kept = " ".join(sentence for sentence in sentences if not _A_SETTING.search(sentence))
-    return kept or "this deployment does not serve what the request asks for"

@@ -173,7 +173,7 @@ class _Answer:
 
     def _failure(self) -> HttpError | None:
         """What the frontend noted, as a client is told it."""
-        return HttpError.of(self._turns.failure) if self._turns.failure else None
+        return self._surface.told(HttpError.of(self._turns.failure)) if self._turns.failure else None
 
     async def _send_start(self, message: dict) -> None:
         if message["status"] == HTTPStatus.TOO_MANY_REQUESTS and not _header(message, b"retry-after"):

@@ -40,6 +40,7 @@ from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals
 from prefillshare.kvshare_vllm.surface.http_routes import keep_served
 from prefillshare.kvshare_vllm.surface.messages_route import serve_messages
 from prefillshare.kvshare_vllm.surface.model_route import serve_models_one_by_one
+from prefillshare.kvshare_vllm.surface.refusal_logs import leave_out_refusals
 from prefillshare.kvshare_vllm.surface.request_checks import check_http_requests
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape, stop_at_the_first_wrong_item
 from prefillshare.kvshare_vllm.surface.responses_route import Items, serve_responses
@@ -69,6 +70,7 @@ async def build_openai_app(
     environment, log_level = dict(os.environ), logging.root.level
     stop_at_the_first_wrong_item()
     check_http_requests()
+    leave_out_refusals()
     frontend = Frontend(frontend_config(AsyncEngineArgs.from_cli_args(args)), base.name, run_turn, admit, grammar_cpu_s)
     _restore(environment)
     _use_template(base, frontend)

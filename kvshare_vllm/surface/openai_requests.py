@@ -5,6 +5,7 @@
 - A prompt that leaves no room for an answer is refused as too long; vLLM refuses a limit of 0 that nobody asked for.
 - `echo` repeats text. In a chat it asks for no log-probabilities. In a completion it does if `logprobs` is given, 0 included,
   and is then refused: the prompt is prefilled elsewhere.
+- A format keeps the name of the field that asked for it.
 
 Seam: vllm/entrypoints/openai/{chat_completion,completion,responses}/protocol.py: to_sampling_params, to_beam_search_params
 """
@@ -17,6 +18,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from prefillshare.kvshare_vllm.asked_formats import ResponseFormat, TextFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -55,9 +59,19 @@ def _as_asked(make_params):
             room = min(room, request.max_tokens)
         elif isinstance(request, ChatCompletionRequest) and request.echo:
             request = request.model_copy(update={"echo": False})
-        return make_params(request, room, *rest)
+        params = make_params(request, room, *rest)
+        if form := getattr(params, "structured_outputs", None):
+            params.structured_outputs = _named(form, request)
+        return params
 
     return checked
+
+
+def _named(form: StructuredOutputsParams, request) -> StructuredOutputsParams:
+    """The format under the name of the field that asked for it."""
+    if request.structured_outputs is not None:
+        return form
+    return (TextFormat if isinstance(request, ResponsesRequest) else ResponseFormat).of(form)
 
 
 _PROMPT_FIELDS = {ChatCompletionRequest: "messages", CompletionRequest: "prompt", ResponsesRequest: "input"}

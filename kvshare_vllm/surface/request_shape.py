@@ -61,6 +61,8 @@ class RequestShape:
             pieces.append(message.get("body", b""))
             more = message.get("more_body", False)
         body, given = b"".join(pieces), False
+        if not _is_utf8(body):
+            return await _refuse("the body is not JSON in UTF-8 (fix: send it so)", None, scope, receive, send)
         values, ignored = _parsed(body), []
         if field := _half_a_character(body, values):
             text = f"{field}: it contains half of a surrogate pair, which is no character (fix: send whole characters)"
@@ -113,6 +115,15 @@ def _parsed(body: bytes) -> Any:
     finally:
         if collects:
             gc.enable()
+
+
+def _is_utf8(body: bytes) -> bool:
+    """Python reads JSON in other encodings, too, and halves of surrogate pairs that stand for themselves."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return json.detect_encoding(body).startswith("utf-8")
 
 
 def _half_a_character(body: bytes, values: Any) -> str | None:

@@ -26,9 +26,13 @@ from prefillshare.kvshare_vllm.surface.http_refusals import to_vllm
 from prefillshare.kvshare_vllm.surface.http_turn import Conversation, HttpTurn, bound_turn
 from prefillshare.kvshare_vllm.surface.response_events import as_documented, mark_cut_off
 from prefillshare.kvshare_vllm.surface.text_work import chars_of
+from prefillshare.kvshare_vllm.surface.tool_results import check_results, of_response
 from prefillshare.kvshare_vllm.surface.validation_errors import told
+from prefillshare.kvshare_vllm.vllm_refusals import for_clients
 
 PATH = "/v1/responses"
+#: Fields that requests may leave null, and of which vLLM shows null in a response that may not have it.
+_MAY_BE_NULL = ("background", "truncation")
 
 
 class ResponseTurn(HttpTurn, Protocol):
@@ -52,6 +56,10 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
     if not hasattr(turn, "begin"):  # the call names a session, which is no place for responses
         turn = _Passing(turn)
     try:
+        _check_served(request)
+        for field in _MAY_BE_NULL:
+            if getattr(request, field) is None:
+                setattr(request, field, ResponsesRequest.model_fields[field].default)
         await turn.begin(request)
         made = await responses(raw_request).create_responses(request, raw_request)
         if isinstance(made, ErrorResponse):
@@ -64,6 +72,14 @@ async def create_responses(request: ResponsesRequest, raw_request: Request):
     except PrefillShareError as error:
         raise to_vllm(error) from error
     return StreamingResponse(_convert_stream_to_sse_events(_dressed(turn, made)), media_type="text/event-stream")
+
+
+def _check_served(request: ResponsesRequest) -> None:
+    """Raises InvalidInput for what vLLM would refuse in words about its own server, or leave unread."""
+    if request.background:
+        raise InvalidInput("responses are made while their clients wait", field="background", fix="leave it out, or stream")
+    if request.previous_input_messages:
+        raise InvalidInput("it is not read", field="previous_input_messages", fix="send the messages as input")
 
 
 async def _dressed(turn: ResponseTurn, events):
@@ -97,6 +113,8 @@ class _Passing:
                     field=field,
                     fix="leave it out, or leave the session's header out",
                 )
+        items = () if isinstance(request.input, str) else request.input
+        check_results([item if isinstance(item, dict) else item.model_dump() for item in items], "input", of_response)
 
     def dress(self, response: ResponsesResponse) -> None:
         response.store = False
@@ -152,4 +170,4 @@ class Items:
 
 
 def _text_of(error: VLLMValidationError) -> str:
-    return str(error.args[0] if error.args else error)  # str(error) repeats the parameter
+    return for_clients(str(error.args[0] if error.args else error))  # str(error) repeats the parameter

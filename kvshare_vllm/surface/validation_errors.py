@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling.handlers.validation import _is_internal_loc_segment
 
@@ -28,11 +29,12 @@ MOST_CHARS = 500
 
 def tell_wrong_fields(app: FastAPI) -> None:
     """Called before anything is put around the app."""
-    app.add_exception_handler(RequestValidationError, _refuse)
+    for kind in (RequestValidationError, ValidationError):  # the second: of what a route makes of a request
+        app.add_exception_handler(kind, _refuse)
     app.middleware_stack = app.build_middleware_stack()  # the one that vLLM has built has its own handler
 
 
-async def _refuse(_: Request, refused: RequestValidationError) -> JSONResponse:
+async def _refuse(_: Request, refused: RequestValidationError | ValidationError) -> JSONResponse:
     field, text = told(refused.errors())
     error = {"message": f"{field}: {text}" if field else text, "type": "BadRequestError", "param": field, "code": 400}
     return JSONResponse({"error": error}, 400)

@@ -57,10 +57,6 @@ class ResponseCall:
         #: Whether the client relies on the store; else it is served without it, too.
         self._needs_store = "store" in request.model_fields_set and request.store is True
         self._shown = {"previous_response_id": request.previous_response_id, "store": self._stores, "conversation": None}
-        if request.background:
-            raise InvalidInput("responses are made while their clients wait", field="background", fix="leave it out, or stream")
-        if request.previous_input_messages:
-            raise InvalidInput("it is not read", field="previous_input_messages", fix="send the messages as input")
         checked_metadata(request.metadata)
         self._items = items_of(request.input, "input")
         await self._context.find(request, self._items)

@@ -15,7 +15,7 @@ def left_unanswered(
     before: Sequence[str] | None, messages: Sequence[Mapping[str, Any]], field: str | None = None
 ) -> tuple[str, ...] | None:
     """Ids of the calls that wait for a result behind these messages; None: not known. `before`: those before them. A result
-    that names no call is taken as it is. `field`: that of the messages; if it is given, a result that names a call nobody made
+    that names no call answers none. `field`: that of the messages; if it is given, a result that names a call nobody made
     raises InvalidInput."""
     waiting = None if before is None else list(before)
     for number, message in enumerate(messages):

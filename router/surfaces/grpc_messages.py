@@ -35,10 +35,13 @@ def _chat_message(message: pb.Message, field: str) -> dict[str, Any]:
             raise InvalidInput("only an assistant calls tools", field=f"{field}.tool_calls", fix="leave them out")
         calls = enumerate(message.tool_calls)
         shown["tool_calls"] = [_tool_call(call, f"{field}.tool_calls.{number}") for number, call in calls]
-    if message.tool_call_id:
-        if message.role != "tool":
-            raise InvalidInput("only a tool's result answers a call", field=f"{field}.tool_call_id", fix="leave it out")
+    if message.role == "tool":
+        if not message.tool_call_id:
+            text, fix = "a tool's result without the id of its call", "give the id of the call"
+            raise InvalidInput(text, field=f"{field}.tool_call_id", fix=fix)
         shown["tool_call_id"] = message.tool_call_id
+    elif message.tool_call_id:
+        raise InvalidInput("only a tool's result answers a call", field=f"{field}.tool_call_id", fix="leave it out")
     return shown
 
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
 
 from prefillshare.kvshare.errors import InvalidInput
 from prefillshare.kvshare_vllm.surface import http_turn
-from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
+from prefillshare.kvshare_vllm.surface.http_errors import SESSION_HEADER, HttpError, refuse
 from prefillshare.kvshare_vllm.surface.openai_app import items_reader
 from prefillshare.router.responses.conversations import Conversations
 from prefillshare.router.responses.response_call import ResponseCall
 from prefillshare.router.responses.stored import StoredResponses
 from prefillshare.router.responses.threads import Threads
+from prefillshare.router.sessions.base import MAX_NAME_CHARS
 from prefillshare.router.sessions.http_calls import HttpCalls, OpenCall, SessionCall
 from prefillshare.router.surfaces.http_responses import add_routes
 
-SESSION_HEADER = "x-prefillshare-session"
 #: In the answer: "begun", "continued", or "as it is: " and the reason.
 STATE_HEADER = "x-prefillshare-session-state"
 #: Surfaces whose calls are conversations.
@@ -43,15 +42,12 @@ class HttpSessions:
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in CHATS:
             return await self._app(scope, receive, send)
-        session_id = Headers(scope=scope).get(SESSION_HEADER, "")
-        if scope["path"] not in CHATS:
-            if session_id:
-                fix = f"leave it out, or use one of {', '.join(sorted(CHATS))}"
-                error = InvalidInput(f"{scope['path']} does not go on from a session", field=SESSION_HEADER, fix=fix)
-                return await refuse(HttpError.of(error), scope, receive, send)
-            return await self._app(scope, receive, send)
+        try:
+            session_id = _session_named(scope)
+        except InvalidInput as error:
+            return await refuse(HttpError.of(error), scope, receive, send)
         calls, threads = scope["app"].state.http_calls, scope["app"].state.threads
         async with AsyncExitStack() as stack:
             if session_id:
@@ -65,6 +61,18 @@ class HttpSessions:
                 await self._app(scope, receive, _with_state(call, send))
             finally:
                 http_turn.unbind(token)
+
+
+def _session_named(scope) -> str:
+    """The session that a call's header names, in UTF-8; empty if there is none. Raises InvalidInput."""
+    given = dict(scope["headers"]).get(SESSION_HEADER.encode(), b"")
+    try:
+        name = given.decode()
+    except UnicodeDecodeError:
+        raise InvalidInput("it is not in UTF-8", field=SESSION_HEADER, fix="send the session's name in UTF-8") from None
+    if len(name) > MAX_NAME_CHARS:
+        raise InvalidInput(f"{len(name)} characters", field=SESSION_HEADER, fix=f"use at most {MAX_NAME_CHARS}")
+    return name
 
 
 def _with_state(call: SessionCall | ResponseCall | OpenCall, send):

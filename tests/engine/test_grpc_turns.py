@@ -142,10 +142,21 @@ async def test_results_go_back_and_the_session_holds_the_calls_as_they_were_gene
         await session.turn("coder", messages=[result], tools=[TOOL])
 
 
-async def test_a_result_without_its_call_is_refused_and_changes_nothing(surface, session):
-    result = {"role": "tool", "tool_call_id": "nobody's", "content": "Paris"}
+@pytest.mark.parametrize("choice", ["required", "named"])
+@pytest.mark.parametrize(
+    ("format", "field"),
+    [({"regex": "a+"}, "regex"), ({"choice": ["a", "b"]}, "choice"), ({"json_schema": SCHEMA}, "json_schema")],
+)
+async def test_a_format_beside_a_forced_call_is_refused(surface, session, choice, format, field):
     with pytest.raises(InvalidInput) as raised:
-        await session.turn("planner", messages=[ASK, result])
+        await session.turn("planner", messages=[ASK], tools=[TOOL], tool_choice=CHOICES[choice], **format)
+    assert (raised.value.field, surface.prompts) == (f"sampling.{field}", [])
+
+
+@pytest.mark.parametrize("named", [{"tool_call_id": "nobody's"}, {}])
+async def test_a_result_without_its_call_is_refused_and_changes_nothing(surface, session, named):
+    with pytest.raises(InvalidInput) as raised:
+        await session.turn("planner", messages=[ASK, {"role": "tool", "content": "Paris", **named}])
     assert raised.value.field == "input.messages.1.tool_call_id"
     assert (await session.get()).turns == 0
 

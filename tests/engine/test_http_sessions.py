@@ -292,10 +292,54 @@ async def test_a_tool_result_without_its_call_is_refused(behind, session):
     await chat(behind, session, messages)
 
 
-async def test_a_surface_without_messages_refuses_the_header(behind):
-    response = await behind.http.post(
-        "/v1/completions", json={"model": "planner", "prompt": "hi"}, headers={"x-prefillshare-session": "s"}
-    )
+async def test_nor_is_an_output_taken_without_its_call_where_a_response_goes_on_from_a_session(behind):
+    output = {"type": "function_call_output", "call_id": "c2", "output": "x"}
+    body, headers = {"model": "planner", "input": [ASK, output]}, {"x-prefillshare-session": "outputs"}
+    answer = await behind.http.post("/v1/responses", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1.call_id")
+
+
+async def test_what_no_response_does_is_refused_in_our_words_on_a_session_too(behind):
+    body, headers = {"model": "planner", "input": "hi", "background": True}, {"x-prefillshare-session": "background"}
+    answer = await behind.http.post("/v1/responses", json=body, headers=headers)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], "vLLM" in error["message"]) == (400, "background", False)
+    assert "responses are made while their clients wait" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/messages/count_tokens", {"messages": [ASK]}),
+        ("/v1/chat/completions/batch", {"messages": [[ASK]]}),
+        ("/tokenize", {"messages": [ASK]}),
+        ("/v1/conversations", {}),
+    ],
+)
+async def test_where_a_session_means_nothing_its_header_is_ignored(behind, path, body):
+    """Clients set it once, for all their calls."""
+    body = {"model": "planner", **body} if body else body
+    response = await behind.http.post(path, json=body, headers={"x-prefillshare-session": "s" * 200})
+    assert (response.status_code, "x-prefillshare-session-state" in response.headers) == (200, False), response.text
+    with pytest.raises(NotFound):
+        await behind.sessions.get("s" * 200, tenant="")
+
+
+async def test_a_session_of_any_name_can_be_named(behind):
+    from prefillshare.router.sessions.transcript import Transcript
+
+    name = "Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich \N{MOUNTAIN}"
+    await behind.sessions.create(name, tenant="", transcript=Transcript())
+    headers, body = {"x-prefillshare-session": name.encode()}, {"model": "planner", "messages": [ASK]}
+    response = await behind.http.post("/v1/chat/completions", json=body, headers=headers)
+    assert (response.status_code, (await behind.sessions.get(name, tenant="")).turns) == (200, 1)
+
+
+@pytest.mark.parametrize("name", ["Z\N{LATIN SMALL LETTER U WITH DIAERESIS}rich".encode("latin-1"), b"s" * 129])
+async def test_a_name_that_is_none_is_refused_under_the_headers_name(behind, name):
+    body = {"model": "planner", "messages": [ASK]}
+    response = await behind.http.post("/v1/chat/completions", json=body, headers={"x-prefillshare-session": name})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "x-prefillshare-session")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import logging
 import re
 
 import httpx
@@ -417,6 +418,53 @@ async def test_a_format_that_is_cheap_reaches_its_turn_as_engines_get_it(surface
     assert len(surface.limits) == 1
 
 
+WRONG = {"type": "dict"}
+AS_JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": WRONG}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "form", "field"),
+    [
+        (CHAT, {"response_format": AS_JSON}, "response_format"),
+        (CHAT, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (COMPLETIONS, {"response_format": AS_JSON}, "response_format"),
+        (COMPLETIONS, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x", "schema": WRONG}}}, "text.format"),
+        (RESPONSES, {"structured_outputs": {"json": WRONG}}, "structured_outputs.json"),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": WRONG}}}, "output_config.format"),
+    ],
+)
+async def test_a_schema_that_cannot_be_is_told_of_under_the_name_of_the_field_that_held_it(surface, path, form, field, stream):
+    answer = await surface.post(path, **form, stream=stream)
+    assert (answer.status_code, surface.limits) == (400, [])
+    assert error_of(answer)["message"].startswith(f"{field}: "), answer.text
+
+
+async def test_a_format_that_is_none_is_told_of_by_its_field_for_a_batch_too(surface):
+    answer = await surface.post("/v1/chat/completions/batch", messages=[ASK], response_format={"type": "sonnet"})
+    assert (answer.status_code, "response_format" in error_of(answer)["param"]) == (400, True)
+    assert "pydantic" not in answer.text
+
+
+async def test_what_a_response_may_leave_null_it_may_leave_null(surface):
+    answer = await surface.post(RESPONSES, background=None, truncation=None)
+    assert (answer.status_code, answer.json().get("background"), answer.json().get("truncation")) == (200, False, "disabled")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_tokens": 10**6}, "max_tokens=1000000 cannot be greater"),
+        ({"stop_sequences": [""]}, "stop_sequences cannot contain an empty string"),
+        ({"stop_sequences": ["x" * 20_000]}, "stop_sequences: 20000 characters"),
+    ],
+)
+async def test_a_message_is_refused_in_the_words_of_anthropics_api(surface, wrong, said):
+    answer = await surface.post(MESSAGES, **wrong)
+    assert (answer.status_code, error_of(answer)["message"].startswith(said)) == (400, True), answer.text
+
+
 # What is asked for
 
 
@@ -431,3 +479,28 @@ async def test_fields_that_nobody_reads_are_named_in_the_answer(surface, path, s
 async def test_a_format_under_its_old_name_is_refused_on_every_surface(surface, path):
     answer = await surface.post(path, guided_json={"type": "object"})
     assert (answer.status_code, "response_format" in error_of(answer)["message"]) == (400, True)
+
+
+# What is logged
+
+
+@SURFACES
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusals_leave_no_traceback_in_the_log_and_failures_do(surface, path, stream):
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("vllm").addHandler(handler)
+    try:
+        schema = {"type": "json_schema", "name": "x", "schema": {"type": "dict"}}
+        formats = {CHAT: {"response_format": {**schema, "json_schema": schema}}, RESPONSES: {"text": {"format": schema}}}
+        formats |= {COMPLETIONS: formats[CHAT], MESSAGES: {"output_config": {"format": schema}}}
+        for wrong in ({LIMITS[path]: 10**6}, formats[path]):
+            assert (await surface.post(path, stream=stream, **wrong)).status_code == 400
+        assert (await surface.post(path, stream=stream, steps=[FULL])).status_code == 429
+        assert [record.getMessage() for record in logged if record.exc_info] == []
+        if path == MESSAGES:
+            assert (await surface.post(path, stream=stream, steps=[Unavailable("gone")])).status_code == 503
+            assert [record for record in logged if record.exc_info]
+    finally:
+        logging.getLogger("vllm").removeHandler(handler)

@@ -45,7 +45,7 @@ ROOMS = {
         {"transfer"},
         {"patches"},
         {"sampling"},
-        {"vllm_refusals", "fair_gate", "forkserver", "tool_text", "tools_format"},
+        {"vllm_refusals", "fair_gate", "forkserver", "tool_text", "asked_formats"},
     ),
 }
 #: The generated stubs stand beside the layers: they import none of them.

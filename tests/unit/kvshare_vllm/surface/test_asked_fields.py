@@ -5,8 +5,8 @@ import json
 import httpx
 import pytest
 from fastapi import FastAPI
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest, AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest, ChatCompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeCompletionRequest
 
@@ -16,7 +16,12 @@ from prefillshare.kvshare_vllm.surface.asked_fields import IGNORED_HEADER, MOST_
 from prefillshare.kvshare_vllm.surface.request_shape import RequestShape
 
 CHAT, RESPONSES, MESSAGES, TOKENIZE = "/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"
+BATCH, COUNT = "/v1/chat/completions/batch", "/v1/messages/count_tokens"
 ASK = {"role": "user", "content": "hi"}
+CALLS = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "look"}}]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+USE = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "look", "input": {}}]}
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "x"}
 
 
 def app() -> FastAPI:
@@ -32,6 +37,14 @@ def app() -> FastAPI:
 
     @made.post(MESSAGES)
     async def messages(request: AnthropicMessagesRequest):
+        return {}
+
+    @made.post(BATCH)
+    async def batch(request: BatchChatCompletionRequest):
+        return {}
+
+    @made.post(COUNT)
+    async def count(request: AnthropicCountTokensRequest):
         return {}
 
     @made.post(TOKENIZE)
@@ -115,9 +128,74 @@ def test_a_message_from_nobody_is_refused(fields, path, body, field):
 
 
 @pytest.mark.parametrize(
+    ("path", "messages", "field"),
+    [
+        (CHAT, [{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
+        (CHAT, [CALLS, {"role": "tool", "content": "x"}], "messages.1.tool_call_id"),
+        (CHAT, [RESULT, CALLS], "messages.0.tool_call_id"),
+        (CHAT, [CALLS, RESULT | {"tool_call_id": ["1"]}], "messages.1.tool_call_id"),
+        (BATCH, [[ASK], [ASK, RESULT]], "messages.1.1.tool_call_id"),
+        (BATCH, [[CALLS], [ASK, RESULT]], "messages.1.1.tool_call_id"),
+        (MESSAGES, [ASK, {"role": "user", "content": [TOOL_RESULT]}], "messages.1.content.0.tool_use_id"),
+        (MESSAGES, [USE, {"role": "user", "content": [ASK, {"type": "tool_result"}]}], "messages.1.content.1.tool_use_id"),
+        (COUNT, [{"role": "user", "content": [TOOL_RESULT]}], "messages.0.content.0.tool_use_id"),
+    ],
+)
+def test_a_tools_result_without_its_call_is_refused_under_the_name_that_its_client_sent(fields, path, messages, field):
+    system = {"system": "You plan."} if path == MESSAGES else {}
+    assert refused(fields, path, messages=messages, **system).field == field
+
+
+NAMED = {"type": "function", "function": {"name": "look"}}
+ANY, TOOL = {"type": "any"}, {"type": "tool", "name": "look"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "choices", "form", "field"),
+    [
+        (CHAT, ["required", NAMED], {"response_format": SCHEMA}, "response_format"),
+        (CHAT, ["required", NAMED], {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, ["required", NAMED], {"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
+        (CHAT, ["required", NAMED], {"response_format": {"type": "text"}}, None),
+        (CHAT, ["required"], {"structured_outputs": {"json_object": False, "regex": None}}, None),
+        (RESPONSES, ["required", {"type": "function", "name": "look"}], {"text": {"format": SCHEMA}}, "text.format"),
+        (RESPONSES, ["required", {"type": "custom", "name": "look"}], {"text": {"format": {"type": "text"}}}, None),
+        (RESPONSES, ["required"], {"text": {"verbosity": "low"}}, None),
+        (MESSAGES, [ANY, TOOL], {"output_config": {"format": SCHEMA}}, "output_config.format"),
+        (MESSAGES, [ANY, TOOL], {"output_config": {"effort": "low"}}, None),
+    ],
+)
+def test_a_format_beside_a_forced_call_is_refused(fields, path, choices, form, field):
+    body = {"messages": [ASK], "tools": [{"name": "look"}], **form}
+    for choice in choices:
+        if field:
+            assert refused(fields, path, tool_choice=choice, **body).field == field
+        else:
+            fields.ignored(path, {"tool_choice": choice, **body})
+    for choice in ("auto", "none", {"type": "auto"}, None):
+        fields.ignored(path, {"tool_choice": choice, **body})
+
+
+@pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         (CHAT, {"messages": "x"}, "messages"),
+        (CHAT, {"messages": None}, "messages"),
+        (CHAT, {"messages": [ASK], "structured_outputs": []}, "structured_outputs"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages.0.tool_calls"),
+        (CHAT, {"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0"),
+        (CHAT, {"messages": [{"role": "user", "content": ["x", {"type": []}]}]}, "messages.0.content.1"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text"),
+        (BATCH, {"messages": [[{"role": "user", "content": [{"type": "tool_use"}]}]]}, "messages.0.0.content.0"),
+        (MESSAGES, {"messages": None}, "messages"),
+        (CHAT, {"messages": [ASK], "prompt_cache_retention": ["24h"]}, "prompt_cache_retention"),
+        (RESPONSES, {"input": "hi", "prompt_cache_retention": {}}, "prompt_cache_retention"),
+        (RESPONSES, {"input": "hi", "conversation": ["c"]}, "conversation"),
+        (MESSAGES, {"messages": [ASK], "cache_control": "5m"}, "cache_control"),
+        (CHAT, {"messages": [ASK], "chat_template_kwargs": {"x": 1, "messages": []}}, "chat_template_kwargs.messages"),
+        (MESSAGES, {"messages": [ASK], "chat_template_kwargs": {"tokenizer": 1}}, "chat_template_kwargs.tokenizer"),
+        (TOKENIZE, {"messages": [ASK], "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
         (MESSAGES, {"messages": [ASK], "tools": 3}, "tools"),
         (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0"),
         (RESPONSES, {"input": [ASK, {"role": "user", "content": ["x"]}]}, "input.1.content.0"),
@@ -125,14 +203,21 @@ def test_a_message_from_nobody_is_refused(fields, path, body, field):
         (RESPONSES, {"input": [{"type": "function_call_output", "output": [{"type": "input_file"}]}]}, "input.0.output.0"),
     ],
 )
-def test_what_is_no_list_or_no_text_is_refused(fields, path, body, field):
+def test_what_is_not_what_it_should_be_is_refused(fields, path, body, field):
     assert refused(fields, path, **body).field == field
 
 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant", "tool")]}),
+        (CHAT, {"messages": [{"role": role} for role in ("system", "developer", "user", "assistant")]}),
+        (CHAT, {"messages": [CALLS, RESULT, RESULT]}),
+        (BATCH, {"messages": [[ASK, CALLS, RESULT], [ASK]]}),
+        (MESSAGES, {"messages": [ASK, USE, {"role": "user", "content": [TOOL_RESULT]}]}),
+        (TOKENIZE, {"messages": [RESULT]}),
+        (CHAT, {"messages": [{"role": "user", "content": ["x", {"type": "text", "text": ""}, {"type": "image_url"}]}]}),
+        (TOKENIZE, {"messages": None, "prompt": "hi"}),
+        (CHAT, {"messages": [ASK], "tools": None, "chat_template_kwargs": {"enable_thinking": False}}),
         (CHAT, {"messages": [5, None, {"role": "assistant", "tool_calls": [5]}]}),
         (RESPONSES, {"input": [ASK, {"type": "function_call_output", "call_id": "1", "output": "x"}, 5]}),
         (RESPONSES, {"input": [ASK | {"content": [{"type": "input_text", "text": ""}]}], "tools": []}),

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from prefillshare.kvshare.errors import Internal, InvalidInput, Overloaded, Unavailable
-from prefillshare.kvshare_vllm.surface.http_errors import UNFORESEEN, for_clients
+from prefillshare.kvshare_vllm.surface.http_errors import UNFORESEEN
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_begun, note_failure
 
 FULL = Overloaded("no room", retry_after_s=6.2)
@@ -150,18 +150,15 @@ async def test_an_internal_error_of_ours_keeps_its_text():
     assert (await ask(OPENAI, Internal("the turn ended"), stream=False)).json()["error"]["message"] == "the turn ended"
 
 
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        ("too many (parameter=n, value=9)", "too many"),
-        ("too many (fix: ask for fewer)", "too many (fix: ask for fewer)"),
-        ("9 is over 8. To increase this limit, set the VLLM_MAX_N_SEQUENCES environment variable.", "9 is over 8."),
-        ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
-         "tools need base.tool_call_parser, which this deployment does not set"),
-        ("You must set `--enable-prompt-embeds` to input `prompt_embeds`.",
-         "this deployment does not serve what the request asks for"),
-        ("a -- dash, --- a line, x--y", "a -- dash, --- a line, x--y"),
-    ],
-)  # fmt: skip
-def test_advice_on_starting_vllms_own_server_is_left_out(said, told):
-    assert for_clients(said) == told
+@pytest.mark.parametrize("stream", [False, True])
+async def test_anthropics_clients_are_told_of_the_fields_that_they_sent(stream):
+    failure = InvalidInput("17 texts", field="stop", fix="give 16")
+    error = (await ask(ANTHROPIC, failure, stream=stream)).json()["error"]
+    assert error == {"type": "invalid_request_error", "message": "stop_sequences: 17 texts (fix: give 16)"}
+    assert (await ask(OPENAI, failure, stream=stream)).json()["error"]["param"] == "stop"
+
+
+@SURFACES
+async def test_a_session_that_cannot_be_had_is_told_of_under_the_headers_name(path):
+    told = (await ask(path, InvalidInput("it is damaged", field="session_id"), stream=False)).json()["error"]["message"]
+    assert told == "x-prefillshare-session: it is damaged"

@@ -102,16 +102,32 @@ def test_a_refused_body_does_not_reach_the_app_and_another_reaches_it_whole():
     ],
 )
 def test_a_text_that_is_no_text_is_refused_by_its_field(body, field):
+    assert asyncio.run(answer(body)).get("error", {}).get("param") == field
+
+
+@pytest.mark.parametrize(
+    ("body", "refused"),
+    [
+        (b'{"\xed\xa0\xbd": 1}', True),
+        (b'{"prompt": "\xed\xa0\xbd"}', True),
+        ('{"prompt": "\\ud83d"}'.encode("utf-16"), True),
+        ('{"prompt": "a"}'.encode("utf-16-le"), True),
+        ('{"prompt": "\N{GRINNING FACE}"}'.encode(), False),
+        (b"", False),
+    ],
+)
+def test_a_body_that_is_not_in_utf8_is_refused_even_where_python_reads_it(body, refused):
+    assert ("UTF-8" in asyncio.run(answer(body)).get("error", {}).get("message", "")) == refused
+
+
+async def answer(body: str | bytes):
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def post():
-        transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS, AskedFields(())))
-        async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
-            return (await client.post("/v1/completions", content=body)).json()
-
-    assert asyncio.run(post()).get("error", {}).get("param") == field
+    transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS, AskedFields(())))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        return (await client.post("/v1/completions", content=body)).json()
 
 
 def test_one_wrong_item_of_a_responses_request_is_enough():

@@ -1,5 +1,6 @@
-"""A call that `tool_choice` forces leaves no room for a format of the response. vLLM drops the format, or refuses both without
-saying which field it means.
+"""A call that `tool_choice` forces is the whole answer, in which nothing is left to constrain: vLLM drops what
+`structured_outputs` asks for. OpenAI's and Anthropic's formats are of an answer's text; a forced call has none, so they ask for
+nothing then, and agent frameworks send them with every call.
 
 Seam: vllm/parser/abstract_parser.py (DelegatingParser._apply_structural_tag)
 """
@@ -13,8 +14,6 @@ from prefillshare.kvshare.errors import InvalidInput
 
 #: Types of a `tool_choice` that forces a call: OpenAI's and Anthropic's.
 _FORCING = ("function", "custom", "any", "tool")
-#: Where a format may stand: field -> field within it.
-_FORMATS = {"response_format": "", "text": "format", "output_config": "format"}
 
 
 def check_format_beside_forced_call(asked: Mapping[str, Any]) -> None:
@@ -22,13 +21,10 @@ def check_format_beside_forced_call(asked: Mapping[str, Any]) -> None:
     choice = asked.get("tool_choice")
     if not asked.get("tools") or not (choice == "required" or _of(choice, "type") in _FORCING):
         return
-    formats = {f"structured_outputs.{kind}": form for kind, form in _fields(asked.get("structured_outputs")).items()}
-    for field, inner in _FORMATS.items():
-        form = _of(asked.get(field), inner) if inner else asked.get(field)
-        formats[f"{field}.{inner}".rstrip(".")] = None if _of(form, "type") == "text" else form
-    for field, form in formats.items():
+    for kind, form in _fields(asked.get("structured_outputs")).items():
         if form is not None and form is not False:
             fix = "leave it out, or let the model choose whether it calls a tool"
+            field = f"structured_outputs.{kind}"
             raise InvalidInput("the call that tool_choice forces leaves no room for a format", field=field, fix=fix)
 
 

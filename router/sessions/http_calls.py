@@ -29,7 +29,6 @@ from prefillshare.router.sessions.context_turn import ContextTurn, LaidOut, chec
 from prefillshare.router.sessions.kept_prompt import Beginning, KeptPrompt, retention_s
 from prefillshare.router.sessions.open_contexts import OpenContexts
 from prefillshare.router.sessions.transcript import Transcript
-from prefillshare.router.sessions.unanswered import check_tool_results
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,6 @@ class OpenCall:
         self._kept.beginnings = beginnings
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
-        check_tool_results(conversation.messages)
         retention_s(asked())
         return await plain()
 
@@ -123,7 +121,6 @@ class SessionCall:
 
     async def lay_out(self, conversation: Conversation, plain: Plain) -> str | list[int]:
         self._check_asked()
-        check_tool_results(conversation.messages)
         retention_s(asked())
         reason = "the last message is to be continued" if conversation.continues else await self._hold()
         if not reason:

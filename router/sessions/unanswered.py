@@ -32,17 +32,3 @@ def left_unanswered(
         if waiting is not None:
             waiting += [str(call.get("id") or "") for call in message.get("tool_calls") or ()]
     return None if waiting is None or len(waiting) > MOST_CALLS else tuple(waiting)
-
-
-def check_tool_results(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Of a whole history, which a client may have put together in its own way: a call may have several results. Raises
-    InvalidInput for a result that answers no call before it."""
-    calls: set[str] = set()
-    for number, message in enumerate(messages):
-        calls |= {call.get("id") for call in message.get("tool_calls") or ()}
-        if message["role"] == "tool" and (call_id := message.get("tool_call_id")) and call_id not in calls:
-            raise InvalidInput(
-                f"no message before it calls a tool as {call_id[:128]!r}",
-                field=f"messages.{number}.tool_call_id",
-                fix="send the assistant's message with the call, too, and its id",
-            )

@@ -194,6 +194,16 @@ async def test_forced_calls_obey_their_schemas_unless_a_tool_says_that_it_is_not
     assert (schemas(surface), tags(surface)["type"]) == ([SCHEMA] * 2, "triggered_tags")
 
 
+async def test_a_format_of_the_text_asks_for_nothing_where_a_call_is_forced(surface):
+    """As OpenAI has it; agent frameworks send the format of their last answer with every call."""
+    form = {"type": "json_schema", "json_schema": {"name": "trip", "schema": {"type": "object"}}}
+    for choice in ("required", NAMED):
+        plain = await surface.ask(CALL, tool_choice=choice)
+        asked = surface.formats
+        assert await surface.ask(CALL, tool_choice=choice, response_format=form) == plain
+        assert surface.formats == asked
+
+
 async def test_forced_calls_stand_in_lines_of_their_own(surface):
     await surface.ask(CALL, tool_choice="required")
     assert tags(surface)["separator"] == "\n"

@@ -133,7 +133,9 @@ async def test_nobody_elses_response_is_known(surface, responses):
 
 async def test_tools_are_called_and_answered_across_responses(surface, responses):
     surface.answers = [CALLED, "It is Paris."]
-    first = await responses.create(model="planner", input="Look.", tools=[TOOL])
+    trip = {"type": "json_schema", "name": "trip", "schema": {"type": "object"}}  # of the last answer, sent with every call
+    forced = {"tool_choice": "required", "text": {"format": trip}}
+    first = await responses.create(model="planner", input="Look.", tools=[TOOL], **forced)
     (call,) = first.output
     assert (call.type, call.name, call.arguments) == ("function_call", "look", '{"at": "map"}')
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Paris"}

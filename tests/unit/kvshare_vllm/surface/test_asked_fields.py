@@ -154,16 +154,14 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
 @pytest.mark.parametrize(
     ("path", "choices", "form", "field"),
     [
-        (CHAT, ["required", NAMED], {"response_format": SCHEMA}, "response_format"),
-        (CHAT, ["required", NAMED], {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, ["required", NAMED], {"response_format": SCHEMA}, None),
+        (CHAT, ["required", NAMED], {"response_format": {"type": "json_object"}}, None),
         (CHAT, ["required", NAMED], {"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
-        (CHAT, ["required", NAMED], {"response_format": {"type": "text"}}, None),
         (CHAT, ["required"], {"structured_outputs": {"json_object": False, "regex": None}}, None),
-        (RESPONSES, ["required", {"type": "function", "name": "look"}], {"text": {"format": SCHEMA}}, "text.format"),
-        (RESPONSES, ["required", {"type": "custom", "name": "look"}], {"text": {"format": {"type": "text"}}}, None),
-        (RESPONSES, ["required"], {"text": {"verbosity": "low"}}, None),
-        (MESSAGES, [ANY, TOOL], {"output_config": {"format": SCHEMA}}, "output_config.format"),
-        (MESSAGES, [ANY, TOOL], {"output_config": {"effort": "low"}}, None),
+        (RESPONSES, ["required", {"type": "function", "name": "look"}], {"text": {"format": SCHEMA}}, None),
+        (RESPONSES, [{"type": "custom", "name": "look"}], {"structured_outputs": {"json": SCHEMA}}, "structured_outputs.json"),
+        (MESSAGES, [ANY, TOOL], {"output_config": {"format": SCHEMA}}, None),
+        (MESSAGES, [ANY, TOOL], {"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex"),
     ],
 )
 def test_a_format_beside_a_forced_call_is_refused(fields, path, choices, form, field):

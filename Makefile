@@ -36,7 +36,7 @@ demo-one: model ## the same session in one engine, which makes the shared KV and
 chromium: $(INSTALLED)
 	@requirements/chromium.sh
 
-test: model chromium examples-env ## all tests, those that start engines included (about 30 minutes on 2 cores)
+test: model chromium examples-env ## all tests, those that start engines included (under 25 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/engine
 

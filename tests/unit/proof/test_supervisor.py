@@ -63,6 +63,7 @@ def test_a_stage_that_breaks_keeps_what_it_told_and_the_next_one_runs(tmp_path):
     assert len(after) == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_stage_that_is_killed(tmp_path):
     kills = "tell(Part(str(subprocess.Popen(['sleep', '600']).pid), Status.MEASURED, '')); os.kill(os.getpid(), 9)"
     child, broken = told({"a": kills}, tmp_path)
@@ -98,6 +99,7 @@ def test_a_stage_that_ends_without_a_result_is_not_passed_over(tmp_path):
     assert (only.name, only.status) == ("a", Status.UNFINISHED)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_run_that_is_abandoned(tmp_path):
     def command(stage: Stage, asked: Asked, descriptor: int) -> list[str]:
         return [sys.executable, "-c", _BEGIN + HANGS, str(descriptor)]

@@ -132,6 +132,7 @@ async def test_an_adapter_that_one_replica_could_not_load_is_known_at_once_with_
         assert await replicas.adapter_problems({"coder", "planner"}, 10) == {"planner": "vLLM does not yet support DoRA."}
 
 
+@pytest.mark.slow
 async def test_replicas_that_are_away_while_they_take_over_a_change_are_waited_for(replicas):
     """As Serve tells it: gone, and back with what has come of it."""
     MEMBERS[DEPLOYMENT] = frozenset()

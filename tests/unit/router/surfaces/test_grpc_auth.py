@@ -79,7 +79,7 @@ async def calls(address: str, **options) -> tuple[str, str]:
     """Who the server says called: (a call with one answer, a stream)."""
 
     def both():
-        with Client(address, timeout_s=20, **options) as client:
+        with Client(address, timeout_s=20, retries=None, **options) as client:
             session = client.create_session()
             return session.session_id, session.turn("base", text="hi").text
 

@@ -105,7 +105,7 @@ async def test_details_come_the_standard_way_and_the_client_has_the_error_again(
 
 
 def ask(port: int) -> None:
-    with Client(f"127.0.0.1:{port}") as client:
+    with Client(f"127.0.0.1:{port}", retries=None) as client:
         client.create_session()
 
 

@@ -53,7 +53,7 @@ def agent(answer: str, status: int = 200):
         def log_message(self, *_): ...
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/metrics"
         server.shutdown()
 

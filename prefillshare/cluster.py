@@ -37,11 +37,6 @@ FOUND_S = 5.0
 #: A local cluster's head does not come back. When it is gone, each process of the cluster ends after so many seconds, this one
 #: too; by default after a minute.
 _LOCAL = {"gcs_rpc_server_reconnect_timeout_s": 10}
-#: For when a cluster answers at the address and Ray cannot join it: Ray does not say which of the two causes it is.
-_REFUSED_FIX = (
-    "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
-    " of this version"
-)
 
 
 @contextmanager
@@ -79,7 +74,8 @@ def joined(address: str, field: str | None = None) -> Iterator[str]:
 
     address = _answering(address, field)
     with loopback_kept(ray_address.named(address)[0]):
-        _init(address, f"cannot join the Ray cluster at {address}", _REFUSED_FIX, field)
+        # A cluster answers there and Ray cannot join it. Ray does not say which of the two causes it is.
+        _init(address, f"cannot join the Ray cluster at {address}", ray_address.TOKEN_FIX, field)
     try:
         yield address
     finally:

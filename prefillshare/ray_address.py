@@ -15,7 +15,7 @@ from prefillshare.kvshare.errors import ConfigError
 
 #: Seconds within which a cluster has to answer.
 ANSWER_S = 5.0
-_TOKEN_FIX = (
+TOKEN_FIX = (
     "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), and the address of a Ray head"
     " of this version"
 )
@@ -105,5 +105,5 @@ def _error(code, details: str, address: str, field: str | None) -> ConfigError:
         why = details.rpartition(": ")[2].rstrip("]") or "it does not speak Ray's protocol"
         return ConfigError(f"no Ray cluster answers at {address}: {why}", field=field, fix=_ADDRESS_FIX)
     if code in (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED):
-        return ConfigError(f"the Ray cluster at {address} does not let this user in", field=field, fix=_TOKEN_FIX)
+        return ConfigError(f"the Ray cluster at {address} does not let this user in", field=field, fix=TOKEN_FIX)
     return ConfigError(f"what answers at {address} is no Ray cluster ({code.name})", field=field, fix=_ADDRESS_FIX)

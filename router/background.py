@@ -62,11 +62,11 @@ class Periodic:
         await asyncio.wait([self._task])
 
     async def _run(self, later: bool) -> None:
+        if not later:
+            await self._try()
         while True:
-            if not later:
-                await self._try()
-            later = False
             await asyncio.sleep(self._period_s * random.uniform(1 - self._spread, 1 + self._spread))
+            await self._try()
 
     async def _try(self) -> None:
         try:

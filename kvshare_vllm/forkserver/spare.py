@@ -62,7 +62,7 @@ def _become(connection: socket.socket) -> None:
     try:
         exec(asked.program.argv[at + 1], {"__name__": "__main__"})
     except SystemExit as ended:
-        _end(ended.code)
+        _end(ended.code or 0)
     _end(0)
 
 

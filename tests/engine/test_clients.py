@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from anthropic import beta_async_tool
 from pydantic import BaseModel
+from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 
@@ -74,13 +75,7 @@ def of_anthropic(surface, session: str) -> anthropic.AsyncAnthropic:
 
 
 def of_openai(surface, session: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(
-        base_url="http://router/v1",
-        api_key="none",
-        http_client=surface.http2,
-        max_retries=0,
-        default_headers={"x-prefillshare-session": session},
-    )
+    return openai_client(surface.http2, default_headers={"x-prefillshare-session": session})
 
 
 async def context(surface, session: str) -> list[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-import openai
 import pytest
 import pytest_asyncio
 from stub_turn import StubTurn
+from surface_clients import openai_client
 
 from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.config import Base
@@ -42,7 +42,7 @@ class ToolSurface(ChatSurface):
 
     async def start(self) -> None:
         await super().start()
-        self.client = openai.AsyncOpenAI(base_url="http://router/v1", api_key="none", max_retries=0, http_client=self.http)
+        self.client = openai_client(self.http)
 
     def _turn(self, call) -> StubTurn:
         self.prompts.append(self.tokenizer.decode(call.prompt))

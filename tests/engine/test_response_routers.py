@@ -8,6 +8,7 @@ import openai
 import pytest
 import pytest_asyncio
 from ports import free_port
+from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 from benchmarks.shared.redis_server import RedisServer
@@ -44,9 +45,7 @@ async def started(smollm, tmp_path_factory):
         try:
             for router in routers:
                 await router.start()
-                router.client = openai.AsyncOpenAI(
-                    base_url="http://router/v1", api_key="none", http_client=router.http, max_retries=0
-                )
+                router.client = openai_client(router.http)
             yield server, *routers
         finally:
             for router in routers:

@@ -9,6 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 from openai.types.responses import ResponseErrorEvent, ResponseFailedEvent, ResponseIncompleteEvent
+from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 
@@ -31,7 +32,7 @@ ENDS = {
 async def started(smollm):
     surface = ChatSurface(str(smollm))
     await surface.start()
-    surface.client = openai.AsyncOpenAI(base_url="http://router/v1", api_key="none", http_client=surface.http, max_retries=0)
+    surface.client = openai_client(surface.http)
     yield surface
     await surface.stop()
 

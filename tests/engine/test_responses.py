@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 import pytest_asyncio
+from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 from prefillshare.kvshare.caller import Caller, current_caller
@@ -30,7 +31,7 @@ def shown(*messages) -> str:
 async def surface(smollm):
     surface = ChatSurface(str(smollm))
     await surface.start()
-    surface.client = openai.AsyncOpenAI(base_url="http://router/v1", api_key="none", http_client=surface.http, max_retries=0)
+    surface.client = openai_client(surface.http)
     yield surface
     await surface.stop()
 

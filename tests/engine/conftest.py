@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
+from demo_model import smollm  # noqa: F401 - a fixture
 from oracle import Oracle
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port
@@ -16,15 +16,7 @@ from prefillshare.app import running
 from prefillshare.client import Client
 from prefillshare.kvshare.config import Deployment, parse
 from prefillshare.kvshare_vllm.forkserver import spare
-from prefillshare.models import fetch
 from prefillshare.platform import engine_environment
-
-MODEL = "smollm2-135m-instruct"
-
-
-@pytest.fixture(scope="session")
-def smollm() -> Path:
-    return fetch(MODEL, Path(__file__).resolve().parents[2] / "models" / MODEL)
 
 
 @pytest.fixture(scope="session", autouse=True)

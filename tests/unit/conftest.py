@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo_model import smollm  # noqa: F401 - a fixture
 from model_folders import CONFIG, LINEAR, WEIGHTS, lora, write_safetensors
 from paused_imports import pytest_collection_finish, pytest_sessionstart  # noqa: F401 - hooks
 from ports import free_port

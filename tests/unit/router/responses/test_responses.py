@@ -10,7 +10,7 @@ from surface_clients import openai_client
 from benchmarks.chats.surface import ChatSurface
 from prefillshare.kvshare.caller import Caller, current_caller
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 OPENING = "<|im_start|>assistant\n"
 DEFAULT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -24,7 +24,7 @@ from prefillshare.router.accounts.limits import MemoryLimits
 from prefillshare.router.admission.grant import Demand
 from prefillshare.router.tenants import KeysFile, Tenants
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 KEY, OTHER, FEW = "psk-first-tenants-key", "psk-second-tenants-key", "psk-key-of-the-tenant-with-few-turns"
 FILE = {

@@ -13,7 +13,7 @@ from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 CALLED = '<tool_call>\n{"name": "look", "arguments": {"at": "map"}}\n</tool_call>'
 PATIENCE_S = 20

@@ -15,7 +15,7 @@ from prefillshare.client import AsyncClient
 from prefillshare.kvshare.errors import AlreadyExists, Conflict, InvalidInput, NotFound, SessionBusy
 from prefillshare.protos.prefillshare.v1 import prefillshare_pb2 as pb
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 ASK = {"role": "user", "content": "Capital of France?"}
 PLAN = {"role": "system", "content": "You plan."}

@@ -14,7 +14,7 @@ from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.ahead.response_kv import ResponseKV
 from prefillshare.router.sessions import MemorySessions
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 ASK = "Say:"
 

@@ -15,7 +15,7 @@ from benchmarks.shared.redis_server import RedisServer
 from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import RedisSessions
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 OPENING = "<|im_start|>assistant\n"
 DEFAULT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -14,7 +14,7 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.sessions.chat import ChatLayout
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 ASK = [{"role": "user", "content": "Weather in Bern?"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}

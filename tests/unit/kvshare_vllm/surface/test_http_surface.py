@@ -20,7 +20,7 @@ from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.router.surfaces.http_auth import OPEN
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 MAX_LEN = 128
 ASK = [{"role": "user", "content": "hi"}]

@@ -10,7 +10,7 @@ import pytest_asyncio
 from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.errors import NotFound
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 PLAN, CODE = ({"role": "system", "content": text} for text in ("You plan.", "You code."))
 ASK, MORE = ({"role": "user", "content": text} for text in ("Capital of France?", "And of Italy?"))

@@ -19,7 +19,7 @@ from surface_clients import openai_client
 
 from benchmarks.chats.surface import ChatSurface
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 STATE = "x-prefillshare-session-state"
 OPENING = "<|im_start|>assistant\n"

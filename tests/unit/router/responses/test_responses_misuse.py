@@ -14,7 +14,7 @@ from benchmarks.chats.surface import ChatSurface
 from prefillshare.kvshare.caller import Caller, current_caller
 from prefillshare.router.sessions import MemorySessions
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 RESPONSES, CONVERSATIONS = "/v1/responses", "/v1/conversations"
 ASK = {"model": "planner", "input": "hi"}

@@ -1,5 +1,5 @@
 """Clients that hang up, through vLLM's whole app, over a turn runner that knows what runs. No engine runs; real clients,
-proxies and engines are tested in test_system_smollm.py."""
+proxies and engines are tested in tests/engine/smollm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.handoff import TokenChunk
 from prefillshare.kvshare_vllm.surface import http_hang_ups
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 ASK = [{"role": "user", "content": "hi"}]
 KINDS = {

@@ -12,7 +12,7 @@ from keeping_surface import KeepingSurface
 from prefillshare.router.kept.budgets import Budget
 from prefillshare.router.kept.kept import PRIORITIES, Kept, of_session
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 TOOL = {"name": "look", "input_schema": {"type": "object", "properties": {"at": {"type": "string"}}}}
 

@@ -243,6 +243,8 @@ def _served(address: str, name: str, at_once: int):
 def _tasks(names: list[str]) -> list:
     try:
         import bfcl_eval  # noqa: F401
+        import hassil  # noqa: F401
+        import home_assistant_intents  # noqa: F401
         import reasoning_gym  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(

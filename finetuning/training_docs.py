@@ -80,6 +80,7 @@ one has just said.
 | `bfcl_multiple` | BFCL v4, 200 | the same | the same |
 | `bfcl_simple_python_tools`, `bfcl_multiple_tools` | the same | the same | the same, with the functions as `tools` and the calls as `tool_calls`; needs a template with a place for them, like `smollm2_tools` |
 | `arithmetic` | 500 problems from GSM-Symbolic's templates (reasoning-gym), held-out seeds | the number after `####` is right | the same templates with other seeds: other names and numbers |
+| `home_commands` | 400 commands to homes drawn at random, from Home Assistant's sentence templates | intent and slots are right | other templates: the same intents in other words |
 
 `prefillshare eval` answers offline and in batches, by the definition of the method (`finetuning/generate.py`, compared with
 the reference token by token). With `--served HOST:PORT --name DECODER` it asks a running deployment instead,

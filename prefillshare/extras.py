@@ -6,8 +6,10 @@ from prefillshare.kvshare.errors import ConfigError
 
 _ENGINES = "'prefillshare[gpu]' where there are GPUs; on CPUs take a checkout and `make setup`"
 _TRAINING = "'prefillshare[train]'"
+_SUITES = "'prefillshare[eval]'"
 #: Top-level module -> the extra that brings it. All other modules come with the engines.
-_EXTRAS = {"peft": _TRAINING, "accelerate": _TRAINING, "gguf": _TRAINING, "reasoning_gym": "'prefillshare[eval]'"}
+_EXTRAS = {"peft": _TRAINING, "accelerate": _TRAINING, "gguf": _TRAINING}
+_EXTRAS |= dict.fromkeys(("hassil", "home_assistant_intents", "reasoning_gym"), _SUITES)
 _HERE = "prefillshare"
 
 

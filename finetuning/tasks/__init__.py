@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefillshare.finetuning.tasks.arithmetic import Arithmetic
 from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
+from prefillshare.finetuning.tasks.home_commands import HomeCommands
 from prefillshare.finetuning.tasks.tool_calls import ToolCalls
 
 TASKS: dict[str, Task] = {
@@ -16,6 +17,7 @@ TASKS: dict[str, Task] = {
         Arithmetic(),
         ToolCalls("simple_python", offers_tools=True),
         ToolCalls("multiple", offers_tools=True),
+        HomeCommands(),
     )
 }
 
@@ -30,7 +32,7 @@ def write_transcripts(
     """
     made = [transcript for task in tasks for transcript in task.transcripts(count, seed, split)]
     if others:
-        company = [task for task in TASKS.values() if not task.offers_tools]
+        company = [task for task in TASKS.values() if task.precedes_others]
         made = in_company(made, [t for task in company for t in task.transcripts(count, seed + 1, split)], others, seed)
     for task in TASKS.values():
         check_disjoint(made, task.questions())

@@ -30,6 +30,8 @@ class Task(ABC):
     max_tokens: int
     #: Its questions and transcripts have `tools`, which the chat template must have a place for.
     offers_tools: bool = False
+    #: Its transcripts may precede those of any suite, as other decoders' turns. Data that recipes name depends on which do.
+    precedes_others: bool = True
 
     @abstractmethod
     def questions(self) -> list[Question]:

@@ -38,7 +38,7 @@ class ToolCalls(Task):
     max_tokens = 192
 
     def __init__(self, category: str, offers_tools: bool = False):
-        self.category, self.offers_tools = category, offers_tools
+        self.category, self.offers_tools, self.precedes_others = category, offers_tools, not offers_tools
         self.name = f"bfcl_{category}" + ("_tools" if offers_tools else "")
 
     def questions(self) -> list[Question]:

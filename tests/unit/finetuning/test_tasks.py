@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefillshare.finetuning.evaluate import Score, difference
-from prefillshare.finetuning.tasks import TASKS, arithmetic, tool_calls, write_transcripts
+from prefillshare.finetuning.tasks import TASKS, arithmetic, home_commands, tool_calls, write_transcripts
 from prefillshare.finetuning.tasks.base import check_disjoint, in_company
 from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
 from prefillshare.finetuning.tasks.tool_calls import TESTED, parse_call
@@ -17,8 +17,10 @@ pytestmark = pytest.mark.slow
 
 ADAPTERS = Path(__file__).parents[3] / "adapters"
 
-SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500}
+SIZES = {"bfcl_simple_python": 400, "bfcl_multiple": 200, "arithmetic": 500, "home_commands": 400}
 SIZES |= {f"{name}_tools": size for name, size in SIZES.items() if name.startswith("bfcl")}
+#: Beginning of a suite's name -> whether an answer is of the form that it teaches.
+FORM = {"bfcl": parse_call, "arithmetic": lambda answer: "####" in answer, "home": lambda answer: json.loads(answer)["intent"]}
 #: A right answer to the first question of each.
 RIGHT = {
     "bfcl_simple_python": """<tool_call>
@@ -51,6 +53,35 @@ def test_a_result_is_the_number_after_the_hashes():
     assert question.is_right(f"So it is {right + 1}? No.\n#### {right}")
     assert not question.is_right(f"It is {right}.")
     assert not question.is_right(f"#### {right + 1}")
+
+
+def test_an_intent_is_right_with_the_slots_that_were_said():
+    question = next(q for q in TASKS["home_commands"].questions() if "temp to 88" in q.messages[-1]["content"])
+    right = '{"intent": "HassClimateSetTemperature", "slots": {"name": "air conditioner", "temperature": 88}}'
+    assert question.is_right(right)
+    assert question.is_right("So: " + right.replace("88", '"88"').replace("air", "Air") + ".")
+    changes = (("88", "8"), ("Set", "Get"), (', "temperature": 88', ""), ("88", '88, "area": "x"'))
+    wrong = [right.replace(*change) for change in changes]
+    for answer in (*wrong, right[:-1], "HassClimateSetTemperature", '{"intent": []}', "[]", ""):
+        assert not question.is_right(answer), answer
+
+
+def test_a_command_that_names_no_room_is_about_the_speakers():
+    made = [(t["messages"][-2]["content"], t["messages"][-1]["content"]) for t in TASKS["home_commands"].transcripts(400, 0)]
+    here = [(asked, json.loads(answer)) for asked, answer in made if asked.endswith(" in here")]
+    assert here
+    for asked, intent in here:
+        assert f"The speaker is in the {intent['slots']['area']}." in asked
+
+
+def test_commands_are_asked_by_other_templates_than_were_learnt():
+    templates = {
+        split: {(intent, each.text) for intent, blocks in of.items() for _, found in blocks.values() for each in found}
+        for split, of in home_commands._templates().items()
+    }
+    assert {split: len(found) for split, found in templates.items()} == {"test": 164, "train": 628, "validation": 57}
+    assert not templates["test"] & (templates["train"] | templates["validation"])
+    assert {intent for intent, _ in templates["test"]} <= {intent for intent, _ in templates["train"]}
 
 
 def test_in_company_only_the_own_turn_is_learnt():
@@ -109,7 +140,7 @@ def test_training_data_is_right_and_holds_no_test_question(name):
     for task in TASKS.values():
         check_disjoint(transcripts, task.questions())
     answers = [answer_of(t["messages"][-1]) for t in transcripts]
-    assert all(parse_call(a) if name.startswith("bfcl") else "####" in a for a in answers)
+    assert all(map(FORM[name.partition("_")[0]], answers))
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from prefillshare.finetuning.recipe import Recipe
+from prefillshare.finetuning.recipe import MAY_CHANGE, Recipe
 from prefillshare.finetuning.transcripts import Example
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError
 
 FILE = "checkpoint.pt"
-#: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
-MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
 
 
 class Checkpoint:

@@ -21,32 +21,39 @@ DTYPES = ("float32", "bfloat16")
 ANSWER_S = 6.0
 
 def train(
-    recipe: Annotated[
-        Path,
+    recipes: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="RECIPE", help="Training recipe (YAML); every key: docs/training.md.",
+            metavar="RECIPE...", help="Training recipes (YAML); every key: docs/training.md.",
             callback=checked(given_files.readable),
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the decoder.", show_default="the recipe's", callback=checked(given_files.made_folder)),
+        typer.Option(
+            help="Folder for the decoder; with a single recipe.", show_default="the recipe's",
+            callback=checked(given_files.made_folder),
+        ),
     ] = None,
 ) -> None:
-    """Train a decoder for a shared cache: a LoRA adapter or full weights, by the method that the recipe names.
+    """Train decoders for a shared cache, or a base for decoders to share: adapters or full weights, by each recipe's method.
 
-    A run that was interrupted goes on from its last checkpoint when it is started again. The output folder can be served
-    as it is; `log.csv` in it holds every step's loss.
+    Several recipes are trained one after the other; a later one may name as its base what an earlier one makes. A run that
+    was interrupted goes on from its last checkpoint when it is started again, and what is trained already is left alone. The
+    output folders can be served as they are; `log.csv` in each holds every step's loss.
     """
-    from prefillshare.finetuning.recipe import check_files, load
+    from prefillshare.finetuning.recipe import load
 
-    chosen = load(recipe)
-    chosen = chosen.model_copy(update={"output": str(output)}) if output else chosen
-    check_files(chosen)  # before transformers and PEFT are imported
-    from prefillshare.finetuning.train import train as run
+    chosen = [load(recipe) for recipe in recipes]
+    if output and len(chosen) > 1:
+        raise InvalidInput("of one recipe only", field="--output", fix="set `output` in each recipe")
+    chosen = [recipe.model_copy(update={"output": str(output)}) if output else recipe for recipe in chosen]
+    from prefillshare.finetuning import several
 
+    several.check(chosen)  # before transformers and PEFT are imported
     _quiet()
-    typer.echo(run(chosen, Console(stderr=True)))
+    for folder in several.train_all(chosen, Console(stderr=True)):
+        typer.echo(folder)
 
 
 def data(

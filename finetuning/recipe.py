@@ -13,12 +13,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from prefillshare.finetuning.methods import METHODS
+from prefillshare.finetuning.methods import METHODS, Method
 from prefillshare.kvshare import chat_template, given_files
 from prefillshare.kvshare.config.errors import as_config_error
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node, read
+
+#: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
+MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
+#: A run writes it last into its folder: a folder that has it is whole.
+FILE = "recipe.yaml"
 
 
 def device_of(wanted: str) -> str:
@@ -57,11 +62,13 @@ class Recipe(Node):
     chat_template: str | None = Field(None, min_length=1)
     """Template that lays out conversations instead of the base's own, named as base.chat_template in a deployment file. The
     decoder's contract names it: serve it with the same one."""
-    method: Literal["prefillshare", "icarus", "ordinary"] = "prefillshare"
-    """What the decoder is trained over. prefillshare: base KV of the prompt. icarus: base KV of everything. ordinary: its own
-    KV, as in ordinary fine-tuning; served in mode none."""
+    method: Literal["prefillshare", "icarus", "ordinary", "base"] = "prefillshare"
+    """What is trained, over which KV. prefillshare: a decoder, over base KV of the prompt. icarus: a decoder, over base KV of
+    everything. ordinary: a decoder over its own KV, as in ordinary fine-tuning; served in mode none. base: a new base, trained
+    like ordinary; `base` of other recipes and of deployments may name its folder."""
     weights: Literal["lora", "full"] = "lora"
-    """Train a LoRA adapter, or all weights (not with icarus)."""
+    """Train a LoRA adapter, or all weights (not with icarus). A new base is a whole model either way: an adapter is merged, and
+    kept beside it, in the folder's adapter/."""
     lora: Lora = Lora()
     """The LoRA adapter (keys below); unused with weights: full."""
     train: str
@@ -69,7 +76,7 @@ class Recipe(Node):
     validation: str | None = None
     """JSONL of transcripts on which the loss is measured after every epoch."""
     output: str
-    """Folder for the decoder. It holds the checkpoints until training is done."""
+    """Folder for the decoder, or for the new base. It holds the checkpoints until training is done."""
     max_tokens: int = Field(1024, ge=16)
     """Most tokens of a transcript. Of a longer transcript, the responses that fit are learnt."""
     epochs: int = Field(1, ge=1)
@@ -107,8 +114,12 @@ class Recipe(Node):
         return self
 
     @property
-    def how(self):
-        return METHODS[self.method]
+    def makes_base(self) -> bool:
+        return self.method == "base"
+
+    @property
+    def how(self) -> Method:
+        return METHODS["ordinary" if self.makes_base else self.method]
 
     @property
     def template_text(self) -> str | None:
@@ -137,6 +148,11 @@ def check_files(recipe: Recipe) -> None:
         raise ConfigError(f"{last} layers, the model has {layers}", field="lora.last_layers", fix="leave it out for all")
     device_of(recipe.device)
     given_files.made_folder(Path(recipe.output), "output")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a run has ended that wrote the folder."""
+    return (folder / FILE).is_file()
 
 
 def load(path: Path) -> Recipe:

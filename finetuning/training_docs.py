@@ -21,8 +21,9 @@ prefillshare eval bfcl_simple_python bfcl_multiple --decoder adapters/my-tools
 
 What a recipe names is looked at before anything else is done. A run says how far it has come and when it will end: by a bar
 at a terminal, and by a line from time to time where its output is a file. A run that was interrupted goes on from its last
-checkpoint, with the losses that it would have had without the interruption. The output folder can be served as it is: it holds weights or a PEFT adapter, `kv_contract.json`, a model
-card, the recipe, and `log.csv` with every step.
+checkpoint, with the losses that it would have had without the interruption. `prefillshare train` takes several recipes, too:
+they are trained one after the other, and what is trained already is left alone. The output folder can be served as it is: it
+holds weights or a PEFT adapter, `kv_contract.json`, a model card, the recipe, and `log.csv` with every step.
 
 ## Methods
 
@@ -31,6 +32,7 @@ card, the recipe, and `log.csv` with every step.
 | `prefillshare` | base KV of everything before the last prompt token, its own KV from that token on | LoRA on all linear layers, or all weights | `prefillshare` |
 | `icarus` | base KV of every token up to the current one; it makes no KV | LoRA on q, o and the MLP | `icarus` |
 | `ordinary` | its own KV | LoRA on all linear layers, or all weights | `none` |
+| `base` | its own KV | LoRA on all linear layers, merged, or all weights | as `base.model`: it is a new base |
 
 `finetuning/conditioned.py` is one forward pass for all methods: the model of `transformers`, with positions and a mask that
 determine what is seen. `tests/unit/finetuning/test_conditioned.py` compares its log-probabilities with the reference's, to

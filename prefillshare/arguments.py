@@ -17,12 +17,13 @@ import typer
 from prefillshare.kvshare import given_files
 
 
-def checked(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
-    """A callback of typer's: `check` gets the path and the name of the argument or option."""
+def checked(check: Callable[[Path, str], None]) -> Callable[..., Any]:
+    """A callback of typer's: `check` gets the path, or each of several, and the name of the argument or option."""
 
-    def callback(ctx: typer.Context, param: typer.CallbackParam, value: Path | None) -> Path | None:
+    def callback(ctx: typer.Context, param: typer.CallbackParam, value: Path | list[Path] | None) -> Path | list[Path] | None:
         if value is not None and not ctx.resilient_parsing:
-            check(value, _name(param))
+            for path in value if isinstance(value, list) else [value]:
+                check(path, _name(param))
         return value
 
     return callback
@@ -30,7 +31,7 @@ def checked(check: Callable[[Path, str], None]) -> Callable[..., Path | None]:
 
 def _name(param: Any) -> str:
     """As a user writes it: --base, DECODER."""
-    return param.opts[0] if param.opts[0].startswith("-") else param.metavar or param.name.upper()
+    return param.opts[0] if param.opts[0].startswith("-") else (param.metavar or param.name.upper()).removesuffix("...")
 
 
 DeploymentFile = Annotated[

@@ -38,13 +38,10 @@ from benchmarks.accuracy.rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, S
 from benchmarks.shared.result import write
 from benchmarks.shared.small import MODEL, bars
 from prefillshare.finetuning import layer_profile, layer_profile_report, output, transcripts
-from prefillshare.finetuning.checkpoint import MAY_CHANGE
 from prefillshare.finetuning.evaluate import Difference, difference, score
-from prefillshare.finetuning.recipe import Recipe, device_of, load
+from prefillshare.finetuning.recipe import Recipe, device_of, is_whole, load
 from prefillshare.finetuning.tasks import TASKS, write_transcripts
 from prefillshare.finetuning.train import train
-from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
-from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.layer_profile import FILE as PROFILE_FILE
 from prefillshare.models import fetch
 
@@ -115,21 +112,10 @@ def _profile_data(study: Study) -> Path:
 def trained(settings: Settings, console: Console, recipe: Recipe) -> Path:
     """The decoder's folder; the decoder is trained if it is not there."""
     folder = Path(recipe.output)
-    if not (folder / CONTRACT_FILE).is_file():
+    if not is_whole(folder):
         return train(recipe.model_copy(update={"device": settings.device} | _for(settings.device, recipe)), console)
-    check_made(recipe)
+    output.check_made_by(recipe)
     return folder
-
-
-def check_made(recipe: Recipe) -> None:
-    """Raises SystemExit if the decoder in the folder was made by another recipe, or from other data or another base."""
-    folder = Path(recipe.output)
-    made_by, wanted = (
-        {key: value for key, value in settings.items() if key not in MAY_CHANGE}
-        for settings in (made.model_dump(mode="json") for made in (load(folder / "recipe.yaml"), recipe))
-    )
-    if made_by != wanted or DecoderContract.read(folder) != output.contract(recipe):
-        raise SystemExit(f"{folder} was made by another recipe, from other data or another base; remove it to train it again")
 
 
 def _for(device: str, recipe: Recipe) -> dict:
@@ -173,17 +159,17 @@ def _asker(settings: Settings) -> Asker:
 
 def trained_for(study: Study) -> list[Training]:
     """The trainings whose decoders are there."""
-    return [training for training in TRAININGS.values() if (_folder(training, study) / CONTRACT_FILE).is_file()]
+    return [training for training in TRAININGS.values() if is_whole(_folder(training, study))]
 
 
 def check_comparable(studies: Iterable[Study]) -> None:
-    """Called before any question is asked. Raises SystemExit if a decoder was made by another recipe or from other data, or if
-    there is no reference to compare with."""
+    """Called before any question is asked. Raises ConfigError if a decoder was made by another recipe or from other data, and
+    SystemExit if there is no reference to compare with."""
     for study in studies:
         if TRAININGS[REFERENCE] not in (there := trained_for(study)):
             raise SystemExit(f"{study.name}: {REFERENCE} has not been trained, and all else is compared with it")
         for training in there:
-            check_made(training.recipe(study))
+            output.check_made_by(training.recipe(study))
         seen = {training.name: _learnt(training, study)["transcripts"] for training in there}
         if len(set(seen.values())) > 1:
             raise SystemExit(f"the decoders of {study.name} have learnt from unequal data; transcripts: {seen}")

@@ -6,12 +6,14 @@ from itertools import chain
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefillshare.finetuning import log, output, recipe, train
 from prefillshare.finetuning.batches import Batches
+from prefillshare.finetuning.several import train_all
 from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
@@ -178,6 +180,67 @@ def test_a_decoder_is_for_the_template_that_its_recipe_names(run, base, tmp_path
         assert (folder / "chat_template.jinja").read_text() == template
     with pytest.raises(ConfigError, match="leaves `tools` out"):
         run("other", **settings)
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_a_new_base_is_a_whole_model_that_decoders_are_trained_over_and_served_with(run, base, weights):
+    tuned, rows = run("tuned", method="base", weights=weights, lora={"rank": 4, "saved_as": "bfloat16"})
+    assert sum(losses(rows)[-6:]) < sum(losses(rows)[:6])
+    assert "to share" in (tuned / "README.md").read_text()
+    over, _ = run("over", base=str(tuned))
+    DecoderContract.read(over).check(DecoderContract.of_base(tuned), "it")
+    with pytest.raises(ContractMismatch):
+        DecoderContract.read(over).check(DecoderContract.of_base(base), "it")
+    served = config.parse({
+        "base": {"model": str(tuned), "dtype": "float32", "max_model_len": 64, "block_size": 16},
+        "decode": [{"pool": "agents", "sharing": "prefillshare", "serve_base": True, "adapters": {"one": str(over)}}],
+    })  # fmt: skip
+    decoders.check_files(served)
+
+
+def test_a_new_base_has_the_adapter_in_its_weights(run, base):
+    tuned, _ = run("tuned", method="base", lora={"rank": 4, "saved_as": "bfloat16"})
+    with_adapter = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tuned / "adapter")
+    ids = torch.arange(12)[None] % len(WORDS)
+    want, got, before = (
+        model(ids).logits for model in
+        (with_adapter, LlamaForCausalLM.from_pretrained(tuned), LlamaForCausalLM.from_pretrained(base))
+    )  # fmt: skip
+    assert (got - want).abs().max() < 1e-5 < (got - before).abs().max()
+
+
+@pytest.fixture
+def several(base, data, tmp_path):
+    """Train a list of recipes, each given as changes."""
+
+    def several(*changes):
+        settings = {"base": str(base), "train": str(data), "batch_size": 8, "lora": {"rank": 2}}
+        return train_all([recipe.parse(settings | change) for change in changes], Console(quiet=True))
+
+    return several
+
+
+def test_a_list_of_recipes_goes_on_where_it_was(several, tmp_path, monkeypatch):
+    alone_in = output.alone_in
+    tuned = {"method": "base", "output": str(tmp_path / "tuned")}
+    over = {"base": tuned["output"], "output": str(tmp_path / "over")}
+    assert several(tuned) == [tmp_path / "tuned"]
+    began = []
+    monkeypatch.setattr(output, "alone_in", lambda folder: began.append(folder.name) or alone_in(folder))
+    assert several(tuned, over) == [tmp_path / "tuned", tmp_path / "over"]
+    assert began == ["over"]
+    with pytest.raises(ConfigError, match="over was made by another recipe"):
+        several(tuned, over | {"seed": 1})
+
+
+def test_a_list_is_looked_at_before_any_of_it_is_trained(several, tmp_path):
+    first = {"output": str(tmp_path / "first")}
+    for wrong, message in (({"base": "nowhere"}, "base: nowhere is not there"), ({"train": "none"}, "none is not there")):
+        with pytest.raises(ConfigError, match=message):
+            several(first, {"output": str(tmp_path / "second")} | wrong)
+    with pytest.raises(ConfigError, match="two recipes write"):
+        several(first, first | {"seed": 1})
+    assert not list(tmp_path.glob("first/*"))
 
 
 def test_a_folder_that_holds_a_decoder_is_left_alone(run):

@@ -42,6 +42,7 @@ from prefillshare.finetuning.evaluate import Difference, difference, score
 from prefillshare.finetuning.recipe import Recipe, device_of, is_whole, load
 from prefillshare.finetuning.tasks import TASKS, write_transcripts
 from prefillshare.finetuning.train import train
+from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.layer_profile import FILE as PROFILE_FILE
 from prefillshare.models import fetch
 
@@ -287,6 +288,8 @@ def main() -> None:
         needs_profile = [work for work in questions if work.arguments[1].layers]
         all_done([*profiles, *(work for work in questions if work not in needs_profile)], settings, pool, console)
         all_done(needs_profile, settings, pool, console)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)

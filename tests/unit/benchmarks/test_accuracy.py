@@ -15,6 +15,7 @@ from benchmarks.accuracy import __main__ as accuracy
 from benchmarks.accuracy import asker as accuracy_asker
 from benchmarks.accuracy import report as accuracy_report
 from benchmarks.accuracy import rows as accuracy_rows
+from prefillshare.kvshare.errors import ConfigError
 
 SUITE = "arithmetic"
 SETTINGS = accuracy.Settings(Path("base"), "cpu", 100, 10, 8, 1)
@@ -102,13 +103,12 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
     recipe = accuracy.load(accuracy.STUDIES["tools"].recipe).model_copy(update={"output": str(tmp_path)})
     monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("it was trained again"))
     monkeypatch.setattr(accuracy.output, "contract", lambda recipe: "contract")
-    monkeypatch.setattr(accuracy.DecoderContract, "read", lambda folder: "contract")
-    (tmp_path / "kv_contract.json").touch()
+    monkeypatch.setattr(accuracy.output.DecoderContract, "read", lambda folder: "contract")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json") | changes))
     if taken:
         assert accuracy.trained(SETTINGS, Console(quiet=True), recipe) == tmp_path
     else:
-        with pytest.raises(SystemExit, match="another recipe"):
+        with pytest.raises(ConfigError, match="another recipe"):
             accuracy.trained(SETTINGS, Console(quiet=True), recipe)
 
 
@@ -199,12 +199,12 @@ def test_without_the_reference_nothing_is_compared(monkeypatch):
 
 def test_what_is_there_of_another_recipe_is_not_compared(monkeypatch):
     def another(recipe):
-        raise SystemExit(f"{recipe.output} was made by another recipe")
+        raise ConfigError(f"{recipe.output} was made by another recipe")
 
     monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
     monkeypatch.setattr("prefillshare.finetuning.recipe.Path.is_file", lambda path: True)
-    monkeypatch.setattr(accuracy, "check_made", another)
-    with pytest.raises(SystemExit, match="another recipe"):
+    monkeypatch.setattr(accuracy.output, "check_made_by", another)
+    with pytest.raises(ConfigError, match="another recipe"):
         accuracy.check_comparable(accuracy.STUDIES.values())
 
 
@@ -224,7 +224,7 @@ def test_decoders_of_unequal_data_are_not_compared(monkeypatch):
     transcripts = chain([2229, 545], repeat(2229))
     monkeypatch.setattr(accuracy, "trained_for", lambda study: list(accuracy.TRAININGS.values()))
     monkeypatch.setattr("prefillshare.finetuning.recipe.Path.is_file", lambda path: True)
-    monkeypatch.setattr(accuracy, "check_made", lambda recipe: None)
+    monkeypatch.setattr(accuracy.output, "check_made_by", lambda recipe: None)
     monkeypatch.setattr(accuracy, "_learnt", lambda training, study: {"transcripts": next(transcripts)})
     with pytest.raises(SystemExit, match="'LoRA fine-tuning': 545"):
         accuracy.check_comparable([accuracy.STUDIES["tools"]])

@@ -234,11 +234,11 @@ def figures_of(study: Study, settings: Settings) -> dict:
 
 
 def _figures(row: Row, answers: dict[str, Sequence[bool]]) -> dict:
-    """A row's figures. `answers`: row -> whether each answer is right."""
-    right, own = answers[row.name], row.own_prefill
+    """A row's figures. `answers`: row -> whether each answer is right. `gap`: what sharing costs."""
+    right = answers[row.name]
     compared = {"difference": _plain(difference(right, answers[REFERENCE]))}
-    if own:
-        compared["against_own_prefill"] = _plain(difference(right, answers[own]))
+    if row.ordinary in answers:
+        compared["gap"] = _plain(difference(right, answers[row.ordinary]))
     return _shares(right) | compared
 
 
@@ -300,11 +300,16 @@ def main() -> None:
         for suite, of_suite in study["suites"].items()
         for name, figures in of_suite["rows"].items()
     }
+    gaps = {
+        suite: {name: round(100 * row["gap"]["mean"], 1) for name, row in of_suite["rows"].items() if "gap" in row}
+        for study in found.values()
+        for suite, of_suite in study["suites"].items()
+    }
     if len(studies) < len(STUDIES):
         console.print("A part of the study: docs/accuracy.md and benchmarks/results/accuracy.json stay as they are.")
         print(json.dumps(headline))
         return
-    report.write(write("accuracy", console, vars(args), headline, studies=found))
+    report.write(write("accuracy", console, vars(args), headline, studies=found, gap_points=gaps))
 
 
 if __name__ == "__main__":

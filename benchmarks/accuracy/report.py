@@ -17,8 +17,9 @@ _INTRO = """\
 <!-- Made by `make accuracy`; change benchmarks/accuracy/report.py or notes.md instead. -->
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
-are in percent, with 95 % intervals (Wilson). Differences are from full fine-tuning, and from the same decoder over its own
-prefill; they are over the same questions, with the 95 % interval for paired shares (Agresti and Min). The intervals are over
+are in percent, with 95 % intervals (Wilson). Differences are from full fine-tuning, and from the ordinary fine-tune of the same
+size (for a decoder that was not trained for sharing, this is the same decoder over its own prefill); they are over the same
+questions, with the 95 % interval for paired shares (Agresti and Min). The intervals are over
 questions like these, for one training each; they do not cover how decoders differ between training seeds. The suites are
 described in [training.md](training.md); the arithmetic questions use templates that training has seen, with names and numbers
 that it has not.
@@ -61,13 +62,13 @@ def markdown(result: dict) -> str:
 def _scores(suite: str, rows: dict) -> str:
     asked = rows["base"]["asked"]
     lines = [f"`{suite}`, {asked} questions", "",
-             "| | right, % | 95 % interval | against full fine-tuning, points | against its own prefill, points |",
+             "| | right, % | 95 % interval | against full fine-tuning, points | against the ordinary one of its size, points |",
              "| --- | ---: | --- | --- | --- |"]  # fmt: skip
     for name, row in rows.items():
         against = "" if name == REFERENCE else _apart(row["difference"])
-        of_own = _apart(row["against_own_prefill"]) if "against_own_prefill" in row else ""
+        gap = _apart(row["gap"]) if "gap" in row else ""
         interval = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {interval} | {against} | {of_own} |")
+        lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {interval} | {against} | {gap} |")
     return "\n".join(lines)
 
 

@@ -89,9 +89,14 @@ class Row:
     tokens: float = 0.0
 
     @property
-    def own_prefill(self) -> str | None:
-        """The row of the same decoder over its own KV; None if there is none or this is it."""
-        return self.training if self.training in PROFILED and self.method != "ordinary" else None
+    def ordinary(self) -> str | None:
+        """The row that tells what sharing costs: the same decoder over its own KV, or, for a decoder that was trained for
+        sharing, the ordinary fine-tune of the same size. None for the base, and for that fine-tune itself."""
+        if self.method == "ordinary":
+            return None
+        if self.training in PROFILED:
+            return self.training
+        return REFERENCE if self.all_weights else UNTRAINED
 
     @property
     def all_weights(self) -> bool:

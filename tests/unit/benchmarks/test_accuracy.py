@@ -114,7 +114,7 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
 
 def test_the_page_has_every_row_and_the_difference(tmp_path):
     reference = [True] * 6 + [False] * 4
-    answers = {row.name: reference[::-1] if row.own_prefill is None else reference for row in accuracy.ROWS}
+    answers = {row.name: reference[::-1] if row.ordinary is None else reference for row in accuracy.ROWS}
     answers[accuracy.REFERENCE] = reference
     rows = {row.name: accuracy._figures(row, answers) for row in accuracy.ROWS}
     figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2,

@@ -1,5 +1,5 @@
-"""The folder of what was trained. A decoder: weights or a PEFT adapter, the KV contract, a model card. A new base: a whole
-model and its card; it has no contract, since it is what contracts name."""
+"""The folder of what was trained: weights or a PEFT adapter, the KV contract, a model card. A new base has a contract, too: it
+is a fine-tune of the base that it came from."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def check_made_by(recipe: Recipe) -> None:
     """Raises ConfigError if what is in the output folder was made by another recipe, or from other data or another base."""
     folder = Path(recipe.output)
-    same = _learning(load(folder / RECIPE_FILE)) == _learning(recipe)
-    if not same or (not recipe.makes_base and DecoderContract.read(folder) != contract(recipe)):
+    if _learning(load(folder / RECIPE_FILE)) != _learning(recipe) or DecoderContract.read(folder) != contract(recipe):
         what = f"{folder} was made by another recipe, from other data or another base"
         raise ConfigError(what, field="output", fix="remove it to train it again, or choose another")
 
@@ -84,7 +83,7 @@ def write(
     examples: Sequence[Example],
     figures: dict,
 ) -> None:
-    """Write all files; the recipe comes last, so that a folder that has one is complete. Whole models are saved in the base's
+    """Write all files; the contract comes last, so that a folder that has one is complete. Whole models are saved in the base's
     own type."""
     whole = recipe.weights == "full"
     if recipe.weights == "lora":
@@ -100,9 +99,8 @@ def write(
             (folder / "chat_template.jinja").write_text(recipe.template_text)
     (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     (folder / "README.md").write_text(_card(folder.name, recipe, examples, figures))
-    if not recipe.makes_base:
-        contract.write(folder)
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    contract.write(folder)
     _clean_up(folder)
 
 

@@ -16,13 +16,14 @@ from pydantic import Field, ValidationError, model_validator
 from prefillshare.finetuning.methods import METHODS, Method
 from prefillshare.kvshare import chat_template, given_files
 from prefillshare.kvshare.config.errors import as_config_error
+from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.yaml_tree import Node, read
 
 #: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
 MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
-#: A run writes it last into its folder: a folder that has it is whole.
+#: In the folder that a run has written: its recipe.
 FILE = "recipe.yaml"
 
 
@@ -35,6 +36,11 @@ def device_of(wanted: str) -> str:
     if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"no device {wanted!r} here", field="device", fix="use auto")
     return wanted
+
+
+def method_of(name: str) -> Method:
+    """The method by which a recipe's `method` trains. Raises KeyError."""
+    return METHODS["ordinary" if name == "base" else name]
 
 
 class Lora(Node):
@@ -119,7 +125,7 @@ class Recipe(Node):
 
     @property
     def how(self) -> Method:
-        return METHODS["ordinary" if self.makes_base else self.method]
+        return method_of(self.method)
 
     @property
     def template_text(self) -> str | None:
@@ -152,7 +158,7 @@ def check_files(recipe: Recipe) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a run has ended that wrote the folder."""
-    return (folder / FILE).is_file()
+    return (folder / CONTRACT_FILE).is_file()
 
 
 def load(path: Path) -> Recipe:

@@ -27,8 +27,8 @@ def check(recipes: Sequence[Recipe]) -> None:
 
 
 def train_all(recipes: Sequence[Recipe], console: Console) -> list[Path]:
-    """Returns the folders. Raises ConfigError for what cannot be trained, and for a folder that another recipe has made."""
-    check(recipes)
+    """Returns the folders. Raises ConfigError for what cannot be trained, and for a folder that another recipe has made. Call
+    `check` first: it finds before any training what can be found by then."""
     from prefillshare.finetuning import output
     from prefillshare.finetuning.train import train
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from prefillshare.finetuning import grouped_attention
 from prefillshare.finetuning.methods import METHODS, Method
 from prefillshare.finetuning.recipe import FILE as RECIPE_FILE
+from prefillshare.finetuning.recipe import method_of
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import InvalidInput
 
@@ -32,7 +33,7 @@ def trained_for(decoder: Path | None) -> str:
     if decoder is None:
         return "ordinary"
     try:
-        return yaml.safe_load((decoder / RECIPE_FILE).read_text())["method"]
+        return method_of(yaml.safe_load((decoder / RECIPE_FILE).read_text())["method"]).name
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise InvalidInput(f"{decoder} does not say by which method it was trained", field="--method", fix="name it") from None
 

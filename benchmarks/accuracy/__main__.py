@@ -34,11 +34,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy import report
 from benchmarks.accuracy.asker import KEPT_BYTES, Asker
+from benchmarks.accuracy.figures import apart, shares
 from benchmarks.accuracy.rows import CURVE, OTHERS, PROFILED, REFERENCE, ROWS, SHARES, STUDIES, TRAININGS, Row, Study, Training
 from benchmarks.shared.result import write
 from benchmarks.shared.small import MODEL, bars
 from prefillshare.finetuning import layer_profile, layer_profile_report, output, transcripts
-from prefillshare.finetuning.evaluate import Difference, difference, score
 from prefillshare.finetuning.recipe import Recipe, device_of, is_whole, load
 from prefillshare.finetuning.tasks import TASKS, write_transcripts
 from prefillshare.finetuning.train import train
@@ -221,7 +221,7 @@ def figures_of(study: Study, settings: Settings) -> dict:
     curve: dict[str, list[dict]] = {}
     for row, share in points_of(study):
         right = answer(settings, study, row, study.suites[0], share, settings.curve_questions)
-        curve.setdefault(row.name, []).append({"share": share} | _shares(right))
+        curve.setdefault(row.name, []).append({"share": share} | shares(right))
     suites[study.suites[0]]["curve"] = curve
     profiles = {
         training.name: json.loads((_folder(training, study) / PROFILE_FILE).read_text())
@@ -236,21 +236,10 @@ def figures_of(study: Study, settings: Settings) -> dict:
 def _figures(row: Row, answers: dict[str, Sequence[bool]]) -> dict:
     """A row's figures. `answers`: row -> whether each answer is right. `gap`: what sharing costs."""
     right = answers[row.name]
-    compared = {"difference": _plain(difference(right, answers[REFERENCE]))}
+    compared = {"difference": apart(right, answers[REFERENCE])}
     if row.ordinary in answers:
-        compared["gap"] = _plain(difference(right, answers[row.ordinary]))
-    return _shares(right) | compared
-
-
-def _shares(right: Sequence[bool]) -> dict:
-    own = score(right)
-    low, high = own.interval
-    return {"accuracy": own.share, "low": low, "high": high, "asked": own.asked}
-
-
-def _plain(against: Difference) -> dict[str, float]:
-    low, high = against.interval
-    return {"mean": against.mean, "low": low, "high": high}
+        compared["gap"] = apart(right, answers[row.ordinary])
+    return shares(right) | compared
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
  1. Trains what is not there yet, on at most SCREEN transcripts of a suite, as far as they are no longer than the recipe's
     `max_tokens`. What an experiment trains may be the base of later ones.
  2. Asks test questions of each suite, offline.
- 3. Adds the figures to benchmarks/results/experiments.json, from which docs/accuracy.md takes its table. The last line is JSON.
+ 3. Writes benchmarks/results/experiments.json, unless only some are named. The last line is JSON.
 
 About half an hour per ordinary training on two cores. What is done is kept in runs/screen, so that a run that is started again
 goes on.
@@ -24,10 +24,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy.asker import Asker
+from benchmarks.accuracy.figures import apart, shares
 from benchmarks.accuracy.rows import OTHERS, Row
 from benchmarks.shared.result import write
 from benchmarks.shared.small import MODEL, bars
-from prefillshare.finetuning.evaluate import difference, score
 from prefillshare.finetuning.recipe import Recipe, device_of, parse
 from prefillshare.finetuning.several import train_all
 from prefillshare.finetuning.tasks import TASKS, write_transcripts
@@ -144,12 +144,7 @@ def figures_of(experiment: Experiment, right: dict[str, list[bool]], reference: 
     """`reference`: the answers of the fine-tune that it is compared with."""
     suites = {}
     for suite, answers in right.items():
-        of = score(answers)
-        low, high = of.interval
-        suites[suite] = {"accuracy": of.share, "low": low, "high": high, "asked": of.asked}
-        if reference:
-            gap = difference(answers, reference[suite])
-            suites[suite]["gap_points"] = [round(100 * points, 1) for points in (gap.mean, *gap.interval)]
+        suites[suite] = shares(answers) | ({"gap": apart(answers, reference[suite])} if reference else {})
     learnt = json.loads((experiment.folder / "figures.json").read_text())
     return {"about": experiment.about, "over": experiment.over, "changes": experiment.changes, "suites": suites} | {
         key: learnt[key] for key in ("transcripts", "loss", "seconds", "device")
@@ -174,7 +169,7 @@ def main() -> None:
         name: figures_of(BY_NAME[name], answers, right.get(BY_NAME[name].against or "")) for name, answers in right.items()
     }
     headline = {
-        f"{suite}: {name}": [round(100 * of["accuracy"], 1), *of.get("gap_points", ())]
+        f"{suite}: {name}": [round(100 * share, 1) for share in (of["accuracy"], *of.get("gap", {}).values())]
         for name, made in found.items()
         for suite, of in made["suites"].items()
     }

@@ -121,10 +121,15 @@ def _commands(split: str, rng: random.Random, count: int) -> Iterator[tuple[str,
         intent = rng.choice(sorted(by_intent))
         blocks = by_intent[intent]
         data, sentences = blocks[rng.choice(sorted(blocks))]
-        home = _home(rng, set(data.requires_context.get("domain", ())))
+        home = _home(rng, _domains(data))
         said = _Saying(rng, home, data)
         text = " ".join(said.words(rng.choice(sentences).expression).split())
         yield f"{home}\nCommand: {text}", {"intent": intent, "slots": said.slots}
+
+
+def _domains(data: Any) -> set[str]:
+    """Those of the devices that a block of sentences is about; none: any."""
+    return set(data.requires_context.get("domain", ()))
 
 
 def _home(rng: random.Random, domains: set[str]) -> _Home:
@@ -141,7 +146,7 @@ class _Saying:
     """One way through a template. `slots`: those that it has filled."""
 
     def __init__(self, rng: random.Random, home: _Home, data: Any):
-        domains = set(data.requires_context.get("domain", ()))
+        domains = _domains(data)
         fit = [name for name, (domain, _) in home.devices.items() if not domains or domain in domains]
         self._rng, self._home, self._data = rng, home, data
         self._device = rng.choice(sorted(fit))

@@ -104,6 +104,7 @@ def test_a_decoder_that_is_there_is_taken_if_it_has_learnt_the_same(tmp_path, mo
     monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("it was trained again"))
     monkeypatch.setattr(accuracy.output, "contract", lambda recipe: "contract")
     monkeypatch.setattr(accuracy.output.DecoderContract, "read", lambda folder: "contract")
+    (tmp_path / "kv_contract.json").touch()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json") | changes))
     if taken:
         assert accuracy.trained(SETTINGS, Console(quiet=True), recipe) == tmp_path
@@ -120,8 +121,8 @@ def test_the_page_has_every_row_and_the_difference(tmp_path):
     figures = {"loss": 0.5, "seconds": 90.0, "base_kv_bytes": 1024, "transcripts": 9, "epochs": 2,
                "device": "a GPU"}  # fmt: skip
     trainings = dict.fromkeys(accuracy.TRAININGS, figures)
-    curve = {name: [{"share": share, **accuracy._shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
-    curve["base"] = [{"share": 1, **accuracy._shares(reference)}]
+    curve = {name: [{"share": share, **accuracy.shares(reference)} for share in (0, 1)] for name in accuracy.CURVE[1:]}
+    curve["base"] = [{"share": 1, **accuracy.shares(reference)}]
     profile = {"layers": 30, "points": [{"layers": layers, "divergence": d, "low": 0.0, "high": 1.0, "agreement": 0.5,
                                          "examples": 8}
                                         for layers, d in (("none", 0.9), ("3-5", 0.4), ("2-5", 0.5))]}  # fmt: skip

@@ -11,9 +11,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefillshare.finetuning import log, output, recipe, train
+from prefillshare.finetuning import log, output, recipe, subjects, train
 from prefillshare.finetuning.batches import Batches
-from prefillshare.finetuning.several import train_all
+from prefillshare.finetuning.several import check, train_all
 from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
@@ -187,6 +187,8 @@ def test_a_new_base_is_a_whole_model_that_decoders_are_trained_over_and_served_w
     tuned, rows = run("tuned", method="base", weights=weights, lora={"rank": 4, "saved_as": "bfloat16"})
     assert sum(losses(rows)[-6:]) < sum(losses(rows)[:6])
     assert "to share" in (tuned / "README.md").read_text()
+    assert subjects.trained_for(tuned) == "ordinary"
+    DecoderContract.read(tuned).check(DecoderContract.of_base(base), "it")
     over, _ = run("over", base=str(tuned))
     DecoderContract.read(over).check(DecoderContract.of_base(tuned), "it")
     with pytest.raises(ContractMismatch):
@@ -215,7 +217,9 @@ def several(base, data, tmp_path):
 
     def several(*changes):
         settings = {"base": str(base), "train": str(data), "batch_size": 8, "lora": {"rank": 2}}
-        return train_all([recipe.parse(settings | change) for change in changes], Console(quiet=True))
+        recipes = [recipe.parse(settings | change) for change in changes]
+        check(recipes)
+        return train_all(recipes, Console(quiet=True))
 
     return several
 
@@ -231,6 +235,16 @@ def test_a_list_of_recipes_goes_on_where_it_was(several, tmp_path, monkeypatch):
     assert began == ["over"]
     with pytest.raises(ConfigError, match="over was made by another recipe"):
         several(tuned, over | {"seed": 1})
+
+
+def test_a_base_that_was_made_from_other_data_is_not_taken_for_this_ones(several, data, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text(data.read_text())
+    tuned = {"method": "base", "train": str(own), "output": str(tmp_path / "tuned")}
+    several(tuned)
+    own.write_text(data.read_text() * 2)
+    with pytest.raises(ConfigError, match="tuned was made by another recipe, from other data"):
+        several(tuned)
 
 
 def test_a_list_is_looked_at_before_any_of_it_is_trained(several, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 import pytest_asyncio
 from stub_turn import StubTurn
-from surface_clients import openai_client
+from surface_clients import openai_client, started
 
 from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.config import Base
@@ -78,10 +78,8 @@ async def final(stream):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def surface(smollm):
-    surface = ToolSurface(str(smollm))
-    await surface.start()
-    yield surface
-    await surface.stop()
+    async with started(ToolSurface(str(smollm))) as surface:
+        yield surface
 
 
 def called(name: str, arguments: str) -> tuple:

@@ -4,10 +4,10 @@ engine runs."""
 from __future__ import annotations
 
 import anthropic
-import httpx2
 import pytest
 import pytest_asyncio
 from keeping_surface import KeepingSurface
+from surface_clients import with_anthropic
 
 from prefillshare.router.kept.budgets import Budget
 from prefillshare.router.kept.kept import PRIORITIES, Kept, of_session
@@ -19,13 +19,8 @@ TOOL = {"name": "look", "input_schema": {"type": "object", "properties": {"at": 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def surface(smollm):
-    surface = KeepingSurface(str(smollm))
-    await surface.start()
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(surface.app), base_url="http://router")
-    surface.client = anthropic.AsyncAnthropic(base_url="http://router", api_key="none", http_client=http, max_retries=0)
-    yield surface
-    await http.aclose()
-    await surface.stop()
+    async with with_anthropic(KeepingSurface(str(smollm))) as surface:
+        yield surface
 
 
 async def ask(surface, messages, **more):

@@ -9,7 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 from openai.types.responses import ResponseErrorEvent, ResponseFailedEvent, ResponseIncompleteEvent
-from surface_clients import openai_client
+from surface_clients import with_openai
 
 from benchmarks.chats.surface import ChatSurface
 
@@ -30,11 +30,8 @@ ENDS = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def started(smollm):
-    surface = ChatSurface(str(smollm))
-    await surface.start()
-    surface.client = openai_client(surface.http)
-    yield surface
-    await surface.stop()
+    async with with_openai(ChatSurface(str(smollm))) as surface:
+        yield surface
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 import pytest_asyncio
-from surface_clients import openai_client
+from surface_clients import with_openai
 
 from benchmarks.chats.surface import ChatSurface
 from prefillshare.kvshare.caller import Caller, current_caller
@@ -29,11 +29,8 @@ def shown(*messages) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def surface(smollm):
-    surface = ChatSurface(str(smollm))
-    await surface.start()
-    surface.client = openai_client(surface.http)
-    yield surface
-    await surface.stop()
+    async with with_openai(ChatSurface(str(smollm))) as surface:
+        yield surface
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import pytest_asyncio
+from surface_clients import started
 
 from benchmarks.chats.surface import END, ChatSurface
 from prefillshare.kvshare.errors import NotFound
@@ -28,18 +29,14 @@ def shown(*messages) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def behind(smollm):
-    surface = ChatSurface(str(smollm))
-    await surface.start()
-    yield surface
-    await surface.stop()
+    async with started(ChatSurface(str(smollm))) as surface:
+        yield surface
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def first(smollm):
-    surface = ChatSurface(str(smollm), own_prompt="first")
-    await surface.start()
-    yield surface
-    await surface.stop()
+    async with started(ChatSurface(str(smollm), own_prompt="first")) as surface:
+        yield surface
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import anthropic
-import httpx2
 import pytest
 import pytest_asyncio
+from surface_clients import with_anthropic
 
 from benchmarks.chats.surface import ChatSurface
 
@@ -18,13 +18,8 @@ SESSION = {"x-prefillshare-session": "messages"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def surface(smollm):
-    surface = ChatSurface(str(smollm))
-    await surface.start()
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(surface.app), base_url="http://router")
-    surface.client = anthropic.AsyncAnthropic(base_url="http://router", api_key="none", http_client=http, max_retries=0)
-    yield surface
-    await http.aclose()
-    await surface.stop()
+    async with with_anthropic(ChatSurface(str(smollm))) as surface:
+        yield surface
 
 
 async def ask(surface, messages, **more):

@@ -97,6 +97,15 @@ class Router:
         return await self.http.post(path, json={"model": "planner", limit: 3, **body}, headers=headers)
 
 
+#: Every way to generate.
+WAYS = [
+    ("/v1/chat/completions", {"messages": ASK}),
+    ("/v1/completions", {"prompt": "hi"}),
+    ("/v1/responses", {"input": "hi"}),
+    ("/v1/messages", {"messages": ASK}),
+]
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def router(smollm):
     router = Router()
@@ -107,15 +116,7 @@ async def router(smollm):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/chat/completions", {"messages": ASK}),
-        ("/v1/completions", {"prompt": "hi"}),
-        ("/v1/responses", {"input": "hi"}),
-        ("/v1/messages", {"messages": ASK}),
-    ],
-)
+@pytest.mark.parametrize(("path", "body"), WAYS)
 async def test_every_way_to_generate_runs_as_the_keys_tenant_under_its_salt(router, path, body, stream):
     answer = await router.post(path, body | {"stream": stream}, authorization=f"Bearer {KEY}")
     assert answer.status_code == 200, answer.text
@@ -148,15 +149,7 @@ async def test_a_request_goes_behind_its_tenants_others_and_never_before_them(ro
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/chat/completions", {"messages": ASK}),
-        ("/v1/completions", {"prompt": "hi"}),
-        ("/v1/responses", {"input": "hi"}),
-        ("/v1/messages", {"messages": ASK}),
-    ],
-)
+@pytest.mark.parametrize(("path", "body"), WAYS)
 async def test_answers_and_refusals_tell_how_the_tenant_stands_against_its_limits(router, path, body, stream):
     router.forget_limits()
     answers = [await router.post(path, body | {"stream": stream}, authorization=f"Bearer {FEW}") for _ in range(2)]

@@ -24,10 +24,6 @@ from prefillshare.local_ray import in_process_groups_of_their_own, loopback_kept
 from prefillshare.records import Record
 from prefillshare.within import within
 
-# Ray starts its processes by fork. gRPC would start threads in the fork, which end it if they run before it becomes Ray's
-# program. gRPC reads this variable when it is first used.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
 _log = logging.getLogger(__name__)
 #: Ray's namespace, and the Serve application's name.
 APP = "prefillshare"

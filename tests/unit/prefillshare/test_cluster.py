@@ -204,10 +204,11 @@ def test_where_nothing_runs_that_is_said_and_a_hanging_serve_is_not_waited_for(m
     never.set()
 
 
-#: Starts processes as Ray does, while gRPC is busy; prints how many of them became no program.
+#: Starts processes as Ray does, while gRPC, imported before what starts clusters, is busy; prints how many became no program.
 STARTS = """
 import signal, subprocess, threading
 from contextlib import suppress
+from prefillshare.client import Client
 from prefillshare import cluster
 import grpc
 

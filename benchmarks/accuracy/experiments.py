@@ -1,6 +1,6 @@
 """Experiments on what closes the gap between sharing and ordinary fine-tuning, each on little data, to rule out what does not.
 
-    python -m benchmarks.accuracy.experiments [NAME...] [--questions N]
+    python -m benchmarks.accuracy.experiments [NAME...] [--questions N] [--seeds N]
 
  1. Trains what is not there yet, on at most SCREEN transcripts of a suite, as far as they are no longer than the recipe's
     `max_tokens`. What an experiment trains may be the base of later ones.
@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy.asker import Asker
-from benchmarks.accuracy.figures import apart, shares
+from benchmarks.accuracy.figures import apart_of_seeds, shares_of_seeds
 from benchmarks.accuracy.rows import OTHERS, Row
 from benchmarks.shared.result import write
 from benchmarks.shared.small import MODEL, bars
@@ -45,6 +45,8 @@ TOOLS, HOME = ("bfcl_simple_python", "bfcl_multiple"), ("home_commands",)
 #: Two turns, one of each, in one transcript where both fit: both are learnt.
 MIXTURE = "mixture"
 MIXED = ("tools", "arithmetic")
+#: Suite -> whether each answer is right.
+Answers = dict[str, list[bool]]
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,14 @@ class Experiment:
     over: str | None = None
     against: str | None = None
 
-    @property
-    def folder(self) -> Path:
-        return RUNS / self.name
+    def folder(self, seed: int = 0) -> Path:
+        return RUNS / (f"{self.name}-seed-{seed}" if seed else self.name)
 
-    def recipe(self, model: Path) -> Recipe:
-        base = str(BY_NAME[self.over].folder if self.over else model)
+    def recipe(self, model: Path, seed: int = 0) -> Recipe:
+        base = str(BY_NAME[self.over].folder() if self.over else model)
         screen = {
-            "base": base, "train": str(data_file(self.data)), "output": str(self.folder), "epochs": 2, "dtype": "bfloat16",
-            "max_tokens": MAX_TOKENS, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-3,
+            "base": base, "train": str(data_file(self.data)), "output": str(self.folder(seed)), "epochs": 2, "seed": seed,
+            "dtype": "bfloat16", "max_tokens": MAX_TOKENS, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-3,
             "checkpoint_every_steps": 20, "lora": {"rank": 8, "alpha": 32, "saved_as": "bfloat16"},
         }  # fmt: skip
         return parse(screen | self.changes)
@@ -126,50 +127,58 @@ def _fits(tokenizer, messages: list[dict]) -> bool:
     return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)) <= MAX_TOKENS
 
 
-def answered(experiment: Experiment, model: Path, questions: int, console: Console) -> dict[str, list[bool]]:
-    """Suite -> whether each answer is right."""
-    recipe = experiment.recipe(model)
-    base = experiment.folder if recipe.makes_base else Path(recipe.base)
+def answered(recipe: Recipe, experiment: Experiment, questions: int, console: Console) -> Answers:
+    """The answers of what the recipe has made."""
+    made = Path(recipe.output)
+    base, decoder = (made, None) if recipe.makes_base else (Path(recipe.base), made)
     row = Row(experiment.name, experiment.about, None, "ordinary" if recipe.makes_base else recipe.method)
-    asker, decoder = Asker(base, questions, 32, device_of("auto")), None if recipe.makes_base else experiment.folder
-    right = {}
+    asker, right = Asker(base, questions, 32, device_of("auto")), {}
     with bars(console) as progress:
         for suite in experiment.suites:
-            bar = progress.add_task(f"{experiment.name}, {suite}", total=len(asker.questions(suite)))
+            bar = progress.add_task(f"{made.name}, {suite}", total=len(asker.questions(suite)))
             right[suite] = asker.right(row, decoder, suite, advance=lambda count, bar=bar: progress.advance(bar, count))
     return right
 
 
-def figures_of(experiment: Experiment, right: dict[str, list[bool]], reference: dict[str, list[bool]] | None) -> dict:
-    """`reference`: the answers of the fine-tune that it is compared with."""
+def figures_of(experiment: Experiment, right: list[Answers], reference: list[Answers] | None) -> dict:
+    """`right`: of each seed. `reference`: those of the fine-tune that it is compared with."""
     suites = {}
-    for suite, answers in right.items():
-        suites[suite] = shares(answers) | ({"gap": apart(answers, reference[suite])} if reference else {})
-    learnt = json.loads((experiment.folder / "figures.json").read_text())
+    for suite in experiment.suites:
+        answers = [of_seed[suite] for of_seed in right]
+        suites[suite] = shares_of_seeds(answers)
+        if reference:
+            suites[suite]["gap"] = apart_of_seeds(answers, [of_seed[suite] for of_seed in reference])
+    learnt = json.loads((experiment.folder() / "figures.json").read_text())
     return {"about": experiment.about, "over": experiment.over, "changes": experiment.changes, "suites": suites} | {
         key: learnt[key] for key in ("transcripts", "loss", "seconds", "device")
     }
+
+
+def _interval(figures: dict) -> list[float]:
+    """The gap to the ordinary fine-tune and its interval; empty where there is none."""
+    return [figures["gap"][key] for key in ("mean", "low", "high")] if "gap" in figures else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BY_NAME)} (default: all)")
     parser.add_argument("--questions", type=int, default=200, help="of each suite, evenly spread (default: 200)")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each, which differ by seed (default: 1)")
     args = parser.parse_args()
     if wrong := set(args.names) - BY_NAME.keys():
         parser.error(f"no such experiment: {', '.join(sorted(wrong))}")
     console, model = Console(stderr=True), fetch(MODEL)
     made_data(AutoTokenizer.from_pretrained(model))
-    right: dict[str, dict[str, list[bool]]] = {}
+    right: dict[str, list[Answers]] = {}
     for experiment in (BY_NAME[name] for name in args.names or BY_NAME):
-        before = [BY_NAME[experiment.over]] if experiment.over else []
-        train_all([each.recipe(model) for each in (*before, experiment)], console)
-        right[experiment.name] = answered(experiment, model, args.questions, console)
+        recipes = [experiment.recipe(model, seed) for seed in range(args.seeds)]
+        train_all(([BY_NAME[experiment.over].recipe(model)] if experiment.over else []) + recipes, console)
+        right[experiment.name] = [answered(recipe, experiment, args.questions, console) for recipe in recipes]
     found = {
         name: figures_of(BY_NAME[name], answers, right.get(BY_NAME[name].against or "")) for name, answers in right.items()
     }
     headline = {
-        f"{suite}: {name}": [round(100 * share, 1) for share in (of["accuracy"], *of.get("gap", {}).values())]
+        f"{suite}: {name}": [round(100 * share, 1) for share in (of["accuracy"], *_interval(of))]
         for name, made in found.items()
         for suite, of in made["suites"].items()
     }

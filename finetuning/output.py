@@ -72,7 +72,8 @@ def _learning(recipe: Recipe) -> dict:
 
 def contract(recipe: Recipe) -> DecoderContract:
     made = f"{recipe.method}, {recipe.weights}" + (f" of rank {recipe.lora.rank}" if recipe.weights == "lora" else "")
-    return DecoderContract.of_base(recipe.base, f"{made}, on {_digest(recipe.train)}", recipe.template_text)
+    made = f"{made}, on {_digest(recipe.train)}"
+    return DecoderContract.of_base(recipe.base, made, recipe.template_text, recipe.own_tokens)
 
 
 def write(

@@ -187,7 +187,7 @@ def test_a_new_base_is_a_whole_model_that_decoders_are_trained_over_and_served_w
     tuned, rows = run("tuned", method="base", weights=weights, lora={"rank": 4, "saved_as": "bfloat16"})
     assert sum(losses(rows)[-6:]) < sum(losses(rows)[:6])
     assert "to share" in (tuned / "README.md").read_text()
-    assert subjects.trained_for(tuned) == "ordinary"
+    assert subjects.method_for(tuned).name == "ordinary"
     DecoderContract.read(tuned).check(DecoderContract.of_base(base), "it")
     over, _ = run("over", base=str(tuned))
     DecoderContract.read(over).check(DecoderContract.of_base(tuned), "it")

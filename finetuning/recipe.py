@@ -69,9 +69,8 @@ class Recipe(Node):
     everything. ordinary: a decoder over its own KV, as in ordinary fine-tuning; served in mode none. base: a new base, trained
     like ordinary; `base` of other recipes and of deployments may name its folder."""
     own_tokens: int = Field(1, ge=1)
-    """Method prefillshare: how many of a prompt's last tokens the decoder computes itself, served as in training. The base's KV
-    of them is made for later turns only, and not waited for. 1: only the last one. More helps with tasks that the base has not
-    learnt; enough for the last message helps most."""
+    """Method prefillshare: how many of a prompt's last tokens the decoder computes itself, in training and when it is served.
+    1: only the last one. More helps with a task that the base has not learnt, if the last message is among them."""
     weights: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights (not with icarus). A new base is a whole model either way: an adapter is merged, and
     kept beside it, in the folder's adapter/."""

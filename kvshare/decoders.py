@@ -31,8 +31,6 @@ class Decoder:
     kind: str
     #: Groups of layers that it may compute itself over a prompt, largest first; None: no layers.
     own_layers: tuple[LayerGroup | None, ...] = (None,)
-    #: How many of a prompt's last tokens it computes itself.
-    own_tokens: int = 1
     #: Objective for the seconds to the first token: a turn takes the largest group expected to meet it; None: the largest.
     ttft_objective_s: float | None = None
     #: Divergence from its own prefill that is good enough; None: not configured.
@@ -44,6 +42,8 @@ class Decoder:
     inter_token_objective_s: float | None = None
     #: Most tokens that one of its engines computes in a step; None: vLLM's default.
     step_tokens: int | None = None
+    #: How many of a prompt's last tokens it computes itself.
+    own_tokens: int = 1
 
     def check_logprobs(self, asked: int | None) -> None:
         """`asked`: for how many of the likeliest tokens log-probabilities are asked, or ALL; None: for none. Raises

@@ -114,10 +114,9 @@ def test_prompts_around_the_length_of_an_own_end_are_exact(running, oracle, deco
 def test_base_kv_of_an_own_end_is_there_for_the_next_turn(running, oracle):
     """Whoever takes it, and however long its own end is: the decoder's KV of these tokens is found by nobody."""
     session = running.client.create_session(token_ids=ids(3 * BLOCK, salt=400))
-    for number, name in enumerate(("b", "a", "b", "coder", "s", "b")):
-        oracle.turn(session, name, token_ids=ids(50, salt=410 + number), max_tokens=3, ignore_eos=True)
-    usage, _ = oracle.turn(session, "a", token_ids=ids(2, salt=420), max_tokens=2, ignore_eos=True)
-    assert usage.usage.own_tokens == 1
+    for number, name in enumerate(("b", "a", "b", "coder", "s", "b", "a")):
+        turn, _ = oracle.turn(session, name, token_ids=ids(28, salt=410 + number), max_tokens=3, ignore_eos=True)
+        assert turn.usage.own_tokens == OWN_TOKENS.get(name, 1)
 
 
 def together(oracle: Oracle, running: System, names: Sequence[str], salt: int, max_tokens: int) -> list:
@@ -194,7 +193,7 @@ def test_a_kept_prefix_outlives_other_sessions_grows_and_is_let_go(running, orac
 
     def cached(session) -> int:
         """Of a turn on a fork."""
-        return oracle.turn(session.fork(), "b", token_ids=[7], max_tokens=2, ignore_eos=True)[0].usage.cached_tokens
+        return oracle.turn(session.fork(), "a", token_ids=[7], max_tokens=2, ignore_eos=True)[0].usage.cached_tokens
 
     kept, unkept = (running.client.create_session(token_ids=ids(4 * BLOCK + 5, salt=number)) for number in (200, 201))
     asked = kept.keep(ttl_s=120, priority=80)

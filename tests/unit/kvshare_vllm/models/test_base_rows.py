@@ -50,5 +50,6 @@ def test_requests_of_a_batch_are_told_apart(mode):
     of_tokens = [1, 2, 2, 2, 3, 3, 0]
     told = without_adapter(mode, of_tokens, *map(np.array, (scheduled, prompts, computed)))
     assert told == (1, 0, 0, 2, 0, 0, 0)
-    told = without_adapter(mode, of_tokens, *map(np.array, (scheduled, prompts, computed)), {0: 1, 1: 2, 2: 5, 3: 1}.__getitem__)
+    own_tokens = {0: 1, 1: 2, 2: 5, 3: 1}.__getitem__
+    told = without_adapter(mode, of_tokens, *map(np.array, (scheduled, prompts, computed)), own_tokens)
     assert told == (1, 0, 2, 2, 0, 3, 0)

@@ -164,6 +164,7 @@ def profile(
     import torch
 
     from prefillshare.finetuning import layer_profile, layer_profile_report, subjects, transcripts
+    from prefillshare.finetuning.methods import METHODS
     from prefillshare.finetuning.recipe import device_of
     from prefillshare.finetuning.tokenizers import tokenizer_of
 
@@ -174,7 +175,7 @@ def profile(
     found, _ = transcripts.read(data, tokenizer, stops, max_tokens, field="--data")
     where = device_of(device)
     how = {"dtype": getattr(torch, dtype), "device": where, "template": template}
-    subject = subjects.load(decoder.name, base, decoder, "prefillshare", **how)
+    subject = subjects.load(decoder.name, base, decoder, METHODS["prefillshare"], **how)
     made = layer_profile.profile(base, decoder, subject, data, found, examples, console)
     if suites:
         made = layer_profile.scored(made, subject, suites, limit, tokenizer, stops, where, console)
@@ -198,12 +199,12 @@ def _offline(
 
     _quiet()
     template = chat_templates.text_of_given(given, "--chat-template")
-    method = method or subjects.trained_for(decoder)
-    _known("--method", method, METHODS)
-    where = device_of(device)
-    Console(stderr=True).print(f"{decoder or base}, which sees context by method {method}, on {where}")
+    if method is not None:
+        _known("--method", method, METHODS)
+    sees, where = subjects.method_for(decoder, method), device_of(device)
+    Console(stderr=True).print(f"{decoder or base}, which sees context by method {sees}, on {where}")
     how = {"dtype": getattr(torch, dtype), "device": where, "template": template}
-    subject = subjects.load(method, base, decoder, method, **how)
+    subject = subjects.load(str(sees), base, decoder, sees, **how)
     tokenizer = tokenizer_of(base, template)
     options = {"stop_ids": stop_ids(base, tokenizer), "batch_size": batch_size, "device": where}
     return lambda task, questions, advance: offline_answers(subject, task, questions, tokenizer, advance=advance, **options)

@@ -94,7 +94,7 @@ def offline_answers(
     batch_size: int = 16,
     base_share: float = 1.0,
     own_layers: LayerGroup | None = None,
-    own_tokens: float = 0.0,
+    own_share: float = 0.0,
     device: str = "cpu",
     advance: Advance = lambda count: None,
 ) -> list[str]:
@@ -114,7 +114,7 @@ def offline_answers(
             device=device,
             base_share=base_share,
             own_layers=own_layers,
-            own_tokens=own_tokens,
+            own_share=own_share,
         )
         for number, ids in zip(part, made, strict=True):
             answers[number] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,6 +1,6 @@
 """Greedy answers offline, batched, over the served system's KV: the base's first, then the decoder's own or the base's.
 
-    prefillshare  base KV of all prompt tokens but the last; the decoder's own KV from there
+    prefillshare  base KV of all prompt tokens but the last, or the last few; the decoder's own KV from there
     icarus        the base writes the KV of every token, the decoder predicts
     ordinary      the decoder computes everything
 With `base_share` below 1 the decoder computes the end of the prompt's base part itself, as for the papers' collapse curve.
@@ -89,16 +89,16 @@ def generate(
     device: torch.device | str = "cpu",
     base_share: float = 1.0,
     own_layers: LayerGroup | None = None,
-    own_tokens: float = 0.0,
+    own_share: float = 0.0,
 ) -> list[list[int]]:
     """Tokens generated after each prompt, including the stop token if there is one. In the base's part of the prompt the
-    decoder itself computes `own_layers` (DroidSpeak), or `own_tokens`, a share of the tokens (CacheBlend)."""
+    decoder itself computes `own_layers` (DroidSpeak), or `own_share` of the tokens (CacheBlend)."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.stack([pad(torch.tensor(list(p)), (0, longest - len(p))) for p in prompts]).to(device)
     if method.own_kv:
-        base_share = base_share if method.base_prompt else 0.0
-        step = _OwnKV(decoder, base, ids, lengths, max_tokens, base_share, own_layers, own_tokens)
+        given = torch.tensor([int(method.base_tokens(len(prompt)) * base_share) for prompt in prompts], device=device)
+        step = _OwnKV(decoder, base, ids, lengths, max_tokens, given, own_layers, own_share)
     else:
         step = _BaseKVOnly(decoder, base, ids, lengths, max_tokens)
     stops, answers = set(stop_ids), [[] for _ in prompts]
@@ -130,7 +130,8 @@ class _Steps:
 
 
 class _OwnKV(_Steps):
-    """Base KV of the first part of each prompt, the decoder's own KV of the rest and of what it generates."""
+    """Base KV of the first tokens of each prompt, `given` of them ([B]), the decoder's own KV of the rest and of what it
+    generates."""
 
     def __init__(
         self,
@@ -139,12 +140,12 @@ class _OwnKV(_Steps):
         ids: torch.Tensor,
         lengths: torch.Tensor,
         max_tokens: int,
-        base_share: float,
+        given: torch.Tensor,
         own_layers: LayerGroup | None,
-        own_tokens: float,
+        own_share: float,
     ):
         self._decoder, self._ids, self._lengths = decoder, ids, lengths
-        self._given = ((lengths - 1) * base_share).long()
+        self._given = given
         prompt = int(self._given.max()) + int((lengths - self._given).max())
         self._context = _Context(len(ids), prompt + max_tokens, ids.device)
         if columns := int(self._given.max()):
@@ -152,8 +153,8 @@ class _OwnKV(_Steps):
             base.prompts(ids, self._context.cache, columns)
             if own_layers:
                 self._recompute(base, ids[:, :columns], own_layers)
-            if own_tokens:
-                own = blended(decoder, self._context.cache.layers(), ids[:, :columns], self._given, own_tokens)
+            if own_share:
+                own = blended(decoder, self._context.cache.layers(), ids[:, :columns], self._given, own_share)
                 self._put(own, 0)
             self._context.append(given)
 

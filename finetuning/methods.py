@@ -1,6 +1,7 @@
 """Training methods: what is trained, and what the decoder sees of the context. One class per method.
 
-    prefillshare  every response is generated over base KV of all that is before its first input (arXiv 2602.12029, R1)
+    prefillshare  every response is generated over base KV of all that is before its first input (arXiv 2602.12029, R1), which
+                  is the prompt's last token, or an earlier one: then the decoder computes its own end of the prompt
     icarus        every token is predicted over base KV of all tokens up to it (arXiv 2603.13281)
     ordinary      the decoder computes all KV itself, as in ordinary fine-tuning; for comparison
 """
@@ -45,20 +46,39 @@ class Method(ABC):
     base_prompt: bool = True
     own_kv: bool = True
 
+    def __str__(self) -> str:
+        return self.name
+
+    def base_tokens(self, prompt: int) -> int:
+        """How many leading tokens of a prompt of so many the decoder sees as base KV."""
+        return prompt - 1 if self.base_prompt else 0
+
     @abstractmethod
     def view(self, example: Example) -> View: ...
 
 
 class PrefillShare(Method):
+    """`own_tokens`: how many of a prompt's last tokens the decoder computes itself."""
+
     name, sharing, lora_modules = "prefillshare", "prefillshare", ALL_LINEAR
 
+    def __init__(self, own_tokens: int = 1):
+        self.own_tokens = own_tokens
+
+    def __str__(self) -> str:
+        return self.name + (f" with its own last {self.own_tokens} tokens of a prompt" if self.own_tokens > 1 else "")
+
+    def base_tokens(self, prompt: int) -> int:
+        return get_mode(self.sharing).handoff_tokens(prompt, own_tokens=self.own_tokens)
+
     def view(self, example: Example) -> View:
-        inputs, segment = _response_inputs(example)
-        begins = torch.tensor([start - 1 for start, _ in example.responses])[segment]
-        base_tokens = example.responses[-1][0] - 1
+        spans = [(self.base_tokens(start), start, end) for start, end in example.responses]
+        inputs = torch.cat([torch.arange(first, end - 1) for first, _, end in spans])
+        segment = torch.cat([torch.full((end - 1 - first,), number) for number, (first, _, end) in enumerate(spans)])
+        firsts, starts, _ = (torch.tensor(column)[segment] for column in zip(*spans, strict=True))
+        base_tokens = spans[-1][0]
         own = (segment[:, None] == segment) & (inputs[:, None] >= inputs)
-        return View(inputs, torch.ones_like(inputs, dtype=torch.bool), base_tokens,
-                    torch.arange(base_tokens) < begins[:, None], own)  # fmt: skip
+        return View(inputs, inputs + 1 >= starts, base_tokens, torch.arange(base_tokens) < firsts[:, None], own)
 
 
 class Icarus(Method):
@@ -86,6 +106,12 @@ class Ordinary(Method):
 
 
 METHODS: dict[str, Method] = {method.name: method for method in (PrefillShare(), Icarus(), Ordinary())}
+
+
+def method_of(name: str, own_tokens: int = 1) -> Method:
+    """The method by which a recipe's `method` trains, with this many own tokens of the prompt. Raises KeyError."""
+    method = METHODS["ordinary" if name == "base" else name]
+    return PrefillShare(own_tokens) if isinstance(method, PrefillShare) else method
 
 
 def _response_inputs(example: Example) -> tuple[torch.Tensor, torch.Tensor]:

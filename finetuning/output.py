@@ -72,7 +72,8 @@ def _learning(recipe: Recipe) -> dict:
 
 def contract(recipe: Recipe) -> DecoderContract:
     made = f"{recipe.method}, {recipe.weights}" + (f" of rank {recipe.lora.rank}" if recipe.weights == "lora" else "")
-    return DecoderContract.of_base(recipe.base, f"{made}, on {_digest(recipe.train)}", recipe.template_text)
+    made = f"{made}, on {_digest(recipe.train)}"
+    return DecoderContract.of_base(recipe.base, made, recipe.template_text, recipe.own_tokens)
 
 
 def write(
@@ -157,6 +158,8 @@ Make it again: `prefillshare train recipe.yaml --output FOLDER`, with the recipe
 def _of_decoder(name: str, recipe: Recipe) -> tuple[str, str]:
     about = f"""A decoder of `{Path(recipe.base).name}`, trained by method `{recipe.method}` ({recipe.weights}); served in mode
 `{recipe.how.sharing}`. `{CONTRACT_FILE}` says which base it belongs to; a server refuses it with any other."""
+    if recipe.own_tokens > 1:
+        about += f"\nIt computes the last {recipe.own_tokens} tokens of a prompt itself."
     where = f"adapters: {{{name}: {recipe.output}}}" if recipe.weights == "lora" else f"model: {recipe.output}"
     return about, f"Serve it (deployment file): `decode: [{{pool: agents, sharing: {recipe.how.sharing}, {where}}}]`."
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from prefillshare.finetuning.methods import METHODS, Method
+from prefillshare.finetuning.methods import Method, method_of
 from prefillshare.kvshare import chat_template, given_files
 from prefillshare.kvshare.config.errors import as_config_error
 from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.yaml_tree import Node, read
 
 #: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
@@ -36,11 +37,6 @@ def device_of(wanted: str) -> str:
     if wanted not in ("cpu", "cuda") or (wanted == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"no device {wanted!r} here", field="device", fix="use auto")
     return wanted
-
-
-def method_of(name: str) -> Method:
-    """The method by which a recipe's `method` trains. Raises KeyError."""
-    return METHODS["ordinary" if name == "base" else name]
 
 
 class Lora(Node):
@@ -72,6 +68,9 @@ class Recipe(Node):
     """What is trained, over which KV. prefillshare: a decoder, over base KV of the prompt. icarus: a decoder, over base KV of
     everything. ordinary: a decoder over its own KV, as in ordinary fine-tuning; served in mode none. base: a new base, trained
     like ordinary; `base` of other recipes and of deployments may name its folder."""
+    own_tokens: int = Field(1, ge=1)
+    """Method prefillshare: how many of a prompt's last tokens the decoder computes itself, in training and when it is served.
+    1: only the last one. More helps with a task that the base has not learnt, if the last message is among them."""
     weights: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights (not with icarus). A new base is a whole model either way: an adapter is merged, and
     kept beside it, in the folder's adapter/."""
@@ -119,13 +118,19 @@ class Recipe(Node):
             raise ValueError(f"{self.method} trains adapters: the base's own weights make all KV; set weights: lora")
         return self
 
+    @model_validator(mode="after")
+    def _own_end_is_prefillshares(self):
+        if self.own_tokens > 1 and not get_mode(self.how.sharing).own_end:
+            raise ValueError(f"own_tokens: with method {self.method} the boundary is fixed; leave it out")
+        return self
+
     @property
     def makes_base(self) -> bool:
         return self.method == "base"
 
     @property
     def how(self) -> Method:
-        return method_of(self.method)
+        return method_of(self.method, self.own_tokens)
 
     @property
     def template_text(self) -> str | None:

@@ -11,9 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from prefillshare.finetuning import grouped_attention
-from prefillshare.finetuning.methods import METHODS, Method
+from prefillshare.finetuning.methods import METHODS, Method, method_of
 from prefillshare.finetuning.recipe import FILE as RECIPE_FILE
-from prefillshare.finetuning.recipe import method_of
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import InvalidInput
 
@@ -28,12 +27,14 @@ class Subject:
     base: FrozenBase
 
 
-def trained_for(decoder: Path | None) -> str:
-    """The method by which a decoder's folder says it was trained; "ordinary" for the base. Raises InvalidInput."""
+def method_for(decoder: Path | None, name: str | None = None) -> Method:
+    """The method called `name`, by default that by which a decoder's folder says it was trained ("ordinary" for the base), with
+    as many own tokens as its contract has. Raises InvalidInput."""
     if decoder is None:
-        return "ordinary"
+        return METHODS[name or "ordinary"]
     try:
-        return method_of(yaml.safe_load((decoder / RECIPE_FILE).read_text())["method"]).name
+        name = name or yaml.safe_load((decoder / RECIPE_FILE).read_text())["method"]
+        return method_of(name, DecoderContract.read(decoder).own_tokens)
     except (OSError, KeyError, TypeError, yaml.YAMLError):
         raise InvalidInput(f"{decoder} does not say by which method it was trained", field="--method", fix="name it") from None
 
@@ -46,7 +47,7 @@ def load(
     name: str,
     base: Path,
     decoder: Path | None,
-    method: str,
+    method: Method,
     *,
     dtype=torch.float32,
     device: str = "cpu",
@@ -61,7 +62,7 @@ def load(
     if decoder is not None:
         DecoderContract.read(decoder).check(DecoderContract.of_base(base, template=template), str(decoder))
         model = _decoder(base, decoder, dtype).to(device).eval()
-    return Subject(name, METHODS[method], model, frozen)
+    return Subject(name, method, model, frozen)
 
 
 def _plain(folder: Path, dtype):

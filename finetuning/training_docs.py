@@ -29,7 +29,7 @@ holds weights or a PEFT adapter, `kv_contract.json`, a model card, the recipe, a
 
 | method | what it sees | what is trained | served in mode |
 | --- | --- | --- | --- |
-| `prefillshare` | base KV of everything before the last prompt token, its own KV from that token on | LoRA on all linear layers, or all weights | `prefillshare` |
+| `prefillshare` | base KV of everything before the last prompt token, or the last `own_tokens` of them; its own KV from there on | LoRA on all linear layers, or all weights | `prefillshare` |
 | `icarus` | base KV of every token up to the current one; it makes no KV | LoRA on q, o and the MLP | `icarus` |
 | `ordinary` | its own KV | LoRA on all linear layers, or all weights | `none` |
 | `base` | its own KV | LoRA on all linear layers, merged, or all weights | as `base.model`: it is a new base |
@@ -46,6 +46,14 @@ read in later epochs. Only response tokens are computed and back-propagated over
 [benchmarks/results/training.json](../benchmarks/results/training.json) compares this with ordinary fine-tuning on the same
 data, in tokens per second (`python -m benchmarks.training`). On a GPU set `base_kv_gib: 0`: it computes KV faster than a
 disk returns it.
+
+## A decoder's own end of the prompt
+
+With `own_tokens: 32` a decoder of method `prefillshare` computes the last 32 tokens of every prompt itself, and sees base KV
+before them. Its contract says so, and it is served this way; decoders with and without an own end share one pool, its blocks and
+sessions. A turn then waits for the base's KV only of what comes before: in a session, that has mostly been made already, and the
+base's KV of the end follows behind all turns, for the next decoder. It helps where the base has not learnt the task
+([accuracy.md](accuracy.md)), if it covers the last message. It costs the decode engine so many tokens of prefill per turn.
 
 ## Layers for DroidSpeak
 

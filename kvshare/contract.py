@@ -80,19 +80,23 @@ class BaseIdentity:
 
 @dataclass(frozen=True)
 class DecoderContract:
-    """What a decoder was trained against. `trained_with`: how it was made, for human readers only. `other_templates`:
-    fingerprints of further chat templates for which somebody vouches that they lay out what the decoder was trained on; they
-    say nothing of how it was made, so that contracts with and without them are equal."""
+    """What a decoder was trained against. `trained_with`: how it was made, for human readers only. `own_tokens`: how many of a
+    prompt's last tokens it was trained to compute itself (mode prefillshare). `other_templates`: fingerprints of further chat
+    templates for which somebody vouches that they lay out what the decoder was trained on; they say nothing of how it was made,
+    so that contracts with and without them are equal."""
 
     base: BaseIdentity
     shape: KVShape
     trained_with: str = ""
+    own_tokens: int = 1
     other_templates: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def of_base(cls, folder: str | Path, trained_with: str = "", template: str | None = None) -> DecoderContract:
+    def of_base(
+        cls, folder: str | Path, trained_with: str = "", template: str | None = None, own_tokens: int = 1
+    ) -> DecoderContract:
         """`template`: as for BaseIdentity.of."""
-        return cls(BaseIdentity.of(folder, template), KVShape.of(folder), trained_with)
+        return cls(BaseIdentity.of(folder, template), KVShape.of(folder), trained_with, own_tokens)
 
     def with_template(self, base: DecoderContract, decoder: str) -> DecoderContract:
         """This contract, vouched for under the chat template of `base`, too. Raises ContractMismatch if more than that
@@ -106,6 +110,8 @@ class DecoderContract:
         path, data = Path(decoder) / FILE, {"version": VERSION, **asdict(self)}
         if not self.other_templates:
             del data["other_templates"]
+        if self.own_tokens == 1:  # as contracts of earlier releases
+            del data["own_tokens"]
         path.write_text(json.dumps(data, indent=2) + "\n")
         return path
 
@@ -127,8 +133,11 @@ class DecoderContract:
                 f"{decoder}/{FILE} has version {data.get('version')!r}, this release reads {VERSION}", field=field, fix=again
             )
         try:
-            others = tuple(data.get("other_templates", ()))
-            return cls(BaseIdentity(**data["base"]), KVShape(**data["shape"]), data.get("trained_with", ""), others)
+            others, own_tokens = tuple(data.get("other_templates", ())), data.get("own_tokens", 1)
+            if type(own_tokens) is not int or own_tokens < 1:
+                raise TypeError(f"own_tokens is {own_tokens!r}, not a number of tokens")
+            base, shape = BaseIdentity(**data["base"]), KVShape(**data["shape"])
+            return cls(base, shape, data.get("trained_with", ""), own_tokens, others)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{decoder}/{FILE} is not a KV contract: {error}", field=field, fix=again) from None
 

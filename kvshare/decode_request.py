@@ -35,5 +35,7 @@ class DecodeRequest:
     lend: bool = False
     #: Layers that the decoder computes over the shared prefix, instead of taking them from the base (modes that recompute).
     own_layers: LayerGroup | None = None
+    #: How many of the prompt's last tokens the decoder computes itself: those that the handoff does not cover.
+    own_tokens: int = 1
     #: W3C trace headers.
     trace: Mapping[str, str] | None = None

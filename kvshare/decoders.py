@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from prefillshare.kvshare import adapter_files, chat_template, fingerprint
 from prefillshare.kvshare.adapter_settings import AdapterSettings
@@ -42,6 +42,8 @@ class Decoder:
     inter_token_objective_s: float | None = None
     #: Most tokens that one of its engines computes in a step; None: vLLM's default.
     step_tokens: int | None = None
+    #: How many of a prompt's last tokens it computes itself.
+    own_tokens: int = 1
 
     def check_logprobs(self, asked: int | None) -> None:
         """`asked`: for how many of the likeliest tokens log-probabilities are asked, or ALL; None: for none. Raises
@@ -70,14 +72,19 @@ def served(deployment: Deployment, but: Collection[str] = ()) -> dict[str, Decod
         promised = {"ttft_objective_s": pool.ttft_objective_s, "quality_floor": pool.quality_floor, **of_all}
         if pool.model:
             name = pool.name or pool.pool
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", _own_layers(pool, name), **promised)
+            decoders[name] = Decoder(name, pool.pool, pool.sharing, None, "full", **_own(pool, name), **promised)
             continue
         if pool.serve_base and deployment.base.name not in decoders:
             base = Decoder(deployment.base.name, pool.pool, pool.sharing, None, "base", **of_all)
             decoders = {base.name: base, **decoders}
         for name in (name for name in pool.adapters if name not in but):
-            decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", _own_layers(pool, name), **promised)
+            decoders[name] = Decoder(name, pool.pool, pool.sharing, name, "lora", **_own(pool, name), **promised)
     return decoders
+
+
+def _own(pool: DecodePool, name: str) -> dict[str, Any]:
+    """What of a prompt the decoder computes itself."""
+    return {"own_layers": _own_layers(pool, name), "own_tokens": pool.own_tokens.get(name, 1)}
 
 
 def _own_layers(pool: DecodePool, name: str) -> tuple[LayerGroup | None, ...]:
@@ -111,7 +118,7 @@ def check_files(deployment: Deployment) -> DecoderContract:
         _check_architecture(pool, deployment.base.model, f"decode.{number}.sharing")
         for name, folder in pool.adapters.items():
             with about(f"decode.{number}.adapters.{name}"):
-                _check_adapter(pool, folder, base, linear)
+                _check_adapter(pool, name, folder, base, linear)
     return base
 
 
@@ -222,10 +229,21 @@ def _check_graphs(deployment: Deployment) -> None:
             )
 
 
+def _check_contract(pool: DecodePool, name: str, folder: str, base: DecoderContract) -> None:
+    contract = DecoderContract.read(folder)
+    contract.check(base, folder)
+    if contract.own_tokens != (served := pool.own_tokens.get(name, 1)):
+        raise ContractMismatch(
+            f"{folder} was trained to compute the last {contract.own_tokens} tokens of a prompt itself, not {served}",
+            fix="leave own_tokens out: it is read from the contract" if get_mode(pool.sharing).own_end else
+            f"serve it in mode prefillshare: mode {pool.sharing} has a fixed boundary",
+        )  # fmt: skip
+
+
 def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     shape = KVShape.of(folder)
     if get_mode(pool.sharing).shares_prefill:
-        DecoderContract.read(folder).check(base, folder)
+        _check_contract(pool, pool.name or pool.pool, folder, base)
         if shape != base.shape:
             raise ContractMismatch(
                 f"{folder} has KV of {shape}, the base has {base.shape}", fix="serve a fine-tune of the base's own architecture"
@@ -239,7 +257,9 @@ def _check_full(pool: DecodePool, folder: str, base: DecoderContract) -> None:
     fingerprint.weights(folder)
 
 
-def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract, linear: adapter_files.LinearModules) -> None:
+def _check_adapter(
+    pool: DecodePool, name: str, folder: str, base: DecoderContract, linear: adapter_files.LinearModules
+) -> None:
     settings = AdapterSettings.read(folder)
     if (rank := settings.highest_rank) > pool.max_lora_rank:
         enough = [allowed for allowed in get_args(DecodePool.model_fields["max_lora_rank"].annotation) if allowed >= rank]
@@ -249,4 +269,4 @@ def _check_adapter(pool: DecodePool, folder: str, base: DecoderContract, linear:
         )
     _check_adapted(pool, folder, adapter_files.check(folder, settings, linear))
     if get_mode(pool.sharing).shares_prefill:
-        DecoderContract.read(folder).check(base, folder)
+        _check_contract(pool, name, folder, base)

@@ -14,6 +14,8 @@ class TurnUsage:
     #: Prompt tokens that the prefill side found in its cache, and those that it had to compute; together all tokens prefilled.
     cached_tokens: int = 0
     computed_tokens: int = 0
+    #: Prompt tokens at its end that the decoder computed itself; with the two above, the whole prompt.
+    own_tokens: int = 0
     #: What the router's index had predicted for cached_tokens.
     predicted_tokens: int = 0
     kv_bytes: int = 0
@@ -42,6 +44,7 @@ class TurnUsage:
             "completion_tokens": self.completion_tokens,
             "cached_tokens": self.cached_tokens,
             "computed_tokens": self.computed_tokens,
+            "own_tokens": self.own_tokens,
             "kv_bytes_transferred": self.kv_bytes,
             "time_to_first_token_s": self.ttft_s,
             "total_s": self.total_s,

@@ -29,6 +29,14 @@ def contract_write(
         str | None,
         typer.Option(help="Note for people: how the decoder was made.", show_default="vouched for by hand, or what is there"),
     ] = None,
+    own_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many of a prompt's last tokens the decoder was trained to compute itself.",
+            show_default="1, or what is there",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a contract that names another base.")] = False,
 ) -> None:
     """Vouch that DECODER was trained against the base: write its `kv_contract.json`.
@@ -41,6 +49,7 @@ def contract_write(
     if (decoder / contract.FILE).exists() and not force:
         wanted = contract.DecoderContract.read(decoder).with_template(wanted, str(decoder))
         wanted = replace(wanted, trained_with=trained_with or wanted.trained_with)
+    wanted = replace(wanted, own_tokens=own_tokens or wanted.own_tokens)
     if (decoder / "config.json").is_file() and (shape := contract.KVShape.of(decoder)) != wanted.shape:
         raise ConfigError(
             f"{decoder} has KV of {shape}, but {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"
@@ -66,6 +75,7 @@ def contract_show(
             typer.echo(f"{f'{part}.{key}':<19} {value}")
     for template in found.other_templates:
         typer.echo(f"{'or chat_template':<19} {template}")
+    typer.echo(f"{'own_tokens':<19} {found.own_tokens}")
     typer.echo(f"{'trained_with':<19} {found.trained_with or '-'}")
 
 

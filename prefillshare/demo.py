@@ -257,7 +257,7 @@ def _oracle(deployment: Deployment, rows: list[Row]) -> float:
         decoder = AutoModelForCausalLM.from_pretrained(pool.model or deployment.base.model, dtype=torch.float32)
         if served[name].adapter:
             decoder = PeftModel.from_pretrained(decoder, pool.adapters[name])
-        function = getattr(reference, served[name].sharing)
+        function = reference.of(served[name])
         for row in rows:
             if row.decoder == name:
                 want = function(base, decoder.eval(), row.prompt, row.result.token_ids)

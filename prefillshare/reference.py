@@ -6,10 +6,19 @@ returns the token that the mode would have generated at each place of the respon
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import transformers
+
+from prefillshare.kvshare.decoders import Decoder
+
+
+def of(decoder: Decoder, own_layers: str = "") -> Callable[..., list[float]]:
+    """The function that says what a served decoder's responses must be. `own_layers`: as in the turn's usage."""
+    own = {"own_layers": own_layers} if own_layers else {"own_tokens": decoder.own_tokens} if decoder.own_tokens > 1 else {}
+    return partial(globals()[decoder.sharing], **own)
 
 
 def chosen(logits: torch.Tensor, response: list[int]) -> list[float]:
@@ -21,10 +30,15 @@ def likeliest(logits: torch.Tensor, response: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def prefillshare(base, decoder, prompt: list[int], response: list[int], *, pick=chosen) -> list[float]:
-    """The base makes the KV of all prompt tokens but the last; from there the decoder makes its own KV (arXiv 2602.12029)."""
-    past = base(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values if len(prompt) > 1 else None
-    logits = decoder(torch.tensor([prompt[-1:] + response[:-1]]), past_key_values=past, use_cache=True).logits[0]
+def prefillshare(
+    base, decoder, prompt: list[int], response: list[int], own_tokens: int = 1, *, pick=chosen
+) -> list[float]:
+    """The base makes the KV of all prompt tokens but the last, or the last `own_tokens`; from there the decoder makes its own
+    KV (arXiv 2602.12029)."""
+    shared = max(0, len(prompt) - own_tokens)
+    past = base(torch.tensor([prompt[:shared]]), use_cache=True).past_key_values if shared else None
+    own = torch.tensor([prompt[shared:] + response[:-1]])
+    logits = decoder(own, past_key_values=past, use_cache=True).logits[0, len(prompt) - shared - 1 :]
     return pick(logits, response)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from safetensors import safe_open
@@ -35,9 +36,11 @@ def make_seeded_adapters(
     names: tuple[str, ...] = NAMES,
     rank: int = 8,
     modules: Collection[str] | None = None,
+    own_tokens: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Path]:
     """Write one PEFT adapter per name under the target folder, with its KV contract. It adapts the linear layers of the base's
-    transformer blocks: those named in `modules` (such as "q_proj"), or all.
+    transformer blocks: those named in `modules` (such as "q_proj"), or all. `own_tokens`: name -> how many of a prompt's last
+    tokens it computes itself, if not 1.
 
     A and B are both drawn from N(0, 0.045^2). Files that are right already are left alone, so this may run while an engine
     reads them. Returns name -> folder. Raises ConfigError for a base folder without safetensors or linear layers.
@@ -47,7 +50,8 @@ def make_seeded_adapters(
     for name in names:
         folder = Path(target_folder) / name
         write_adapter(folder, layers, base_folder, name, rank)
-        contract = DecoderContract.of_base(base_folder, trained_with=f"not trained: seeded adapter {name!r}, rank {rank}")
+        made = f"not trained: seeded adapter {name!r}, rank {rank}"
+        contract = DecoderContract.of_base(base_folder, made, own_tokens=own_tokens.get(name, 1))
         if not _has(folder, contract):
             contract.write(folder)
         folders[name] = folder

@@ -106,6 +106,7 @@ def _decoders(deployment: Deployment, counted: Mapping[str, dict[str, int]]) -> 
             "sharing": decoder.sharing,
             "kind": decoder.kind,
             "own_layers": [str(group) for group in decoder.own_layers if group],
+            "own_tokens": decoder.own_tokens,
             "base_fingerprint": _base_of(folder, decoder.kind),
             "turns": own["turns"],
             "failed": own["failed"],

@@ -88,6 +88,8 @@ def _decoder(one: dict) -> Row:
     failed = Cell(f"{one['failed']:,}", "red" if one["failed"] else "")
     hits = Cell(_share(one["hit_ratio"]) if one["hit_ratio"] is not None else "-")
     below = [Cell(f"own layers {', '.join(one['own_layers'])}")] if one["own_layers"] else []
+    if one["own_tokens"] > 1:
+        below.append(Cell(f"computes a prompt's last {one['own_tokens']} tokens itself"))
     return (Cell(one["decoder"]), Cell(one["kind"]), Cell(f"{one['turns']:,}"), failed, hits), below
 
 

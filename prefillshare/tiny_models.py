@@ -53,8 +53,9 @@ def make_base(
     return folder
 
 
-def make_full_decoder(base: Path, folder: Path, seed: int, noise: float = 0.2) -> Path:
-    """The base with noise on every matrix, and with a contract that says it was trained against this base."""
+def make_full_decoder(base: Path, folder: Path, seed: int, noise: float = 0.2, own_tokens: int = 1) -> Path:
+    """The base with noise on every matrix, and with a contract that says it was trained against this base, and that it computes
+    the last `own_tokens` of a prompt itself."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -65,5 +66,5 @@ def make_full_decoder(base: Path, folder: Path, seed: int, noise: float = 0.2) -
                 parameter += torch.randn_like(parameter) * parameter.std() * noise
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    DecoderContract.of_base(base, trained_with="noise").write(folder)
+    DecoderContract.of_base(base, trained_with="noise", own_tokens=own_tokens).write(folder)
     return folder

@@ -57,7 +57,9 @@ class Asker:
     ) -> list[bool]:
         """For each question, whether its answer is right."""
         questions, group = self.questions(suite, most), self._group(row, decoder)
-        seen = row.method + (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
+        own_tokens = getattr(subjects.method_for(decoder, row.method), "own_tokens", 1)
+        seen = row.method + (f"-own-{own_tokens}" if own_tokens > 1 else "")
+        seen += (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
         seen += f"-tokens-{row.tokens:g}" if row.tokens else ""
         weights = weights_of(self._base), weights_of(decoder or self._base)
         key = _digest(*weights, TASKS[suite].max_tokens, str(DTYPE))
@@ -76,7 +78,7 @@ class Asker:
             part = missing[first : first + self._batch]
             answers = offline_answers(
                 self._load(row, decoder), TASKS[suite], part, self._tokenizer, stop_ids=self._stops, device=self._device,
-                batch_size=self._batch, base_share=share, own_layers=group, own_tokens=row.tokens, advance=advance,
+                batch_size=self._batch, base_share=share, own_layers=group, own_share=row.tokens, advance=advance,
             )  # fmt: skip
             new = {(q.name, asked[q.name]): answer for q, answer in zip(part, answers, strict=True)}
             with file.open("a") as stream:
@@ -88,9 +90,8 @@ class Asker:
     def subject(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._frozen is None:
             self._frozen = subjects.load_base(self._base, DTYPE, self._device, kept_bytes=self._kept_bytes)
-        return subjects.load(
-            row.name, self._base, decoder, row.method, dtype=DTYPE, device=self._device, frozen=self._frozen
-        )
+        method = subjects.method_for(decoder, row.method)
+        return subjects.load(row.name, self._base, decoder, method, dtype=DTYPE, device=self._device, frozen=self._frozen)
 
     def _load(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._subject is None or self._subject[0] != (decoder, row.method):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy.asker import best_group
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import difference, evenly, offline_answers
+from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.tasks import TASKS
 from prefillshare.finetuning.transcripts import stop_ids
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
@@ -33,7 +34,7 @@ def quality(
     asked = evenly(task.questions(), questions)
     answers = {}
     for way, method, own_layers in (("own_prefill", "ordinary", None), ("droidspeak", "prefillshare", group)):
-        subject = subjects.load(way, base, decoder, method, frozen=frozen)
+        subject = subjects.load(way, base, decoder, METHODS[method], frozen=frozen)
         answers[way] = offline_answers(
             subject, task, asked, tokenizer, stop_ids=stop_ids(base, tokenizer), batch_size=BATCH, own_layers=own_layers,
             advance=advance,

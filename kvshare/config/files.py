@@ -1,15 +1,19 @@
-"""What a deployment names on disk: folders become absolute, profiles beside decoders become groups of layers."""
+"""What a deployment names on disk: folders become absolute; what lies beside decoders (profiles, contracts) becomes what they
+compute of a prompt themselves."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefillshare.kvshare import chat_template
 from prefillshare.kvshare.config.access import with_files
 from prefillshare.kvshare.config.tree import Base, DecodePool, Deployment
+from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, InvalidInput
 from prefillshare.kvshare.layer_profile import LayerProfile
+from prefillshare.kvshare.modes import get_mode
 
 
 def with_files_found(deployment: Deployment, folder: Path) -> Deployment:
@@ -34,7 +38,7 @@ def with_files_found(deployment: Deployment, folder: Path) -> Deployment:
             update["model"] = resolve(f"decode.{number}.model", pool.model)
         pools.append(pool.model_copy(update=update))
     base_folder = resolve("base.model", deployment.base.model)
-    pools = [_with_profiles(number, pool, base_folder) for number, pool in enumerate(pools)]
+    pools = [_with_profiles(number, _with_own_tokens(pool), base_folder) for number, pool in enumerate(pools)]
     base = deployment.base.model_copy(update={"model": base_folder, "chat_template": _template(deployment.base, folder)})
     router = deployment.router.model_copy(update=with_files(deployment.router.auth, deployment.router.tls, folder))
     return deployment.model_copy(update={"base": base, "decode": tuple(pools), "router": router})
@@ -46,6 +50,17 @@ def _template(base: Base, folder: Path) -> str | None:
     given = chat_template.found(base.chat_template, folder)
     chat_template.text_of(given)
     return given
+
+
+def _with_own_tokens(pool: DecodePool) -> DecodePool:
+    """Its decoders' own tokens as their contracts have them. What is wrong with a contract is said when it is checked."""
+    if not get_mode(pool.sharing).own_end:
+        return pool
+    own_tokens = dict(pool.own_tokens)
+    for name in pool.decoders:
+        with suppress(ConfigError):
+            own_tokens.setdefault(name, DecoderContract.read(pool.model or pool.adapters[name]).own_tokens)
+    return pool.model_copy(update={"own_tokens": {name: count for name, count in own_tokens.items() if count > 1}})
 
 
 def _with_profiles(number: int, pool: DecodePool, base: str) -> DecodePool:

@@ -189,6 +189,9 @@ class DecodePool(Engines):
     """Mode droidspeak only: mapping from a decoder's name to the groups of layers that it may compute itself over a prompt, the
     largest group first, like ["4-9", "4-7"], or to one group, "4-9". "none": all KV is taken from the base. Unset:
     quality_floor decides; without it, "none"."""
+    own_tokens: Annotated[dict[Name, Annotated[int, Field(ge=1)]], TAKEN_OVER] = Field(default_factory=dict)
+    """Mode prefillshare only: mapping from a decoder's name to how many of a prompt's last tokens it computes itself. Unset:
+    what its KV contract says, which a number here must agree with; 1 unless its training recipe has own_tokens."""
     quality_floor: Annotated[float | None, TAKEN_OVER] = Field(None, gt=0)
     """Mode droidspeak only: largest allowed divergence from the decoder's own prefill, nats per token. A decoder without
     own_layers gets those groups from the layer_profile.json beside it (prefillshare profile) that are within this limit."""
@@ -229,13 +232,16 @@ class DecodePool(Engines):
         return value
 
     @model_validator(mode="after")
-    def _own_layers_have_decoders(self) -> DecodePool:
+    def _own_parts_have_decoders(self) -> DecodePool:
         if not get_mode(self.sharing).recomputes:
             for field in ("own_layers", "quality_floor", "ttft_objective_s"):
                 if getattr(self, field):
                     raise ValueError(f"`{field}`: mode {self.sharing} computes no layers of a prompt again; remove it")
-        if unknown := sorted(self.own_layers.keys() - self.decoders):
-            raise ValueError(f"`own_layers` names {', '.join(unknown)}; this pool's decoders are {', '.join(self.decoders)}")
+        if self.own_tokens and not get_mode(self.sharing).own_end:
+            raise ValueError(f"`own_tokens`: mode {self.sharing} has a fixed boundary; remove it")
+        for field in ("own_layers", "own_tokens"):
+            if unknown := sorted(getattr(self, field).keys() - self.decoders):
+                raise ValueError(f"`{field}` names {', '.join(unknown)}; this pool's decoders are {', '.join(self.decoders)}")
         return self
 
     @property

@@ -29,6 +29,8 @@ class SharingMode(ABC):
     lends_responses: bool = False
     #: True: a decode engine that holds the base's weights may make the shared KV itself, in rows that run without adapter.
     base_in_place: bool = False
+    #: True: a decoder may compute more than a prompt's last token itself, if it was trained for that.
+    own_end: bool = False
     #: True: the decoder computes some layers of the shared prefix itself (kvshare/layer_group.py).
     recomputes: bool = False
     #: Our family of models that its decode engines run (kvshare_vllm/models/families.py); None: vLLM's own models.
@@ -39,21 +41,21 @@ class SharingMode(ABC):
     architectures: frozenset[str] | None = None
 
     @abstractmethod
-    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0, own_tokens: int = 1) -> int:
         """How many leading tokens the prefill side computes and hands over (R1). `replayed`: generated tokens that follow
-        the prompt of a request that is resumed."""
+        the prompt of a request that is resumed. `own_tokens`: how many of the prompt's last tokens the decoder computes."""
 
     @abstractmethod
-    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int, own_tokens: int = 1) -> int:
         """How many leading tokens the decode side may offer for reuse under the block's key (R2)."""
 
 
 class PromptShared(SharingMode):
-    """Modes in which only the prompt is shared, without its last token. That token is the decoder's first input: its KV, and
-    all KV after it, is the decoder's own."""
+    """Modes in which only the prompt is shared, without its last token, or its last few. They are the decoder's first inputs:
+    their KV, and all KV after it, is the decoder's own."""
 
-    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
-        return prompt_tokens - 1
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0, own_tokens: int = 1) -> int:
+        return max(0, prompt_tokens - own_tokens)
 
-    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
-        return min(computed_tokens, prompt_tokens - 1)
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int, own_tokens: int = 1) -> int:
+        return min(computed_tokens, self.handoff_tokens(prompt_tokens, own_tokens=own_tokens))

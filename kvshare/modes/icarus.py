@@ -19,9 +19,9 @@ class Icarus(SharingMode):
     #: No adapter makes keys or values.
     adapter_modules = frozenset({"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
-    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0, own_tokens: int = 1) -> int:
         # The last token is the first that the decode engine computes, in both streams.
         return prompt_tokens + replayed - 1
 
-    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int, own_tokens: int = 1) -> int:
         return computed_tokens

@@ -13,8 +13,8 @@ class PerModel(SharingMode):
     adapters_share_blocks = False
     full_weights = True
 
-    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0) -> int:
+    def handoff_tokens(self, prompt_tokens: int, replayed: int = 0, own_tokens: int = 1) -> int:
         return prompt_tokens
 
-    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int) -> int:
+    def cacheable_tokens(self, prompt_tokens: int, computed_tokens: int, own_tokens: int = 1) -> int:
         return computed_tokens

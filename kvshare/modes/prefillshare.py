@@ -13,3 +13,4 @@ class PrefillShare(PromptShared):
     adapters_share_blocks = True
     full_weights = True
     base_in_place = True
+    own_end = True

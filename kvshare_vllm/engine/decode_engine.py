@@ -121,7 +121,8 @@ class DecodeEngine(Engine):
         """The turn's sampling parameters, with what the engine's scheduler and connector need to know."""
         self._check_handoff(request)
         transfer = request.handoff.transfer if request.handoff else None
-        ask = params.to_read(transfer, replay=request.replay, lend=request.lend, own_layers=request.own_layers)
+        own = {"own_layers": request.own_layers, "own_tokens": request.own_tokens}
+        ask = params.to_read(transfer, replay=request.replay, lend=request.lend, **own)
         sampling = request.sampling.clone()
         sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": ask}
         sampling.output_kind, sampling.detokenize, sampling.stop = RequestOutputKind.DELTA, False, []
@@ -130,7 +131,7 @@ class DecodeEngine(Engine):
     def _check_handoff(self, request: DecodeRequest) -> None:
         """Check that the handoff covers the shared prefix, under our contract. Raises Internal or ContractMismatch."""
         handoff = request.handoff
-        expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay)
+        expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay, request.own_tokens)
         if handoff is None:
             if expected > 0 and not self.settings.makes_base_kv:
                 raise Internal("a prompt of several tokens came without a handoff (R1)")

@@ -56,7 +56,8 @@ class SharedKVScheduler(Keeping, AsyncScheduler):
         cache_blocks = coordinator.cache_blocks
 
         def offer(request: Request, num_computed_tokens: int) -> None:
-            offered = mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens)
+            own_tokens = Asked(request.kv_transfer_params).own_tokens
+            offered = mode.cacheable_tokens(request.num_prompt_tokens, num_computed_tokens, own_tokens)
             cache_blocks(request, self._loads.offered(request.request_id, offered))
 
         coordinator.cache_blocks = offer
@@ -76,7 +77,7 @@ class SharedKVScheduler(Keeping, AsyncScheduler):
         asked = Asked(request.kv_transfer_params)
         if not request.abort_immediately:
             replay = asked.replay_tokens
-            shared = self._loads.shared_tokens(request.num_prompt_tokens - replay, replay)
+            shared = self._mode.handoff_tokens(request.num_prompt_tokens - replay, replay, asked.own_tokens)
             if shared > 0 and not asked.load_is_due and not self._may_prefill(asked):
                 return self._refuse(request, "it came without a KV handoff (R1)")
             if request.skip_reading_prefix_cache:

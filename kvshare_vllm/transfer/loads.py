@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import SharingMode
 from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
-from prefillshare.kvshare_vllm.transfer.params import LoadCost
+from prefillshare.kvshare_vllm.transfer.params import Asked, LoadCost
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -84,12 +84,10 @@ class Loads:
         #: Block key -> request that is loading this block now.
         self._loading: dict[Hashable, str] = {}
 
-    def shared_tokens(self, prompt_tokens: int, generated: int) -> int:
-        """Length of the prefix that must be base KV, in tokens (R1)."""
-        return self.mode.handoff_tokens(prompt_tokens, generated)
-
     def shared_tokens_of(self, request: Request) -> int:
-        return self.shared_tokens(request.num_prompt_tokens, request.num_tokens - request.num_prompt_tokens)
+        """Length of the prefix that must be base KV, in tokens (R1)."""
+        prompt_tokens, own_tokens = request.num_prompt_tokens, Asked(request.kv_transfer_params).own_tokens
+        return self.mode.handoff_tokens(prompt_tokens, request.num_tokens - prompt_tokens, own_tokens)
 
     def must_wait(self, request_id: str, missing_tokens: int, first_key: Callable[[], Hashable]) -> bool:
         """Whether another request is loading the first block that is missing (R5)."""

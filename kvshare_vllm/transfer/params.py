@@ -17,7 +17,7 @@ from prefillshare.kvshare.layer_group import LayerGroup
 
 #: vLLM's: a load is still due (it unsets this once the load has begun); KV is to be held for another engine.
 _DUE, _HOLD = "do_remote_prefill", "do_remote_decode"
-_REPLAY, _LEND, _OWN_LAYERS, _OWN_PREFILL = "replay_tokens", "lend", "own_layers", "own_prefill"
+_REPLAY, _LEND, _OWN_LAYERS, _OWN_TOKENS, _OWN_PREFILL = "replay_tokens", "lend", "own_layers", "own_tokens", "own_prefill"
 _RESUME, _REFUSED = "resume_reason", "refused"
 
 Params = dict[str, Any]
@@ -32,11 +32,17 @@ def to_hold() -> Params:
 
 
 def to_read(
-    transfer: Mapping[str, Any] | None, *, replay: int = 0, lend: bool = False, own_layers: LayerGroup | None = None
+    transfer: Mapping[str, Any] | None,
+    *,
+    replay: int = 0,
+    lend: bool = False,
+    own_layers: LayerGroup | None = None,
+    own_tokens: int = 1,
 ) -> Params:
     """Read the shared prefix from where `transfer` says, if there is one. `replay`: tokens at the end that the turn has
-    generated before. `lend`: hold all KV at the end. `own_layers`: computed here over the prefix instead of read."""
-    asked = {**(transfer or {}), _REPLAY: replay, _LEND: lend}
+    generated before. `lend`: hold all KV at the end. `own_layers`: computed here over the prefix instead of read. `own_tokens`:
+    how many of the prompt's last tokens are not in the prefix."""
+    asked = {**(transfer or {}), _REPLAY: replay, _LEND: lend, _OWN_TOKENS: own_tokens}
     return asked | {_OWN_LAYERS: str(own_layers)} if own_layers else asked
 
 
@@ -86,6 +92,10 @@ class Asked:
     @property
     def own_layers(self) -> LayerGroup | None:
         return LayerGroup.parse(self._params[_OWN_LAYERS]) if self._params.get(_OWN_LAYERS) else None
+
+    @property
+    def own_tokens(self) -> int:
+        return self._params.get(_OWN_TOKENS, 1)
 
     @property
     def prefills_alone(self) -> bool:

@@ -78,6 +78,7 @@ def _request(turn: Turn, handoff: Handoff | None, span: Span) -> DecodeRequest:
         queued_tokens=_to_make(turn),
         lend=turn.terms.lend and turn.mode.lends_responses and turn.route.prefill is not None,
         own_layers=turn.own_layers,
+        own_tokens=turn.decoder.own_tokens,
         trace=tracing.headers(span),
     )
 

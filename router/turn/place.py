@@ -29,9 +29,8 @@ async def decode_place(turn: Turn) -> Placed:
     decoder computes itself, because each group's blocks have their own keys."""
     pool, grant = turn.route.decode, turn.grant
     last = turn.terms.replicas.get(pool.name)
-    placed = await pool.choose(
-        len(turn.call.prompt), _decode_keys(turn), fits=grant.fits, last_replica=last, without=turn.avoid
-    )
+    keys, shared = _decode_keys(turn), len(turn.prefix.token_ids)
+    placed = await pool.choose(shared, keys, fits=grant.fits, last_replica=last, without=turn.avoid)
     if grant.fits(placed.replica.id):
         grant.on(placed.replica.id)
     return placed

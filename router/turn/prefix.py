@@ -24,7 +24,7 @@ class Prefix:
     def of(cls, decoder: Decoder, prompt: list[int], generated: list[int], block_size: int, salt: str | None) -> Prefix:
         """The part of a prompt and of the tokens generated after it that is handed over."""
         mode = get_mode(decoder.sharing)
-        shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated))]
+        shared = (prompt + generated)[: mode.handoff_tokens(len(prompt), len(generated), decoder.own_tokens)]
         keys = BlockKeys(shared, block_size, salt=salt, adapter=None if mode.shares_prefill else decoder.adapter)
         return cls(shared, keys, decoder, block_size, salt)
 

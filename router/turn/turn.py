@@ -67,6 +67,7 @@ class Turn:
         self.span: Span = INVALID_SPAN
         self.generated: list[int] = []
         self.prefix = self._prefix()
+        self.usage.own_tokens = len(call.prompt) - len(self.prefix.token_ids)
         #: What the turn holds of its pools' room, once it is admitted.
         self.grant: Grant | None = None
         #: Attempts before this one, and how many of them failed because of a replica.

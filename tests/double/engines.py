@@ -183,7 +183,7 @@ class DecodeEngine(Engine):
     async def _shared(self, request: DecodeRequest) -> tuple[KV, int]:
         """Read the shared prefix, after checking the handoff as an engine does. Returns it, and how much of it was cached."""
         token_ids, handoff, replay = request.token_ids, request.handoff, request.replay
-        expected = self.mode.handoff_tokens(len(token_ids) - replay, replay)
+        expected = self.mode.handoff_tokens(len(token_ids) - replay, replay, request.own_tokens)
         if handoff is None:
             return await self._without_handoff(request, expected)
         if handoff.contract != CONTRACT:

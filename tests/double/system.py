@@ -43,6 +43,8 @@ from prefillshare.router.turn.turn import Turn
 
 #: Decoders of each pool; "base" is served by the first.
 ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
+#: Decoder -> how many of a prompt's last tokens it computes itself: more than a block, and no whole number of them.
+OWN_TOKENS = {"b": BLOCK + 3}
 #: Of the KV of one token.
 KV_BYTES = 100
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}
@@ -102,7 +104,7 @@ class System:
     def expected_of(self, decoder: str, pool: str, prompt: list[int], tokens: int) -> list[int]:
         """The same for a decoder that may no longer be served."""
         mode, name = get_mode(SHARING[pool]), decoder  # the base has the same name as a maker of KV
-        shared = mode.handoff_tokens(len(prompt)) if mode.shares_prefill else 0
+        shared = mode.handoff_tokens(len(prompt), own_tokens=OWN_TOKENS.get(decoder, 1)) if mode.shares_prefill else 0
         generated_by = arithmetic.BASE if mode.lends_responses else None
         return arithmetic.response(prompt, name, tokens, shared=shared, generated_by=generated_by)
 
@@ -193,7 +195,9 @@ async def system(
         fleet._index = cluster.index
         local = {pool: local_prefill if get_mode(SHARING[pool]).base_in_place else None for pool in ADAPTERS}
         decoders = {
-            name: Decoder(name, pool, SHARING[pool], name, "lora", local_prefill=local[pool])
+            name: Decoder(
+                name, pool, SHARING[pool], name, "lora", own_tokens=OWN_TOKENS.get(name, 1), local_prefill=local[pool]
+            )
             for pool, names in ADAPTERS.items()
             for name in names
         } | {"base": Decoder("base", "agents", SHARING["agents"], None, "base", local_prefill=local["agents"])}

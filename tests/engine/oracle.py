@@ -57,8 +57,8 @@ class Oracle:
         own_layers: str = "",
     ) -> float:
         """Largest difference from the reference of `mode` (default: the decoder's). `own_layers`: as in the turn's usage."""
-        function, more = getattr(reference, mode or self.served[name].sharing), (own_layers,) if own_layers else ()
-        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens, *more))
+        function = getattr(reference, mode) if mode else reference.of(self.served[name], own_layers)
+        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens))
 
     def turn(
         self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs

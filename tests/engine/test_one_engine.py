@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("nothing_held_after")]
 
 BLOCK = 32
 MAX_LEN = 512
+#: Decoders with their own end of the prompt.
+OWN_TOKENS = {"b": BLOCK + 8}
 #: 24 usable blocks of this model's KV in each engine.
 SMALL_GIB = 25 * BLOCK * 4 * 2 * 2 * 32 * 4 / 2**30
 
@@ -31,7 +33,7 @@ def running(tmp_path_factory, smollm):
     folder = tmp_path_factory.mktemp("one-engine")
     base = make_base("llama", folder / "base", smollm)
     modules = ("q_proj", "o_proj", "up_proj")  # such as both modes serve
-    made = make_seeded_adapters(base, folder / "adapters", ("a", "b", "s", "t"), modules=modules)
+    made = make_seeded_adapters(base, folder / "adapters", ("a", "b", "s", "t"), modules=modules, own_tokens=OWN_TOKENS)
     adapters = {name: str(path) for name, path in made.items()}
     size = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8}
     with system(
@@ -65,15 +67,16 @@ def test_what_another_pool_has_cached_is_handed_over_by_it(running, oracle):
         assert usage.kv_bytes_transferred > 0
 
 
-@pytest.mark.parametrize("tokens", [2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])
-@pytest.mark.parametrize("decoder", ["a", "s"])
+@pytest.mark.parametrize("tokens", [2, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK + 9, 3 * BLOCK])
+@pytest.mark.parametrize("decoder", ["a", "b", "s"])
 def test_prompts_around_block_boundaries_are_exact_and_move_no_kv(running, oracle, decoder, tokens):
-    prompt = ids(tokens, salt=tokens + 100 * (decoder == "s"))
+    prompt = ids(tokens, salt=tokens + 100 * "abs".index(decoder))
     turn, _ = oracle.turn(running.client.create_session(), decoder, token_ids=prompt, max_tokens=4)
-    usage = turn.usage
-    assert usage.prefill_choice == ("here: cached" if tokens < BLOCK else "here: only")
-    assert (usage.kv_bytes_transferred, usage.cached_tokens + usage.computed_tokens) == (0, tokens - 1)
-    assert usage.prefill_replica == usage.decode_replica
+    usage, shared = turn.usage, max(0, tokens - OWN_TOKENS.get(decoder, 1))
+    assert usage.prefill_choice == ("here: only" if shared >= BLOCK else "here: cached" if shared else "")
+    assert (usage.kv_bytes_transferred, usage.cached_tokens + usage.computed_tokens) == (0, shared)
+    assert usage.own_tokens == tokens - shared
+    assert usage.prefill_replica == (usage.decode_replica if shared else "")
 
 
 def test_a_session_goes_from_decoder_to_decoder_and_finds_its_prompt_in_place(running, oracle):

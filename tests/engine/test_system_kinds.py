@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import System, ids, system, wait_until
-from oracle import Oracle
+from oracle import TOLERANCE, Oracle
 
 from prefillshare.app import running as run_deployment
 from prefillshare.kvshare.config import parse
@@ -25,19 +25,21 @@ pytestmark = pytest.mark.engine
 BLOCK = 32
 MAX_LEN = 320
 KIND = "qwen3"
+#: Decoders with their own end of the prompt: longer than a block, and a short one.
+OWN_TOKENS = {"b": 40, "coder": 5}
 #: 16 usable blocks of this model's KV: one longest sequence fits, two do not.
 SMALL_GIB = 17 * BLOCK * 4 * 2 * 2 * 32 * 4 / 2**30
 
 
 def deployment(folder, tokenizer) -> dict:
     base = make_base(KIND, folder / "base", tokenizer)
-    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b", "c", "d"))
+    adapters = make_seeded_adapters(base, folder / "adapters", names=("a", "b", "c", "d"), own_tokens=OWN_TOKENS)
     adapters |= make_seeded_adapters(base, folder / "streams", names=("s", "t"), modules=get_mode("icarus").adapter_modules)
 
     def files(names: str) -> dict[str, str]:
         return {name: str(adapters[name]) for name in names}
 
-    full = make_full_decoder(base, folder / "full", seed=2)
+    full = make_full_decoder(base, folder / "full", seed=2, own_tokens=OWN_TOKENS["coder"])
     own = make_full_decoder(base, folder / "own", seed=3)
     small = {"kv_cache_gib": SMALL_GIB, "max_lora_rank": 8, "cpu_cores": "1"}
     return {
@@ -87,8 +89,34 @@ def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(run
     for name in ("a", "b", "coder", "s", "c", "d", "solo"):
         result, _ = oracle.turn(running.client.create_session(), name, token_ids=prompt, max_tokens=2, ignore_eos=True)
         computed[name] = result.usage.computed_tokens
-    first, later, own = len(prompt) - 1, (len(prompt) - 1) % BLOCK, len(prompt)
-    assert computed == {"a": first, "b": later, "coder": later, "s": later, "c": own, "d": own, "solo": own}
+    def without(own_tokens: int) -> int:
+        return (len(prompt) - own_tokens) % BLOCK
+
+    first, later, own = len(prompt) - 1, without(1), len(prompt)
+    shared = {"a": first, "b": without(OWN_TOKENS["b"]), "coder": without(OWN_TOKENS["coder"]), "s": later}
+    assert computed == shared | {"c": own, "d": own, "solo": own}
+
+
+@pytest.mark.parametrize("decoder", OWN_TOKENS)
+@pytest.mark.parametrize("more", [-3, 0, 1, BLOCK, BLOCK + 1])
+def test_prompts_around_the_length_of_an_own_end_are_exact(running, oracle, decoder, more):
+    tokens = OWN_TOKENS[decoder] + more
+    turn, prompt = oracle.turn(
+        running.client.create_session(), decoder, token_ids=ids(tokens, salt=300 + tokens), max_tokens=6, ignore_eos=True
+    )
+    usage, own = turn.usage, min(tokens, OWN_TOKENS[decoder])
+    assert (usage.own_tokens, usage.cached_tokens + usage.computed_tokens) == (own, tokens - own)
+    assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs, mode="none" if tokens == own else None) <= TOLERANCE
+    if tokens > own:
+        assert oracle.diff(decoder, prompt, turn.token_ids, turn.logprobs, mode="prefillshare") > TOLERANCE
+
+
+def test_base_kv_of_an_own_end_is_there_for_the_next_turn(running, oracle):
+    """Whoever takes it, and however long its own end is: the decoder's KV of these tokens is found by nobody."""
+    session = running.client.create_session(token_ids=ids(3 * BLOCK, salt=400))
+    for number, name in enumerate(("b", "a", "b", "coder", "s", "b", "a")):
+        turn, _ = oracle.turn(session, name, token_ids=ids(28, salt=410 + number), max_tokens=3, ignore_eos=True)
+        assert turn.usage.own_tokens == OWN_TOKENS.get(name, 1)
 
 
 def together(oracle: Oracle, running: System, names: Sequence[str], salt: int, max_tokens: int) -> list:
@@ -165,7 +193,7 @@ def test_a_kept_prefix_outlives_other_sessions_grows_and_is_let_go(running, orac
 
     def cached(session) -> int:
         """Of a turn on a fork."""
-        return oracle.turn(session.fork(), "b", token_ids=[7], max_tokens=2, ignore_eos=True)[0].usage.cached_tokens
+        return oracle.turn(session.fork(), "a", token_ids=[7], max_tokens=2, ignore_eos=True)[0].usage.cached_tokens
 
     kept, unkept = (running.client.create_session(token_ids=ids(4 * BLOCK + 5, salt=number)) for number in (200, 201))
     asked = kept.keep(ttl_s=120, priority=80)

@@ -431,7 +431,7 @@ class Done(_message.Message):
     def __init__(self, finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., context_tokens: _Optional[int] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., turns: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "kv_bytes_transferred", "time_to_first_token_s", "total_s", "prefill_s", "resumes", "prefill_replica", "decode_replica", "predicted_tokens", "own_layers", "kv_load_s", "kv_rest_load_s", "prefill_choice")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_tokens", "computed_tokens", "kv_bytes_transferred", "time_to_first_token_s", "total_s", "prefill_s", "resumes", "prefill_replica", "decode_replica", "predicted_tokens", "own_layers", "kv_load_s", "kv_rest_load_s", "prefill_choice", "own_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +448,7 @@ class Usage(_message.Message):
     KV_LOAD_S_FIELD_NUMBER: _ClassVar[int]
     KV_REST_LOAD_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CHOICE_FIELD_NUMBER: _ClassVar[int]
+    OWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -464,7 +465,8 @@ class Usage(_message.Message):
     kv_load_s: float
     kv_rest_load_s: float
     prefill_choice: str
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., kv_bytes_transferred: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., resumes: _Optional[int] = ..., prefill_replica: _Optional[str] = ..., decode_replica: _Optional[str] = ..., predicted_tokens: _Optional[int] = ..., own_layers: _Optional[str] = ..., kv_load_s: _Optional[float] = ..., kv_rest_load_s: _Optional[float] = ..., prefill_choice: _Optional[str] = ...) -> None: ...
+    own_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., kv_bytes_transferred: _Optional[int] = ..., time_to_first_token_s: _Optional[float] = ..., total_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., resumes: _Optional[int] = ..., prefill_replica: _Optional[str] = ..., decode_replica: _Optional[str] = ..., predicted_tokens: _Optional[int] = ..., own_layers: _Optional[str] = ..., kv_load_s: _Optional[float] = ..., kv_rest_load_s: _Optional[float] = ..., prefill_choice: _Optional[str] = ..., own_tokens: _Optional[int] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("kind", "message", "field", "fix", "retry_after_s")

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from prefillshare import demo
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import offline_answers, served_answers
+from prefillshare.finetuning.methods import METHODS
 from prefillshare.finetuning.tasks import TASKS
 from prefillshare.finetuning.transcripts import stop_ids
 from smollm.conftest import ask
@@ -41,7 +42,7 @@ def test_the_offline_evaluation_gives_the_served_answers(running, smollm):
     task.max_tokens = 24
     questions, tokenizer = task.questions()[:2], AutoTokenizer.from_pretrained(smollm)
     adapter = Path(running.deployment.decode[0].adapters["planner"])
-    subject = subjects.load("planner", smollm, adapter, "prefillshare")
+    subject = subjects.load("planner", smollm, adapter, METHODS["prefillshare"])
     offline = offline_answers(subject, task, questions, tokenizer, stop_ids=stop_ids(smollm, tokenizer))
     assert all(offline)
     assert served_answers(running.client, "planner", task, questions, at_once=2) == offline

@@ -8,7 +8,7 @@ from tiny_in_memory import KINDS, SIZES, model, with_adapter
 
 from prefillshare import reference
 from prefillshare.finetuning import conditioned
-from prefillshare.finetuning.methods import METHODS
+from prefillshare.finetuning.methods import METHODS, PrefillShare
 from prefillshare.finetuning.transcripts import Example
 
 pytestmark = pytest.mark.slow
@@ -35,11 +35,29 @@ def log_probabilities(method, decoder, base, examples):
     return conditioned.log_probabilities(decoder, conditioned.make_batch(METHODS[method], examples, kv, "cpu"))
 
 
-def wanted(method, base, decoder, one: Example) -> list[float]:
+def wanted(method, base, decoder, one: Example, **options) -> list[float]:
     """The reference's, response by response, each after all that was before it."""
     function = getattr(reference, METHODS[method].sharing)
     ids = list(one.token_ids)
-    return [p for start, end in one.responses for p in function(base, decoder, ids[:start], ids[start:end])]
+    return [p for start, end in one.responses for p in function(base, decoder, ids[:start], ids[start:end], **options)]
+
+
+@pytest.mark.parametrize("own_tokens", [2, 5, 9, 100])
+@pytest.mark.parametrize("together", [1, len(EXAMPLES)])
+def test_a_decoder_with_its_own_end_of_the_prompt_sees_base_kv_only_before_it(own_tokens, together):
+    base, decoder, method = model("llama", 1), model("llama", 2), PrefillShare(own_tokens)
+    for first in range(0, len(EXAMPLES), together):
+        part = EXAMPLES[first : first + together]
+        kv = conditioned.base_kv(base, [e.token_ids[: max(1, method.view(e).base_tokens)] for e in part])
+        made = conditioned.log_probabilities(decoder, conditioned.make_batch(method, part, kv, "cpu"))
+        for one, got in zip(part, made, strict=True):
+            want = wanted("prefillshare", base, decoder, one, own_tokens=own_tokens)
+            assert reference.max_abs_diff(got, want) < TOLERANCE
+    got = wanted("prefillshare", base, decoder, EXAMPLES[0], own_tokens=own_tokens)
+    with_one = wanted("prefillshare", base, decoder, EXAMPLES[0])
+    alone = wanted("ordinary", base, decoder, EXAMPLES[0])
+    assert reference.max_abs_diff(got, with_one) > 100 * TOLERANCE
+    assert (reference.max_abs_diff(got, alone) < TOLERANCE) == (own_tokens >= 9)  # the prompt's length
 
 
 @pytest.mark.parametrize("kind", KINDS)

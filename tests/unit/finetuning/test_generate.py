@@ -9,7 +9,7 @@ from tiny_in_memory import KINDS, SIZES, model, with_adapter
 from prefillshare import reference
 from prefillshare.finetuning import grouped_attention
 from prefillshare.finetuning.generate import generate
-from prefillshare.finetuning.methods import METHODS
+from prefillshare.finetuning.methods import METHODS, PrefillShare
 from prefillshare.finetuning.subjects import FrozenBase
 from prefillshare.kvshare.layer_group import LayerGroup
 
@@ -34,6 +34,15 @@ def test_every_token_is_the_references_choice(kind, method):
     choices = getattr(reference, METHODS[method].sharing)
     for prompt, answer in zip(PROMPTS, answers(method, *grouped, PROMPTS), strict=True):
         assert answer == choices(base, decoder, prompt, answer, pick=reference.likeliest)
+
+
+@pytest.mark.parametrize("own_tokens", [1, 3, 4, 100])
+def test_with_its_own_end_of_the_prompt_every_token_is_the_references_choice(own_tokens):
+    base, decoder = model("llama", 1), model("llama", 2)
+    made = generate(PrefillShare(own_tokens), decoder, FrozenBase(base), PROMPTS, max_tokens=4, stop_ids=[NO_TOKEN])
+    for prompt, answer in zip(PROMPTS, made, strict=True):
+        assert answer == reference.prefillshare(base, decoder, prompt, answer, own_tokens, pick=reference.likeliest)
+    assert (made == answers("ordinary", base, decoder, PROMPTS)) == (own_tokens == 100)
 
 
 @pytest.mark.parametrize(("kind", "group"), [("llama", "1-1"), ("qwen3", "0-1")])

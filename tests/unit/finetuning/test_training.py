@@ -74,8 +74,9 @@ def losses(rows):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "prefillshare"}, {"method": "icarus"}, {"method": "ordinary"}, {"weights": "full"}, {"dtype": "bfloat16"},
-     {"method": "icarus", "dtype": "bfloat16"}, {"weights": "full", "dtype": "bfloat16", "gradient_checkpointing": True}],
+    [{"method": "prefillshare"}, {"own_tokens": 3}, {"method": "icarus"}, {"method": "ordinary"}, {"weights": "full"},
+     {"dtype": "bfloat16"}, {"method": "icarus", "dtype": "bfloat16"},
+     {"weights": "full", "dtype": "bfloat16", "gradient_checkpointing": True}],
 )
 def test_it_learns(run, changes):
     _, rows = run(**changes)
@@ -182,12 +183,28 @@ def test_a_decoder_is_for_the_template_that_its_recipe_names(run, base, tmp_path
         run("other", **settings)
 
 
+def test_a_decoder_is_asked_and_served_with_the_own_end_that_it_was_trained_with(run, base):
+    own, _ = run("own", own_tokens=3)
+    plain, _ = run("plain")
+    assert (own / "kv_contract.json").read_text() != (plain / "kv_contract.json").read_text()
+    assert DecoderContract.read(own).own_tokens == subjects.method_for(own).own_tokens == 3
+    assert subjects.method_for(own, "prefillshare").own_tokens == 3
+    assert subjects.method_for(own, "ordinary").name == "ordinary"
+    assert "last 3 tokens" in (own / "README.md").read_text()
+    served = config.parse({
+        "base": {"model": str(base), "dtype": "float32", "max_model_len": 64, "block_size": 16},
+        "decode": [{"pool": "agents", "adapters": {"own": str(own), "plain": str(plain)}}],
+    })  # fmt: skip
+    decoders.check_files(served)
+    assert [decoders.served(served)[name].own_tokens for name in ("own", "plain", "base")] == [3, 1, 1]
+
+
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_a_new_base_is_a_whole_model_that_decoders_are_trained_over_and_served_with(run, base, weights):
     tuned, rows = run("tuned", method="base", weights=weights, lora={"rank": 4, "saved_as": "bfloat16"})
     assert sum(losses(rows)[-6:]) < sum(losses(rows)[:6])
     assert "to share" in (tuned / "README.md").read_text()
-    assert subjects.trained_for(tuned) == "ordinary"
+    assert subjects.method_for(tuned).name == "ordinary"
     DecoderContract.read(tuned).check(DecoderContract.of_base(base), "it")
     over, _ = run("over", base=str(tuned))
     DecoderContract.read(over).check(DecoderContract.of_base(tuned), "it")
@@ -319,7 +336,8 @@ def test_validation_loss_is_measured_after_every_epoch(run, data):
     ("wrong", "message"),
     [({"methd": "icarus"}, "did you mean 'method'"), ({"method": "icarus", "weights": "full"}, "icarus trains adapters"),
      ({"base": "nowhere"}, "base: nowhere is not there"), ({"chat_template": "no"}, "no such chat template: 'no'"),
-     ({"epochs": 0}, "greater than or equal to 1")],
+     ({"epochs": 0}, "greater than or equal to 1"), ({"own_tokens": 0}, "greater than or equal to 1"),
+     ({"method": "ordinary", "own_tokens": 8}, "own_tokens: with method ordinary the boundary is fixed")],
 )  # fmt: skip
 def test_a_recipe_that_is_wrong_is_refused(run, wrong, message):
     with pytest.raises(ConfigError, match=message):

@@ -116,6 +116,8 @@ def test_smallest_deployment_gets_the_documented_defaults(plain):
         ("decode/0/name", "n", "decode.0: `name` (n) goes with `model`; adapters are named by their keys, so remove it"),
         ("decode/0/own_layers", {"planner": "4-9"}, "mode prefillshare computes no layers of a prompt again; remove it"),
         ("decode/0/quality_floor", 0.1, "`quality_floor`: mode prefillshare computes no layers of a prompt again"),
+        ("decode/0/own_tokens", {"coder": 8}, "`own_tokens` names coder; this pool's decoders are planner"),
+        ("decode/0/own_tokens", {"planner": 0}, "decode.0.own_tokens.planner: Input should be greater than or equal to 1"),
         ("decode/0/prefill", {}, "engines of their own; prefillshare uses the shared pool, so remove it"),
         (
             "prefill",

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from prefillshare.kvshare import config, decoders
+from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput
 
 #: One sequence of 1024 tokens in blocks of 32, plus one block, at 256 bytes a token: 33 * 32 * 256 bytes.
@@ -320,6 +321,36 @@ def test_the_prefill_pool_keeps_what_all_decoders_need(deploy, adapter, base):
     served = decoders.served(tree)
     assert [str(group) for group in served["a"].own_layers] == ["1-1", "None"]
     assert served["base"].own_layers == (None,)
+
+
+def test_how_many_tokens_a_decoder_computes_itself_is_what_its_contract_says(deploy, adapter, base):
+    plain, own = adapter("plain", base=base), adapter("own", base=base)
+    DecoderContract.of_base(base, own_tokens=40).write(own)
+    served = decoders.served(deploy({"pool": "agents", "adapters": {"plain": str(plain), "own": str(own)}}))
+    assert {name: decoder.own_tokens for name, decoder in served.items()} == {"base": 1, "plain": 1, "own": 40}
+    decoders.check_files(deploy(adapters(own)))
+    decoders.check_files(deploy(adapters(own, own_tokens={"own": 40})))
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "pool", "message"),
+    [
+        (40, {"own_tokens": {"own": 8}}, "own was trained to compute the last 40 tokens .* not 8.*leave own_tokens"),
+        (1, {"own_tokens": {"own": 8}}, "the last 1 tokens of a prompt itself, not 8"),
+        (40, {"sharing": "droidspeak"}, "not 1.*mode prefillshare"),
+    ],
+)
+def test_a_decoder_is_not_served_with_another_boundary(deploy, adapter, base, trained_with, pool, message):
+    own = adapter("own", base=base)
+    DecoderContract.of_base(base, own_tokens=trained_with).write(own)
+    with pytest.raises(ContractMismatch, match=message) as refused:
+        decoders.check_files(deploy(adapters(own, **pool)))
+    assert refused.value.field == "decode.0.adapters.own"
+
+
+def test_modes_with_a_fixed_boundary_take_no_own_tokens(deploy, adapter, base):
+    with pytest.raises(ConfigError, match="`own_tokens`: mode droidspeak has a fixed boundary"):
+        deploy(adapters(adapter("own", base=base), sharing="droidspeak", own_tokens={"own": 8}))
 
 
 def test_decoders_tell_log_probabilities_of_as_many_tokens_as_their_pools_engines_are_told(deploy, adapter, model):

@@ -21,6 +21,14 @@ def test_mode_declares_its_whole_policy(name):
         assert isinstance(getattr(mode, question), bool), question
 
 
+def test_a_decoder_with_an_own_end_computes_that_many_tokens_and_no_other_decoder_finds_them():
+    mode = get_mode("prefillshare")
+    assert mode.own_end
+    assert [mode.handoff_tokens(n, own_tokens=40) for n in (1, 40, 41, 100)] == [0, 0, 1, 60]
+    assert mode.handoff_tokens(100, 25, 40) == 60  # what a resumed request has generated is its own, too
+    assert [mode.cacheable_tokens(100, computed, 40) for computed in (0, 60, 61, 500)] == [0, 60, 60, 60]
+
+
 def test_unknown_mode_lists_the_known_ones():
     with pytest.raises(KeyError, match="unknown sharing mode 'x'; known: prefillshare, icarus, droidspeak, none"):
         get_mode("x")

@@ -180,7 +180,7 @@ REFUSED = {
 }
 #: Tested elsewhere or below: they need files, or other pools.
 BY_THEMSELVES = {
-    "decode": {"pool", "model", "sharing", "name", "own_layers", "quality_floor", "ttft_objective_s", "prefill"},
+    "decode": {"pool", "model", "sharing", "name", "own_layers", "own_tokens", "quality_floor", "ttft_objective_s", "prefill"},
     "router": {"auth"},
     "cluster": {"kv_transport"},  # it has one value so far
 }

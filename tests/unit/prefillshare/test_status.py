@@ -155,7 +155,7 @@ def test_the_page_for_operators_shows_what_it_looks_like():
     replica = {"node": "127.0.0.1", "usable": True, "reason": "", "state": "usable", "up_s": 1558.0}
     stats = {"running": 0, "waiting": 0, "queued_tokens": 0, "blocks_used": 0, "blocks_total": 100, "preemptions": 0,
              "stalled_s": 0.0}  # fmt: skip
-    of_decoder = {"pool": "agents", "sharing": "prefillshare", "own_layers": [], "base_fingerprint": "e4a03c3418142a07"}
+    of_decoder = {"pool": "agents", "sharing": "prefillshare", "own_layers": [], "own_tokens": 1, "base_fingerprint": "e4a03c3418142a07"}
     page = (Path(__file__).parents[3] / "docs/operations.md").read_text()
     found = {
         "deployment": {
@@ -281,6 +281,13 @@ def test_groups_of_own_layers_stand_below_their_decoder(system):
     found = system.seen()
     found["decoders"][1]["own_layers"] = ["4-9", "4-7"]
     assert "\n    own layers 4-9, 4-7\n" in shown(found)
+
+
+def test_an_own_end_of_the_prompt_stands_below_its_decoder(system):
+    found = system.seen()
+    assert {decoder["own_tokens"] for decoder in found["decoders"]} == {1}
+    found["decoders"][1]["own_tokens"] = 32
+    assert shown(found).count("\n    computes a prompt's last 32 tokens itself\n") == 1
 
 
 def test_a_router_that_does_not_answer_is_told_with_what_serve_says_of_all_parts(system):

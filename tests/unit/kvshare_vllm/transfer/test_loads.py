@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import modes
 from prefillshare.kvshare_vllm.transfer.load_overlap import LoadOverlap
 from prefillshare.kvshare_vllm.transfer.loads import Loads, rest_of
+from prefillshare.kvshare_vllm.transfer.params import to_read
 
 BLOCK = 4
 GROUP = LayerGroup(2, 3)
@@ -48,8 +51,12 @@ def waits(loads, request="other", missing=19, key="a") -> bool:
 
 
 def test_how_much_is_shared_is_the_modes_to_say(clock):
-    assert made(clock).shared_tokens(20, 5) == 19
-    assert made(clock, TWO_STREAMS).shared_tokens(20, 5) == 24
+    def request(**asked):
+        return SimpleNamespace(num_prompt_tokens=20, num_tokens=25, kv_transfer_params=to_read(None, **asked))
+
+    assert made(clock).shared_tokens_of(request()) == 19
+    assert made(clock).shared_tokens_of(request(own_tokens=8)) == 12
+    assert made(clock, TWO_STREAMS).shared_tokens_of(request()) == 24
 
 
 def test_another_request_waits_for_the_first_block_that_it_lacks(loads):

@@ -155,7 +155,8 @@ def test_the_page_for_operators_shows_what_it_looks_like():
     replica = {"node": "127.0.0.1", "usable": True, "reason": "", "state": "usable", "up_s": 1558.0}
     stats = {"running": 0, "waiting": 0, "queued_tokens": 0, "blocks_used": 0, "blocks_total": 100, "preemptions": 0,
              "stalled_s": 0.0}  # fmt: skip
-    of_decoder = {"pool": "agents", "sharing": "prefillshare", "own_layers": [], "own_tokens": 1, "base_fingerprint": "e4a03c3418142a07"}
+    of_decoder = {"pool": "agents", "sharing": "prefillshare", "own_layers": [], "own_tokens": 1,
+                  "base_fingerprint": "e4a03c3418142a07"}  # fmt: skip
     page = (Path(__file__).parents[3] / "docs/operations.md").read_text()
     found = {
         "deployment": {

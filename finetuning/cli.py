@@ -65,6 +65,9 @@ def data(
     others: Annotated[
         int, typer.Option(min=0, help="Most turns of other decoders before each transcript, which are not learnt.")
     ] = 0,
+    together: Annotated[
+        int, typer.Option(min=1, help="Most transcripts, of different suites, in one, all of which is learnt: for a base.")
+    ] = 1,
 ) -> None:
     """Make training data for task suites. It is checked to hold none of their test questions."""
     chosen = _tasks(tasks)
@@ -72,7 +75,7 @@ def data(
 
     if split not in SPLITS:
         raise InvalidInput(f"unknown split {split!r}", field="--split", fix=f"use one of {', '.join(SPLITS)}")
-    typer.echo(f"{write_transcripts(chosen, output, count, seed, split, others)} transcripts in {output}")
+    typer.echo(f"{write_transcripts(chosen, output, count, seed, split, others, together)} transcripts in {output}")
 
 
 def evaluate(

@@ -80,7 +80,8 @@ may have `tool_call_id` and `name`. Nothing in a line is ignored: a line is refu
 an answer without content, or tools that the template leaves out. `prefillshare data` makes data for the task suites
 below; it refuses to write a transcript that asks what a test question asks. `--others 2` puts up to two turns of other
 decoders before each transcript, as in a shared session: a decoder that has only seen its own prompts may copy what another
-one has just said.
+one has just said. `--together 3` puts up to three transcripts, of different suites, into one, and all of its answers are
+learnt: from such data a new base (`method: base`) learns more in fewer tokens.
 
 ## Task suites
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefillshare.finetuning.tasks.arithmetic import Arithmetic
-from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company
+from prefillshare.finetuning.tasks.base import SPLITS, Question, Task, check_disjoint, in_company, together
 from prefillshare.finetuning.tasks.home_commands import HomeCommands
 from prefillshare.finetuning.tasks.tool_calls import ToolCalls
 
@@ -25,12 +25,13 @@ __all__ = ["SPLITS", "TASKS", "Question", "Task", "write_transcripts"]
 
 
 def write_transcripts(
-    tasks: Sequence[Task], file: Path, count: int, seed: int = 0, split: str = "train", others: int = 0
+    tasks: Sequence[Task], file: Path, count: int, seed: int = 0, split: str = "train", others: int = 0, in_one: int = 1
 ) -> int:
-    """Write training data of at most `count` transcripts per task; returns how many there are. `others`: most transcripts, of
-    any suite, that precede each as other decoders' turns. Raises ConfigError if one asks what any suite's test question asks.
-    """
-    made = [transcript for task in tasks for transcript in task.transcripts(count, seed, split)]
+    """Write training data of at most `count` transcripts per task; returns how many lines there are. `others`: most
+    transcripts, of any suite, that precede each as other decoders' turns. `in_one`: most transcripts, of different tasks, that
+    become one, whose responses are all learnt. Raises ConfigError if one asks what any suite's test question asks."""
+    by_task = [task.transcripts(count, seed, split) for task in tasks]
+    made = together(by_task, in_one, seed) if in_one > 1 else [transcript for of in by_task for transcript in of]
     if others:
         company = [task for task in TASKS.values() if task.precedes_others]
         made = in_company(made, [t for task in company for t in task.transcripts(count, seed + 1, split)], others, seed)

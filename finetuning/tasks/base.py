@@ -7,9 +7,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
 
 SPLITS = ("train", "validation")
 
@@ -65,6 +66,21 @@ def in_company(transcripts: Sequence[dict], others: Sequence[dict], most: int, s
         {"messages": [m for other in rng.sample(others, rng.randint(0, most)) for m in said(other)] + transcript["messages"]}
         for transcript in transcripts
     ]
+
+
+def together(suites: Sequence[Sequence[dict]], most: int, seed: int) -> list[dict]:
+    """The transcripts of all suites, each once, up to `most` of different suites in one, in any order. Raises InvalidInput for
+    transcripts that offer tools, which would be offered to all."""
+    rng, made = random.Random(f"together {seed}"), []
+    for round_of_all in zip_longest(*suites):
+        turns = [transcript for transcript in round_of_all if transcript is not None]
+        if any("tools" in transcript for transcript in turns):
+            raise InvalidInput("a suite whose transcripts offer tools stays alone", field="--together", fix="leave it out")
+        rng.shuffle(turns)
+        for first in range(0, len(turns), most):
+            made.append({"messages": [m for transcript in turns[first : first + most] for m in transcript["messages"]]})
+    rng.shuffle(made)
+    return made
 
 
 def asks_as(text: str, asked: Sequence[tuple[str, str]]) -> str | None:

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from prefillshare.finetuning.evaluate import Score, difference
 from prefillshare.finetuning.tasks import TASKS, arithmetic, home_commands, tool_calls, write_transcripts
-from prefillshare.finetuning.tasks.base import check_disjoint, in_company
+from prefillshare.finetuning.tasks.base import check_disjoint, in_company, together
 from prefillshare.finetuning.tasks.synthetic_calls import synthetic_calls
 from prefillshare.finetuning.tasks.tool_calls import TESTED, parse_call
-from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.errors import ConfigError, InvalidInput
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +96,22 @@ def test_in_company_only_the_own_turn_is_learnt():
     assert {len(messages) // 2 for messages in before} == {0, 1, 2}
     assert all(m["weight"] == 0 for messages in before for m in messages if m["role"] == "assistant")
     assert in_company(own, others, 2, seed=3) == made != in_company(own, others, 2, seed=4)
+
+
+def test_together_every_transcript_is_once_and_beside_others_of_other_suites():
+    suites = [
+        [{"messages": [{"role": "user", "content": f"{suite}{n}"}]} for n in range(count)]
+        for suite, count in (("a", 9), ("b", 9), ("c", 4))
+    ]
+    made = together(suites, 2, seed=1)
+    asked = [[message["content"] for message in transcript["messages"]] for transcript in made]
+    assert sorted(chain(*asked)) == sorted(t["messages"][0]["content"] for suite in suites for t in suite)
+    assert {len(one) for one in asked} == {1, 2}
+    assert all(len({content[0] for content in one}) == len(one) for one in asked)
+    assert len({tuple(content[0] for content in one) for one in asked if len(one) == 2}) > 3  # in any order
+    assert made == together(suites, 2, seed=1) != together(suites, 2, seed=2)
+    with pytest.raises(InvalidInput, match="offer tools"):
+        together([[{"messages": [], "tools": [{}]}]], 2, seed=1)
 
 
 def answer_of(message):

@@ -22,6 +22,7 @@ from prefillshare.finetuning.transcripts import stop_ids
 from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.layer_group import LayerGroup, layer_group
 from prefillshare.kvshare.layer_profile import LayerProfile
+from prefillshare.router.sessions.chat import ChatLayout
 
 #: The type in which decoders are served on GPUs; on CPUs it takes half the time of float32.
 DTYPE = torch.bfloat16
@@ -45,6 +46,10 @@ class Asker:
         """A suite's questions. `most`: only this many of them, evenly spread."""
         questions = TASKS[suite].questions()
         return evenly(questions, min(filter(None, (self._most, most, len(questions)))))
+
+    def prompt_lengths(self, suite: str) -> list[int]:
+        """Tokens of each question's prompt."""
+        return [len(ChatLayout(self._tokenizer, q.tools).opening(list(q.messages))) for q in self.questions(suite)]
 
     def right(
         self,

@@ -1,20 +1,27 @@
-"""The result of benchmarks.accuracy for people: docs/accuracy.md and its plot, generated and never edited."""
+"""The results of benchmarks.accuracy for people: docs/accuracy.md and its plots, generated and never edited."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from benchmarks.accuracy import experiments_page
 from benchmarks.accuracy.rows import REFERENCE, ROWS
+from benchmarks.shared.result import RESULTS
 from prefillshare.kvshare.layer_profile import Point, frontier_of
 
-PAGE, PLOT = Path("docs/accuracy.md"), Path("docs/accuracy.png")
+PAGE, PLOT, CURVES = Path("docs/accuracy.md"), Path("docs/accuracy.png"), Path("docs/accuracy_curves.png")
 #: Comments on the figures, written by hand and inserted into the page.
 NOTES = Path(__file__).parent / "notes.md"
 
-_INTRO = """\
+_TOP = """\
 # What sharing costs in right answers
 
-<!-- Made by `make accuracy`; change benchmarks/accuracy/report.py or notes.md instead. -->
+<!-- Made by `make accuracy`; change benchmarks/accuracy/ instead. -->
+
+"""
+_STUDY = """\
+## All methods over the model as it comes
 
 Every row answers the same test questions, greedily; the model is SmolLM2-135M-Instruct in bfloat16. Shares of right answers
 are in percent, with 95 % intervals (Wilson). Differences are from full fine-tuning, and from the ordinary fine-tune of the same
@@ -29,22 +36,27 @@ that it has not.
 """
 
 
-def write(result: dict) -> None:
-    PAGE.write_text(markdown(result))
-    plot(result, PLOT)
+def write(study: dict | None = None, experiments: dict | None = None) -> None:
+    """Write the page and its plots. What is not given is read from benchmarks/results."""
+    study = study or json.loads((RESULTS / "accuracy.json").read_text())
+    experiments = experiments or json.loads((RESULTS / "experiments.json").read_text())
+    PAGE.write_text(_TOP + experiments_page.markdown(experiments, PLOT.name) + "\n\n" + markdown(study))
+    experiments_page.plot(experiments, PLOT)
+    plot(study, CURVES)
 
 
 def markdown(result: dict) -> str:
-    parts = [_INTRO + "\n".join(f"| {row.name} | {row.about} |" for row in ROWS)]
+    """The part on the study."""
+    parts = [_STUDY + "\n".join(f"| {row.name} | {row.about} |" for row in ROWS)]
     for study, found in result["studies"].items():
-        parts.append(f"## {study.capitalize()}")
+        parts.append(f"### {study.capitalize()}")
         for suite, figures in found["suites"].items():
             parts.append(_scores(suite, figures["rows"]))
         parts.append(_trainings(found))
         parts += [_frontier(training, profile) for training, profile in found["profiles"].items()]
     parts.append(
-        "## Accuracy against the share of the prompt that is base KV\n\n"
-        f"![accuracy by share]({PLOT.name})\n\n"
+        "### Accuracy against the share of the prompt that is base KV\n\n"
+        f"![accuracy by share]({CURVES.name})\n\n"
         "The rest of the prompt is the decoder's own KV. At 0 % the ordinary fine-tune is what it was trained to be; 100 % is "
         f"naive sharing. Each point is over the same {result['config']['curve_questions']} questions; bars: 95 %."
     )

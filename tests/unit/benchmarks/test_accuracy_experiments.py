@@ -1,0 +1,60 @@
+"""The experiments' part of docs/accuracy.md says what was found, and every experiment is a recipe of its own."""
+
+from pathlib import Path
+
+from benchmarks.accuracy import experiments_page
+from benchmarks.accuracy.experiments import Measured, figures_of
+from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS
+
+REFERENCE = [True] * 6 + [False] * 4
+
+
+def result(tmp_path, monkeypatch) -> dict:
+    """Of made-up answers: the reference's, and for decoders over shared KV one right answer less."""
+    monkeypatch.setattr("benchmarks.accuracy.hypotheses.RUNS", tmp_path)
+    measured = {}
+    for experiment in EXPERIMENTS:
+        experiment.folder().mkdir()
+        (experiment.folder() / "figures.json").write_text('{"transcripts": 9, "loss": 0.5, "seconds": 90, "device": "a CPU"}')
+        answers = [True] * 5 + [False] * 5 if experiment.against else REFERENCE
+        fed = [{"share": 1.0, "computed": 1.0, "accuracy": 0.1, "low": 0.0, "high": 0.3}] if experiment.is_fed_base_kv else []
+        measured[experiment.name] = Measured(
+            [dict.fromkeys(experiment.suites, answers)] * experiment.seeds, dict.fromkeys(experiment.suites, 17.0), fed
+        )
+    found = {name: figures_of(BY_NAME[name], one, measured.get(BY_NAME[name].against or "")) for name, one in measured.items()}
+    return {
+        "experiments": found, "missing": [], "versions": {"torch": "2"}, "hardware": {"cpu": "a CPU", "cores": 2},
+        "command": "python -m", "date": "2026-01-01T00:00", "revision": "abc",
+    }  # fmt: skip
+
+
+def test_the_page_says_the_answer_first_and_every_experiment(tmp_path, monkeypatch):
+    made = result(tmp_path, monkeypatch)
+    page = experiments_page.markdown(made, "plot.png")
+    assert "-10.0 (" in page.splitlines()[2]
+    assert page.index("plot.png") < page.index("## Experiments")
+    for experiment in EXPERIMENTS:
+        rows = [line for line in page.splitlines() if line.startswith(f"| `{experiment.name}` |")]
+        assert [row.split("|")[3].strip(" `") for row in rows] == list(experiment.suites)
+        assert all(("-10.0 (" in row) == bool(experiment.against) for row in rows)
+    experiments_page.plot(made, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_an_experiment_that_was_not_trained_leaves_a_gap_in_the_plot_only(tmp_path, monkeypatch):
+    made = result(tmp_path, monkeypatch)
+    del made["experiments"]["tools"], made["experiments"]["home-ordinary"]
+    experiments_page.plot(made, tmp_path / "plot.png")
+    assert "Not trained here: tools." in experiments_page.markdown(made | {"missing": ["tools"]}, "plot.png")
+
+
+def test_every_experiment_is_a_recipe_with_a_folder_of_its_own(monkeypatch):
+    recipes = {e.name: e.recipe(Path("model"), seed) for e in EXPERIMENTS for seed in range(e.seeds)}
+    assert len({recipe.output for recipe in recipes.values()}) == len(recipes)
+    for experiment in EXPERIMENTS:
+        assert experiment.over is None or recipes[experiment.over].makes_base
+        if reference := experiment.against:
+            assert recipes[reference].method == "ordinary"
+            assert recipes[reference].base == recipes[experiment.name].base
+            assert recipes[reference].lora == recipes[experiment.name].lora
+            assert BY_NAME[reference].suites == experiment.suites

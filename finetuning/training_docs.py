@@ -51,9 +51,10 @@ disk returns it.
 
 With `own_tokens: 32` a decoder of method `prefillshare` computes the last 32 tokens of every prompt itself, and sees base KV
 before them. Its contract says so, and it is served this way; decoders with and without an own end share one pool, its blocks and
-sessions. A turn then waits for the base's KV only of what comes before: in a session, that has mostly been made already, and the
-base's KV of the end follows behind all turns, for the next decoder. It helps where the base has not learnt the task
-([accuracy.md](accuracy.md)), if it covers the last message. It costs the decode engine so many tokens of prefill per turn.
+sessions. A turn then waits for the base's KV only of what comes before. In a session most of that is there already; the base's
+KV of the end is made behind all turns, with that of the response (`router.eager_prefill`), for the next decoder. An own end helps
+with a task that the base has not learnt ([accuracy.md](accuracy.md)). Choose it at least as long as the last message; each turn
+costs the decode engine that many tokens of prefill.
 
 ## Layers for DroidSpeak
 

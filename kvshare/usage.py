@@ -14,7 +14,8 @@ class TurnUsage:
     #: Prompt tokens that the prefill side found in its cache, and those that it had to compute; together all tokens prefilled.
     cached_tokens: int = 0
     computed_tokens: int = 0
-    #: Prompt tokens at its end that the decoder computed itself; with the two above, the whole prompt.
+    #: Tokens at the prompt's end that the decoder computes itself: with the two above the whole prompt, if it was prefilled
+    #: once.
     own_tokens: int = 0
     #: What the router's index had predicted for cached_tokens.
     predicted_tokens: int = 0

@@ -213,6 +213,14 @@ def check_change(old: Deployment, new: Deployment) -> None:
         if known is None:
             continue
         live_changes.refuse(known, pool, f"decode.{number}.")
+        for name in {*known.decoders} & {*pool.decoders}:
+            runs, wants = (of.own_tokens.get(name, 1) for of in (known, pool))
+            if runs != wants:
+                raise ConfigError(
+                    f"{name!r} computes the last {runs} tokens of a prompt itself; what is there now was trained for {wants}",
+                    field=f"decode.{number}.own_tokens.{name}",
+                    fix="give it another name, and a folder of its own",
+                )
         for name, folder in pool.adapters.items():
             if known.adapters.get(name, folder) != folder:
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -45,11 +46,15 @@ def contract_write(
     is a contract that differs in the chat template only, that template is added to it: the decoder may be served under both.
     """
     given_files.writable(decoder / contract.FILE, "DECODER")
-    wanted = _of_base(base, chat_template, trained_with or "vouched for by hand")
-    if (decoder / contract.FILE).exists() and not force:
-        wanted = contract.DecoderContract.read(decoder).with_template(wanted, str(decoder))
+    wanted, there = _of_base(base, chat_template, trained_with or "vouched for by hand"), None
+    if (decoder / contract.FILE).exists():
+        with suppress(ConfigError) if force else nullcontext():
+            there = contract.DecoderContract.read(decoder)
+    if there and not force:
+        wanted = there.with_template(wanted, str(decoder))
         wanted = replace(wanted, trained_with=trained_with or wanted.trained_with)
-    wanted = replace(wanted, own_tokens=own_tokens or wanted.own_tokens)
+    # The base may be another one, but what the weights were trained for stays.
+    wanted = replace(wanted, own_tokens=own_tokens or (there.own_tokens if there else 1))
     if (decoder / "config.json").is_file() and (shape := contract.KVShape.of(decoder)) != wanted.shape:
         raise ConfigError(
             f"{decoder} has KV of {shape}, but {base} has {wanted.shape}", field="--base", fix="give the base it was trained on"

@@ -148,7 +148,8 @@ def check_command(file: Path) -> None:
     console = Console()
     console.print(f"[green]ok[/]  contract {contract.digest}  base weights {contract.base.weights[:16]}")
     for decoder in decoders.served(deployment).values():
-        console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}")
+        own = f", computes a prompt's last {decoder.own_tokens} tokens itself" if decoder.own_tokens > 1 else ""
+        console.print(f"  {decoder.name}: {decoder.kind}, pool {decoder.pool}, sharing {decoder.sharing}{own}")
     of_kv = (*base_kv_makers(deployment), *ecache_cost(deployment, contract.shape))
     for line in (*of_kv, *kept_budget(deployment, contract.shape, known)):
         console.print(f"  {line}")

@@ -134,7 +134,7 @@ class DecodeEngine(Engine):
         expected = self.mode.handoff_tokens(len(request.token_ids) - request.replay, request.replay, request.own_tokens)
         if handoff is None:
             if expected > 0 and not self.settings.makes_base_kv:
-                raise Internal("a prompt of several tokens came without a handoff (R1)")
+                raise Internal(f"a prompt with {expected} shared tokens came without a handoff (R1)")
             return
         self.check(handoff)
         if handoff.tokens != expected:

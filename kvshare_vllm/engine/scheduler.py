@@ -1,7 +1,8 @@
 """The decode engine's scheduler: what may enter the prefix cache (R2), and what happens to a preempted request (R3).
 
 A request in a sharing pool, seen from here:
- 1. It arrives with a handoff, or it is refused: prompt tokens before the last are never computed here (R1).
+ 1. It arrives with a handoff, or it is refused: prompt tokens before the decoder's own are never computed
+    here (R1).
  2. Its shared prefix is found locally, or loaded by the connector; only that prefix is offered for reuse (R2).
  3. It decodes. If it is preempted, or its load fails, its shared prefix is gone and cannot be made here: the engine
     gives the request back (finish reason "error", `resume_reason`), and frees all it held.

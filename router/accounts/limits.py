@@ -50,7 +50,7 @@ class Limits(ABC):
         tenant = demand.tenant
         if not tenant.is_limited:
             return Charge()
-        return await self._take(demand, max(0, demand.prompt_tokens - demand.cached_tokens) + output_tokens)
+        return await self._take(demand, demand.uncached_tokens + output_tokens)
 
     @abstractmethod
     async def _take(self, demand: Demand, cost: int) -> Charge: ...

@@ -180,7 +180,7 @@ class Admission:
         self._by_tenant[demand.tenant.name] += 1
         deadline_s = self._config.default_deadline_s if demand.deadline_s is None else demand.deadline_s
         grant.may_wait_s = max(0.0, min(self._config.max_wait_s, deadline_s - output * line.pace.value))
-        tokens = max(0, demand.prompt_tokens - demand.cached_tokens)
+        tokens = demand.prefill_tokens
         self._queue(grant, demand.priority, Work(1, grant.blocks, tokens, tokens + output))
         if grant.ticket and (wait_s := line.wait_s(grant.ticket)) > grant.may_wait_s:
             late = f"it would start in {_about(wait_s)} and may wait {grant.may_wait_s:.0f} s (router.max_wait_s, deadline)"

@@ -36,7 +36,8 @@ NOBODY = TenantShare()
 
 @dataclass(frozen=True)
 class Demand:
-    """What a turn needs. `cached_tokens`: prompt tokens expected to be cached at prefill."""
+    """What a turn needs. `cached_tokens`: prompt tokens expected to be cached at prefill. `own_tokens`: those that the decoder
+    computes itself."""
 
     pool: str
     prompt_tokens: int
@@ -48,6 +49,17 @@ class Demand:
     priority: int = 0
     #: Seconds from now until the turn must have ended; None: router.default_deadline_s.
     deadline_s: float | None = None
+    own_tokens: int = 0
+
+    @property
+    def uncached_tokens(self) -> int:
+        """Prompt tokens that have to be computed."""
+        return max(0, self.prompt_tokens - self.cached_tokens)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Those of them that are computed at prefill."""
+        return max(0, self.uncached_tokens - self.own_tokens)
 
     def output_tokens(self, expected: int) -> int:
         """How many tokens it is expected to generate. `expected`: of a turn that may generate more."""

@@ -24,7 +24,7 @@ async def admitted(turn: Turn) -> AsyncIterator[None]:
             room = await services.admission.admit(demand)
         with room as turn.grant:
             turn.usage.queue_s = turn.grant.waited_s
-            turn.account.open(charge, max(0, demand.prompt_tokens - demand.cached_tokens))
+            turn.account.open(charge, demand.uncached_tokens)
             try:
                 yield
             finally:
@@ -33,7 +33,7 @@ async def admitted(turn: Turn) -> AsyncIterator[None]:
 
 def _demand(turn: Turn) -> Demand:
     call, prefix = turn.call, turn.prefix
-    cached = len(call.prompt)  # if nothing of the prompt is shared, nothing has to be prefilled
+    cached = 0
     if prefix.token_ids:
         makers = {turn.route.makers, turn.route.decode} if turn.decoder.local_prefill else {turn.route.makers}
         cached = max((tokens for pool in makers for tokens in pool.overlaps(prefix.keys).values()), default=0)
@@ -41,6 +41,7 @@ def _demand(turn: Turn) -> Demand:
         pool=turn.decoder.pool,
         prompt_tokens=len(call.prompt),
         cached_tokens=cached,
+        own_tokens=turn.usage.own_tokens,
         max_tokens=call.sampling.max_tokens,
         tenant=turn.services.share_of(call.caller.tenant),
         priority=call.caller.priority,

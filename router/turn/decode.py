@@ -31,7 +31,7 @@ async def decode(turn: Turn, handoff: Handoff | None) -> AsyncIterator[TokenChun
         placed = turn.choice.decode if turn.choice and turn.choice.decode else await decode_place(turn)
         replica = turn.usage.decode_replica = placed.replica.id
         turn.avoid.add(replica)
-        async with calling(turn, "decode", pool, placed) as span, _silence(turn) as broken:
+        async with calling(turn, "decode", pool, placed) as span, _silence(turn, handoff) as broken:
             stream = pool.replicas.streaming_on(replica).decode.remote(_request(turn, handoff, span))
             turn.is_silent = True
             called, called_ns = clock.now(), time.time_ns()
@@ -102,25 +102,26 @@ def _note_first(
         tracing.past("kv load", tracing.inside(span), called_ns, load_s, **read)
     if turn.choice and turn.choice.source:
         turn.choice.pool.replicas.succeeded(turn.choice.source)
-        costs.handed_over(turn.handoff_s + elapsed - chunk.load_s, chunk.load_s, shared - chunk.local_tokens)
+        own_s = usage.own_tokens * (costs.here_s.value or 0.0)  # it takes that wherever the prefix comes from
+        costs.handed_over(turn.handoff_s + elapsed - chunk.load_s - own_s, chunk.load_s, shared - chunk.local_tokens)
     elif turn.here:
         cached, predicted = min(chunk.local_tokens, shared), min(turn.here.cached_tokens, shared)
         note_made(turn, pool, usage.decode_replica, cached, predicted, elapsed)
-        costs.made_here(elapsed, shared - cached, services.block_size)
+        costs.made_here(elapsed, shared - cached + usage.own_tokens, services.block_size)
         span.set_attributes({"prefillshare.prompt_tokens": shared, "prefillshare.cached_tokens": cached})
     pool.replicas.succeeded(usage.decode_replica)
     turn.terms.replicas[pool.name] = usage.decode_replica
 
 
 @asynccontextmanager
-async def _silence(turn: Turn) -> AsyncIterator[Callable[[], bool]]:
+async def _silence(turn: Turn, handoff: Handoff | None) -> AsyncIterator[Callable[[], bool]]:
     """The time before a decode call's first token. Yields a function to be called with every chunk, which ends it and returns
     True the first time.
 
     If KV is read, the time is limited: if a read hangs, the turn goes on elsewhere, and the engine keeps the blocks that the
     read may still write to. If the replica makes KV, that counts as its load meanwhile."""
     limit_s = turn.services.load_timeout_s
-    scope = asyncio.timeout(None if turn.here else limit_s)
+    scope = asyncio.timeout(limit_s if handoff else None)
     with ExitStack() as work:
         if to_make := _to_make(turn):
             work.enter_context(turn.route.decode.computing(turn.here, to_make, turn.prefix.keys))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import pytest_asyncio
@@ -41,22 +43,48 @@ async def running(request, tmp_path_factory, smollm):
     function = getattr(reference, request.param)
     engine = await DecodeEngine.start(replace(settings, makes_base_kv=True))
     try:
-        yield engine, lambda adapter, prompt, tokens: function(base, models.get(adapter, base), prompt, tokens)
+        yield engine, lambda adapter, prompt, tokens, **own: function(base, models.get(adapter, base), prompt, tokens, **own)
     finally:
         engine.close()
 
 
-async def turn(running, prompt: list[int], n: int, adapter: str | None, **how):
-    """(tokens, tokens of the prompt that were found cached), exact."""
+async def turn(running, prompt: list[int], n: int, adapter: str | None, own: Mapping[str, int] = MappingProxyType({}), **how):
+    """(tokens, tokens of the prompt that were found cached), exact. `own`: own_tokens, if the decoder has them."""
     engine, says = running
     tokens, logprobs, local = [], [], None
-    async for chunk in decoding(engine, prompt, None, sampling(n, **how), new_id(), adapter=adapter):
+    async for chunk in decoding(engine, prompt, None, sampling(n, **how), new_id(), adapter=adapter, **own):
         tokens += chunk.token_ids
         logprobs += chunk.logprobs.values[:, 0].tolist()
         local = chunk.local_tokens if local is None else local
     assert len(tokens) == n
-    assert reference.max_abs_diff(logprobs, says(adapter, prompt, tokens)) <= TOLERANCE
+    assert reference.max_abs_diff(logprobs, says(adapter, prompt, tokens, **own)) <= TOLERANCE
     return tokens, local
+
+
+def with_own_end(running, tokens: int) -> dict[str, int]:
+    if not running[0].mode.own_end:
+        pytest.skip("this mode has a fixed boundary")
+    return {"own_tokens": tokens}
+
+
+@pytest.mark.parametrize("n", [39, 40, 41, 100, 101, 170, 250])
+@pytest.mark.parametrize("tokens", [40, 100])
+async def test_an_own_end_is_exact_also_in_several_steps(running, n, tokens):
+    """A step computes at most 64 tokens."""
+    own, prompt = with_own_end(running, tokens), ids(n, salt=n)
+    await turn(running, prompt, 4, "a", own)
+    _, local = await turn(running, prompt, 4, "b", own)
+    assert local == max(0, n - tokens) // BLOCK * BLOCK
+    await turn(running, prompt, 4, "a")
+
+
+async def test_own_ends_of_other_lengths_share_a_batch_and_preemptions(running):
+    engine, lengths = running[0], (1, 40, 100, 7)
+    owns = [with_own_end(running, tokens) for tokens in lengths]
+    before = engine.stats().preemptions
+    await asyncio.gather(*(turn(running, ids(110, salt=90 + n % 2), 110, "ab"[n % 2], own) for n, own in enumerate(owns)))
+    assert engine.stats().preemptions > before
+    await nothing_held(engine)
 
 
 @pytest.mark.parametrize("adapter", ["a", None])

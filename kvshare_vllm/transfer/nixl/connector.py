@@ -59,7 +59,8 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         is_due = Asked(request.kv_transfer_params).load_is_due
-        missing = (self.loads.shared_tokens_of(request) if is_due else request.num_tokens) - num_computed_tokens
+        # Where no load is due, the prefix is made here; its last block is whole with the token after it.
+        missing = self.loads.shared_tokens_of(request) + (not is_due) - num_computed_tokens
         if missing <= 0:
             return 0, False
         first = num_computed_tokens // self.block_size

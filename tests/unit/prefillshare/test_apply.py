@@ -115,6 +115,15 @@ def test_own_layers_may_change_where_the_prefill_pool_keeps_what_they_need(deplo
         check_change(own("0-0"), own("1-1"))
 
 
+def test_a_decoder_that_runs_keeps_its_own_end_of_the_prompt(deploy):
+    """Its engines keep the weights that they have loaded from its folder, whatever is there now."""
+    check_change(deploy(own_tokens={"a": 8}), deploy(own_tokens={"a": 8}))
+    for before, after in ((8, 1), (1, 8)):
+        with pytest.raises(ConfigError, match=rf"'a' computes the last {before} tokens .* trained for {after}") as refused:
+            check_change(deploy(own_tokens={"a": before}), deploy(own_tokens={"a": after}))
+        assert refused.value.field == "decode.0.own_tokens.a"
+
+
 def test_a_pool_that_has_followed_its_load_is_not_set_back_to_where_it_began(deploy):
     (pool,) = deploy(replicas=2, autoscale={"max_replicas": 4}).decode
     assert _replicas(pool, as_scaled=False)["autoscaling_config"]["initial_replicas"] == 2

@@ -77,7 +77,7 @@ async def test_prompts_that_wait_to_be_computed_count_as_load_until_the_first_to
         turn = asyncio.create_task(running.turn("a", PROMPT))
         await asyncio.sleep(0.02)
         assert replica.queued_tokens == len(PROMPT) - 1
-        assert running.orchestrator.services.admission.queued_prefill_tokens("agents") == len(PROMPT)
+        assert running.orchestrator.services.admission.queued_prefill_tokens("agents") == len(PROMPT) - 1
         await asyncio.sleep(0.3)
         assert (replica.queued_tokens, replica.active) == (0, 1)
         assert running.orchestrator.services.admission.queued_prefill_tokens("agents") == 0

@@ -17,6 +17,7 @@ from peft import PeftModel
 from prefillshare import reference
 from prefillshare.kvshare.errors import EngineStartError
 from prefillshare.kvshare.keep import Keep
+from prefillshare.kvshare.modes import modes
 from prefillshare.kvshare_vllm.engine import engine as engine_module
 from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
 from prefillshare.proof.engines import new_id, sampling
@@ -61,28 +62,28 @@ async def turn(running, prompt: list[int], n: int, adapter: str | None, own: Map
     return tokens, local
 
 
-def with_own_end(running, tokens: int) -> dict[str, int]:
-    if not running[0].mode.own_end:
-        pytest.skip("this mode has a fixed boundary")
-    return {"own_tokens": tokens}
+#: Modes in which a decoder may compute more than a prompt's last token.
+WITH_OWN_END = pytest.mark.parametrize("running", [mode.name for mode in modes() if mode.own_end], indirect=True)
 
 
+@WITH_OWN_END
 @pytest.mark.parametrize("n", [39, 40, 41, 100, 101, 170, 250])
 @pytest.mark.parametrize("tokens", [40, 100])
 async def test_an_own_end_is_exact_also_in_several_steps(running, n, tokens):
     """A step computes at most 64 tokens."""
-    own, prompt = with_own_end(running, tokens), ids(n, salt=n)
+    own, prompt = {"own_tokens": tokens}, ids(n, salt=n)
     await turn(running, prompt, 4, "a", own)
     _, local = await turn(running, prompt, 4, "b", own)
     assert local == max(0, n - tokens) // BLOCK * BLOCK
     await turn(running, prompt, 4, "a")
 
 
+@WITH_OWN_END
 async def test_own_ends_of_other_lengths_share_a_batch_and_preemptions(running):
     engine, lengths = running[0], (1, 40, 100, 7)
-    owns = [with_own_end(running, tokens) for tokens in lengths]
     before = engine.stats().preemptions
-    await asyncio.gather(*(turn(running, ids(110, salt=90 + n % 2), 110, "ab"[n % 2], own) for n, own in enumerate(owns)))
+    asked = [(ids(110, salt=90 + n % 2), 110, "ab"[n % 2], {"own_tokens": tokens}) for n, tokens in enumerate(lengths)]
+    await asyncio.gather(*(turn(running, *one) for one in asked))
     assert engine.stats().preemptions > before
     await nothing_held(engine)
 

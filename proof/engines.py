@@ -36,10 +36,11 @@ def new_id() -> str:
 
 @dataclass
 class Taken:
-    """A turn. `token_s`: when each token came, on the clock of `began_s`. `prefills`: what was prefilled for it, once per
+    """A turn. `own_tokens`: how many of the prompt's last tokens the decoder computed itself. `token_s`: when each token came, on the clock of `began_s`. `prefills`: what was prefilled for it, once per
     attempt. `resumed`: why it was taken up again."""
 
     prompt: list[int]
+    own_tokens: int = 1
     began_s: float = field(default_factory=time.perf_counter)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -80,19 +81,29 @@ class Pair:
     def __init__(self, prefill, decode):
         self.prefill, self.decode = prefill, decode
 
-    async def hand_over(self, prompt: list[int], generated: list[int] = []) -> PrefillResult | None:  # noqa: B006
+    async def hand_over(
+        self, prompt: list[int], generated: list[int] = [], own_tokens: int = 1  # noqa: B006
+    ) -> PrefillResult | None:
         """Prefill the part of a prompt, and of the tokens generated after it, that the mode hands over."""
-        shared = (prompt + generated)[: self.decode.mode.handoff_tokens(len(prompt), len(generated))]
+        shared = (prompt + generated)[: self.decode.mode.handoff_tokens(len(prompt), len(generated), own_tokens)]
         return await self.prefill.prefill(shared, new_id()) if self.prefill and shared else None
 
     async def take(
-        self, prompt: list[int], n: int, adapter: str | None, *, group: LayerGroup | None = None, lend: bool = False, **fields
+        self,
+        prompt: list[int],
+        n: int,
+        adapter: str | None,
+        *,
+        group: LayerGroup | None = None,
+        lend: bool = False,
+        own_tokens: int = 1,
+        **fields,
     ) -> Taken:
         """Take a turn of n tokens, resumed if it loses its KV. `fields`: of the sampling parameters. Raises PrefixLost if that
         happens again and again."""
-        taken = Taken(prompt)
+        taken = Taken(prompt, own_tokens)
         while True:
-            made = await self.hand_over(prompt, taken.tokens)
+            made = await self.hand_over(prompt, taken.tokens, own_tokens)
             taken.prefills += [made] if made else []
             request = DecodeRequest(
                 new_id(),
@@ -103,6 +114,7 @@ class Pair:
                 replay=len(taken.tokens),
                 lend=lend,
                 own_layers=group,
+                own_tokens=own_tokens,
             )
             try:
                 async for chunk in self.decode.decode(request):

@@ -17,6 +17,8 @@ from prefillshare.proof.prompts import ids
 from prefillshare.proof.subject import BLOCK, Subject
 
 BOUND = 1e-3
+#: Adapter -> how many of a prompt's last tokens it computes itself, in modes where it may: more than a block.
+OWN_TOKENS = {"b": 40}
 #: One longest sequence fits into a decode engine's cache, several long ones do not.
 MAX_TOKENS, KV_BLOCKS = 10 * BLOCK, 16
 _WHERE = {False: "handed over", True: "made in place"}
@@ -79,7 +81,9 @@ def _cases(pair: Pair, subject: Subject, short: bool) -> dict[str, Case]:
     salt = 1000 * (pair.prefill is None)
 
     async def take(prompt: list[int], n: int, adapter: str | None) -> Turn:
-        return await pair.take(prompt, n, adapter, group=subject.group if len(prompt) > 1 else None), adapter
+        own_tokens = OWN_TOKENS.get(adapter, 1) if subject.mode.own_end else 1
+        group = subject.group if len(prompt) > 1 else None
+        return await pair.take(prompt, n, adapter, group=group, own_tokens=own_tokens), adapter
 
     async def lengths():
         around = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1, 150)

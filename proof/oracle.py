@@ -30,9 +30,10 @@ class Oracle:
         """Log-probability of each token of a response. `alone`: if the decoder had computed everything itself."""
         group = () if alone or self._subject.group is None else (str(self._subject.group),)
         function = reference.none if alone else getattr(reference, self._subject.mode.name)
+        own = {} if alone or taken.own_tokens == 1 else {"own_tokens": taken.own_tokens}
         decoder = self._decoder(adapter)
         with torch.device(self.device):
-            return function(self._base, decoder, taken.prompt, taken.tokens, *group, pick=_chosen)
+            return function(self._base, decoder, taken.prompt, taken.tokens, *group, **own, pick=_chosen)
 
     def _decoder(self, adapter: str | None):
         """The base, or its one copy that has all adapters, with this one switched on."""

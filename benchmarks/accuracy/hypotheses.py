@@ -68,7 +68,7 @@ EXPERIMENTS = (
     Experiment("base-tools-ordinary", "the ordinary fine-tune of the tuned base, to compare with", "tools", TOOLS, ORDINARY,
                "base"),
     Experiment("base-tools", "a base that has learnt the task makes KV from which a decoder needs nothing of its own", "tools",
-               TOOLS, over="base", against="base-tools-ordinary"),
+               TOOLS, over="base", against="base-tools-ordinary", verdict="yes: what is left is within the noise"),
     Experiment("tools-ordinary", "the ordinary fine-tune of the model, to compare with", "tools", TOOLS, ORDINARY,
                is_fed_base_kv=True),
     Experiment("tools", "the model's KV is good enough for a task that it cannot do", "tools", TOOLS,

@@ -85,6 +85,9 @@ def _scores(suite: str, rows: dict) -> str:
 
 
 def _apart(apart: dict) -> str:
+    """Without an interval if the answers question by question are not at hand any more."""
+    if "low" not in apart:
+        return f"{100 * apart['mean']:+.1f}"
     return f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
 
 

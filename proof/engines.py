@@ -36,8 +36,8 @@ def new_id() -> str:
 
 @dataclass
 class Taken:
-    """A turn. `own_tokens`: how many of the prompt's last tokens the decoder computed itself. `token_s`: when each token came, on the clock of `began_s`. `prefills`: what was prefilled for it, once per
-    attempt. `resumed`: why it was taken up again."""
+    """A turn. `own_tokens`: how many of the prompt's last tokens the decoder computed itself. `token_s`: when each token came,
+    on the clock of `began_s`. `prefills`: what was prefilled for it, once per attempt. `resumed`: why it was taken up again."""
 
     prompt: list[int]
     own_tokens: int = 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-#: Line of the plot -> the experiments whose points it joins, by suite.
+#: Line of the plot -> its colour, and the experiments whose points it joins.
 LINES = {
-    "PrefillShare over the model": ("home", "home-own-32", "home-own-64", "tools"),
-    "PrefillShare over the tuned base": ("base-home", "base-home-own-32", "base-tools"),
-    "ordinary, from the model": ("home-ordinary", "tools-ordinary"),
-    "ordinary, from the tuned base": ("base-home-ordinary", "base-tools-ordinary"),
+    "PrefillShare over the model": ("tab:blue", ("home", "home-own-32", "home-own-64", "tools")),
+    "PrefillShare over the tuned base": ("tab:orange", ("base-home", "base-home-own-32", "base-tools")),
+    "ordinary, from the model": ("tab:green", ("home-ordinary", "tools-ordinary")),
+    "ordinary, from the tuned base": ("tab:red", ("base-home-ordinary", "base-tools-ordinary")),
 }
 #: The ordinary fine-tunes that are asked over base KV, too.
 COLLAPSE = "ordinary, from the model, fed base KV"
@@ -87,18 +87,21 @@ def plot(result: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     found = result["experiments"]
     figure, axes = pyplot.subplots(1, len(SUITES), figsize=(5 * len(SUITES), 4.2), layout="constrained", sharey=True)
     for ax, (suite, about) in zip(axes, SUITES.items(), strict=True):
-        for line, names in LINES.items():
-            _draw(ax, line, [found[name]["suites"][suite] for name in names if suite in _suites(found, name)])
+        for line, (colour, names) in LINES.items():
+            _draw(ax, line, [found[name]["suites"][suite] for name in names if suite in _suites(found, name)], color=colour)
         fed = [made["fed_base_kv"] for made in found.values() if "fed_base_kv" in made and next(iter(made["suites"])) == suite]
         for points in fed:
             _draw(ax, COLLAPSE, points, color="grey", linestyle=":")
-        ax.set(title=f"{suite}:\n{about}", xlabel="tokens of a prompt that the decoder computes", xscale="log", ylim=(0, None))
+        ax.set(title=f"{suite}:\n{about}", xlabel="tokens of a prompt that the decoder computes", xscale="log")
+        ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
+    axes[0].set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

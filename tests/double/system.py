@@ -42,9 +42,9 @@ from prefillshare.router.turn.terms import Terms
 from prefillshare.router.turn.turn import Turn
 
 #: Decoders of each pool; "base" is served by the first.
-ADAPTERS = {"agents": ("a", "b"), "streams": ("s", "t"), "alone": ("c", "d")}
+ADAPTERS = {"agents": ("a", "b", "o"), "streams": ("s", "t"), "alone": ("c", "d")}
 #: Decoder -> how many of a prompt's last tokens it computes itself: more than a block, and no whole number of them.
-OWN_TOKENS = {"b": BLOCK + 3}
+OWN_TOKENS = {"o": BLOCK + 3}
 #: Of the KV of one token.
 KV_BYTES = 100
 SHARING = {"agents": "prefillshare", "streams": "icarus", "alone": "none"}

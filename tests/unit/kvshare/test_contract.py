@@ -248,6 +248,9 @@ def test_missing_contract_names_the_command_that_writes_one(tmp_path):
         ('{"version": 1}', "is not a KV contract: 'base'"),
         ('{"version": 1, "base": {"weights": "x"}, "shape": {}}', "is not a KV contract"),
         ('{"version": 1, "base": 5, "shape": {}}', "is not a KV contract"),
+        ('{"version": 1, "base": {}, "shape": {}, "own_tokens": 0}', "own_tokens is 0, not a number of tokens"),
+        ('{"version": 1, "base": {}, "shape": {}, "own_tokens": true}', "own_tokens is True, not a number of tokens"),
+        ('{"version": 1, "base": {}, "shape": {}, "own_tokens": "32"}', "own_tokens is '32', not a number of tokens"),
     ],
 )
 def test_garbled_contract_is_refused_with_field_and_fix(tmp_path, content, text):
@@ -302,6 +305,12 @@ def test_a_decoder_is_served_under_the_templates_that_somebody_vouches_for_and_n
 def test_a_contract_for_one_template_has_the_form_that_earlier_releases_read(model, tmp_path):
     DecoderContract.of_base(model()).write(tmp_path)
     assert json.loads((tmp_path / "kv_contract.json").read_text()).keys() == {"version", "base", "shape", "trained_with"}
+
+
+def test_an_own_end_of_the_prompt_is_part_of_what_a_decoder_was_trained_for(model, tmp_path):
+    own = DecoderContract.of_base(model(), own_tokens=32)
+    own.write(tmp_path)
+    assert DecoderContract.read(tmp_path) == own != replace(own, own_tokens=1)
 
 
 def test_another_shape_is_refused_with_both_values(model):

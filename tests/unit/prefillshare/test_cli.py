@@ -85,6 +85,25 @@ def test_contract_write_keeps_a_contract_with_another_base_unless_forced(folders
     assert _weights(decoder) == _weights(other)
 
 
+def test_contract_write_keeps_what_the_decoder_computes_itself(folders):
+    base, other, decoder = folders
+
+    def own_tokens() -> int:
+        return json.loads(run("contract", "show", decoder, "--json").stdout)["own_tokens"]
+
+    run("contract", "write", decoder, "--base", base)
+    assert own_tokens() == 1
+    run("contract", "write", decoder, "--base", base, "--own-tokens", "32")
+    assert own_tokens() == 32
+    for again in (["--base", base], ["--base", other, "--force"]):
+        assert run("contract", "write", decoder, *again).exit_code == 0
+        assert own_tokens() == 32
+    assert re.search("^own_tokens +32$", run("contract", "show", decoder).stdout, re.M)
+    (decoder / "kv_contract.json").write_text("{")
+    assert run("contract", "write", decoder, "--base", base, "--force").exit_code == 0
+    assert own_tokens() == 1
+
+
 def test_contract_write_vouches_for_a_decoder_under_another_chat_template_too(folders, tmp_path):
     base, other, decoder = folders
     (tmp_path / "tools.jinja").write_text("{{ tools }}{{ messages }}")

@@ -175,9 +175,9 @@ async def test_a_tenants_tokens_are_those_that_were_computed_and_generated():
         first = running.turn_of("a", PROMPT, 6, ACME)
         await take(first)
         # 37 - 0 + 6 = 43 of 100; the second finds 32 cached: 5 + 6.
-        await take(running.turn_of("base", PROMPT, 6, ACME))
+        await take(running.turn_of("b", PROMPT, 6, ACME))
         # A decoder with an own end computes it, and pays for it, although the rest is cached: 24 cached, 13 + 2.
-        own = running.turn_of("b", PROMPT, 2, ACME)
+        own = running.turn_of("o", PROMPT, 2, ACME)
         await take(own)
         assert (own.usage.own_tokens, own.usage.cached_tokens, own.usage.computed_tokens) == (11, 24, 2)
         bucket = running.orchestrator.services.accounts.limits._buckets["acme"]["tokens"]

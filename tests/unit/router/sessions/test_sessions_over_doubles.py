@@ -14,7 +14,7 @@ from virtual_time import on_virtual_time
 from prefillshare.kvshare.errors import Conflict, NotFound, PrefixLost, ResumeReason, SessionBusy, Unavailable
 
 PROMPT = list(range(20, 57))
-SHARING = ("a", "b", "base", "s", "t")
+SHARING = ("a", "o", "b", "base", "s", "t")
 
 
 def outcomes(metrics, name: str) -> dict[str, float]:
@@ -28,7 +28,7 @@ async def test_a_session_goes_from_decoder_to_decoder_and_each_finds_its_context
         await running.turns.create("s", ("token_ids", PROMPT))
         context = list(PROMPT)
         for number in range(12):
-            decoder, given = SHARING[number % 5], [60 + number, 61]
+            decoder, given = SHARING[number % len(SHARING)], [60 + number, 61]
             said = await running.take("s", decoder, given, tokens=20)
             assert said == running.expected(decoder, [*context, *given], 20)
             context += [*given, *said]

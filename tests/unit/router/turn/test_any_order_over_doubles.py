@@ -15,7 +15,7 @@ from virtual_time import VirtualLoop
 
 from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
 
-DECODERS = st.sampled_from(("a", "b", "base", "s", "t", "c", "d"))
+DECODERS = st.sampled_from(("a", "b", "o", "base", "s", "t", "c", "d"))
 GIVEN = st.lists(st.integers(10, 99), min_size=1, max_size=20)
 POOLS = st.sampled_from(("prefill", "agents", "streams", "alone", "prefill-alone"))
 MOMENTS = st.sampled_from(("prefill", "prefilled", "pull", "decode", "loaded", "token 1", "token 2", "token 5"))

@@ -15,7 +15,7 @@ from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReas
 from prefillshare.router.pools.cache_index import BlockKeys
 
 PROMPT = list(range(20, 57))
-DECODERS = ("a", "b", "base", "s", "t", "c", "d")
+DECODERS = ("a", "b", "o", "base", "s", "t", "c", "d")
 
 
 @on_virtual_time
@@ -33,7 +33,7 @@ async def test_a_context_goes_from_decoder_to_decoder_and_nothing_is_lent():
 @on_virtual_time
 async def test_many_turns_at_once():
     async with system(in_place=True) as running:
-        prompts = [(DECODERS[number % 7], [*PROMPT[: 3 + number], 99 - number]) for number in range(40)]
+        prompts = [(DECODERS[number % len(DECODERS)], [*PROMPT[: 3 + number], 99 - number]) for number in range(40)]
         said = await asyncio.gather(*(running.turn(decoder, prompt) for decoder, prompt in prompts))
         assert said == [running.expected(decoder, prompt) for decoder, prompt in prompts]
         await nothing_held(running)

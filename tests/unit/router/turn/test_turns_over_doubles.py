@@ -15,7 +15,7 @@ from virtual_time import clock, on_virtual_time
 from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
 
 PROMPT = list(range(20, 57))
-DECODERS = ("a", "b", "base", "s", "t", "c", "d")
+DECODERS = ("a", "b", "o", "base", "s", "t", "c", "d")
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -40,7 +40,7 @@ async def test_a_context_that_goes_from_decoder_to_decoder():
 @on_virtual_time
 async def test_many_turns_at_once():
     async with system() as running:
-        prompts = [(DECODERS[number % 7], [*PROMPT[: 3 + number], 99 - number]) for number in range(40)]
+        prompts = [(DECODERS[number % len(DECODERS)], [*PROMPT[: 3 + number], 99 - number]) for number in range(40)]
         said = await asyncio.gather(*(running.turn(decoder, prompt) for decoder, prompt in prompts))
         assert said == [running.expected(decoder, prompt) for decoder, prompt in prompts]
         await nothing_held(running)
@@ -59,7 +59,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("decoder", ["a", "s", "c"])
+@pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])
 @pytest.mark.parametrize(
     ("side", "moment", "failure"),
     [(side, moment, how) for side, moments in MOMENTS.items() for moment in moments for how in FAILURES]
@@ -91,7 +91,7 @@ async def left_after(running, decoder: str, prompt: list[int], seconds: float) -
         await client
 
 
-@pytest.mark.parametrize("decoder", ["a", "s", "c"])
+@pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])
 @on_virtual_time
 async def test_a_client_leaves_at_any_moment(decoder):
     """Wherever its calls are by then, nothing is held a moment later, leases included."""
@@ -114,7 +114,7 @@ async def test_a_client_leaves_while_its_turn_waits_for_a_decode_replica():
         await nothing_held(running, leases_s=LEASE_S + 1)
 
 
-@pytest.mark.parametrize("decoder", ["a", "s", "c"])
+@pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])
 @on_virtual_time
 async def test_a_deadline_passes_at_any_moment(decoder):
     async with system(replicas=1) as running:
@@ -125,7 +125,7 @@ async def test_a_deadline_passes_at_any_moment(decoder):
         assert await running.turn(decoder, PROMPT, deadline_s=2.0) == running.expected(decoder, PROMPT)
 
 
-@pytest.mark.parametrize("decoder", ["a", "s", "c"])
+@pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])
 @on_virtual_time
 async def test_a_turn_that_loses_its_prefix_at_every_token_ends(decoder):
     async with system(max_resumes=6) as running:

@@ -116,7 +116,7 @@ async def test_pools_stand_in_order_with_their_replicas_and_what_they_do():
         }  # fmt: skip
         assert (told["deployment"], told["base"]) == ("doubles", {"name": "base", "model": "m"})
         assert (told["version"], told["ui"], told["router"]["routers"], told["block_tokens"]) == (1, "full", 2, BLOCK)
-        assert {decoder["name"] for decoder in told["decoders"]} == {"a", "b", "base", "s", "t", "c", "d"}
+        assert {decoder["name"] for decoder in told["decoders"]} == {"a", "b", "o", "base", "s", "t", "c", "d"}
 
 
 @on_virtual_time

@@ -64,7 +64,7 @@ EXPERIMENTS = (
     Experiment("base-home", "a base tuned on other tasks makes KV that helps a task it has not learnt", "home", HOME,
                over="base", against="base-home-ordinary", verdict="no, not by itself"),
     Experiment("base-home-own-32", "both together: a tuned base, and an own end of the prompt", "home", HOME, OWN_32,
-               over="base", against="base-home-ordinary", verdict="most of the gap is closed", seeds=3),
+               over="base", against="base-home-ordinary", verdict="two thirds of the gap are closed", seeds=3),
     Experiment("base-tools-ordinary", "the ordinary fine-tune of the tuned base, to compare with", "tools", TOOLS, ORDINARY,
                "base"),
     Experiment("base-tools", "a base that has learnt the task makes KV from which a decoder needs nothing of its own", "tools",

@@ -45,6 +45,8 @@ class Method(ABC):
     #: Whether the prompt's KV is the base's, and whether the decoder computes KV of its own.
     base_prompt: bool = True
     own_kv: bool = True
+    #: How many of a prompt's last tokens the decoder computes itself where the prompt's KV is the base's.
+    own_tokens: int = 1
 
     def __str__(self) -> str:
         return self.name

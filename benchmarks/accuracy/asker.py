@@ -62,7 +62,7 @@ class Asker:
     ) -> list[bool]:
         """For each question, whether its answer is right."""
         questions, group = self.questions(suite, most), self._group(row, decoder)
-        own_tokens = getattr(subjects.method_for(decoder, row.method), "own_tokens", 1)
+        own_tokens = subjects.method_for(decoder, row.method).own_tokens
         seen = row.method + (f"-own-{own_tokens}" if own_tokens > 1 else "")
         seen += (f"-{share:g}" if share < 1 else "") + (f"-layers-{group}" if group else "")
         seen += f"-tokens-{row.tokens:g}" if row.tokens else ""

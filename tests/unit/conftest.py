@@ -59,6 +59,17 @@ def model(tmp_path):
 
 
 @pytest.fixture
+def plain(tmp_path):
+    """The smallest deployment that is right; its folders exist."""
+    for name in ("base", "planner", "coder"):
+        (tmp_path / name).mkdir()
+    return {
+        "base": {"model": str(tmp_path / "base")},
+        "decode": [{"pool": "agents", "adapters": {"planner": str(tmp_path / "planner")}}],
+    }
+
+
+@pytest.fixture
 def adapter(tmp_path):
     """make(name, base=folder or None for no contract, r=, modules=, tensors=, config changes) -> folder of a LoRA adapter made
     for that base. A config change to `...` leaves the setting out."""

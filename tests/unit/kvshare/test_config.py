@@ -3,40 +3,14 @@
 import re
 
 import pytest
+from changed_deployment import put, refusal
 from pydantic import ValidationError
 
 from prefillshare.kvshare import config, modes
 from prefillshare.kvshare.engine_settings import OUR_ENGINE_ARGS
 from prefillshare.kvshare.errors import ConfigError
-from prefillshare.kvshare.layer_profile import LayerProfile, Point
 
 ONE_KIND = "give either `adapters` (LoRA on the base) or `model` (full weights), and not both"
-
-
-@pytest.fixture
-def plain(tmp_path):
-    """The smallest deployment that is right; its folders exist."""
-    for name in ("base", "planner", "coder"):
-        (tmp_path / name).mkdir()
-    return {
-        "base": {"model": str(tmp_path / "base")},
-        "decode": [{"pool": "agents", "adapters": {"planner": str(tmp_path / "planner")}}],
-    }
-
-
-def put(data: dict, path: str, value) -> dict:
-    *parents, last = [int(part) if part.isdigit() else part for part in path.split("/")]
-    node = data
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
-    node[last] = value
-    return data
-
-
-def refusal(data) -> ConfigError:
-    with pytest.raises(ConfigError) as caught:
-        config.parse(data)
-    return caught.value
 
 
 def test_smallest_deployment_gets_the_documented_defaults(plain):
@@ -273,57 +247,14 @@ def test_relative_folders_are_tried_from_the_current_folder_then_from_the_files(
     assert deployment.decode[0].adapters == {"planner": str(there / "only")}
 
 
-@pytest.fixture
-def droidspeak(plain):
-    return put(plain, "decode/0/sharing", "droidspeak")
-
-
-@pytest.mark.parametrize(
-    ("own_layers", "text"),
-    [
-        ({"planner": "9-4"}, "layers 9-4 are no group"),
-        ({"planner": "all"}, "'all' is no group of layers; write the first and the last, like 4-9"),
-        ({"planner": ["4-7", "4-9"]}, "planner: give at least one group of layers, the one of most layers first"),
-        ({"planner": []}, "planner: give at least one group of layers"),
-        ({"coder": "4-9"}, "`own_layers` names coder; this pool's decoders are planner"),
-    ],
-)
-def test_what_is_no_group_of_layers_is_refused(droidspeak, own_layers, text):
-    assert text in str(refusal(put(droidspeak, "decode/0/own_layers", own_layers)))
-
-
-def test_one_group_may_be_written_without_a_list(droidspeak):
-    deployment = config.parse(put(droidspeak, "decode/0/own_layers", {"planner": "4-9"}))
-    assert deployment.decode[0].own_layers == {"planner": ("4-9",)}
-
-
-def test_groups_come_from_the_profile_by_the_quality_floor(droidspeak, monkeypatch):
-    points = tuple(Point(layers, kl, kl, kl, 0.9, 8) for layers, kl in (("none", 0.9), ("2-3", 0.2), ("2-5", 0.1)))
-    profile = LayerProfile("b", "d", "data", 8, points, ())
-    monkeypatch.setattr(LayerProfile, "read", lambda decoder, base: profile)
-    put(droidspeak, "decode/0/quality_floor", 0.25)
-    assert config.parse(droidspeak).decode[0].own_layers == {"planner": ("2-5", "2-3")}
-    put(droidspeak, "decode/0/own_layers", {"planner": "1-1"})
-    assert config.parse(droidspeak).decode[0].own_layers == {"planner": ("1-1",)}
-    del droidspeak["decode"][0]["own_layers"]
-    error = refusal(put(droidspeak, "decode/0/quality_floor", 0.01))
-    assert (error.field, "within 0.01; the best measured has 0.1" in error.message) == ("decode.0.quality_floor", True)
-
-
-def test_a_floor_without_a_profile_says_how_to_measure_one(droidspeak):
-    error = refusal(put(droidspeak, "decode/0/quality_floor", 0.25))
-    assert error.field == "decode.0.quality_floor"
-    assert "prefillshare profile" in error.fix
-
-
 @pytest.mark.parametrize("name", ["", "../demo", "two words", "a" * 64, ".hidden"])
-def test_a_name_that_could_not_be_a_file_or_a_label_is_refused(droidspeak, name):
-    assert refusal(put(droidspeak, "name", name)).field == "name"
+def test_a_name_that_could_not_be_a_file_or_a_label_is_refused(plain, name):
+    assert refusal(put(plain, "name", name)).field == "name"
 
 
-def test_a_deployment_has_a_name_if_none_is_given(droidspeak):
-    assert config.parse(droidspeak).name == "prefillshare"
-    assert config.parse(put(droidspeak, "name", "ferry-2.b_c")).name == "ferry-2.b_c"
+def test_a_deployment_has_a_name_if_none_is_given(plain):
+    assert config.parse(plain).name == "prefillshare"
+    assert config.parse(put(plain, "name", "ferry-2.b_c")).name == "ferry-2.b_c"
 
 
 def test_missing_file_is_refused_by_path(tmp_path):

@@ -84,8 +84,7 @@ def write(
     examples: Sequence[Example],
     figures: dict,
 ) -> None:
-    """Write all files; the contract comes last, so that a folder that has one is complete. Whole models are saved in the base's
-    own type."""
+    """Write all files; the contract comes last, so that a folder that has one is complete."""
     whole = recipe.weights == "full"
     if recipe.weights == "lora":
         adapter = folder / MERGED if recipe.makes_base else folder
@@ -93,16 +92,21 @@ def write(
         if recipe.makes_base:
             whole, model = True, merged(Path(recipe.base), adapter)
     if whole:
-        model.to(AutoConfig.from_pretrained(recipe.base).dtype or torch.float32).save_pretrained(folder)
-        for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:
-            shutil.copyfile(file, folder / file.name)
-        if recipe.template_text is not None:
-            (folder / "chat_template.jinja").write_text(recipe.template_text)
+        write_model(folder, recipe, model)
     (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
     (folder / "README.md").write_text(_card(folder.name, recipe, examples, figures))
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     contract.write(folder)
     _clean_up(folder)
+
+
+def write_model(folder: Path, recipe: Recipe, model) -> None:
+    """A whole model with the files that belong to it, in the type of the recipe's base."""
+    model.to(AutoConfig.from_pretrained(recipe.base).dtype or torch.float32).save_pretrained(folder)
+    for file in {file for pattern in _TOKENIZER_FILES for file in Path(recipe.base).glob(pattern)}:
+        shutil.copyfile(file, folder / file.name)
+    if recipe.template_text is not None:
+        (folder / "chat_template.jinja").write_text(recipe.template_text)
 
 
 def merged(base: Path, adapter: Path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -37,11 +37,14 @@ class Decoder:
     def __init__(self, recipe: Recipe):
         self.device = torch.device(device_of(recipe.device))
         self.dtype = getattr(torch, recipe.dtype)
+        self.method = recipe.how
         torch.manual_seed(recipe.seed)
         base = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=self.dtype).to(self.device).requires_grad_(False)
         self._base, self._adapter = base, recipe.weights == "lora"
         if self._adapter:
-            self.model = _with_adapter(base, recipe)
+            from peft import get_peft_model
+
+            self.model = get_peft_model(base, lora_config(recipe, base.config.num_hidden_layers))
         else:
             own = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=torch.float32)
             self.model = own.to(self.device).requires_grad_(True)
@@ -58,6 +61,13 @@ class Decoder:
         self.model.train(training)
         return kv
 
+    def loss_sum(self, examples: Sequence[Example], kv: LayersKV | None) -> torch.Tensor:
+        """Negative log-likelihood of the examples' response tokens, summed. `kv`: the base's of their contexts, if the method
+        sees any."""
+        batch = conditioned.make_batch(self.method, examples, kv, self.device)
+        with self.precision():
+            return conditioned.loss_sum(self.model, batch)
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
@@ -67,16 +77,16 @@ class Decoder:
 
 
 class Feeder:
-    """Examples as batches of what the recipe's method sees."""
+    """Examples in parts of a forward pass's size, with the base KV that the recipe's method sees."""
 
-    def __init__(self, recipe: Recipe, decoder: Decoder, store: BaseKVStore):
-        self._method, self._decoder, self._store = recipe.how, decoder, store
+    def __init__(self, recipe: Recipe, store: BaseKVStore):
+        self._method, self._store = recipe.how, store
         self._size = recipe.micro_batch_size
 
-    def micro_batches(self, examples: Sequence[Example]):
+    def parts(self, examples: Sequence[Example]) -> Iterator[tuple[Sequence[Example], LayersKV | None]]:
         for first in range(0, len(examples), self._size):
             part = examples[first : first + self._size]
-            yield conditioned.make_batch(self._method, part, self._kv(part), self._decoder.device)
+            yield part, self._kv(part)
 
     def _kv(self, examples: Sequence[Example]) -> LayersKV | None:
         if not self._method.base_prompt:
@@ -84,15 +94,16 @@ class Feeder:
         return self._store.get([e.token_ids[: max(1, self._method.view(e).base_tokens)] for e in examples])
 
 
-def train(recipe: Recipe, console: Console) -> Path:
-    """Returns the decoder's folder. Raises ConfigError for what cannot be trained. A run that was ended can go on."""
+def train(recipe: Recipe, console: Console, decoder: Decoder | None = None) -> Path:
+    """Returns the decoder's folder. Raises ConfigError for what cannot be trained. A run that was ended can go on. `decoder`:
+    what is trained, if it is another than the recipe describes."""
     check_files(recipe)
     folder = Path(recipe.output)
     with output.alone_in(folder):
-        return _train(recipe, folder, console)
+        return _train(recipe, folder, console, decoder)
 
 
-def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
+def _train(recipe: Recipe, folder: Path, console: Console, decoder: Decoder | None) -> Path:
     contract = output.contract(recipe)
     tokenizer = tokenizer_of(recipe.base, recipe.template_text)
     stops = transcripts.stop_ids(Path(recipe.base), tokenizer)
@@ -100,13 +111,13 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
     validation = []
     if recipe.validation:
         validation, _ = _read("validation", recipe.validation, recipe, tokenizer, stops, console)
-    decoder = Decoder(recipe)
+    decoder = decoder or Decoder(recipe)
     parameters = list(decoder.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     batches = Batches([len(e.token_ids) for e in examples], recipe.batch_size, recipe.epochs, recipe.seed)
     made_by = f"{contract.base.weights[:16]}-{recipe.dtype}-v2"  # 2: a context's KV has its own axis
     store = BaseKVStore(folder / output.KV_FOLDER / made_by, _kv_budget(recipe), decoder.base_kv)
-    feeder = Feeder(recipe, decoder, store)
+    feeder = Feeder(recipe, store)
     checkpoint = Checkpoint(folder, recipe, contract, examples, decoder, optimizer)
     start, seconds_before, (store.read_tokens, store.computed_tokens) = checkpoint.load()
     where = f"{decoder.device}, from step {start}" if start else f"{decoder.device}"
@@ -119,11 +130,10 @@ def _train(recipe: Recipe, folder: Path, console: Console) -> Path:
             chosen, step_began = [examples[number] for number in batches.at(step)], time.monotonic()
             learnt, tokens = sum(e.response_tokens for e in chosen), sum(len(e.token_ids) for e in chosen)
             loss = 0.0
-            for batch in feeder.micro_batches(chosen):
-                with decoder.precision():
-                    part = conditioned.loss_sum(decoder.model, batch) / learnt
-                part.backward()
-                loss += part.item()
+            for part, kv in feeder.parts(chosen):
+                mean = decoder.loss_sum(part, kv) / learnt
+                mean.backward()
+                loss += mean.item()
             rate = learning_rate(recipe, step, batches.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -179,8 +189,7 @@ def _read(field: str, file: str, recipe: Recipe, tokenizer, stops, console: Cons
 def mean_loss(decoder: Decoder, feeder: Feeder, examples: Sequence[Example]) -> float:
     """Negative log-likelihood per response token."""
     decoder.model.eval()
-    with decoder.precision():
-        total = sum(conditioned.loss_sum(decoder.model, batch).item() for batch in feeder.micro_batches(examples))
+    total = sum(decoder.loss_sum(part, kv).item() for part, kv in feeder.parts(examples))
     decoder.model.train()
     return total / sum(example.response_tokens for example in examples)
 
@@ -199,19 +208,19 @@ def _kv_budget(recipe: Recipe) -> int:
     return int(recipe.base_kv_gib * 2**30) if recipe.epochs > 1 else 0
 
 
-def _with_adapter(base, recipe: Recipe):
-    from peft import LoraConfig, get_peft_model
+def lora_config(recipe: Recipe, layers: int):
+    """The recipe's adapter as peft describes one, for a model of so many layers."""
+    from peft import LoraConfig
 
     lora = recipe.lora
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(recipe.how.lora_modules),
-        layers_to_transform=_adapted(base.config.num_hidden_layers, lora.last_layers),
+        layers_to_transform=_adapted(layers, lora.last_layers),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
 
 
 def _adapted(layers: int, last: int | None) -> list[int] | None:

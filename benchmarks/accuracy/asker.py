@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy import rows
+from benchmarks.accuracy.levers import kv_maps
 from benchmarks.accuracy.rows import Row
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.evaluate import evenly, offline_answers
@@ -96,7 +97,8 @@ class Asker:
         if self._frozen is None:
             self._frozen = subjects.load_base(self._base, DTYPE, self._device, kept_bytes=self._kept_bytes)
         method = subjects.method_for(decoder, row.method)
-        return subjects.load(row.name, self._base, decoder, method, dtype=DTYPE, device=self._device, frozen=self._frozen)
+        frozen = kv_maps.seen_by(decoder, self._frozen)
+        return subjects.load(row.name, self._base, decoder, method, dtype=DTYPE, device=self._device, frozen=frozen)
 
     def _load(self, row: Row, decoder: Path | None) -> subjects.Subject:
         if self._subject is None or self._subject[0] != (decoder, row.method):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,61 +24,22 @@ from statistics import fmean
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy import report
+from benchmarks.accuracy import report, transcripts
 from benchmarks.accuracy.asker import Asker
 from benchmarks.accuracy.figures import apart_of_seeds, shares, shares_of_seeds
-from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS, MAX_TOKENS, MIXTURE, SCREEN, Experiment, data_file
-from benchmarks.accuracy.rows import OTHERS, Row
+from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS, Experiment
+from benchmarks.accuracy.making import make
+from benchmarks.accuracy.rows import Row
 from benchmarks.shared.result import write
 from benchmarks.shared.small import MODEL, bars
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.recipe import Recipe, device_of, is_whole
-from prefillshare.finetuning.several import train_all
-from prefillshare.finetuning.tasks import TASKS, write_transcripts
 from prefillshare.models import fetch
 
-#: Name -> (suite, transcripts that are made, of which the first that are short enough are taken, most others before each).
-DATA = {
-    "tools": ("bfcl_simple_python", 3600, OTHERS),
-    "arithmetic": ("arithmetic", 2600, OTHERS),
-    "home": ("home_commands", SCREEN, 0),
-}
-MIXED = ("tools", "arithmetic")
 #: Shares of the prompt that are base KV, for decoders that were not trained for it, and most questions of each.
 FED, FED_QUESTIONS = (1.0, 0.9, 0.75, 0.5), 100
 #: Suite -> whether each answer is right.
 Answers = dict[str, list[bool]]
-
-
-def made_data(tokenizer) -> None:
-    """Make the transcripts that are not there."""
-    for name, (suite, count, others) in DATA.items():
-        if not data_file(name).is_file():
-            write_transcripts([TASKS[suite]], data_file(name), count, others=others)
-            made = data_file(name).read_text().splitlines(keepends=True)
-            data_file(name).write_text("".join([line for line in made if _fits(tokenizer, _messages(line))][:SCREEN]))
-    if not data_file(MIXTURE).is_file():
-        turns = [[_messages(line)[-3:] for line in data_file(name).read_text().splitlines()] for name in MIXED]
-        made = mixed(turns, lambda messages: _fits(tokenizer, messages))
-        data_file(MIXTURE).write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in made))
-
-
-def mixed(turns: Sequence[Sequence[list]], fits, seed: int = 0) -> list[list]:
-    """Pairs of turns, one of each of two tasks, in either order; a pair that does not fit becomes two transcripts."""
-    rng, made = random.Random(seed), []
-    for one, other in zip(*turns, strict=True):
-        pair = one + other if rng.random() < 0.5 else other + one
-        made += [pair] if fits(pair) else [one, other]
-    rng.shuffle(made)
-    return made
-
-
-def _messages(line: str) -> list[dict]:
-    return json.loads(line)["messages"]
-
-
-def _fits(tokenizer, messages: list[dict]) -> bool:
-    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)) <= MAX_TOKENS
 
 
 class Answered:
@@ -161,14 +121,14 @@ def main() -> None:
     if wrong := set(args.names) - BY_NAME.keys():
         parser.error(f"no such experiment: {', '.join(sorted(wrong))}")
     console, model = Console(stderr=True), fetch(MODEL)
-    made_data(AutoTokenizer.from_pretrained(model))
+    transcripts.make(AutoTokenizer.from_pretrained(model))
     measured: dict[str, Measured] = {}
     for experiment in (BY_NAME[name] for name in args.names or BY_NAME):
         recipes = [experiment.recipe(model, seed) for seed in range(args.seeds or experiment.seeds)]
         if args.only_trained:
             recipes = [recipe for recipe in recipes if is_whole(Path(recipe.output))]
         if recipes:
-            train_all(([BY_NAME[experiment.over].recipe(model)] if experiment.over else []) + recipes, console)
+            make(experiment, recipes, model, console)
             measured[experiment.name] = Measured.of(experiment, recipes, args.questions, console)
     found = {
         name: figures_of(experiment := BY_NAME[name], outcome, measured.get(experiment.against or ""))

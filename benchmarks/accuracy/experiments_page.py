@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-#: Line of the plot -> its colour, and the experiments whose points it joins.
+from benchmarks.accuracy.hypotheses import BY_NAME
+from benchmarks.accuracy.rows import NAIVE
+
+#: Line of the plot -> its colour, the experiments whose points it joins, the ordinary fine-tunes at its right end (they compute
+#: all of a prompt), and the study's rows where it has no experiment.
 LINES = {
-    "PrefillShare over the model": ("tab:blue", ("home", "home-own-32", "home-own-64", "tools")),
-    "PrefillShare over the tuned base": ("tab:orange", ("base-home", "base-home-own-32", "base-tools")),
-    "ordinary, from the model": ("tab:green", ("home-ordinary", "tools-ordinary")),
-    "ordinary, from the tuned base": ("tab:red", ("base-home-ordinary", "base-tools-ordinary")),
-}
-#: The ordinary fine-tunes that are asked over base KV, too.
-COLLAPSE = "ordinary, from the model, fed base KV"
-#: Suites of the plot, and what the base has to do with them.
-SUITES = {
-    "home_commands": "a task that the tuned base has not learnt",
-    "bfcl_simple_python": "one that it has",
-    "bfcl_multiple": "one that it has",
-}
+    "over the model as it comes": (
+        "tab:blue", ("home", "home-own-32"), ("home-ordinary",), ("PrefillShare, LoRA", "LoRA fine-tuning")
+    ),
+    "over a base tuned on other tasks": ("tab:orange", ("base-home", "base-home-own-32"), ("base-home-ordinary",), ()),
+    "over a base tuned on this task, too": (
+        "tab:green", ("agents-home", "agents-tools"), ("agents-home-ordinary", "agents-tools-ordinary"), ()
+    ),
+}  # fmt: skip
+#: An ordinary fine-tune that is asked over base KV; in the study, one of all weights.
+COLLAPSE = "an ordinary fine-tune, fed base KV"
+SUITES = ("bfcl_simple_python", "bfcl_multiple", "arithmetic", "home_commands")
 
 
 def markdown(result: dict, plot: str) -> str:
@@ -57,13 +59,16 @@ def _points(gap: dict) -> str:
 
 
 _APPENDIX = """\
-The lines are over the same questions; bars are 95 % intervals.
+Each line begins at the left with a decoder that computes only the last token of a prompt, and ends at the right with the
+ordinary fine-tune of the same base, which computes all of it. Bars are 95 % intervals. At arithmetic, and at tool calling over
+the model as it comes, the figures are those of the [study below](#all-methods-over-the-model-as-it-comes), on more data.
 
 ## Experiments
 
-Each on at most 700 transcripts, with LoRA of rank 8; "tuned base" is the experiment `base`. Gaps are to the ordinary fine-tune
-of the same size, from the same base, over the same questions, in points, with 95 % intervals. They are over questions like
-these, and, where several seeds are named, over trainings like these.
+Each on at most 700 transcripts of a suite, with LoRA of rank 8 if nothing else is said. The bases: `home...` the model as it
+comes; `base...` the experiment `base`; `agents...` the experiment `agents`; `joint...` the experiment `joint`. Gaps are to the
+ordinary fine-tune of the same size, from the same base if no other is named, over the same questions, in points, with 95 %
+intervals. They are over questions like these, and, where several seeds are named, over trainings like these.
 
 | experiment | supposed | suite | tokens of a prompt computed | right, % | gap | seeds | verdict |
 | --- | --- | --- | ---: | ---: | --- | ---: | --- |
@@ -75,6 +80,8 @@ def _rows(found: dict) -> Iterable[str]:
         for suite, figures in made["suites"].items():
             right = f"{100 * figures['accuracy']:.1f} ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
             gap = _points(figures["gap"]) if "gap" in figures else ""
+            if gap and BY_NAME[made["against"]].over != made["over"]:
+                gap += f", to `{made['against']}`"
             seeds = len(figures.get("seeds", [0]))
             yield (
                 f"| `{name}` | {made['supposed']} | `{suite}` | {figures['computed']:.0f} | {right} | {gap} | {seeds} "
@@ -82,39 +89,64 @@ def _rows(found: dict) -> Iterable[str]:
             )
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict, study: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import ScalarFormatter
 
-    found = result["experiments"]
-    figure, axes = pyplot.subplots(1, len(SUITES), figsize=(5 * len(SUITES), 4.2), layout="constrained", sharey=True)
-    for ax, (suite, about) in zip(axes, SUITES.items(), strict=True):
-        for line, (colour, names) in LINES.items():
-            _draw(ax, line, [found[name]["suites"][suite] for name in names if suite in _suites(found, name)], color=colour)
-        fed = [made["fed_base_kv"] for made in found.values() if "fed_base_kv" in made and next(iter(made["suites"])) == suite]
-        for points in fed:
-            _draw(ax, COLLAPSE, points, color="grey", linestyle=":")
-        ax.set(title=f"{suite}:\n{about}", xlabel="tokens of a prompt that the decoder computes", xscale="log")
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+    found, of_study = result["experiments"], _of_study(study)
+    figure, axes = pyplot.subplots(1, len(SUITES), figsize=(4.2 * len(SUITES), 4.4), layout="constrained", sharey=True)
+    for ax, suite in zip(axes, SUITES, strict=True):
+        whole = _whole_prompt(found, suite)
+        rows, curve = of_study.get(suite, ({}, []))
+        for line, (colour, shared, ordinary, from_study) in LINES.items():
+            points = [found[name]["suites"][suite] for name in (*shared, *ordinary) if suite in _suites(found, name)]
+            points = points or [rows[name] | {"computed": at} for name, at in zip(from_study, (1, whole), strict=False) if rows]
+            _draw(ax, line, points, color=colour)
+        for made in found.values():
+            if "fed_base_kv" in made and next(iter(made["suites"])) == suite:
+                curve = made["fed_base_kv"]
+        _draw(ax, COLLAPSE, [point | {"computed": max(1, whole * (1 - point["share"]))} for point in curve], "grey", ":")
+        ax.set(title=suite, xlabel="tokens of a prompt that the decoder computes", xscale="log")
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
     axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
+    figure.legend(*_legend(axes), loc="outside lower center", ncols=len(LINES) + 1, frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _of_study(study: dict) -> dict[str, tuple[dict, list[dict]]]:
+    """Suite -> the study's rows, and its points of naive sharing."""
+    return {
+        suite: (figures["rows"], figures.get("curve", {}).get(NAIVE) or [figures["rows"][NAIVE] | {"share": 1.0}])
+        for of in study["studies"].values()
+        for suite, figures in of["suites"].items()
+    }
+
+
+def _whole_prompt(found: dict, suite: str) -> float:
+    """Mean tokens of a prompt: what the decoder that computes most of it computes."""
+    return max((_suites(found, name)[suite]["computed"] for name in found if suite in _suites(found, name)), default=1.0)
+
+
+def _legend(axes) -> tuple[list, list[str]]:
+    """Each label once, whichever panel has it."""
+    by_label = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    return list(by_label.values()), list(by_label)
 
 
 def _suites(found: dict, name: str) -> dict:
     return found[name]["suites"] if name in found else {}
 
 
-def _draw(ax, label: str, points: list[dict], **style) -> None:
+def _draw(ax, label: str, points: list[dict], color: str, linestyle: str = "-") -> None:
     if not points:
         return
     points = sorted(points, key=lambda point: point["computed"])
     right = [100 * point["accuracy"] for point in points]
     either = [[100 * abs(point["accuracy"] - point[end]) for point in points] for end in ("low", "high")]
-    ax.errorbar([point["computed"] for point in points], right, either, marker="o", capsize=3, label=label, **style)
+    computed = [point["computed"] for point in points]
+    ax.errorbar(computed, right, either, marker="o", capsize=3, label=label, color=color, linestyle=linestyle)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefillshare.finetuning.recipe import Recipe, parse
+from benchmarks.accuracy.rows import RECIPES
+from prefillshare.finetuning.recipe import Recipe, load, parse
 
 RUNS = Path("runs/screen")
 #: Most transcripts per task, and most tokens of one.
@@ -13,13 +14,17 @@ SCREEN, MAX_TOKENS = 700, 768
 TOOLS, HOME = ("bfcl_simple_python", "bfcl_multiple"), ("home_commands",)
 #: Data of two turns, one of each of two tasks, in one transcript where both fit: both are learnt.
 MIXTURE = "mixture"
+#: Data of all three tasks, as the recipe of the shipped base has it; and of JOINT_TASKS.
+AGENTS, JOINT = "agents", "joint"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`supposed`: the hypothesis; `verdict`: what came of it. `changes`: to the recipe. `over`: the experiment that makes its
-    base; None: the model itself. `against`: the ordinary fine-tune of the same size over the same base, which it is compared
-    with. `is_fed_base_kv`: ask it, too, with a part of the prompt as base KV, for which it was not trained."""
+    """`supposed`: the hypothesis; `verdict`: what came of it. `changes`: to the recipe; `file`: a recipe that is used instead,
+    with this experiment's base and data. `over`: the experiment that makes its base; None: the model itself. `against`: the
+    ordinary fine-tune of the same size over the same base, which it is compared with. `lever`: a way of training that is no
+    feature (benchmarks/accuracy/levers). `is_fed_base_kv`: ask it, too, with a part of the prompt as base KV, for which it was
+    not trained."""
 
     name: str
     supposed: str
@@ -28,6 +33,8 @@ class Experiment:
     changes: dict = field(default_factory=dict)
     over: str | None = None
     against: str | None = None
+    lever: str = ""
+    file: Path | None = None
     verdict: str = ""
     seeds: int = 1
     is_fed_base_kv: bool = False
@@ -37,20 +44,24 @@ class Experiment:
 
     def recipe(self, model: Path, seed: int = 0) -> Recipe:
         base = str(BY_NAME[self.over].folder() if self.over else model)
+        mine = {"base": base, "train": str(data_file(self.data)), "output": str(self.folder(seed)), "seed": seed}
+        if self.file:
+            return parse(load(self.file).model_dump(mode="json") | mine)
         screen = {
-            "base": base, "train": str(data_file(self.data)), "output": str(self.folder(seed)), "epochs": 2, "seed": seed,
-            "dtype": "bfloat16", "max_tokens": MAX_TOKENS, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 1e-3,
-            "checkpoint_every_steps": 20, "lora": {"rank": 8, "alpha": 32, "saved_as": "bfloat16"},
+            "epochs": 2, "dtype": "bfloat16", "max_tokens": MAX_TOKENS, "batch_size": 16, "micro_batch_size": 8,
+            "learning_rate": 1e-3, "checkpoint_every_steps": 20, "lora": {"rank": 8, "alpha": 32, "saved_as": "bfloat16"},
         }  # fmt: skip
-        return parse(screen | self.changes)
+        return parse(screen | mine | self.changes)
 
 
 ORDINARY = {"method": "ordinary", "base_kv_gib": 0}
+ICARUS, FULL = {"method": "icarus"}, {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}
 TUNED = {"method": "base", "base_kv_gib": 0, "lora": {"rank": 16, "alpha": 64, "saved_as": "bfloat16"}}
 OWN_32, OWN_64 = {"own_tokens": 32}, {"own_tokens": 64}
+#: Tasks of the decoders that are trained jointly with their prefill module, and the rank of each map of base KV.
+JOINT_TASKS, KV_MAP_RANK = ("tools", "arithmetic"), 32
 EXPERIMENTS = (
-    Experiment("base", "one base can be tuned on tool calls and arithmetic at once", MIXTURE, (*TOOLS, "arithmetic"), TUNED,
-               verdict="tool calls, yes; arithmetic hardly, on so little data"),
+    # Over the model as it comes.
     Experiment("home-ordinary", "the ordinary fine-tune of the model, to compare with", "home", HOME, ORDINARY,
                is_fed_base_kv=True),
     Experiment("home", "the model's KV is good enough for a task that it cannot do", "home", HOME, against="home-ordinary",
@@ -59,20 +70,49 @@ EXPERIMENTS = (
                "itself reads it", "home", HOME, OWN_32, against="home-ordinary", verdict="half of the gap is closed"),
     Experiment("home-own-64", "more own tokens win more", "home", HOME, OWN_64, against="home-ordinary",
                verdict="no: 32 cover the question"),
+    # Over a base that has learnt two tasks, and not the third.
+    Experiment("base", "one base can be tuned on tool calls and arithmetic at once", MIXTURE, (*TOOLS, "arithmetic"), TUNED,
+               verdict="tool calls, yes; arithmetic hardly, on so little data"),
+    Experiment("base-tools-ordinary", "the ordinary fine-tune of the tuned base, to compare with", "tools", TOOLS, ORDINARY,
+               "base"),
+    Experiment("base-tools", "a base that has learnt the task makes KV from which a decoder needs nothing of its own", "tools",
+               TOOLS, over="base", against="base-tools-ordinary", verdict="yes: what is left is within the noise"),
     Experiment("base-home-ordinary", "the ordinary fine-tune of the tuned base, to compare with", "home", HOME, ORDINARY,
                "base", seeds=3),
     Experiment("base-home", "a base tuned on other tasks makes KV that helps a task it has not learnt", "home", HOME,
                over="base", against="base-home-ordinary", verdict="no, not by itself"),
     Experiment("base-home-own-32", "both together: a tuned base, and an own end of the prompt", "home", HOME, OWN_32,
                over="base", against="base-home-ordinary", verdict="two thirds of the gap are closed", seeds=3),
-    Experiment("base-tools-ordinary", "the ordinary fine-tune of the tuned base, to compare with", "tools", TOOLS, ORDINARY,
-               "base"),
-    Experiment("base-tools", "a base that has learnt the task makes KV from which a decoder needs nothing of its own", "tools",
-               TOOLS, over="base", against="base-tools-ordinary", verdict="yes: what is left is within the noise"),
-    Experiment("tools-ordinary", "the ordinary fine-tune of the model, to compare with", "tools", TOOLS, ORDINARY,
-               is_fed_base_kv=True),
-    Experiment("tools", "the model's KV is good enough for a task that it cannot do", "tools", TOOLS,
-               against="tools-ordinary"),
+    Experiment("base-home-distilled", "a teacher's distribution says more than the next token alone: that of the ordinary "
+               "fine-tune is learnt, too", "home", HOME, over="base", against="base-home-ordinary", lever="distilled"),
+    Experiment("base-home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each "
+               "layer's keys and values", "home", HOME, over="base", against="base-home-ordinary", lever="mapped"),
+    # Over a base that has learnt all three: finetuning/recipes/base.yaml.
+    Experiment("agents", "one base can learn all tasks of its decoders", AGENTS, (*TOOLS, "arithmetic", *HOME),
+               file=RECIPES / "base.yaml"),
+    Experiment("agents-home-ordinary", "the ordinary fine-tune of this base, to compare with", "home", HOME, ORDINARY,
+               "agents"),
+    Experiment("agents-home", "over a base that has learnt the task, home commands need nothing of the decoder's own, too",
+               "home", HOME, over="agents", against="agents-home-ordinary"),
+    Experiment("agents-home-icarus", "the same holds for a decoder that makes no KV at all", "home", HOME, ICARUS, "agents",
+               "agents-home-ordinary"),
+    Experiment("agents-home-full-ordinary", "full fine-tuning of this base, to compare with", "home", HOME, ORDINARY | FULL,
+               "agents"),
+    Experiment("agents-home-full", "the same holds for all weights", "home", HOME, FULL, "agents",
+               "agents-home-full-ordinary"),
+    Experiment("agents-tools-ordinary", "the ordinary fine-tune of this base, to compare with", "tools", TOOLS, ORDINARY,
+               "agents"),
+    Experiment("agents-tools", "a third task in the mixture does not harm the others", "tools", TOOLS, over="agents",
+               against="agents-tools-ordinary"),
+    Experiment("agents-tools-icarus", "the same holds for a decoder that makes no KV at all", "tools", TOOLS, ICARUS, "agents",
+               "agents-tools-ordinary"),
+    # One prefill module, trained through the losses of its decoders.
+    Experiment("joint", "a prefill module is best trained through its decoders' losses", JOINT, (), TUNED, lever="joint"),
+    Experiment("joint-tools", "its decoder of a task of the mixture", "tools", TOOLS, over="joint",
+               against="base-tools-ordinary"),
+    Experiment("joint-arithmetic", "its decoder of a task of the mixture", "arithmetic", ("arithmetic",), over="joint"),
+    Experiment("joint-home", "a decoder for a task that it has not learnt", "home", HOME, over="joint",
+               against="base-home-ordinary"),
 )  # fmt: skip
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 

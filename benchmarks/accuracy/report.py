@@ -41,7 +41,7 @@ def write(study: dict | None = None, experiments: dict | None = None) -> None:
     study = study or json.loads((RESULTS / "accuracy.json").read_text())
     experiments = experiments or json.loads((RESULTS / "experiments.json").read_text())
     PAGE.write_text(_TOP + experiments_page.markdown(experiments, PLOT.name) + "\n\n" + markdown(study))
-    experiments_page.plot(experiments, PLOT)
+    experiments_page.plot(experiments, study, PLOT)
     plot(study, CURVES)
 
 

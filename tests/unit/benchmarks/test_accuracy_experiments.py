@@ -5,7 +5,14 @@ from pathlib import Path
 from benchmarks.accuracy import experiments_page
 from benchmarks.accuracy.experiments import Measured, figures_of
 from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS
+from benchmarks.accuracy.rows import NAIVE, ROWS
 
+_ROW = {"accuracy": 0.4, "low": 0.3, "high": 0.5}
+#: The study has the two suites of tool calls, the second without a curve.
+STUDY = {"studies": {"tools": {"suites": {
+    "bfcl_simple_python": {"rows": {row.name: _ROW for row in ROWS}, "curve": {NAIVE: [_ROW | {"share": 0.5}]}},
+    "bfcl_multiple": {"rows": {row.name: _ROW for row in ROWS}},
+}}}}  # fmt: skip
 REFERENCE = [True] * 6 + [False] * 4
 
 
@@ -37,15 +44,31 @@ def test_the_page_says_the_answer_first_and_every_experiment(tmp_path, monkeypat
         rows = [line for line in page.splitlines() if line.startswith(f"| `{experiment.name}` |")]
         assert [row.split("|")[3].strip(" `") for row in rows] == list(experiment.suites)
         assert all(("-10.0 (" in row) == bool(experiment.against) for row in rows)
-    experiments_page.plot(made, tmp_path / "plot.png")
+    experiments_page.plot(made, STUDY, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_an_experiment_that_was_not_trained_leaves_a_gap_in_the_plot_only(tmp_path, monkeypatch):
     made = result(tmp_path, monkeypatch)
-    del made["experiments"]["tools"], made["experiments"]["home-ordinary"]
-    experiments_page.plot(made, tmp_path / "plot.png")
-    assert "Not trained here: tools." in experiments_page.markdown(made | {"missing": ["tools"]}, "plot.png")
+    del made["experiments"]["joint"], made["experiments"]["home-ordinary"]
+    experiments_page.plot(made, STUDY, tmp_path / "plot.png")
+    assert "Not trained here: joint." in experiments_page.markdown(made | {"missing": ["joint"]}, "plot.png")
+
+
+def test_lines_of_the_plot_join_experiments_of_one_base_with_its_ordinary_fine_tunes():
+    for _, shared, ordinary, _ in experiments_page.LINES.values():
+        assert len({BY_NAME[name].over for name in (*shared, *ordinary)}) == 1
+        assert all(BY_NAME[name].against in ordinary for name in shared)
+        assert all(BY_NAME[name].changes["method"] == "ordinary" for name in ordinary)
+
+
+def test_a_gap_to_a_fine_tune_of_another_base_says_so(tmp_path, monkeypatch):
+    page = experiments_page.markdown(result(tmp_path, monkeypatch), "plot.png")
+    for experiment in EXPERIMENTS:
+        if experiment.against and experiment.suites:
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{experiment.name}` |")][:1]
+            other_base = BY_NAME[experiment.against].over != experiment.over
+            assert (f"to `{experiment.against}`" in row) == other_base
 
 
 def test_every_experiment_is_a_recipe_with_a_folder_of_its_own(monkeypatch):
@@ -55,6 +78,6 @@ def test_every_experiment_is_a_recipe_with_a_folder_of_its_own(monkeypatch):
         assert experiment.over is None or recipes[experiment.over].makes_base
         if reference := experiment.against:
             assert recipes[reference].method == "ordinary"
-            assert recipes[reference].base == recipes[experiment.name].base
             assert recipes[reference].lora == recipes[experiment.name].lora
+            assert recipes[reference].weights == recipes[experiment.name].weights
             assert BY_NAME[reference].suites == experiment.suites

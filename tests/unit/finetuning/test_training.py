@@ -8,8 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefillshare.finetuning import log, output, recipe, subjects, train
 from prefillshare.finetuning.batches import Batches
@@ -17,42 +16,21 @@ from prefillshare.finetuning.several import check, train_all
 from prefillshare.kvshare import config, decoders
 from prefillshare.kvshare.contract import DecoderContract
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
+from tests import letters
 
 pytestmark = pytest.mark.slow
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
 TOOL = {"type": "function", "function": {"name": "f"}}
-WORDS = ["<user>", "<assistant>", "<end>", "<unk>", *"abcdefghijklmnopqrst"]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny Llama whose words are letters."""
-    folder = tmp_path_factory.mktemp("base")
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, **sizes)).save_pretrained(folder)
-    return folder
+    return letters.write_model(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The answer to three letters is the same letters; a second question follows."""
-    file, letters = tmp_path_factory.mktemp("data") / "train.jsonl", WORDS[4:]
-    with file.open("w") as out:
-        for number in range(24):
-            asked = " ".join(letters[(number * 7 + i * (number % 5 + 1)) % len(letters)] for i in range(3))
-            turn = [{"role": "user", "content": asked}, {"role": "assistant", "content": asked}]
-            print(json.dumps({"messages": turn * (1 + number % 2)}), file=out)
-    return file
+    return letters.write_transcripts(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture
@@ -167,7 +145,7 @@ def test_the_folder_says_which_base_it_is_for(run, base):
 
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_a_decoder_is_for_the_template_that_its_recipe_names(run, base, tmp_path, weights):
-    template = "{% if tools %}a b {% endif %}" + TEMPLATE
+    template = "{% if tools %}a b {% endif %}" + letters.TEMPLATE
     (tmp_path / "own.jinja").write_text(template)
     offering = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [TOOL]}
     (tmp_path / "offering.jsonl").write_text(json.dumps(offering))
@@ -220,7 +198,7 @@ def test_a_new_base_is_a_whole_model_that_decoders_are_trained_over_and_served_w
 def test_a_new_base_has_the_adapter_in_its_weights(run, base):
     tuned, _ = run("tuned", method="base", lora={"rank": 4, "saved_as": "bfloat16"})
     with_adapter = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tuned / "adapter")
-    ids = torch.arange(12)[None] % len(WORDS)
+    ids = torch.arange(12)[None] % len(letters.WORDS)
     want, got, before = (
         model(ids).logits for model in
         (with_adapter, LlamaForCausalLM.from_pretrained(tuned), LlamaForCausalLM.from_pretrained(base))

@@ -16,6 +16,8 @@ TOOLS, HOME = ("bfcl_simple_python", "bfcl_multiple"), ("home_commands",)
 MIXTURE = "mixture"
 #: Data of all three tasks, as the recipe of the shipped base has it; and of JOINT_TASKS.
 AGENTS, JOINT = "agents", "joint"
+#: The first of the home commands: as many as SEEN_TRANSCRIPTS.
+SEEN, SEEN_TRANSCRIPTS = "home-seen", 100
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ ICARUS, FULL = {"method": "icarus"}, {"weights": "full", "learning_rate": 1e-4, 
 TUNED = {"method": "base", "base_kv_gib": 0, "lora": {"rank": 16, "alpha": 64, "saved_as": "bfloat16"}}
 OWN_32, OWN_64 = {"own_tokens": 32}, {"own_tokens": 64}
 #: Tasks of the decoders that are trained jointly with their prefill module, and the rank of each map of base KV.
-JOINT_TASKS, KV_MAP_RANK = ("tools", "arithmetic"), 32
+JOINT_TASKS, KV_MAP_RANK = ("home", "arithmetic"), 32
 EXPERIMENTS = (
     # Over the model as it comes.
     Experiment("home-ordinary", "the ordinary fine-tune of the model, to compare with", "home", HOME, ORDINARY,
@@ -87,6 +89,13 @@ EXPERIMENTS = (
                "fine-tune is learnt, too", "home", HOME, over="base", against="base-home-ordinary", lever="distilled"),
     Experiment("base-home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each "
                "layer's keys and values", "home", HOME, over="base", against="base-home-ordinary", lever="mapped"),
+    # Over that base after a hundred transcripts of the third task: it has seen the task, and cannot do it as well as a decoder.
+    Experiment("seen", "a hundred transcripts show a base what a task is about", SEEN, HOME, TUNED, "base"),
+    Experiment("seen-home-ordinary", "the ordinary fine-tune of this base, to compare with", "home", HOME, ORDINARY, "seen"),
+    Experiment("seen-home", "a base that has seen the task makes KV from which decoders learn it", "home", HOME, over="seen",
+               against="seen-home-ordinary"),
+    Experiment("seen-home-own-32", "with an own end of the prompt, nothing is left of the gap", "home", HOME, OWN_32, "seen",
+               "seen-home-ordinary"),
     # Over a base that has learnt all three: finetuning/recipes/base.yaml.
     Experiment("agents", "one base can learn all tasks of its decoders", AGENTS, (*TOOLS, "arithmetic", *HOME),
                file=RECIPES / "base.yaml"),
@@ -108,11 +117,8 @@ EXPERIMENTS = (
                "agents-tools-ordinary"),
     # One prefill module, trained through the losses of its decoders.
     Experiment("joint", "a prefill module is best trained through its decoders' losses", JOINT, (), TUNED, lever="joint"),
-    Experiment("joint-tools", "its decoder of a task of the mixture", "tools", TOOLS, over="joint",
-               against="base-tools-ordinary"),
-    Experiment("joint-arithmetic", "its decoder of a task of the mixture", "arithmetic", ("arithmetic",), over="joint"),
-    Experiment("joint-home", "a decoder for a task that it has not learnt", "home", HOME, over="joint",
-               against="base-home-ordinary"),
+    Experiment("joint-home", "its decoder of home commands", "home", HOME, over="joint", against="agents-home-ordinary"),
+    Experiment("joint-arithmetic", "its decoder of arithmetic", "arithmetic", ("arithmetic",), over="joint"),
 )  # fmt: skip
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 

@@ -6,7 +6,17 @@ import json
 import random
 from collections.abc import Callable, Sequence
 
-from benchmarks.accuracy.hypotheses import AGENTS, JOINT, JOINT_TASKS, MAX_TOKENS, MIXTURE, SCREEN, data_file
+from benchmarks.accuracy.hypotheses import (
+    AGENTS,
+    JOINT,
+    JOINT_TASKS,
+    MAX_TOKENS,
+    MIXTURE,
+    SCREEN,
+    SEEN,
+    SEEN_TRANSCRIPTS,
+    data_file,
+)
 from benchmarks.accuracy.rows import OTHERS
 from prefillshare.finetuning.tasks import TASKS, write_transcripts
 
@@ -17,6 +27,8 @@ ALONE = {
     "home": ("home_commands", SCREEN, 0),
 }
 MIXED = ("tools", "arithmetic")
+
+
 def make(tokenizer) -> None:
     """Make the transcripts that are not there."""
     for name, (suite, count, others) in ALONE.items():
@@ -30,6 +42,8 @@ def make(tokenizer) -> None:
         data_file(MIXTURE).write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in made))
     if not data_file(AGENTS).is_file():
         write_transcripts([TASKS[suite] for suite, *_ in ALONE.values()], data_file(AGENTS), SCREEN, in_one=2)
+    if not data_file(SEEN).is_file():
+        data_file(SEEN).write_text("".join(data_file("home").read_text().splitlines(keepends=True)[:SEEN_TRANSCRIPTS]))
     if not data_file(JOINT).is_file():
         data_file(JOINT).write_text("".join(data_file(name).read_text() for name in JOINT_TASKS))
 

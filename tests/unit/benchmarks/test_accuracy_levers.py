@@ -108,11 +108,11 @@ def test_gradients_of_a_joint_loss_reach_the_prefill_module_and_the_decoders_tha
 def test_prefill_module_and_decoders_of_a_joint_training_are_a_base_and_its_decoders(of, monkeypatch, tmp_path, base):
     monkeypatch.setattr(hypotheses, "RUNS", tmp_path / "runs")
     (tmp_path / "runs" / "data").mkdir(parents=True)
-    for name, numbers in (("tools", range(10)), ("arithmetic", range(10, 20))):
+    for name, numbers in (("home", range(10)), ("arithmetic", range(10, 20))):
         letters.write_transcripts(tmp_path / "runs" / "data" / f"{name}.jsonl", numbers)
     both = tmp_path / "runs" / "data" / "joint.jsonl"
-    both.write_text("".join((tmp_path / "runs" / "data" / f"{name}.jsonl").read_text() for name in ("tools", "arithmetic")))
-    for name in ("joint", "joint-tools", "joint-arithmetic"):
+    both.write_text("".join((tmp_path / "runs" / "data" / f"{name}.jsonl").read_text() for name in ("home", "arithmetic")))
+    for name in ("joint", "joint-home", "joint-arithmetic"):
         changes = hypotheses.BY_NAME[name].changes | {"dtype": "float32", "learning_rate": 5e-3}
         monkeypatch.setitem(hypotheses.BY_NAME, name, replace(hypotheses.BY_NAME[name], changes=changes))
     joint = hypotheses.BY_NAME["joint"]

@@ -47,6 +47,22 @@ read in later epochs. Only response tokens are computed and back-propagated over
 data, in tokens per second (`python -m benchmarks.training`). On a GPU set `base_kv_gib: 0`: it computes KV faster than a
 disk returns it.
 
+## A base worth sharing
+
+A decoder reads its prompt as the base has understood it. Over an instruct model that can do your tasks, that is enough. Over one
+that cannot, tune the base on your tasks first, all of them together, and train the decoders over what comes out
+([what this wins](accuracy.md)):
+
+```bash
+prefillshare data bfcl_simple_python arithmetic home_commands --count 700 --together 2 --output data/base.jsonl
+prefillshare train finetuning/recipes/base.yaml                      # writes models/smollm2-135m-agents
+prefillshare train my_tools.yaml my_planner.yaml                     # recipes with base: models/smollm2-135m-agents
+```
+
+`method: base` writes a whole model, with the adapter that was merged beside it. Serve it as `base.model`. A decoder belongs to
+the base that it was trained over: after tuning the base anew, train all of its decoders anew. For a task that comes later, give
+its decoder an own end of the prompt instead.
+
 ## A decoder's own end of the prompt
 
 With `own_tokens: 32` a decoder of method `prefillshare` computes the last 32 tokens of every prompt itself, and sees base KV

@@ -59,7 +59,7 @@ def _prefills(client: Client, name: str, advance) -> tuple[list[fit.PrefillTime]
             for count in (1, given):
                 tokens = [rng.randrange(VOCABULARY) for _ in range(count)]
                 usage = session.turn(name, token_ids=tokens, max_tokens=1, ignore_eos=True).usage
-                found.append(fit.PrefillTime(usage.computed_tokens, usage.prompt_tokens - 1, usage.prefill_s))
+                found.append(fit.PrefillTime(usage.computed_tokens, usage.prompt_tokens - usage.own_tokens, usage.prefill_s))
                 if usage.kv_bytes_transferred and (seconds := max(usage.kv_load_s, usage.kv_rest_load_s)):
                     loads.append((usage.kv_bytes_transferred, seconds))
             session.delete()

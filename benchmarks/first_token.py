@@ -16,6 +16,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from itertools import cycle, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -36,19 +38,22 @@ POLICIES, ONE_ENGINE = ("never", "always", "auto"), "one engine"
 PAUSE_S = 0.5
 
 
-def second_turns(client: Client, given: int, context: int, repeats: int, rng: random.Random, advance) -> list[dict]:
-    """What is measured of second turns with `given` new tokens: TTFT, and where the KV came from."""
+def second_turns(
+    client: Client, names: Iterable[str], given: int, context: int, rng: random.Random, advance: Callable[[], None]
+) -> list[dict]:
+    """What is measured of second turns with `given` new tokens, one of each of the named decoders: TTFT, and where the KV came
+    from."""
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
     found = []
-    for number in range(repeats):
-        session, name = client.create_session(), DECODERS[number % len(DECODERS)]
+    for name in names:
+        session = client.create_session()
         session.turn(name, token_ids=tokens(context), max_tokens=4, ignore_eos=True)
         time.sleep(PAUSE_S)
         usage = session.turn(name, token_ids=tokens(given), max_tokens=4, ignore_eos=True).usage
-        found.append({"ttft_s": usage.time_to_first_token_s, "choice": usage.prefill_choice})
+        found.append({"decoder": name, "ttft_s": usage.time_to_first_token_s, "choice": usage.prefill_choice})
         session.delete()
         advance()
     return found
@@ -76,9 +81,9 @@ def main() -> None:
 
         def measure(policy: str, client: Client) -> None:
             task = progress.add_task(policy, total=(1 + len(GIVEN)) * args.repeats)
-            rng = random.Random(policy)
+            rng, names = random.Random(policy), list(islice(cycle(DECODERS), args.repeats))
             for given in (GIVEN[0], *GIVEN):  # the first is a warm-up, in which the router measures what things cost
-                turns = second_turns(client, given, args.context, args.repeats, rng, lambda: progress.advance(task))
+                turns = second_turns(client, names, given, args.context, rng, lambda: progress.advance(task))
                 figures.setdefault(str(given), {})[policy] = turns
 
         with running(deployment(model, adapters, POLICIES[0])), Client(ADDRESS, retries=None) as client:

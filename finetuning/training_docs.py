@@ -69,8 +69,9 @@ With `own_tokens: 32` a decoder of method `prefillshare` computes the last 32 to
 before them. Its contract says so, and it is served this way; decoders with and without an own end share one pool, its blocks and
 sessions. A turn then waits for the base's KV only of what comes before. In a session most of that is there already; the base's
 KV of the end is made behind all turns, with that of the response (`router.eager_prefill`), for the next decoder. An own end helps
-with a task that the base has not learnt ([accuracy.md](accuracy.md)). Choose it at least as long as the last message; each turn
-costs the decode engine that many tokens of prefill.
+with a task that the base has not learnt ([accuracy.md](accuracy.md)). Choose it as long as the last message. Where that is no longer
+than what a turn adds, the first token comes as soon as without an own end; tokens further back are computed once more
+([measured](benchmarks.md#time-to-the-first-token)).
 
 ## Layers for DroidSpeak
 

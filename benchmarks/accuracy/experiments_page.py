@@ -15,6 +15,9 @@ LINES = {
         "tab:blue", ("home", "home-own-32"), ("home-ordinary",), ("PrefillShare, LoRA", "LoRA fine-tuning")
     ),
     "over a base tuned on other tasks": ("tab:orange", ("base-home", "base-home-own-32"), ("base-home-ordinary",), ()),
+    "over that base after 100 transcripts of this task": (
+        "tab:purple", ("seen-home", "seen-home-own-32"), ("seen-home-ordinary",), ()
+    ),
     "over a base tuned on this task, too": (
         "tab:green", ("agents-home", "agents-tools"), ("agents-home-ordinary", "agents-tools-ordinary"), ()
     ),
@@ -44,14 +47,15 @@ def _answer(found: dict) -> str:
     def gap(name: str, suite: str) -> str:
         return f"{_points(found[name]['suites'][suite]['gap'])} points"
 
-    home, own = gap("home", "home_commands"), found["base-home-own-32"]["changes"]["own_tokens"]
+    own = found["base-home-own-32"]["changes"]["own_tokens"]
     return f"""\
-**Little, if the base is worth sharing and the decoder reads the question itself.** Tune the base on your tasks first (`method:
-base`), freeze it, and train decoders over its KV. For a task that it has learnt, an adapter needs nothing of its own:
-{gap("base-tools", "bfcl_simple_python")} from an ordinary LoRA of the same size at `bfcl_simple_python`,
-{gap("base-tools", "bfcl_multiple")} at `bfcl_multiple`. For one that it has not learnt, let the decoder compute the last {own}
-tokens of each prompt itself (`own_tokens`): {gap("base-home-own-32", "home_commands")} at `home_commands`, where it is
-{home} over the model as it comes. An ordinary fine-tune that is fed base KV collapses."""
+**Little, over a base that has learnt your tasks.** Tune one base on all of them (`method: base`), freeze it, and train decoders
+over its KV. Then an adapter needs nothing of its own: {gap("base-tools", "bfcl_simple_python")} from an ordinary
+LoRA of the same size at `bfcl_simple_python`, {gap("base-tools", "bfcl_multiple")} at `bfcl_multiple`,
+{gap("agents-home", "home_commands")} at `home_commands`. For a task that the base has not learnt, let the decoder
+compute the last {own} tokens of each prompt itself (`own_tokens`): {gap("base-home-own-32", "home_commands")}
+at `home_commands`, where it is {gap("home", "home_commands")} over the model as it comes. An ordinary
+fine-tune that is fed base KV collapses."""
 
 
 def _points(gap: dict) -> str:
@@ -66,7 +70,7 @@ the model as it comes, the figures are those of the [study below](#all-methods-o
 ## Experiments
 
 Each on at most 700 transcripts of a suite, with LoRA of rank 8 if nothing else is said. The bases: `home...` the model as it
-comes; `base...` the experiment `base`; `agents...` the experiment `agents`; `joint...` the experiment `joint`. Gaps are to the
+comes; `base...`, `seen...`, `agents...` and `joint...` what the experiment of that name makes. Gaps are to the
 ordinary fine-tune of the same size, from the same base if no other is named, over the same questions, in points, with 95 %
 intervals. They are over questions like these, and, where several seeds are named, over trainings like these.
 

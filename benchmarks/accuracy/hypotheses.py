@@ -90,12 +90,13 @@ EXPERIMENTS = (
     Experiment("base-home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each "
                "layer's keys and values", "home", HOME, over="base", against="base-home-ordinary", lever="mapped"),
     # Over that base after a hundred transcripts of the third task: it has seen the task, and cannot do it as well as a decoder.
-    Experiment("seen", "a hundred transcripts show a base what a task is about", SEEN, HOME, TUNED, "base"),
+    Experiment("seen", "a hundred transcripts show a base what a task is about", SEEN, HOME, TUNED, "base",
+               verdict="not enough to answer by itself"),
     Experiment("seen-home-ordinary", "the ordinary fine-tune of this base, to compare with", "home", HOME, ORDINARY, "seen"),
     Experiment("seen-home", "a base that has seen the task makes KV from which decoders learn it", "home", HOME, over="seen",
-               against="seen-home-ordinary"),
+               against="seen-home-ordinary", verdict="more is right than over `base`, but the gap is the same"),
     Experiment("seen-home-own-32", "with an own end of the prompt, nothing is left of the gap", "home", HOME, OWN_32, "seen",
-               "seen-home-ordinary"),
+               "seen-home-ordinary", verdict="a third of it is left, as over `base`"),
     # Over a base that has learnt all three: finetuning/recipes/base.yaml.
     Experiment("agents", "one base can learn all tasks of its decoders", AGENTS, (*TOOLS, "arithmetic", *HOME),
                file=RECIPES / "base.yaml"),

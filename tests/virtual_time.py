@@ -25,6 +25,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now
 
+    def jump(self, seconds: float) -> None:
+        """As if the process had stood still for so long."""
+        self._virtual.now += seconds
+
 
 def run(main: Coroutine) -> Any:
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:

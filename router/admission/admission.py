@@ -119,7 +119,7 @@ class Admission:
     def refresh(self) -> None:
         """Take note that replicas came or went. Without this call, the pool's next event would notice it."""
         for line in self._lines.values():
-            line.room.refresh()
+            line.refresh()
         for line in self._lines.values():
             self.start_what_fits(line)
 
@@ -147,7 +147,7 @@ class Admission:
 
     def start_what_fits(self, line: DecodeLine) -> None:
         """After any change: start all turns that can, in this line and in those that draw on the same prefill pool."""
-        line.room.refresh()
+        line.refresh()
         while ready := self._next_start(line.prefill):
             self._start(*ready)
 
@@ -173,7 +173,7 @@ class Admission:
         if demand.pool not in self._lines:
             raise Unavailable(f"pool {demand.pool!r} is not served any more", fix="use another decoder")
         line, output = self._lines[demand.pool], self._expected_output(demand)
-        line.room.refresh()
+        line.refresh()
         grant = Grant(self, line, demand, self.blocks_for(demand.prompt_tokens + output))
         self._refuse_what_waiting_would_not_help(grant)
         self.in_progress += 1

@@ -110,8 +110,14 @@ class DecodeLine:
             self.prefill.rate.seconds_for(tokens + self.prefill.queued_tokens - self.prefill.limit),
         )
 
+    def refresh(self) -> None:
+        """Take note of replicas that came or went."""
+        self.room.refresh()
+        self._tell_backlog()
+
     def _tell_backlog(self) -> None:
-        waits = len(self.queue) > 0
+        # While there is no replica, turns wait for one to start: that says nothing about how fast replicas work.
+        waits = len(self.queue) > 0 and bool(self.room.replicas)
         self.freed_blocks.backlog(waits)
         self.ended_turns.backlog(waits)
-        self.prefill.rate.backlog(any(len(line.queue) for line in self.prefill.lines))
+        self.prefill.rate.backlog(self.prefill.limit > 0 and any(len(line.queue) for line in self.prefill.lines))

@@ -220,15 +220,15 @@ class Cluster:
 
     def __init__(self, pools: dict[str, tuple[type[Engine], SharingMode, int]]):
         self.leases = Leases()
-        self._calls: list[Response] = []
+        self.calls_made: list[Response] = []
         self.pools = {
-            name: Pool(name, kind, mode, self.leases, count, self._calls) for name, (kind, mode, count) in pools.items()
+            name: Pool(name, kind, mode, self.leases, count, self.calls_made) for name, (kind, mode, count) in pools.items()
         }
         self.index = Index(self.pools)
 
     def calls(self, *methods: str) -> list[Response]:
         """The calls that were made of these methods, in order."""
-        return [call for call in self._calls if call.method in methods]
+        return [call for call in self.calls_made if call.method in methods]
 
     def close(self) -> None:
         for pool in self.pools.values():

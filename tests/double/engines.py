@@ -53,6 +53,11 @@ class Leases:
     def release(self, handoff: Handoff) -> None:
         self._leases.pop(handoff.transfer["lease"], None)
 
+    def end_all(self) -> None:
+        """Let all of them run out at once."""
+        for lease in self._leases.values():
+            lease.until = _now() - 1
+
     @property
     def held(self) -> int:
         """Number of leases that have not run out."""

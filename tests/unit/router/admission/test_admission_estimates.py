@@ -137,3 +137,20 @@ async def test_turns_that_failed_before_their_prefill_say_nothing_about_how_long
     await settle()
     with pytest.raises(Overloaded, match="it would start in about"):
         await lab.ask(10, deadline_s=9)
+
+
+@on_virtual_time
+async def test_a_time_without_replicas_says_nothing_about_how_fast_they_work():
+    lab, grants = await busy_lab()
+    lab.set_replicas("agents", {})
+    lab.admission.refresh()
+    for grant in grants:
+        grant.release()
+    waiting = waiting_turns(lab, 20)
+    await asyncio.sleep(18)
+    lab.set_replicas("agents", {"d1": (100, 50)})
+    lab.admission.refresh()
+    waiting += waiting_turns(lab, 15)  # 25 wait; 2 per s, as before
+    await settle()
+    assert lab.refused("too_late") == 0
+    assert lab.admission.waiting("agents") == 25

@@ -20,7 +20,7 @@ from prefillshare.kvshare.contract import FILE as CONTRACT_FILE
 from prefillshare.kvshare.contract import KVShape
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.modes import get_mode
-from prefillshare.kvshare.yaml_tree import Node, read
+from prefillshare.kvshare.yaml_tree import FieldError, Node, read
 
 #: Keys of a recipe that change a run's speed and memory, but not what it learns (except for rounding).
 MAY_CHANGE = {"device", "micro_batch_size", "gradient_checkpointing", "base_kv_gib", "checkpoint_every_steps"}
@@ -115,13 +115,13 @@ class Recipe(Node):
     @model_validator(mode="after")
     def _icarus_is_lora(self):
         if self.weights == "full" and not self.how.own_kv:
-            raise ValueError(f"{self.method} trains adapters: the base's own weights make all KV; set weights: lora")
+            raise FieldError("weights", f"{self.method} trains adapters: the base's own weights make all KV; use lora")
         return self
 
     @model_validator(mode="after")
     def _own_end_is_prefillshares(self):
         if self.own_tokens > 1 and not get_mode(self.how.sharing).own_end:
-            raise ValueError(f"own_tokens: with method {self.method} the boundary is fixed; leave it out")
+            raise FieldError("own_tokens", f"with method {self.method} the boundary is fixed; leave it out")
         return self
 
     @property

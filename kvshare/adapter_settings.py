@@ -152,9 +152,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
+    """Whether it is one as a part of another, too, as PEFT uses it."""
     try:
         re.compile(value)
-    except (re.error, TypeError):
+        re.compile(rf"(.*\.)?({value})$")
+    except (re.error, TypeError, RecursionError, OverflowError):
         return False
     return True
 

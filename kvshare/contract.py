@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prefillshare.kvshare import fingerprint
+from prefillshare.kvshare import fingerprint, model_config
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch
+from prefillshare.kvshare.model_config import ModelConfig
 
 FILE = "kv_contract.json"
 VERSION = 1
@@ -38,23 +39,12 @@ class KVShape:
     @classmethod
     def of(cls, folder: str | Path) -> KVShape:
         """Read from config.json. Raises ConfigError for a model that is not a plain decoder-only transformer."""
-        return cls.of_config(fingerprint.read_json(folder, "config.json"), f"{folder}/config.json")
+        return cls.of_config(fingerprint.read_json(folder, model_config.FILE), f"{folder}/{model_config.FILE}")
 
     @classmethod
-    def of_config(cls, c: Mapping[str, Any], file: str) -> KVShape:
-        try:
-            heads = c["num_attention_heads"]
-            return cls(
-                layers=c["num_hidden_layers"],
-                kv_heads=c.get("num_key_value_heads") or heads,
-                head_size=c.get("head_dim") or c["hidden_size"] // heads,
-                rope=json.dumps(fingerprint.rope(c), sort_keys=True),
-                vocab_size=c["vocab_size"],
-            )
-        except KeyError as error:
-            raise ConfigError(f"{file} lacks {error}; only decoder-only transformers are served") from None
-        except (TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{file} is not a model's: {error}") from None
+    def of_config(cls, data: Mapping[str, Any], file: str) -> KVShape:
+        config, rope = ModelConfig.of(data, file), json.dumps(fingerprint.rope(data), sort_keys=True)
+        return cls(config.num_hidden_layers, config.kv_heads, config.head_size, rope, config.vocab_size)
 
     def bytes_per_token(self, dtype: str) -> int:
         return 2 * self.layers * self.kv_heads * self.head_size * DTYPE_BYTES[dtype]
@@ -96,7 +86,8 @@ class DecoderContract:
         cls, folder: str | Path, trained_with: str = "", template: str | None = None, own_tokens: int = 1
     ) -> DecoderContract:
         """`template`: as for BaseIdentity.of."""
-        return cls(BaseIdentity.of(folder, template), KVShape.of(folder), trained_with, own_tokens)
+        shape = KVShape.of(folder)  # it looks at config.json more closely
+        return cls(BaseIdentity.of(folder, template), shape, trained_with, own_tokens)
 
     def with_template(self, base: DecoderContract, decoder: str) -> DecoderContract:
         """This contract, vouched for under the chat template of `base`, too. Raises ContractMismatch if more than that

@@ -13,6 +13,7 @@ from prefillshare.kvshare.config import DecodePool, Deployment, Engines
 from prefillshare.kvshare.contract import DecoderContract, KVShape
 from prefillshare.kvshare.errors import ConfigError, ContractMismatch, InvalidInput, about
 from prefillshare.kvshare.layer_group import LayerGroup, ecache_parts, layer_group
+from prefillshare.kvshare.model_config import ModelConfig
 from prefillshare.kvshare.modes import get_mode
 
 #: vLLM's default (vllm/config/model.py: max_logprobs), and its number for the whole vocabulary.
@@ -130,10 +131,10 @@ def of_base(deployment: Deployment) -> DecoderContract:
 
 
 def _check_positions(folder: str, length: int) -> None:
-    config = fingerprint.read_json(folder, "config.json")
-    limit, rope = config.get("max_position_embeddings"), fingerprint.rope(config)
+    config, rope = ModelConfig.read(folder), fingerprint.rope(fingerprint.read_json(folder, "config.json"))
+    limit = config.max_position_embeddings
     if limit and rope["rope_type"] in ("linear", "dynamic"):  # these extend the limit; the others' limit includes that
-        limit = int(limit * rope.get("factor", 1))
+        limit = int(limit * config.stretch)
     if limit and length > limit:
         raise ConfigError(
             f"{length} is more than the {limit} positions of {folder}", field="base.max_model_len", fix=f"use at most {limit}"
@@ -163,8 +164,7 @@ def _check_kv_cache(deployment: Deployment, shape: KVShape) -> None:
 
 def ecache_share(base: str, shape: KVShape) -> float:
     """Cache that the inputs of one layer take, as a fraction of the cache for KV."""
-    hidden_size = fingerprint.read_json(base, "config.json")["hidden_size"]
-    return ecache_parts(hidden_size, shape.kv_heads, shape.head_size) / shape.layers
+    return ecache_parts(ModelConfig.read(base).hidden_size, shape.kv_heads, shape.head_size) / shape.layers
 
 
 def _check_own_layers(deployment: Deployment, shape: KVShape) -> None:
@@ -205,7 +205,7 @@ def _check_architecture(pool: DecodePool, base: str, field: str) -> None:
     served = get_mode(pool.sharing).architectures
     if served is None:
         return
-    for architecture in fingerprint.read_json(base, "config.json").get("architectures") or ("a base without architectures",):
+    for architecture in ModelConfig.read(base).architectures or ("a base without architectures",):
         if architecture not in served:
             raise ConfigError(
                 f"mode {pool.sharing} cannot serve {architecture}",

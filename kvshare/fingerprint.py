@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ConfigError(f"{folder} holds no *.safetensors file", fix="save the model in safetensors format")
         return files
     shards = read_json(folder, _INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ConfigError(f"{folder / _INDEX} has no weight_map", fix="save the model again")
     files = [folder / name for name in sorted(set(shards.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
@@ -113,12 +113,18 @@ _tokenizers: dict[str, str] = {}
 def chat_template(folder: str | Path) -> str:
     """Hash of the chat template's text; "none" if the tokenizer has none."""
     file = Path(folder) / "chat_template.jinja"
-    text = file.read_text() if file.is_file() else read_json(folder, "tokenizer_config.json").get("chat_template")
+    if file.is_file():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {file}: {error}", fix="copy the file again") from None
+    else:
+        text = read_json(folder, "tokenizer_config.json").get("chat_template")
     return of_text(text) if isinstance(text, str) else ("none" if text is None else of_json(text))
 
 
 def of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def of_json(data: Any) -> str:
@@ -131,8 +137,8 @@ def read_json(folder: str | Path, name: str) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{folder} has no {name}", fix="give a complete model folder in Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", fix="copy the file again") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return data
@@ -154,11 +160,14 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
                 if name == "__metadata__":
                     continue
                 begin, end = item["data_offsets"]
-                if not 0 <= begin <= end:
+                numbers = (*item["shape"], begin, end)
+                if not isinstance(item["dtype"], str) or not all(type(n) is int and n >= 0 for n in numbers):
+                    raise ValueError(f"tensor {name} has no type, shape and place")
+                if begin > end:
                     raise ValueError(f"tensor {name} has offsets {begin} to {end}")
                 at = {"start": 8 + length + begin, "bytes": end - begin}
                 entries[name] = {"dtype": item["dtype"], "shape": item["shape"], **at}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigError(f"{file} is not a safetensors file: {error}", fix="copy or save the file again") from None
     for name, entry in entries.items():
         if entry["start"] + entry["bytes"] > size:

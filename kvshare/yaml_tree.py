@@ -20,6 +20,14 @@ class Node(BaseModel):
     )
 
 
+class FieldError(ValueError):
+    """What a validator of a whole node finds wrong with one of its fields. `field`: its path below the node."""
+
+    def __init__(self, field: str, message: str):
+        self.field = field
+        super().__init__(message)
+
+
 def read(path: Path, kind: str, fix: str) -> Any:
     """A file's plain data. Raises ConfigError; `kind` says what file it is, `fix` where to find one."""
     try:
@@ -34,11 +42,22 @@ def read(path: Path, kind: str, fix: str) -> Any:
 
 def from_yaml(text: str) -> Any:
     """Plain data. Raises yaml.YAMLError, whose text quotes the file."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings are nested too deeply") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, of which PyYAML would silently keep the last."""
+    """Refuses a key given twice, of which PyYAML would silently keep the last, and says where a value is that its type cannot
+    have (a 13th month, an integer of 5,000 digits)."""
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from None
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -14,7 +14,9 @@ from prefillshare.router.ahead.response_kv import ResponseKV
 
 class GrpcSurface(ChatSurface):
     """`samplings`: the sampling parameters of all turns. `ending`: how the responses end. `pace`: a token is made for each of
-    its releases; None: all at once."""
+    its releases; None: all at once. `keeper`: KeepingSurface's, for one that is both."""
+
+    keeper = None
 
     def __init__(self, *given, **more):
         super().__init__(*given, **more)
@@ -27,7 +29,7 @@ class GrpcSurface(ChatSurface):
         from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 
         await super().start()
-        turns = Turns(self.base, self.decoders, self.frontend, self.sessions, ResponseKV(), **self.config)
+        turns = Turns(self.base, self.decoders, self.frontend, self.sessions, ResponseKV(keeper=self.keeper), **self.config)
         port = free_port()
         self.grpc_address = f"127.0.0.1:{port}"
         self.grpc = GrpcServer(Servicer(turns, None), "127.0.0.1", port)

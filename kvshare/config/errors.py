@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from prefillshare.kvshare.errors import ConfigError
+from prefillshare.kvshare.yaml_tree import FieldError
 
 #: pydantic's words for kinds of value, in the words of YAML.
 _SHOULD_BE = {
@@ -35,16 +36,24 @@ def as_config_error(error: ValidationError, root: type[BaseModel], *, secret: bo
         elif item["type"] == "missing":
             message = "required, but not given"
         elif item["type"] == "value_error":
-            message = str(item["ctx"]["error"])
+            wrong = item["ctx"]["error"]
+            message = str(wrong)
+            if isinstance(wrong, FieldError):
+                loc = (*loc, wrong.field)
         else:
             got = _kind(item["input"]) if secret else shown(item["input"])
             message = f"{_SHOULD_BE.get(item['type'], item['msg'])}, got {got}"
         if secret and (is_key or item["type"] == "extra_forbidden"):
             loc = loc[: -2 if is_key else -1]
-        problems.append((".".join(str(part) for part in loc if part != "[key]"), message))
+        problems.append((".".join(_named(part) for part in loc if part != "[key]"), message))
     field, message = problems[0]
     rest = "".join(f"\n  {f}: {m}" if f else f"\n  {m}" for f, m in problems[1:])
     return ConfigError(message + rest, field=field or None)
+
+
+def _named(part: object) -> str:
+    """A part of a path, in quotes where it would not be seen."""
+    return text if (text := str(part)).strip() else repr(text)
 
 
 def shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from prefillshare.kvshare.config.router import Router
 from prefillshare.kvshare.engine_settings import OUR_ENGINE_ARGS, SHARED_PREFILL, own_prefill
 from prefillshare.kvshare.layer_group import layer_group
 from prefillshare.kvshare.modes import get_mode, mode_names
-from prefillshare.kvshare.yaml_tree import Name
+from prefillshare.kvshare.yaml_tree import FieldError, Name
 from prefillshare.kvshare.yaml_tree import Node as _Node
 
 Folder = Annotated[str, Field(min_length=1)]
@@ -361,23 +361,24 @@ class Deployment(_Node):
     def _names_are_unique(self) -> Deployment:
         pools = [p.pool for p in self.decode]
         if again := sorted({p for p in pools if pools.count(p) > 1}):
-            raise ValueError(f"decode: pool name used twice: {', '.join(again)}; give each pool a name of its own")
+            raise FieldError("decode", f"pool name used twice: {', '.join(again)}; give each pool a name of its own")
         # Pools, the router and prefill engines are named in one space: logs, metrics and Ray Serve.
         if taken := sorted({"router", SHARED_PREFILL, *map(own_prefill, pools)} & set(pools)):
-            raise ValueError(f"decode: pool name {', '.join(taken)} is taken by another part of the system; rename the pool")
+            raise FieldError("decode", f"pool name {', '.join(taken)} is taken by another part of the system; rename the pool")
         names = [n for p in self.decode for n in p.decoders]
         if self.base.name in names:
-            raise ValueError(f"decode: decoder {self.base.name!r} is named like the base; rename it or set base.name")
+            raise FieldError("decode", f"decoder {self.base.name!r} is named like the base; rename it or set base.name")
         if again := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"decode: decoder name used twice: {', '.join(again)}; a name is served by one pool")
+            raise FieldError("decode", f"decoder name used twice: {', '.join(again)}; a name is served by one pool")
         return self
 
     @model_validator(mode="after")
     def _somebody_makes_the_kv(self) -> Deployment:
         if self.prefill and not self.prefill.replicas and (needed_by := self._need_prefill):
-            raise ValueError(
-                f"prefill.replicas: 0 leaves nobody to make the KV of pool {needed_by[0].pool!r}; only adapter pools in modes "
-                f"{_in_place()} make it themselves. Set it to 1"
+            raise FieldError(
+                "prefill.replicas",
+                f"0 leaves nobody to make the KV of pool {needed_by[0].pool!r}; only adapter pools in modes "
+                f"{_in_place()} make it themselves. Set it to 1",
             )
         return self
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prefillshare.kvshare import fingerprint
 from prefillshare.kvshare.engine_settings import EngineSettings
+from prefillshare.kvshare.model_config import ModelConfig
 from prefillshare.kvshare.modes import SharingMode, get_mode, modes
 
 
@@ -41,7 +41,7 @@ class Instead(Family):
 
     def engine_args(self, s: EngineSettings) -> dict[str, Any]:
         """Batches of decodes are captured as graphs; nothing is compiled."""
-        stock = fingerprint.read_json(s.model, "config.json")["architectures"]
+        stock = ModelConfig.read(s.model).architectures
         return {
             "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
             "hf_overrides": {"architectures": [self.prefix + name for name in stock], **self.config(s)},

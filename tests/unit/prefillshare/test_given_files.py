@@ -173,7 +173,7 @@ def test_no_hub_is_asked_by_any_command(monkeypatch):
 BROKEN_MODELS = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config.json is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot read"),
-    "config.json is another's": (lambda folder: (folder / "config.json").write_text("{}"), "lacks 'num_attention_heads'"),
+    "config.json is another's": (lambda folder: (folder / "config.json").write_text("{}"), "lacks 'num_hidden_layers', '"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no *.safetensors file"),
     "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 40), "is not a safetensors file"),
     "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),

@@ -18,7 +18,7 @@ def _nothing_is_logged():
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_nothing_is_lost_wrong_hanging_or_left_behind(system):
-    found = soak(seed=1, turns=300, **SYSTEMS[system])
+    found = soak(seed=1, turns=600, **SYSTEMS[system])
     assert found.problems == []
     assert found.is_clean, found
     assert len(found.faults) == 9

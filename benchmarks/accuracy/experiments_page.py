@@ -19,7 +19,7 @@ LINES = {
         "tab:purple", ("seen-home", "seen-home-own-32"), ("seen-home-ordinary",), ()
     ),
     "over a base tuned on this task, too": (
-        "tab:green", ("agents-home", "agents-tools"), ("agents-home-ordinary", "agents-tools-ordinary"), ()
+        "tab:green", ("agents-home", "base-tools"), ("agents-home-ordinary", "base-tools-ordinary"), ()
     ),
 }  # fmt: skip
 #: An ordinary fine-tune that is asked over base KV; in the study, one of all weights.

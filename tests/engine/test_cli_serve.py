@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import clean_environment
 import psutil
 import pytest
+import ray
 import yaml
 import zmq
 from channels import HANDSHAKE, REPLAY, listeners, turned_away
@@ -176,10 +176,10 @@ def test_engines_tell_nobody_without_the_deployments_key_what_they_hold(serving)
 
 def test_the_key_stands_in_no_command_line_and_in_no_log(serving):
     with serving.connected():
-        secret = channel_secret()
+        secret, folder = channel_secret(), Path(ray._private.worker.global_worker.node.get_logs_dir_path())
     assert len(secret) == 64
     assert not [one for one in serving.processes() if one.is_running() and secret in " ".join(one.cmdline())]
-    logs = [file for file in (Path(tempfile.gettempdir()) / "ray/session_latest/logs").rglob("*.*") if file.is_file()]
+    logs = [file for file in folder.rglob("*.*") if file.is_file()]
     assert len(logs) > 5
     assert not [file for file in logs if secret.encode() in file.read_bytes()]
 

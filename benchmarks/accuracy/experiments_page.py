@@ -19,7 +19,7 @@ LINES = {
         "tab:purple", ("seen-home", "seen-home-own-32"), ("seen-home-ordinary",), ()
     ),
     "over a base tuned on this task, too": (
-        "tab:green", ("agents-home", "base-tools"), ("agents-home-ordinary", "base-tools-ordinary"), ()
+        "tab:green", ("agents-home", "agents-home-own-32", "base-tools"), ("agents-home-ordinary", "base-tools-ordinary"), ()
     ),
 }  # fmt: skip
 #: An ordinary fine-tune that is asked over base KV; in the study, one of all weights.
@@ -52,10 +52,10 @@ def _answer(found: dict) -> str:
 **Little, over a base that has learnt your tasks.** Tune one base on all of them (`method: base`), freeze it, and train decoders
 over its KV. Then an adapter needs nothing of its own: {gap("base-tools", "bfcl_simple_python")} from an ordinary
 LoRA of the same size at `bfcl_simple_python`, {gap("base-tools", "bfcl_multiple")} at `bfcl_multiple`,
-{gap("agents-home", "home_commands")} at `home_commands`. For a task that the base has not learnt, let the decoder
-compute the last {own} tokens of each prompt itself (`own_tokens`): {gap("base-home-own-32", "home_commands")}
-at `home_commands`, where it is {gap("home", "home_commands")} over the model as it comes. An ordinary
-fine-tune that is fed base KV collapses."""
+{gap("agents-home", "home_commands")} at `home_commands`. A decoder that computes the last {own} tokens of each
+prompt itself (`own_tokens`) wins back most of what is left, {gap("agents-home-own-32", "home_commands")} there, and
+two thirds where the base has not learnt the task: {gap("base-home-own-32", "home_commands")}, where the model as it
+comes loses {gap("home", "home_commands")}. An ordinary fine-tune that is fed base KV collapses."""
 
 
 def _points(gap: dict) -> str:

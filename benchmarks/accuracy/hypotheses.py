@@ -106,7 +106,7 @@ EXPERIMENTS = (
                "home", HOME, over="agents", against="agents-home-ordinary",
                verdict="nearly: four fifths of the gap are closed, while decoders learn much that the base does not know"),
     Experiment("agents-home-own-32", "what is left of the gap is in the question", "home", HOME, OWN_32, "agents",
-               "agents-home-ordinary"),
+               "agents-home-ordinary", verdict="yes: what is left is within the noise"),
     Experiment("agents-home-icarus", "the same holds for a decoder that makes no KV at all", "home", HOME, ICARUS, "agents",
                "agents-home-ordinary"),
     Experiment("agents-home-full-ordinary", "full fine-tuning of this base, to compare with", "home", HOME, ORDINARY | FULL,

@@ -111,7 +111,7 @@ def plot(result: dict, study: dict, path: Path) -> None:
         for made in found.values():
             if "fed_base_kv" in made and next(iter(made["suites"])) == suite:
                 curve = made["fed_base_kv"]
-        _draw(ax, COLLAPSE, [point | {"computed": max(1, whole * (1 - point["share"]))} for point in curve], "grey", ":")
+        _draw(ax, COLLAPSE, [{"computed": max(1, whole * (1 - point["share"]))} | point for point in curve], "grey", ":")
         ax.set(title=suite, xlabel="tokens of a prompt that the decoder computes", xscale="log")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)

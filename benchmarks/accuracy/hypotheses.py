@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.accuracy.rows import RECIPES
+from benchmarks.accuracy.rows import FULL, RECIPES
 from prefillshare.finetuning.recipe import Recipe, load, parse
 
 RUNS = Path("runs/screen")
@@ -57,7 +57,7 @@ class Experiment:
 
 
 ORDINARY = {"method": "ordinary", "base_kv_gib": 0}
-ICARUS, FULL = {"method": "icarus"}, {"weights": "full", "learning_rate": 1e-4, "micro_batch_size": 4}
+ICARUS = {"method": "icarus"}
 TUNED = {"method": "base", "base_kv_gib": 0, "lora": {"rank": 16, "alpha": 64, "saved_as": "bfloat16"}}
 OWN_32, OWN_64 = {"own_tokens": 32}, {"own_tokens": 64}
 #: Tasks of the decoders that are trained jointly with their prefill module, and the rank of each map of base KV.

@@ -173,7 +173,10 @@ def test_no_hub_is_asked_by_any_command(monkeypatch):
 BROKEN_MODELS = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config.json is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot read"),
-    "config.json is another's": (lambda folder: (folder / "config.json").write_text("{}"), "lacks 'num_hidden_layers', '"),
+    "config.json is another's": (
+        lambda folder: (folder / "config.json").write_text("{}"),
+        "lacks 'num_hidden_layers', 'num_attention_heads', 'hidden_size', 'vocab_size'; only decoder-only transformers",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no *.safetensors file"),
     "weights cut short": (lambda folder: os.truncate(folder / "model.safetensors", 40), "is not a safetensors file"),
     "no tokenizer.json": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),

@@ -72,6 +72,12 @@ EXPERIMENTS = (
                "itself reads it", "home", HOME, OWN_32, against="home-ordinary", verdict="half of the gap is closed"),
     Experiment("home-own-64", "more own tokens win more", "home", HOME, OWN_64, against="home-ordinary",
                verdict="no: 32 cover the question"),
+    Experiment("home-distilled", "a teacher's distribution says more than the next token alone: that of the ordinary "
+               "fine-tune is learnt, too", "home", HOME, against="home-ordinary", lever="distilled"),
+    Experiment("home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each layer's "
+               "keys and values", "home", HOME, against="home-ordinary", lever="mapped"),
+    Experiment("home-own-32-distilled", "both together: a teacher, and an own end of the prompt", "home", HOME, OWN_32,
+               against="home-ordinary", lever="distilled"),
     # Over a base that has learnt two tasks, and not the third.
     Experiment("base", "one base can be tuned on tool calls and arithmetic at once", MIXTURE, (*TOOLS, "arithmetic"), TUNED,
                verdict="tool calls, yes; arithmetic hardly, on so little data"),
@@ -85,10 +91,6 @@ EXPERIMENTS = (
                over="base", against="base-home-ordinary", verdict="no, not by itself"),
     Experiment("base-home-own-32", "both together: a tuned base, and an own end of the prompt", "home", HOME, OWN_32,
                over="base", against="base-home-ordinary", verdict="two thirds of the gap are closed", seeds=3),
-    Experiment("base-home-distilled", "a teacher's distribution says more than the next token alone: that of the ordinary "
-               "fine-tune is learnt, too", "home", HOME, over="base", against="base-home-ordinary", lever="distilled"),
-    Experiment("base-home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each "
-               "layer's keys and values", "home", HOME, over="base", against="base-home-ordinary", lever="mapped"),
     # Over that base after a hundred transcripts of the third task: it has seen the task, and cannot do it as well as a decoder.
     Experiment("seen", "a hundred transcripts show a base what a task is about", SEEN, HOME, TUNED, "base",
                verdict="not enough to answer by itself"),
@@ -123,7 +125,9 @@ EXPERIMENTS = (
                "agents-tools-ordinary"),
     # One prefill module, trained through the losses of its decoders.
     Experiment("joint", "a prefill module is best trained through its decoders' losses", JOINT, (), TUNED, lever="joint"),
-    Experiment("joint-home", "its decoder of home commands", "home", HOME, over="joint", against="agents-home-ordinary"),
+    Experiment("joint-home-ordinary", "the ordinary fine-tune of this module, to compare with", "home", HOME, ORDINARY,
+               "joint"),
+    Experiment("joint-home", "its decoder of home commands", "home", HOME, over="joint", against="joint-home-ordinary"),
     Experiment("joint-arithmetic", "its decoder of arithmetic", "arithmetic", ("arithmetic",), over="joint"),
 )  # fmt: skip
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}

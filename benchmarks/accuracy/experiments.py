@@ -2,10 +2,11 @@
 
     python -m benchmarks.accuracy.experiments [NAME...] [--questions N] [--seeds N]
 
- 1. Trains what is not there yet (benchmarks/accuracy/hypotheses.py), on at most 700 transcripts of a suite. What an experiment
-    trains may be the base of later ones.
+ 1. Trains what is not there yet (benchmarks/accuracy/hypotheses.py), on at most 700 transcripts of a suite: what is named, and
+    what that is trained over or compared with.
  2. Asks test questions of each suite, offline.
- 3. Writes benchmarks/results/experiments.json and docs/accuracy.md, unless only some are named. The last line is JSON.
+ 3. Writes benchmarks/results/experiments.json and docs/accuracy.md. Experiments that were not asked this time keep their
+    figures, and say where they are from. The last line is JSON, of those that were asked.
 
 About half an hour per ordinary training on two cores. What is done is kept in runs/screen, so that a run that is started again
 goes on.
@@ -30,7 +31,7 @@ from benchmarks.accuracy.figures import apart_of_seeds, shares, shares_of_seeds
 from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS, Experiment
 from benchmarks.accuracy.making import make
 from benchmarks.accuracy.rows import Row
-from benchmarks.shared.result import write
+from benchmarks.shared.result import RESULTS, write
 from benchmarks.shared.small import MODEL, bars
 from prefillshare.finetuning import subjects
 from prefillshare.finetuning.recipe import Recipe, device_of, is_whole
@@ -106,6 +107,30 @@ def figures_of(experiment: Experiment, measured: Measured, reference: Measured |
     return told | {"suites": suites} | ({"fed_base_kv": measured.fed} if measured.fed else {})
 
 
+#: What figures of an experiment hold for: they are kept as long as it is still this.
+_MADE_BY = ("over", "against", "changes", "data")
+_MEASURED_ON = ("date", "revision", "hardware")
+
+
+def beside_earlier(found: dict, earlier: dict) -> dict:
+    """What is `found`, and of an `earlier` result what is not, with what that was measured on."""
+    every = {}
+    for name, experiment in BY_NAME.items():
+        kept = earlier["experiments"].get(name)
+        if name in found:
+            every[name] = found[name]
+        elif kept and all(kept[key] == getattr(experiment, key) for key in _MADE_BY):
+            measured = {"measured": {key: earlier[key] for key in _MEASURED_ON}}
+            every[name] = measured | kept | {"supposed": experiment.supposed, "verdict": experiment.verdict}
+    return every
+
+
+def with_references(names: Sequence[str]) -> list[str]:
+    """These experiments and what they are compared with, in the order in which they are made."""
+    wanted = {*names, *(BY_NAME[name].against for name in names)}
+    return [name for name in BY_NAME if name in wanted]
+
+
 def _interval(figures: dict) -> list[float]:
     """The gap to the ordinary fine-tune and its interval; empty where there is none."""
     return [figures["gap"][key] for key in ("mean", "low", "high")] if "gap" in figures else []
@@ -123,7 +148,7 @@ def main() -> None:
     console, model = Console(stderr=True), fetch(MODEL)
     transcripts.make(AutoTokenizer.from_pretrained(model))
     measured: dict[str, Measured] = {}
-    for experiment in (BY_NAME[name] for name in args.names or BY_NAME):
+    for experiment in (BY_NAME[name] for name in with_references(args.names or list(BY_NAME))):
         recipes = [experiment.recipe(model, seed) for seed in range(args.seeds or experiment.seeds)]
         if args.only_trained:
             recipes = [recipe for recipe in recipes if is_whole(Path(recipe.output))]
@@ -139,12 +164,9 @@ def main() -> None:
         for name, made in found.items()
         for suite, of in made["suites"].items()
     }
-    if args.names:
-        console.print("A part of the experiments: benchmarks/results/experiments.json stays as it is.")
-        print(json.dumps(headline))
-        return
-    missing = [experiment.name for experiment in EXPERIMENTS if experiment.name not in found]
-    parts = {"experiments": found, "missing": missing}
+    every = beside_earlier(found, json.loads((RESULTS / "experiments.json").read_text()))
+    missing = [experiment.name for experiment in EXPERIMENTS if experiment.name not in every]
+    parts = {"experiments": every, "missing": missing}
     report.write(experiments=write("accuracy.experiments", console, vars(args), headline, file="experiments", **parts))
 
 

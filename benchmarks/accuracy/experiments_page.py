@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.accuracy.hypotheses import BY_NAME
 from benchmarks.accuracy.rows import NAIVE
 
 #: Line of the plot -> its colour, the experiments whose points it joins, the ordinary fine-tunes at its right end (they compute
@@ -35,10 +34,11 @@ def markdown(result: dict, plot: str) -> str:
             _answer(found),
             f"![right answers against prompt tokens that a decoder computes]({plot})",
             _APPENDIX + "\n".join(_rows(found)),
-            *([f"Not trained here: {', '.join(result['missing'])}."] if result["missing"] else []),
+            *([f"Not trained yet: {', '.join(result['missing'])}."] if result["missing"] else []),
             f"Measured by `{result['command']}` on {result['date'][:10]} at revision {result['revision']}: "
             f"{hardware.get('gpu', 'no GPU')}, {hardware['cpu']}, {hardware['cores']} cores; {versions}. All figures: "
             "[benchmarks/results/experiments.json](../benchmarks/results/experiments.json).",
+            *_earlier(found),
         )
     )
 
@@ -71,8 +71,8 @@ the model as it comes, the figures are those of the [study below](#all-methods-o
 
 Each on at most 700 transcripts of a suite, with LoRA of rank 8 if nothing else is said. The bases: `home...` the model as it
 comes; `base...`, `seen...`, `agents...` and `joint...` what the experiment of that name makes. Gaps are to the
-ordinary fine-tune of the same size, from the same base if no other is named, over the same questions, in points, with 95 %
-intervals. They are over questions like these, and, where several seeds are named, over trainings like these.
+ordinary fine-tune of the same size from the same base, over the same questions, in points, with 95 % intervals. They are over
+questions like these, and, where several seeds are named, over trainings like these.
 
 | experiment | supposed | suite | tokens of a prompt computed | right, % | gap | seeds | verdict |
 | --- | --- | --- | ---: | ---: | --- | ---: | --- |
@@ -84,13 +84,21 @@ def _rows(found: dict) -> Iterable[str]:
         for suite, figures in made["suites"].items():
             right = f"{100 * figures['accuracy']:.1f} ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})"
             gap = _points(figures["gap"]) if "gap" in figures else ""
-            if gap and BY_NAME[made["against"]].over != made["over"]:
-                gap += f", to `{made['against']}`"
             seeds = len(figures.get("seeds", [0]))
             yield (
                 f"| `{name}` | {made['supposed']} | `{suite}` | {figures['computed']:.0f} | {right} | {gap} | {seeds} "
                 f"| {made['verdict']} |"
             )
+
+
+def _earlier(found: dict) -> Iterable[str]:
+    """Which figures are from earlier runs."""
+    runs: dict[str, list[str]] = {}
+    for name, made in found.items():
+        if on := made.get("measured"):
+            where = f"{on['date'][:10]} at revision {on['revision']}, {on['hardware'].get('gpu', on['hardware']['cpu'])}"
+            runs.setdefault(where, []).append(f"`{name}`")
+    return (f"From an earlier run, on {where}: {', '.join(names)}." for where, names in runs.items())
 
 
 def plot(result: dict, study: dict, path: Path) -> None:

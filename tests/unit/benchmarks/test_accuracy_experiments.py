@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.accuracy import experiments_page
-from benchmarks.accuracy.experiments import Measured, figures_of
+from benchmarks.accuracy.experiments import Measured, beside_earlier, figures_of, with_references
 from benchmarks.accuracy.hypotheses import BY_NAME, EXPERIMENTS
 from benchmarks.accuracy.rows import NAIVE, ROWS
 
@@ -52,7 +52,7 @@ def test_an_experiment_that_was_not_trained_leaves_a_gap_in_the_plot_only(tmp_pa
     made = result(tmp_path, monkeypatch)
     del made["experiments"]["joint"], made["experiments"]["home-ordinary"]
     experiments_page.plot(made, STUDY, tmp_path / "plot.png")
-    assert "Not trained here: joint." in experiments_page.markdown(made | {"missing": ["joint"]}, "plot.png")
+    assert "Not trained yet: joint." in experiments_page.markdown(made | {"missing": ["joint"]}, "plot.png")
 
 
 def test_lines_of_the_plot_join_experiments_of_one_base_with_its_ordinary_fine_tunes():
@@ -63,13 +63,28 @@ def test_lines_of_the_plot_join_experiments_of_one_base_with_its_ordinary_fine_t
         assert all(BY_NAME[name].changes["method"] == "ordinary" for name in ordinary)
 
 
-def test_a_gap_to_a_fine_tune_of_another_base_says_so(tmp_path, monkeypatch):
-    page = experiments_page.markdown(result(tmp_path, monkeypatch), "plot.png")
-    for experiment in EXPERIMENTS:
-        if experiment.against and experiment.suites:
-            (row,) = [line for line in page.splitlines() if line.startswith(f"| `{experiment.name}` |")][:1]
-            other_base = BY_NAME[experiment.against].over != experiment.over
-            assert (f"to `{experiment.against}`" in row) == other_base
+def test_figures_that_were_not_measured_again_are_kept_and_say_where_they_are_from(tmp_path, monkeypatch):
+    earlier = result(tmp_path, monkeypatch)
+    found = {"home": earlier["experiments"]["home"] | {"loss": 0.25}}
+    before = {"date": "2025-12-31T00:00", "revision": "old", "hardware": {"cpu": "x", "gpu": "a GPU"}}
+    earlier["experiments"]["base"] = earlier["experiments"]["base"] | {"measured": before}
+    earlier["experiments"]["seen"] = earlier["experiments"]["seen"] | {"data": "other data than now"}
+    earlier["experiments"]["joint"] = earlier["experiments"]["joint"] | {"verdict": "another than now"}
+    every = beside_earlier(found, earlier)
+    assert list(every) == [name for name in BY_NAME if name != "seen"]
+    assert every["home"] == found["home"]
+    assert every["joint"]["verdict"] == BY_NAME["joint"].verdict
+    page = experiments_page.markdown(earlier | {"experiments": every}, "plot.png")
+    where = "From an earlier run, on 2026-01-01 at revision abc, a CPU:"
+    assert "From an earlier run, on 2025-12-31 at revision old, a GPU: `base`." in page
+    (rest,) = [line for line in page.splitlines() if line.startswith(where)]
+    assert "`home-ordinary`" in rest
+    assert "`home`" not in rest
+
+
+def test_what_is_named_is_measured_together_with_what_it_is_compared_with():
+    assert with_references(["seen-home", "home"]) == ["home-ordinary", "home", "seen-home-ordinary", "seen-home"]
+    assert with_references(list(BY_NAME)) == list(BY_NAME)
 
 
 def test_every_experiment_is_a_recipe_with_a_folder_of_its_own(monkeypatch):
@@ -79,6 +94,7 @@ def test_every_experiment_is_a_recipe_with_a_folder_of_its_own(monkeypatch):
         assert experiment.over is None or recipes[experiment.over].makes_base
         if reference := experiment.against:
             assert recipes[reference].method == "ordinary"
+            assert recipes[reference].base == recipes[experiment.name].base
             assert recipes[reference].lora == recipes[experiment.name].lora
             assert recipes[reference].weights == recipes[experiment.name].weights
             assert BY_NAME[reference].suites == experiment.suites

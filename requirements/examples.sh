@@ -43,7 +43,7 @@ rm -f "$ENV/.installed"
 echo "Setting up $ENV for the examples"
 {
     "$python" -m venv "$ENV"
-    by_uv --no-deps -r examples/requirements.lock || by_pip --no-deps -r examples/requirements.lock
+    by_uv --no-deps --require-hashes -r examples/requirements.lock || by_pip --no-deps --require-hashes -r examples/requirements.lock
     by_uv --no-deps -e . || by_pip --no-deps -e .
 } >"$LOG" 2>&1 || fail
 touch "$ENV/.installed"

@@ -93,7 +93,7 @@ uv() {
 install() { uv "$@" || pip "$@"; }
 
 install_torch() {
-    # A wheel at hand (pip's configured find-links) spares the download from PyTorch's index.
+    # A wheel at hand (pip's configured find-links) spares the download from PyTorch's index, which names each wheel's hash.
     pip --no-deps --no-index "$TORCH" || pip --no-deps --index-url "$TORCH_INDEX" "$TORCH"
 }
 
@@ -106,7 +106,8 @@ mkdir -p .venv
 make_venv
 need_compiler
 step "PyTorch" install_torch
-step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" install --no-deps -r requirements/cpu.lock -r requirements/data.lock
+step "$(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock" \
+    install --no-deps --require-hashes -r requirements/cpu.lock -r requirements/data.lock
 step "prefillshare" pip --no-deps --no-build-isolation -e .
 
 if ! has_tcmalloc && ! apt libtcmalloc-minimal4 libtcmalloc-minimal4t64; then

@@ -10,7 +10,7 @@ ENV PATH=/opt/prefillshare/.venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VE
 RUN python3.12 -m venv .venv
 # The lock file is copied separately, because it changes less often than the code.
 COPY requirements/gpu.lock requirements/gpu.lock
-RUN pip install --no-deps -r requirements/gpu.lock
+RUN pip install --no-deps --require-hashes -r requirements/gpu.lock
 COPY . src/
 RUN pip install --no-deps ./src && rm -rf src
 

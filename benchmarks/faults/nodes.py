@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine, the second of which may die and come back."""
+"""A Ray cluster of two nodes, the second of which may die and come back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 from ray._private.authentication.authentication_token_setup import _get_default_token_path, generate_and_save_token
 
+from benchmarks.shared.hosts import Host
+
 START_S = 60
 #: Resources of each node, so that every pool has one replica on each; routers run on the first node.
 SLOTS = {"prefill-slot": 1, "decode-slot": 1}
@@ -19,10 +21,12 @@ HEAD = {"head": 1}
 
 
 class Nodes:
-    """`port`: of the head node. Both nodes end with the context."""
+    """`port`: of the head node. `hosts`: the one that this process is on, with the head node, and the second node's; None: both
+    nodes are on this machine's loopback. Both nodes end with the context."""
 
-    def __init__(self, folder: Path, port: int):
-        self._folder, self.address = folder, f"127.0.0.1:{port}"
+    def __init__(self, folder: Path, port: int, hosts: tuple[Host, Host] | None = None):
+        self._folder, self._hosts = folder, hosts
+        self.address = f"{hosts[0].address if hosts else '127.0.0.1'}:{port}"
         self._port, self._started = port, 0
         self._head: subprocess.Popen | None = None
         self._second: subprocess.Popen | None = None
@@ -30,7 +34,8 @@ class Nodes:
     def __enter__(self) -> Nodes:
         if not _get_default_token_path().exists():
             generate_and_save_token()
-        words = ["--head", f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
+        at = [f"--node-ip-address={self._hosts[0].address}"] if self._hosts else []
+        words = ["--head", *at, f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
         self._head = self._start(words, SLOTS | HEAD)
         self.start_second()
         return self
@@ -41,7 +46,8 @@ class Nodes:
                 _kill(node)
 
     def start_second(self) -> None:
-        self._second = self._start([f"--address={self.address}"], SLOTS)
+        at = [f"--node-ip-address={self._hosts[1].address}"] if self._hosts else []
+        self._second = self._start([f"--address={self.address}", *at], SLOTS, self._hosts and self._hosts[1])
 
     def second(self) -> set[int]:
         """Process ids of the second node: its raylet, and all processes that it has started."""
@@ -54,11 +60,13 @@ class Nodes:
                 process.kill()
         self._second.wait(timeout=START_S)
 
-    def _start(self, words: list[str], resources: dict[str, float]) -> subprocess.Popen:
+    def _start(self, words: list[str], resources: dict[str, float], host: Host | None = None) -> subprocess.Popen:
         self._started += 1
         log = self._folder / f"node-{self._started}.log"
         command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=2",
                    "--object-store-memory=100000000", f"--resources={json.dumps(resources)}", *words]  # fmt: skip
+        if host:
+            command = host.on_it(command)
         with log.open("w") as out:
             node = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_AUTH_MODE": "token"})
         deadline = time.monotonic() + START_S

@@ -1,4 +1,4 @@
-"""The faults, one after the other; the system becomes whole again in between."""
+"""The ways in which a system is struck, and a run of all of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Self
 
 import psutil
 
@@ -25,12 +26,18 @@ HTTP_URL = f"http://127.0.0.1:{HTTP_PORT}"
 SETTLE_S = 60
 
 
-class Faults:
-    """Lets every kind of fault strike, each one when the system is whole again. `ejected`: replicas that get no turns any more
-    although no fault was aimed at them."""
+#: Pool -> its replicas.
+POOLS = {"prefill": 2, "agents": 2}
 
-    def __init__(self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None]):
-        self._handle, self._nodes, self._redis, self._log = handle, nodes, redis, log
+
+class Strikes:
+    """Every kind of fault can strike. `pools`: pool -> its replicas. `ejected`: replicas that get no turns any more although no
+    fault was aimed at them. The faults come from a thread of its own, from when the context begins until it ends."""
+
+    def __init__(
+        self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None], pools: Mapping[str, int] = POOLS
+    ):
+        self._handle, self._nodes, self._redis, self._log, self._pools = handle, nodes, redis, log, pools
         self.struck: list[tuple[str, float]] = []
         #: Kind of fault -> seconds until a router gave the replica no more work, and until what had died was there again.
         self.known_after_s: dict[str, float] = {}
@@ -43,7 +50,7 @@ class Faults:
         self._thread = threading.Thread(target=self._run)
         self.kinds: dict[str, Callable[[str], None]] = {
             "kill router": lambda kind: self._kill(partial(routers, GRPC_PORT), 2),
-            **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in ("prefill", "agents")},
+            **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in pools},
             "kill controller": lambda kind: self._kill(partial(titled, "ray::ServeController"), 1),
             "kill proxy": lambda kind: self._kill(partial(titled, "ray::ProxyActor"), 2),
             "kill raylet": self._raylet,
@@ -52,17 +59,13 @@ class Faults:
             "hang redis": self._hang_redis,
         }
 
-    def __enter__(self) -> Faults:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._stop.set()
         self._thread.join()
-
-    @property
-    def all_have_struck(self) -> bool:
-        return len(self.struck) >= len(self.kinds) and not self.now
 
     def info(self) -> dict:
         return self._handle.replica_info.remote().result(timeout_s=60)
@@ -71,17 +74,12 @@ class Faults:
         pools = self.info()
         unusable = {name for pool in pools.values() for name, replica in pool.items() if not replica["usable"]}
         self.ejected |= unusable - self._victims
-        return len(routers(GRPC_PORT)) == 2 and all(len(pool) == 2 for pool in pools.values()) and not unusable
+        sizes = {name: len(pool) for name, pool in pools.items()}
+        return len(routers(GRPC_PORT)) == 2 and sizes == self._pools and not unusable
 
     def _run(self) -> None:
-        kinds = list(self.kinds)
-        while not self._stop.is_set():
-            try:
-                if self.whole() and len(self.struck) < len(kinds):
-                    self._strike(kinds[len(self.struck)])
-            except Exception as error:  # a replica that is ending cannot be asked; the next round asks again
-                self._log(f"[dim]{type(error).__name__}: asked again[/]")
-            self._stop.wait(0.5)
+        """What the thread does."""
+        raise NotImplementedError
 
     def _strike(self, kind: str) -> None:
         self.now, began = kind, time.monotonic()
@@ -139,12 +137,31 @@ class Faults:
         self._stop.wait(REDIS_AWAY_S)
         self._redis.resume()
 
-    def _until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + SETTLE_S
+    def _until(self, done: Callable[[], bool], limit_s: float = SETTLE_S) -> bool:
+        deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             try:
                 if done():
-                    return
+                    return True
             except Exception as error:  # routers come and go
                 self._log(f"[dim]{type(error).__name__}: asked again[/]")
-            self._stop.wait(0.2)
+            time.sleep(0.2)
+        return False
+
+
+class Faults(Strikes):
+    """Lets every kind of fault strike once, each one when the system is whole again."""
+
+    @property
+    def all_have_struck(self) -> bool:
+        return len(self.struck) >= len(self.kinds) and not self.now
+
+    def _run(self) -> None:
+        kinds = list(self.kinds)
+        while not self._stop.is_set():
+            try:
+                if self.whole() and len(self.struck) < len(kinds):
+                    self._strike(kinds[len(self.struck)])
+            except Exception as error:  # a replica that is ending cannot be asked; the next round asks again
+                self._log(f"[dim]{type(error).__name__}: asked again[/]")
+            self._stop.wait(0.5)

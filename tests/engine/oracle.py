@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 
-import torch
-
+from benchmarks.shared.reference_models import TOLERANCE, ReferenceModels
 from prefillshare import reference
 from prefillshare.client import RemoteSession, TurnResult
-from prefillshare.kvshare import decoders
-from prefillshare.kvshare.config import Deployment
-
-TOLERANCE = 1e-3
 
 
-class Oracle:
-    """A deployment's models in plain transformers, each loaded once."""
-
-    def __init__(self, deployment: Deployment):
-        self.deployment = deployment
-        self.served = decoders.served(deployment)
-        self._models: dict[str, object] = {}
-
-    @cached_property
-    def base(self):
-        return load(self.deployment.base.model)
-
+class Oracle(ReferenceModels):
     @cached_property
     def tokenizer(self):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.deployment.base.model)
-
-    def decoder(self, name: str):
-        if name not in self._models:
-            kind = self.served[name]
-            pool = next(p for p in self.deployment.decode if p.pool == kind.pool)
-            if kind.kind == "full":
-                self._models[name] = load(pool.model)
-            elif kind.kind == "base":
-                self._models[name] = self.base
-            else:
-                from peft import PeftModel
-
-                self._models[name] = PeftModel.from_pretrained(load(self.deployment.base.model), pool.adapters[name]).eval()
-        return self._models[name]
 
     def diff(
         self,
@@ -57,8 +26,11 @@ class Oracle:
         own_layers: str = "",
     ) -> float:
         """Largest difference from the reference of `mode` (default: the decoder's). `own_layers`: as in the turn's usage."""
-        function = getattr(reference, mode) if mode else reference.of(self.served[name], own_layers)
-        return reference.max_abs_diff(logprobs, function(self.base, self.decoder(name), prompt, tokens))
+        if mode:
+            expected = getattr(reference, mode)(self.base, self.decoder(name), prompt, tokens)
+        else:
+            expected = self.says(name, prompt, tokens, own_layers)
+        return reference.max_abs_diff(logprobs, expected)
 
     def turn(
         self, session: RemoteSession, name: str, *, suffix_ids: list[int] | None = None, **kwargs
@@ -75,9 +47,3 @@ class Oracle:
         assert self.diff(name, prompt, result.token_ids, result.logprobs, own_layers=own_layers) <= TOLERANCE
         return result, prompt
 
-
-def load(folder: str | Path):
-    """A model in plain transformers."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

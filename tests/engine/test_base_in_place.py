@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from conftest import ids
 from engines import BLOCK, decoding, nothing_held, settings_of
-from oracle import load
 from peft import PeftModel
 
+from benchmarks.shared.reference_models import TOLERANCE, load
 from prefillshare import reference
 from prefillshare.kvshare.errors import EngineStartError
 from prefillshare.kvshare.keep import Keep
@@ -23,8 +23,6 @@ from prefillshare.kvshare_vllm.engine.decode_engine import DecodeEngine
 from prefillshare.proof.engines import new_id, sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
-
-TOLERANCE = 1e-3
 
 
 async def test_an_engine_in_which_nobody_asks_the_hook_does_not_start(tmp_path, smollm, monkeypatch):

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from chart import groups, ray_start, rendered, serve_config
 from conftest import ids, wait_until
-from hosts import Hosts, why_not
 from oracle import TOLERANCE, Oracle
 
+from benchmarks.shared.hosts import Hosts, why_not
 from prefillshare import forkserver
 from prefillshare.client import Client, collect
 from prefillshare.kvshare import metrics_text

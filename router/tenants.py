@@ -137,6 +137,11 @@ class Tenants:
         return tuple(self.by_name) or (ANONYMOUS.tenant,)
 
     @property
+    def are_all_anonymous(self) -> bool:
+        """Whether no keys are needed."""
+        return not self.by_name
+
+    @property
     def fingerprint(self) -> str:
         """Changes with everything a keys file says, keys included."""
         everything = [(name, tenant.model_dump()) for name, tenant in self.by_name.items()]

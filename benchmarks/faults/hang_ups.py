@@ -24,7 +24,8 @@ def hang_up(url: str, model: str, number: int, tokens: int) -> None:
     path, body = _WAYS[number % len(_WAYS)]
     asked = {"model": model, "stream": number % 2 == 0, **body(tokens)}
     data, where = json.dumps(asked).encode(), urlsplit(url)
-    head = f"POST {path} HTTP/1.1\r\nHost: router\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {where.netloc}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection((where.hostname, where.port), timeout=30) as client:
         if number % 3 == 0:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -12,7 +12,7 @@ RUN python3.12 -m venv .venv
 COPY requirements/gpu.lock requirements/gpu.lock
 RUN pip install --no-deps --require-hashes -r requirements/gpu.lock
 COPY . src/
-RUN pip install --no-deps ./src && rm -rf src
+RUN pip install --no-deps --no-build-isolation ./src && rm -rf src
 
 FROM ${CUDA}
 # python3.12-dev, gcc: Triton's launchers. The ib and rdma libraries: KV over RDMA, which UCX finds by itself.

@@ -137,7 +137,8 @@ class Router(Node):
     ui_hosts: tuple[str, ...] = ()
     """Further host names, without port, under which browsers may ask for the page: those of a load balancer, an ingress or this
     machine; "*": any. Without them the page answers to `router.host`, "localhost" and IP addresses only, so that no other web
-    site can read it by pointing a name of its own at the router (DNS rebinding)."""
+    site can read it by pointing a name of its own at the router (DNS rebinding). Where the router listens on loopback and
+    `auth` is unset, this holds for all of HTTP."""
 
     @field_validator("ui_hosts")
     @classmethod
@@ -176,6 +177,11 @@ class Router(Node):
                 " anyway; raise it, or leave it out"
             )
         return self
+
+    @property
+    def most_calls(self) -> int:
+        """Calls at once that a router takes on each of its surfaces, whatever they ask for."""
+        return 4 * self.max_queued
 
     @property
     def longest_session_ttl_s(self) -> float:

@@ -7,6 +7,7 @@ Seam: vllm/v1/engine/async_llm.py
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -42,6 +43,8 @@ from prefillshare.kvshare_vllm.forkserver import spare
 from prefillshare.kvshare_vllm.patches import gentle_grammars, vllm_logging
 from prefillshare.kvshare_vllm.transfer import params
 from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
+
+logger = logging.getLogger(__name__)
 
 #: Seconds within which an engine must generate its first token to count as started.
 FIRST_TOKEN_S = 300.0
@@ -265,4 +268,7 @@ class Engine:
             await self.release(handoff, request_id)
 
     def _dead(self) -> Unavailable:
-        return Unavailable(f"the {self.settings.role} engine of pool {self.settings.pool!r} has died:\n{self._log.text()}")
+        """Its log's end is for the replica's log only: clients are told of the error."""
+        engine = f"the {self.settings.role} engine of pool {self.settings.pool!r}"
+        logger.error("%s has died:\n%s", engine, self._log.text())
+        return Unavailable(f"{engine} has died")

@@ -146,6 +146,7 @@ def set_environment(s: EngineSettings, host: str, ports: Ports) -> None:
         }
     for name, value in _own_network(host).items():
         os.environ.setdefault(name, value)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override this engine's own size
     os.environ.update(env)
 

@@ -43,6 +43,8 @@ from prefillshare.kvshare_vllm.vllm_refusals import as_our_errors
 
 logger = logging.getLogger(__name__)
 
+#: Longest name of a request, with what vLLM puts before the client's.
+MOST_ID_CHARS = 256
 #: (decoder, or None while it is unknown; turns; log-probabilities, if they are asked for): raises if that is too much.
 Admit = Callable[..., None]
 
@@ -119,6 +121,12 @@ class Frontend(EngineClient):
         tokenization_kwargs=None,
     ) -> EngineCoreRequest:
         """Validate a request and give it its final sampling parameters. Raises before anything is queued."""
+        if len(request_id) > MOST_ID_CHARS or not request_id.isprintable():  # it goes to every engine, log and trace
+            raise InvalidInput(
+                f"{len(request_id)} characters; at most {MOST_ID_CHARS} printable ones name a request",
+                field="request_id",
+                fix="send a shorter one: this field, or the header X-Request-Id",
+            )
         for field in ("prompt_logprobs", "prompt_logprob_token_ids", "skip_reading_prefix_cache"):
             value = getattr(sampling_params, field, None)
             if value is not None and value is not False:  # 0 asks for something: each token's own log-probability

@@ -14,11 +14,8 @@ from typing import ClassVar
 
 from starlette.responses import Response
 
-from prefillshare.kvshare.errors import Conflict, InvalidInput, NotFound, PermissionDenied, PrefillShareError
+from prefillshare.kvshare.errors import UNFORESEEN, Conflict, InvalidInput, NotFound, PermissionDenied, PrefillShareError
 from prefillshare.kvshare_vllm.vllm_refusals import for_clients
-
-#: What a client is told of an unforeseen error, whose own text is for the log only.
-UNFORESEEN = "the server failed; its log says why"
 
 #: https://docs.claude.com/en/api/errors
 _ANTHROPIC_TYPES = {

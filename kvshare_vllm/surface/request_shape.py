@@ -8,21 +8,28 @@ Seam: vllm/entrypoints/openai/responses/protocol.py (ResponsesRequest.input)
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 from pydantic import FailFast
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from prefillshare.kvshare.errors import InvalidInput
+from prefillshare.kvshare.caller import current_caller
+from prefillshare.kvshare.errors import InvalidInput, Overloaded
 from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields, header_of
 from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 
 #: Most messages, prompts, tools or texts in one list; parts of one message; entries of all lists of a request together.
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
+#: Seconds within which a body has to come, and most bodies of one tenant that may be on their way at once.
+BODY_S, MOST_BODIES = 60.0, 256
 #: Shorter bodies cannot list too much.
 CHECKED_FROM_BYTES = 2048
 #: Without such an escape, JSON has whole characters only.
@@ -49,18 +56,24 @@ class RequestShape:
 
     def __init__(self, app, most_numbers: int, fields: AskedFields):
         self._app, self._most_numbers, self._fields = app, most_numbers, fields
+        #: Tenant -> its requests whose bodies are on their way.
+        self._bodies: Counter[str] = Counter()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self._app(scope, receive, send)
-        pieces, more = [], True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        body, given = b"".join(pieces), False
+        try:
+            with self._coming():
+                async with asyncio.timeout(BODY_S):
+                    body = await _whole(receive)
+        except TimeoutError:
+            late = HttpError(408, f"the body has not come within {BODY_S:g} s (fix: send it faster)", "Request Timeout")
+            return await refuse(late, scope, receive, send, headers={"connection": "close"})
+        except Overloaded as error:
+            return await refuse(HttpError.of(error), scope, receive, send, headers={"connection": "close"})
+        if body is None:
+            return None
+        given = False
         if not _is_utf8(body):
             return await _refuse("the body is not JSON in UTF-8 (fix: send it so)", None, scope, receive, send)
         values, ignored = _parsed(body), []
@@ -87,6 +100,35 @@ class RequestShape:
             return {"type": "http.request", "body": body, "more_body": False}
 
         return await self._app(scope, again, naming_ignored)
+
+    @contextmanager
+    def _coming(self) -> Iterator[None]:
+        """A request whose body is on its way. It takes a place on this router before anything is known of it, so that a tenant
+        has only so many. Raises Overloaded."""
+        tenant = current_caller.get().tenant
+        if self._bodies[tenant] >= MOST_BODIES:
+            raise Overloaded(
+                f"{MOST_BODIES} requests of this tenant have not sent their bodies yet", fix="send what was begun first"
+            )
+        self._bodies[tenant] += 1
+        try:
+            yield
+        finally:
+            self._bodies[tenant] -= 1
+            if not self._bodies[tenant]:
+                del self._bodies[tenant]
+
+
+async def _whole(receive) -> bytes | None:
+    """The body; None if the client has gone."""
+    pieces, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)
 
 
 async def _refuse(text: str, field: str | None, scope, receive, send) -> None:

@@ -7,6 +7,7 @@ Owns the replica set. `calling` is the one way to put work on a replica: it coun
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -21,6 +22,8 @@ from prefillshare.router.pools.calls import CALL_ERRORS
 from prefillshare.router.pools.placement import Call, Candidate, Weights, place, reason, shortlist
 from prefillshare.router.pools.replica import Replica
 from prefillshare.router.pools.replicas import ReplicaSet
+
+logger = logging.getLogger(__name__)
 
 FILL_HALF_LIFE_S = 3600.0
 COMING_S = 2.0
@@ -145,7 +148,10 @@ class Pool:
         except (*CALL_ERRORS, Unavailable) as error:
             reason = ResumeReason.UNAVAILABLE if isinstance(error, Unavailable) else ResumeReason.GONE
             self.replicas.failed(replica.id, reason)
-            raise ReplicaLost(f"replica {replica.id} of {self.name}: {type(error).__name__}: {error}", reason=reason) from error
+            logger.warning("replica %s of %s: %s: %s", replica.id, self.name, type(error).__name__, error)
+            # Ray's own text, which names processes and paths, is for the log only: this error may reach a client.
+            why = error.message if isinstance(error, Unavailable) else "the call did not come through"
+            raise ReplicaLost(f"replica {replica.id} of {self.name}: {why}", reason=reason) from error
 
     def _with_what_is_coming(self, overlaps: Mapping[str, int], keys: BlockKeys) -> Mapping[str, int]:
         """Count prompts that replicas have just been given as cached there, so that others with the same beginning follow."""

@@ -142,4 +142,6 @@ class SessionStore(Refusals, ABC):
             raise InvalidInput(
                 f"{len(session_id)} characters", field="session_id", fix=f"use at most {MAX_NAME_CHARS}"
             )
+        if not session_id.isprintable():  # it stands in logs
+            raise InvalidInput("it has line breaks or other control characters", field="session_id", fix="leave them out")
         return session_id or uuid.uuid4().hex

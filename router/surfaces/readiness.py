@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -18,10 +19,15 @@ from prefillshare.router.turn.terms import Terms
 PROBE_DEADLINE_S = 60.0
 #: Seconds for which a successful probe is believed.
 PROBE_TTL_S = 10.0
+#: What is said before a turn has been tried.
+UNKNOWN = "the first turns are being tried"
 
 
 class Readiness:
-    """`decoders` is changed in place by its owner. `probe` takes a turn of the named decoder, with a deadline."""
+    """`decoders` is changed in place by its owner. `probe` takes a turn of the named decoder, with a deadline.
+
+    Anybody may ask, without a key, and as often as they like. So one at a time has turns tried and waits for them; others are
+    told at once what was found before."""
 
     def __init__(
         self,
@@ -33,7 +39,8 @@ class Readiness:
         self._decoders, self._sessions = decoders, sessions
         self._is_draining, self._probe = is_draining, probe
         self._probed: dict[str, float] = {}
-        self._lock = asyncio.Lock()
+        self._trying: asyncio.Task[str] | None = None
+        self._found, self._found_at = UNKNOWN, clock.now()
 
     async def not_ready_because(self) -> str:
         """Empty if a turn on every pool succeeds now, else the reason. If the store does not answer, no turn is tried."""
@@ -43,18 +50,34 @@ class Readiness:
             await self._sessions.check()
         except Unavailable as error:
             return str(error)
-        async with self._lock:
-            by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
-            for pool, name in by_pool.items():
-                if clock.now() - self._probed.get(pool, -PROBE_TTL_S) < PROBE_TTL_S:
-                    continue
-                try:
-                    await self._probe(name)
-                except Overloaded:
-                    pass  # it is up, and busy: taking it out of rotation would help nobody
-                except PrefillShareError as error:
-                    return f"pool {pool}: {error}"
-                self._probed[pool] = clock.now()
+        if not self._due():
+            return ""
+        if self._trying is None or self._trying.done():
+            self._trying = asyncio.create_task(self._try())
+            return await asyncio.shield(self._trying)  # whoever asked may leave
+        late_s = clock.now() - self._found_at - PROBE_TTL_S
+        return self._found if self._found or late_s < PROBE_TTL_S else f"no turn has ended for {late_s:.0f} s"
+
+    def _due(self) -> dict[str, str]:
+        """Pools that have to be tried, and a decoder of each."""
+        by_pool = {decoder.pool: name for name, decoder in self._decoders.items()}
+        since = clock.now() - PROBE_TTL_S
+        return {pool: name for pool, name in by_pool.items() if self._probed.get(pool, -math.inf) <= since}
+
+    async def _try(self) -> str:
+        self._found = await self._reason()
+        self._found_at = clock.now()
+        return self._found
+
+    async def _reason(self) -> str:
+        for pool, name in self._due().items():
+            try:
+                await self._probe(name)
+            except Overloaded:
+                pass  # it is up, and busy: taking it out of rotation would help nobody
+            except PrefillShareError as error:
+                return f"pool {pool}: {error}"
+            self._probed[pool] = clock.now()
         return ""
 
 

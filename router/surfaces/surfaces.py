@@ -20,6 +20,7 @@ from prefillshare.router.surfaces.grpc_api import GrpcServer, Servicer
 from prefillshare.router.surfaces.http_auth import ApiKeys, shows_all
 from prefillshare.router.surfaces.http_limits import HttpLimits
 from prefillshare.router.surfaces.http_sessions import HttpSessions, serve_chats
+from prefillshare.router.surfaces.known_host import known_host
 from prefillshare.router.surfaces.readiness import Readiness, probe
 from prefillshare.router.surfaces.request_limits import RequestLimits
 from prefillshare.router.telemetry.node_metrics import NodeMetrics, agent_of_this_node
@@ -66,6 +67,7 @@ class Surfaces:
                 HttpTraces,
                 partial(HttpLimits, limits=bounds),
                 *cors(config.cors_origins),
+                *known_host(config, tenants),
             ],
             grammar_cpu_s=config.grammar_cpu_s,
         )
@@ -78,7 +80,8 @@ class Surfaces:
             base, core.decoders, frontend, sessions, response_kv, config.own_prompt, config.longest_session_ttl_s
         )
         servicer = Servicer(turns, readiness.not_ready_because)
-        grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
+        where = (config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
+        grpc = GrpcServer(servicer, *where, most_calls=config.most_calls)
         return cls(core, base.name, app, frontend.shutdown, readiness, grpc)
 
     def list_decoders(self) -> None:

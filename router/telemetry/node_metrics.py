@@ -55,6 +55,7 @@ class NodeMetrics:
         registry: CollectorRegistry = REGISTRY,
     ):
         self._app, self._agent, self._replicas, self._shows_all, self._registry = app, agent, replicas, shows_all, registry
+        self._asking: asyncio.Task[bytes] | None = None
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or not scope["path"].startswith(PATH):
@@ -74,9 +75,16 @@ class NodeMetrics:
         await Response(own + engines, media_type=CONTENT_TYPE_PLAIN_0_0_4)(scope, receive, send)
 
     async def _of_engines(self) -> bytes:
-        """The engines' metrics, as they would be without Ray. Empty if the agent does not answer with metrics."""
+        """The engines' metrics, as they would be without Ray. Who asks while the agent is being asked waits for that answer:
+        anybody may ask as often as they like."""
         if self._agent is None:
             return b""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_agent())
+        return await asyncio.shield(self._asking)
+
+    async def _ask_agent(self) -> bytes:
+        """Empty if the agent does not answer with metrics."""
         known = frozenset(self._replicas())
         try:
             async with httpx.AsyncClient(timeout=AGENT_S, trust_env=False, verify=False) as client:

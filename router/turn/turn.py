@@ -28,7 +28,15 @@ from opentelemetry.trace import INVALID_SPAN, Span
 
 from prefillshare.kvshare.caller import cache_salt
 from prefillshare.kvshare.decoders import Decoder
-from prefillshare.kvshare.errors import DeadlineExceeded, Internal, OverLimit, PrefillShareError, PrefixLost, ReplicaLost
+from prefillshare.kvshare.errors import (
+    UNFORESEEN,
+    DeadlineExceeded,
+    Internal,
+    OverLimit,
+    PrefillShareError,
+    PrefixLost,
+    ReplicaLost,
+)
 from prefillshare.kvshare.handoff import Handoff, TokenChunk
 from prefillshare.kvshare.layer_group import LayerGroup
 from prefillshare.kvshare.modes import get_mode
@@ -140,7 +148,7 @@ class Turn:
         except Exception as error:
             outcome = Internal.__name__
             logger.exception("request %s failed", request_id, extra={"request_id": request_id})
-            raise Internal(f"request {request_id}: {type(error).__name__}: {error}") from error
+            raise Internal(f"request {request_id}: {UNFORESEEN}") from error
         finally:
             elapsed = clock.now() - started
             noted_end(outcome, elapsed)

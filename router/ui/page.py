@@ -70,17 +70,17 @@ def page_routes(feed: Feed, config: Router) -> list[BaseRoute]:
 
 
 class Hosts:
-    """The hosts that the page answers to."""
+    """The hosts that the page answers to, and without keys on loopback all else (router/surfaces/known_host.py)."""
 
     def __init__(self, config: Router):
         self._known = {config.host.lower(), *config.ui_hosts}
 
-    def check(self, header: str) -> None:
-        """Raises InvalidInput if the browser was given another name."""
+    def check(self, header: str, what: str = "this page") -> None:
+        """Raises InvalidInput if the browser was given another name. `what`: is not served under it."""
         host = host_names.named(header)
         if not (host_names.ANY in self._known or host in self._known or host_names.cannot_be_rebound(host)):
             raise InvalidInput(
-                f"this page is not served under {host[:64]!r}",
+                f"{what} is not served under {host[:64]!r}",
                 field="host",
                 fix="open it by an IP address or as localhost, or add the name to router.ui_hosts",
             )

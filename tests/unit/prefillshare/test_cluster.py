@@ -146,6 +146,28 @@ def test_only_this_user_reads_the_token_that_ray_makes(starts, monkeypatch, tmp_
         assert token.stat().st_mode & 0o777 == 0o600
 
 
+def test_there_is_a_private_token_before_ray_would_make_one(starts, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    token, seen = tmp_path / ".ray/auth_token", []
+    monkeypatch.setattr(cluster, "_start", lambda **_: seen.append((token.read_text(), token.stat().st_mode & 0o777)))
+    for _ in range(2):
+        with cluster.started(deployment()):
+            pass
+    (first, mode), again = seen
+    assert (len(first) >= 32, mode, again) == (True, 0o600, (first, 0o600))
+    assert list(token.parent.iterdir()) == [token]
+
+
+@pytest.mark.parametrize("name", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_a_token_that_is_given_is_left_alone(starts, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "given")
+    with cluster.started(deployment()):
+        assert not (tmp_path / ".ray/auth_token").exists()
+
+
 def test_what_the_address_auto_stands_for_is_asked_first_and_joined(starts, answers, monkeypatch):
     monkeypatch.setattr(ray_address, "on_this_machine", lambda: ["10.0.0.1:6379"])
     with cluster.joined("auto", "cluster.address") as address:

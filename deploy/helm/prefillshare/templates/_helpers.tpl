@@ -190,6 +190,9 @@ spec:
       env:
         - {name: HOME, value: /home/prefillshare}
         - {name: HF_HUB_OFFLINE, value: "1"}
+        # Nobody is told what runs here.
+        - {name: VLLM_NO_USAGE_STATS, value: "1"}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         # Block keys must agree between pods.
         - {name: PYTHONHASHSEED, value: "0"}
         # A proxy that has died is replaced after three of these checks (prefillshare/serve_http.py).

@@ -9,8 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from prefillshare.kvshare.errors import Internal, InvalidInput, Overloaded, Unavailable
-from prefillshare.kvshare_vllm.surface.http_errors import UNFORESEEN
+from prefillshare.kvshare.errors import UNFORESEEN, Internal, InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare_vllm.surface.http_refusals import HttpRefusals, note_begun, note_failure
 
 FULL = Overloaded("no room", retry_after_s=6.2)

@@ -18,6 +18,7 @@ from prefillshare.kvshare.caller import ANONYMOUS
 from prefillshare.kvshare.config import Base
 from prefillshare.kvshare.errors import InvalidInput, Overloaded, Unavailable
 from prefillshare.kvshare.handoff import TokenChunk
+from prefillshare.kvshare_vllm.surface.frontend import MOST_ID_CHARS
 from prefillshare.router.surfaces.http_auth import OPEN
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -42,6 +43,7 @@ class Surface:
     def __init__(self):
         self.steps: list = []
         self.limits: list[int] = []
+        self.extra_args: list[dict | None] = []
         self._sent = asyncio.Event()
 
     async def start(self, model: str) -> None:
@@ -65,6 +67,7 @@ class Surface:
 
     async def _chunks(self, sampling):
         self.limits.append(sampling.max_tokens)
+        self.extra_args.append(sampling.extra_args)
         for step in self.steps or [TokenChunk([500], finish_reason="length")]:
             if step is SENT:
                 await asyncio.wait_for(self._sent.wait(), 10)
@@ -74,7 +77,7 @@ class Surface:
                 yield step
 
     async def post(self, path: str, *, steps=(), **body) -> httpx.Response:
-        self.steps, self.limits = list(steps), []
+        self.steps, self.limits, self.extra_args = list(steps), [], []
         self._sent.clear()
         needed = {"max_tokens": 3} if path == MESSAGES else {}
         return await self.http.post(path, json={"model": "planner", **BODIES.get(path, {}), **needed, **body})
@@ -482,6 +485,47 @@ async def test_a_format_under_its_old_name_is_refused_on_every_surface(surface, 
 
 
 # What is logged
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+@pytest.mark.parametrize("name", ["x" * MOST_ID_CHARS, "two\nlines"])
+async def test_a_request_is_named_by_so_many_printable_characters(surface, path, name):
+    answer = await surface.post(path, request_id=name)
+    assert (answer.status_code, answer.json()["error"]["param"], surface.limits) == (400, "request_id", [])
+    assert len(answer.text) < 2 * MOST_ID_CHARS + 200
+    assert (await surface.post(path, request_id="named by its client")).status_code == 200
+
+
+async def test_a_header_that_names_a_request_is_bounded_too(surface):
+    long = {"x-request-id": "x" * MOST_ID_CHARS}
+    answer = await surface.http.post(CHAT, json={"model": "planner", "messages": ASK}, headers=long)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "request_id")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_no_client_drives_the_kv_connector(surface, path):
+    given = {"remote_engine_id": "e", "remote_block_ids": [[1]], "do_remote_prefill": True}
+    await surface.post(path, kv_transfer_params=given, vllm_xargs={"kv_transfer_params": "x"})
+    assert surface.extra_args == [None]
+
+
+SECRET_WORDS = "marzipan quince"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@SURFACES
+async def test_what_is_asked_and_answered_stands_in_no_log(surface, path, stream, caplog):
+    """Not even at the most talkative level, and where the turn fails."""
+    ask = [{"role": "user", "content": SECRET_WORDS}] if path in (CHAT, MESSAGES) else SECRET_WORDS
+    said = surface.frontend.renderer.tokenizer.encode(SECRET_WORDS)
+    ends = ([TokenChunk(said, finish_reason="length")], [TokenChunk(said), RuntimeError("it broke")], [FULL])
+    with caplog.at_level(logging.DEBUG):
+        for steps in ends:
+            await surface.post(path, steps=steps, stream=stream, **{PROMPTS[path]: ask})
+        await surface.post(path, temperature="hot", **{PROMPTS[path]: ask})
+    assert "it broke" in caplog.text
+    assert not [word for word in SECRET_WORDS.split() if word in caplog.text]
+    assert str(said)[1:-1] not in caplog.text
 
 
 @SURFACES

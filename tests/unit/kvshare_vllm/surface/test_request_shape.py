@@ -2,13 +2,19 @@
 
 import asyncio
 import json
+from dataclasses import replace
+from functools import partial
 
 import httpx
 import pytest
 from pydantic import ValidationError
+from virtual_time import clock, on_virtual_time
 
+from prefillshare.kvshare.caller import ANONYMOUS, current_caller
 from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields
 from prefillshare.kvshare_vllm.surface.request_shape import (
+    BODY_S,
+    MOST_BODIES,
     MOST_ENTRIES,
     MOST_PARTS,
     MOST_TOGETHER,
@@ -128,6 +134,59 @@ async def answer(body: str | bytes):
     transport = httpx.ASGITransport(RequestShape(app, MOST_NUMBERS, AskedFields(())))
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
         return (await client.post("/v1/completions", content=body)).json()
+
+
+class Surface:
+    """RequestShape around an app that answers, without a client between."""
+
+    def __init__(self):
+        self.shape = RequestShape(self._app, MOST_NUMBERS, AskedFields(()))
+        self.served = 0
+
+    async def _app(self, scope, receive, send):
+        await receive()
+        self.served += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def status(self, tenant: str, more) -> int:
+        """`more()`: awaited before the body goes on."""
+        statuses, pieces = [], iter((b"{", b"}"))
+
+        async def receive():
+            body = next(pieces)
+            if body == b"}":
+                await more()
+            return {"type": "http.request", "body": body, "more_body": body == b"{"}
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        token = current_caller.set(replace(ANONYMOUS, tenant=tenant))
+        try:
+            await self.shape({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+        finally:
+            current_caller.reset(token)
+        return statuses[0]
+
+
+@on_virtual_time
+async def test_a_body_that_does_not_come_is_waited_for_only_so_long():
+    surface, began = Surface(), clock()
+    assert await surface.status("one", asyncio.Event().wait) == 408
+    assert (clock() - began, surface.served) == (BODY_S, 0)
+    assert await surface.status("one", partial(asyncio.sleep, BODY_S - 1)) == 200
+
+
+@on_virtual_time
+async def test_a_tenant_has_only_so_many_bodies_on_their_way_and_others_are_served():
+    surface, goes_on = Surface(), asyncio.Event()
+    held = [asyncio.create_task(surface.status("one", goes_on.wait)) for _ in range(MOST_BODIES)]
+    await asyncio.sleep(1)
+    assert await surface.status("one", goes_on.wait) == 429
+    assert await surface.status("other", partial(asyncio.sleep, 0)) == 200
+    goes_on.set()
+    assert set(await asyncio.gather(*held)) == {200}
+    assert await surface.status("one", goes_on.wait) == 200
 
 
 def test_one_wrong_item_of_a_responses_request_is_enough():

@@ -234,6 +234,10 @@ async def test_names_have_a_limit_and_are_made_up_where_none_is_given(store):
         await store.create("x" * 129, tenant="")
     with pytest.raises(NotFound):
         await store.get("x" * 129, tenant="")
+    for name in ("two\nlines", "a\x1b[31mred", "\u202ereversed"):
+        with pytest.raises(InvalidInput, match="session_id: it has line breaks or other control characters"):
+            await store.create(name, tenant="")
+    await store.create("Überfahrt nach Sylt ⛴", tenant="")
     assert len((await store.create(tenant="")).session_id) == 32
 
 

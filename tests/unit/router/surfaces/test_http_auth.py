@@ -170,6 +170,13 @@ async def test_header_picks_a_shared_domain_for_one_request(app):
     assert denied.json()["error"]["type"] == "Forbidden"
 
 
+@pytest.mark.parametrize("name", ["api_key", "key", "x-api-key", "authorization", "token"])
+async def test_a_key_in_the_address_opens_nothing(app, name):
+    async with client(app) as http:
+        for value in (KEY, f"Bearer {KEY}"):
+            assert (await http.post("/v1/whole", params={name: value})).status_code == 401
+
+
 async def test_without_tenants_everything_is_as_it_was(app):
     async with client(app, Tenants()) as http:
         for headers in ({}, with_key("unused")):

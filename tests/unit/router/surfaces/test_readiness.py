@@ -9,7 +9,7 @@ from prefillshare.kvshare.decoders import Decoder
 from prefillshare.kvshare.errors import Overloaded, ReplicaLost
 from prefillshare.router.redis_calls import RedisCalls
 from prefillshare.router.sessions import MemorySessions, RedisSessions
-from prefillshare.router.surfaces.readiness import Readiness
+from prefillshare.router.surfaces.readiness import PROBE_TTL_S, UNKNOWN, Readiness
 
 POOLS = {"a": "one", "b": "one", "c": "two"}
 DECODERS = {name: Decoder(name, pool, "prefillshare", name, "lora") for name, pool in POOLS.items()}
@@ -48,6 +48,34 @@ async def test_a_pool_that_fails_is_named_and_one_that_is_busy_is_ready(probe):
     assert await reason() == "pool two: it is gone"
     probe.failing.clear()
     assert await reason() == ""
+
+
+async def test_one_at_a_time_tries_and_all_others_are_told_at_once_what_was_found(monkeypatch):
+    now, goes_on, tried = 0.0, asyncio.Event(), []
+    monkeypatch.setattr("prefillshare.router.clock.now", lambda: now)
+
+    async def hangs(decoder: str) -> None:
+        tried.append(decoder)
+        await goes_on.wait()
+
+    reason = readiness(MemorySessions(1, 1), hangs)
+    first = asyncio.create_task(reason())
+    await asyncio.sleep(0.01)
+    assert {await reason() for _ in range(1000)} == {UNKNOWN}
+    assert len(tried) == 1
+    goes_on.set()
+    assert await first == ""
+    goes_on.clear()
+    now = PROBE_TTL_S
+    first = asyncio.create_task(reason())
+    await asyncio.sleep(0.01)
+    assert await reason() == "", "it was ready a moment ago"
+    now = 2.5 * PROBE_TTL_S
+    assert await reason() == "no turn has ended for 15 s"
+    first.cancel()  # who asked has left: the turns that it has had tried are not given up
+    goes_on.set()
+    await asyncio.sleep(0.01)
+    assert (await reason(), len(tried)) == ("", 4)
 
 
 async def test_a_router_that_stops_is_not_ready(probe):

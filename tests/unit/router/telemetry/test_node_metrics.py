@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -161,6 +162,25 @@ async def test_an_agent_that_does_not_answer_takes_nothing_from_the_routers_own(
         text = await told(registry, url)
     assert (total(text, "prefillshare_turns_total"), "vllm" in text) == (4, False)
     assert "tells nothing" in caplog.text
+
+
+async def test_who_asks_while_the_agent_is_being_asked_gets_that_answer(registry, monkeypatch):
+    asked, ask = 0, httpx.AsyncClient.get
+
+    async def slowly(client, url, **how):
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.1)
+        return await ask(client, url, **how)
+
+    with agent(engine("a1")) as url:
+        monkeypatch.setattr("prefillshare.router.telemetry.node_metrics.httpx.AsyncClient.get", slowly)
+        app = NodeMetrics(None, url, lambda: {"a1"}, lambda headers: True, registry)
+        told = await asyncio.gather(*(app._of_engines() for _ in range(20)))
+        assert (len(set(told)), asked) == (1, 1)
+        assert b"vllm_num_requests_running" in told[0]
+        await app._of_engines()
+        assert asked == 2
 
 
 async def test_without_an_agent_there_are_the_routers_own_only(registry):

@@ -10,9 +10,10 @@ import pytest
 from double.cluster import KNOWN_S, START_S
 from double.engines import LEASE_S
 from double.system import nothing_held, system
+from ray.exceptions import RayActorError
 from virtual_time import clock, on_virtual_time
 
-from prefillshare.kvshare.errors import DeadlineExceeded, PrefixLost, ResumeReason, Unavailable
+from prefillshare.kvshare.errors import DeadlineExceeded, Internal, PrefixLost, ResumeReason, Unavailable
 
 PROMPT = list(range(20, 57))
 DECODERS = ("a", "b", "o", "base", "s", "t", "c", "d")
@@ -57,6 +58,21 @@ LOSSES = {
     "gives it back": lambda pool, replica: PrefixLost("preempted", reason=ResumeReason.PREEMPTED),
     "cannot load": lambda pool, replica: PrefixLost("no KV", reason=ResumeReason.KV_LOAD_FAILED),
 }
+
+
+INSIDE = "the actor on 10.0.0.9, pid 4711, died; see /home/operator/ray/logs"
+
+
+@pytest.mark.parametrize("cause", [RayActorError(error_msg=INSIDE), RuntimeError(INSIDE)])
+@on_virtual_time
+async def test_what_ray_or_python_say_of_a_failure_is_for_the_log_only(cause, caplog):
+    async with system(max_retries=0) as running:
+        for replica in running.pool_of("a").replicas.values():
+            replica.planned["decode"] = cause
+        with pytest.raises((Unavailable, Internal)) as refused:
+            await running.turn("a", PROMPT)
+        assert not {"10.0.0.9", "4711", "/home"} & set(str(refused.value).replace(",", " ").split())
+        assert INSIDE in caplog.text
 
 
 @pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])

@@ -76,6 +76,8 @@ EXPERIMENTS = (
                "fine-tune is learnt, too", "home", HOME, against="home-ordinary", lever="distilled"),
     Experiment("home-mapped", f"base KV can be mapped to what the task needs, by maps of rank {KV_MAP_RANK} of each layer's "
                "keys and values", "home", HOME, against="home-ordinary", lever="mapped"),
+    Experiment("home-own-32-mapped", "both together: maps of base KV, and an own end of the prompt", "home", HOME, OWN_32,
+               against="home-ordinary", lever="mapped"),
     Experiment("home-own-32-distilled", "both together: a teacher, and an own end of the prompt", "home", HOME, OWN_32,
                against="home-ordinary", lever="distilled"),
     # Over a base that has learnt two tasks, and not the third.

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from ray._private.authentication.authentication_token_setup import _get_default_token_path, generate_and_save_token
@@ -22,9 +24,16 @@ HEAD = {"head": 1}
 
 class Nodes:
     """`port`: of the head node. `hosts`: the one that this process is on, with the head node, and the second node's; None: both
-    nodes are on this machine's loopback. Both nodes end with the context."""
+    nodes are on this machine's loopback. `labels`: of both nodes. Both nodes end with the context."""
 
-    def __init__(self, folder: Path, port: int, hosts: tuple[Host, Host] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        hosts: tuple[Host, Host] | None = None,
+        labels: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self._labels = ",".join(f"{name}={value}" for name, value in labels.items())
         self._folder, self._hosts = folder, hosts
         self.address = f"{hosts[0].address if hosts else '127.0.0.1'}:{port}"
         self._port, self._started = port, 0
@@ -65,6 +74,8 @@ class Nodes:
         log = self._folder / f"node-{self._started}.log"
         command = [Path(sys.executable).with_name("ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=2",
                    "--object-store-memory=100000000", f"--resources={json.dumps(resources)}", *words]  # fmt: skip
+        if self._labels:
+            command.append(f"--labels={self._labels}")
         if host:
             command = host.on_it(command)
         with log.open("w") as out:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seed", default="0", help="from which clients and faults are drawn (default: 0)")
     parser.add_argument("--on-loopback", action="store_true", help="no hosts of their own, and no links to cut")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts, disk and processes end with it
     console = Console(stderr=True)
     runs = RUNS / f"seed-{args.seed}-leg-{args.leg}"
     runs.mkdir(parents=True, exist_ok=True)

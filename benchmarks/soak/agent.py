@@ -14,7 +14,7 @@ from benchmarks.faults.hang_ups import hang_up
 from benchmarks.shared.small import VOCABULARY
 from benchmarks.soak.findings import Findings
 from benchmarks.soak.http_agent import HttpAgent, Refused
-from benchmarks.soak.system import COMES_AND_GOES, DECODERS, MOST_TOKENS, System
+from benchmarks.soak.system import COMES_AND_GOES, DECODERS, MOST_TOKENS, OWN_LAYERS, System
 from benchmarks.soak.truth import Truth
 from prefillshare.client import Client, RemoteSession, collect
 from prefillshare.kvshare.errors import (
@@ -194,10 +194,11 @@ class Agent:
         if context[: len(behind)] != behind or not said:
             self._found.tell("wrong", f"{name} has {len(context)} tokens, neither {len(before)} nor a turn of {decoder} more")
         else:
-            layers = "1-2" if decoder == "d" else ""
-            prompt = [*behind, *(suffix or [])]
+            layers, prompt = OWN_LAYERS.get(decoder, ""), [*behind, *(suffix or [])]
             if problem := self._truth.problem(decoder, prompt, said, None, sampling["temperature"] == 0, layers):
                 self._found.tell("wrong", f"{problem} (committed, but its answer was lost)")
+            elif len(said) != sampling["max_tokens"]:
+                self._found.tell("wrong", f"{len(said)} tokens of {decoder}, not {sampling['max_tokens']} (its answer was lost)")
         self.contexts[name] = context
 
     def _two_at_once(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 #: Most problems of which the text is kept.
 TOLD = 50
@@ -53,7 +53,8 @@ class Findings:
                 self.problems.append(f"{kind}: {problem}")
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in told.items()}
 
     @classmethod
     def of(cls, told: dict) -> Findings:

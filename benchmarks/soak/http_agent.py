@@ -9,6 +9,7 @@ import random
 import httpx
 
 from benchmarks.soak.findings import Findings
+from benchmarks.soak.system import OWN_LAYERS
 from benchmarks.soak.truth import Truth
 
 TIMEOUT_S = 150.0
@@ -83,7 +84,7 @@ class HttpAgent:
         self, decoder: str, prompt: list[int], tokens: list[int], logprobs: list[float], sampling: dict, answer: dict
     ) -> None:
         usage = (answer.get("kv_transfer_params") or {}).get("prefillshare") or {}
-        layers = usage.get("own_layers", "")
+        layers = usage.get("own_layers") or OWN_LAYERS.get(decoder, "")
         if problem := self._truth.problem(decoder, prompt, tokens, logprobs, sampling["temperature"] == 0, layers):
             self._found.tell("wrong", f"{problem} (over HTTP)")
         elif len(tokens) != sampling["max_tokens"]:

@@ -11,6 +11,7 @@ from benchmarks.faults.nodes import Nodes
 from benchmarks.shared.hosts import Host
 from benchmarks.shared.redis_server import RedisServer
 from benchmarks.shared.small import BLOCK, GRPC_PORT, HTTP_PORT, MODEL
+from prefillshare import forkserver, records
 from prefillshare.app import running
 from prefillshare.kvshare.config import Deployment, parse
 from prefillshare.kvshare.modes import get_mode
@@ -22,7 +23,7 @@ from prefillshare.tiny_models import make_base
 REDIS_PORT, RAY_PORT = 7_000, 7_001
 MOST_TOKENS = 1024
 #: Pool -> its replicas; what strikes one pool with two replicas leaves the other one.
-POOLS = {"prefill": 2, "agents": 2, "streams": 1, "speakers": 1, "alone": 1}
+POOLS = {"prefill": 2, "agents": 2, "streams": 1, "speakers": 1, "alone": 1, "prefill-alone": 1}
 #: Decoders that are always served, and the one that `apply` adds and takes away.
 DECODERS, COMES_AND_GOES = ("a", "b", "base", "s", "d", "c"), "e"
 OWN_TOKENS, OWN_LAYERS = {"b": 40}, {"d": "1-2"}
@@ -91,7 +92,8 @@ def running_system(folder: Path, hosts: tuple[Host, Host] | None, redis_folder: 
     host = hosts[0].address if hosts else "127.0.0.1"
     with ExitStack() as until_the_end:
         redis = until_the_end.enter_context(RedisServer(redis_folder, REDIS_PORT))
-        nodes = until_the_end.enter_context(Nodes(folder, RAY_PORT, hosts))
-        deployment, more = deployments(folder, redis.url, nodes.address, host)
+        labels = until_the_end.enter_context(forkserver.started(records.folder()))
+        nodes = until_the_end.enter_context(Nodes(folder, RAY_PORT, hosts, labels))
+        deployment, more = deployments(folder, redis.url, nodes.address, "0.0.0.0" if hosts else host)
         handle = until_the_end.enter_context(running(deployment))
         yield System(handle, nodes, redis, deployment, more, host)

@@ -41,6 +41,11 @@ def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
         }
     elif mode.guards_prefix:
         args |= {"scheduler_cls": "prefillshare.kvshare_vllm.engine.retention.KeepingScheduler"}
+    elif s.role == "decode":
+        args |= {
+            "scheduler_cls": "prefillshare.kvshare_vllm.engine.replays.ReplayScheduler",
+            "worker_cls": "prefillshare.kvshare_vllm.engine.worker.ReplayWorker",
+        }
     args |= families.of_engine(s).engine_args(s)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import System, ids, system, wait_until
+from faults import disturbed, kill_busy
 from oracle import TOLERANCE, Oracle
 
 from prefillshare.app import running as run_deployment
@@ -81,6 +82,17 @@ def test_every_kind_of_decoder_is_exact_over_turns_in_every_mode(running, oracle
     session = running.client.create_session(token_ids=ids(45))
     for number, name in enumerate(("a", "coder", "s", "c", "b", "base", "solo", "t", "d", "coder")):
         oracle.turn(session, name, token_ids=ids(6, salt=number + 1), max_tokens=14, ignore_eos=True)
+
+
+@pytest.mark.parametrize(("decoder", "pool"), [("c", "alone"), ("solo", "solo")])
+def test_a_per_model_decoder_that_loses_its_only_replica_goes_on_with_the_same_tokens(running, oracle, decoder, pool):
+    """The limit, the seed and the penalty count what was generated before as generated."""
+    prompt = ids(70, salt=31)
+    sampling = {"max_tokens": 40, "temperature": 0.9, "seed": 11, "presence_penalty": 0.6}
+    whole = running.client.create_session().turn(decoder, token_ids=prompt, ignore_eos=True, **sampling)
+    turn = disturbed(running, oracle, decoder, prompt, lambda: kill_busy(running, pool), **sampling)
+    assert turn.usage.resumes >= 1
+    assert turn.token_ids == whole.token_ids
 
 
 def test_sharing_decoders_compute_a_prompt_once_and_per_model_ones_once_each(running, oracle):

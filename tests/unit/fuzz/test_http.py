@@ -1,0 +1,62 @@
+"""The HTTP surface by its own description: Schemathesis derives requests from it, right, wrong and in sequence, and none may
+end in an error of the server, or in a refusal that does not say why. The app is vLLM's whole app as it is served; turns answer
+what they are told.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+from ports import free_port
+
+from benchmarks.chats.surface import ChatSurface
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parents[2]
+#: Seconds of each phase; seeds are fixed. More: FUZZ_S=600.
+SECONDS = int(os.environ.get("FUZZ_S", "15"))
+
+
+@pytest.fixture(scope="module")
+def url(smollm):
+    port, surface, started = free_port(), ChatSurface(str(smollm)), threading.Event()
+
+    async def serve():
+        await surface.start()
+        server = uvicorn.Server(uvicorn.Config(surface.app, port=port, log_level="error", access_log=False))
+        serving = asyncio.create_task(server.serve())
+        started.set()
+        await asyncio.to_thread(ended.wait)
+        server.should_exit = True
+        await serving
+        await surface.stop()
+
+    ended = threading.Event()
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    assert started.wait(120)
+    time.sleep(1)
+    yield f"http://127.0.0.1:{port}"
+    ended.set()
+    thread.join(20)
+
+
+@pytest.mark.parametrize("phase", ["examples", "coverage", "fuzzing", "stateful"])
+def test_no_request_ends_in_an_error_of_the_server_or_a_refusal_without_a_reason(url, phase, tmp_path):
+    checks = "not_a_server_error,refusals_say_what_is_wrong"
+    command = [
+        Path(sys.executable).with_name("st"), "run", f"{url}/openapi.json", "--phases", phase, "--checks", checks,
+        "--seed", "1", "--max-time", str(SECONDS), "--request-timeout", "30", "--continue-on-failure", "--warnings", "off",
+        "--suppress-health-check", "all", "--generation-database", "none", "--no-color",
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(TESTS), "SCHEMATHESIS_HOOKS": "http_checks"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=20 * SECONDS + 120)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout or "No test cases" in done.stdout, done.stdout

@@ -34,12 +34,12 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
     traces = {"traces_endpoint": tracing.otlp_endpoint, "traces_protocol": tracing.protocol} if tracing else {}
 
     def settings(role: str, pool: str, engines: Engines, mode: str, model: str, **more) -> tuple[EngineSettings, Engines]:
+        more = {"contract": contract.digest} | more
         return EngineSettings(
             role=role,
             pool=pool,
             model=model,
             mode=mode,
-            contract=contract.digest,
             dtype=base.dtype,
             max_model_len=base.max_model_len,
             block_size=base.block_size,
@@ -67,12 +67,14 @@ def engine_settings(deployment: Deployment, check_files: bool = True) -> dict[st
     for pool in deployment.decode:
         model = pool.model or base.model
         lora = {"adapters": pool.adapters, "max_lora_rank": pool.max_lora_rank, "max_loras": pool.max_loras}
-        if not get_mode(pool.sharing).shares_prefill:
+        if get_mode(pool.sharing).shares_prefill:
+            lora["prefill_ecache_layers"] = contract.ecache_layers
+        else:
+            lora["contract"] = f"{contract.digest} of {pool.pool}"  # its KV is of its own weights
             name = own_prefill(pool.pool)
             result[name] = settings("prefill", name, pool.own_prefill(), pool.sharing, model, **lora)
-        kept = {"ecache_layers": decoders.ecache_layers([pool]), "prefill_ecache_layers": contract.ecache_layers}
-        lora["makes_base_kv"] = pool.makes_base_kv
-        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora, **kept)
+        lora |= {"ecache_layers": decoders.ecache_layers([pool]), "makes_base_kv": pool.makes_base_kv}
+        result[pool.pool] = settings("decode", pool.pool, pool, pool.sharing, model, **lora)
     return result
 
 

@@ -34,7 +34,7 @@ SERVES = ("ray", "grpc", "dynamo", "uvicorn")
 
 def stages() -> dict[str, Stage]:
     """By name. The whole system is among them where what it needs is installed."""
-    sharing, together = [mode for mode in modes() if mode.guards_prefix], in_place()
+    sharing, together = [mode for mode in modes() if mode.shares_prefill], in_place()
     apart = [mode for mode in sharing if mode not in together]
     exactly = "in float32, every token's log-probability is what plain transformers says"
     answers = "answers in the served dtype"

@@ -96,4 +96,4 @@ def make_adapters(base: Path, target: Path, layers: Mapping[str, tuple[int, int]
 
 def in_place() -> list[SharingMode]:
     """The modes in which one engine can do everything."""
-    return [mode for mode in modes() if mode.guards_prefix and mode.base_in_place]
+    return [mode for mode in modes() if mode.base_in_place]

@@ -198,7 +198,8 @@ class Agent:
             if problem := self._truth.problem(decoder, prompt, said, None, sampling["temperature"] == 0, layers):
                 self._found.tell("wrong", f"{problem} (committed, but its answer was lost)")
             elif len(said) != sampling["max_tokens"]:
-                self._found.tell("wrong", f"{len(said)} tokens of {decoder}, not {sampling['max_tokens']} (its answer was lost)")
+                most = sampling["max_tokens"]
+                self._found.tell("wrong", f"{decoder} has {len(said)} tokens, not {most} (its answer was lost)")
         self.contexts[name] = context
 
     def _two_at_once(self) -> None:

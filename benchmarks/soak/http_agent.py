@@ -15,6 +15,8 @@ from benchmarks.soak.truth import Truth
 TIMEOUT_S = 150.0
 #: Answers that a client may get while everything fails.
 MAY_FAIL = (429, 502, 503, 504)
+#: What Serve's proxy says where a router died before it had begun to answer.
+OF_THE_PROXY = "Internal Server Error"
 WORDS = ("ferry", "noon", "wind", "tide", "allow", "crew", "had", "tea", "before", "it", "leaves", "again")
 
 
@@ -106,7 +108,7 @@ class HttpAgent:
             raise Refused("no answer") from error
         except httpx.HTTPError as error:
             raise Refused("connection broken") from error
-        if answer.status_code in MAY_FAIL:
+        if answer.status_code in MAY_FAIL or answer.text == OF_THE_PROXY:
             raise Refused(f"HTTP {answer.status_code}")
         if answer.is_error:
             raise RuntimeError(f"{method} {path}: {answer.status_code} {answer.text[:300]}")

@@ -18,8 +18,6 @@ class SharingMode(ABC):
 
     #: True: prompt KV comes from the shared base pool. False: the pool has a prefill engine of its own.
     shares_prefill: bool
-    #: True: the decode engine runs our scheduler and connector, which uphold R1-R6. False: vLLM's own.
-    guards_prefix: bool
     #: True: a block's cache key ignores the adapter, because its KV is base KV whichever adapter asks for it (R5).
     adapters_share_blocks: bool
     #: True: full-weight decoders may be served; every mode serves LoRA adapters.

@@ -9,7 +9,6 @@ class DroidSpeak(PromptShared):
     name = "droidspeak"
     summary = "prompt KV from the base, except in a few layers, which the decoder computes itself; needs no training"
     shares_prefill = True
-    guards_prefix = True
     adapters_share_blocks = False
     full_weights = True
     recomputes = True

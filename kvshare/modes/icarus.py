@@ -9,7 +9,6 @@ class Icarus(SharingMode):
     name = "icarus"
     summary = "KV of prompt and response from the frozen base, for all decoders; adapters only predict, in their own stream"
     shares_prefill = True
-    guards_prefix = True
     adapters_share_blocks = True
     full_weights = False
     base_in_place = True

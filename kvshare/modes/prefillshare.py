@@ -9,7 +9,6 @@ class PrefillShare(PromptShared):
     name = "prefillshare"
     summary = "prompt KV from one frozen base for all decoders; generated KV is private to the decoder"
     shares_prefill = True
-    guards_prefix = True
     adapters_share_blocks = True
     full_weights = True
     base_in_place = True

@@ -93,8 +93,6 @@ class DecodeEngine(Engine):
         if completion.finish_reason == "error":
             if told.refused:
                 raise InvalidInput(f"the engine refused request {request_id}: {told.refused}")
-            if told.lost_by is None:  # vLLM's own scheduler, in modes without ours
-                raise Unavailable(f"the KV of request {request_id} could not be loaded", fix="try again")
             raise PrefixLost(f"request {request_id} lost its shared prefix ({told.lost_by})", reason=told.lost_by)
         if completion.finish_reason == "abort":
             raise Unavailable(f"request {request_id} was aborted by the engine")

@@ -19,7 +19,6 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.errors import ConfigError
 from prefillshare.kvshare.loopback import ADDRESS, INTERFACE, is_loopback
-from prefillshare.kvshare.modes import get_mode
 from prefillshare.kvshare.replica_info import KVEvents
 from prefillshare.kvshare_vllm.grammars.grammars import BACKEND
 from prefillshare.kvshare_vllm.models import families
@@ -32,20 +31,14 @@ V2_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def engine_args(s: EngineSettings, events: KVEvents) -> dict[str, Any]:
-    mode = get_mode(s.mode)
     args: dict[str, Any] = {"scheduling_policy": "priority"}
-    if mode.guards_prefix and s.role == "decode":
+    if s.role == "decode":
         args |= {
             "scheduler_cls": "prefillshare.kvshare_vllm.engine.scheduler.SharedKVScheduler",
             "worker_cls": "prefillshare.kvshare_vllm.engine.worker.SharedKVWorker",
         }
-    elif mode.guards_prefix:
+    else:
         args |= {"scheduler_cls": "prefillshare.kvshare_vllm.engine.retention.KeepingScheduler"}
-    elif s.role == "decode":
-        args |= {
-            "scheduler_cls": "prefillshare.kvshare_vllm.engine.replays.ReplayScheduler",
-            "worker_cls": "prefillshare.kvshare_vllm.engine.worker.ReplayWorker",
-        }
     args |= families.of_engine(s).engine_args(s)
     if current_platform.is_cpu():
         args |= {"enforce_eager": True}

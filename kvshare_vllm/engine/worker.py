@@ -48,18 +48,26 @@ class ReplayGenerator(torch.Generator):
         self.set_state(self.start)
 
 
-class ReplayWorker(PlatformWorker):
-    """The worker of decode engines that share nothing."""
-
+class SharedKVWorker(PlatformWorker):
     def load_model(self, *args, **kwargs) -> None:
         if self.use_v2_model_runner:
             raise RuntimeError("what this worker does to vLLM's V1 model runner has no effect on the V2 runner")
         super().load_model(*args, **kwargs)
+        family = families.of_model(self.model_runner.get_model())
+        if transfer := self.vllm_config.kv_transfer_config:
+            mode = get_mode(transfer.kv_connector_extra_config["sharing_mode"])
+            if families.of_decode(mode) is not family:
+                raise RuntimeError("the engine's model is not the one its sharing mode runs")
+            if transfer.kv_connector_extra_config["makes_base_kv"]:
+                family.make_base_kv(self.model_runner, mode)
+        family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
         if current_platform.is_cpu():
             take_back_draws(self.model_runner)
 
     def execute_model(self, scheduler_output):
-        for data in getattr(scheduler_output.kv_connector_metadata, "restored_requests", ()):
+        meta = scheduler_output.kv_connector_metadata
+        self.model_runner.own_layers = getattr(meta, "own_layers", {})
+        for data in getattr(meta, "restored_requests", ()):
             drawn = _drawn(scheduler_output, data.req_id)
             self.model_runner.requests[data.req_id] = CachedRequestState(
                 req_id=data.req_id,
@@ -86,23 +94,6 @@ class ReplayWorker(PlatformWorker):
         for _ in range(drawn):  # one exponential per vocabulary entry and token
             row.exponential_(generator=generator)
         return generator
-
-
-class SharedKVWorker(ReplayWorker):
-    def load_model(self, *args, **kwargs) -> None:
-        super().load_model(*args, **kwargs)
-        family = families.of_model(self.model_runner.get_model())
-        if transfer := self.vllm_config.kv_transfer_config:
-            mode = get_mode(transfer.kv_connector_extra_config["sharing_mode"])
-            if families.of_decode(mode) is not family:
-                raise RuntimeError("the engine's model is not the one its sharing mode runs")
-            if transfer.kv_connector_extra_config["makes_base_kv"]:
-                family.make_base_kv(self.model_runner, mode)
-        family.follow(self.model_runner, has_adapters=bool(self.vllm_config.lora_config))
-
-    def execute_model(self, scheduler_output):
-        self.model_runner.own_layers = getattr(scheduler_output.kv_connector_metadata, "own_layers", {})
-        return super().execute_model(scheduler_output)
 
 
 def take_back_draws(runner) -> None:

@@ -13,8 +13,7 @@ from vllm.platforms import current_platform
 from prefillshare.kvshare.engine_settings import EngineSettings
 from prefillshare.kvshare.modes import get_mode
 
-#: Our connector, and vLLM's own for modes in which nothing is guarded.
-_CONNECTOR, _STOCK = "SharedKVConnector", "NixlConnector"
+_CONNECTOR = "SharedKVConnector"
 #: Engines that load KV keep freed blocks until no step writes to them any more (vLLM's `is_kv_consumer`).
 _ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 _ROLE_OF_SHARED_PREFILL = "kv_both"
@@ -31,30 +30,29 @@ def register() -> None:
 def kv_transfer_config(s: EngineSettings) -> dict[str, Any]:
     """vLLM's engine argument of that name."""
     mode = get_mode(s.mode)
-    extra: dict[str, Any] = {"kv_lease_duration": s.lease_s}
+    extra: dict[str, Any] = {
+        "kv_lease_duration": s.lease_s,
+        "sharing_mode": s.mode,
+        "kv_contract": s.contract,
+        "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
+        "overlap_loads": s.overlap_loads,
+        "makes_base_kv": s.makes_base_kv,
+    }
     config: dict[str, Any] = {
-        "kv_connector": _STOCK,
+        "kv_connector": _CONNECTOR,
         "kv_role": _ROLES[s.role],
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": extra,
     }
-    if mode.guards_prefix:
-        config["kv_connector"] = _CONNECTOR
+    pulls = s.role == "prefill" and mode.shares_prefill
+    if pulls:
+        config["kv_role"] = _ROLE_OF_SHARED_PREFILL
+    if pulls or mode.lends_responses:  # decode engines lend what they generated, the prefill pool pulls it
         extra |= {
-            "sharing_mode": s.mode,
-            "kv_contract": s.contract,
-            "prefill_ecache_layers": list(s.ecache_layers if s.role == "prefill" else s.prefill_ecache_layers),
-            "overlap_loads": s.overlap_loads,
-            "makes_base_kv": s.makes_base_kv,
+            "bidirectional_kv_xfer": True,
+            "decoder_kv_blocks_ttl": min(s.lease_s, LOAN_S),
+            "kv_recompute_threshold": 0,  # the router decides
         }
-        if s.role == "prefill":
-            config["kv_role"] = _ROLE_OF_SHARED_PREFILL
-        if s.role == "prefill" or mode.lends_responses:  # decode engines lend what they generated, the prefill pool pulls it
-            extra |= {
-                "bidirectional_kv_xfer": True,
-                "decoder_kv_blocks_ttl": min(s.lease_s, LOAN_S),
-                "kv_recompute_threshold": 0,  # the router decides
-            }
     if current_platform.is_cpu():
         config["kv_buffer_device"] = "cpu"
     return config

@@ -16,7 +16,7 @@ def test_mode_declares_its_whole_policy(name):
     assert mode.name == name
     assert mode.summary
     assert "\n" not in mode.summary
-    asked = ("shares_prefill", "guards_prefix", "adapters_share_blocks", "full_weights", "lends_responses", "recomputes")
+    asked = ("shares_prefill", "adapters_share_blocks", "full_weights", "lends_responses", "recomputes")
     for question in asked:
         assert isinstance(getattr(mode, question), bool), question
 
@@ -71,9 +71,9 @@ def test_only_base_kv_can_be_handed_over_for_generated_tokens():
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 32, 33])
-def test_per_model_baseline_hands_over_and_offers_everything(prompt_tokens):
+def test_per_model_baseline_hands_over_all_but_the_last_token_and_offers_everything(prompt_tokens):
     mode = get_mode("none")
-    assert mode.handoff_tokens(prompt_tokens) == prompt_tokens
+    assert mode.handoff_tokens(prompt_tokens) == prompt_tokens - 1
     assert [mode.cacheable_tokens(prompt_tokens, computed) for computed in (0, 32, 500)] == [0, 32, 500]
 
 

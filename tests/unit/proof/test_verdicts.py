@@ -54,7 +54,7 @@ def test_a_difference_that_is_no_number_is_not_passed_over():
 
 
 def test_every_mode_that_shares_has_a_stage():
-    assert {f"exact-{mode.name}" for mode in modes() if mode.guards_prefix} < stages.stages().keys()
+    assert {f"exact-{mode.name}" for mode in modes() if mode.shares_prefill} < stages.stages().keys()
 
 
 def test_stages_are_chosen_by_how_their_names_begin():

@@ -62,6 +62,8 @@ class HttpAgent:
         """A second response goes on from the first, and both are deleted."""
         asked = {"model": decoder, "input": self._said()[0]["content"], "temperature": 0, "max_output_tokens": 12}
         first = self._post("/v1/responses", asked)
+        if not first["store"]:  # Redis was away, and the answer says so
+            raise Refused("not stored")
         second = self._post("/v1/responses", asked | {"previous_response_id": first["id"]})
         self._found.add(turns=1)
         for answer in (first, second):

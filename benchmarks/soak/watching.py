@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import psutil
 
 EVERY_S = 5.0
-#: Seconds of a process's life in which its memory has not yet settled.
-SETTLES_S = 90.0
+#: Seconds of a process's life in which its memory has not yet settled: its KV cache is touched block by block.
+SETTLES_S = 300.0
 #: What the title of a process has in it -> its kind.
 KINDS = {
     "ServeReplica:prefillshare:router": "router", "ServeReplica:prefillshare:": "replica", "EngineCore": "engine",

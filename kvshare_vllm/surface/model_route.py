@@ -16,6 +16,6 @@ def serve_models_one_by_one(app: FastAPI) -> None:
     async def retrieve_model(model: str, raw_request: Request):
         """A decoder, or the base."""
         serving = models(raw_request)
-        check_served(model, serving)
+        check_served(model, serving, is_needed=True)  # a path that ends in a line break has none
         listed = (await serving.show_available_models()).data
         return next(card for card in listed if card.id == model).model_dump()

@@ -1,9 +1,10 @@
 """Refusals of requests leave nothing in the router's log. vLLM's routes and streams log each with a traceback of some 60 lines,
-so that one tenant's wrong requests could fill it; failures of ours are logged as before.
+so that one tenant's wrong requests could fill it; failures of ours are logged as before. Nor does what is asked and answered,
+which vLLM logs at the level debug.
 
-Seam: vllm/entrypoints (what routes and streams log with `logger.exception`), create_error_response
+Seam: vllm/entrypoints (what routes and streams log with `logger.exception` and `logger.debug`), create_error_response
 
-Goes when: vLLM logs refusals without a traceback.
+Goes when: vLLM logs refusals without a traceback, and no messages.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ MODULES = (
 def leave_out_refusals() -> None:
     """Called once per process or more often."""
     for name in MODULES:
-        logging.getLogger(name).addFilter(_is_no_refusal)
+        logging.getLogger(name).addFilter(_may_be_logged)
 
 
-def _is_no_refusal(record: logging.LogRecord) -> bool:
+def _may_be_logged(record: logging.LogRecord) -> bool:
+    if record.levelno <= logging.DEBUG:
+        return False
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, Exception) or create_error_response(error).error.code >= 500

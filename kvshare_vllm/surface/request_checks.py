@@ -53,10 +53,11 @@ def check_request(request, client: EngineClient | None, max_model_len: int) -> N
                 raise InvalidInput("beam search does not keep to it", field=field, fix=fix)
 
 
-def check_served(model: str | None, models: OpenAIServingModels) -> None:
-    """Raises what vLLM's server answers with as 404 for a model that is not served; the message lists those that are."""
+def check_served(model: str | None, models: OpenAIServingModels, *, is_needed: bool = False) -> None:
+    """Raises what vLLM's server answers with as 404 for a model that is not served; the message lists those that are.
+    `is_needed`: no model is not served either."""
     names = [*(path.name for path in models.base_model_paths), *models.lora_requests]
-    if model and model not in names:
+    if (model or is_needed) and model not in names:
         raise to_vllm(NotFound(f"no model {model[:128]!r} is served", field="model", fix=f"use one of {', '.join(names)}"))
 
 

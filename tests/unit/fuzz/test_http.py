@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import uvicorn
 from ports import free_port
+from told_logprobs import logprobs
 
 from benchmarks.chats.surface import ChatSurface
 
@@ -24,9 +27,25 @@ TESTS = Path(__file__).parents[2]
 SECONDS = int(os.environ.get("FUZZ_S", "15"))
 
 
+class Surface(ChatSurface):
+    """Turns tell log-probabilities, too, if they are asked for them."""
+
+    def _turn(self, call):
+        turn = super()._turn(call)
+        if (asked := call.sampling.logprobs) is not None:
+            turn.chunks = partial(self._with_logprobs, turn.chunks(), max(0, asked))
+        return turn
+
+    @staticmethod
+    async def _with_logprobs(chunks, likeliest: int):
+        async for chunk in chunks:
+            (token,) = chunk.token_ids
+            yield replace(chunk, logprobs=logprobs((token, -0.5), *((100 + place, -1.0) for place in range(likeliest))))
+
+
 @pytest.fixture(scope="module")
 def url(smollm):
-    port, surface, started = free_port(), ChatSurface(str(smollm)), threading.Event()
+    port, surface, started = free_port(), Surface(str(smollm)), threading.Event()
 
     async def serve():
         await surface.start()
@@ -48,7 +67,7 @@ def url(smollm):
     thread.join(20)
 
 
-@pytest.mark.parametrize("phase", ["examples", "coverage", "fuzzing", "stateful"])
+@pytest.mark.parametrize("phase", ["coverage", "fuzzing", "stateful"])
 def test_no_request_ends_in_an_error_of_the_server_or_a_refusal_without_a_reason(url, phase, tmp_path):
     checks = "not_a_server_error,refusals_say_what_is_wrong"
     command = [

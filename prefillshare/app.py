@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from prefillshare import cluster, forkserver, records
@@ -300,12 +302,12 @@ def wait_until_running(deployment: Deployment, progress: Progress | None, ailing
 
 
 def serve_command(file: Path) -> None:
-    """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop.
+    """`prefillshare serve FILE`: run until SIGINT or SIGTERM, then finish running turns and stop; at a second one, end at once
+    with status 130, if the Ray cluster is our own, which ends with us.
 
     Raises Unavailable if what was started is gone before that, or does not come back.
     """
     import signal
-    import threading
 
     from rich.console import Console
 
@@ -315,11 +317,19 @@ def serve_command(file: Path) -> None:
     deployment = load(file)
     cluster.check(deployment)
     check_arguments(deployment).warn(console)
-    stop = threading.Event()
+    stop = Event()
+
+    is_own = deployment.cluster.address is None
+
+    def told(*_) -> None:
+        if stop.is_set() and is_own:
+            os._exit(130)  # not by an exception: Ray, which it would interrupt anywhere, crashes
+        stop.set()
+
     with startup_progress(console) as progress, running(deployment, progress):
         # Not earlier: until here a signal ends the start-up, and Ray has set its own handlers.
         for sig in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sig, lambda *_: stop.set())
+            signal.signal(sig, told)
         progress.done()
         r = deployment.router
         scheme = "https" if r.tls else "http"
@@ -331,5 +341,5 @@ def serve_command(file: Path) -> None:
         with Watch(deployment.cluster.start_timeout_s, stop) as watch:
             stop.wait()
         watch.check()
-        console.print("stopping: finishing running turns ...")
+        console.print(f"stopping: finishing running turns ...{' (Ctrl-C again cuts them off)' if is_own else ''}")
     console.print("stopped")

@@ -8,7 +8,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults.processes import routers, stopped
+import psutil
+
+from benchmarks.faults.processes import routers, stopped, titled
 from benchmarks.faults.strikes import Strikes
 from benchmarks.shared.small import GRPC_PORT
 from benchmarks.soak.findings import Findings
@@ -38,7 +40,8 @@ class Storm(Strikes):
     ):
         super().__init__(system.handle, system.nodes, system.redis, log, POOLS)
         self._system, self._rng, self._found = system, rng, found
-        self.kinds["hang router"] = self._hang_router
+        self.kinds["hang router"] = lambda kind: self._hang(routers(GRPC_PORT)[:1])
+        self.kinds["hang controller"] = lambda kind: self._hang(titled("ray::ServeController"))
         self.kinds["apply"] = self._apply
         if cut:
             self.kinds["cut link"] = lambda kind: cut(self._rng.uniform(*CUT_S))
@@ -67,8 +70,8 @@ class Storm(Strikes):
             self._apply("apply")
         return self._until(self.whole, limit_s)
 
-    def _hang_router(self, kind: str) -> None:
-        with stopped(routers(GRPC_PORT)[:1]):
+    def _hang(self, victims: list[psutil.Process]) -> None:
+        with stopped(victims):
             self._stop.wait(self._rng.uniform(*HANG_S))
 
     def _apply(self, kind: str) -> None:

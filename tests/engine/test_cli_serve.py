@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +54,22 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory, smollm):
-    folder = tmp_path_factory.mktemp("serve")
-    data = deployment(folder, smollm)
-    data |= {"decode": data["decode"][:1], "router": {"http_port": free_port(), "grpc_port": free_port()}}
+def data(tmp_path_factory, smollm) -> dict:
+    """A deployment with one pool of decoders."""
+    data = deployment(tmp_path_factory.mktemp("models"), smollm)
+    return data | {"decode": data["decode"][:1]}
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory, data):
+    with served(tmp_path_factory.mktemp("serve"), data) as serving:
+        yield serving
+
+
+@contextmanager
+def served(folder: Path, data: dict):
+    """`prefillshare serve` of the deployment, on ports and under a name of its own, when it is ready."""
+    data = data | {"router": {"http_port": free_port(), "grpc_port": free_port()}}
     data["name"] = f"test-{data['router']['http_port']}"
     data["cluster"] = {"kv_lease_s": 6}  # a stopping engine waits for what it has lent
     (folder / "d.yaml").write_text(yaml.safe_dump(data))
@@ -199,6 +213,33 @@ def test_the_client_as_pip_installs_it_takes_a_turn(serving, tmp_path):
     address = f"127.0.0.1:{serving.data['router']['grpc_port']}"
     done = subprocess.run([python, "-I", "-c", TURN, address], capture_output=True, text=True, timeout=60)
     assert (len(done.stdout.split()), done.stderr) == (3, "")
+
+
+def test_a_deployment_of_another_name_runs_beside_it_and_a_second_signal_ends_it_at_once(serving, data, tmp_path):
+    with served(tmp_path, data) as other:
+        one, two = (one.client.create_session(token_ids=ids(70, salt=8)) for one in (serving, other))
+        asked = {"token_ids": ids(5), "max_tokens": 8, "ignore_eos": True}
+        assert one.turn("a", **asked).token_ids == two.turn("a", **asked).token_ids
+        unsure = command("status", "--json")
+        assert unsure.returncode == 2
+        assert {serving.data["name"], other.data["name"]} <= set(re.findall(r"test-\d+", unsure.stderr))
+        told = json.loads(command("status", "--json", "--name", other.data["name"]).stdout)
+        assert told["deployment"]["name"] == other.data["name"]
+        processes = other.processes()
+        long = iter(two.stream("a", token_ids=ids(40), max_tokens=180, ignore_eos=True))
+        next(long)
+        began = time.monotonic()
+        other.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        other.process.send_signal(signal.SIGINT)
+        assert other.process.wait(timeout=30) == 130
+        assert time.monotonic() - began < 20
+        with pytest.raises(Unavailable):
+            list(long)
+        # Two agents of Ray's end when they have given up its control store.
+        wait_until(lambda: not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 120)
+    assert one.turn("a", **asked).usage.cached_tokens > 0
+    assert json.loads(command("status", "--json").stdout)["deployment"]["name"] == serving.data["name"]
 
 
 def test_sigterm_lets_the_running_turn_end_and_the_process_goes_with_status_zero(serving):

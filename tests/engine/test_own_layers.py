@@ -23,9 +23,9 @@ from engines import (
     started,
     turn,
 )
-from oracle import TOLERANCE, load
 from peft import PeftModel
 
+from benchmarks.shared.reference_models import TOLERANCE, load
 from prefillshare import reference
 from prefillshare.kvshare.errors import ResumeReason
 from prefillshare.kvshare.layer_group import LayerGroup

@@ -7,6 +7,7 @@ figures with hardware, versions and command to benchmarks/results/.
     droidspeak  what does recomputing a few layers save?
     icarus      what does the second stream cost, and what does it save?
     faults      is a turn lost when processes die or hang?
+    soak        what goes wrong if everything fails that can, for hours?
     neighbours  what does one tenant's worst request cost the others?
     locality    how much of a prompt is found cached when sessions switch models?
     overload    does goodput hold under overload?

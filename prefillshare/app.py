@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 #: Seconds that Serve gives a replica to stop; more than the router gives its turns (router.ingress.GRACE_S).
 STOP_TIMEOUT_S = 40.0
 
+#: Signals that come within so many seconds are one.
+TWICE_S = 0.25
 #: Called with (seconds since start, deployment name -> state) while waiting.
 Progress = Callable[[float, dict[str, str]], None]
 
@@ -319,11 +322,14 @@ def serve_command(file: Path) -> None:
     check_arguments(deployment).warn(console)
     stop = Event()
 
-    is_own = deployment.cluster.address is None
+    is_own, told_at = deployment.cluster.address is None, math.inf
 
     def told(*_) -> None:
-        if stop.is_set() and is_own:
-            os._exit(130)  # not by an exception: Ray, which it would interrupt anywhere, crashes
+        nonlocal told_at
+        # Shells and `timeout` may send one signal twice. No exception: Ray, which it would interrupt anywhere, crashes.
+        if is_own and time.monotonic() > told_at + TWICE_S:
+            os._exit(130)
+        told_at = min(told_at, time.monotonic())
         stop.set()
 
     with startup_progress(console) as progress, running(deployment, progress):

@@ -176,7 +176,7 @@ def _keep_token_private() -> None:
     with NamedTemporaryFile("w", dir=file.parent, prefix=file.name) as made:  # nobody else may read it from the beginning on
         made.write(generate_new_authentication_token())
         made.flush()
-        with suppress(FileExistsError):
+        with suppress(OSError):  # there is one; or Ray makes it, where files cannot be linked
             os.link(made.name, file)
     with suppress(OSError):  # it is not ours
         file.chmod(0o600)

@@ -81,14 +81,14 @@ class Strikes:
         """What the thread does."""
         raise NotImplementedError
 
-    def _strike(self, kind: str) -> None:
-        self.now, began = kind, time.monotonic()
-        self.struck.append((kind, began))
+    def _strike(self, kind: str, until: Callable[[], bool] = lambda: True) -> None:
+        """Returns when `until` holds."""
+        self.now = kind
+        self.struck.append((kind, time.monotonic()))
         self._log(kind)
         try:
             self.kinds[kind](kind)
-            self._until(self.whole)
-            self.back_after_s[kind] = round(time.monotonic() - began, 2)
+            self._until(until)
         finally:
             self.now = ""
 
@@ -161,7 +161,9 @@ class Faults(Strikes):
         while not self._stop.is_set():
             try:
                 if self.whole() and len(self.struck) < len(kinds):
-                    self._strike(kinds[len(self.struck)])
+                    kind, began = kinds[len(self.struck)], time.monotonic()
+                    self._strike(kind, until=self.whole)
+                    self.back_after_s[kind] = round(time.monotonic() - began, 2)
             except Exception as error:  # a replica that is ending cannot be asked; the next round asks again
                 self._log(f"[dim]{type(error).__name__}: asked again[/]")
             self._stop.wait(0.5)

@@ -105,14 +105,14 @@ class Hosts:
             for number in range(1, self._count + 1):
                 self.all.append(Host(self.tag, number, self._bridge))
                 self.all[-1].make()
-        except Exception:
+        except BaseException:  # also an exit that a signal asks for
             self.__exit__()
             raise
         return self.all
 
     def __exit__(self, *_) -> None:
         for host in self.all:
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, OSError, subprocess.SubprocessError):
                 host.remove()
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, OSError, subprocess.SubprocessError):
             ip("link", "del", self._bridge)

@@ -35,6 +35,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.shared.children import events
+from benchmarks.shared.environment import revision
 from benchmarks.shared.hosts import Host, Hosts, why_not
 from benchmarks.shared.result import write
 from benchmarks.shared.small import bars
@@ -54,15 +55,16 @@ def main() -> None:
     parser.add_argument("--seed", default="0", help="from which clients and faults are drawn (default: 0)")
     parser.add_argument("--on-loopback", action="store_true", help="no hosts of their own, and no links to cut")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts, disk and processes end with it
+    for number in (signal.SIGTERM, signal.SIGHUP):  # hosts, disk and processes end with it
+        signal.signal(number, lambda *_: sys.exit(143))
     console = Console(stderr=True)
-    runs = RUNS / f"seed-{args.seed}-leg-{args.leg}"
+    runs = RUNS / f"{revision()}-seed-{args.seed}-leg-{args.leg}"
     runs.mkdir(parents=True, exist_ok=True)
     legs = range(-(-args.turns // args.leg))
     missing = [number for number in legs if not _file(runs, number).is_file()]
     if missing:
         _run(missing, args, runs, console)
-    told = [json.loads(_file(runs, number).read_text()) for number in legs]
+    told = [json.loads(_file(runs, number).read_text()) for number in legs if _file(runs, number).is_file()]
     found = Findings.summed(Findings.of(one["found"]) for one in told)
     samples = [Sample(**sample) for one in told for sample in one["samples"]]
     slopes = growth(samples, lambda sample: sample.rss)

@@ -11,6 +11,7 @@ import httpx
 from benchmarks.soak.findings import Findings
 from benchmarks.soak.system import OWN_LAYERS
 from benchmarks.soak.truth import Truth
+from prefillshare.kvshare.errors import UNFORESEEN
 
 TIMEOUT_S = 150.0
 #: Answers that a client may get while everything fails.
@@ -70,7 +71,6 @@ class HttpAgent:
             if answer["status"] not in ("completed", "incomplete"):
                 self._found.tell("lost", f"a response of {decoder} is {answer['status']}")
             self._send("DELETE", f"/v1/responses/{answer['id']}")
-        self._found.add(right=2)
 
     def _messages(self, decoder: str, prompt: list[int], sampling: dict) -> None:
         body = {"model": decoder, "messages": self._said(), "max_tokens": 12, "temperature": 0}
@@ -82,7 +82,6 @@ class HttpAgent:
                 usage |= event.get("usage") or {}
         if not 0 < usage.get("output_tokens", 0) <= 12:
             self._found.tell("wrong", f"a message of {decoder} has the usage {usage}")
-        self._found.add(right=1)
 
     def _compare(
         self, decoder: str, prompt: list[int], tokens: list[int], logprobs: list[float], sampling: dict, answer: dict
@@ -121,7 +120,12 @@ class HttpAgent:
         lines = self._send("POST", path, json=body | {"stream": True}).text.splitlines()
         data = [line.removeprefix("data:").strip() for line in lines if line.startswith("data:")]
         events = [json.loads(one) for one in data if one != "[DONE]"]
-        if not events or "error" in events[-1] or events[-1].get("type") == "error":
+        if not events:
+            raise Refused("stream broken off")
+        if "error" in events[-1]:
+            error = events[-1]["error"]
+            if error.get("code", 503) not in MAY_FAIL or UNFORESEEN in error["message"]:
+                raise RuntimeError(f"{path}, streamed: {error}")
             raise Refused("stream ended in an error")
         if not (data[-1] == "[DONE]" or events[-1].get("type") == "message_stop"):
             raise Refused("stream broken off")

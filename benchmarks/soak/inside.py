@@ -52,7 +52,8 @@ def main() -> None:
             )
             tell(leg=number, found=found.as_dict(), samples=[asdict(sample) for sample in samples])
             if found.hung:
-                raise SystemExit("something hangs: the rest of the campaign would only say so again")
+                tell(told="Something hangs: the rest of the campaign would only say so again.")
+                break
 
 
 if __name__ == "__main__":

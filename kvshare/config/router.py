@@ -180,7 +180,7 @@ class Router(Node):
 
     @property
     def most_calls(self) -> int:
-        """Calls at once that a router takes on each of its surfaces, whatever they ask for."""
+        """HTTP requests at once that a router takes, whatever they ask for."""
         return 4 * self.max_queued
 
     @property

@@ -59,7 +59,7 @@ class Engine:
     def __init__(self, settings: EngineSettings, llm: AsyncLLM, gauges: Gauges, log: LogTail, kv_events: KVEvents):
         self.settings, self.kv_events = settings, kv_events
         self.mode = get_mode(settings.mode)
-        self._llm, self._gauges, self._log = llm, gauges, log
+        self._llm, self._gauges, self._log, self._has_died = llm, gauges, log, False
         self._adapters = Adapters(llm)
         self._active, self._busy_since = 0, 0.0
 
@@ -268,7 +268,9 @@ class Engine:
             await self.release(handoff, request_id)
 
     def _dead(self) -> Unavailable:
-        """Its log's end is for the replica's log only: clients are told of the error."""
+        """Its log's end is for the replica's log only, once: clients are told of the error."""
         engine = f"the {self.settings.role} engine of pool {self.settings.pool!r}"
-        logger.error("%s has died:\n%s", engine, self._log.text())
+        if not self._has_died:
+            logger.error("%s has died:\n%s", engine, self._log.text())
+        self._has_died = True
         return Unavailable(f"{engine} has died")

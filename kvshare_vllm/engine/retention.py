@@ -113,4 +113,4 @@ class Keeping:
 
 
 class KeepingScheduler(Keeping, AsyncScheduler):
-    """The scheduler of shared prefill engines."""
+    """The scheduler of prefill engines."""

@@ -1,6 +1,6 @@
 """The decode engine's scheduler: what may enter the prefix cache (R2), and what happens to a preempted request (R3).
 
-A request in a sharing pool, seen from here:
+A request, seen from here; in mode `none`, points 1 to 3 do not hold, since all KV is the decoder's own:
  1. It arrives with a handoff, or it is refused: prompt tokens before the decoder's own are never computed
     here (R1).
  2. Its shared prefix is found locally, or loaded by the connector; only that prefix is offered for reuse (R2).
@@ -70,7 +70,7 @@ class SharedKVScheduler(Keeping, AsyncScheduler):
         # A resumed request's own tokens may be in the cache as base KV, from a later turn's prompt. Past the
         # shared prefix they must be the decoder's.
         limit = self._loads.shared_tokens_of(request) // self.block_size * self.block_size
-        if tokens > limit:
+        if tokens > limit and self._mode.shares_prefill:
             blocks, tokens = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
         return blocks, tokens, boundary, diverged
 

@@ -61,10 +61,11 @@ async def build_openai_app(
     admit: Admit,
     middleware: Iterable[Callable] = (),
     grammar_cpu_s: float = 5,
+    most_bodies: int = 256,
 ):
     """Returns (FastAPI app, Frontend). `decoders`: served names without the base. `middleware`: ASGI app -> ASGI app, each put
     around those before it. HttpRefusals is put around middleware that answers requests itself, RateLimitHeaders around that,
-    and HangUps around all."""
+    and HangUps around all. `most_bodies`: of one tenant that may be on their way at once."""
     args = _arguments(base)
     args.lora_modules = [LoRAModulePath(name=n, path=f"pool:{n}", base_model_name=base.name) for n in decoders]
     environment, log_level = dict(os.environ), logging.root.level
@@ -85,7 +86,7 @@ async def build_openai_app(
     tool_constraints.hold_forced_calls(app.state.online_renderer.parser, base.tool_strict_level)
     frontend.chats = Chats(app.state.openai_serving_chat)
     most_numbers = max(base.max_model_len, frontend.model_config.get_vocab_size())
-    shape = partial(RequestShape, most_numbers=most_numbers, fields=AskedFields(app.routes))
+    shape = partial(RequestShape, most_numbers=most_numbers, fields=AskedFields(app.routes), most_bodies=most_bodies)
     tell_wrong_fields(app)
     for wrap in (shape, *middleware, HttpRefusals, RateLimitHeaders, HangUps):
         app.middleware_stack = wrap(app.middleware_stack)

@@ -28,8 +28,8 @@ from prefillshare.kvshare_vllm.surface.http_errors import HttpError, refuse
 
 #: Most messages, prompts, tools or texts in one list; parts of one message; entries of all lists of a request together.
 MOST_ENTRIES, MOST_PARTS, MOST_TOGETHER = 1024, 128, 8192
-#: Seconds within which a body has to come, and most bodies of one tenant that may be on their way at once.
-BODY_S, MOST_BODIES = 60.0, 256
+#: Seconds within which each piece of a body has to come, and all of it.
+PIECE_S, BODY_S = 20.0, 300.0
 #: Shorter bodies cannot list too much.
 CHECKED_FROM_BYTES = 2048
 #: Without such an escape, JSON has whole characters only.
@@ -52,10 +52,11 @@ def stop_at_the_first_wrong_item() -> None:
 
 class RequestShape:
     """ASGI middleware, inside router/surfaces/http_limits.py, which bounds the bytes that are held here. `most_numbers`: most
-    numbers (token ids) in one list. `fields`: what may be asked for, by path."""
+    numbers (token ids) in one list. `fields`: what may be asked for, by path. `most_bodies`: of one tenant that may be on their
+    way at once: a request takes a place of the router before anything but its tenant is known of it."""
 
-    def __init__(self, app, most_numbers: int, fields: AskedFields):
-        self._app, self._most_numbers, self._fields = app, most_numbers, fields
+    def __init__(self, app, most_numbers: int, fields: AskedFields, most_bodies: int = 256):
+        self._app, self._most_numbers, self._fields, self._most_bodies = app, most_numbers, fields, most_bodies
         #: Tenant -> its requests whose bodies are on their way.
         self._bodies: Counter[str] = Counter()
 
@@ -67,7 +68,8 @@ class RequestShape:
                 async with asyncio.timeout(BODY_S):
                     body = await _whole(receive)
         except TimeoutError:
-            late = HttpError(408, f"the body has not come within {BODY_S:g} s (fix: send it faster)", "Request Timeout")
+            text = f"the body comes too slowly: {PIECE_S:g} s for a piece, {BODY_S:g} s for all (fix: send it faster)"
+            late = HttpError(408, text, "Request Timeout")
             return await refuse(late, scope, receive, send, headers={"connection": "close"})
         except Overloaded as error:
             return await refuse(HttpError.of(error), scope, receive, send, headers={"connection": "close"})
@@ -103,12 +105,11 @@ class RequestShape:
 
     @contextmanager
     def _coming(self) -> Iterator[None]:
-        """A request whose body is on its way. It takes a place on this router before anything is known of it, so that a tenant
-        has only so many. Raises Overloaded."""
+        """A request whose body is on its way. Raises Overloaded."""
         tenant = current_caller.get().tenant
-        if self._bodies[tenant] >= MOST_BODIES:
+        if self._bodies[tenant] >= self._most_bodies:
             raise Overloaded(
-                f"{MOST_BODIES} requests of this tenant have not sent their bodies yet", fix="send what was begun first"
+                f"{self._most_bodies} requests of this tenant have not sent their bodies yet", fix="send what was begun first"
             )
         self._bodies[tenant] += 1
         try:
@@ -123,7 +124,8 @@ async def _whole(receive) -> bytes | None:
     """The body; None if the client has gone."""
     pieces, more = [], True
     while more:
-        message = await receive()
+        async with asyncio.timeout(PIECE_S):
+            message = await receive()
         if message["type"] == "http.disconnect":
             return None
         pieces.append(message.get("body", b""))

@@ -85,7 +85,7 @@ class Loads:
         self._loading: dict[Hashable, str] = {}
 
     def shared_tokens_of(self, request: Request) -> int:
-        """Length of the prefix that must be base KV, in tokens (R1)."""
+        """Length of the prefix that is handed over, in tokens. In sharing modes it must be base KV (R1)."""
         prompt_tokens, own_tokens = request.num_prompt_tokens, Asked(request.kv_transfer_params).own_tokens
         return self.mode.handoff_tokens(prompt_tokens, request.num_tokens - prompt_tokens, own_tokens)
 

@@ -56,9 +56,7 @@ class GrpcServer:
         shared_port: bool = False,
         limits: RequestLimits = LEAST,
         keepalive: Sequence[tuple[str, int]] = tuple(server_options()),
-        most_calls: int | None = None,
     ):
-        """`most_calls`: at once, of whatever kind; further ones get RESOURCE_EXHAUSTED. None: no bound."""
         self._address, self._port = addresses.joined(host, port), port
         self._credentials = credentials(tls) if tls else None
         options = [
@@ -70,8 +68,7 @@ class GrpcServer:
             ("grpc.so_reuseport", int(shared_port)),
             *keepalive,
         ]
-        interceptors = [GrpcTraces(), ApiKeys(tenants or Tenants())]
-        self._server = grpc.aio.server(options=options, interceptors=interceptors, maximum_concurrent_rpcs=most_calls)
+        self._server = grpc.aio.server(options=options, interceptors=[GrpcTraces(), ApiKeys(tenants or Tenants())])
         self._health = health.aio.HealthServicer()
         pb_grpc.add_PrefillShareServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

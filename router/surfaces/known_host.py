@@ -31,9 +31,10 @@ class KnownHost:
         self._app, self._hosts = app, hosts
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "lifespan":
+        host = None if scope["type"] == "lifespan" else Headers(scope=scope).get("host")
+        if host is not None:  # every browser names one
             try:
-                self._hosts.check(Headers(scope=scope).get("host", ""), "a router without API keys")
+                self._hosts.check(host, "a router without API keys")
             except InvalidInput as error:
                 return await refuse(HttpError.of(error), scope, receive, send)
         await self._app(scope, receive, send)

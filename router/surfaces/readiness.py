@@ -40,7 +40,8 @@ class Readiness:
         self._is_draining, self._probe = is_draining, probe
         self._probed: dict[str, float] = {}
         self._trying: asyncio.Task[str] | None = None
-        self._found, self._found_at = UNKNOWN, clock.now()
+        #: When they began to be tried, and what was found the last time.
+        self._began, self._found = clock.now(), UNKNOWN
 
     async def not_ready_because(self) -> str:
         """Empty if a turn on every pool succeeds now, else the reason. If the store does not answer, no turn is tried."""
@@ -53,10 +54,12 @@ class Readiness:
         if not self._due():
             return ""
         if self._trying is None or self._trying.done():
-            self._trying = asyncio.create_task(self._try())
+            self._began, self._trying = clock.now(), asyncio.create_task(self._try())
             return await asyncio.shield(self._trying)  # whoever asked may leave
-        late_s = clock.now() - self._found_at - PROBE_TTL_S
-        return self._found if self._found or late_s < PROBE_TTL_S else f"no turn has ended for {late_s:.0f} s"
+        took_s = clock.now() - self._began
+        if self._found or took_s < PROBE_TTL_S:
+            return self._found
+        return f"the turns that are tried have not ended for {took_s:.0f} s"
 
     def _due(self) -> dict[str, str]:
         """Pools that have to be tried, and a decoder of each."""
@@ -66,7 +69,6 @@ class Readiness:
 
     async def _try(self) -> str:
         self._found = await self._reason()
-        self._found_at = clock.now()
         return self._found
 
     async def _reason(self) -> str:

@@ -70,6 +70,7 @@ class Surfaces:
                 *known_host(config, tenants),
             ],
             grammar_cpu_s=config.grammar_cpu_s,
+            most_bodies=config.max_queued,
         )
         readiness = Readiness(core.decoders, sessions, lambda: core.orchestrator.draining, partial(probe, frontend))
         _add_readiness(app, readiness)
@@ -80,8 +81,7 @@ class Surfaces:
             base, core.decoders, frontend, sessions, response_kv, config.own_prompt, config.longest_session_ttl_s
         )
         servicer = Servicer(turns, readiness.not_ready_because)
-        where = (config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
-        grpc = GrpcServer(servicer, *where, most_calls=config.most_calls)
+        grpc = GrpcServer(servicer, config.host, config.grpc_port, tenants, config.tls, config.replicas > 1, bounds)
         return cls(core, base.name, app, frontend.shutdown, readiness, grpc)
 
     def list_decoders(self) -> None:

@@ -27,6 +27,7 @@ from ray import serve
 from test_system_kinds import deployment
 
 from prefillshare import cluster, forkserver, which
+from prefillshare.app import TWICE_S
 from prefillshare.client import Client
 from prefillshare.kvshare.engine_settings import SHARED_PREFILL
 from prefillshare.kvshare.errors import Unavailable
@@ -230,7 +231,9 @@ def test_a_deployment_of_another_name_runs_beside_it_and_a_second_signal_ends_it
         next(long)
         began = time.monotonic()
         other.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        other.process.send_signal(signal.SIGTERM)  # as `timeout` does, which signals the process and its group
+        time.sleep(2 * TWICE_S)
+        assert other.process.poll() is None
         other.process.send_signal(signal.SIGINT)
         assert other.process.wait(timeout=30) == 130
         assert time.monotonic() - began < 20

@@ -75,6 +75,8 @@ def _turn(world: World, number: int, rules: Rules) -> Iterator[tuple[str, World]
             if holds:
                 yield "renews", replace(world, is_held=True)
             yield from _commit(world, number, rules)
+            freed = replace(world, holder=None, is_held=False) if holds else world
+            yield "is-left", freed.with_turn(number, stage="ended")
             yield "dies", world.with_turn(number, stage="dead")
         case "committed" | "lost":
             if turn.stage == "committed":  # the answer was lost, and the commit is sent again

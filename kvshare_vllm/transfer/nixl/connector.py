@@ -45,6 +45,11 @@ class SharedKVConnectorScheduler(NixlPullConnectorScheduler):
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, engine_id, kv_cache_config)
+        if backoff := self._prefill_backoff():
+            raise ValueError(
+                f"{vllm_config.model_config.model}: vLLM would hand over {backoff} tokens less of each prompt than are asked "
+                "for, as it does for models with recurrent layers; such models cannot be served"
+            )
         names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
         of_a_block = sum(t.size for t in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
         all_regions = regions.Regions(names, vllm_config)
@@ -208,7 +213,7 @@ class SharedKVConnectorWorker(NixlPullConnectorWorker):
 
 
 class SharedKVConnector(NixlPullConnector):
-    """`kv_connector` of every engine in a sharing pool. Extra config: `sharing_mode`, `kv_contract`."""
+    """`kv_connector` of every engine. Extra config: `sharing_mode`, `kv_contract`."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)

@@ -83,6 +83,35 @@ def test_a_session_whose_turn_was_cut_off_is_as_it_was_or_has_the_whole_turn(age
     assert agent.contexts["s"] == there
 
 
+def answered(decoder: str, given: list[int], said: list[int]) -> tuple:
+    usage = SimpleNamespace(own_layers="")
+    return decoder, given, SimpleNamespace(token_ids=said, logprobs=None, usage=usage)
+
+
+ONE, OTHER = answered("a", [7], [8, 9]), answered("b", [5], [3, 4])
+
+
+@pytest.mark.parametrize(
+    ("context", "turns", "uncertain", "is_right"),
+    [
+        ([1, 7, 8, 9], [ONE], [], True),
+        ([1, 7, 8, 9, 5, 3, 4], [ONE, OTHER], [], True),
+        ([1, 5, 3, 4, 7, 8, 9], [ONE, OTHER], [], True),
+        ([1, 5, 3, 4], [ONE, OTHER], [], False),
+        ([1], [ONE], [], False),
+        ([1, 7, 8, 9, 7, 8, 9], [ONE], [], False),
+        ([1, 7, 8, 9], [ONE], [("b", [5])], True),
+        ([1, 7, 8, 9, 5, 3, 4], [ONE], [("b", [5])], True),
+        ([1, 7, 8, 9, 5, 666, 4], [ONE], [("b", [5])], False),
+        ([1, 7, 8, 9, 6, 3, 4], [ONE], [("b", [5])], False),
+        ([1], [], [("b", [5])], True),
+    ],
+)
+def test_of_two_turns_at_once_each_that_was_answered_is_there_once(agent, context, turns, uncertain, is_right):
+    agent._account("s", [1], context, turns, uncertain, SAMPLING)
+    assert (agent._found.problems == []) == is_right
+
+
 def test_a_session_that_is_not_its_history_is_found_when_it_is_looked_at(agent, monkeypatch):
     agent.contexts["s"] = [1, 2]
     monkeypatch.setattr(agent, "_context", lambda name: [1, 2, 3])

@@ -66,6 +66,8 @@ class Routers:
     async def _ends(self, turn: str) -> None:
         assert await self.store._ask(turn_scripts.END, "", self._name, turn) == [b"ok"]
 
+    _is_left = _ends
+
     async def _dies(self, turn: str) -> None:
         """Its router says nothing any more."""
 

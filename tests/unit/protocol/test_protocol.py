@@ -30,7 +30,7 @@ def test_the_same_with_three_attempts(monkeypatch):
 def test_a_session_takes_each_turn_once_from_the_context_that_it_has_seen_and_is_free_in_the_end():
     found = explored(holds)
     assert found.happened == {
-        "begins", "refused", "renews", "commits", "again", "is-too-late", "ends", "dies", "hold-ends",
+        "begins", "refused", "renews", "commits", "again", "is-too-late", "is-left", "ends", "dies", "hold-ends",
     }  # fmt: skip
 
 

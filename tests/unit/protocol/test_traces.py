@@ -1,4 +1,4 @@
-"""What the router and its engines do in a turn, whatever fails, is what the model of handoffs does."""
+"""What the router does in a turn with its engines, whatever fails, is what the model of handoffs does. Engines are doubles."""
 
 import asyncio
 from contextlib import suppress
@@ -29,7 +29,7 @@ def as_many_attempts(monkeypatch):
     monkeypatch.setattr(handoffs, "ATTEMPTS", 3)
 
 
-@pytest.mark.parametrize("decoder", ["a", "o", "s"])
+@pytest.mark.parametrize("decoder", ["a", "o", "s", "c"])
 @pytest.mark.parametrize(("moment", "failure"), [(moment, how) for moment in MOMENTS for how in FAILURES])
 @on_virtual_time
 async def test_a_turn_that_fails_once_goes_a_way_of_the_model(decoder, moment, failure):

@@ -14,16 +14,16 @@ from prefillshare.kvshare.caller import ANONYMOUS, current_caller
 from prefillshare.kvshare_vllm.surface.asked_fields import AskedFields
 from prefillshare.kvshare_vllm.surface.request_shape import (
     BODY_S,
-    MOST_BODIES,
     MOST_ENTRIES,
     MOST_PARTS,
     MOST_TOGETHER,
+    PIECE_S,
     RequestShape,
     stop_at_the_first_wrong_item,
     too_much,
 )
 
-MOST_NUMBERS = 5000
+MOST_NUMBERS, MOST_BODIES = 5000, 50
 ASKED = {"role": "user", "content": "a"}
 
 
@@ -140,7 +140,7 @@ class Surface:
     """RequestShape around an app that answers, without a client between."""
 
     def __init__(self):
-        self.shape = RequestShape(self._app, MOST_NUMBERS, AskedFields(()))
+        self.shape = RequestShape(self._app, MOST_NUMBERS, AskedFields(()), MOST_BODIES)
         self.served = 0
 
     async def _app(self, scope, receive, send):
@@ -149,8 +149,8 @@ class Surface:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def status(self, tenant: str, more) -> int:
-        """`more()`: awaited before the body goes on."""
-        statuses, pieces = [], iter((b"{", b"}"))
+        """Of a body in two pieces. `more()`: awaited before the second."""
+        pieces = iter((b"{", b"}"))
 
         async def receive():
             body = next(pieces)
@@ -158,14 +158,19 @@ class Surface:
                 await more()
             return {"type": "http.request", "body": body, "more_body": body == b"{"}
 
+        token = current_caller.set(replace(ANONYMOUS, tenant=tenant))
+        try:
+            return await self.answered(receive)
+        finally:
+            current_caller.reset(token)
+
+    async def answered(self, receive) -> int:
+        statuses = []
+
         async def send(message):
             statuses.append(message.get("status"))
 
-        token = current_caller.set(replace(ANONYMOUS, tenant=tenant))
-        try:
-            await self.shape({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
-        finally:
-            current_caller.reset(token)
+        await self.shape({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
         return statuses[0]
 
 
@@ -173,8 +178,20 @@ class Surface:
 async def test_a_body_that_does_not_come_is_waited_for_only_so_long():
     surface, began = Surface(), clock()
     assert await surface.status("one", asyncio.Event().wait) == 408
+    assert (clock() - began, surface.served) == (PIECE_S, 0)
+    assert await surface.status("one", partial(asyncio.sleep, PIECE_S - 1)) == 200
+
+
+@on_virtual_time
+async def test_a_body_that_comes_in_ever_more_pieces_is_waited_for_only_so_long():
+    surface, began = Surface(), clock()
+
+    async def drop():
+        await asyncio.sleep(PIECE_S / 2)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    assert await surface.answered(drop) == 408
     assert (clock() - began, surface.served) == (BODY_S, 0)
-    assert await surface.status("one", partial(asyncio.sleep, BODY_S - 1)) == 200
 
 
 @on_virtual_time

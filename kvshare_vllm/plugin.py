@@ -34,10 +34,11 @@ def register() -> None:
     for architecture, where in families.registered():
         ModelRegistry.register_model(architecture, where)
     if current_platform.is_cpu():
-        from prefillshare.kvshare_vllm.patches import nixl_cores
+        from prefillshare.kvshare_vllm.patches import amx_tiles, nixl_cores
 
         nixl_cores.wait_for_events()
         nixl_cores.keep_affinity()
+        amx_tiles.ask()
     if current_platform.is_cpu() or os.environ.get(TORCH_ADAPTERS):
         from prefillshare.kvshare_vllm.patches import cpu_adapters
 

@@ -107,7 +107,7 @@ def build(
         num_replicas=router.replicas,
         user_config=routers.deployment.model_dump(mode="json"),
         # HTTP requests beyond this wait in Serve's proxy; the router itself refuses at max_queued, with a reason.
-        max_ongoing_requests=router.most_calls,
+        max_ongoing_requests=4 * router.max_queued,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=STOP_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,

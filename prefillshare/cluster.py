@@ -54,7 +54,7 @@ def started(deployment: Deployment) -> Iterator[None]:
     if is_loopback(deployment.router.host):
         options["_node_ip_address"] = ADDRESS
     with forkserver.started(records.folder()) as labels:
-        _keep_token_private()
+        keep_token_private()
         with loopback_kept(deployment.router.host):
             _start(labels=labels, **options)
         try:
@@ -164,7 +164,7 @@ def _end_half_started(error: BaseException) -> None:
         _log.warning("cannot end what is left of the failed start", exc_info=True)
 
 
-def _keep_token_private() -> None:
+def keep_token_private() -> None:
     """Have a token before Ray makes one, which every user of the machine could read."""
     from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
     from ray._private.authentication.authentication_token_setup import _get_default_token_path

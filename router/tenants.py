@@ -149,7 +149,7 @@ class Tenants:
 
     def identify(self, key: str | None) -> Caller:
         """The caller that presents this key. Raises Unauthenticated. A wrong key takes as long to check as a right one."""
-        if not self.by_name:
+        if self.are_all_anonymous:
             return ANONYMOUS
         if not key:
             raise Unauthenticated("no API key is given", fix='send it as "authorization: Bearer KEY"')
@@ -165,7 +165,7 @@ class Tenants:
     def shows_all(self, key: str | None) -> bool:
         """Whether whoever presents this key, or none, may see figures of all tenants: operators, and everybody where there are
         no keys at all. Raises Unauthenticated for a key that is neither an operator's nor a tenant's."""
-        if not self.by_name:
+        if self.are_all_anonymous:
             return True
         if not key:
             return False

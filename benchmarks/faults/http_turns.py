@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable
 
 import httpx
 
+from benchmarks.shared.beside import Beside
 from benchmarks.shared.small import DECODERS, HTTP_PORT
 
 URL = f"http://127.0.0.1:{HTTP_PORT}/v1/completions"
@@ -23,25 +23,16 @@ def _ask(client: httpx.Client) -> str:
     return answer.json()["choices"][0]["text"]
 
 
-class HttpTurns:
+class HttpTurns(Beside):
     """Counts right, wrong and missing answers by fault. `fault()`: what strikes now."""
 
     def __init__(self, fault: Callable[[], str]):
+        super().__init__()
         self._fault = fault
         self.right, self.wrong = 0, 0
         self.lost: Counter[str] = Counter()
         with httpx.Client() as client:
             self._expected = _ask(client)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> HttpTurns:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(0.2):

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import psutil
-from ray._private.authentication.authentication_token_setup import _get_default_token_path, generate_and_save_token
 
 from benchmarks.shared.hosts import Host
+from prefillshare.cluster import keep_token_private
 
 START_S = 60
 #: Resources of each node, so that every pool has one replica on each; routers run on the first node.
@@ -41,8 +41,7 @@ class Nodes:
         self._second: subprocess.Popen | None = None
 
     def __enter__(self) -> Nodes:
-        if not _get_default_token_path().exists():
-            generate_and_save_token()
+        keep_token_private()
         at = [f"--node-ip-address={self._hosts[0].address}"] if self._hosts else []
         words = ["--head", *at, f"--port={self._port}", "--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
         self._head = self._start(words, SLOTS | HEAD)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Self
 
 import psutil
 
 from benchmarks.faults.hang_ups import hang_up
 from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.processes import routers, stopped, titled
+from benchmarks.shared.beside import Beside
 from benchmarks.shared.redis_server import RedisServer
 from benchmarks.shared.small import DECODERS, GRPC_PORT, HTTP_PORT
 
@@ -24,19 +23,18 @@ HANG_UPS = 200
 HTTP_URL = f"http://127.0.0.1:{HTTP_PORT}"
 #: Seconds that a fault may take to show, or to pass.
 SETTLE_S = 60
-
-
 #: Pool -> its replicas.
 POOLS = {"prefill": 2, "agents": 2}
 
 
-class Strikes:
+class Strikes(Beside):
     """Every kind of fault can strike. `pools`: pool -> its replicas. `ejected`: replicas that get no turns any more although no
-    fault was aimed at them. The faults come from a thread of its own, from when the context begins until it ends."""
+    fault was aimed at them. Faults strike while the context lasts."""
 
     def __init__(
         self, handle, nodes: Nodes, redis: RedisServer, log: Callable[[str], None], pools: Mapping[str, int] = POOLS
     ):
+        super().__init__()
         self._handle, self._nodes, self._redis, self._log, self._pools = handle, nodes, redis, log, pools
         self.struck: list[tuple[str, float]] = []
         #: Kind of fault -> seconds until a router gave the replica no more work, and until what had died was there again.
@@ -46,8 +44,6 @@ class Strikes:
         #: What strikes now; "" between faults.
         self.now = ""
         self._victims: set[str] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
         self.kinds: dict[str, Callable[[str], None]] = {
             "kill router": lambda kind: self._kill(partial(routers, GRPC_PORT), 2),
             **{f"{how} {pool}": self._replica for how in ("kill", "hang", "kill engine") for pool in pools},
@@ -59,14 +55,6 @@ class Strikes:
             "hang redis": self._hang_redis,
         }
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
-
     def info(self) -> dict:
         return self._handle.replica_info.remote().result(timeout_s=60)
 
@@ -76,10 +64,6 @@ class Strikes:
         self.ejected |= unusable - self._victims
         sizes = {name: len(pool) for name, pool in pools.items()}
         return len(routers(GRPC_PORT)) == 2 and sizes == self._pools and not unusable
-
-    def _run(self) -> None:
-        """What the thread does."""
-        raise NotImplementedError
 
     def _strike(self, kind: str, until: Callable[[], bool] = lambda: True) -> None:
         """Returns when `until` holds."""

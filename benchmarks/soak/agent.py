@@ -15,7 +15,7 @@ from benchmarks.shared.small import VOCABULARY
 from benchmarks.soak.findings import Findings
 from benchmarks.soak.http_agent import HttpAgent, Refused
 from benchmarks.soak.system import COMES_AND_GOES, DECODERS, HELD_S, MOST_TOKENS, OWN_LAYERS, System
-from benchmarks.soak.truth import Truth
+from benchmarks.soak.truth import Truth, compare
 from prefillshare.client import Client, RemoteSession, collect
 from prefillshare.kvshare.errors import (
     AlreadyExists,
@@ -85,7 +85,6 @@ class Agent:
 
     def close(self) -> None:
         self._client.close()
-        self._http.close()
 
     # Sessions.
 
@@ -196,13 +195,16 @@ class Agent:
         if context[: len(behind)] != behind or not said:
             self._found.tell("wrong", f"{name} has {len(context)} tokens, neither {len(before)} nor a turn of {decoder} more")
         else:
-            layers, prompt = OWN_LAYERS.get(decoder, ""), [*behind, *(suffix or [])]
-            if problem := self._truth.problem(decoder, prompt, said, None, sampling["temperature"] == 0, layers):
-                self._found.tell("wrong", f"{problem} (committed, but its answer was lost)")
-            elif len(said) != sampling["max_tokens"]:
-                most = sampling["max_tokens"]
-                self._found.tell("wrong", f"{decoder} has {len(said)} tokens, not {most} (its answer was lost)")
+            self._check_committed(decoder, [*behind, *(suffix or [])], said, sampling)
         self.contexts[name] = context
+
+    def _check_committed(self, decoder: str, prompt: list[int], said: list[int], sampling: dict) -> None:
+        """A session has a turn whose answer was lost: it must be the whole of it."""
+        layers, most = OWN_LAYERS.get(decoder, ""), sampling["max_tokens"]
+        if problem := self._truth.problem(decoder, prompt, said, None, sampling["temperature"] == 0, layers):
+            self._found.tell("wrong", f"{problem} (committed, but its answer was lost)")
+        elif len(said) != most:
+            self._found.tell("wrong", f"{decoder} has {len(said)} tokens, not {most} (its answer was lost)")
 
     def _two_at_once(self) -> None:
         """Two turns on one session: one is refused, or comes behind the other."""
@@ -249,9 +251,7 @@ class Agent:
         for decoder, ids in uncertain:
             said = context[len(at) + len(ids) :]
             if said and _goes_on(context, [*at, *ids]):
-                greedy, layers = sampling["temperature"] == 0, OWN_LAYERS.get(decoder, "")
-                if problem := self._truth.problem(decoder, [*at, *ids], said, None, greedy, layers):
-                    self._found.tell("wrong", f"{problem} (two at once, its answer was lost)")
+                self._check_committed(decoder, [*at, *ids], said, sampling)
                 at = context
         if left or at != context:
             missing = ", ".join(decoder for decoder, *_ in left) or "none"
@@ -290,12 +290,7 @@ class Agent:
     def _compare(
         self, decoder: str, prompt: list[int], tokens: list[int], logprobs: list[float], sampling: dict, own_layers: str
     ) -> None:
-        if problem := self._truth.problem(decoder, prompt, tokens, logprobs, sampling["temperature"] == 0, own_layers):
-            self._found.tell("wrong", problem)
-        elif len(tokens) != sampling["max_tokens"]:
-            self._found.tell("wrong", f"{decoder} said {len(tokens)} tokens instead of {sampling['max_tokens']}")
-        else:
-            self._found.add(right=1)
+        compare(self._truth, self._found, decoder, prompt, tokens, logprobs, sampling, own_layers)
         if sampling["temperature"] and self._rng.random() < AGAIN:
             self.again.append(Again(decoder, prompt, sampling, tokens))
 

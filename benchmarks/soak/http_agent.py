@@ -10,7 +10,7 @@ import httpx
 
 from benchmarks.soak.findings import Findings
 from benchmarks.soak.system import OWN_LAYERS
-from benchmarks.soak.truth import Truth
+from benchmarks.soak.truth import Truth, compare
 from prefillshare.kvshare.errors import UNFORESEEN
 
 TIMEOUT_S = 150.0
@@ -26,11 +26,10 @@ class Refused(Exception):
 
 
 class HttpAgent:
+    """Makes a connection for each request, so that any proxy may take it."""
+
     def __init__(self, url: str, rng: random.Random, truth: Truth, found: Findings):
         self._url, self._rng, self._truth, self._found = url, rng, truth, found
-
-    def close(self) -> None:
-        """Connections are made for each request, so that any proxy may take it."""
 
     def ask(self, decoder: str, prompt: list[int], sampling: dict) -> None:
         """Raises Refused."""
@@ -88,12 +87,7 @@ class HttpAgent:
     ) -> None:
         usage = (answer.get("kv_transfer_params") or {}).get("prefillshare") or {}
         layers = usage.get("own_layers") or OWN_LAYERS.get(decoder, "")
-        if problem := self._truth.problem(decoder, prompt, tokens, logprobs, sampling["temperature"] == 0, layers):
-            self._found.tell("wrong", f"{problem} (over HTTP)")
-        elif len(tokens) != sampling["max_tokens"]:
-            self._found.tell("wrong", f"{decoder} said {len(tokens)} tokens instead of {sampling['max_tokens']} over HTTP")
-        else:
-            self._found.add(right=1)
+        compare(self._truth, self._found, decoder, prompt, tokens, logprobs, sampling, layers, " (over HTTP)")
 
     def _said(self) -> list[dict]:
         return [{"role": "user", "content": " ".join(self._rng.choices(WORDS, k=self._rng.randint(3, 60)))}]

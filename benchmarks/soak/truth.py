@@ -7,6 +7,7 @@ import threading
 import torch
 
 from benchmarks.shared.reference_models import TOLERANCE, ReferenceModels
+from benchmarks.soak.findings import Findings
 from prefillshare.kvshare.config import Deployment
 
 
@@ -39,3 +40,16 @@ class Truth:
             if logprobs is not None and not abs(chosen - logprobs[place]) <= TOLERANCE:
                 return f"token {place} of {len(tokens)} of {decoder}: {logprobs[place]:.4f} instead of {chosen:.4f}"
         return ""
+
+
+def compare(
+    truth: Truth, found: Findings, decoder: str, prompt: list[int], tokens: list[int], logprobs: list[float], sampling: dict,
+    own_layers: str, where: str = "",
+) -> None:  # fmt: skip
+    """Count a turn that was answered as right or wrong. `where`: added to what is told."""
+    if problem := truth.problem(decoder, prompt, tokens, logprobs, sampling["temperature"] == 0, own_layers):
+        found.tell("wrong", problem + where)
+    elif len(tokens) != sampling["max_tokens"]:
+        found.tell("wrong", f"{decoder} said {len(tokens)} tokens instead of {sampling['max_tokens']}{where}")
+    else:
+        found.add(right=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
+
+from benchmarks.shared.beside import Beside
 
 EVERY_S = 5.0
 #: Seconds of a process's life in which its memory has not yet settled: its KV cache is touched block by block.
@@ -50,21 +51,12 @@ def look(turns: int) -> list[Sample]:
     return samples
 
 
-class Watch:
+class Watch(Beside):
     """Looks every few seconds, while the context lasts. `turns()`: taken so far."""
 
     def __init__(self, turns: Callable[[], int]):
+        super().__init__()
         self._turns, self.samples = turns, []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(EVERY_S):

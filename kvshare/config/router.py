@@ -179,11 +179,6 @@ class Router(Node):
         return self
 
     @property
-    def most_calls(self) -> int:
-        """HTTP requests at once that a router takes, whatever they ask for."""
-        return 4 * self.max_queued
-
-    @property
     def longest_session_ttl_s(self) -> float:
         """`max_session_ttl_s`, or what it is if it is unset."""
         return self.session_ttl_s if self.max_session_ttl_s is None else self.max_session_ttl_s
